@@ -1,0 +1,68 @@
+"""Token budget to micro-batches, accumulation and steps. Every divisibility error of the batch lives here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The budget of a run.
+
+    Attributes:
+        global_batch_tokens: Tokens per optimizer step over all ranks; a multiple of the sequence length.
+        micro_batch_size: Sequences per rank and forward pass.
+        total_tokens: Tokens of the run; the last step is a whole one.
+    """
+
+    global_batch_tokens: int
+    micro_batch_size: int
+    total_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_tokens", "micro_batch_size", "total_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"batch.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is cut.
+
+    Attributes:
+        rows_per_step: Sequences per optimizer step over all ranks.
+        micro_batch_size: Sequences per rank and forward pass.
+        accumulation: Micro-batches per rank and step.
+        num_steps: Optimizer steps of the run.
+        tokens_per_step: Tokens per optimizer step.
+    """
+
+    rows_per_step: int
+    micro_batch_size: int
+    accumulation: int
+    num_steps: int
+    tokens_per_step: int
+
+
+def plan_batches(config: BatchConfig, sequence_length: int, world_size: int) -> BatchPlan:
+    """Cut the global batch over ``world_size`` ranks.
+
+    Raises:
+        ValueError: The global batch is not a whole number of sequences, or those are not a whole number of
+            micro-batches on every rank; the message gives the nearest values that work.
+    """
+    per_round = sequence_length * config.micro_batch_size * world_size
+    if config.global_batch_tokens % per_round:
+        below = config.global_batch_tokens // per_round * per_round
+        nearest = " or ".join(str(value) for value in (below, below + per_round) if value > 0)
+        raise ValueError(
+            f"batch.global_batch_tokens={config.global_batch_tokens} must be a multiple of {per_round} = "
+            f"model.sequence_length={sequence_length} * batch.micro_batch_size={config.micro_batch_size} * "
+            f"{world_size} ranks; nearest: {nearest}"
+        )
+    rows = config.global_batch_tokens // sequence_length
+    return BatchPlan(
+        rows_per_step=rows,
+        micro_batch_size=config.micro_batch_size,
+        accumulation=rows // (config.micro_batch_size * world_size),
+        num_steps=-(-config.total_tokens // config.global_batch_tokens),
+        tokens_per_step=config.global_batch_tokens,
+    )

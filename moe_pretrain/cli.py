@@ -1,0 +1,107 @@
+"""The table of commands. ``moe-pretrain COMMAND [OVERRIDES]``; every command takes the same Hydra overrides."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+USAGE_CODE = 2
+OVERRIDES_FILE = "overrides.txt"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Errors that a user can cause are one line on stderr; ``--debug`` shows the traceback.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help") or words[0] not in COMMANDS:
+        print(_usage(), file=sys.stderr if words and words[0] not in ("-h", "--help") else sys.stdout)
+        return 0 if words and words[0] in ("-h", "--help") else USAGE_CODE
+    try:
+        return COMMANDS[words[0]][0](words[1:])
+    except Exception as error:
+        if debug or not _is_users(error):
+            raise
+        print(f"moe-pretrain {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_CODE
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the error is one that the user can mend, and so needs no traceback."""
+    from moe_pretrain.checkpoint.store import CheckpointError
+    from moe_pretrain.engine.checks import SanityError
+    from moe_pretrain.engine.engine import NonFiniteError
+
+    return isinstance(error, ValueError | CheckpointError | NonFiniteError | SanityError)
+
+
+def _usage() -> str:
+    lines = ["usage: moe-pretrain COMMAND [OVERRIDE ...] [--debug]", ""]
+    lines += [f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    lines += ["", "An override is a Hydra override, for example model=700m router=top_k seed=1 batch.micro_batch_size=4."]
+    return "\n".join(lines)
+
+
+def _train(overrides: list[str]) -> int:
+    """Check the configuration, then train here or in workers of our own."""
+    from moe_pretrain.config import load
+    from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
+    from moe_pretrain.pretrain import check, train
+
+    overrides = _with_earlier_overrides(overrides)
+    config = load(overrides)
+    launched = launched_world_size()
+    check(config, launched or config.parallel.processes)
+    if launched_rank() == 0:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        (config.run.folder / OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
+    if launched is None and config.parallel.processes > 1:
+        return _start_workers(config.parallel.processes, overrides)
+    return train(config)
+
+
+def _with_earlier_overrides(overrides: list[str]) -> list[str]:
+    """A run that exists goes on with the overrides it was started with; new ones come after and win."""
+    from moe_pretrain.config import load
+
+    named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
+    explicit_name = any(word.startswith("run.name=") for word in named)
+    file = load(named).run.folder / OVERRIDES_FILE
+    if not explicit_name or not file.exists():
+        return overrides
+    merged: dict[str, str] = {}
+    for word in [*file.read_text().splitlines(), *overrides]:
+        merged[word.split("=")[0].lstrip("+")] = word
+    return list(merged.values())
+
+
+def _start_workers(processes: int, overrides: list[str]) -> int:
+    """Run ``train`` in ``processes`` workers of torchrun on this host."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+        *("-m", "moe_pretrain", "train", *overrides),
+    ]
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _report(arguments: list[str]) -> int:
+    """Write a run's HTML page and print where it is."""
+    from moe_pretrain.study.report import write_report
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain report RUN_FOLDER")
+    print(write_report(Path(arguments[0])))
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a model; the same run.name again resumes"),
+    "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
+}
+"""Command -> (function of the remaining words, one line of help)."""

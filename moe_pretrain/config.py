@@ -1,0 +1,220 @@
+"""The root configuration: what Hydra composes, turned into frozen dataclasses or one line of complaint.
+
+Values live in ``configs/*.yaml``; names, types, constraints and documentation live in the dataclasses beside the code that
+reads them. Every value must be in a YAML file and every YAML key must be a field, so neither can go stale.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe_pretrain.batching import BatchConfig
+from moe_pretrain.checkpoint.store import CheckpointConfig
+from moe_pretrain.data import CorpusConfig, TokenizerConfig
+from moe_pretrain.engine.deepspeed_config import EngineConfig
+from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
+from moe_pretrain.metrics.sinks import MetricsConfig
+from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.moe import RouterConfig
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.parallel.mesh import ParallelConfig
+
+ROOT_CONFIG = "pretrain"
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; one line naming the field, the value and the constraint."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives.
+
+    Attributes:
+        name: Name of the run's folder. The same name again resumes the run.
+        output_dir: Folder of all runs.
+        cache_dir: Folder of tokenised corpora, shared by runs.
+    """
+
+    name: str
+    output_dir: str
+    cache_dir: str
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or "/" in self.name:
+            raise ValueError(f"run.name={self.name!r} must be a folder name without '/'")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir) / self.name
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How documents share a row.
+
+    Attributes:
+        isolate_documents: Documents of a row do not attend to each other, positions restart at each, and the step from
+            one document to the next is not a target.
+    """
+
+    isolate_documents: bool
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training.
+
+    Attributes:
+        every_steps: Steps between validations; one is always made at the end.
+        max_rows: Rows of the validation set that are read, over all ranks.
+    """
+
+    every_steps: int
+    max_rows: int
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Constraints between parts are checked here."""
+
+    seed: int
+    run: RunConfig
+    model: ModelConfig
+    router: Annotated[RouterConfig, pydantic.Field(discriminator="name")]
+    data: Annotated[CorpusConfig, pydantic.Field(discriminator="source")]
+    tokenizer: TokenizerConfig
+    packing: PackingConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: Annotated[ScheduleConfig, pydantic.Field(discriminator="name")]
+    engine: EngineConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    metrics: MetricsConfig
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**31)")
+        if not isinstance(self.router, DenseConfig):
+            self.router.check_num_experts(self.model.moe.num_experts)
+        if self.tokenizer.kind == "train" and self.tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at most "
+                f"model.vocab_size={self.model.vocab_size}"
+            )
+
+
+def config_folder() -> Path:
+    """The YAML files: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def load(overrides: Sequence[str] = ()) -> Config:
+    """Compose the YAML files with Hydra ``overrides`` and validate.
+
+    Raises:
+        ConfigError: A typo, a wrong type, another variant's field, or a value out of range.
+    """
+    return validate(compose_values(overrides))
+
+
+def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed values as plain dictionaries, interpolations resolved."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+            composed = compose(ROOT_CONFIG, overrides=list(overrides))
+            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Turn composed values into dataclasses.
+
+    Raises:
+        ConfigError: Something is wrong; the first complaint, in one line.
+    """
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        raise ConfigError(_first_complaint(error)) from error
+    _refuse_unknown(config, values, "")
+    return config
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain values, for the run folder."""
+    return dataclasses.asdict(config)
+
+
+def _first_complaint(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    # In a union, pydantic's location names the variant behind the field; the user's path does not.
+    location = list(first["loc"])
+    if location[0] in ("router", "data", "schedule") and len(location) > 1:
+        del location[1]
+    path = ".".join(str(part) for part in location)
+    if first["type"] == "missing":
+        return f"{path} is missing: it must be given"
+    return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _refuse_unknown(part: Any, values: Mapping[str, Any], path: str) -> None:
+    """Raise if ``values`` has a key that is not a field of the dataclass ``part``."""
+    fields = {field.name for field in dataclasses.fields(part)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{path}{key}={value!r} is not a field of {type(part).__name__}{_suggest(key, fields)}")
+        child = getattr(part, key)
+        if dataclasses.is_dataclass(child):
+            _refuse_unknown(child, value, f"{path}{key}.")
+
+
+def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
+    text = " ".join(str(error).split())
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        parts = key.split(".")
+        folder = config_folder() / key
+        if folder.is_dir() and not (folder / f"{value}.yaml").exists():
+            return f"{key}={value} is not a choice{_suggest(value, {path.stem for path in folder.glob('*.yaml')})}"
+        known: Any = compose_values([]) if key else {}
+        for depth, part in enumerate(parts):
+            if not isinstance(known, dict) or part not in known:
+                if override.startswith("+") or not key:
+                    break
+                where = ".".join(parts[:depth]) or "the configuration"
+                names = set(known) if isinstance(known, dict) else set()
+                return f"{override}: {part!r} is not a field of {where}{_suggest(part, names)}"
+            known = known[part]
+    return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")

@@ -1,0 +1,216 @@
+"""Micro-batches for one rank. A step's data is a pure function of the step: there is no state.
+
+Position n of the run is row ``order.rows(n)`` of the corpus. A step consumes the next
+``global_batch_rows`` positions, each rank a contiguous part of them, cut into micro-batches in order. So the
+number of ranks, the micro-batch size and the prefetching thread change nothing, and a run resumes by
+naming its next step.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from moe_pretrain.data.order import RowOrder, rank_positions
+from moe_pretrain.data.packing import (
+    PADDING_POSITION,
+    MicroBatch,
+    build_micro_batch,
+    mark_document_starts,
+)
+from moe_pretrain.data.shards import ShardReader
+
+_PREFETCHED_STEPS = 2
+
+
+class TrainLoader:
+    """Endless training micro-batches of one rank; epochs follow one another.
+
+    Args:
+        reader: The training tokens.
+        sequence_length: Input positions of a row.
+        global_batch_rows: Rows of one step over all ranks.
+        micro_batch_rows: Rows of one forward pass on one rank.
+        rank: This data-parallel rank.
+        world_size: Number of data-parallel ranks.
+        seed: Key of the order of rows.
+        isolate_documents: See ``packing.build_micro_batch``.
+        shuffle: False reads the rows in their own order, for tests and debugging.
+
+    Raises:
+        ValueError: The corpus is shorter than one row, or the batch does not divide.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        sequence_length: int,
+        global_batch_rows: int,
+        micro_batch_rows: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        isolate_documents: bool,
+        shuffle: bool = True,
+    ) -> None:
+        rows_per_pass = world_size * micro_batch_rows
+        if rows_per_pass < 1 or global_batch_rows < 1 or global_batch_rows % rows_per_pass:
+            raise ValueError(
+                f"global_batch_rows={global_batch_rows} must be a positive multiple of "
+                f"world_size*micro_batch_rows={world_size}*{micro_batch_rows}={rows_per_pass}"
+            )
+        self.num_rows = count_rows(reader, sequence_length)
+        self._reader = reader
+        self._sequence_length = sequence_length
+        self._global_batch_rows = global_batch_rows
+        self._micro_batch_rows = micro_batch_rows
+        self._rank = rank
+        self._world_size = world_size
+        self._isolate_documents = isolate_documents
+        self._order = RowOrder(self.num_rows, seed, shuffle)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of one step, in order."""
+        own = rank_positions(step, self._global_batch_rows, self._rank, self._world_size)
+        positions = np.arange(own.start, own.stop, dtype=np.int64)
+        rows = self._order.rows(positions)
+        size = self._micro_batch_rows
+        return [
+            _read_micro_batch(
+                self._reader,
+                rows[first : first + size],
+                positions[first : first + size],
+                self._sequence_length,
+                self._isolate_documents,
+            )
+            for first in range(0, len(positions), size)
+        ]
+
+    def iterate(self, first_step: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """``(step, micro_batches(step))`` from ``first_step`` on, for ever.
+
+        One background thread works up to two steps ahead. What fails in it is raised here, at
+        the step it failed on; closing the iterator ends the thread.
+        """
+        ready: queue.Queue[tuple[int, list[MicroBatch] | Exception]] = queue.Queue(_PREFETCHED_STEPS)
+        stop = threading.Event()
+
+        def work() -> None:
+            step = first_step
+            while not stop.is_set():
+                try:
+                    result: list[MicroBatch] | Exception = self.micro_batches(step)
+                except Exception as error:
+                    result = error
+                ready.put((step, result))
+                if isinstance(result, Exception):
+                    return
+                step += 1
+
+        thread = threading.Thread(target=work, name="moe-pretrain-prefetch", daemon=True)
+        thread.start()
+        try:
+            while True:
+                step, result = ready.get()
+                if isinstance(result, Exception):
+                    raise result
+                yield step, result
+        finally:
+            stop.set()
+            # After stop the thread puts at most one more result; room for it lets it end.
+            while not ready.empty():
+                ready.get_nowait()
+            thread.join()
+
+
+def validation_batches(
+    reader: ShardReader,
+    sequence_length: int,
+    micro_batch_rows: int,
+    rank: int,
+    world_size: int,
+    max_rows: int | None,
+    isolate_documents: bool,
+) -> Iterator[MicroBatch]:
+    """One pass over the first rows of a corpus, in order, split over ranks.
+
+    Every rank yields the same number of micro-batches, as collectives need; rows that are
+    missing at the end are padding. Tokens after the last whole row are left out.
+
+    Args:
+        reader: The validation tokens.
+        sequence_length: Input positions of a row.
+        micro_batch_rows: Rows of one forward pass on one rank.
+        rank: This data-parallel rank.
+        world_size: Number of data-parallel ranks.
+        max_rows: Rows to read over all ranks, or None for all of them.
+        isolate_documents: See ``packing.build_micro_batch``.
+
+    Raises:
+        ValueError: The corpus is shorter than one row, or a size is not positive.
+    """
+    num_rows = count_rows(reader, sequence_length)
+    if max_rows is not None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows} must be at least 1, or null for all rows")
+        num_rows = min(num_rows, max_rows)
+    if micro_batch_rows < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"micro_batch_rows={micro_batch_rows} must be at least 1 and rank={rank} must be "
+            f"from 0 to world_size-1={world_size - 1}"
+        )
+    return _validation_batches(
+        reader, num_rows, sequence_length, micro_batch_rows, rank, world_size, isolate_documents
+    )
+
+
+def count_rows(reader: ShardReader, sequence_length: int) -> int:
+    """Whole rows in a corpus: each needs ``sequence_length`` tokens, the last one more.
+
+    Raises:
+        ValueError: There is not even one.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length={sequence_length} must be at least 1")
+    num_rows = (reader.num_tokens - 1) // sequence_length
+    if num_rows < 1:
+        raise ValueError(
+            f"sequence_length={sequence_length} must be below the {reader.num_tokens} tokens "
+            f"in {reader.folder}"
+        )
+    return num_rows
+
+
+def _validation_batches(
+    reader: ShardReader,
+    num_rows: int,
+    sequence_length: int,
+    micro_batch_rows: int,
+    rank: int,
+    world_size: int,
+    isolate_documents: bool,
+) -> Iterator[MicroBatch]:
+    stride = world_size * micro_batch_rows
+    for first in range(rank * micro_batch_rows, -(-num_rows // stride) * stride, stride):
+        rows = np.arange(first, first + micro_batch_rows, dtype=np.int64)
+        positions = np.where(rows < num_rows, rows, PADDING_POSITION)
+        # A padding row needs some tokens; row 0 always exists and nothing of it is counted.
+        rows = np.where(rows < num_rows, rows, 0)
+        yield _read_micro_batch(reader, rows, positions, sequence_length, isolate_documents)
+
+
+def _read_micro_batch(
+    reader: ShardReader,
+    rows: np.ndarray,
+    positions: np.ndarray,
+    sequence_length: int,
+    isolate_documents: bool,
+) -> MicroBatch:
+    """Read rows [batch] of the corpus, which stand at positions [batch] of the run."""
+    first_tokens = rows * sequence_length
+    tokens = np.empty((len(rows), sequence_length + 1), dtype=np.int64)
+    for index, first in enumerate(first_tokens.tolist()):
+        tokens[index] = reader.read(first, first + sequence_length + 1)
+    starts = mark_document_starts(reader.document_ends, first_tokens, sequence_length)
+    return build_micro_batch(tokens, starts, positions, isolate_documents)

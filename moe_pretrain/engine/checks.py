@@ -1,0 +1,87 @@
+"""Cheap checks around the step that turn silent defects into an error naming the tensor and the step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.parallel.deepspeed_moe import is_expert
+from moe_pretrain.parallel.mesh import Mesh
+
+_CHUNK = 1 << 22
+_BITS_DTYPE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class SanityError(RuntimeError):
+    """Something that must always hold does not."""
+
+
+@contextmanager
+def every_parameter_gets_gradient(model: nn.Module, step: int) -> Iterator[None]:
+    """Raise after the block if a trainable parameter got no gradient in it (defects C5, C10)."""
+    reached: set[int] = set()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    handles = [
+        # ZeRO takes the gradient away in its own hook, so ours only notes that it came by.
+        parameter.register_hook(lambda grad, key=id(parameter): reached.add(key) and None)
+        for parameter in parameters.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, parameter in parameters.items():
+        if id(parameter) not in reached:
+            raise SanityError(f"step {step}: parameter {name} got no gradient")
+
+
+def check_optimizer_covers(model: nn.Module, optimizer_parameters: list[Tensor]) -> None:
+    """Raise unless the optimizer holds exactly the trainable parameters, by identity (defect C10)."""
+    held = {id(parameter) for parameter in optimizer_parameters}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise SanityError(f"parameter {name} is not in the optimizer")
+    if len(held) != len(optimizer_parameters) or len(held) != sum(1 for p in model.parameters() if p.requires_grad):
+        raise SanityError("the optimizer holds parameters twice, or some that are not in the model")
+
+
+def check_replicas(model: DecoderLM, mesh: Mesh, step: int) -> None:
+    """Raise unless replicas are bitwise equal and experts differ (defects C2, C4, C30).
+
+    Dense parameters are compared over all ranks, expert parameters over the ranks that hold the same experts; then all
+    experts of a layer must have different weights. Collective: every rank must call it.
+    """
+    for expert, group in ((False, None), (True, mesh.expert_data_group)):
+        named = [(name, p) for name, p in model.named_parameters() if is_expert(p) == expert]
+        if not named:
+            continue
+        sums = torch.stack([checksum(parameter) for _, parameter in named])
+        low, high = sums.clone(), sums.clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+        for (name, _), differs in zip(named, (low != high).tolist(), strict=True):
+            if differs:
+                raise SanityError(f"step {step}: parameter {name} differs between ranks that must hold the same")
+    for layer in model.moe_layers():
+        own = torch.stack([checksum(expert) for expert in layer.experts.in_weight.unbind(0)])
+        gathered = [torch.empty_like(own) for _ in range(mesh.shard.size)]
+        dist.all_gather(gathered, own, group=mesh.expert_group)
+        values = torch.cat(gathered)
+        if len(values.unique()) != len(values):
+            raise SanityError(f"step {step}: two experts of layer {layer.router.layer} have the same weights")
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """Hash of a tensor's bits and their order, int64 scalar on its device, the same for the same bits."""
+    bits = tensor.detach().contiguous().view(-1).view(_BITS_DTYPE[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        odd = torch.arange(start, start + chunk.numel(), device=tensor.device) * 2 + 1
+        total += (chunk * odd).sum()
+    return total

@@ -1,0 +1,96 @@
+"""Our configuration to DeepSpeed's dictionary. Pure; every key that changes numbers is written out."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's numerics.
+
+    Attributes:
+        device: ``auto`` takes a GPU when there is one.
+        dtype: ``auto`` is bfloat16 on a GPU and float32 on a CPU. bfloat16 keeps float32 master weights, float32
+            gradient accumulation and reduction, and float32 routers.
+        zero_stage: 0: nothing is partitioned; 1: optimizer states; 2: also gradients.
+        gradient_clipping: Largest global gradient norm; 0 switches clipping off.
+        reduce_bucket_elements: Elements per gradient reduction.
+        check_every_steps: Steps between checks that replicas are equal and experts differ; 0 switches them off.
+    """
+
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    zero_stage: int
+    gradient_clipping: float
+    reduce_bucket_elements: int
+    check_every_steps: int
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage=3 must be 0, 1 or 2: DeepSpeed refuses custom MoE layers at stage 3; experts are "
+                "already spread by parallel.expert_parallel_size"
+            )
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(f"engine.zero_stage={self.zero_stage} must be 0, 1 or 2")
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16: DeepSpeed's stage 0 then uses another "
+                "optimizer with other results"
+            )
+        if self.gradient_clipping < 0:
+            raise ValueError(f"engine.gradient_clipping={self.gradient_clipping} must not be negative")
+        if self.check_every_steps < 0:
+            raise ValueError(f"engine.check_every_steps={self.check_every_steps} must not be negative")
+        if self.reduce_bucket_elements < 2:
+            raise ValueError(f"engine.reduce_bucket_elements={self.reduce_bucket_elements} must be at least 2")
+
+
+def clips_itself(config: EngineConfig) -> bool:
+    """Whether our code clips instead of DeepSpeed's.
+
+    At stage 0 DeepSpeed averages the norms of ranks that hold different experts (DeepSpeed#8475, defect C3), so
+    there it is told not to clip.
+    """
+    return config.zero_stage == 0
+
+
+def deepspeed_config(
+    config: EngineConfig, dtype: Dtype, micro_batch_size: int, accumulation: int, world_size: int
+) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``.
+
+    Args:
+        config: The engine's fields.
+        dtype: ``config.dtype`` with ``auto`` resolved.
+        micro_batch_size: Sequences per rank and forward pass.
+        accumulation: Micro-batches per rank and step.
+        world_size: Number of ranks.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": False},
+        "fp16": {"enabled": False},
+        # Accumulating or reducing gradients in bfloat16 loses small contributions.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": 0.0 if clips_itself(config) else config.gradient_clipping,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": config.reduce_bucket_elements,
+            "allgather_bucket_size": config.reduce_bucket_elements // 2 * 2,
+        },
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

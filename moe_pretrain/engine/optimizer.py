@@ -1,0 +1,140 @@
+"""Parameter groups, AdamW and learning-rate schedules."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from moe_pretrain.moe.types import float32_parameters
+from moe_pretrain.parallel.deepspeed_moe import split_expert_groups
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        epsilon: Added to the root of the second moment.
+        weight_decay: Decoupled decay of matrices; norms and other vectors do not decay.
+    """
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be positive")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        if self.epsilon <= 0:
+            raise ValueError(f"optimizer.epsilon={self.epsilon} must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
+
+
+@dataclass(frozen=True)
+class CosineScheduleConfig:
+    """Linear warm-up, then a cosine down to a floor at the last step.
+
+    Attributes:
+        name: ``cosine``.
+        warmup_steps: Steps of the warm-up.
+        floor: Last learning rate as a fraction of the peak, in [0, 1].
+    """
+
+    name: Literal["cosine"]
+    warmup_steps: int
+    floor: float
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.warmup_steps, self.floor)
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """Learning rate of ``step`` (from 0) as a fraction of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = min(1.0, (step + 1 - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class WarmupStableDecayScheduleConfig:
+    """Linear warm-up, constant, then a linear decay (MiniCPM, arXiv:2404.06395, sec. 4, with a linear tail).
+
+    Attributes:
+        name: ``warmup_stable_decay``.
+        warmup_steps: Steps of the warm-up.
+        decay_fraction: Share of the run that decays, at its end, in [0, 1].
+        floor: Last learning rate as a fraction of the peak, in [0, 1].
+    """
+
+    name: Literal["warmup_stable_decay"]
+    warmup_steps: int
+    decay_fraction: float
+    floor: float
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.warmup_steps, self.floor)
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in [0, 1]")
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """Learning rate of ``step`` (from 0) as a fraction of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        decay_steps = round(self.decay_fraction * num_steps)
+        into_decay = step + 1 - (num_steps - decay_steps)
+        if into_decay <= 0:
+            return 1.0
+        return 1.0 - (1 - self.floor) * min(1.0, into_decay / decay_steps)
+
+
+ScheduleConfig = CosineScheduleConfig | WarmupStableDecayScheduleConfig
+
+
+def _check_schedule(warmup_steps: int, floor: float) -> None:
+    if warmup_steps < 0:
+        raise ValueError(f"schedule.warmup_steps={warmup_steps} must not be negative")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"schedule.floor={floor} must be in [0, 1]")
+
+
+def decays(parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: to matrices (and stacks of them), not to norms."""
+    return parameter.ndim >= 2
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Every trainable parameter once: decayed or not, float32-kept apart, experts apart."""
+    kept = {id(parameter) for parameter in float32_parameters(model)}
+    groups: dict[str, dict] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = decays(parameter)
+        name = ("decayed" if decayed else "plain") + ("_float32" if id(parameter) in kept else "")
+        group = groups.setdefault(
+            name, {"params": [], "name": name, "weight_decay": config.weight_decay if decayed else 0.0}
+        )
+        group["params"].append(parameter)
+    return split_expert_groups(list(groups.values()))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over ``parameter_groups``; torch's fused kernel, which runs on CPU and CUDA."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )

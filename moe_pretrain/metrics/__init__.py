@@ -1,0 +1,1 @@
+"""What a run writes down about itself: router statistics, throughput, and where the rows go."""

@@ -1,0 +1,145 @@
+"""The rows of ``RUN/metrics.jsonl``, one JSON object per line: written, read, cleaned, reduced.
+
+Keys of every row:
+    kind      "train", "validation" or "event"
+    step      optimizer steps done
+    tokens    tokens consumed so far
+    seconds   wall time of this run, summed over its attempts
+    attempt   0 for the first start, one more for every resume
+
+Names are ``group/name_unit``. Per-layer names are ``moe/layer_03/NAME``. A number that is not
+finite is written as ``null`` (JSON has no NaN) and an event row "non_finite" says so.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+_LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
+_SCALAR_GROUPS = ("train/", "aux/", "validation/")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a metrics file that may still be growing.
+
+    Args:
+        path: The ``metrics.jsonl`` of a run; a missing file has no rows.
+
+    Returns:
+        All complete rows, in file order. A last line without its newline is a row that is being
+        written, or was torn by a crash, and is left out.
+
+    Raises:
+        ValueError: A complete line is not a JSON object; the message names file and line.
+    """
+    if not path.exists():
+        return []
+    complete_lines = path.read_bytes().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(complete_lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object; delete that line to go on")
+        rows.append(row)
+    return rows
+
+
+class JsonlSink:
+    """Appends rows to a file, one JSON object per line, each flushed when written."""
+
+    def __init__(self, path: Path):
+        """Open ``path`` for appending and drop a last line that a crash left half written."""
+        self.path = path
+        content = path.read_bytes() if path.exists() else b""
+        self._file = path.open("ab")
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+    def write(self, row: Row) -> None:
+        """Append one row, whose numbers must be finite (see ``replace_non_finite``)."""
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> list[Row]:
+        """Remove the rows of steps that a resumed run will do again, event rows too.
+
+        Args:
+            step: Steps done in the loaded checkpoint; rows with a larger ``step`` go.
+
+        Returns:
+            The rows that were kept.
+        """
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        self._file.close()
+        replacement = self.path.with_suffix(".jsonl.partial")
+        with replacement.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(self.path)
+        self._file = self.path.open("ab")
+        return kept
+
+    def sync(self) -> None:
+        """Wait until every row is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close the file."""
+        self.sync()
+        self._file.close()
+
+
+def replace_non_finite(row: Row) -> tuple[Row, list[str]]:
+    """Make a row writable as JSON.
+
+    Args:
+        row: Scalars and flat lists of scalars.
+
+    Returns:
+        The row with every NaN and infinity replaced by None, and the keys where that happened.
+    """
+    bad_keys = []
+
+    def clean(key: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [clean(key, item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            if key not in bad_keys:
+                bad_keys.append(key)
+            return None
+        return value
+
+    return {key: clean(key, value) for key, value in row.items()}, bad_keys
+
+
+def reduce_layers(row: Row) -> Row:
+    """Shrink a row to what a dashboard can show: no lists, and no chart per layer.
+
+    Args:
+        row: A train or validation row, with any number of layers.
+
+    Returns:
+        ``step``, ``tokens`` and the ``train/``, ``aux/`` and ``validation/`` numbers as they are;
+        each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers.
+    """
+    reduced = {"step": row["step"], "tokens": row["tokens"]}
+    over_layers: dict[str, list[float]] = {}
+    for key, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if key.startswith(_SCALAR_GROUPS):
+            reduced[key] = value
+        elif match := _LAYER_KEY.fullmatch(key):
+            over_layers.setdefault(match.group(1), []).append(value)
+    for name, values in over_layers.items():
+        reduced[f"moe/mean/{name}"] = sum(values) / len(values)
+        reduced[f"moe/max/{name}"] = max(values)
+    return reduced

@@ -1,0 +1,70 @@
+"""One step's result to one metrics row."""
+
+import math
+
+import torch
+
+from moe_pretrain.engine.engine import StepResult
+from moe_pretrain.metrics.rows import Row
+from moe_pretrain.metrics.throughput import Window, model_flops_utilization
+from moe_pretrain.model.decoder import DecoderLM
+
+
+def train_row(
+    result: StepResult,
+    model: DecoderLM,
+    window: Window,
+    learning_rate: float,
+    flops_per_token: float,
+    num_devices: int,
+    peak_flops: float | None,
+) -> Row:
+    """Named numbers of one logged step: losses, speed, and statistics of every MoE layer.
+
+    Args:
+        result: The step.
+        model: For the norms of the router weights.
+        window: Speed since the last row.
+        learning_rate: Of the step, in the optimizer's unit.
+        flops_per_token: Model FLOPs of training one token; active parameters only.
+        num_devices: Ranks.
+        peak_flops: FLOP/s of one device, or None where it is not known (CPU): then there is no MFU.
+    """
+    row: Row = {
+        "train/loss": result.loss,
+        "train/aux_loss": result.aux_loss,
+        "train/gradient_norm": result.gradient_norm,
+        "train/learning_rate": learning_rate,
+        "train/tokens_per_second": window.tokens_per_second,
+        "train/step_seconds": window.step_seconds,
+    }
+    if peak_flops is not None:
+        row["train/model_flops_utilization"] = model_flops_utilization(
+            flops_per_token, window.tokens_per_second, num_devices, peak_flops
+        )
+    if torch.cuda.is_available():
+        row["train/peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+    for name, value in result.aux.items():
+        row[f"aux/{name}_loss"] = value
+        row[f"aux/{name}_weight"] = result.aux_weights[name]
+    for index, layer in enumerate(model.moe_layers()):
+        routes = result.tokens_per_expert[index]
+        share = routes / routes.sum().clamp(min=1)
+        prefix = f"moe/layer_{layer.router.layer:02d}"
+        row[f"{prefix}/load_max_over_mean"] = float(share.max() * layer.num_experts)
+        row[f"{prefix}/router_entropy"] = result.router_entropy[index]
+        row[f"{prefix}/dead_experts"] = float((routes == 0).sum())
+        row[f"{prefix}/dropped_share"] = result.dropped_share[index]
+        row[f"{prefix}/experts_per_token"] = float(routes.sum()) / max(result.tokens, 1.0)
+        row[f"{prefix}/router_weight_norm"] = layer.router.weight_norm()
+        row[f"{prefix}/expert_share"] = share.tolist()
+    return row
+
+
+def evaluation_row(loss: float, bytes_per_token: float) -> Row:
+    """Validation loss in nats per token, perplexity, and bits per byte, which compares across tokenizers."""
+    return {
+        "validation/loss": loss,
+        "validation/perplexity": math.exp(min(loss, 700.0)),
+        "validation/bits_per_byte": loss / math.log(2) / bytes_per_token,
+    }

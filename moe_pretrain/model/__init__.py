@@ -1,0 +1,1 @@
+"""The decoder that surrounds the MoE layers."""

@@ -1,0 +1,113 @@
+"""Causal grouped-query attention in which documents of a packed row do not see each other."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_pretrain.model.layers import apply_rotary
+
+
+@dataclass(frozen=True)
+class DocumentMask:
+    """What every layer's attention needs to know of the documents, made once per micro-batch.
+
+    Attributes:
+        spans: Lengths of the documents of each row, in order. CPU only, else None.
+        block_mask: FlexAttention's block mask. CUDA only, else None.
+    """
+
+    spans: list[list[int]] | None = None
+    block_mask: Any = None
+
+
+def document_mask(document_ids: Int[Tensor, "batch sequence"]) -> DocumentMask:
+    """Build the mask for rows whose positions belong to the documents ``document_ids``.
+
+    A document is a run of equal ids. On CUDA this is a FlexAttention block mask: building it once per micro-batch
+    matters, it costs as much as a layer. On the CPU, FlexAttention has no backward and SDPA with a dense
+    mask is 3 to 4 times slower than SDPA per document, so the lengths are taken to the host.
+    """
+    if document_ids.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        batch, sequence = document_ids.shape
+        same = _visible(document_ids)
+        mask = create_block_mask(same, batch, None, sequence, sequence, device=str(document_ids.device))
+        return DocumentMask(block_mask=mask)
+    spans = []
+    for row in document_ids:
+        _, lengths = torch.unique_consecutive(row, return_counts=True)
+        spans.append(lengths.tolist())
+    return DocumentMask(spans=spans)
+
+
+def _visible(document_ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's mask function: keys of the same document, not later than the query."""
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document_ids[batch, query] == document_ids[batch, key]) & (key <= query)
+
+    return mask
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention is only fast when compiled; one compilation serves all layers."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def attend(
+    query: Float[Tensor, "batch heads sequence head"],
+    key: Float[Tensor, "batch kv_heads sequence head"],
+    value: Float[Tensor, "batch kv_heads sequence head"],
+    mask: DocumentMask,
+) -> Float[Tensor, "batch heads sequence head"]:
+    """Scaled dot-product attention within documents, causal; heads share keys in equal groups."""
+    grouped = query.shape[1] != key.shape[1]
+    if mask.block_mask is not None:
+        flex = _compiled_flex_attention()
+        return flex(query, key, value, block_mask=mask.block_mask, enable_gqa=grouped)
+    assert mask.spans is not None
+    sdpa = functools.partial(
+        functional.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped
+    )
+    if all(len(spans) == 1 for spans in mask.spans):
+        return sdpa(query, key, value)
+    rows = []
+    for row, spans in enumerate(mask.spans):
+        parts = [tensor[row : row + 1].split(spans, dim=2) for tensor in (query, key, value)]
+        rows.append(torch.cat([sdpa(*document) for document in zip(*parts, strict=True)], dim=2))
+    return torch.cat(rows)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; ``qkv_weight`` holds query, key and value rows in that order."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_size: int):
+        super().__init__()
+        self.head_size = head_size
+        self.sizes = [num_heads * head_size, num_key_value_heads * head_size, num_key_value_heads * head_size]
+        self.qkv_weight = nn.Parameter(torch.empty(sum(self.sizes), hidden_size))
+        self.out_weight = nn.Parameter(torch.empty(hidden_size, num_heads * head_size))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch sequence hidden"],
+        rotary: tuple[Tensor, Tensor],
+        mask: DocumentMask,
+    ) -> Float[Tensor, "batch sequence hidden"]:
+        """Attend; ``rotary`` comes from ``rotary_table``, ``mask`` from ``document_mask``."""
+        projected = functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected
+        )
+        attended = attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value, mask)
+        return functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight)

@@ -1,0 +1,65 @@
+"""One pre-norm block: attention, then a dense or a mixture-of-experts feed-forward network."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_pretrain.model.attention import Attention, DocumentMask
+from moe_pretrain.model.layers import RMSNorm
+from moe_pretrain.moe.experts.swiglu import SwiGLU
+from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.types import MoEOutput, RoutingContext
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Block(nn.Module):
+    """``h = h + attention(norm(h)); h = h + feed_forward(norm(h))``.
+
+    ``recompute``: ``none`` keeps all activations; ``selective`` makes those of attention again in backward;
+    ``full`` also those of the feed-forward network. The router's decision is kept in every mode, so
+    recomputation can neither route differently nor count twice (defects C14, C24).
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        feed_forward: SwiGLU | MoELayer,
+        hidden_size: int,
+        norm_epsilon: float,
+        recompute: Recompute,
+    ):
+        super().__init__()
+        self.attention_norm = RMSNorm(hidden_size, norm_epsilon)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(hidden_size, norm_epsilon)
+        self.feed_forward = feed_forward
+        self.recompute = recompute
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch sequence hidden"],
+        rotary: tuple[Tensor, Tensor],
+        mask: DocumentMask,
+        context: RoutingContext,
+    ) -> tuple[Float[Tensor, "batch sequence hidden"], MoEOutput | None]:
+        """Return the new hidden states and, from a MoE layer, its output record."""
+        if self.recompute == "none":
+            hidden = self._attend(hidden, rotary, mask)
+        else:
+            hidden = checkpoint(self._attend, hidden, rotary, mask, use_reentrant=False)
+        if isinstance(self.feed_forward, MoELayer):
+            normed = self.feed_forward_norm(hidden).flatten(0, 1)
+            moe = self.feed_forward(normed, context, self.recompute == "full")
+            return hidden + moe.hidden.view_as(hidden), moe
+        if self.recompute == "full":
+            return checkpoint(self._feed_forward, hidden, use_reentrant=False), None
+        return self._feed_forward(hidden), None
+
+    def _attend(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: DocumentMask) -> Tensor:
+        return hidden + self.attention(self.attention_norm(hidden), rotary, mask)
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.feed_forward(self.feed_forward_norm(hidden))

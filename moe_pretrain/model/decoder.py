@@ -1,0 +1,201 @@
+"""A Llama-style decoder whose feed-forward networks are mixtures of experts."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_pretrain.model.attention import Attention, document_mask
+from moe_pretrain.model.block import Block, Recompute
+from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, rotary_table
+from moe_pretrain.moe import RouterConfig, build_moe_layer
+from moe_pretrain.moe.experts.swiglu import SwiGLU
+from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, RoutingContext
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder.
+
+    Attributes:
+        name: Name of the size, for run names and reports.
+        vocab_size: Rows of the embedding; at least the tokenizer's vocabulary.
+        sequence_length: Tokens per row.
+        num_layers: Blocks.
+        hidden_size: Model width.
+        num_heads: Query heads; divides ``hidden_size`` into heads of an even size.
+        num_key_value_heads: Key and value heads; divides ``num_heads``.
+        ffn_hidden_size: Inner width of dense feed-forward networks (leading layers, dense twins).
+        rope_base: Base of the rotary angles.
+        norm_epsilon: Epsilon of RMSNorm.
+        tie_embeddings: Use the embedding as output head.
+        init_std: Standard deviation of the normal initialisation.
+        scale_residual_init: Divide the standard deviation of matrices that write into the residual stream by
+            ``sqrt(2 * num_layers)`` (GPT-2).
+        cross_entropy_chunk_tokens: Positions whose logits exist at a time.
+        recompute: Activations made again in backward: ``none``, ``selective`` (attention), ``full``.
+        moe: The experts.
+    """
+
+    name: str
+    vocab_size: int
+    sequence_length: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    ffn_hidden_size: int
+    rope_base: float
+    norm_epsilon: float
+    tie_embeddings: bool
+    init_std: float
+    scale_residual_init: bool
+    cross_entropy_chunk_tokens: int
+    recompute: Recompute
+    moe: MoEConfig
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size sequence_length num_layers hidden_size num_heads num_key_value_heads ffn_hidden_size "
+            "rope_base norm_epsilon init_std cross_entropy_chunk_tokens"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be positive")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}; "
+                f"nearest: {_nearest_multiples(self.hidden_size, self.num_heads)}"
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"model.hidden_size/num_heads={self.head_size} must be even: rotary positions turn pairs"
+            )
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_key_value_heads={self.num_key_value_heads} must divide model.num_heads={self.num_heads}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers that routing replaces."""
+        return [layer for layer in range(self.num_layers) if self.moe.is_moe_layer(layer)]
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    return ", ".join(str(multiple) for multiple in (below, below + divisor) if multiple > 0)
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """Result of one forward pass over a micro-batch.
+
+    Attributes:
+        loss_sum: Cross-entropy summed over counted positions, nats, float32.
+        aux: Each aux loss of the routers, unweighted, averaged over MoE layers.
+        uses: Statistics of each MoE layer, bottom up.
+    """
+
+    loss_sum: Float[Tensor, ""]
+    aux: dict[str, Tensor]
+    uses: list[RouterUse]
+
+
+class DecoderLM(nn.Module):
+    """Decoder language model; parameters are empty until ``model.init.initialise`` fills them."""
+
+    def __init__(self, config: ModelConfig, router: RouterConfig, shard: ExpertShard):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(width, config.num_heads, config.num_key_value_heads, config.head_size),
+                build_moe_layer(config.moe, router, width, layer, shard)
+                if config.moe.is_moe_layer(layer)
+                else SwiGLU(width, config.ffn_hidden_size),
+                width,
+                config.norm_epsilon,
+                config.recompute,
+            )
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(width, config.norm_epsilon)
+        self.head = None if config.tie_embeddings else nn.Linear(width, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output embedding ``[vocab, hidden]``."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, bottom up."""
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch sequence"],
+        labels: Int[Tensor, "batch sequence"],
+        document_ids: Int[Tensor, "batch sequence"],
+        position_ids: Int[Tensor, "batch sequence"],
+        context: RoutingContext,
+    ) -> LMOutput:
+        """Losses of a micro-batch.
+
+        Args:
+            input_ids: Tokens.
+            labels: Next tokens, ``IGNORE_INDEX`` where not counted.
+            document_ids: Document of each position within its row; runs of equal ids see each other.
+            position_ids: Position for the rotary angles.
+            context: Handed to the routers.
+        """
+        hidden, outputs = self._trunk(input_ids, document_ids, position_ids, context)
+        loss_sum = chunked_cross_entropy(
+            self.norm(hidden).flatten(0, 1),
+            self.head_weight,
+            labels.flatten(),
+            self.config.cross_entropy_chunk_tokens,
+        )
+        names = outputs[0].aux if outputs else {}
+        aux = {name: torch.stack([output.aux[name] for output in outputs]).mean() for name in names}
+        return LMOutput(loss_sum, aux, [output.use for output in outputs])
+
+    @torch.no_grad()
+    def routes(
+        self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
+    ) -> list[RouterUse]:
+        """Statistics of a micro-batch without losses: what the global-batch balance level needs ahead."""
+        _, outputs = self._trunk(input_ids, document_ids, position_ids, context)
+        return [output.use for output in outputs]
+
+    @torch.no_grad()
+    def logits(
+        self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
+    ) -> Float[Tensor, "batch sequence vocab"]:
+        """Next-token logits, float32; for tests, export checks and generation, not for training."""
+        hidden, _ = self._trunk(input_ids, document_ids, position_ids, context)
+        return functional.linear(self.norm(hidden), self.head_weight).float()
+
+    def _trunk(
+        self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, list[MoEOutput]]:
+        """All blocks: hidden states before the final norm, and the MoE layers' outputs."""
+        rotary = rotary_table(position_ids, self.config.head_size, self.config.rope_base)
+        mask = document_mask(document_ids)
+        hidden = self.embedding(input_ids)
+        outputs = []
+        for block in self.blocks:
+            hidden, output = block(hidden, rotary, mask, context)
+            if output is not None:
+                outputs.append(output)
+        return hidden, outputs

@@ -1,0 +1,105 @@
+"""RMSNorm, rotary positions and the chunked cross-entropy.
+
+Axis names: ``batch`` sequences in the micro-batch, ``sequence`` positions, ``tokens`` = batch * sequence,
+``hidden`` model width, ``vocab`` tokens of the vocabulary, ``heads`` attention heads, ``half`` half a head.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORE_INDEX = -100
+"""Label of a position whose prediction is not counted."""
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x ** 2) + epsilon) * weight`` over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, hidden_size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
+        """Normalise; the statistics are float32 inside."""
+        return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.epsilon)
+
+
+def rotary_table(
+    position_ids: Int[Tensor, "batch sequence"], head_size: int, base: float
+) -> tuple[Float[Tensor, "batch 1 sequence half"], Float[Tensor, "batch 1 sequence half"]]:
+    """Cosine and sine of the rotary angles, float32 (RoFormer, arXiv:2104.09864, eq. 15)."""
+    exponent = torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size
+    angle = position_ids[:, None, :, None].float() * base**-exponent
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(
+    heads: Float[Tensor, "batch heads sequence head"],
+    table: tuple[Tensor, Tensor],
+) -> Float[Tensor, "batch heads sequence head"]:
+    """Rotate pairs ``(i, i + head / 2)``, Llama's layout; computed in float32, returned in the input's dtype."""
+    cosine, sine = table
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return rotated.to(heads.dtype)
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "tokens hidden"],
+    head_weight: Float[Tensor, "vocab hidden"],
+    labels: Int[Tensor, "tokens"],
+    chunk_tokens: int,
+) -> Float[Tensor, ""]:
+    """Sum of ``-log softmax(hidden @ head_weight.T)[label]`` over counted positions, without the logits.
+
+    Logits exist for ``chunk_tokens`` positions at a time. The gradients are made in forward, while a chunk's
+    logits are there, so backward only scales them. Log-sum-exp and the sum are float32 for any input dtype.
+
+    Args:
+        hidden: Final normed hidden states.
+        head_weight: Output embedding.
+        labels: Target ids, ``IGNORE_INDEX`` where not counted.
+        chunk_tokens: Positions per chunk.
+
+    Returns:
+        The sum in nats, float32; divide by the number of counted positions of the global batch (defect C20).
+    """
+    return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        # float32, because in bfloat16 the sum over chunks would lose the later ones.
+        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if needs_grad else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = functional.linear(hidden[part], head_weight).float()
+            target = labels[part]
+            counted = (target != IGNORE_INDEX)[:, None]
+            index = target.clamp(min=0)[:, None]
+            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            total += ((log_normaliser - logits.gather(1, index)) * counted).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            grad_logits = logits.sub_(log_normaliser).exp_()  # softmax, in place
+            grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            grad_logits = grad_logits.mul_(counted).to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ head_weight
+            grad_weight += grad_logits.t() @ hidden[part]
+        if grad_hidden is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(head_weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # 0-dim factors do not promote: bfloat16 gradients stay bfloat16.
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None

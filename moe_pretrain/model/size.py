@@ -1,0 +1,99 @@
+"""Parameters and FLOPs of a configuration, counted without building it."""
+
+from dataclasses import dataclass
+
+from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.moe import RouterConfig, dense_width
+from moe_pretrain.moe.routers.dense import DenseConfig
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts by part, and the FLOPs of one training token.
+
+    ``total_parameters`` and ``active_parameters`` count both embeddings when they are untied.
+
+    Attributes:
+        embedding: Input embedding.
+        head: Output embedding; 0 when tied.
+        attention: All attention layers.
+        norms: All norms.
+        dense_ffn: Dense feed-forward networks and shared experts.
+        routers: All routers.
+        experts: All routed experts.
+        active_experts: Routed experts that one token uses, expected over tokens.
+        attention_score_flops: Forward FLOPs per token of ``QK`` and ``AV`` with a causal mask over a full row.
+        head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
+    """
+
+    embedding: int
+    head: int
+    attention: int
+    norms: int
+    dense_ffn: int
+    routers: int
+    experts: int
+    active_experts: float
+    attention_score_flops: float
+    head_matmul: int
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters."""
+        return self.embedding + self.head + self._backbone + self.experts
+
+    @property
+    def active_parameters(self) -> float:
+        """Parameters that one token uses: all but the experts it does not visit."""
+        return self.embedding + self.head + self._backbone + self.active_experts
+
+    @property
+    def forward_flops_per_token(self) -> float:
+        """FLOPs of one token's forward pass: 2 per active matrix entry, plus the attention scores."""
+        matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
+        return 2.0 * matrices + self.attention_score_flops
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Forward and backward, 3 times the forward; recomputation is not counted (model FLOPs)."""
+        return 3.0 * self.forward_flops_per_token
+
+    @property
+    def _backbone(self) -> int:
+        return self.attention + self.norms + self.dense_ffn + self.routers
+
+
+def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
+    """Count ``config`` with ``router``. Equal to the built module's count (a test holds it to that).
+
+    Source:
+        The FLOP convention of PaLM (arXiv:2204.02311), appendix B, with the causal half of the attention scores.
+    """
+    width, moe = config.hidden_size, config.moe
+    num_moe = len(config.moe_layers)
+    num_dense = config.num_layers - num_moe
+    dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
+    routers = experts = 0
+    active_experts = 0.0
+    if isinstance(router, DenseConfig):
+        dense_ffn += num_moe * 3 * width * dense_width(moe, router)
+    else:
+        expert = 3 * width * moe.expert_hidden_size
+        dense_ffn += num_moe * 3 * width * moe.shared_width
+        routers = num_moe * moe.num_experts * width
+        experts = num_moe * moe.num_experts * expert
+        active_experts = num_moe * router.mean_experts_per_token * expert
+    key_value = config.num_key_value_heads * config.head_size
+    embedding = config.vocab_size * width
+    return ModelSize(
+        embedding=embedding,
+        head=0 if config.tie_embeddings else embedding,
+        attention=config.num_layers * (2 * width * width + 2 * width * key_value),
+        norms=(2 * config.num_layers + 1) * width,
+        dense_ffn=dense_ffn,
+        routers=routers,
+        experts=experts,
+        active_experts=active_experts,
+        attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
+        head_matmul=embedding,
+    )

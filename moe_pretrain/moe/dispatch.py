@@ -1,0 +1,150 @@
+"""Tokens into expert order and back, dropless.
+
+Without expert parallelism the experts read token rows directly. With it, rows and route weights travel to
+the ranks that hold the experts in one exchange, and weighted outputs travel back in another; the sizes
+are exchanged once and serve both. Sums over a token's experts are gathers in token order, not
+``index_add_``, so they are deterministic on every device and accumulate in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_pretrain.moe.types import Exchange, Experts, Routing, RowOrder
+
+
+def gather_rows(sources: Tensor, order: RowOrder) -> Tensor:
+    """Expert rows ``[rows, hidden]`` of ``sources [sources, hidden]``, no gradient."""
+    return sources.index_select(0, order.source_of_row)
+
+
+def sum_rows(rows: Tensor, order: RowOrder) -> Tensor:
+    """Adjoint of ``gather_rows``: for each source the sum of its rows, accumulated in float32, no gradient."""
+    slots = order.rows_of_source
+    if rows.shape[0] == 0:
+        return rows.new_zeros(slots.shape[0], rows.shape[1])
+    if slots.shape[1] == 1 and order.is_full:
+        return rows.index_select(0, slots[:, 0])
+    total: Tensor | None = None
+    for slot in slots.unbind(dim=1):
+        part = rows.index_select(0, slot if order.is_full else slot.clamp(min=0)).float()
+        if not order.is_full:
+            part.masked_fill_(slot[:, None] < 0, 0.0)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        return rows.new_zeros(slots.shape[0], rows.shape[1])
+    return total.to(rows.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sources: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return gather_rows(sources, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum_rows(grads[0].contiguous(), ctx.order), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return sum_rows(rows, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather_rows(grads[0].contiguous(), ctx.order), None
+
+
+def order_by(
+    key: Int[Tensor, "routes"],
+    source: Int[Tensor, "routes"],
+    num_sources: int,
+    routes_per_source: int | None,
+    rows_per_expert: Int[Tensor, "local_experts"],
+) -> tuple[Int[Tensor, "routes"], RowOrder]:
+    """Sort routes by ``key``, stably, and say how to gather and sum them.
+
+    Args:
+        key: What to sort by: the expert of each route.
+        source: Source row of each route, ascending.
+        num_sources: Number of source rows.
+        routes_per_source: Routes of every source if all have the same number, else None.
+        rows_per_expert: Number of routes of each key.
+
+    Returns:
+        The permutation (route of each sorted row) and the ``RowOrder``.
+    """
+    route_of_row = torch.argsort(key, stable=True)
+    routes = key.shape[0]
+    row_of_route = torch.empty_like(route_of_row)
+    row_of_route[route_of_row] = torch.arange(routes, device=key.device)
+    if routes_per_source is not None:
+        slots = row_of_route.view(num_sources, routes_per_source)
+    else:
+        counts = source.new_zeros(num_sources).scatter_add_(0, source, torch.ones_like(source))
+        first = counts.cumsum(0) - counts
+        rank = torch.arange(routes, device=key.device) - first[source]
+        most = int(counts.max()) if num_sources else 0
+        slots = row_of_route.new_full((num_sources, most), -1)
+        slots[source, rank] = row_of_route
+    order = RowOrder(source[route_of_row], slots, routes_per_source is not None, rows_per_expert)
+    return route_of_row, order
+
+
+def run_experts(
+    hidden: Float[Tensor, "tokens hidden"],
+    routing: Routing,
+    num_experts: int,
+    experts: Experts,
+    exchange: Exchange | None,
+    meanwhile: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Send every route to its expert and sum the weighted outputs per token.
+
+    Args:
+        hidden: Input of the layer.
+        routing: The routes.
+        num_experts: Experts over all ranks.
+        experts: This rank's experts.
+        exchange: How rows reach other ranks; None when this rank holds all experts.
+        meanwhile: Work that does not need the routed experts (the shared experts); it runs while the
+            first exchange is in flight.
+
+    Returns:
+        ``sum over a token's routes of weight * expert(hidden)``, ``[tokens, hidden]``, and the result of
+        ``meanwhile``.
+    """
+    counts = routing.expert_index.new_zeros(num_experts)
+    counts.scatter_add_(0, routing.expert_index, torch.ones_like(routing.expert_index))
+    route_of_row, order = order_by(
+        routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts
+    )
+    weight = routing.weight[route_of_row]
+    if exchange is None:
+        other = meanwhile() if meanwhile else None
+        return experts(hidden, weight, order), other
+
+    received_counts = exchange.exchange_counts(counts.view(exchange.size, -1))  # [ranks, local_experts]
+    # The one host synchronisation that a dropless exchange needs: the sizes of the blocks.
+    sizes = torch.stack([counts.view(exchange.size, -1).sum(1), received_counts.sum(1)]).tolist()
+    send, receive = [int(n) for n in sizes[0]], [int(n) for n in sizes[1]]
+    rows = _Gather.apply(hidden, order)
+    pending = exchange.start([rows, weight[:, None]], send, receive)
+    other = meanwhile() if meanwhile else None
+    received, received_weight = pending.wait()
+
+    # Blocks arrive by sending rank, each sorted by expert: sort them by expert over all senders.
+    local_experts = received_counts.shape[1]
+    expert = torch.arange(local_experts, device=hidden.device).repeat(exchange.size)
+    key = expert.repeat_interleave(received_counts.flatten(), output_size=sum(receive))
+    source = torch.arange(sum(receive), device=hidden.device)
+    row_of_received, local_order = order_by(key, source, sum(receive), 1, received_counts.sum(0))
+    output = experts(received, received_weight[:, 0][row_of_received], local_order)
+    (returned,) = exchange.start([output], receive, send).wait()
+    return _Sum.apply(returned, order), other

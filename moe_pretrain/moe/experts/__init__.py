@@ -1,0 +1,1 @@
+"""Expert modules and the grouped matrix products under them."""

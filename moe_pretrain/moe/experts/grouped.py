@@ -1,0 +1,58 @@
+"""Matrix products of row blocks with one matrix per expert: the only place that looks at the device.
+
+On CUDA in bfloat16 this is ``torch.nn.functional.grouped_mm``: one launch, block ends stay on the device, no
+host synchronisation. Everywhere else it is a loop of ``torch.mm(out=)``, which on a CPU is what
+``grouped_mm`` does inside, without its restrictions on strides and dtypes. The loop never indexes a stacked weight
+under autograd: that would zero-fill the gradient of the whole stack once per expert.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+
+class RowBlocks:
+    """Rows sorted by expert, as consecutive blocks; multiplies each block with its expert's matrix."""
+
+    def __init__(self, rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype):
+        """Prepare for rows of ``dtype`` on the device of ``rows_per_expert``."""
+        self._ends: Tensor | None = None
+        self._sizes: list[int] = []
+        if rows_per_expert.is_cuda and dtype == torch.bfloat16:
+            self._ends = rows_per_expert.cumsum(0).to(torch.int32)
+        else:
+            self._sizes = rows_per_expert.tolist()
+
+    def times(
+        self, rows: Float[Tensor, "rows inner"], matrices: Float[Tensor, "local_experts outer inner"]
+    ) -> Float[Tensor, "rows outer"]:
+        """``rows[r] @ matrices[expert of r].T``."""
+        return self._times(rows, matrices.transpose(1, 2))
+
+    def times_transposed(
+        self, rows: Float[Tensor, "rows outer"], matrices: Float[Tensor, "local_experts outer inner"]
+    ) -> Float[Tensor, "rows inner"]:
+        """``rows[r] @ matrices[expert of r]``, the gradient of ``times`` with respect to its rows."""
+        return self._times(rows, matrices)
+
+    def _times(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        if self._ends is not None:
+            return functional.grouped_mm(rows, matrices, offs=self._ends)
+        out = rows.new_empty(rows.shape[0], matrices.shape[2])
+        parts = zip(rows.split(self._sizes), matrices.unbind(0), out.split(self._sizes), strict=True)
+        for block, matrix, target in parts:
+            torch.mm(block, matrix, out=target)
+        return out
+
+    def outer(
+        self, left: Float[Tensor, "rows outer"], right: Float[Tensor, "rows inner"]
+    ) -> Float[Tensor, "local_experts outer inner"]:
+        """``left_block.T @ right_block`` per expert, exactly 0 for an expert without rows."""
+        if self._ends is not None:
+            return functional.grouped_mm(left.t(), right, offs=self._ends)
+        out = left.new_empty(len(self._sizes), left.shape[1], right.shape[1])
+        parts = zip(left.split(self._sizes), right.split(self._sizes), out.unbind(0), strict=True)
+        for left_block, right_block, target in parts:
+            torch.mm(left_block.t(), right_block, out=target)
+        return out

@@ -1,0 +1,100 @@
+"""The mixture-of-experts layer: route, send to the experts, combine, add the shared experts."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_pretrain.moe.dispatch import run_experts
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.types import Exchange, ExpertShard, MoEOutput, Routing, RoutingContext
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The experts of every MoE layer.
+
+    Attributes:
+        num_experts: Routed experts per layer, over all ranks, >= 1.
+        expert_hidden_size: Inner width of a routed expert.
+        num_shared_experts: Experts that every token uses beside the routed ones, >= 0. They are one SwiGLU of
+            ``num_shared_experts * shared_expert_hidden_size``.
+        shared_expert_hidden_size: Inner width of a shared expert.
+        every_k_layers: Every k-th layer is MoE, counted from the first layer after the leading dense ones, >= 1.
+        num_leading_dense_layers: Layers at the bottom that stay dense.
+    """
+
+    num_experts: int
+    expert_hidden_size: int
+    num_shared_experts: int
+    shared_expert_hidden_size: int
+    every_k_layers: int
+    num_leading_dense_layers: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "expert_hidden_size", "shared_expert_hidden_size", "every_k_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.moe.{name}={getattr(self, name)} must be at least 1")
+        for name in ("num_shared_experts", "num_leading_dense_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.moe.{name}={getattr(self, name)} must not be negative")
+
+    @property
+    def shared_width(self) -> int:
+        """Inner width of the shared experts together."""
+        return self.num_shared_experts * self.shared_expert_hidden_size
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether ``layer`` (from 0) has experts."""
+        after = layer - self.num_leading_dense_layers
+        return after >= 0 and after % self.every_k_layers == 0
+
+
+class MoELayer(nn.Module):
+    """Routed experts plus shared experts; replaces the feed-forward network of a block.
+
+    ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
+    """
+
+    def __init__(self, config: MoEConfig, router: nn.Module, hidden_size: int, shard: ExpertShard):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.router = router
+        self.experts = SwiGLUExperts(config.num_experts, hidden_size, config.expert_hidden_size, shard)
+        self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
+        self.exchange: Exchange | None = None
+
+    def forward(
+        self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext, recompute_experts: bool
+    ) -> MoEOutput:
+        """Apply the layer.
+
+        Args:
+            hidden: Output of the block's norm.
+            context: What the router may know.
+            recompute_experts: Keep no activations of the experts but run them (and the exchange) again in
+                backward. The router's decision is always kept, never made twice.
+        """
+        routing: Routing = self.router(hidden, context)
+        if recompute_experts:
+            output = checkpoint(self._experts_of, hidden, routing.weight, routing, use_reentrant=False)
+        else:
+            output = self._experts_of(hidden, routing.weight, routing)
+        return MoEOutput(output, routing.aux, routing.use)
+
+    def _experts_of(self, hidden: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+        """Routed plus shared experts. ``weight`` is passed by itself so that recomputation sees its gradient."""
+        shared = self.shared_experts
+        routed = Routing(
+            routing.token_index, routing.expert_index, weight, routing.routes_per_token, routing.use
+        )
+        output, shared_output = run_experts(
+            hidden,
+            routed,
+            self.num_experts,
+            self.experts,
+            self.exchange,
+            meanwhile=None if shared is None else lambda: shared(hidden),
+        )
+        return output if shared_output is None else output + shared_output

@@ -1,0 +1,97 @@
+"""Auxiliary losses of routers. Pure functions: tensors in, unweighted scalar out (axis legend in ``types.py``).
+
+Every loss is a mean over the text tokens of the micro-batch. The objective weights a micro-batch by its
+share of the global batch's tokens, so the value does not depend on how the batch was cut (defect C12).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def count_routes(
+    expert_index: Int[Tensor, "routes"],
+    counted: Bool[Tensor, "routes"],
+    group_of_route: Int[Tensor, "routes"],
+    num_groups: int,
+    num_experts: int,
+) -> Float[Tensor, "groups experts"]:
+    """Count the routes to each expert within each group of tokens.
+
+    Args:
+        expert_index: Expert of each route, in ``[0, num_experts)``.
+        counted: False for routes of padding, which are left out.
+        group_of_route: Group of each route, in ``[0, num_groups)``.
+        num_groups: Number of groups.
+        num_experts: Number of experts.
+
+    Returns:
+        Counts in float64, exact up to 2**53. No host synchronisation takes place.
+    """
+    flat = group_of_route * num_experts + expert_index
+    counts = flat.new_zeros(num_groups * num_experts).scatter_add_(0, flat, counted.to(flat.dtype))
+    return counts.view(num_groups, num_experts).double()
+
+
+def load_balance_loss(
+    router_probs: Float[Tensor, "tokens experts"],
+    route_counts: Float[Tensor, "groups experts"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Penalise routing that leans on few experts.
+
+    ``num_experts * mean_t sum_e(f[g(t), e] * P[t, e])``, where ``f[g, e]`` is the share of group ``g``'s routes
+    that went to expert ``e`` and ``P[t, e]`` is the token's probability. With one group this is Switch's
+    ``num_experts * sum_e f_e * mean_t P_e``. It is exactly 1.0 when routing is even, and
+    ``num_experts / top_k`` when every token surely picks the same ``top_k`` experts with equal
+    probability. Only ``P`` carries a gradient.
+
+    The level of the statistic is the choice of groups (defect C13): one group is the micro-batch; one
+    group per sequence is the sequence level; one group with the counts of all ranks and
+    micro-batches is the global-batch level.
+
+    Args:
+        router_probs: Distribution over all experts before any top-k cut; rows sum to 1. float32.
+            Tokens are ordered by group, the same number in each.
+        route_counts: Routes to each expert in each group, padding left out.
+        token_mask: True for text tokens; the others count nowhere.
+
+    Returns:
+        Unweighted loss, dimensionless; 0 when the micro-batch has no text token.
+
+    Raises:
+        ValueError: ``router_probs`` is not float32. In bfloat16 the mean over tokens loses the small
+            differences that this loss measures.
+
+    Source:
+        Switch Transformers (Fedus et al. 2021, arXiv:2101.03961), eq. 4-6; sequence level as in DeepSeek-V3
+        (arXiv:2412.19437), eq. 17-20; global level as in Qiu et al. 2025 (arXiv:2501.11873). Deviation: ``f``
+        is divided by the number of routes, not of tokens, so the value keeps its scale for any ``top_k``.
+    """
+    if router_probs.dtype != torch.float32:
+        raise ValueError(f"router_probs must be float32, got {router_probs.dtype}")
+    num_groups, num_experts = route_counts.shape
+    # An empty group has no routes; clamp keeps 0/0 out of the gradient.
+    share = (route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)).float()
+    by_group = (router_probs * token_mask[:, None]).view(num_groups, -1, num_experts).sum(dim=1)
+    return num_experts * (share * by_group).sum() / token_mask.sum().clamp(min=1)
+
+
+def router_z_loss(
+    router_logits: Float[Tensor, "tokens experts"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Keep router logits small: the mean over text tokens of ``logsumexp(logits) ** 2``.
+
+    Args:
+        router_logits: float32 logits before noise and bias.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, nats squared. It is ``log(num_experts) ** 2`` when all logits are 0.
+
+    Source:
+        ST-MoE (Zoph et al. 2022, arXiv:2202.08906), eq. 5.
+    """
+    squared = router_logits.logsumexp(dim=-1).square()
+    return (squared * token_mask).sum() / token_mask.sum().clamp(min=1)

@@ -1,0 +1,186 @@
+"""The values that cross the seams of the MoE layer, and the one legend of its axis names.
+
+Axis names (one meaning each, in every file under ``moe/``):
+    tokens         token positions on this rank in one micro-batch (batch * sequence), padding included
+    hidden         model width
+    experts        experts in the layer, over all ranks
+    local_experts  experts held by this rank
+    routes         (token, expert) pairs that the router chose
+    slots          the most routes that any one token has; ``top_k`` for top-k routing
+    rows           rows of an expert's input on this rank, sorted by local expert
+    sources        rows before that sort: tokens without expert parallelism, received rows with it
+    groups         sets of tokens over which a balance statistic is taken
+    width          inner width of one expert
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What a router may know beside the hidden states of its layer.
+
+    Attributes:
+        token_mask: True where a token is text, False where it is padding.
+        token_position: Position of each token in the run (row position * sequence length + offset).
+            Keys the counter-based noise, so noise does not depend on ranks or micro-batches.
+        num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
+        seed: Seed of the run.
+        step: Optimizer step, counted from 0.
+        sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
+            returns the routes per expert of the whole global batch. Needed by
+            ``balance level = global_batch`` in training; None in evaluation.
+    """
+
+    token_mask: Bool[Tensor, "tokens"]
+    token_position: Int[Tensor, "tokens"]
+    num_sequences: int
+    seed: int
+    step: int
+    sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's decision as one flat list of routes, token-major, each (token, expert) pair once.
+
+    Attributes:
+        token_index: Token of each route, ascending.
+        expert_index: Expert of each route, in ``[0, num_experts)``.
+        weight: Factor of the expert's output, float32, differentiable.
+        routes_per_token: The number of routes of every token if all have the same, else None.
+        aux: Named auxiliary losses, unweighted scalars; means over the micro-batch's text tokens.
+        use: What the router did, for statistics; detached.
+    """
+
+    token_index: Int[Tensor, "routes"]
+    expert_index: Int[Tensor, "routes"]
+    weight: Float[Tensor, "routes"]
+    routes_per_token: int | None
+    use: "RouterUse"
+    aux: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RouterUse:
+    """Detached counts of one layer in one micro-batch. Sums, so that they add over micro-batches and ranks.
+
+    Attributes:
+        tokens_per_expert: Routes of text tokens to each expert, float64 so that sums stay exact.
+        tokens: Number of text tokens, float64 scalar.
+        router_entropy: Sum over text tokens of the entropy of the routing distribution, nats, float64 scalar.
+        dropped_routes: Routes of text tokens that no expert computed, float64 scalar.
+    """
+
+    tokens_per_expert: Float[Tensor, "experts"]
+    tokens: Float[Tensor, ""]
+    router_entropy: Float[Tensor, ""]
+    dropped_routes: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """Output of a MoE layer: new hidden states, named unweighted aux losses, detached statistics."""
+
+    hidden: Float[Tensor, "tokens hidden"]
+    aux: dict[str, Tensor]
+    use: RouterUse
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """Which of the layer's experts this rank holds: a contiguous block of ``num_experts / size``."""
+
+    rank: int = 0
+    size: int = 1
+
+    def local_experts(self, num_experts: int) -> range:
+        """Global ids of the experts on this rank."""
+        count = num_experts // self.size
+        return range(self.rank * count, (self.rank + 1) * count)
+
+
+class Router(Protocol):
+    """Decides which experts serve which token. Implemented by the modules in ``moe/routers``."""
+
+    causal_in_training: bool
+    causal_in_evaluation: bool
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficient of each aux loss that this router returns."""
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """Whether training needs ``RoutingContext.sum_over_global_batch``."""
+
+    def __call__(self, hidden: Tensor, context: RoutingContext) -> Routing:
+        """Route ``hidden [tokens, hidden]``."""
+
+
+class Exchange(Protocol):
+    """Moves rows between the ranks that hold the experts; the only thing in ``moe/`` that knows of ranks."""
+
+    size: int
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        """Send row ``r`` of ``counts [size, local_experts]`` to rank ``r``; return what came, same shape."""
+
+    def start(self, rows: list[Tensor], send: list[int], receive: list[int]) -> "PendingRows":
+        """Start sending consecutive blocks of ``send[r]`` rows to rank ``r``; differentiable."""
+
+
+class PendingRows(Protocol):
+    """An exchange in flight."""
+
+    def wait(self) -> list[Tensor]:
+        """Rows received, in order of the sending rank; one tensor per tensor sent."""
+
+
+class Experts(Protocol):
+    """The experts of one rank."""
+
+    def __call__(self, sources: Tensor, weight: Tensor, order: "RowOrder") -> Tensor:
+        """Weighted expert outputs, summed back to ``[sources, hidden]``."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """How source rows are laid out for the experts: a gather, and its adjoint sum.
+
+    Attributes:
+        source_of_row: Source row of each expert row; rows are sorted by local expert.
+        rows_of_source: Expert rows of each source row, filled with -1 where a source has fewer than ``slots``.
+        is_full: Whether ``rows_of_source`` has no -1.
+        rows_per_expert: Rows of each local expert, on the device.
+    """
+
+    source_of_row: Int[Tensor, "rows"]
+    rows_of_source: Int[Tensor, "sources slots"]
+    is_full: bool
+    rows_per_expert: Int[Tensor, "local_experts"]
+
+
+def float32_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that stay float32 in a bfloat16 engine: those of modules that set ``keep_float32``.
+
+    A router rounded to bfloat16 makes ties and sends tokens to other experts (known defect C23).
+    """
+    kept: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        if getattr(child, "keep_float32", False):
+            kept.update({id(parameter): parameter for parameter in child.parameters()})
+    return list(kept.values())
+
+
+def as_count(value: Tensor) -> Tensor:
+    """Detached float64 copy, the dtype in which statistics are summed."""
+    return value.detach().to(torch.float64)

@@ -1,0 +1,1 @@
+"""What makes the model parallel: process groups, the token exchange, and DeepSpeed's view of the experts."""

@@ -1,0 +1,360 @@
+"""The route of a run, read from top to bottom: build each part in order, then the loop.
+
+The only file that knows all others. ``train`` runs in every worker process; ``cli`` starts the workers.
+"""
+
+import ctypes
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from moe_pretrain import data
+from moe_pretrain.batching import BatchPlan, plan_batches
+from moe_pretrain.checkpoint import store
+from moe_pretrain.config import Config, ConfigError, to_values
+from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
+from moe_pretrain.engine.engine import StepResult, TrainEngine
+from moe_pretrain.metrics.sinks import MetricsWriter
+from moe_pretrain.metrics.statistics import evaluation_row, train_row
+from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.moe import num_routed_experts
+from moe_pretrain.parallel.deepspeed_moe import prepare_experts
+from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
+from moe_pretrain.signals import StopRequest
+from moe_pretrain.study.report import summarise, write_report
+
+CHECKPOINTS = "checkpoints"
+_MUST_STAY = ("model", "router", "data", "tokenizer", "packing", "seed")
+
+
+def train(config: Config) -> int:
+    """Train ``config`` to its last step, going on from its newest checkpoint if there is one.
+
+    Returns:
+        Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint.
+    """
+    check(config, launched_world_size() or 1)
+    folder = config.run.folder
+    device_type, dtype = resolve_device(config.engine)
+    if device_type == "cpu":
+        _keep_freed_memory()
+    mesh = build_mesh(config.parallel, device_type)
+    say = print if mesh.is_main else _silent
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    size = model_size(config.model, config.router)
+    say(_describe_run(config, plan, size, mesh, dtype))
+
+    corpus = data.prepare(
+        config.data, config.tokenizer, Path(config.run.cache_dir), config.batch.total_tokens, say
+    )
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
+        )
+    loader = data.TrainLoader(
+        corpus.train,
+        config.model.sequence_length,
+        plan.rows_per_step,
+        plan.micro_batch_size,
+        mesh.rank,
+        mesh.world_size,
+        config.seed,
+        config.packing.isolate_documents,
+    )
+    say(
+        f"corpus: {corpus.train.num_tokens:,} training and {corpus.validation.num_tokens:,} validation tokens, "
+        f"unigram entropy {corpus.unigram_entropy:.3f} nats/token; "
+        f"{plan.num_steps * plan.tokens_per_step / corpus.train.num_tokens:.2f} epochs"
+    )
+
+    model = DecoderLM(config.model, config.router, mesh.shard)
+    initialise(model, config.seed)
+    prepare_experts(model, config.parallel.expert_parallel_size)
+    engine = TrainEngine(
+        model,
+        config.engine,
+        dtype,
+        config.optimizer,
+        lambda step: config.schedule.factor(step, plan.num_steps),
+        plan,
+        mesh,
+        config.seed,
+    )
+
+    run = _Run(config, folder, plan, size, corpus, engine, mesh, say)
+    run.resume()
+    with StopRequest(mesh) as stop:
+        finished = run.loop(loader, stop)
+    run.finish(finished)
+    return 0 if finished else stop.exit_code
+
+
+def check(config: Config, world_size: int) -> None:
+    """Everything that can be refused before a process group or a corpus exists.
+
+    Raises:
+        ValueError: One line naming the field.
+    """
+    plan_batches(config.batch, config.model.sequence_length, world_size)
+    config.parallel.check(world_size, num_routed_experts(config.model.moe, config.router))
+    _, dtype = resolve_device(config.engine)
+    if dtype == "bfloat16" and config.engine.zero_stage == 0:
+        raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
+
+
+def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
+    """``auto`` to what this machine has: a GPU with bfloat16, else the CPU with float32."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine.device=cuda must be auto or cpu: torch finds no CUDA device")
+    if config.dtype == "auto":
+        return device, "bfloat16" if device == "cuda" else "float32"
+    return device, config.dtype
+
+
+class _Run:
+    """The loop and what it keeps between steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        plan: BatchPlan,
+        size: ModelSize,
+        corpus: data.TokenizedCorpus,
+        engine: TrainEngine,
+        mesh: Mesh,
+        say: Callable[[str], None],
+    ):
+        self.config, self.folder, self.plan, self.size = config, folder, plan, size
+        self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
+        self.step = 0
+        self.token_hash = 0
+        self.saved_step: int | None = None
+        self.stopwatch = Stopwatch()
+        peak = peak_flops_per_second(torch.cuda.get_device_name()) if mesh.device.type == "cuda" else None
+        self.peak_flops = peak
+        if mesh.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_run_facts(folder, config, size, corpus, mesh)
+        self.metrics = MetricsWriter(
+            config.metrics, folder, plan.num_steps, config.run.name, to_values(config), mesh.is_main
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.plan.tokens_per_step
+
+    def resume(self) -> None:
+        """Go on from the newest good checkpoint, as ``checkpoint.resume`` asks."""
+        policy = self.config.checkpoint.resume
+        found = store.newest(self.folder / CHECKPOINTS, self.say)
+        if found is None and policy == "must":
+            raise ConfigError(
+                f"checkpoint.resume=must needs a good checkpoint in {self.folder / CHECKPOINTS}; there is none"
+            )
+        if found is not None and policy == "never":
+            raise ConfigError(f"checkpoint.resume=never, but {found[0]} exists; choose another run.name")
+        if found is None:
+            self.metrics.resume(0)
+            self.say(f"starting {self.folder}")
+            return
+        path, manifest = found
+        state = manifest["state"]
+        _refuse_changes(state, self.config, self.corpus.fingerprint, path)
+        store.restore(self.engine, path, manifest)
+        self.step, self.token_hash = state["step"], state["token_hash"]
+        self.saved_step = self.step
+        if state["tokens"] != self.tokens:
+            raise ConfigError(
+                f"batch.global_batch_tokens={self.plan.tokens_per_step} must stay "
+                f"{state['tokens'] // max(1, self.step)}, with which {path} was made"
+            )
+        self.metrics.resume(self.step)
+        self.metrics.event(
+            self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks"
+        )
+
+    def loop(self, loader: data.TrainLoader, stop: StopRequest) -> bool:
+        """Train until the last step or until a signal; True if the last step is done."""
+        config, last = self.config, self.plan.num_steps
+        if self.step >= last:
+            return True
+        batches = loader.iterate(self.step)
+        try:
+            for step, micro_batches in batches:
+                result = self.engine.step(step, micro_batches)
+                self.step = step + 1
+                self.token_hash = data.wrap_to_int64(self.token_hash + result.token_hash)
+                self.stopwatch.count(self.plan.tokens_per_step)
+                if self.step % config.metrics.log_every_steps == 0 or self.step == last:
+                    self.log(result)
+                stopping = stop.agreed()
+                if stopping or self.step == last or self.step % config.checkpoint.every_steps == 0:
+                    self.save()
+                if stopping:
+                    self.metrics.event(self.step, self.tokens, "stopped", f"by {stop.name}, checkpoint written")
+                    return self.step == last
+                if self.step == last or self.step % config.evaluation.every_steps == 0:
+                    self.evaluate()
+                if self.step == last:
+                    return True
+        finally:
+            batches.close()
+        raise AssertionError("the loader ended, which it never does")
+
+    def log(self, result: StepResult) -> None:
+        window = self.stopwatch.read()
+        row = train_row(
+            result,
+            self.engine.model,
+            window,
+            self.engine.learning_rate(self.step - 1),
+            self.size.training_flops_per_token,
+            self.mesh.world_size,
+            self.peak_flops,
+        )
+        hashed = f"{self.token_hash % 2**64:016x}"
+        self.metrics.write({"step": self.step, "tokens": self.tokens, **row, "data/token_hash": hashed})
+
+    def evaluate(self) -> None:
+        with self.stopwatch.paused():
+            batches = data.validation_batches(
+                self.corpus.validation,
+                self.config.model.sequence_length,
+                self.plan.micro_batch_size,
+                self.mesh.rank,
+                self.mesh.world_size,
+                self.config.evaluation.max_rows,
+                self.config.packing.isolate_documents,
+            )
+            evaluation = self.engine.evaluate(batches)
+        bytes_per_token = self.corpus.validation.text_bytes / self.corpus.validation.num_tokens
+        row = evaluation_row(evaluation.loss, bytes_per_token)
+        self.metrics.write({"step": self.step, "tokens": self.tokens, **row})
+
+    def save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        with self.stopwatch.paused():
+            self.metrics.sync()
+            started = time.perf_counter()
+            state = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "token_hash": self.token_hash,
+                "corpus_fingerprint": self.corpus.fingerprint,
+                "config": to_values(self.config),
+                "world_size": self.mesh.world_size,
+                "versions": _versions(),
+            }
+            path = store.save(
+                self.engine, self.folder / CHECKPOINTS, state, self.config.checkpoint.keep_last
+            )
+            self.saved_step = self.step
+            seconds = time.perf_counter() - started
+        self.metrics.event(self.step, self.tokens, "checkpoint", f"{path.name} written in {seconds:.1f} s")
+
+    def finish(self, finished: bool) -> None:
+        """Close the sinks, write the report, say where things are."""
+        self.metrics.close()
+        if not self.mesh.is_main:
+            return
+        report = write_report(self.folder)
+        summary = summarise(self.folder)
+        if finished:
+            self.say(
+                f"done: {self.step} steps, {self.tokens:,} tokens; validation loss "
+                f"{summary['final_validation_loss']:.3f} nats/token, unigram entropy "
+                f"{self.corpus.unigram_entropy:.3f} nats/token"
+            )
+        else:
+            self.say(f"stopped at step {self.step}; the same command goes on from there")
+        self.say(f"run folder: {self.folder}\nreport:     {report}")
+
+
+def _refuse_changes(state: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
+    """Raise if what must stay the same over a resume has changed."""
+    now = json.loads(json.dumps(to_values(config)))
+    for part in _MUST_STAY:
+        for name, (then_value, now_value) in _differences(part, state["config"].get(part), now[part]).items():
+            if name in ("model.recompute", "model.cross_entropy_chunk_tokens"):
+                continue  # change speed and memory, not the run
+            raise ConfigError(
+                f"{name}={now_value} must stay {then_value}, with which {path} was made; choose another run.name to "
+                "start anew"
+            )
+    if state["corpus_fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"data: the corpus has changed since {path} was made (fingerprint {state['corpus_fingerprint']}, now "
+            f"{fingerprint}); choose another run.name to start anew"
+        )
+
+
+def _differences(name: str, then: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(then.keys() | now.keys()):
+            found.update(_differences(f"{name}.{key}", then.get(key), now.get(key)))
+        return found
+    return {} if then == now else {name: (then, now)}
+
+
+def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:
+    ranks = f"{mesh.world_size} rank{'s' if mesh.world_size > 1 else ''}"
+    return (
+        f"{config.run.name}: {size.total_parameters / 1e6:,.1f}M parameters, {size.active_parameters / 1e6:,.1f}M active; "
+        f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
+        f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
+        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage})"
+    )
+
+
+def _write_run_facts(
+    folder: Path, config: Config, size: ModelSize, corpus: data.TokenizedCorpus, mesh: Mesh
+) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_values(config))), sort_keys=False))
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else platform.processor() or "cpu"
+    facts = {
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "flops_per_token": size.training_flops_per_token,
+        "unigram_entropy": corpus.unigram_entropy,
+        "corpus_fingerprint": corpus.fingerprint,
+        "versions": _versions(),
+        "device": device,
+    }
+    (folder / "summary.json").write_text(json.dumps(facts, indent=2))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("moe_pretrain", "torch", "deepspeed", "transformers", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _silent(line: str) -> None:
+    """What ranks other than the first say."""
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory: page faults on fresh tensors cost a CPU run up to half its time."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library; only speed is lost
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 1 << 26)

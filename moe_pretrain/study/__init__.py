@@ -1,0 +1,1 @@
+"""Questions asked about runs: plan, verify, certify, compare, report."""

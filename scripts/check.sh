@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# What every change must pass: format, lint, types, tests.
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment "[dev]"
+ruff format --check . || fail "ruff format: run 'ruff format .'"
+ruff check . || fail "ruff check"
+mypy || fail "mypy"
+exec bash scripts/test.sh "$@"
