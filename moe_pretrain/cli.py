@@ -1,8 +1,8 @@
 """The table of commands. ``moe-pretrain COMMAND [OVERRIDES]``; every command takes the same Hydra overrides."""
 
-import os
-import subprocess
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help") or words[0] not in COMMANDS:
         print(_usage(), file=sys.stderr if words and words[0] not in ("-h", "--help") else sys.stdout)
         return 0 if words and words[0] in ("-h", "--help") else USAGE_CODE
+    # DeepSpeed reports its settings while it is imported and built; the user sees our progress instead.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     try:
         return COMMANDS[words[0]][0](words[1:])
     except Exception as error:
@@ -49,6 +52,7 @@ def _usage() -> str:
 def _train(overrides: list[str]) -> int:
     """Check the configuration, then train here or in workers of our own."""
     from moe_pretrain.config import load
+    from moe_pretrain.launch import run_workers
     from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
     from moe_pretrain.pretrain import check, train
 
@@ -60,7 +64,7 @@ def _train(overrides: list[str]) -> int:
         config.run.folder.mkdir(parents=True, exist_ok=True)
         (config.run.folder / OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
     if launched is None and config.parallel.processes > 1:
-        return _start_workers(config.parallel.processes, overrides)
+        return run_workers(["train", *overrides], config.parallel.processes)
     return train(config)
 
 
@@ -77,17 +81,6 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     for word in [*file.read_text().splitlines(), *overrides]:
         merged[word.split("=")[0].lstrip("+")] = word
     return list(merged.values())
-
-
-def _start_workers(processes: int, overrides: list[str]) -> int:
-    """Run ``train`` in ``processes`` workers of torchrun on this host."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-        *("-m", "moe_pretrain", "train", *overrides),
-    ]
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _report(arguments: list[str]) -> int:

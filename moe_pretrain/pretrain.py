@@ -5,6 +5,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 
 import ctypes
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from moe_pretrain import data
@@ -48,15 +50,15 @@ def train(config: Config) -> int:
     device_type, dtype = resolve_device(config.engine)
     if device_type == "cpu":
         _keep_freed_memory()
+    # wandb's own logs stay in the run folder, like everything of a run.
+    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").resolve()))
     mesh = build_mesh(config.parallel, device_type)
     say = print if mesh.is_main else _silent
     plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
     size = model_size(config.model, config.router)
     say(_describe_run(config, plan, size, mesh, dtype))
 
-    corpus = data.prepare(
-        config.data, config.tokenizer, Path(config.run.cache_dir), config.batch.total_tokens, say
-    )
+    corpus = _prepare_corpus(config, mesh, say)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
@@ -97,6 +99,32 @@ def train(config: Config) -> int:
         finished = run.loop(loader, stop)
     run.finish(finished)
     return 0 if finished else stop.exit_code
+
+
+def _prepare_corpus(config: Config, mesh: Mesh, say: Callable[[str], None]) -> data.TokenizedCorpus:
+    """Tokenise on the first rank, then open the result on all.
+
+    The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
+    look like a rank that hangs.
+    """
+
+    def prepare(progress: Callable[[str], None]) -> data.TokenizedCorpus:
+        cache = Path(config.run.cache_dir)
+        return data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, progress)
+
+    done = torch.zeros((), device=mesh.device)
+    if not mesh.is_main:
+        while not done:
+            dist.all_reduce(done)
+        return prepare(say)
+
+    def report(line: str) -> None:
+        say(line)
+        dist.all_reduce(torch.zeros_like(done))
+
+    corpus = prepare(report)
+    dist.all_reduce(done.fill_(1))
+    return corpus
 
 
 def check(config: Config, world_size: int) -> None:

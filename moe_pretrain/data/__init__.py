@@ -9,8 +9,8 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +123,8 @@ def prepare(
 
     folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, max_tokens)
     if not _is_complete(folder):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=cache_dir))
+        work = cache_dir / f"{folder.name}.tmp-{uuid.uuid4().hex}"
+        work.mkdir(parents=True)
         try:
             _build(work, corpus, tokenizer, pretrained, max_tokens, report)
             _publish(work, folder)

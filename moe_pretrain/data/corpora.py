@@ -240,9 +240,6 @@ def _in_turn(streams: list[Iterator[Document]]) -> Iterator[Document]:
 # ---------------------------------------------------------------- built-in
 
 _LEFT_OUT_FOLDERS = {
-    "test",
-    "tests",
-    "idlelib",
     "site-packages",
     "dist-packages",
     "__pycache__",

@@ -1,6 +1,5 @@
 """One training step under DeepSpeed, and evaluation."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -44,7 +43,7 @@ class StepResult:
     aux_weights: dict[str, float]
     gradient_norm: float
     tokens_per_expert: Tensor
-    tokens: float
+    tokens: int
     router_entropy: list[float]
     dropped_share: list[float]
     token_hash: int
@@ -86,8 +85,6 @@ class TrainEngine:
         seed: int,
     ):
         """Put ``model`` (tagged by ``parallel.prepare_experts``) on the device and build its optimizer."""
-        # DeepSpeed reports its settings at INFO; the user of this program sees our progress instead.
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         model.to(mesh.device)
         self.config, self.mesh, self.seed = config, mesh, seed
         self.model = model
@@ -139,7 +136,7 @@ class TrainEngine:
                     batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context
                 )
                 loss = micro_batch_loss(output, self._aux_weights, tokens, global_counts)
-                sums.add(output, tokens / max(global_counts.tokens, 1.0))
+                sums.add(output, tokens / max(global_counts.tokens, 1))
                 # DeepSpeed divides by the accumulation and averages over ranks.
                 self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
                 if batch is not batches[-1]:
@@ -286,13 +283,13 @@ class _StepSums:
         layers = stacked[len(self.scalars) :].view(self.num_layers, self.num_experts + 2)
         routes = layers[:, : self.num_experts]
         return StepResult(
-            loss=scalars[0] / max(counts.labels, 1.0),
+            loss=scalars[0] / max(counts.labels, 1),
             aux=dict(zip(self.aux_names, scalars[1:], strict=True)),
             aux_weights=aux_weights,
             gradient_norm=gradient_norm,
             tokens_per_expert=routes,
             tokens=counts.tokens,
-            router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1.0)).tolist(),
+            router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
             dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
             token_hash=token_hash,
         )

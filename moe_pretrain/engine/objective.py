@@ -16,12 +16,12 @@ class GlobalCounts:
         tokens: Text tokens (not padding).
     """
 
-    labels: float
-    tokens: float
+    labels: int
+    tokens: int
 
 
 def micro_batch_loss(
-    output: LMOutput, aux_weights: dict[str, float], tokens: float, global_counts: GlobalCounts
+    output: LMOutput, aux_weights: dict[str, float], tokens: int, global_counts: GlobalCounts
 ) -> Tensor:
     """This micro-batch's share of the global batch's loss; the shares of all micro-batches sum to it.
 
@@ -34,8 +34,8 @@ def micro_batch_loss(
         tokens: Text tokens of this micro-batch.
         global_counts: Sizes of the global batch.
     """
-    loss = output.loss_sum / max(global_counts.labels, 1.0)
-    share = tokens / max(global_counts.tokens, 1.0)
+    loss = output.loss_sum / max(global_counts.labels, 1)
+    share = tokens / max(global_counts.tokens, 1)
     for name, value in output.aux.items():
         if aux_weights[name]:
             loss = loss + aux_weights[name] * share * value

@@ -15,7 +15,7 @@ Axis names (one meaning each, in every file under ``moe/``):
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -108,6 +108,7 @@ class ExpertShard:
         return range(self.rank * count, (self.rank + 1) * count)
 
 
+@runtime_checkable
 class Router(Protocol):
     """Decides which experts serve which token. Implemented by the modules in ``moe/routers``."""
 
@@ -126,6 +127,7 @@ class Router(Protocol):
         """Route ``hidden [tokens, hidden]``."""
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Moves rows between the ranks that hold the experts; the only thing in ``moe/`` that knows of ranks."""
 
@@ -138,6 +140,7 @@ class Exchange(Protocol):
         """Start sending consecutive blocks of ``send[r]`` rows to rank ``r``; differentiable."""
 
 
+@runtime_checkable
 class PendingRows(Protocol):
     """An exchange in flight."""
 
@@ -145,6 +148,7 @@ class PendingRows(Protocol):
         """Rows received, in order of the sending rank; one tensor per tensor sent."""
 
 
+@runtime_checkable
 class Experts(Protocol):
     """The experts of one rank."""
 

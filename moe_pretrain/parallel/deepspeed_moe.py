@@ -11,9 +11,11 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups
+from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
 
 from moe_pretrain.model.decoder import DecoderLM
@@ -21,13 +23,15 @@ from moe_pretrain.moe.types import float32_parameters
 from moe_pretrain.parallel.exchange import AllToAll
 
 
-def init_deepspeed_communication(timeout_seconds: int) -> None:
+def init_deepspeed_communication(device_type: str, timeout_seconds: int) -> None:
     """Let DeepSpeed use the process group that exists.
 
     On a CPU, DeepSpeed would compile a C++ operation here, for an inference collective that training never calls; where
     compiler or ninja are missing it would fail. With no operation declared compatible it compiles nothing.
     """
     deepspeed.ops.__compatible_ops__ = {}
+    if device_type == "cpu" and get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())  # a GPU is there, but the user asked for the CPU
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), verbose=False, timeout=timedelta(seconds=timeout_seconds)
     )
@@ -90,6 +94,11 @@ def prepare_experts(model: DecoderLM, expert_parallel_size: int) -> None:
 def is_expert(parameter: torch.Tensor) -> bool:
     """Whether the parameter differs between the ranks of an expert group."""
     return not getattr(parameter, "allreduce", True)
+
+
+def full_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Whole gradient of this rank's ``parameter``, between the last backward and the update; collective under ZeRO."""
+    return safe_get_full_grad(parameter)
 
 
 def split_expert_groups(parameter_groups: list[dict]) -> list[dict]:

@@ -110,7 +110,7 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         else:
             dist.init_process_group(backend, timeout=timeout)
-    init_deepspeed_communication(config.timeout_seconds)
+    init_deepspeed_communication(device_type, config.timeout_seconds)
     expert_group, expert_data_group = expert_groups(config.expert_parallel_size)
     return Mesh(
         rank=dist.get_rank(),

@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+import tokenizers
 import transformers
 
 from moe_pretrain.data.tokenizer import (
@@ -58,6 +59,15 @@ def test_a_folder_and_a_file_give_the_same_tokens(file, tmp_path):
     from_folder, from_file = pretrained(tmp_path), pretrained(file, vocab_size=320)
     assert from_folder.encode_batch(TEXTS) == from_file.encode_batch(TEXTS)
     assert from_folder.end_of_document == from_file.end_of_document
+
+
+def test_truncation_and_padding_in_a_file_are_switched_off(file, tmp_path):
+    cutting = tokenizers.Tokenizer.from_file(str(file))
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=10)
+    cutting.save(str(tmp_path / "cutting.json"))
+    found = pretrained(tmp_path / "cutting.json").encode_batch([*TEXTS, "a"])
+    assert found == load_tokenizer_file(file).encode_batch([*TEXTS, "a"])
 
 
 def test_a_tokenizer_without_a_fast_version_works(tmp_path):

@@ -1,0 +1,28 @@
+"""Shapes in annotations are checked while tests run; everything is seeded and deterministic."""
+
+import logging
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything of ours is imported: the hook checks every annotated shape at run time.
+install_import_hook("moe_pretrain", "beartype.beartype")
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))

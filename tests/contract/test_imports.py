@@ -1,0 +1,101 @@
+"""The architecture as drawn: imports go down only, and heavy packages stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "moe_pretrain"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LEVELS = {
+    "cli": 5,
+    "__main__": 5,
+    "pretrain": 5,
+    "launch": 5,
+    "config": 4,
+    "study": 4,
+    "post": 4,
+    "parallel": 3,
+    "engine": 3,
+    "checkpoint": 3,
+    "metrics": 3,
+    "signals": 3,
+    "model": 2,
+    "moe": 1,
+    "data": 1,
+    "batching": 1,
+    "allocator": 1,
+    "__init__": 0,
+}
+
+# Package -> the files of ours that may import it.
+CONFINED = {
+    "deepspeed": {"engine/engine.py", "parallel/deepspeed_moe.py"},
+    "hydra": {"config.py", "cli.py"},
+    "omegaconf": {"config.py", "cli.py"},
+    "wandb": {"metrics/sinks.py"},
+    "torch.distributed": {"pretrain.py", "launch.py", "parallel/", "engine/", "checkpoint/", "metrics/", "signals.py", "study/verify.py"},
+}
+# Level-1 parts must not know each other.
+INDEPENDENT = {"moe": {"data", "batching"}, "data": {"moe", "batching"}, "batching": {"moe", "data"}}
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path):
+    part = part_of(path)
+    assert part in LEVELS, f"{part} has no level: add it to the drawing"
+    for module in imported_modules(path):
+        if not module.startswith("moe_pretrain."):
+            continue
+        other = module.split(".")[1]
+        if other not in LEVELS:
+            continue  # `from moe_pretrain import data` also yields names inside modules
+        assert LEVELS[other] <= LEVELS[part], f"{part} (level {LEVELS[part]}) imports {module}"
+        assert other not in INDEPENDENT.get(part, set()), f"{part} must not know {other}"
+
+
+@pytest.mark.parametrize("package", CONFINED)
+def test_package_is_confined(package: str):
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        if any(name == allowed or name.startswith(allowed) for allowed in CONFINED[package]):
+            continue
+        users = {module for module in imported_modules(path) if f"{module}.".startswith(f"{package}.")}
+        assert not users, f"{name} imports {sorted(users)}"
+
+
+def test_environment_is_read_in_two_places_only():
+    allowed = {"pretrain.py", "launch.py", "parallel/mesh.py", "metrics/wandb_start.py"}
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        if name not in allowed:
+            assert "os.environ" not in path.read_text(), name
+
+
+def test_no_mutable_module_state():
+    """Module-level names bound to lists, dicts or sets must be constants (upper case or dunder)."""
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = getattr(node, "value", None)
+            if isinstance(value, ast.List | ast.Dict | ast.Set):
+                for target in targets:
+                    if isinstance(target, ast.Name):
+                        assert target.id.isupper() or target.id.strip("_").isupper() or target.id == "__all__", path

@@ -1,0 +1,50 @@
+"""Tiny configurations, composed from the shipped YAML files, in sizes that all differ from each other."""
+
+from moe_pretrain.config import Config, load
+from moe_pretrain.moe.types import RoutingContext
+from moe_pretrain.data.packing import MicroBatch
+import torch
+
+SEQUENCE = 12
+NUM_STEPS = 3
+
+_TINY = (
+    *("model.vocab_size=64", f"model.sequence_length={SEQUENCE}", "model.num_layers=2", "model.hidden_size=16"),
+    *("model.num_heads=2", "model.ffn_hidden_size=28", "model.cross_entropy_chunk_tokens=7", "model.init_std=0.2"),
+    *("model.moe.num_experts=4", "model.moe.expert_hidden_size=20"),
+    *("optimizer.learning_rate=0.01", "schedule.warmup_steps=1", "router.load_balance_weight=0.1"),
+    *("router.router_z_weight=0.05", "engine.device=cpu", "engine.dtype=float32", "engine.check_every_steps=1"),
+    *("engine.reduce_bucket_elements=500", "parallel.timeout_seconds=100", "metrics.wandb=off"),
+    *("tokenizer=pretrained", "tokenizer.path=unused"),
+)
+
+
+def tiny(*overrides: str, rows: int = 16, micro_batch_size: int = 2) -> Config:
+    """Two MoE layers of four experts; ``rows`` sequences per step; ``overrides`` win."""
+    tokens = rows * SEQUENCE
+    batch = (
+        f"batch.global_batch_tokens={tokens}",
+        f"batch.total_tokens={tokens * NUM_STEPS}",
+        f"batch.micro_batch_size={micro_batch_size}",
+    )
+    return load([*_TINY, *batch, *overrides])
+
+
+WITH_ALL_PARTS = (
+    *("model.num_layers=3", "model.hidden_size=24", "model.num_heads=4", "model.num_key_value_heads=2"),
+    *("model.moe.num_experts=8", "model.moe.num_leading_dense_layers=1", "model.moe.num_shared_experts=2"),
+    *("model.moe.shared_expert_hidden_size=10", "model.tie_embeddings=false"),
+)
+"""A leading dense layer, shared experts, grouped-query attention, its own output head."""
+
+
+def context_of(batch: MicroBatch, seed: int = 0, step: int = 0) -> RoutingContext:
+    """What the engine hands to the routers for ``batch``."""
+    rows, length = batch.input_ids.shape
+    return RoutingContext(
+        token_mask=(batch.document_ids >= 0).flatten(),
+        token_position=(batch.row_positions[:, None] * length + torch.arange(length)).flatten(),
+        num_sequences=rows,
+        seed=seed,
+        step=step,
+    )
