@@ -50,10 +50,9 @@ def document_mask(document_ids: Int[Tensor, "batch sequence"]) -> DocumentMask:
 def _visible(document_ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's mask function: keys of the same document, not later than the query."""
 
-    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (document_ids[batch, query] == document_ids[batch, key]) & (key <= query)
-
-    return mask
+    return lambda batch, head, query, key: (
+        (document_ids[batch, query] == document_ids[batch, key]) & (key <= query)
+    )
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A Llama-style decoder whose feed-forward networks are mixtures of experts."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -95,9 +96,11 @@ def _nearest_multiples(value: int, divisor: int) -> str:
     return ", ".join(str(multiple) for multiple in (below, below + divisor) if multiple > 0)
 
 
-@dataclass(frozen=True)
-class LMOutput:
+class LMOutput(NamedTuple):
     """Result of one forward pass over a micro-batch.
+
+    A tuple and not a dataclass: DeepSpeed looks for the tensors of an output in tuples, lists and dictionaries, and
+    prepares a backward pass (in bfloat16: clears the gradients of the last one) only through hooks on them.
 
     Attributes:
         loss_sum: Cross-entropy summed over counted positions, nats, float32.

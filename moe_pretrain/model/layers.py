@@ -68,13 +68,16 @@ def chunked_cross_entropy(
     Returns:
         The sum in nats, float32; divide by the number of counted positions of the global batch (defect C20).
     """
-    return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens)
+    # Inside forward neither the grad mode nor needs_input_grad tells that this is an evaluation.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens, needs_grad)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_tokens: int, needs_grad: bool
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         # float32, because in bfloat16 the sum over chunks would lose the later ones.
@@ -99,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # 0-dim factors do not promote: bfloat16 gradients stay bfloat16.
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None

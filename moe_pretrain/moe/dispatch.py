@@ -21,21 +21,26 @@ def gather_rows(sources: Tensor, order: RowOrder) -> Tensor:
     return sources.index_select(0, order.source_of_row)
 
 
-def sum_rows(rows: Tensor, order: RowOrder) -> Tensor:
-    """Adjoint of ``gather_rows``: for each source the sum of its rows, accumulated in float32, no gradient."""
+def sum_rows(rows: Tensor, order: RowOrder, weight: Tensor | None = None) -> Tensor:
+    """For each source the sum of its rows, each times its ``weight [rows]`` if given; float32 inside, no gradient.
+
+    Without weights this is the adjoint of ``gather_rows``.
+    """
     slots = order.rows_of_source
-    if rows.shape[0] == 0:
+    if rows.shape[0] == 0 or slots.shape[1] == 0:
         return rows.new_zeros(slots.shape[0], rows.shape[1])
-    if slots.shape[1] == 1 and order.is_full:
+    if slots.shape[1] == 1 and order.is_full and weight is None:
         return rows.index_select(0, slots[:, 0])
     total: Tensor | None = None
     for slot in slots.unbind(dim=1):
-        part = rows.index_select(0, slot if order.is_full else slot.clamp(min=0)).float()
+        index = slot if order.is_full else slot.clamp(min=0)
+        part = rows.index_select(0, index).float()
+        if weight is not None:
+            part.mul_(weight.index_select(0, index)[:, None])
         if not order.is_full:
             part.masked_fill_(slot[:, None] < 0, 0.0)
         total = part if total is None else total.add_(part)
-    if total is None:
-        return rows.new_zeros(slots.shape[0], rows.shape[1])
+    assert total is not None
     return total.to(rows.dtype)
 
 

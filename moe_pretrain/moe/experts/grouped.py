@@ -1,4 +1,4 @@
-"""Matrix products of row blocks with one matrix per expert: the only place that looks at the device.
+"""Matrix products of row blocks with one matrix per expert, and what else depends on the device.
 
 On CUDA in bfloat16 this is ``torch.nn.functional.grouped_mm``: one launch, block ends stay on the device, no
 host synchronisation. Everywhere else it is a loop of ``torch.mm(out=)``, which on a CPU is what
@@ -6,10 +6,38 @@ host synchronisation. Everywhere else it is a loop of ``torch.mm(out=)``, which 
 under autograd: that would zero-fill the gradient of the whole stack once per expert.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def one_kernel_on_cuda(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Compile an elementwise function of tensors for CUDA; call it as it is elsewhere.
+
+    Between the products a layer is limited by memory: seven passes over ``[rows, width]`` become one. On a CPU the
+    same takes a C++ compiler, which the machine may not have, for 5 % of the layer.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[_Arguments, _Result]:
+        # dynamic: the number of rows changes with every batch under expert parallelism.
+        return torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        first = args[0]
+        on_cuda = isinstance(first, Tensor) and first.is_cuda
+        return (compiled() if on_cuda else function)(*args, **kwargs)
+
+    return call
 
 
 class RowBlocks:
