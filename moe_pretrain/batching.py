@@ -9,18 +9,19 @@ class BatchConfig:
 
     Attributes:
         global_batch_tokens: Tokens per optimizer step over all ranks; a multiple of the sequence length.
-        micro_batch_size: Sequences per rank and forward pass.
+        micro_batch_size: Sequences per rank and forward pass; None for all of a rank's, without accumulation.
         total_tokens: Tokens of the run; the last step is a whole one.
     """
 
     global_batch_tokens: int
-    micro_batch_size: int
+    micro_batch_size: int | None
     total_tokens: int
 
     def __post_init__(self) -> None:
         for name in ("global_batch_tokens", "micro_batch_size", "total_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"batch.{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"batch.{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,21 @@ def plan_batches(config: BatchConfig, sequence_length: int, world_size: int) -> 
         ValueError: The global batch is not a whole number of sequences, or those are not a whole number of
             micro-batches on every rank; the message gives the nearest values that work.
     """
-    per_round = sequence_length * config.micro_batch_size * world_size
+    per_round = sequence_length * (config.micro_batch_size or 1) * world_size
     if config.global_batch_tokens % per_round:
         below = config.global_batch_tokens // per_round * per_round
         nearest = " or ".join(str(value) for value in (below, below + per_round) if value > 0)
+        micro = f"batch.micro_batch_size={config.micro_batch_size} * " if config.micro_batch_size else ""
         raise ValueError(
             f"batch.global_batch_tokens={config.global_batch_tokens} must be a multiple of {per_round} = "
-            f"model.sequence_length={sequence_length} * batch.micro_batch_size={config.micro_batch_size} * "
-            f"{world_size} ranks; nearest: {nearest}"
+            f"model.sequence_length={sequence_length} * {micro}{world_size} ranks; nearest: {nearest}"
         )
     rows = config.global_batch_tokens // sequence_length
+    micro_batch_size = config.micro_batch_size or rows // world_size
     return BatchPlan(
         rows_per_step=rows,
-        micro_batch_size=config.micro_batch_size,
-        accumulation=rows // (config.micro_batch_size * world_size),
+        micro_batch_size=micro_batch_size,
+        accumulation=rows // (micro_batch_size * world_size),
         num_steps=-(-config.total_tokens // config.global_batch_tokens),
         tokens_per_step=config.global_batch_tokens,
     )

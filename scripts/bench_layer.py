@@ -9,7 +9,6 @@ compute router logits in bfloat16 then still choose the same experts, and the lo
 """
 
 import argparse
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,8 +40,9 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     if device.type == "cpu":
         keep_freed_memory()
+    if options.cpu_clock:
+        torch.set_num_threads(1)
     torch.manual_seed(0)
-    random.seed(0)
     layer = build_ours(options).to(device)
     variants = {DENSE: build_dense(options, device, dtype), OURS: wrap_ours(layer, options, device)}
     variants |= build_transformers(options, layer) | build_deepspeed(options, layer, device)
@@ -66,6 +66,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skew", type=float, default=2.0, help="load of the busiest expert over the mean, 2nd table")
+    parser.add_argument("--cpu-clock", action="store_true", help="one thread, processor time instead of wall time")
     parser.add_argument("--only", default="", help="parts of names, comma-separated: time only these variants")
     options = parser.parse_args()
     if not 1 <= options.skew <= options.experts / options.top_k:
@@ -211,6 +212,7 @@ def bench(
         2,
         device,
         clean,
+        options.cpu_clock,
     )
     busiest = busiest_over_mean(variants[OURS], hidden) if OURS in variants else skew
     print(

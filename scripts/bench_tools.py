@@ -18,26 +18,32 @@ def interleave(
     warmup_rounds: int,
     device: torch.device,
     cleanup: Callable[[], None],
+    cpu_clock: bool = False,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each variant in each round; ``cleanup`` runs, untimed, after each."""
+    """Milliseconds of each variant in each round; ``cleanup`` runs, untimed, after each.
+
+    ``cpu_clock`` counts the processor time of this process instead of wall time: with one thread it is the steadier
+    clock on a machine that others use too.
+    """
     names = list(variants)
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(-warmup_rounds, rounds):
         order.shuffle(names)
         for name in names:
-            milliseconds = _milliseconds(variants[name], device)
+            milliseconds = _milliseconds(variants[name], device, cpu_clock)
             cleanup()
             if round_number >= 0:
                 times[name].append(milliseconds)
     return times
 
 
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+def _milliseconds(run: Callable[[], object], device: torch.device, cpu_clock: bool) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        clock = time.process_time if cpu_clock else time.perf_counter
+        start = clock()
         run()
-        return (time.perf_counter() - start) * 1e3
+        return (clock() - start) * 1e3
     torch.cuda.synchronize(device)
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start_event.record()

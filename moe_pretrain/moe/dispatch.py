@@ -16,15 +16,10 @@ from torch import Tensor
 from moe_pretrain.moe.types import Exchange, Experts, Routing, RowOrder
 
 
-def gather_rows(sources: Tensor, order: RowOrder) -> Tensor:
-    """Expert rows ``[rows, hidden]`` of ``sources [sources, hidden]``, no gradient."""
-    return sources.index_select(0, order.source_of_row)
-
-
 def sum_rows(rows: Tensor, order: RowOrder, weight: Tensor | None = None) -> Tensor:
     """For each source the sum of its rows, each times its ``weight [rows]`` if given; float32 inside, no gradient.
 
-    Without weights this is the adjoint of ``gather_rows``.
+    Without weights this is the adjoint of ``sources.index_select(0, order.source_of_row)``.
     """
     slots = order.rows_of_source
     if rows.shape[0] == 0 or slots.shape[1] == 0:
@@ -48,7 +43,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sources: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return gather_rows(sources, order)
+        return sources.index_select(0, order.source_of_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -63,7 +58,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return gather_rows(grads[0].contiguous(), ctx.order), None
+        return grads[0].contiguous().index_select(0, ctx.order.source_of_row), None
 
 
 def order_by(

@@ -119,8 +119,8 @@ class Oracle:
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
         self._update(step, by_name, norm)
         return StepRecord(
-            float(loss),
-            {name: float(value) for name, value in aux.items()},
+            loss.item(),
+            {name: value.item() for name, value in aux.items()},
             by_name,
             norm,
             {name: weight.detach().clone() for name, weight in self.weights.items()},

@@ -205,9 +205,10 @@ def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtyp
         add(f"aux {name}", errors, tolerance)
     norms = {f"step {i}": _relative(a.gradient_norm, b.gradient_norm) for i, (a, b) in enumerate(pairs)}
     add("gradient norm", norms, tolerance)
-    first, first_oracle = pairs[0]
-    gradients = first.gradients
-    add("gradients", {n: _relative(gradients[n], g) for n, g in first_oracle.gradients.items()}, tolerance)
+    for step in sorted({0, len(pairs) - 1}):
+        ours, theirs = pairs[step][0].gradients, pairs[step][1].gradients
+        errors = {name: _relative(ours[name], gradient) for name, gradient in theirs.items()}
+        add(f"gradients of {step + 1}", errors, tolerance)
     for step in sorted({0, len(pairs) - 1}):
         ours, theirs = pairs[step][0].weights, pairs[step][1].weights
         add(f"weights after {step + 1}", {n: _relative(ours[n], w) for n, w in theirs.items()}, tolerance)

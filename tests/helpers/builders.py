@@ -1,20 +1,36 @@
 """Tiny configurations, composed from the shipped YAML files, in sizes that all differ from each other."""
 
-from moe_pretrain.config import Config, load
-from moe_pretrain.moe.types import RoutingContext
-from moe_pretrain.data.packing import MicroBatch
 import torch
+
+from moe_pretrain.config import Config, load
+from moe_pretrain.data.packing import MicroBatch
+from moe_pretrain.moe.types import RoutingContext
 
 SEQUENCE = 12
 NUM_STEPS = 3
 
 _TINY = (
-    *("model.vocab_size=64", f"model.sequence_length={SEQUENCE}", "model.num_layers=2", "model.hidden_size=16"),
-    *("model.num_heads=2", "model.ffn_hidden_size=28", "model.cross_entropy_chunk_tokens=7", "model.init_std=0.2"),
+    *(
+        "model.vocab_size=64",
+        f"model.sequence_length={SEQUENCE}",
+        "model.num_layers=2",
+        "model.hidden_size=16",
+    ),
+    *(
+        "model.num_heads=2",
+        "model.ffn_hidden_size=28",
+        "model.cross_entropy_chunk_tokens=7",
+        "model.init_std=0.2",
+    ),
     *("model.moe.num_experts=4", "model.moe.expert_hidden_size=20"),
     *("optimizer.learning_rate=0.01", "schedule.warmup_steps=1", "router.load_balance_weight=0.1"),
-    *("router.router_z_weight=0.05", "engine.device=cpu", "engine.dtype=float32", "engine.check_every_steps=1"),
-    *("engine.reduce_bucket_elements=500", "parallel.timeout_seconds=100", "metrics.wandb=off"),
+    *(
+        "router.router_z_weight=0.05",
+        "engine.device=cpu",
+        "engine.dtype=float32",
+        "engine.check_every_steps=1",
+    ),
+    *("engine.reduce_bucket_elements=2000", "parallel.timeout_seconds=100", "metrics.wandb=off"),
     *("tokenizer=pretrained", "tokenizer.path=unused"),
 )
 

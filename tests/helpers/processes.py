@@ -42,7 +42,8 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: 
         place = (Path(folder), ranks, timeout)
         target = (function.__code__.co_filename, function.__qualname__)
         processes = [
-            context.Process(target=_rank, args=(*place, rank, target, args), daemon=True) for rank in range(ranks)
+            context.Process(target=_rank, args=(*place, rank, target, args), daemon=True)
+            for rank in range(ranks)
         ]
         for process in processes:
             process.start()
@@ -58,7 +59,9 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.rank_preload"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS), str(_TESTS.parent), *([before] if before else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(_TESTS), str(_TESTS.parent), *([before] if before else [])]
+    )
     try:
         multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
     finally:
@@ -86,9 +89,9 @@ def _wait(processes: list[Any], folder: Path, timeout: float) -> None:
 def _problem(rank: int, process: Any, folder: Path) -> str:
     if process.exitcode == 0:
         return ""
-    error, stack = folder / f"{rank}.error", folder / f"{rank}.stack"
-    text = error.read_text() if error.exists() else stack.read_text() if stack.exists() else ""
-    return f"--- rank {rank} (exit code {process.exitcode}) ---\n{text or 'killed while others failed, or died'}"
+    parts = [folder / f"{rank}.{kind}" for kind in ("output", "stack", "error")]
+    text = "".join(part.read_text()[-8000:] for part in parts if part.exists())
+    return f"--- rank {rank} (exit code {process.exitcode}; -9: killed when others failed) ---\n{text}"
 
 
 def _rank(
@@ -100,6 +103,9 @@ def _rank(
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    output = os.open(folder / f"{rank}.output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     stack = (folder / f"{rank}.stack").open("w")
     faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
     try:
@@ -112,9 +118,14 @@ def _rank(
         dist.barrier()  # a rank that leaves early breaks the others' connections
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)  # destructors of process groups may wait for ranks that are gone
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # destructors of process groups may wait for ranks that are gone
 
 
 def _find(file: str, name: str) -> Callable[..., Any]:

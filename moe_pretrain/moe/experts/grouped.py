@@ -1,17 +1,19 @@
 """Matrix products of row blocks with one matrix per expert, and what else depends on the device.
 
-On CUDA in bfloat16 this is ``torch.nn.functional.grouped_mm``: one launch, block ends stay on the device, no
-host synchronisation. Everywhere else it is a loop of ``torch.mm(out=)``, which on a CPU is what
-``grouped_mm`` does inside, without its restrictions on strides and dtypes. The loop never indexes a stacked weight
-under autograd: that would zero-fill the gradient of the whole stack once per expert.
+On CUDA in bfloat16 all rows are one block and a product is one ``torch.nn.functional.grouped_mm``: one launch,
+the experts' ends stay on the device, no host synchronisation. Everywhere else each expert's rows are a block of
+their own and a product is one ``torch.mm``, which on a CPU is what ``grouped_mm`` does inside, without its
+restrictions on strides and dtypes. Working expert by expert keeps what one expert needs in the cache between the
+products, and only one expert's temporaries exist at a time.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,47 +42,73 @@ def one_kernel_on_cuda(function: Callable[_Arguments, _Result]) -> Callable[_Arg
     return call
 
 
-class RowBlocks:
-    """Rows sorted by expert, as consecutive blocks; multiplies each block with its expert's matrix."""
+class ExpertRows:
+    """The rows of one expert."""
 
-    def __init__(self, rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype):
-        """Prepare for rows of ``dtype`` on the device of ``rows_per_expert``."""
-        self._ends: Tensor | None = None
-        self._sizes: list[int] = []
-        if rows_per_expert.is_cuda and dtype == torch.bfloat16:
-            self._ends = rows_per_expert.cumsum(0).to(torch.int32)
-        else:
-            self._sizes = rows_per_expert.tolist()
+    def __init__(self, expert: int, rows: slice, num_experts: int):
+        self.rows = rows
+        self._expert = expert
+        self._num_experts = num_experts
 
-    def times(
-        self, rows: Float[Tensor, "rows inner"], matrices: Float[Tensor, "local_experts outer inner"]
-    ) -> Float[Tensor, "rows outer"]:
-        """``rows[r] @ matrices[expert of r].T``."""
-        return self._times(rows, matrices.transpose(1, 2))
+    def times(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """``rows[r] @ matrices[expert of r].T``; ``matrices [local_experts, outer, inner]``."""
+        return rows.mm(matrices[self._expert].t())
 
-    def times_transposed(
-        self, rows: Float[Tensor, "rows outer"], matrices: Float[Tensor, "local_experts outer inner"]
-    ) -> Float[Tensor, "rows inner"]:
+    def times_transposed(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """``rows[r] @ matrices[expert of r]``, the gradient of ``times`` with respect to its rows."""
-        return self._times(rows, matrices)
+        return rows.mm(matrices[self._expert])
 
-    def _times(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        if self._ends is not None:
-            return functional.grouped_mm(rows, matrices, offs=self._ends)
-        out = rows.new_empty(rows.shape[0], matrices.shape[2])
-        parts = zip(rows.split(self._sizes), matrices.unbind(0), out.split(self._sizes), strict=True)
-        for block, matrix, target in parts:
-            torch.mm(block, matrix, out=target)
-        return out
+    def outer(self, left: Tensor, right: Tensor, stack: Tensor | None) -> Tensor:
+        """``left.T @ right`` per expert, exactly 0 for an expert without rows.
 
-    def outer(
-        self, left: Float[Tensor, "rows outer"], right: Float[Tensor, "rows inner"]
-    ) -> Float[Tensor, "local_experts outer inner"]:
-        """``left_block.T @ right_block`` per expert, exactly 0 for an expert without rows."""
-        if self._ends is not None:
-            return functional.grouped_mm(left.t(), right, offs=self._ends)
-        out = left.new_empty(len(self._sizes), left.shape[1], right.shape[1])
-        parts = zip(left.split(self._sizes), right.split(self._sizes), out.unbind(0), strict=True)
-        for left_block, right_block, target in parts:
-            torch.mm(left_block.t(), right_block, out=target)
-        return out
+        Args:
+            left: ``[rows, outer]``.
+            right: ``[rows, inner]``.
+            stack: What the previous block returned, None for the first.
+
+        Returns:
+            ``[local_experts, outer, inner]``, complete after the last block.
+        """
+        if stack is None:
+            stack = left.new_empty(self._num_experts, left.shape[1], right.shape[1])
+        torch.mm(left.t(), right, out=stack[self._expert])
+        return stack
+
+
+class AllRows:
+    """The rows of all experts, sorted by expert; the same operations in one launch each."""
+
+    def __init__(self, rows_per_expert: Int[Tensor, "local_experts"]):
+        self.rows = slice(None)
+        self._ends = rows_per_expert.cumsum(0).to(torch.int32)
+
+    def times(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """As ``ExpertRows.times``."""
+        return functional.grouped_mm(rows, matrices.transpose(1, 2), offs=self._ends)
+
+    def times_transposed(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """As ``ExpertRows.times_transposed``."""
+        return functional.grouped_mm(rows, matrices, offs=self._ends)
+
+    def outer(self, left: Tensor, right: Tensor, stack: Tensor | None) -> Tensor:
+        """As ``ExpertRows.outer``; there is no previous block."""
+        return functional.grouped_mm(left.t(), right, offs=self._ends)
+
+
+def row_blocks(
+    rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype
+) -> list[ExpertRows] | list[AllRows]:
+    """Cut rows of ``dtype``, sorted by expert, into blocks; at least one."""
+    if rows_per_expert.is_cuda and dtype == torch.bfloat16:
+        return [AllRows(rows_per_expert)]
+    sizes = rows_per_expert.tolist()
+    ends = list(itertools.accumulate(sizes))
+    return [
+        ExpertRows(expert, slice(end - size, end), len(sizes))
+        for expert, (size, end) in enumerate(zip(sizes, ends, strict=True))
+    ]
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """Rows of all blocks."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

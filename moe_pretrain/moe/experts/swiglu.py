@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_pretrain.moe.dispatch import gather_rows, sum_rows
-from moe_pretrain.moe.experts.grouped import RowBlocks, one_kernel_on_cuda
+from moe_pretrain.moe.dispatch import sum_rows
+from moe_pretrain.moe.experts.grouped import join, one_kernel_on_cuda, row_blocks
 from moe_pretrain.moe.types import ExpertShard, RowOrder
 
 
@@ -85,26 +85,36 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, sources: Tensor, weight: Tensor, in_weight: Tensor, out_weight: Tensor, order: RowOrder
     ) -> Tensor:
-        blocks = RowBlocks(order.rows_per_expert, sources.dtype)
-        before = blocks.times(gather_rows(sources, order), in_weight)
-        ctx.save_for_backward(sources, weight, in_weight, out_weight, before)
+        blocks = row_blocks(order.rows_per_expert, sources.dtype)
+        befores, outputs = [], []
+        for block in blocks:
+            rows = sources.index_select(0, order.source_of_row[block.rows])
+            before = block.times(rows, in_weight)
+            befores.append(before)
+            outputs.append(block.times(_activate(before), out_weight))
+        ctx.save_for_backward(sources, weight, in_weight, out_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
-        return sum_rows(blocks.times(_activate(before), out_weight), order, weight)
+        return sum_rows(join(outputs), order, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sources, weight, in_weight, out_weight, before = ctx.saved_tensors
-        order, blocks = ctx.order, ctx.blocks
-        # Down to grad_sources, gradients are those of the rows' outputs before the route's weight.
-        grad_rows = gather_rows(grads[0].contiguous(), order)
-        grad_act = blocks.times_transposed(grad_rows, out_weight)
-        act, grad_before, grad_weight = _activation_gradients(before, grad_act)
-        del grad_act
-        # In place with a float32 factor: the product is formed in float32 and rounded once.
-        grad_out_weight = blocks.outer(grad_rows.mul_(weight[:, None]), act)
-        del act, grad_rows
-        rows = gather_rows(sources, order).mul_(weight[:, None])
-        grad_in_weight = blocks.outer(grad_before, rows)
-        del rows
-        grad_sources = sum_rows(blocks.times_transposed(grad_before, in_weight), order, weight)
-        return grad_sources, grad_weight, grad_in_weight, grad_out_weight, None
+        sources, weight, in_weight, out_weight, *befores = ctx.saved_tensors
+        order: RowOrder = ctx.order
+        grad_in_weight = grad_out_weight = None
+        grad_weights, grad_inputs = [], []
+        for block, before in zip(ctx.blocks, befores, strict=True):
+            source_of_row, factor = order.source_of_row[block.rows], weight[block.rows, None]
+            # Down to grad_inputs, gradients are those of the rows' outputs before the route's weight.
+            grad_rows = grads[0].index_select(0, source_of_row)
+            grad_act = block.times_transposed(grad_rows, out_weight)
+            act, grad_before, grad_weight = _activation_gradients(before, grad_act)
+            del grad_act
+            # In place with a float32 factor: the product is formed in float32 and rounded once.
+            grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)
+            del act, grad_rows
+            rows = sources.index_select(0, source_of_row).mul_(factor)
+            grad_in_weight = block.outer(grad_before, rows, grad_in_weight)
+            grad_weights.append(grad_weight)
+            grad_inputs.append(block.times_transposed(grad_before, in_weight))
+        grad_sources = sum_rows(join(grad_inputs), order, weight)
+        return grad_sources, join(grad_weights), grad_in_weight, grad_out_weight, None

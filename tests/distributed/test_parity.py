@@ -1,0 +1,31 @@
+"""The gate: for any topology and any way to take the step, the numbers are the oracle's.
+
+Here a part of the product in which every pair of choices meets; ``scripts/parity.sh`` runs all of it.
+"""
+
+import pytest
+from helpers.parity import TOPOLOGIES, Case, covering_cases, run_cases
+
+from moe_pretrain.study.verify import Comparison
+
+Results = dict[Case, list[Comparison]]
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return run_cases(covering_cases())
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda topology: "dp{}_ep{}".format(*topology))
+def test_every_quantity_equals_the_oracle(results: Results, topology: tuple[int, int]) -> None:
+    own = {case: rows for case, rows in results.items() if (case.ranks, case.expert_parallel_size) == topology}
+    assert {case.dtype for case in own} == {"float32", "bfloat16"}
+    different = [f"{case}: {row}" for case, rows in own.items() for row in rows if not row.is_same]
+    assert not different, "\n".join(different)
+
+
+def test_the_oracle_would_notice(results: Results) -> None:
+    """Every case compared every quantity, and the errors are those of another order of sums, not zero by accident."""
+    for rows in results.values():
+        assert len(rows) == 9
+    assert max(row.error for rows in results.values() for row in rows if "gradients" in row.quantity) > 0

@@ -1,0 +1,128 @@
+"""The product of topologies and step options whose every point must equal the oracle."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+
+import torch.distributed as dist
+from helpers.builders import NUM_STEPS, WITH_ALL_PARTS, tiny
+from helpers.processes import run_on_ranks
+
+from moe_pretrain.batching import plan_batches
+from moe_pretrain.config import Config
+from moe_pretrain.parallel.mesh import build_mesh
+from moe_pretrain.study.oracle import Oracle
+from moe_pretrain.study.verify import (
+    Comparison,
+    build_engine,
+    compare,
+    own_micro_batches,
+    random_batches,
+    record,
+)
+
+TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+"""(ranks, expert-parallel size)."""
+
+_AXES = {
+    "zero_stage": (0, 1, 2),
+    "accumulation": (1, 4),
+    "micro_batch_size": (1, 3),
+    "recompute": ("none", "selective", "full"),
+    "clipping": (0.0, 0.1),
+}
+_VARIANTS = {
+    "mixtral": ("router.load_balance_level=global_batch",),
+    "deepseek": (*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+    "switch": ("router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch"),
+    "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
+}
+"""What varies the model and not the step; taken in turn."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the product."""
+
+    ranks: int
+    expert_parallel_size: int
+    zero_stage: int
+    accumulation: int
+    micro_batch_size: int
+    recompute: str
+    clipping: float
+    dtype: str
+    variant: str
+
+    def config(self) -> Config:
+        return tiny(
+            *_VARIANTS[self.variant],
+            f"parallel.processes={self.ranks}",
+            f"parallel.expert_parallel_size={self.expert_parallel_size}",
+            f"engine.zero_stage={self.zero_stage}",
+            f"engine.dtype={self.dtype}",
+            f"engine.gradient_clipping={self.clipping}",
+            f"model.recompute={self.recompute}",
+            rows=self.ranks * self.accumulation * self.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+
+
+def all_cases() -> list[Case]:
+    """Every combination in float32; bfloat16 at ZeRO 1 and 2."""
+    turn = itertools.cycle(_VARIANTS)
+    cases = []
+    for (ranks, size), dtype in itertools.product(TOPOLOGIES, ("float32", "bfloat16")):
+        for options in itertools.product(*_AXES.values()):
+            if dtype == "float32" or (options[0] > 0 and options[3] != "selective"):
+                cases.append(Case(ranks, size, *options, dtype, next(turn)))
+    return cases
+
+
+def covering_cases() -> list[Case]:
+    """A small part of the product in which any two values of any two fields meet at least once."""
+    cases = all_cases()
+    pairs_of = {case: set(_pairs(case)) for case in cases}
+    missing = set().union(*pairs_of.values())
+    chosen = []
+    while missing:
+        # Pairs that one case covers, per second of its running time.
+        best = max(cases, key=lambda case: len(pairs_of[case] & missing) / (1 + case.ranks))
+        chosen.append(best)
+        missing -= pairs_of[best]
+    return chosen
+
+
+def _pairs(case: Case) -> Iterator[tuple]:
+    # The topology is one field: expert parallel 4 exists with 4 ranks only.
+    fields = ((case.ranks, case.expert_parallel_size), *astuple(case)[2:])
+    return itertools.combinations(enumerate(fields), 2)
+
+
+def run_cases(cases: Sequence[Case], timeout: float = 600.0) -> dict[Case, list[Comparison]]:
+    """Run cases, all of one number of ranks in one start of processes."""
+    results: dict[Case, list[Comparison]] = {}
+    for ranks in sorted({case.ranks for case in cases}):
+        own = [case for case in cases if case.ranks == ranks]
+        results.update(zip(own, run_on_ranks(_compare_on_ranks, ranks, own, timeout=timeout)[0], strict=True))
+    return results
+
+
+def _compare_on_ranks(cases: list[Case]) -> list[list[Comparison]]:
+    results = []
+    for case in cases:
+        config = case.config()
+        mesh = build_mesh(config.parallel, "cpu")
+        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+        assert (plan.accumulation, plan.num_steps) == (case.accumulation, NUM_STEPS)
+        steps = random_batches(config, mesh.world_size)
+        engine = build_engine(config, case.dtype, mesh)
+        run = [record(engine, i, own_micro_batches(step, plan, mesh.rank)) for i, step in enumerate(steps)]
+        if case.clipping:
+            assert all(step.gradient_norm > 2 * case.clipping for step in run), "clipping must bite"
+        if mesh.is_main:
+            oracle = Oracle(config, plan.num_steps, case.dtype)
+            expected = [oracle.step(i, step) for i, step in enumerate(steps)]
+            results.append(compare(run, expected, case.dtype))
+        dist.barrier()
+    return results
