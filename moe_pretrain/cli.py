@@ -45,7 +45,10 @@ def _is_users(error: Exception) -> bool:
 def _usage() -> str:
     lines = ["usage: moe-pretrain COMMAND [OVERRIDE ...] [--debug]", ""]
     lines += [f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items()]
-    lines += ["", "An override is a Hydra override, for example model=700m router=top_k seed=1 batch.micro_batch_size=4."]
+    lines += [
+        "",
+        "An override is a Hydra override, for example model=700m router=top_k seed=1 batch.micro_batch_size=4.",
+    ]
     return "\n".join(lines)
 
 

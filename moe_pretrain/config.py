@@ -1,7 +1,7 @@
 """The root configuration: what Hydra composes, turned into frozen dataclasses or one line of complaint.
 
-Values live in ``configs/*.yaml``; names, types, constraints and documentation live in the dataclasses beside the code that
-reads them. Every value must be in a YAML file and every YAML key must be a field, so neither can go stale.
+Values live in ``configs/*.yaml``; names, types, constraints and documentation live in the dataclasses beside the code
+that reads them. Every value must be in a YAML file and every YAML key must be a field, so neither can go stale.
 """
 
 import dataclasses

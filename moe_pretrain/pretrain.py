@@ -211,9 +211,7 @@ class _Run:
                 f"{state['tokens'] // max(1, self.step)}, with which {path} was made"
             )
         self.metrics.resume(self.step)
-        self.metrics.event(
-            self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks"
-        )
+        self.metrics.event(self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks")
 
     def loop(self, loader: data.TrainLoader, stop: StopRequest) -> bool:
         """Train until the last step or until a signal; True if the last step is done."""
@@ -288,9 +286,7 @@ class _Run:
                 "world_size": self.mesh.world_size,
                 "versions": _versions(),
             }
-            path = store.save(
-                self.engine, self.folder / CHECKPOINTS, state, self.config.checkpoint.keep_last
-            )
+            path = store.save(self.engine, self.folder / CHECKPOINTS, state, self.config.checkpoint.keep_last)
             self.saved_step = self.step
             seconds = time.perf_counter() - started
         self.metrics.event(self.step, self.tokens, "checkpoint", f"{path.name} written in {seconds:.1f} s")
@@ -343,16 +339,15 @@ def _differences(name: str, then: Any, now: Any) -> dict[str, tuple[Any, Any]]:
 def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:
     ranks = f"{mesh.world_size} rank{'s' if mesh.world_size > 1 else ''}"
     return (
-        f"{config.run.name}: {size.total_parameters / 1e6:,.1f}M parameters, {size.active_parameters / 1e6:,.1f}M active; "
+        f"{config.run.name}: {size.total_parameters / 1e6:,.1f}M parameters, "
+        f"{size.active_parameters / 1e6:,.1f}M active; "
         f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
         f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
         f"{mesh.shard.size}, ZeRO {config.engine.zero_stage})"
     )
 
 
-def _write_run_facts(
-    folder: Path, config: Config, size: ModelSize, corpus: data.TokenizedCorpus, mesh: Mesh
-) -> None:
+def _write_run_facts(folder: Path, config: Config, size: ModelSize, corpus: data.TokenizedCorpus, mesh: Mesh) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_values(config))), sort_keys=False))
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else platform.processor() or "cpu"
     facts = {

@@ -31,7 +31,12 @@ def main() -> int:
                 header = False
             seconds = time.perf_counter() - started
             name = f"{ranks}x{size} {dtype}"
-            print(f"{name:<15} {len(own):>5} " + "".join(f"{e:>19.1e}" for e in worst.values()) + f"  {seconds:.0f}", flush=True)
+            print(
+                f"{name:<15} {len(own):>5} "
+                + "".join(f"{e:>19.1e}" for e in worst.values())
+                + f"  {seconds:.0f}",
+                flush=True,
+            )
     print("the same as the oracle everywhere" if not failed else f"{failed} quantities differ")
     return int(failed > 0)
 

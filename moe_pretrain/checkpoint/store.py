@@ -241,7 +241,7 @@ class _Reader:
             interval = _Interval(**fields)
             self._intervals.setdefault((interval.tensor, interval.kind), []).append(interval)
         self._files = {
-            file: safe_open(path / file, framework="pt")  # type: ignore[no-untyped-call]
+            file: safe_open(path / file, framework="pt")
             for file in manifest["files"]
         }
 

@@ -353,9 +353,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
 
     def stream(columns: list[str] | None) -> Iterator[dict[str, Any]]:
         files = {"train": [glob.escape(str(path))]}
-        return iter(
-            datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=columns)
-        )
+        return iter(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=columns))
 
     _text_of(next(stream(None)), column)  # says which columns there are when this one is missing
     yield from stream([column])
@@ -396,6 +394,5 @@ def _hub_documents(config: HubCorpusConfig) -> Iterator[Document]:
             yield Document(f"{config.name}#{number}", text)
     except Exception as error:
         raise ValueError(
-            f"data=hub data.name={config.name} data.subset={config.subset} "
-            f"data.split={config.split}: {one_line(error)}"
+            f"data=hub data.name={config.name} data.subset={config.subset} data.split={config.split}: {one_line(error)}"
         ) from None

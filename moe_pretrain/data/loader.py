@@ -8,7 +8,7 @@ naming its next step.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class TrainLoader:
             for first in range(0, len(positions), size)
         ]
 
-    def iterate(self, first_step: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def iterate(self, first_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
         """``(step, micro_batches(step))`` from ``first_step`` on, for ever.
 
         One background thread works up to two steps ahead. What fails in it is raised here, at
@@ -160,9 +160,7 @@ def validation_batches(
             f"micro_batch_rows={micro_batch_rows} must be at least 1 and rank={rank} must be "
             f"from 0 to world_size-1={world_size - 1}"
         )
-    return _validation_batches(
-        reader, num_rows, sequence_length, micro_batch_rows, rank, world_size, isolate_documents
-    )
+    return _validation_batches(reader, num_rows, sequence_length, micro_batch_rows, rank, world_size, isolate_documents)
 
 
 def count_rows(reader: ShardReader, sequence_length: int) -> int:
@@ -176,8 +174,7 @@ def count_rows(reader: ShardReader, sequence_length: int) -> int:
     num_rows = (reader.num_tokens - 1) // sequence_length
     if num_rows < 1:
         raise ValueError(
-            f"sequence_length={sequence_length} must be below the {reader.num_tokens} tokens "
-            f"in {reader.folder}"
+            f"sequence_length={sequence_length} must be below the {reader.num_tokens} tokens in {reader.folder}"
         )
     return num_rows
 

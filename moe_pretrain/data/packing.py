@@ -100,9 +100,7 @@ def build_micro_batch(
     )
 
 
-def mark_document_starts(
-    document_ends: np.ndarray, first_tokens: np.ndarray, sequence_length: int
-) -> np.ndarray:
+def mark_document_starts(document_ends: np.ndarray, first_tokens: np.ndarray, sequence_length: int) -> np.ndarray:
     """Where documents begin inside rows.
 
     A row's own first token is never marked: whatever came before it is not in the row.

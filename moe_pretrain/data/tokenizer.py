@@ -195,18 +195,14 @@ def _load_with_transformers(name: str) -> Tokenizer:
     )
 
 
-def _from_backend(
-    model: tokenizers.Tokenizer, end_of_document: int | None, definition: bytes, name: str
-) -> Tokenizer:
+def _from_backend(model: tokenizers.Tokenizer, end_of_document: int | None, definition: bytes, name: str) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
     # "<|endoftext|>" written in a document is text about tokenizers, not the end of a document.
     model.encode_special_tokens = True
     vocabulary = model.get_vocab(with_added_tokens=True)
     return Tokenizer(
-        encode=lambda texts: [
-            encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)
-        ],
+        encode=lambda texts: [encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)],
         decode=lambda ids: model.decode(ids, skip_special_tokens=False),
         vocabulary=vocabulary,
         end_of_document=_checked_end_of_document(end_of_document, vocabulary, name),

@@ -40,9 +40,7 @@ def peak_flops_per_second(device_name: str) -> float | None:
     return None
 
 
-def model_flops_utilization(
-    flops_per_token: float, tokens_per_second: float, num_devices: int, peak: float
-) -> float:
+def model_flops_utilization(flops_per_token: float, tokens_per_second: float, num_devices: int, peak: float) -> float:
     """Compute ``flops_per_token * tokens_per_second / (num_devices * peak)``.
 
     Args:

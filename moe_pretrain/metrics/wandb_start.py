@@ -32,9 +32,7 @@ def choose_mode(asked: str, logged_in: bool, base_url: str) -> tuple[str, str]:
         return "offline", "as configured"
     if not logged_in:
         if asked == "online":
-            raise ValueError(
-                "metrics.wandb=online needs a wandb login: run `wandb login`, or set it to offline"
-            )
+            raise ValueError("metrics.wandb=online needs a wandb login: run `wandb login`, or set it to offline")
         return "offline", "not logged in"
     if not reachable(base_url):
         return "offline", f"no answer from {base_url}"

@@ -50,9 +50,7 @@ def document_mask(document_ids: Int[Tensor, "batch sequence"]) -> DocumentMask:
 def _visible(document_ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's mask function: keys of the same document, not later than the query."""
 
-    return lambda batch, head, query, key: (
-        (document_ids[batch, query] == document_ids[batch, key]) & (key <= query)
-    )
+    return lambda batch, head, query, key: (document_ids[batch, query] == document_ids[batch, key]) & (key <= query)
 
 
 @functools.cache
@@ -75,9 +73,7 @@ def attend(
         flex = _compiled_flex_attention()
         return flex(query, key, value, block_mask=mask.block_mask, enable_gqa=grouped)
     assert mask.spans is not None
-    sdpa = functools.partial(
-        functional.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped
-    )
+    sdpa = functools.partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
     if all(len(spans) == 1 for spans in mask.spans):
         return sdpa(query, key, value)
     rows = []
@@ -105,8 +101,6 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch sequence hidden"]:
         """Attend; ``rotary`` comes from ``rotary_table``, ``mask`` from ``document_mask``."""
         projected = functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected
-        )
+        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected)
         attended = attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value, mask)
         return functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight)

@@ -72,9 +72,7 @@ class ModelConfig:
                 f"nearest: {_nearest_multiples(self.hidden_size, self.num_heads)}"
             )
         if self.head_size % 2:
-            raise ValueError(
-                f"model.hidden_size/num_heads={self.head_size} must be even: rotary positions turn pairs"
-            )
+            raise ValueError(f"model.hidden_size/num_heads={self.head_size} must be even: rotary positions turn pairs")
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_key_value_heads={self.num_key_value_heads} must divide model.num_heads={self.num_heads}"

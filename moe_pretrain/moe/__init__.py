@@ -1,7 +1,5 @@
 """Mixture-of-experts layers. This is the package's one door: the table of routers and the builder of a layer."""
 
-from torch import nn
-
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.dense import DenseConfig
@@ -11,7 +9,7 @@ from moe_pretrain.moe.types import ExpertShard
 RouterConfig = TopKRouterConfig | DenseConfig
 """The ``router`` group; its ``name`` says which."""
 
-ROUTERS: dict[str, type[nn.Module]] = {
+ROUTERS: dict[str, type[TopKRouter]] = {
     "top_k": TopKRouter,
 }
 """Scheme name -> module. A new scheme adds one row here, its configuration above, and one file in ``routers/``."""

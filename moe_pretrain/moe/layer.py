@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.types import Exchange, ExpertShard, MoEOutput, Routing, RoutingContext
+from moe_pretrain.moe.types import Exchange, ExpertShard, MoEOutput, Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MoELayer(nn.Module):
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
     """
 
-    def __init__(self, config: MoEConfig, router: nn.Module, hidden_size: int, shard: ExpertShard):
+    def __init__(self, config: MoEConfig, router: Router, hidden_size: int, shard: ExpertShard):
         super().__init__()
         self.num_experts = config.num_experts
         self.router = router

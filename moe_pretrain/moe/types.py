@@ -13,9 +13,10 @@ Axis names (one meaning each, in every file under ``moe/``):
     width          inner width of one expert
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -108,23 +109,41 @@ class ExpertShard:
         return range(self.rank * count, (self.rank + 1) * count)
 
 
-@runtime_checkable
-class Router(Protocol):
-    """Decides which experts serve which token. Implemented by the modules in ``moe/routers``."""
+class Router(nn.Module):
+    """Decides which experts serve which token. The base of the modules in ``moe/routers``.
 
-    causal_in_training: bool
-    causal_in_evaluation: bool
+    Attributes:
+        layer: Index of the decoder layer, for noise streams and statistics.
+        keep_float32: The router's parameters stay float32 in a bfloat16 engine.
+        causal_in_training: Whether a token's route in training depends on no later token.
+        causal_in_evaluation: The same for evaluation.
+    """
+
+    keep_float32: ClassVar[bool] = True
+    causal_in_training: ClassVar[bool]
+    causal_in_evaluation: ClassVar[bool]
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
 
     @property
     def aux_weights(self) -> dict[str, float]:
-        """Coefficient of each aux loss that this router returns."""
+        """Coefficient of each aux loss in ``Routing.aux``."""
+        raise NotImplementedError
 
     @property
     def needs_global_routes(self) -> bool:
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
+        raise NotImplementedError
 
-    def __call__(self, hidden: Tensor, context: RoutingContext) -> Routing:
+    def weight_norm(self) -> float:
+        """Euclidean norm of all router parameters."""
+        return math.sqrt(sum(float(parameter.detach().square().sum()) for parameter in self.parameters()))
+
+    def forward(self, hidden: Tensor, context: RoutingContext) -> Routing:
         """Route ``hidden [tokens, hidden]``."""
+        raise NotImplementedError
 
 
 @runtime_checkable

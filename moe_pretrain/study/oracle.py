@@ -221,9 +221,7 @@ class Oracle:
         probs = scores / scores.sum(dim=-1, keepdim=True)
         chosen = []
         for row in scores.tolist():  # the highest first; of equal scores the lower expert
-            chosen.append(
-                sorted(range(num_experts), key=lambda expert: (-row[expert], expert))[: config.top_k]
-            )
+            chosen.append(sorted(range(num_experts), key=lambda expert: (-row[expert], expert))[: config.top_k])
         routed = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, torch.tensor(chosen), True)
         weight = scores
         if config.weights == "renormalised":

@@ -42,8 +42,7 @@ def section(title: str, body: str, note: str = "") -> str:
 def facts(values: Mapping[str, str]) -> str:
     """Return labels and values as a grid; the last one gets a line of its own."""
     entries = (
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>"
-        for label, value in values.items()
+        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>" for label, value in values.items()
     )
     return f"<dl>{''.join(entries)}</dl>"
 
@@ -51,9 +50,7 @@ def facts(values: Mapping[str, str]) -> str:
 def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     """Return a table that scrolls sideways on a phone; the last column wraps."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) + "</tr>" for line in lines
-    )
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) + "</tr>" for line in lines)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
@@ -73,18 +70,14 @@ def charts(title: str, svgs: Sequence[str], note: str = "", layout: str = "grid"
 
 def layer_legend(colors: Mapping[str, str]) -> str:
     """Return the legend that the charts beside it share: layer number to colour."""
-    entries = (
-        f'<span><i style="background:{color}"></i>layer {int(layer)}</span>'
-        for layer, color in colors.items()
-    )
+    entries = (f'<span><i style="background:{color}"></i>layer {int(layer)}</span>' for layer, color in colors.items())
     return f'<div class="legend">{"".join(entries)}</div>'
 
 
 def folded(title: str, text: str) -> str:
     """Return a card that opens on a click and shows ``text`` as it is."""
     return (
-        f"<section><details><summary>{html.escape(title)}</summary>"
-        f"<pre>{html.escape(text)}</pre></details></section>"
+        f"<section><details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details></section>"
     )
 
 
@@ -94,7 +87,5 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>"
-        + "\n".join(sections)
-        + "</main></body></html>\n"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>" + "\n".join(sections) + "</main></body></html>\n"
     )

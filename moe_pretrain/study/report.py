@@ -95,8 +95,7 @@ def summarise(run_dir: Path, rows: dict[str, list[Row]] | None = None) -> dict[s
         "unigram_entropy": recorded.get("unigram_entropy"),
         "tokens_per_second_median": _median(train, "train/tokens_per_second"),
         "model_flops_utilization_median": _median(train, "train/model_flops_utilization"),
-        "peak_memory_bytes": max((row.get("train/peak_memory_bytes") or 0 for row in train), default=0)
-        or None,
+        "peak_memory_bytes": max((row.get("train/peak_memory_bytes") or 0 for row in train), default=0) or None,
         "wall_seconds": max(row["seconds"] for row in everything),
         "resumes": max(row["attempt"] for row in everything),
         "device": recorded.get("device"),

@@ -26,8 +26,10 @@ from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.study.oracle import Oracle, StepRecord
 
 NUM_STEPS = 3
-TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.1}
-"""Largest relative error. float32: another order of sums; bfloat16: rounding, which the oracle does not do."""
+SCALAR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.03}
+TENSOR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.3}
+"""Largest relative errors. In float32 only the order of sums differs. In bfloat16 the run rounds and the oracle does
+not, and a rounded hidden state now and then goes to another expert, which moves a small expert's gradient."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ def shrink(config: Config, world_size: int) -> Config:
     heads = heads_per_key_value * min(2, model.num_key_value_heads)
     sequence, micro_batch_size = 12, min(2, config.batch.micro_batch_size)
     tokens = sequence * micro_batch_size * plan.accumulation * world_size
-    small_moe = replace(
-        moe, expert_hidden_size=20, shared_expert_hidden_size=14, num_leading_dense_layers=leading
-    )
+    small_moe = replace(moe, expert_hidden_size=20, shared_expert_hidden_size=14, num_leading_dense_layers=leading)
     small_model = replace(
         model,
         vocab_size=64,
@@ -190,7 +190,7 @@ def record(engine: _RecordedEngine, step: int, micro_batches: list[MicroBatch]) 
 
 def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtype) -> list[Comparison]:
     """One row per quantity, over the steps that both made."""
-    tolerance = TOLERANCE[dtype]
+    scalar, tensor = SCALAR_TOLERANCE[dtype], TENSOR_TOLERANCE[dtype]
     rows = []
     pairs = list(zip(run, oracle, strict=True))
 
@@ -199,24 +199,22 @@ def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtyp
         worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
         rows.append(Comparison(quantity, worst, errors[worst], allowed))
 
-    add("loss", {f"step {i}": _relative(a.loss, b.loss) for i, (a, b) in enumerate(pairs)}, tolerance)
+    add("loss", {f"step {i}": _relative(a.loss, b.loss) for i, (a, b) in enumerate(pairs)}, scalar)
     for name in oracle[0].aux:
         errors = {f"step {i}": _relative(a.aux[name], b.aux[name]) for i, (a, b) in enumerate(pairs)}
-        add(f"aux {name}", errors, tolerance)
+        add(f"aux {name}", errors, scalar)
     norms = {f"step {i}": _relative(a.gradient_norm, b.gradient_norm) for i, (a, b) in enumerate(pairs)}
-    add("gradient norm", norms, tolerance)
+    add("gradient norm", norms, scalar)
     for step in sorted({0, len(pairs) - 1}):
         ours, theirs = pairs[step][0].gradients, pairs[step][1].gradients
         errors = {name: _relative(ours[name], gradient) for name, gradient in theirs.items()}
-        add(f"gradients of {step + 1}", errors, tolerance)
+        add(f"gradients of {step + 1}", errors, tensor)
     for step in sorted({0, len(pairs) - 1}):
         ours, theirs = pairs[step][0].weights, pairs[step][1].weights
-        add(f"weights after {step + 1}", {n: _relative(ours[n], w) for n, w in theirs.items()}, tolerance)
-    counts = {
-        f"step {i}": _relative(a.tokens_per_expert, b.tokens_per_expert) for i, (a, b) in enumerate(pairs)
-    }
+        add(f"weights after {step + 1}", {n: _relative(ours[n], w) for n, w in theirs.items()}, tensor)
+    counts = {f"step {i}": _relative(a.tokens_per_expert, b.tokens_per_expert) for i, (a, b) in enumerate(pairs)}
     # Whole numbers: in float32 not one route may differ.
-    add("tokens per expert", counts, 0.0 if dtype == "float32" else tolerance)
+    add("tokens per expert", counts, 0.0 if dtype == "float32" else tensor)
     return rows
 
 
@@ -245,11 +243,7 @@ def verify(config: Config, device_type: str, dtype: Dtype, say: Callable[[str], 
     say(
         f"{mesh.world_size} ranks, expert parallel {mesh.shard.size}, ZeRO {small.engine.zero_stage}, {dtype}, "
         f"{plan.accumulation} micro-batches, recompute {small.model.recompute}; "
-        + (
-            f"clipping bit in {clipped} of {len(run)} steps"
-            if small.engine.gradient_clipping
-            else "no clipping"
-        )
+        + (f"clipping bit in {clipped} of {len(run)} steps" if small.engine.gradient_clipping else "no clipping")
     )
     for row in rows:
         verdict = "same" if row.is_same else f"DIFFERS most in {row.worst}"

@@ -16,7 +16,9 @@ from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard
 
 ROOT = Path(__file__).parents[2]
-GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in config_folder().iterdir() if path.is_dir()}
+GROUPS = {
+    path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in config_folder().iterdir() if path.is_dir()
+}
 SIZES = [name for name in GROUPS["model"] if name != "base"]
 # Values that a group asks of its user.
 REQUIRED = {
@@ -49,7 +51,6 @@ def millions(value: float) -> float:
 
 def test_sizes_equal_the_papers_figures():
     """Total with one embedding, active with two: how the Autonomy-of-Experts paper must have counted."""
-
 
     def size(name: str, *more: str) -> ModelSize:
         config = load([f"model={name}", *more])

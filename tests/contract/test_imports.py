@@ -35,7 +35,16 @@ CONFINED = {
     "hydra": {"config.py", "cli.py"},
     "omegaconf": {"config.py", "cli.py"},
     "wandb": {"metrics/sinks.py"},
-    "torch.distributed": {"pretrain.py", "launch.py", "parallel/", "engine/", "checkpoint/", "metrics/", "signals.py", "study/verify.py"},
+    "torch.distributed": {
+        "pretrain.py",
+        "launch.py",
+        "parallel/",
+        "engine/",
+        "checkpoint/",
+        "metrics/",
+        "signals.py",
+        "study/verify.py",
+    },
 }
 # Level-1 parts must not know each other.
 INDEPENDENT = {"moe": {"data", "batching"}, "data": {"moe", "batching"}, "batching": {"moe", "data"}}

@@ -17,7 +17,12 @@ SHAPES = (*WITH_ALL_PARTS, "engine.check_every_steps=0")
 
 
 def overrides_of(ep: int, stage: int, dtype: str = "float32") -> tuple[str, ...]:
-    return (*SHAPES, f"parallel.expert_parallel_size={ep}", f"engine.zero_stage={stage}", f"engine.dtype={dtype}")
+    return (
+        *SHAPES,
+        f"parallel.expert_parallel_size={ep}",
+        f"engine.zero_stage={stage}",
+        f"engine.dtype={dtype}",
+    )
 
 
 def train_and_save(folder: str, overrides: tuple[str, ...], steps: int) -> None:

@@ -43,7 +43,11 @@ def test_logits_and_gradients_equal_mixtral():
         )
     )
     # Our name of each parameter of theirs; query, key and value are rows of one matrix of ours.
-    pairs = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "head.weight"}
+    pairs = {
+        "model.embed_tokens.weight": "embedding.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "head.weight",
+    }
     for i in range(2):
         them, us = f"model.layers.{i}", f"blocks.{i}"
         pairs |= {
@@ -73,4 +77,6 @@ def test_logits_and_gradients_equal_mixtral():
     loss_sum.backward()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), ids.flatten(), reduction="sum").backward()
     for them, us in pairs.items():
-        torch.testing.assert_close(own[us].grad, other[them].grad, atol=1e-3, rtol=1e-3, msg=lambda m, us=us: f"{us}: {m}")
+        torch.testing.assert_close(
+            own[us].grad, other[them].grad, atol=1e-3, rtol=1e-3, msg=lambda m, us=us: f"{us}: {m}"
+        )

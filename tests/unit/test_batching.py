@@ -9,7 +9,14 @@ def config(global_batch_tokens: int, micro_batch_size: int | None, total_tokens:
 
 @pytest.mark.parametrize(
     "tokens,micro,world,accumulation,steps",
-    [(96, 2, 1, 4, 11), (96, 2, 2, 2, 11), (96, 8, 1, 1, 11), (96, 1, 4, 2, 11), (1200, 1, 1, 100, 1), (96, None, 4, 1, 11)],
+    [
+        (96, 2, 1, 4, 11),
+        (96, 2, 2, 2, 11),
+        (96, 8, 1, 1, 11),
+        (96, 1, 4, 2, 11),
+        (1200, 1, 1, 100, 1),
+        (96, None, 4, 1, 11),
+    ],
 )
 def test_plan(tokens: int, micro: int, world: int, accumulation: int, steps: int):
     plan = plan_batches(config(tokens, micro), sequence_length=12, world_size=world)

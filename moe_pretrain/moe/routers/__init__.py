@@ -1,0 +1,1 @@
+"""One file per routing scheme: its configuration and its module."""

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
 from moe_pretrain.moe.noise import counter_uniform
-from moe_pretrain.moe.types import BalanceLevel, RouterUse, Routing, RoutingContext, as_count
+from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
 
 _JITTER_STREAM = 1
 
@@ -67,7 +67,7 @@ class TopKRouterConfig:
         return float(self.top_k)
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Linear router; every token goes to its ``top_k`` best experts.
 
     Logits, scores, selection and losses are float32 whatever the engine's dtype. Ties go to the lower expert id
@@ -79,15 +79,13 @@ class TopKRouter(nn.Module):
         ``sigmoid``, whose balance probabilities are the scores divided by their sum (eq. 19).
     """
 
-    keep_float32 = True
     causal_in_training = True
     causal_in_evaluation = True
 
     def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, layer: int):
-        super().__init__()
+        super().__init__(layer)
         config.check_num_experts(num_experts)
         self.config = config
-        self.layer = layer
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
@@ -100,10 +98,6 @@ class TopKRouter(nn.Module):
     def needs_global_routes(self) -> bool:
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
         return self.config.load_balance_level == "global_batch" and self.config.load_balance_weight > 0
-
-    def weight_norm(self) -> float:
-        """Euclidean norm of the router's weights."""
-        return float(self.weight.detach().norm())
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Route every token to ``top_k`` experts."""

@@ -172,9 +172,7 @@ def test_empty_paths_and_no_tokens_are_refused():
 
 def test_validation_is_a_share_that_only_grows_with_the_fraction():
     texts = [f"text {number}" for number in range(4000)]
-    held_out = {
-        fraction: {text for text in texts if is_validation(text, fraction)} for fraction in (0.1, 0.3)
-    }
+    held_out = {fraction: {text for text in texts if is_validation(text, fraction)} for fraction in (0.1, 0.3)}
     assert held_out[0.1] < held_out[0.3]
     assert 320 < len(held_out[0.1]) < 480 and 1080 < len(held_out[0.3]) < 1320
 

@@ -158,9 +158,7 @@ def test_closing_ends_the_thread(reader):
 
 @pytest.mark.parametrize("world_size, micro_batch_rows", [(1, 1), (1, 5), (2, 3), (4, 8), (3, 100)])
 @pytest.mark.parametrize("max_rows", [None, 1, 10, 10**6])
-def test_validation_reads_each_row_once_and_all_ranks_as_often(
-    reader, world_size, micro_batch_rows, max_rows
-):
+def test_validation_reads_each_row_once_and_all_ranks_as_often(reader, world_size, micro_batch_rows, max_rows):
     ranks = [
         list(validation_batches(reader, SEQUENCE, micro_batch_rows, rank, world_size, max_rows, False))
         for rank in range(world_size)
@@ -189,9 +187,7 @@ def test_sequence_longer_than_the_corpus_names_its_tokens(reader):
 
 
 def test_batch_that_does_not_divide_is_refused(reader):
-    with pytest.raises(
-        ValueError, match=r"^global_batch_rows=12 must [^\n]*world_size\*micro_batch_rows=2\*5=10$"
-    ):
+    with pytest.raises(ValueError, match=r"^global_batch_rows=12 must [^\n]*world_size\*micro_batch_rows=2\*5=10$"):
         loader(reader, world_size=2, micro_batch_rows=5)
     with pytest.raises(ValueError, match="max_rows=0"):
         validation_batches(reader, SEQUENCE, 1, 0, 1, 0, True)

@@ -103,9 +103,7 @@ def test_ranks_split_a_step_in_order(world_size):
 
 
 def test_uneven_split_and_unknown_rank_are_refused():
-    with pytest.raises(
-        ValueError, match=r"^global_batch_rows=10 must be a positive multiple of world_size=4$"
-    ):
+    with pytest.raises(ValueError, match=r"^global_batch_rows=10 must be a positive multiple of world_size=4$"):
         rank_positions(0, 10, 0, 4)
     with pytest.raises(ValueError, match=r"^rank=4 must be"):
         rank_positions(0, 12, 4, 4)

@@ -79,9 +79,7 @@ def test_settings_have_folders_of_their_own(config, tmp_path):
     corpora_made = [
         prepare(config, TOKENIZER, tmp_path / "cache", None, None),
         prepare(config, TokenizerConfig("train", 290, None), tmp_path / "cache", None, None),
-        prepare(
-            FilesCorpusConfig("files", config.paths, "text", 0.3), TOKENIZER, tmp_path / "cache", None, None
-        ),
+        prepare(FilesCorpusConfig("files", config.paths, "text", 0.3), TOKENIZER, tmp_path / "cache", None, None),
     ]
     assert len({corpus.fingerprint for corpus in corpora_made}) == 3
     assert len(folders(tmp_path / "cache")) == 3
@@ -119,9 +117,7 @@ def test_an_empty_side_is_refused(config, tmp_path, fraction, side):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "max_tokens, tokens_needed, expected", [(500, None, 500), (None, 700, 700), (500, 700, 500)]
-)
+@pytest.mark.parametrize("max_tokens, tokens_needed, expected", [(500, None, 500), (None, 700, 700), (500, 700, 500)])
 def test_a_hub_corpus_stops_when_it_has_enough(tmp_path, monkeypatch, max_tokens, tokens_needed, expected):
     def endless(config):
         number = 0

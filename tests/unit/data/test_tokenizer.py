@@ -43,9 +43,7 @@ def test_any_text_comes_back(file):
 
 
 def test_text_cannot_hold_the_end_of_a_document(file, tmp_path):
-    transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>").save_pretrained(
-        tmp_path
-    )
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>").save_pretrained(tmp_path)
     for tokenizer in (load_tokenizer_file(file), pretrained(tmp_path)):
         ids = tokenizer.encode_batch(["a<|endoftext|>b"])[0]
         assert tokenizer.end_of_document not in ids

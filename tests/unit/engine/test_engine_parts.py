@@ -29,7 +29,12 @@ def test_warmup_stable_decay_schedule():
 
 def engine_config(**changes: object) -> EngineConfig:
     fields = dict(
-        device="cpu", dtype="float32", zero_stage=1, gradient_clipping=0.5, reduce_bucket_elements=1000, check_every_steps=0
+        device="cpu",
+        dtype="float32",
+        zero_stage=1,
+        gradient_clipping=0.5,
+        reduce_bucket_elements=1000,
+        check_every_steps=0,
     )
     return EngineConfig(**{**fields, **changes})
 

@@ -114,8 +114,6 @@ def test_short_number(value, text):
     assert short_number(value) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "0:05"), (245, "4:05"), (7445, "2:04:05"), (266_645, "3d 02:04:05")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (245, "4:05"), (7445, "2:04:05"), (266_645, "3d 02:04:05")])
 def test_short_duration(seconds, text):
     assert short_duration(seconds) == text

@@ -1,0 +1,190 @@
+"""The stacked experts against a loop that calls them one row at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_pretrain.moe.experts.grouped import AllRows, row_blocks
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.types import ExpertShard, RowOrder
+
+HIDDEN, WIDTH = 8, 24  # multiples of 8, which grouped_mm wants; different, so that a swap fails
+
+# Expert of each route by source, in any order; sources may repeat experts' company and may have no route.
+LAYOUTS = {
+    "two each": [[0, 1], [2, 0], [3, 1], [1, 2], [0, 3]],
+    "an expert without rows": [[0, 1], [3, 0], [3, 1], [0, 1], [1, 3]],
+    "ragged": [[2], [0, 1, 3], [], [3, 1], [1]],
+    "one source has all": [[], [0, 1, 2, 3], []],
+    "one expert has all": [[2], [2], [2]],
+}
+
+
+def make_order(experts_of_source: list[list[int]], num_experts: int) -> tuple[RowOrder, list[int]]:
+    """The order of these routes, made by hand, and each row's expert."""
+    rows = sorted((expert, source) for source, experts in enumerate(experts_of_source) for expert in experts)
+    slots = max(map(len, experts_of_source), default=0)
+    rows_of_source = [[row for row, (_, s) in enumerate(rows) if s == source] for source in range(len(experts_of_source))]
+    order = RowOrder(
+        source_of_row=torch.tensor([source for _, source in rows], dtype=torch.int64),
+        rows_of_source=torch.tensor(
+            [own + [-1] * (slots - len(own)) for own in rows_of_source], dtype=torch.int64
+        ).view(len(experts_of_source), slots),
+        is_full=all(len(own) == slots for own in rows_of_source),
+        rows_per_expert=torch.tensor([sum(e == expert for e, _ in rows) for expert in range(num_experts)]),
+    )
+    return order, [expert for expert, _ in rows]
+
+
+def make_experts(dtype: torch.dtype = torch.float32, num_experts: int = 4) -> SwiGLUExperts:
+    experts = SwiGLUExperts(num_experts, HIDDEN, WIDTH, ExpertShard())
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return experts.to(dtype)
+
+
+def loop(
+    sources: Tensor, weight: Tensor, in_weight: Tensor, out_weight: Tensor, order: RowOrder, expert_of_row: list[int]
+) -> Tensor:
+    """One row at a time, straight from the formula."""
+    output = torch.zeros_like(sources)
+    for row, expert in enumerate(expert_of_row):
+        source = int(order.source_of_row[row])
+        gate, up = (in_weight[expert] @ sources[source]).split(WIDTH)
+        result = weight[row] * (out_weight[expert] @ (functional.silu(gate) * up))
+        output = output + functional.one_hot(torch.tensor(source), len(sources))[:, None] * result
+    return output
+
+
+def run_both(layout: list[list[int]], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and four gradients: ours in ``dtype``, the loop's in float64 from the same values."""
+    order, expert_of_row = make_order(layout, 4)
+    experts = make_experts(dtype)
+    sources = torch.randn(len(layout), HIDDEN).to(dtype).requires_grad_()
+    weight = torch.rand(len(expert_of_row), requires_grad=True)
+    upstream = torch.randn(len(layout), HIDDEN).to(dtype)
+    output = experts(sources, weight, order)
+    leaves = [sources, weight, experts.in_weight, experts.out_weight]
+    ours = [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = loop(*doubles, order, expert_of_row)
+    return ours, [expected.detach(), *torch.autograd.grad(expected, doubles, upstream.double())]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_float32_equals_the_loop(layout: list[list[int]]) -> None:
+    for value, expected in zip(*run_both(layout, torch.float32), strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_bfloat16_is_within_rounding(layout: list[list[int]]) -> None:
+    """Every intermediate is rounded to 8 bits: 1 % of the norm; a route weight's gradient stays float32."""
+    ours, expected = run_both(layout, torch.bfloat16)
+    assert [value.dtype for value in ours] == [torch.bfloat16] * 2 + [torch.float32] + [torch.bfloat16] * 2
+    for value, reference in zip(ours, expected, strict=True):
+        assert (value.double() - reference).norm() <= 0.01 * reference.norm()
+
+
+@pytest.mark.parametrize("num_sources", [0, 3])
+def test_no_rows_at_all(num_sources: int) -> None:
+    """Zero output and exactly zero gradients, none missing: ZeRO waits for every parameter (defect C7)."""
+    order, _ = make_order([[]] * num_sources, 4)
+    experts = make_experts()
+    sources = torch.randn(num_sources, HIDDEN, requires_grad=True)
+    weight = torch.rand(0, requires_grad=True)
+    output = experts(sources, weight, order)
+    leaves = [sources, weight, experts.in_weight, experts.out_weight]
+    for value, like in zip([output, *torch.autograd.grad(output.sum(), leaves)], [sources, *leaves], strict=True):
+        assert torch.equal(value, torch.zeros_like(like))
+
+
+def test_a_weight_of_zero_keeps_its_gradient() -> None:
+    order, expert_of_row = make_order([[0, 1], [1, 2]], 4)
+    experts, sources = make_experts(), torch.randn(2, HIDDEN)
+    weight = torch.zeros(4, requires_grad=True)
+    output = experts(sources, weight, order)
+    (grad,) = torch.autograd.grad(output.sum(), [weight])
+    assert torch.equal(output, torch.zeros(2, HIDDEN))
+    for row, expert in enumerate(expert_of_row):
+        one = SwiGLU(HIDDEN, WIDTH)
+        one.load_state_dict({"in_weight": experts.in_weight[expert], "out_weight": experts.out_weight[expert]})
+        torch.testing.assert_close(grad[row], one(sources[order.source_of_row[row]]).sum())
+
+
+def test_output_is_summed_in_float32() -> None:
+    """Two routes of nearly opposite sign cancel; rounding each to bfloat16 first would leave an error of 0.4 %."""
+    order, _ = make_order([[0, 1]], 2)
+    experts = make_experts(torch.bfloat16, num_experts=2)
+    with torch.no_grad():
+        experts.in_weight[1] = experts.in_weight[0]
+        experts.out_weight[1] = -experts.out_weight[0]
+    sources = torch.randn(1, HIDDEN).to(torch.bfloat16)
+    first = experts(sources, torch.tensor([1.0, 0.0]), order).float()
+    both = experts(sources, torch.tensor([1.0, 0.999]), order).float()
+    torch.testing.assert_close(both, first * 0.001, rtol=0.01, atol=0.0)
+
+
+def test_backward_twice_gives_the_same() -> None:
+    order, _ = make_order(LAYOUTS["ragged"], 4)
+    experts = make_experts()
+    sources, weight = torch.randn(5, HIDDEN, requires_grad=True), torch.rand(7, requires_grad=True)
+    output = experts(sources, weight, order).square().sum()
+    leaves = [sources, weight, *experts.parameters()]
+    first = torch.autograd.grad(output, leaves, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(output, leaves), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_saves_only_sources_preactivation_and_weights() -> None:
+    experts = make_experts()
+    tokens, top_k = 64, 2
+    order, _ = make_order([[t % 4, (t + 1) % 4] for t in range(tokens)], 4)
+    sources, weight = torch.randn(tokens, HIDDEN, requires_grad=True), torch.rand(tokens * top_k, requires_grad=True)
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(sources, weight, order)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
+    elements = sum(t.untyped_storage().nbytes() // 4 for key, t in saved.items() if key not in parameters)
+    assert elements == tokens * HIDDEN + tokens * top_k * (2 * WIDTH + 1)
+
+
+def test_grouped_products_equal_one_expert_at_a_time() -> None:
+    """The path of CUDA runs on a CPU too: ``grouped_mm`` in bfloat16, an empty expert first and in the middle."""
+    counts = torch.tensor([0, 5, 0, 3])
+    left, right = torch.randn(8, 16).bfloat16(), torch.randn(8, HIDDEN).bfloat16()
+    matrices = torch.randn(4, 16, HIDDEN).bfloat16()
+    grouped = AllRows(counts)
+    blocks = row_blocks(counts, torch.bfloat16)
+    assert [block.rows for block in blocks] == [slice(0, 0), slice(0, 5), slice(5, 5), slice(5, 8)]
+    stack = None
+    for block in blocks:
+        torch.testing.assert_close(
+            grouped.times(right, matrices)[block.rows], block.times(right[block.rows], matrices)
+        )
+        torch.testing.assert_close(
+            grouped.times_transposed(left, matrices)[block.rows], block.times_transposed(left[block.rows], matrices)
+        )
+        stack = block.outer(left[block.rows], right[block.rows], stack)
+    torch.testing.assert_close(grouped.outer(left, right, None), stack)
+
+
+@pytest.mark.parametrize("path", ["one expert at a time", "grouped"])
+def test_outer_of_an_empty_expert_is_exactly_zero(path: str) -> None:
+    """The stack is made of uninitialised memory, which the tests' deterministic mode fills with NaN."""
+    counts = torch.tensor([0, 5, 0, 3])
+    left, right = torch.randn(8, 16).bfloat16(), torch.randn(8, HIDDEN).bfloat16()
+    stack = None
+    for block in [AllRows(counts)] if path == "grouped" else row_blocks(counts, torch.bfloat16):
+        stack = block.outer(left[block.rows], right[block.rows], stack)
+    assert stack is not None
+    assert stack.isfinite().all()
+    for expert, count in enumerate(counts.tolist()):
+        assert bool(stack[expert].any()) == (count > 0)
