@@ -86,6 +86,40 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     return list(merged.values())
 
 
+def _prepare(words: list[str]) -> int:
+    """Tokenise the corpus ahead of ``train``, or compare the checksums of one that is prepared."""
+    from moe_pretrain import data
+    from moe_pretrain.config import load
+
+    config = load([word for word in words if word != "--check"])
+    cache, tokens = Path(config.run.cache_dir), config.batch.total_tokens
+    if "--check" in words:
+        corpus = data.check_prepared(config.data, config.tokenizer, cache, tokens)
+        print("every checksum is right")
+    else:
+        corpus = data.prepare(config.data, config.tokenizer, cache, tokens, config.run.prepare_workers, print)
+    print(corpus.describe_counts())
+    print(f"shards: {corpus.train.folder.parent}")
+    return 0
+
+
+def _verify(overrides: list[str]) -> int:
+    """Compare a small twin of the configuration with the oracle, here or in workers of our own."""
+    from moe_pretrain.config import load
+    from moe_pretrain.launch import run_workers
+    from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
+    from moe_pretrain.pretrain import check, resolve_device
+    from moe_pretrain.study.verify import verify
+
+    config = load(overrides)
+    launched = launched_world_size()
+    check(config, launched or config.parallel.processes)
+    if launched is None and config.parallel.processes > 1:
+        return run_workers(["verify", *overrides], config.parallel.processes)
+    device_type, dtype = resolve_device(config.engine)
+    return verify(config, device_type, dtype, print if launched_rank() == 0 else lambda line: None)
+
+
 def _report(arguments: list[str]) -> int:
     """Write a run's HTML page and print where it is."""
     from moe_pretrain.study.report import write_report
@@ -97,7 +131,9 @@ def _report(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
+    "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -44,13 +44,17 @@ class RunConfig:
         name: Name of the run's folder. The same name again resumes the run.
         output_dir: Folder of all runs.
         cache_dir: Folder of tokenised corpora, shared by runs.
+        prepare_workers: Processes that tokenise, or None for one on each core. Shards do not depend on it.
     """
 
     name: str
     output_dir: str
     cache_dir: str
+    prepare_workers: int | None
 
     def __post_init__(self) -> None:
+        if self.prepare_workers is not None and self.prepare_workers < 1:
+            raise ValueError(f"run.prepare_workers={self.prepare_workers} must be at least 1, or null for every core")
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(f"run.name={self.name!r} must be a folder name without '/'")
 

@@ -3,7 +3,6 @@
 The only file that knows all others. ``train`` runs in every worker process; ``cli`` starts the workers.
 """
 
-import ctypes
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from moe_pretrain import data
+from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.batching import BatchPlan, plan_batches
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config, ConfigError, to_values
@@ -49,7 +49,7 @@ def train(config: Config) -> int:
     folder = config.run.folder
     device_type, dtype = resolve_device(config.engine)
     if device_type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     # wandb's own logs stay in the run folder, like everything of a run.
     os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").resolve()))
     mesh = build_mesh(config.parallel, device_type)
@@ -109,8 +109,8 @@ def _prepare_corpus(config: Config, mesh: Mesh, say: Callable[[str], None]) -> d
     """
 
     def prepare(progress: Callable[[str], None]) -> data.TokenizedCorpus:
-        cache = Path(config.run.cache_dir)
-        return data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, progress)
+        cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
+        return data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, progress)
 
     done = torch.zeros((), device=mesh.device)
     if not mesh.is_main:
@@ -134,10 +134,16 @@ def check(config: Config, world_size: int) -> None:
         ValueError: One line naming the field.
     """
     plan_batches(config.batch, config.model.sequence_length, world_size)
-    config.parallel.check(world_size, num_routed_experts(config.model.moe, config.router))
-    _, dtype = resolve_device(config.engine)
+    moe = config.model.moe
+    config.parallel.check(world_size, num_routed_experts(moe, config.router))
+    device, dtype = resolve_device(config.engine)
     if dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
+    if device == "cuda" and dtype == "bfloat16":
+        widths = {"model.hidden_size": config.model.hidden_size, "model.moe.expert_hidden_size": moe.expert_hidden_size}
+        for name, width in widths.items():
+            if width % 8:
+                raise ValueError(f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes")
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
@@ -369,15 +375,3 @@ def _versions() -> dict[str, str]:
 
 def _silent(line: str) -> None:
     """What ranks other than the first say."""
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory: page faults on fresh tensors cost a CPU run up to half its time."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library; only speed is lost
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 1 << 26)

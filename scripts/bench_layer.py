@@ -4,8 +4,9 @@
     python scripts/bench_layer.py --tokens 16384 --rounds 40             # on a GPU
 
 All MoE variants hold the same weights (the very same memory), get the same input and upstream gradient, and are
-compared with ours in output and input gradient. Tokens are made such that each prefers its experts clearly: variants that
-compute router logits in bfloat16 then still choose the same experts, and the load is what the title says.
+compared with ours in output and input gradient. Tokens are made such that each prefers its experts clearly:
+variants that compute router logits in bfloat16 then still choose the same experts, and the load is what the
+title says.
 """
 
 import argparse
@@ -97,9 +98,7 @@ def build_ours(options: argparse.Namespace) -> MoELayer:
     weights = "renormalised" if options.top_k > 1 else "raw"
     config = TopKRouterConfig("top_k", options.top_k, "softmax", weights, 0.0, 0.01, "micro_batch", 0.001)
     router = TopKRouter(config, options.hidden, options.experts, layer=0)
-    layer = MoELayer(
-        MoEConfig(options.experts, options.width, 0, 1, 1, 0), router, options.hidden, ExpertShard()
-    )
+    layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0), router, options.hidden, ExpertShard())
     nn.init.orthogonal_(router.weight)
     for parameter in layer.experts.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -133,9 +132,10 @@ def build_transformers(options: argparse.Namespace, layer: MoELayer) -> dict[str
         "num_local_experts": options.experts,
         "num_experts_per_tok": options.top_k,
     }
+    weights_per_route = 3 * options.hidden * options.width
+    copied = options.tokens * options.top_k * weights_per_route * layer.experts.in_weight.element_size()
     found = {}
     for implementation in ["eager", *sorted(ALL_EXPERTS_FUNCTIONS)]:
-        copied = options.tokens * options.top_k * 3 * options.hidden * options.width * layer.experts.in_weight.element_size()
         if implementation == "batched_mm" and copied > COPY_LIMIT_BYTES:
             print(f"transformers {implementation}: left out, it would copy {copied / 2**30:.0f} GiB of weights")
             continue
@@ -222,18 +222,15 @@ def bench(
     )
     rows = []
     for name in usable:
-        dense = "%.2f [%.2f, %.2f]" % ratio_of_medians(times[DENSE], times[name]) if DENSE in usable else "-"
-        ours = "%.2f [%.2f, %.2f]" % ratio_of_medians(times[name], times[OURS]) if OURS in usable else "-"
+        dense = ratio_of_medians(times[DENSE], times[name]) if DENSE in usable else "-"
+        ours = ratio_of_medians(times[name], times[OURS]) if OURS in usable else "-"
         errors = ["-", "-"]
         if name != DENSE and OURS in usable:
-            errors = [
-                f"{relative_error(a, b):.0e}" for a, b in zip(outputs[name], outputs[OURS], strict=True)
-            ]
+            errors = [f"{relative_error(a, b):.0e}" for a, b in zip(outputs[name], outputs[OURS], strict=True)]
         median = float(torch.tensor(times[name]).median())
         rows.append([name, f"{median:.2f}", dense, ours, f"{saved[name]:.1f}", *errors])
-    print_table(
-        ["forward + backward", "median ms", "dense / it [90 %]", "it / ours [90 %]", "saved MB", "error y", "error dx"], rows
-    )
+    header = "forward + backward, median ms, dense / it [90 %], it / ours [90 %], saved MB, error y, error dx"
+    print_table(header.split(", "), rows)
 
 
 def saved_megabytes(variant: Variant, hidden: Tensor) -> float:

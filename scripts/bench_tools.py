@@ -53,8 +53,8 @@ def _milliseconds(run: Callable[[], object], device: torch.device, cpu_clock: bo
     return start_event.elapsed_time(end_event)
 
 
-def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float]:
-    """``median(numerator) / median(denominator)`` and its 90 % interval from 2000 resamplings of the rounds.
+def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float]) -> str:
+    """``median(numerator) / median(denominator)`` with its 90 % interval, from 2000 resamplings of the rounds.
 
     Whole rounds are resampled: what slowed one variant in a round often slowed its neighbour too.
     """
@@ -63,7 +63,7 @@ def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float]) -
     medians = np.median(pairs[:, picks], axis=2)
     low, high = np.quantile(medians[0] / medians[1], [0.05, 0.95])
     value = np.median(pairs, axis=1)
-    return float(value[0] / value[1]), float(low), float(high)
+    return f"{value[0] / value[1]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

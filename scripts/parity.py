@@ -1,4 +1,7 @@
-"""Every topology, every way to take the step, against the oracle: one line per topology with the worst errors."""
+"""Every topology, every way to take the step, against the oracle: one line per topology with the worst errors.
+
+Words restrict it to lines of the table: ``scripts/parity.sh 4x2 bfloat16``.
+"""
 
 import sys
 import time
@@ -15,6 +18,8 @@ def main() -> int:
     header = True
     for dtype in ("float32", "bfloat16"):
         for ranks, size in TOPOLOGIES:
+            if not {f"{ranks}x{size}", dtype} >= set(sys.argv[1:]):
+                continue
             own = [case for case in all_cases() if (case.ranks, case.expert_parallel_size) == (ranks, size)]
             own = [case for case in own if case.dtype == dtype]
             started = time.perf_counter()
@@ -32,9 +37,7 @@ def main() -> int:
             seconds = time.perf_counter() - started
             name = f"{ranks}x{size} {dtype}"
             print(
-                f"{name:<15} {len(own):>5} "
-                + "".join(f"{e:>19.1e}" for e in worst.values())
-                + f"  {seconds:.0f}",
+                f"{name:<15} {len(own):>5} " + "".join(f"{e:>19.1e}" for e in worst.values()) + f"  {seconds:.0f}",
                 flush=True,
             )
     print("the same as the oracle everywhere" if not failed else f"{failed} quantities differ")

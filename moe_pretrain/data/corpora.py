@@ -1,24 +1,14 @@
-"""Where text comes from: the built-in corpus, local files, or a Hugging Face dataset.
+"""Which corpora there are: their configurations, and what is known of one without reading it."""
 
-Every source yields the same thing, ``Document``, in an order that depends on the source alone. A
-document goes to validation or to training by a hash of its own text, so two copies of one text
-never stand on both sides, and adding documents moves none of the others.
-"""
-
-import glob
-import gzip
-import io
 import json
-import sysconfig
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+import platform
 from dataclasses import dataclass
-from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any, Literal
+from typing import Literal
 
 import xxhash
+
+Utf8Policy = Literal["fail", "replace", "skip"]
+JsonPolicy = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +38,26 @@ class FilesCorpusConfig:
             ``.parquet`` one per row; all but parquet may also end in ``.gz``.
         text_column: Column of the text; text files have none and ignore it.
         validation_fraction: Share of documents held out, in (0, 1).
+        invalid_utf8: A text that is not UTF-8: ``fail`` names it and stops, ``replace`` puts
+            U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
+        invalid_json: A line that is no JSON object: ``fail`` names it and stops, ``skip`` leaves
+            it out and counts it.
+        version: Version of the corpus, in words, for the manifest; or None.
+        licence: Licence of the corpus, in words, for the manifest; or None.
     """
 
     source: Literal["files"]
     paths: tuple[str, ...]
     text_column: str
     validation_fraction: float
+    invalid_utf8: Utf8Policy
+    invalid_json: JsonPolicy
+    version: str | None
+    licence: str | None
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
-        if not self.paths:
-            raise ValueError("data.paths must list at least one file or glob pattern")
+        _check_paths(self.paths)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ class HubCorpusConfig:
         text_column: Column of the text.
         max_tokens: Training tokens to take, or None for as many as the run needs.
         validation_fraction: Share of documents held out, in (0, 1).
+        version: Branch, tag or commit of the dataset's repository, or None for its newest.
+        licence: Licence of the corpus, in words, for the manifest; or None.
     """
 
     source: Literal["hub"]
@@ -82,6 +83,8 @@ class HubCorpusConfig:
     text_column: str
     max_tokens: int | None
     validation_fraction: float
+    version: str | None
+    licence: str | None
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
@@ -99,75 +102,33 @@ class Document:
     Attributes:
         identity: Place of the text, for people: ``path:line``, ``path#row`` or a name.
         text: The text itself, never empty, always encodable as UTF-8.
+        repaired: Whether bytes that are not UTF-8 were replaced in it.
     """
 
     identity: str
     text: str
+    repaired: bool = False
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
-    """All documents of a corpus, training and validation together, always in the same order.
+@dataclass(frozen=True)
+class LeftOut:
+    """A row of the source that is no document.
 
-    A row whose text is empty is no document and is left out.
-
-    Raises:
-        ValueError: The source cannot be read; one line that names the file, and the line or
-            row in it where there is one. Raised when the iterator reaches the fault.
+    Attributes:
+        identity: As in ``Document``.
+        reason: Why; the counts are kept under these words.
     """
-    if isinstance(config, BuiltinCorpusConfig):
-        rows = _builtin_documents()
-    elif isinstance(config, FilesCorpusConfig):
-        rows = (row for path in _matching_files(config) for row in _file_documents(path, config))
-    else:
-        rows = _hub_documents(config)
-    return _checked(rows)
+
+    identity: str
+    reason: Literal["empty", "invalid_utf8", "invalid_json"]
 
 
-def sample_texts(config: CorpusConfig, max_bytes: int) -> Iterator[str]:
-    """Training texts for a tokenizer, ``max_bytes`` of them at most, always the same.
-
-    Local files take turns, so a corpus whose first file is large and of one kind does not
-    decide the vocabulary alone; other sources give their first documents.
-    """
-    if isinstance(config, FilesCorpusConfig):
-        files = _matching_files(config)
-        # 64 files open at once are enough for variety and few enough for any limit on handles.
-        every = -(-len(files) // 64)
-        rows = _checked(_in_turn([_file_documents(path, config) for path in files[::every]]))
-    else:
-        rows = documents(config)
-    remaining_bytes = max_bytes
-    for document in rows:
-        if not is_validation(document.text, config.validation_fraction):
-            data = document.text.encode()[:remaining_bytes]
-            yield data.decode(errors="ignore")  # the cut may have split a character
-            remaining_bytes -= len(data)
-            if not remaining_bytes:
-                return
+Row = Document | LeftOut
 
 
 def is_validation(text: str, validation_fraction: float) -> bool:
     """Whether a document is held out: its 64-bit hash falls in the first part of the range."""
     return xxhash.xxh3_64_intdigest(text.encode()) < validation_fraction * 2.0**64
-
-
-def content_identity(config: CorpusConfig) -> str:
-    """A string that changes when the text behind a configuration does, without reading it.
-
-    The built-in corpus is known by the interpreter's files and their sizes, local files by
-    path, size and time of change. A hub dataset is known by its name alone.
-
-    Raises:
-        ValueError: A local file is missing or a glob pattern matches nothing.
-    """
-    if isinstance(config, BuiltinCorpusConfig):
-        root = _standard_library()
-        sizes = [[name, (root / name).stat().st_size] for name in _standard_library_files()]
-        return json.dumps([sizes, sorted(map(len, topics.values()))])
-    if isinstance(config, FilesCorpusConfig):
-        stats = [(path, path.stat()) for path in _matching_files(config)]
-        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
-    return config.name
 
 
 def describe(config: CorpusConfig) -> str:
@@ -179,29 +140,11 @@ def describe(config: CorpusConfig) -> str:
     return f"hub: {config.name} {config.subset or 'default'} {config.split}"
 
 
-def require_network(what: str, instead: str) -> None:
-    """Ask the Hugging Face hub for a sign of life, once, within ten seconds.
-
-    The hub's own clients try again for half a minute and then show forty lines.
-
-    Args:
-        what: The setting that needs the hub, for the error line.
-        instead: What the user can do without it.
-
-    Raises:
-        ValueError: The hub does not answer.
-    """
-    import datasets
-
-    hub = datasets.config.HF_ENDPOINT
-    request = urllib.request.Request(hub, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # an answer, whatever its status
-    except OSError as error:
-        reason = one_line(getattr(error, "reason", error))
-        raise ValueError(f"{what} cannot be reached: {hub}: {reason}; {instead}") from None
+def version_and_licence(config: CorpusConfig) -> tuple[str | None, str | None]:
+    """What the manifest says of the corpus beside its source."""
+    if isinstance(config, BuiltinCorpusConfig):
+        return f"Python {platform.python_version()}", "PSF-2.0"
+    return config.version, config.licence
 
 
 def one_line(reason: object) -> str:
@@ -210,166 +153,12 @@ def one_line(reason: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _check_fraction(validation_fraction: float) -> None:
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"data.validation_fraction={validation_fraction} must be between 0 and 1, exclusive")
+def text_of(row: dict[str, object], column: str) -> str:
+    """The text of one row of a table.
 
-
-def _checked(rows: Iterator[Document]) -> Iterator[Document]:
-    """Leave out empty texts; refuse text that has no UTF-8 form (a lone surrogate in JSON)."""
-    for document in rows:
-        try:
-            document.text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{document.identity}: text is not valid UTF-8: {one_line(error)}") from None
-        if document.text:
-            yield document
-
-
-def _in_turn(streams: list[Iterator[Document]]) -> Iterator[Document]:
-    while streams:
-        still_open = []
-        for stream in streams:
-            document = next(stream, None)
-            if document is not None:
-                yield document
-                still_open.append(stream)
-        streams = still_open
-
-
-# ---------------------------------------------------------------- built-in
-
-_LEFT_OUT_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "pydoc_data",  # its topics are documents of their own: the same text must not come twice
-}
-
-
-def _standard_library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _standard_library_files() -> list[str]:
-    """Paths relative to the library, sorted; ``_sysconfigdata`` differs between builds."""
-    root = _standard_library()
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    return sorted(
-        name.as_posix()
-        for name in names
-        if not _LEFT_OUT_FOLDERS.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
-    )
-
-
-def _builtin_documents() -> Iterator[Document]:
-    for name in _standard_library_files():
-        try:
-            text = (_standard_library() / name).read_bytes().decode()
-        except UnicodeDecodeError:
-            continue  # a few sources are in another encoding
-        yield Document(f"builtin:{name}", text)
-    for name in sorted(topics):
-        yield Document(f"builtin:pydoc_data.topics/{name}", topics[name])
-
-
-# ---------------------------------------------------------------- files
-
-_ENDINGS = (
-    ".txt",
-    ".txt.gz",
-    ".json",
-    ".json.gz",
-    ".jsonl",
-    ".jsonl.gz",
-    ".ndjson",
-    ".ndjson.gz",
-    ".parquet",
-)
-
-
-def _matching_files(config: FilesCorpusConfig) -> list[Path]:
-    """Absolute paths in the order of ``data.paths``, a pattern's matches sorted, none twice."""
-    found: dict[Path, None] = {}
-    for pattern in config.paths:
-        if Path(pattern).is_file():
-            matches = [pattern]
-        elif glob.has_magic(pattern):
-            matches = sorted(glob.glob(pattern, recursive=True))
-            matches = [match for match in matches if Path(match).is_file()]
-            if not matches:
-                raise ValueError(f"data.paths: pattern {pattern} matches no file")
-        elif Path(pattern).is_dir():
-            raise ValueError(f"data.paths: {pattern} is a folder, write a pattern: {pattern}/*.txt")
-        else:
-            raise ValueError(f"data.paths: {pattern} does not exist")
-        found.update((Path(match).absolute(), None) for match in matches)
-    for path in found:
-        if not path.name.lower().endswith(_ENDINGS):
-            raise ValueError(f"data.paths: {path}: name must end in one of {' '.join(_ENDINGS)}")
-    return list(found)
-
-
-def _file_documents(path: Path, config: FilesCorpusConfig) -> Iterator[Document]:
-    """Documents of one file. Whatever goes wrong becomes one line that names the place.
-
-    Text and lines of JSON are read here and not by ``datasets`` (5.2): its json reader fixes the
-    type of a column from the first part of a file and then turns numbers and dates into strings
-    without a word, it never names the line of a fault, and it decodes ``.gz`` by the locale.
+    Raises:
+        ValueError: There is no such column, or it does not hold a string.
     """
-    name = path.name.lower()
-    place = str(path)
-    try:
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty")
-        if name.endswith((".txt", ".txt.gz")):
-            with _open_bytes(path) as file:
-                yield Document(place, file.read().decode())
-        elif name.endswith(".parquet"):
-            for number, row in enumerate(_parquet_rows(path, config.text_column), start=1):
-                place = f"{path}#{number}"
-                yield Document(place, _text_of(row, config.text_column))
-        else:
-            with _open_bytes(path) as lines:
-                for number, line in enumerate(lines, start=1):
-                    place = f"{path}:{number}"
-                    if line.strip():
-                        yield Document(place, _text_of(_parse_object(line.decode()), config.text_column))
-    except Exception as error:  # pyarrow, gzip and datasets each have their own
-        raise ValueError(f"data.paths: {place}: {one_line(error)}") from None
-
-
-def _open_bytes(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    # Imported here, as transformers is in tokenizer.py: each takes a second or two, and a run
-    # whose shards are ready needs neither.
-    import datasets
-
-    # Its loggers would put a line of their own before each of our errors.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-    def stream(columns: list[str] | None) -> Iterator[dict[str, Any]]:
-        files = {"train": [glob.escape(str(path))]}
-        return iter(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=columns))
-
-    _text_of(next(stream(None)), column)  # says which columns there are when this one is missing
-    yield from stream([column])
-
-
-def _parse_object(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"each line must be one JSON object, got {one_line(line)}")
-    return row
-
-
-def _text_of(row: dict[str, Any], column: str) -> str:
     if column not in row:
         names = ", ".join(map(str, row))
         raise ValueError(f"no column {column!r} (data.text_column), there is: {names}")
@@ -379,20 +168,47 @@ def _text_of(row: dict[str, Any], column: str) -> str:
     return text
 
 
-# ---------------------------------------------------------------- hub
+def parse_object(line: str) -> dict[str, object]:
+    """One line of JSON.
 
-
-def _hub_documents(config: HubCorpusConfig) -> Iterator[Document]:
-    require_network(f"data=hub data.name={config.name}", "use data=builtin or data=files")
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    Raises:
+        ValueError: It is not one JSON object.
+    """
     try:
-        stream = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=True)
-        for number, row in enumerate(stream, start=1):
-            text = _text_of(row, config.text_column)
-            yield Document(f"{config.name}#{number}", text)
-    except Exception as error:
-        raise ValueError(
-            f"data=hub data.name={config.name} data.subset={config.subset} data.split={config.split}: {one_line(error)}"
-        ) from None
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise ValueError(f"broken JSON: {one_line(error)}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"each line must be one JSON object, got {one_line(line)}")
+    return row
+
+
+def checked_text(identity: str, text: str, policy: Utf8Policy, repaired: bool = False) -> Row:
+    """A text as a row: empty ones are left out, those without a UTF-8 form are treated by ``policy``.
+
+    Raises:
+        ValueError: The text has a lone surrogate (JSON can write one) and the policy is ``fail``.
+    """
+    if not text:
+        return LeftOut(identity, "empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if policy == "fail":
+            raise ValueError(f"text is not valid UTF-8: {one_line(error)}") from None
+        if policy == "skip":
+            return LeftOut(identity, "invalid_utf8")
+        text, repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+    return Document(identity, text, repaired)
+
+
+def _check_fraction(validation_fraction: float) -> None:
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"data.validation_fraction={validation_fraction} must be between 0 and 1, exclusive")
+
+
+def _check_paths(paths: tuple[str, ...]) -> None:
+    if not paths:
+        raise ValueError("data.paths must list at least one file or glob pattern")

@@ -1,6 +1,6 @@
 """Cheap checks around the step that turn silent defects into an error naming the tensor and the step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,10 +23,14 @@ class SanityError(RuntimeError):
 def every_parameter_gets_gradient(model: nn.Module, step: int) -> Iterator[None]:
     """Raise after the block if a trainable parameter got no gradient in it (defects C5, C10)."""
     reached: set[int] = set()
+
+    def noting(key: int) -> Callable[[Tensor], None]:
+        return lambda grad: reached.add(key)
+
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     handles = [
         # ZeRO takes the gradient away in its own hook, so ours only notes that it came by.
-        parameter.register_hook(lambda grad, key=id(parameter): reached.add(key) and None)
+        parameter.register_hook(noting(id(parameter)))
         for parameter in parameters.values()
     ]
     try:
@@ -53,8 +57,19 @@ def check_replicas(model: DecoderLM, mesh: Mesh, step: int) -> None:
     """Raise unless replicas are bitwise equal and experts differ (defects C2, C4, C30).
 
     Dense parameters are compared over all ranks, expert parameters over the ranks that hold the same experts; then all
-    experts of a layer must have different weights. Collective: every rank must call it.
+    experts of a layer must have different weights. Collective: every rank must call it, and all raise together: a rank
+    that went on alone would hang in its next collective.
     """
+    complaints = _differences(model, mesh)
+    found = torch.tensor(bool(complaints), dtype=torch.int32, device=mesh.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    if found:
+        raise SanityError(f"step {step}: {complaints[0] if complaints else 'replicas differ on other ranks'}")
+
+
+def _differences(model: DecoderLM, mesh: Mesh) -> list[str]:
+    """What this rank sees to be wrong; runs every collective whatever it finds."""
+    complaints = []
     for expert, group in ((False, None), (True, mesh.expert_data_group)):
         named = [(name, p) for name, p in model.named_parameters() if is_expert(p) == expert]
         if not named:
@@ -65,14 +80,15 @@ def check_replicas(model: DecoderLM, mesh: Mesh, step: int) -> None:
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
         for (name, _), differs in zip(named, (low != high).tolist(), strict=True):
             if differs:
-                raise SanityError(f"step {step}: parameter {name} differs between ranks that must hold the same")
+                complaints.append(f"parameter {name} differs between ranks that must hold the same")
     for layer in model.moe_layers():
         own = torch.stack([checksum(expert) for expert in layer.experts.in_weight.unbind(0)])
         gathered = [torch.empty_like(own) for _ in range(mesh.shard.size)]
         dist.all_gather(gathered, own, group=mesh.expert_group)
         values = torch.cat(gathered)
         if len(values.unique()) != len(values):
-            raise SanityError(f"step {step}: two experts of layer {layer.router.layer} have the same weights")
+            complaints.append(f"two experts of layer {layer.router.layer} have the same weights")
+    return complaints
 
 
 @torch.no_grad()

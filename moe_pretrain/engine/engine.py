@@ -1,8 +1,9 @@
 """One training step under DeepSpeed, and evaluation."""
 
+import io
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import deepspeed
@@ -97,13 +98,10 @@ class TrainEngine:
         self._aux_weights: dict[str, float] = layers[0].router.aux_weights if layers else {}
         self.adamw = adamw = build_optimizer(model, optimizer)
         check_optimizer_covers(model, [p for group in adamw.param_groups for p in group["params"]])
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw,
-            config=deepspeed_config(
-                config, dtype, plan.micro_batch_size, plan.accumulation, mesh.world_size
-            ),
-        )
+        settings = deepspeed_config(config, dtype, plan.micro_batch_size, plan.accumulation, mesh.world_size)
+        with redirect_stdout(io.StringIO()):  # in bfloat16 it prints its memory use a dozen times
+            initialised = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
+        self.deepspeed, self.optimizer, _, _ = initialised
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of ``step``."""
@@ -242,15 +240,15 @@ class TrainEngine:
     def _clip(self) -> Tensor:
         """Global norm over all ranks' experts, each parameter once, and clipping by it; stage 0 only."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        for parameter in parameters:
-            squares[int(is_expert(parameter))] += parameter.grad.double().square().sum()
+        gradients = [(p.grad, is_expert(p)) for p in self.model.parameters() if p.grad is not None]
+        for gradient, of_experts in gradients:
+            squares[int(of_experts)] += gradient.double().square().sum()
         dist.all_reduce(squares[1:], group=self.mesh.expert_group)
         norm = squares.sum().sqrt()
         if self.config.gradient_clipping > 0:
             scale = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
-            for parameter in parameters:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+            for gradient, _ in gradients:
+                gradient.mul_(scale.to(gradient.dtype))
         return norm
 
 

@@ -25,8 +25,8 @@ def micro_batch_loss(
 ) -> Tensor:
     """This micro-batch's share of the global batch's loss; the shares of all micro-batches sum to it.
 
-    ``loss = cross_entropy_sum / N_labels + sum_i w_i * aux_i * tokens / N_tokens``, with ``N`` over the global batch. So
-    every counted token weighs the same however the batch is cut (defects C12, C20).
+    ``loss = cross_entropy_sum / N_labels + sum_i w_i * aux_i * tokens / N_tokens``, with ``N`` over the global batch.
+    So every counted token weighs the same however the batch is cut (defects C12, C20).
 
     Args:
         output: The model's output, aux losses unweighted.

@@ -88,11 +88,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = labels[part]
             counted = (target != IGNORE_INDEX)[:, None]
             index = target.clamp(min=0)[:, None]
-            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_normaliser - logits.gather(1, index)) * counted).sum()
+            target_logits = logits.gather(1, index)
+            largest = logits.amax(dim=-1, keepdim=True)
+            exponentials = logits.sub_(largest).exp_()  # in place, and once: it serves the loss and the gradient
+            normaliser = exponentials.sum(dim=-1, keepdim=True)
+            total += ((normaliser.log() + largest - target_logits) * counted).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad_logits = logits.sub_(log_normaliser).exp_()  # softmax, in place
+            grad_logits = exponentials.div_(normaliser)
             grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
             grad_logits = grad_logits.mul_(counted).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ head_weight

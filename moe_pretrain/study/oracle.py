@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_pretrain.config import Config
 from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch
 from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.model.attention import Attention
+from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.top_k import TopKRouter
-from moe_pretrain.moe.types import ExpertShard, RoutingContext, float32_parameters
+from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, float32_parameters
 
 _JITTER_STREAM = 1
 
@@ -141,6 +143,7 @@ class Oracle:
         hidden = self.model.embedding.weight[rows.input_ids]
         layers = []
         for block in self.model.blocks:
+            assert isinstance(block, Block)
             normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
             hidden = hidden + self._attention(normed, block.attention, rows)
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
@@ -153,7 +156,7 @@ class Oracle:
                 hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
         return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
 
-    def _attention(self, normed: Tensor, attention: nn.Module, rows: _Rows) -> Tensor:
+    def _attention(self, normed: Tensor, attention: Attention, rows: _Rows) -> Tensor:
         """Explicit softmax over the earlier positions of the same document, one head at a time."""
         model = self.config.model
         size, shared = model.head_size, model.num_heads // model.num_key_value_heads
@@ -180,7 +183,7 @@ class Oracle:
         text = (rows.document_ids >= 0).flatten()
         length = rows.document_ids.shape[1]
         # Only the micro-batch level looks at how the batch was cut.
-        by_cut = getattr(layer.router.config, "load_balance_level", "") == "micro_batch"
+        by_cut = getattr(self.config.router, "load_balance_level", "") == "micro_batch"
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.num_experts, dtype=torch.float64)
@@ -188,9 +191,12 @@ class Oracle:
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
-            route = self._top_k if isinstance(layer.router, TopKRouter) else self._routing
             context = _context(self.config, rows, step, first_row, num_rows)
-            routed, weight, cut_aux = route(hidden[part], layer.router, context)
+            router = layer.router
+            if isinstance(router, TopKRouter):
+                routed, weight, cut_aux = self._top_k(hidden[part], router, context)
+            else:
+                routed, weight, cut_aux = self._routing(hidden[part], router, context)
             for expert in range(layer.num_experts):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 chosen = part.start + tokens
@@ -239,7 +245,7 @@ class Oracle:
         return routed, weight, aux
 
     def _routing(
-        self, hidden: Tensor, router: nn.Module, context: RoutingContext
+        self, hidden: Tensor, router: Router, context: RoutingContext
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The same from the router's own decision, for schemes without a formula here."""
         routing = router(hidden, context)

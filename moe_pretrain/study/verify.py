@@ -1,8 +1,8 @@
 """Does this configuration compute what it says? The training step against the oracle, quantity by quantity.
 
 The user's configuration is shrunk in width, depth, vocabulary and sequence; router, experts, expert parallel, ZeRO
-stage, precision, accumulation, clipping and recompute stay. It trains a few steps on random packed batches under DeepSpeed
-on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
+stage, precision, accumulation, clipping and recompute stay. It trains a few steps on random packed batches under
+DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,14 @@ from moe_pretrain.study.oracle import Oracle, StepRecord
 
 NUM_STEPS = 3
 SCALAR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.03}
-TENSOR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.3}
-"""Largest relative errors. In float32 only the order of sums differs. In bfloat16 the run rounds and the oracle does
-not, and a rounded hidden state now and then goes to another expert, which moves a small expert's gradient."""
+SCALE_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.2}
+TENSOR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.8}
+"""Largest relative errors of a number, of a tensor along the oracle's, and of a tensor in all directions.
+
+In float32 only the order of sums differs. In bfloat16 the run rounds and the oracle does not; a router's gradient is a
+small difference of large terms, and a rounded hidden state now and then goes to another expert. That noise has no
+direction, a wrong factor has one: so there the scale is what tells.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,12 @@ def shrink(config: Config, world_size: int) -> Config:
     leading = min(1, moe.num_leading_dense_layers)
     heads_per_key_value = model.num_heads // model.num_key_value_heads
     heads = heads_per_key_value * min(2, model.num_key_value_heads)
-    sequence, micro_batch_size = 12, min(2, config.batch.micro_batch_size)
+    sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
     tokens = sequence * micro_batch_size * plan.accumulation * world_size
     small_moe = replace(moe, expert_hidden_size=20, shared_expert_hidden_size=14, num_leading_dense_layers=leading)
     small_model = replace(
         model,
-        vocab_size=64,
+        vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
         sequence_length=sequence,
         num_layers=min(model.num_layers, leading + moe.every_k_layers + 1),
         hidden_size=heads * 8,
@@ -81,15 +86,16 @@ def shrink(config: Config, world_size: int) -> Config:
     return replace(
         config,
         model=small_model,
-        tokenizer=replace(config.tokenizer, vocab_size=min(64, config.tokenizer.vocab_size)),
+        tokenizer=replace(config.tokenizer, vocab_size=min(257, config.tokenizer.vocab_size)),
         batch=replace(
             config.batch,
             micro_batch_size=micro_batch_size,
             global_batch_tokens=tokens,
             total_tokens=tokens * NUM_STEPS,
         ),
-        # A full-size step, so that a wrong update shows.
-        optimizer=replace(config.optimizer, learning_rate=1e-2),
+        # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
+        # almost zero is its sign, which rounding decides.
+        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-4, config.optimizer.epsilon)),
         schedule=replace(config.schedule, warmup_steps=0),
         engine=replace(config.engine, check_every_steps=1),
     )
@@ -205,6 +211,9 @@ def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtyp
         add(f"aux {name}", errors, scalar)
     norms = {f"step {i}": _relative(a.gradient_norm, b.gradient_norm) for i, (a, b) in enumerate(pairs)}
     add("gradient norm", norms, scalar)
+    ours, theirs = pairs[0][0].gradients, pairs[0][1].gradients
+    scales = {name: _relative_scale(ours[name], gradient) for name, gradient in theirs.items()}
+    add("gradient scale", scales, SCALE_TOLERANCE[dtype])
     for step in sorted({0, len(pairs) - 1}):
         ours, theirs = pairs[step][0].gradients, pairs[step][1].gradients
         errors = {name: _relative(ours[name], gradient) for name, gradient in theirs.items()}
@@ -227,6 +236,13 @@ def _relative(ours: Tensor | float, theirs: Tensor | float) -> float:
     return difference / size
 
 
+def _relative_scale(ours: Tensor, theirs: Tensor) -> float:
+    """How far ``ours`` along ``theirs`` is from 1; what is zero must be exactly zero."""
+    ours, theirs = ours.double(), theirs.double()
+    size = float(theirs.square().sum())
+    return abs(float((ours * theirs).sum()) / size - 1) if size else _relative(ours, theirs)
+
+
 def verify(config: Config, device_type: str, dtype: Dtype, say: Callable[[str], None]) -> int:
     """Compare ``config`` on this process group with the oracle and print one row per quantity; the exit code."""
     mesh = build_mesh(config.parallel, device_type)
@@ -235,9 +251,7 @@ def verify(config: Config, device_type: str, dtype: Dtype, say: Callable[[str], 
     steps = random_batches(small, mesh.world_size)
     engine = build_engine(small, dtype, mesh)
     run = [record(engine, i, own_micro_batches(batches, plan, mesh.rank)) for i, batches in enumerate(steps)]
-    if not mesh.is_main:
-        return 0
-    oracle = Oracle(small, plan.num_steps, dtype)
+    oracle = Oracle(small, plan.num_steps, dtype)  # on every rank, so that all end with the same exit code
     rows = compare(run, [oracle.step(i, batches) for i, batches in enumerate(steps)], dtype)
     clipped = sum(small.engine.gradient_clipping < record_.gradient_norm for record_ in run)
     say(

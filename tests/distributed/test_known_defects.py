@@ -21,9 +21,9 @@ from torch.nn import functional
 from moe_pretrain.batching import plan_batches
 from moe_pretrain.config import Config
 from moe_pretrain.data.packing import IGNORE_INDEX
-from moe_pretrain.engine.checks import checksum
+from moe_pretrain.engine.checks import SanityError, check_replicas, checksum
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.dispatch import gather_rows, run_experts, sum_rows
+from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.types import RouterUse, Routing, RowOrder
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, is_expert
 from moe_pretrain.parallel.exchange import AllToAll
@@ -124,6 +124,33 @@ def scale_of_gradients() -> Result:
     return out
 
 
+def changed_replicas() -> Result:
+    """C2: what the check between steps says of one changed number on one rank, and of two equal experts."""
+    config = tiny(*_ep(2))
+    mesh = build_mesh(config.parallel, "cpu")
+    engine = build_engine(config, "float32", mesh)
+    experts = engine.model.moe_layers()[1].experts.in_weight
+
+    def complaint() -> str:
+        try:
+            check_replicas(engine.model, mesh, 7)
+        except SanityError as error:
+            return str(error)
+        return ""
+
+    out: Result = {"untouched": _everyone(complaint())}
+    for name, tensor, rank in (("dense", engine.model.embedding.weight, 3), ("expert", experts, 2)):
+        before = tensor.detach().clone()
+        if mesh.rank == rank:
+            tensor.data.view(-1)[-1] += 1e-6
+        out[name] = _everyone(complaint())
+        tensor.data.copy_(before)
+    with torch.no_grad():
+        experts[1] = experts[0]
+    out["equal"] = _everyone(complaint())
+    return out
+
+
 def norms() -> Result:
     """C3: the norm with uneven experts, and with experts and a rank without tokens."""
     out: Result = {}
@@ -191,7 +218,7 @@ def starved_ranks() -> Result:
 
 
 def accumulation() -> Result:
-    """C9, C12, C20: the same global batch cut in three ways, ragged, one rank with padding only."""
+    """C9, C12, C20: the same global batch cut in two ways, ragged, one rank with padding only."""
     out: Result = {}
 
     def all_padding_on_last_rank(batches: list) -> list:
@@ -206,7 +233,7 @@ def accumulation() -> Result:
         return changed
 
     for stage in (0, 1, 2):
-        for size in (1, 2, 4):
+        for size in (1, 4):
             overrides = _ep(2, f"engine.zero_stage={stage}", "router.load_balance_weight=3")
             config = tiny(*overrides, rows=16, micro_batch_size=size)
             trained = _train(config, change_batches=all_padding_on_last_rank)
@@ -215,14 +242,23 @@ def accumulation() -> Result:
     return out
 
 
+def _mirror(model: DecoderLM) -> None:
+    """The first layer sends every token to experts 0 and 1, the second to experts 2 and 3."""
+    with torch.no_grad():
+        model.embedding.weight[:, 0] = 5.0
+        for layer, experts in zip(model.moe_layers(), ([0, 1], [2, 3]), strict=True):
+            layer.router.weight.zero_()
+            layer.router.weight[experts, 0] = 40.0
+
+
 def balance_levels() -> Result:
-    """C13: the same batches under each level."""
+    """C13, C16: the same batches under each level; layers with opposite imbalances."""
     out: Result = {}
+    out["mirrored"] = _train(tiny(*_ep(2)), change_model=_mirror)["run"][0].aux["load_balance"]
     for level in ("micro_batch", "sequence", "global_batch"):
         config = tiny(*_ep(2, f"router.load_balance_level={level}"), rows=16, micro_batch_size=2)
         trained = _train(config)
-        out[level] = (trained["run"][0].aux["load_balance"], trained["oracle"][0].aux["load_balance"])
-    config = tiny(*_ep(2, "router.load_balance_level=micro_batch"), rows=16, micro_batch_size=4)
+        out[level] = tuple(records[0].aux["load_balance"] for records in (trained["run"], trained["oracle"]))
     one_batch = tiny("router.load_balance_level=micro_batch", rows=16, micro_batch_size=16)
     out["one big batch"] = Oracle(one_batch, 1).step(0, random_batches(one_batch, 1)[0]).aux["load_balance"]
     return out
@@ -307,29 +343,20 @@ def router_precision() -> Result:
     return out
 
 
-class _Identity:
-    """Experts that return their input."""
+class _Multiples:
+    """Expert ``e`` returns ``e + 1`` times its input, so a route that reaches a wrong expert shows."""
+
+    def __init__(self, first_expert: int):
+        self.first_expert = first_expert
 
     def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder) -> Tensor:
-        return _IdentityFunction.apply(sources, weight, order)
-
-
-class _IdentityFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, sources: Tensor, weight: Tensor, order: RowOrder) -> Tensor:
-        ctx.save_for_backward(sources, weight)
-        ctx.order = order
-        return sum_rows(gather_rows(sources, order) * weight[:, None], order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        sources, weight = ctx.saved_tensors
-        rows = gather_rows(grads[0].contiguous(), ctx.order)
-        return sum_rows(rows * weight[:, None], ctx.order), (rows * gather_rows(sources, ctx.order)).sum(1), None
+        factor = torch.arange(len(order.rows_per_expert)) + self.first_expert + 1
+        rows = sources[order.source_of_row] * (weight * factor.repeat_interleave(order.rows_per_expert))[:, None]
+        return torch.zeros_like(sources).index_add(0, order.source_of_row, rows)
 
 
 def conservation() -> Result:
-    """C27: identity experts over the exchange; ranks with different numbers of tokens, tokens without routes."""
+    """C27: experts that only scale, over the exchange; ragged ranks, tokens without routes."""
     out: Result = {}
     rank = dist.get_rank()
     tiny_mesh = build_mesh(tiny(*_ep(4)).parallel, "cpu")
@@ -348,11 +375,13 @@ def conservation() -> Result:
         zero = torch.zeros((), dtype=torch.float64)
         use = RouterUse(torch.zeros(8, dtype=torch.float64), zero, zero, zero)
         routing = Routing(token, expert, weight, None, use)
-        output, _ = run_experts(hidden, routing, 8, _Identity(), exchange)
+        output, _ = run_experts(hidden, routing, 8, _Multiples(2 * rank), exchange)
         factor = torch.randn(tokens, 6, generator=random)
         grads = torch.autograd.grad((output * factor).sum(), [hidden, weight])
-        per_token = torch.zeros(tokens).index_add(0, token, weight.detach())
-        expected = (per_token[:, None] * hidden, per_token[:, None] * factor, (factor * hidden)[token].sum(1))
+        multiple = expert + 1
+        per_token = torch.zeros(tokens).index_add(0, token, weight.detach() * multiple)
+        grad_weight = (factor * hidden)[token].sum(1) * multiple
+        expected = (per_token[:, None] * hidden, per_token[:, None] * factor, grad_weight)
         out[name] = _everyone(
             [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in zip((output, *grads), expected, strict=True)]
         )
@@ -364,15 +393,26 @@ def conservation() -> Result:
 
 
 SCENARIOS = (
-    *(scale_of_gradients, norms, clipped_steps, router_gradients, starved_ranks, accumulation, balance_levels),
+    *(
+        scale_of_gradients,
+        changed_replicas,
+        norms,
+        clipped_steps,
+        router_gradients,
+        starved_ranks,
+        accumulation,
+        balance_levels,
+    ),
     *(recompute, reported_loss, router_precision, conservation),
 )
 
 
-def _run_scenarios() -> dict[str, Result | str]:
-    """Every scenario; one that raises (on all ranks alike) leaves its traceback and does not stop the others."""
+def _run_scenarios(names: list[str]) -> dict[str, Result | str]:
+    """Run scenarios; one that raises (on all ranks alike) leaves its traceback and does not stop the others."""
     results: dict[str, Result | str] = {}
     for scenario in SCENARIOS:
+        if scenario.__name__ not in names:
+            continue
         try:
             results[scenario.__name__] = scenario()
         except Exception:
@@ -381,8 +421,11 @@ def _run_scenarios() -> dict[str, Result | str]:
 
 
 @pytest.fixture(scope="module")
-def results() -> Callable[[str], Result]:
-    of_rank_0 = run_on_ranks(_run_scenarios, RANKS)[0]
+def results(request: pytest.FixtureRequest) -> Callable[[str], Result]:
+    # A test names its scenario as a literal: run those that the selected tests look at.
+    literals = {word for item in request.session.items for word in item.function.__code__.co_consts}
+    names = [scenario.__name__ for scenario in SCENARIOS if scenario.__name__ in literals]
+    of_rank_0 = run_on_ranks(_run_scenarios, RANKS, names)[0]
 
     def of(scenario: str) -> Result:
         result = of_rank_0[scenario]
@@ -411,6 +454,16 @@ def test_c02_experts_are_replicated_over_the_expert_data_group_only(results: Res
     assert one[0] == one[1] == one[2] == one[3]
     four = results("scale_of_gradients")["experts of ranks 4"]
     assert all(len({rank[name] for rank in four}) == 4 for name in four[0])
+
+
+def test_c02_the_check_names_a_changed_replica(results: Results) -> None:
+    said = results("changed_replicas")
+    assert said["untouched"] == [""] * RANKS
+    assert all("step 7: parameter embedding.weight differs" in line for line in said["dense"])
+    # Ranks 0 and 2 hold the same experts; the others see nothing wrong in theirs and must stop too.
+    assert ["experts.in_weight differs" in line for line in said["expert"]] == [True, False, True, False]
+    assert all(line for line in said["expert"])
+    assert all("two experts of layer 1 have the same weights" in line for line in said["equal"])
 
 
 def test_c03_norm_counts_every_expert_once(results: Results) -> None:
@@ -458,7 +511,7 @@ def test_c07_idle_experts_and_ranks_step_like_the_oracle(results: Results, case:
 def test_c09_accumulation_changes_no_update(results: Results, stage: int) -> None:
     result = results("accumulation")
     whole, expected = result[f"zero{stage} micro4"], result["oracle"]
-    for size in (1, 2):
+    for size in (1, 4):
         cut = result[f"zero{stage} micro{size}"]
         for name, weight in whole.weights.items():
             assert _relative(cut.weights[name], weight) < 1e-5, name
@@ -476,7 +529,7 @@ def test_c12_balance_loss_does_not_depend_on_the_cut(results: Results) -> None:
     result = results("accumulation")
     expected = result["oracle"]
     routers = [name for name in expected.gradients if "router" in name]
-    for size in (1, 2, 4):
+    for size in (1, 4):
         run = result[f"zero1 micro{size}"]
         assert run.aux["load_balance"] == pytest.approx(expected.aux["load_balance"], rel=1e-6)
         for name in routers:
@@ -485,12 +538,16 @@ def test_c12_balance_loss_does_not_depend_on_the_cut(results: Results) -> None:
 
 def test_c13_each_balance_level_is_what_its_name_says(results: Results) -> None:
     result = dict(results("balance_levels"))
-    whole = result.pop("one big batch")
+    whole, _ = result.pop("one big batch"), result.pop("mirrored")
     for level, (ours, theirs) in result.items():
         assert ours == pytest.approx(theirs, rel=1e-6), level
     assert result["global_batch"][0] == pytest.approx(whole, rel=1e-6)
     values = [ours for ours, _ in result.values()]
     assert all(abs(a - b) > 1e-3 for i, a in enumerate(values) for b in values[:i])
+
+
+def test_c16_opposite_imbalances_of_two_layers_do_not_cancel(results: Results) -> None:
+    assert results("balance_levels")["mirrored"] == pytest.approx(2.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -509,7 +566,7 @@ def test_c19_logged_loss_is_the_cross_entropy(results: Results) -> None:
 
 def test_c20_every_counted_token_weighs_the_same(results: Results) -> None:
     result = results("accumulation")
-    for size in (1, 2, 4):
+    for size in (1, 4):
         assert result[f"zero1 micro{size}"].loss == pytest.approx(result["oracle"].loss, rel=1e-6)
         error = _relative(
             result[f"zero1 micro{size}"].gradients["embedding.weight"], result["oracle"].gradients["embedding.weight"]
@@ -544,7 +601,7 @@ def test_c27_dispatch_keeps_every_route_once(results: Results) -> None:
     counted, expected = result.pop("routes")
     assert counted == [expected, expected]
     for name, ranks in result.items():
-        assert max(max(errors) for errors in ranks) < 1e-5, name
+        assert max(max(errors) for errors in ranks) < 1e-4, name
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 
 import torch.distributed as dist
+
 from helpers.builders import NUM_STEPS, WITH_ALL_PARTS, tiny
 from helpers.processes import run_on_ranks
-
 from moe_pretrain.batching import plan_batches
 from moe_pretrain.config import Config
 from moe_pretrain.parallel.mesh import build_mesh

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).parent.parent
-_GRACE_SECONDS = 5.0  # for the other ranks to report their own error after the first one
+_GRACE_SECONDS = 3.0  # for the other ranks to report their own error after the first one
 
 
 class RanksFailed(AssertionError):
@@ -42,8 +42,7 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: 
         place = (Path(folder), ranks, timeout)
         target = (function.__code__.co_filename, function.__qualname__)
         processes = [
-            context.Process(target=_rank, args=(*place, rank, target, args), daemon=True)
-            for rank in range(ranks)
+            context.Process(target=_rank, args=(*place, rank, target, args), daemon=True) for rank in range(ranks)
         ]
         for process in processes:
             process.start()
@@ -59,9 +58,7 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.rank_preload"])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(_TESTS), str(_TESTS.parent), *([before] if before else [])]
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS), str(_TESTS.parent), *([before] if before else [])])
     try:
         multiprocessing.forkserver.ensure_running()  # type: ignore[attr-defined]
     finally:
@@ -94,9 +91,7 @@ def _problem(rank: int, process: Any, folder: Path) -> str:
     return f"--- rank {rank} (exit code {process.exitcode}; -9: killed when others failed) ---\n{text}"
 
 
-def _rank(
-    folder: Path, ranks: int, timeout: float, rank: int, target: tuple[str, str], args: tuple[Any, ...]
-) -> None:
+def _rank(folder: Path, ranks: int, timeout: float, rank: int, target: tuple[str, str], args: tuple[Any, ...]) -> None:
     """Body of one process."""
     import torch
     import torch.distributed as dist
@@ -110,9 +105,7 @@ def _rank(
     faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
     try:
         store = dist.FileStore(str(folder / "store"), ranks)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
         result = _find(*target)(*args)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         dist.barrier()  # a rank that leaves early breaks the others' connections

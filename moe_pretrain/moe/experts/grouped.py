@@ -97,9 +97,7 @@ class AllRows:
         return functional.grouped_mm(left.t(), right, offs=self._ends)
 
 
-def row_blocks(
-    rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype
-) -> list[ExpertRows] | list[AllRows]:
+def row_blocks(rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype) -> list[ExpertRows] | list[AllRows]:
     """Cut rows of ``dtype``, sorted by expert, into blocks; at least one."""
     if rows_per_expert.is_cuda and dtype == torch.bfloat16:
         return [AllRows(rows_per_expert)]

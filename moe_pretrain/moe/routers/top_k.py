@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
 from moe_pretrain.moe.noise import counter_uniform
+from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
 
 _JITTER_STREAM = 1
@@ -102,12 +102,12 @@ class TopKRouter(Router):
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Route every token to ``top_k`` experts."""
         config = self.config
-        inputs = hidden.float()
+        inputs = hidden
         if self.training and config.jitter > 0:
             keys = (context.seed, _JITTER_STREAM, context.step, self.layer)
             noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
-            inputs = inputs * (1 + config.jitter * (2 * noise - 1))
-        logits = functional.linear(inputs, self.weight.float())
+            inputs = hidden.float() * (1 + config.jitter * (2 * noise - 1))
+        logits = router_logits(inputs, self.weight)
         if config.score == "softmax":
             scores = probs = logits.softmax(dim=-1)
         else:

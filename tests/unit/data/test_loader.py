@@ -7,10 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers.corpora import write_shards
 
 from moe_pretrain.data.loader import TrainLoader, validation_batches
 from moe_pretrain.data.packing import IGNORE_INDEX, wrap_to_int64
-from moe_pretrain.data.shards import ShardReader, ShardWriter
 
 END = 0
 SEQUENCE = 7
@@ -20,13 +20,10 @@ SEQUENCE = 7
 def reader(tmp_path_factory):
     """About 500 tokens in documents of 1 to 20, over several shards; all tokens but END differ."""
     folder = tmp_path_factory.mktemp("shards")
-    writer = ShardWriter(folder, 1000, END, "print", "a test", tokens_per_shard=90)
     generator = np.random.default_rng(0)
     fresh = itertools.count(1)
-    for length in generator.integers(1, 20, size=50):
-        writer.add([next(fresh) for _ in range(length)], 1)
-    writer.close()
-    return ShardReader(folder)
+    texts = [[next(fresh) for _ in range(length)] for length in generator.integers(1, 20, size=50)]
+    return write_shards(folder, texts, end=END, tokens_per_shard=90)
 
 
 def loader(reader, rank=0, world_size=1, micro_batch_rows=1, **changes):

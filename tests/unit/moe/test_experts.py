@@ -25,12 +25,13 @@ def make_order(experts_of_source: list[list[int]], num_experts: int) -> tuple[Ro
     """The order of these routes, made by hand, and each row's expert."""
     rows = sorted((expert, source) for source, experts in enumerate(experts_of_source) for expert in experts)
     slots = max(map(len, experts_of_source), default=0)
-    rows_of_source = [[row for row, (_, s) in enumerate(rows) if s == source] for source in range(len(experts_of_source))]
+    sources = range(len(experts_of_source))
+    rows_of_source = [[row for row, (_, s) in enumerate(rows) if s == source] for source in sources]
     order = RowOrder(
         source_of_row=torch.tensor([source for _, source in rows], dtype=torch.int64),
         rows_of_source=torch.tensor(
             [own + [-1] * (slots - len(own)) for own in rows_of_source], dtype=torch.int64
-        ).view(len(experts_of_source), slots),
+        ).view(len(sources), slots),
         is_full=all(len(own) == slots for own in rows_of_source),
         rows_per_expert=torch.tensor([sum(e == expert for e, _ in rows) for expert in range(num_experts)]),
     )
@@ -84,6 +85,7 @@ def test_bfloat16_is_within_rounding(layout: list[list[int]]) -> None:
     """Every intermediate is rounded to 8 bits: 1 % of the norm; a route weight's gradient stays float32."""
     ours, expected = run_both(layout, torch.bfloat16)
     assert [value.dtype for value in ours] == [torch.bfloat16] * 2 + [torch.float32] + [torch.bfloat16] * 2
+    assert not torch.equal(ours[2], ours[2].bfloat16().float()), "rounded on the way"
     for value, reference in zip(ours, expected, strict=True):
         assert (value.double() - reference).norm() <= 0.01 * reference.norm()
 
@@ -166,9 +168,7 @@ def test_grouped_products_equal_one_expert_at_a_time() -> None:
     assert [block.rows for block in blocks] == [slice(0, 0), slice(0, 5), slice(5, 5), slice(5, 8)]
     stack = None
     for block in blocks:
-        torch.testing.assert_close(
-            grouped.times(right, matrices)[block.rows], block.times(right[block.rows], matrices)
-        )
+        torch.testing.assert_close(grouped.times(right, matrices)[block.rows], block.times(right[block.rows], matrices))
         torch.testing.assert_close(
             grouped.times_transposed(left, matrices)[block.rows], block.times_transposed(left[block.rows], matrices)
         )

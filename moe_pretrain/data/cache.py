@@ -1,0 +1,86 @@
+"""The folder of prepared corpora: one builder at a time, nothing half done under a final name, no rubbish left.
+
+NAME            a prepared corpus, complete
+NAME.partial    one that is being prepared, or was when its process was killed
+.NAME.lock      held by the process that prepares it; the kernel lets go of it when that process dies
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_PARTIAL = ".partial"
+_SECONDS_BETWEEN_TRIES = 0.5
+_STALE_SECONDS = 7 * 24 * 3600.0
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a corpus is prepared before it gets its name."""
+    return folder.with_name(folder.name + _PARTIAL)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a corpus; waits, and says so, while another process has it.
+
+    Raises:
+        ValueError: The cache folder cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.with_name(f".{folder.name}.lock")
+        while (handle := _try_lock(path)) is None:
+            report(f"another process prepares {folder}: waiting for it")
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+    except OSError as error:
+        raise ValueError(f"run.cache_dir={folder.parent}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _try_lock(path: Path) -> int | None:
+    """Handle of the locked file, or None if another has it (or has just removed it)."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The last holder removes the file: a lock on a file without a name keeps nobody out.
+        if os.stat(path).st_ino == os.fstat(handle).st_ino:
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None
+
+
+def remove_stale(cache_dir: Path, report: Callable[[str], None]) -> None:
+    """Remove what killed processes left and nobody went on with for a week."""
+    for partial in cache_dir.glob(f"*{_PARTIAL}"):
+        folder = partial.with_name(partial.name.removesuffix(_PARTIAL))
+        if time.time() - _last_change(partial) < _STALE_SECONDS:
+            continue
+        lock = folder.with_name(f".{folder.name}.lock")
+        handle = _try_lock(lock)
+        if handle is None:
+            continue
+        report(f"removing {partial}, which nobody went on with for a week")
+        shutil.rmtree(partial, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def remove_leftovers(partial: Path) -> None:
+    """Remove the temporary files of processes that were killed; call it under the lock."""
+    for path in partial.rglob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _last_change(folder: Path) -> float:
+    paths = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    return max(path.stat().st_mtime for path in paths)

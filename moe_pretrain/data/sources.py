@@ -1,0 +1,284 @@
+"""A corpus as a list of work units, and a unit as rows: the same cut and the same rows on every machine.
+
+A unit is a run of neighbouring documents. Where it begins and ends follows from the corpus alone, never from
+the number of processes, so each can be tokenised anywhere and at any time, and together they are the corpus.
+"""
+
+import json
+import sysconfig
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from moe_pretrain.data.corpora import (
+    BuiltinCorpusConfig,
+    CorpusConfig,
+    Document,
+    FilesCorpusConfig,
+    HubCorpusConfig,
+    LeftOut,
+    Row,
+    checked_text,
+    is_validation,
+    one_line,
+    text_of,
+)
+from moe_pretrain.data.files import ENDINGS, Piece, cut_file, file_rows, matching_files
+
+# Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
+# system's limit on mapped files (65,530) and for one resume record each.
+_SMALLEST_UNIT_BYTES = 4_000_000
+_MOST_UNITS = 2048
+_TOPICS = "pydoc_data.topics/"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a corpus that one process turns into one shard on each side.
+
+    Attributes:
+        index: Place in the corpus, from 0.
+        pieces: What to read, in order. A streamed corpus has none; its rows come with the unit.
+        rows: Rows of a streamed corpus.
+    """
+
+    index: int
+    pieces: tuple[Piece, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much there is to read."""
+        return sum(piece.size_bytes for piece in self.pieces)
+
+
+def plan_units(config: CorpusConfig) -> list[Unit] | None:
+    """The units of a corpus, in order, or None for one that is streamed: see ``stream_units``.
+
+    Raises:
+        ValueError: A file is missing or cannot be read.
+    """
+    if isinstance(config, HubCorpusConfig):
+        return None
+    if isinstance(config, BuiltinCorpusConfig):
+        return _group([[piece] for piece in _builtin_pieces()], _SMALLEST_UNIT_BYTES)
+    files = matching_files(config.paths, ENDINGS)
+    total_bytes = sum(path.stat().st_size for path in files)
+    unit_bytes = max(_SMALLEST_UNIT_BYTES, -(-total_bytes // _MOST_UNITS))
+    return _group([cut_file(path, unit_bytes) for path in files], unit_bytes)
+
+
+def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
+    """The rows of one unit.
+
+    Raises:
+        ValueError: The source cannot be read; one line that names the place.
+    """
+    if not unit.pieces:
+        yield from unit.rows
+    for piece in unit.pieces:
+        if isinstance(config, BuiltinCorpusConfig):
+            yield _builtin_row(piece.name)
+        else:
+            assert isinstance(config, FilesCorpusConfig)
+            yield from file_rows(piece, config)
+
+
+def stream_units(config: HubCorpusConfig, rows_done: int, units_done: int) -> Iterator[Unit]:
+    """Units of a streamed corpus from where an earlier attempt came to.
+
+    Raises:
+        ValueError: The source cannot be read.
+    """
+    index, rows, size = units_done, [], 0
+    for row in hub_rows(config, rows_done):
+        rows.append(row)
+        size += len(row.text) if isinstance(row, Document) else 0
+        if size >= _SMALLEST_UNIT_BYTES:
+            yield Unit(index, (), tuple(rows))
+            index, rows, size = index + 1, [], 0
+    if rows:
+        yield Unit(index, (), tuple(rows))
+
+
+def documents(config: CorpusConfig) -> Iterator[Document]:
+    """All documents of a corpus, training and validation together, always in the same order.
+
+    A row whose text is empty is no document and is left out.
+
+    Raises:
+        ValueError: The source cannot be read; one line that names the file, and the line or
+            row in it where there is one. Raised when the iterator reaches the fault.
+    """
+    units = plan_units(config)
+    if units is None:
+        assert isinstance(config, HubCorpusConfig)
+        rows = hub_rows(config, 0)
+    else:
+        rows = (row for unit in units for row in unit_rows(config, unit))
+    return (row for row in rows if isinstance(row, Document))
+
+
+def sample_texts(config: CorpusConfig, max_bytes: int) -> Iterator[str]:
+    """Training texts for a tokenizer, ``max_bytes`` of them at most, always the same.
+
+    Local files take turns, so a corpus whose first file is large and of one kind does not
+    decide the vocabulary alone; other sources give their first documents.
+    """
+    if isinstance(config, FilesCorpusConfig):
+        files = matching_files(config.paths, ENDINGS)
+        # 64 files open at once are enough for variety and few enough for any limit on handles.
+        every = -(-len(files) // 64)
+        rows = _in_turn([file_rows(Piece(str(path), 0, None, 0), config) for path in files[::every]])
+    else:
+        rows = documents(config)
+    remaining_bytes = max_bytes
+    for document in rows:
+        if not is_validation(document.text, config.validation_fraction):
+            data = document.text.encode()[:remaining_bytes]
+            yield data.decode(errors="ignore")  # the cut may have split a character
+            remaining_bytes -= len(data)
+            if not remaining_bytes:
+                return
+
+
+def content_identity(config: CorpusConfig) -> str:
+    """A string that changes when the text behind a configuration does, without reading it.
+
+    The built-in corpus is known by the interpreter's files and their sizes, local files by
+    path, size and time of change. A hub dataset is known by its name alone.
+
+    Raises:
+        ValueError: A local file is missing or a glob pattern matches nothing.
+    """
+    if isinstance(config, BuiltinCorpusConfig):
+        return json.dumps([[piece.name, piece.size_bytes] for piece in _builtin_pieces()])
+    if isinstance(config, FilesCorpusConfig):
+        stats = [(path, path.stat()) for path in matching_files(config.paths, ENDINGS)]
+        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    return config.name
+
+
+def _group(files: list[list[Piece]], unit_bytes: int) -> list[Unit]:
+    """Neighbouring pieces together until a unit is full."""
+    units: list[Unit] = []
+    waiting: list[Piece] = []
+    size = 0
+    for piece in (piece for pieces in files for piece in pieces):
+        waiting.append(piece)
+        size += piece.size_bytes
+        if size >= unit_bytes:
+            units.append(Unit(len(units), tuple(waiting), ()))
+            waiting, size = [], 0
+    if waiting:
+        units.append(Unit(len(units), tuple(waiting), ()))
+    return units
+
+
+def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Document]:
+    while streams:
+        still_open = []
+        for stream in streams:
+            row = next((row for row in stream if isinstance(row, Document)), None)
+            if row is not None:
+                yield row
+                still_open.append(stream)
+        streams = still_open
+
+
+# ---------------------------------------------------------------- built-in
+
+_LEFT_OUT_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",  # its topics are documents of their own: the same text must not come twice
+}
+
+
+def _standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _standard_library_files() -> list[str]:
+    """Paths relative to the library, sorted; ``_sysconfigdata`` differs between builds."""
+    root = _standard_library()
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    return sorted(
+        name.as_posix()
+        for name in names
+        if not _LEFT_OUT_FOLDERS.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
+    )
+
+
+def _builtin_pieces() -> list[Piece]:
+    root = _standard_library()
+    modules = [Piece(name, 0, None, (root / name).stat().st_size) for name in _standard_library_files()]
+    return modules + [Piece(_TOPICS + name, 0, None, len(topics[name])) for name in sorted(topics)]
+
+
+def _builtin_row(name: str) -> Row:
+    identity = f"builtin:{name}"
+    if name.startswith(_TOPICS):
+        return checked_text(identity, topics[name.removeprefix(_TOPICS)], "skip")
+    try:
+        text = (_standard_library() / name).read_bytes().decode()
+    except UnicodeDecodeError:
+        return LeftOut(identity, "invalid_utf8")  # a few sources are in another encoding
+    return checked_text(identity, text, "skip")
+
+
+# ---------------------------------------------------------------- hub
+
+
+def hub_rows(config: HubCorpusConfig, skip: int) -> Iterator[Row]:
+    """Rows of a hub dataset after the first ``skip``.
+
+    Raises:
+        ValueError: The hub or the dataset cannot be read, or a row has no text.
+    """
+    require_network(f"data=hub data.name={config.name}", "use data=builtin or data=files")
+    import datasets
+
+    # Its loggers would put a line of their own before each of our errors.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    options: dict[str, Any] = {} if config.version is None else {"revision": config.version}
+    try:
+        stream = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=True, **options)
+        if skip:
+            stream = stream.skip(skip)
+        for number, row in enumerate(stream, start=skip + 1):
+            yield checked_text(f"{config.name}#{number}", text_of(row, config.text_column), "fail")
+    except Exception as error:
+        raise ValueError(
+            f"data=hub data.name={config.name} data.subset={config.subset} data.split={config.split}: {one_line(error)}"
+        ) from None
+
+
+def require_network(what: str, instead: str) -> None:
+    """Ask the Hugging Face hub for a sign of life, once, within ten seconds.
+
+    The hub's own clients try again for half a minute and then show forty lines.
+
+    Args:
+        what: The setting that needs the hub, for the error line.
+        instead: What the user can do without it.
+
+    Raises:
+        ValueError: The hub does not answer.
+    """
+    import datasets
+
+    hub = datasets.config.HF_ENDPOINT
+    request = urllib.request.Request(hub, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # an answer, whatever its status
+    except OSError as error:
+        reason = one_line(getattr(error, "reason", error))
+        raise ValueError(f"{what} cannot be reached: {hub}: {reason}; {instead}") from None

@@ -1,0 +1,74 @@
+"""The ``verify`` command: a user's configuration against the oracle, and what it says when something is wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.builders import tiny
+from helpers.processes import run_on_ranks
+
+from moe_pretrain.engine import engine as engine_module
+from moe_pretrain.engine import objective
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.study.verify import shrink, verify
+
+
+def test_command_agrees_with_the_oracle() -> None:
+    overrides = ("parallel.processes=2", "parallel.expert_parallel_size=2", "engine.device=cpu", "engine.dtype=float32")
+    command = [sys.executable, "-m", "moe_pretrain", "verify", *overrides, "model.recompute=full"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert lines[0].startswith("2 ranks, expert parallel 2, ZeRO 1, float32") and "recompute full" in lines[0]
+    assert len(lines) == 12 and all("same" in line for line in lines[1:])
+
+
+def _verify_with_broken_factor() -> tuple[int, list[str]]:
+    """The balance loss added at twice its weight."""
+    config = tiny("parallel.processes=2", "parallel.expert_parallel_size=2")
+
+    def doubled(output, aux_weights, tokens, counts):
+        return objective.micro_batch_loss(output, {n: 2 * w for n, w in aux_weights.items()}, tokens, counts)
+
+    engine_module.micro_batch_loss = doubled
+    said: list[str] = []
+    return verify(config, "cpu", "float32", said.append), said
+
+
+def test_a_wrong_factor_is_named() -> None:
+    for code, said in run_on_ranks(_verify_with_broken_factor, 2):
+        assert code == 1
+        differing = [line for line in said if "DIFFERS" in line]
+        assert any("gradient scale" in line and "router.weight" in line for line in differing), said
+        assert said[-1].endswith("quantities differ")
+
+
+@pytest.mark.parametrize("model", ["tiny", "700m", "4b"])
+def test_shrinking_keeps_what_is_verified(model: str) -> None:
+    config = tiny(
+        f"model={model}",
+        "model.num_heads=8",
+        "model.num_key_value_heads=2",
+        "model.moe.num_leading_dense_layers=3",
+        "model.moe.every_k_layers=2",
+        "model.moe.num_shared_experts=2",
+        "model.num_layers=8",
+        "model.recompute=selective",
+        "engine.gradient_clipping=0.7",
+        "engine.zero_stage=2",
+        rows=16,
+        micro_batch_size=1,
+    )
+    small = shrink(config, 2)
+    assert small.router == config.router and small.parallel == config.parallel
+    assert small.engine.zero_stage == 2 and small.engine.gradient_clipping == 0.7
+    for kept in ("num_experts", "num_shared_experts", "every_k_layers"):
+        assert getattr(small.model.moe, kept) == getattr(config.model.moe, kept)
+    assert small.model.moe_layers == [1, 3]  # a dense layer below, one between, two with experts
+    assert small.model.num_heads // small.model.num_key_value_heads == 4
+    assert small.batch.global_batch_tokens == 16 * small.model.sequence_length
+    assert sum(p.numel() for p in DecoderLM(small.model, small.router, ExpertShard()).parameters()) < 200_000
