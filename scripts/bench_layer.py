@@ -96,7 +96,16 @@ def make_tokens(router_weight: Tensor, options: argparse.Namespace, skew: float)
 
 def build_ours(options: argparse.Namespace) -> MoELayer:
     weights = "renormalised" if options.top_k > 1 else "raw"
-    config = TopKRouterConfig("top_k", options.top_k, "softmax", weights, 0.0, 0.01, "micro_batch", 0.001)
+    config = TopKRouterConfig(
+        name="top_k",
+        top_k=options.top_k,
+        score="softmax",
+        weights=weights,
+        jitter=0.0,
+        load_balance_weight=0.01,
+        load_balance_level="micro_batch",
+        router_z_weight=0.001,
+    )
     router = TopKRouter(config, options.hidden, options.experts, layer=0)
     layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0), router, options.hidden, ExpertShard())
     nn.init.orthogonal_(router.weight)

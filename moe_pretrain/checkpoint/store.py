@@ -26,6 +26,9 @@ from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT, Piece, global_shape,
 from moe_pretrain.engine.engine import TrainEngine
 
 FORMAT_VERSION = 1
+BUFFER = "buffer"
+"""Kind of state that has no gradient: router biases, thresholds."""
+
 _MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp"
 
@@ -114,6 +117,11 @@ def _write_own(engine: TrainEngine, path: Path) -> tuple[list[_Interval], float]
             interval = _Interval(piece.name, kind, piece.start, values.numel(), path.name)
             intervals.append(interval)
             tensors[interval.key] = values.detach().to("cpu", copy=True)
+    if engine.mesh.is_main:  # the same on every rank
+        for name, buffer in engine.model.named_buffers():
+            interval = _Interval(name, BUFFER, 0, buffer.numel(), path.name)
+            intervals.append(interval)
+            tensors[interval.key] = buffer.detach().view(-1).to("cpu", copy=True)
     save_file(tensors, path)
     _flush(path)
     return intervals, adam_step
@@ -219,6 +227,8 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
             values = reader.read(name, WEIGHT, start, parameter.numel())
             # In a bfloat16 engine this rounds the master weight, which is what a training step does too.
             parameter.copy_(values.view_as(parameter))
+        for name, buffer in engine.model.named_buffers():
+            buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel()).view_as(buffer))
         for piece in pieces(engine):
             _restore_piece(piece, reader, manifest["adam_step"])
 

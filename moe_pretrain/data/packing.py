@@ -31,8 +31,9 @@ class MicroBatch:
             padding.
         position_ids: int64 [batch, sequence], from 0 at each document's first token in the row.
         row_positions: int64 [batch], the run position of each row; -1 is padding.
-        token_hash: Sum over the rows of xxh64(the row's ``sequence + 1`` tokens as
-            little-endian int64, seeded by its position), wrapped to signed 64 bits. Hashes of
+        token_hash: Sum over the rows of xxh64(the row's ``sequence + 1`` tokens as little-endian
+            integers of the width they came in: from shards uint16, or uint32 with more than
+            65,536 tokens; seeded by its position), wrapped to signed 64 bits. Hashes of
             micro-batches add up, so a total does not depend on ranks or micro-batch size.
     """
 
@@ -60,41 +61,62 @@ class MicroBatch:
 
 
 def build_micro_batch(
-    tokens: np.ndarray,
-    is_document_start: np.ndarray,
-    row_positions: np.ndarray,
-    isolate_documents: bool,
+    tokens: np.ndarray, is_document_start: np.ndarray, row_positions: np.ndarray, isolate_documents: bool
 ) -> MicroBatch:
     """Turn rows of tokens into one micro-batch.
 
     Args:
-        tokens: int64 [batch, sequence + 1].
+        tokens: Integers of any width, [batch, sequence + 1].
         is_document_start: bool [batch, sequence + 1], see ``mark_document_starts``.
         row_positions: int64 [batch]; ``PADDING_POSITION`` makes the whole row padding.
         isolate_documents: Split each row at document starts: the first token of a document
             is no target, since nothing before it belongs to it. False treats a row as one
             document.
     """
+    return build_micro_batches(tokens, is_document_start, row_positions, isolate_documents, len(tokens))[0]
+
+
+def build_micro_batches(
+    tokens: np.ndarray,
+    is_document_start: np.ndarray,
+    row_positions: np.ndarray,
+    isolate_documents: bool,
+    micro_batch_rows: int,
+) -> list[MicroBatch]:
+    """Turn rows of tokens into micro-batches of ``micro_batch_rows``, views of the same tensors.
+
+    All rows at once, because a call to numpy costs as much as some thousand tokens.
+    """
     batch, sequence = tokens.shape[0], tokens.shape[1] - 1
-    labels = tokens[:, 1:].copy()
+    labels = tokens[:, 1:].astype(np.int64)
     if isolate_documents:
-        document_ids, position_ids = _number_documents(is_document_start[:, :sequence])
-        labels[is_document_start[:, 1:]] = IGNORE_INDEX
+        row, column = np.divmod(np.flatnonzero(is_document_start), sequence + 1)
+        row, column = row[column > 0], column[column > 0]
+        labels.reshape(-1)[row * sequence + column - 1] = IGNORE_INDEX
+        inside = column < sequence
+        document_ids, position_ids = _number_documents(row[inside], column[inside], batch, sequence)
     else:
         document_ids = np.zeros((batch, sequence), dtype=np.int64)
         position_ids = np.tile(np.arange(sequence), (batch, 1))
     padding = row_positions == PADDING_POSITION
-    labels[padding] = IGNORE_INDEX
-    document_ids[padding] = -1
-    position_ids[padding] = 0
-    return MicroBatch(
-        input_ids=torch.from_numpy(tokens[:, :sequence].copy()),
-        labels=torch.from_numpy(labels),
-        document_ids=torch.from_numpy(document_ids),
-        position_ids=torch.from_numpy(position_ids),
-        row_positions=torch.from_numpy(row_positions.copy()),
-        token_hash=_hash_rows(tokens[~padding], row_positions[~padding]),
-    )
+    if padding.any():
+        labels[padding] = IGNORE_INDEX
+        document_ids[padding] = -1
+        position_ids[padding] = 0
+    hashes = _hash_rows(tokens, row_positions)
+    input_ids = torch.from_numpy(tokens[:, :sequence].astype(np.int64))
+    cuts = [slice(first, first + micro_batch_rows) for first in range(0, batch, micro_batch_rows)]
+    return [
+        MicroBatch(
+            input_ids=input_ids[cut],
+            labels=torch.from_numpy(labels[cut]),
+            document_ids=torch.from_numpy(document_ids[cut]),
+            position_ids=torch.from_numpy(position_ids[cut]),
+            row_positions=torch.from_numpy(row_positions[cut].copy()),
+            token_hash=wrap_to_int64(sum(hashes[cut])),
+        )
+        for cut in cuts
+    ]
 
 
 def mark_document_starts(document_ends: np.ndarray, first_tokens: np.ndarray, sequence_length: int) -> np.ndarray:
@@ -123,38 +145,38 @@ def mark_document_starts(document_ends: np.ndarray, first_tokens: np.ndarray, se
     return starts
 
 
-def _number_documents(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Document ids and positions, int64 [batch, sequence]: one value per document is worked out, then repeated.
-
-    Twice as fast as running sums over every token, for a row has few documents.
-    """
-    batch, sequence = starts.shape
-    found = np.flatnonzero(starts[:, 1:] if sequence > 1 else starts[:, :0])
-    row, column = np.divmod(found, max(1, sequence - 1))
-    # First tokens of all documents of the batch laid end to end: of each row, and of each found start.
-    row_of_document = np.concatenate([np.arange(batch), row])
-    first_column = np.concatenate([np.zeros(batch, dtype=np.int64), column + 1])
-    order = np.argsort(row_of_document * sequence + first_column)
-    row_of_document, first_column = row_of_document[order], first_column[order]
-    first = row_of_document * sequence + first_column
-    lengths = np.diff(first, append=batch * sequence)
-    documents_before_row = np.searchsorted(row_of_document, np.arange(batch))
-    ids = np.arange(len(first)) - documents_before_row[row_of_document]
-    document_ids = np.repeat(ids, lengths).reshape(batch, sequence)
-    position_ids = np.repeat(first_column, lengths).reshape(batch, sequence)
-    np.subtract(np.arange(sequence), position_ids, out=position_ids)
-    return document_ids, position_ids
-
-
 def wrap_to_int64(value: int) -> int:
     """The signed 64-bit number that ``value`` wraps to."""
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _hash_rows(tokens: np.ndarray, row_positions: np.ndarray) -> int:
-    tokens = np.ascontiguousarray(tokens, dtype="<i8")
-    hashes = (
-        xxhash.xxh64_intdigest(row.data, seed=position)
+def _number_documents(row: np.ndarray, column: np.ndarray, batch: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+    """Document ids and positions, int64 [batch, sequence], from where documents start inside rows.
+
+    One value per document is worked out and then repeated, for a row has far fewer documents than tokens.
+
+    Args:
+        row: int64 [starts], not falling.
+        column: int64 [starts], at least 1, rising within a row.
+        batch: Rows.
+        sequence: Input positions of a row.
+    """
+    # The documents of the batch laid end to end: each row's first, and those that start inside it.
+    place = np.searchsorted(row, np.arange(batch), side="left")
+    column = np.insert(column, place, 0)
+    row = np.insert(row, place, np.arange(batch))
+    first = row * sequence + column
+    lengths = np.diff(first, append=batch * sequence)
+    documents_before_row = place + np.arange(batch)
+    document_ids = np.repeat(np.arange(len(first)) - documents_before_row[row], lengths).reshape(batch, sequence)
+    position_ids = np.repeat(-column, lengths).reshape(batch, sequence)
+    position_ids += np.arange(sequence)
+    return document_ids, position_ids
+
+
+def _hash_rows(tokens: np.ndarray, row_positions: np.ndarray) -> list[int]:
+    tokens = np.ascontiguousarray(tokens, dtype=tokens.dtype.newbyteorder("<"))
+    return [
+        0 if position == PADDING_POSITION else xxhash.xxh64_intdigest(row, seed=position)
         for row, position in zip(tokens, row_positions.tolist(), strict=True)
-    )
-    return wrap_to_int64(sum(hashes))
+    ]

@@ -126,6 +126,7 @@ class ShardReader:
         # Shard i holds the stream's tokens [starts[i], starts[i + 1]).
         tokens_per_shard = (shard.tokens for shard in self.manifest.shards)
         self._starts = list(itertools.accumulate(tokens_per_shard, initial=0))
+        self._shard_starts = np.array(self._starts)
         # As plain arrays over the mapped files: slicing np.memmap itself is ten times slower.
         self._tokens = [
             np.asarray(np.memmap(folder / f"{shard.name}.bin", dtype=self._dtype, mode="r"))
@@ -173,6 +174,25 @@ class ShardReader:
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
             start = shard_stop
             shard += 1
+
+    def read_rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Rows of tokens that begin at ``starts`` [batch] of the stream.
+
+        Returns:
+            uint16 or uint32 [batch, length], a copy.
+
+        Raises:
+            ValueError: A row is not inside the stream.
+        """
+        rows = np.empty((len(starts), length), dtype=self._dtype)
+        shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        for index, (start, shard) in enumerate(zip(starts.tolist(), shards.tolist(), strict=True)):
+            if 0 <= start and start + length <= self._starts[min(shard + 1, len(self._tokens))]:
+                offset = start - self._starts[shard]
+                rows[index] = self._tokens[shard][offset : offset + length]
+            else:  # over the end of a shard, or of the stream
+                rows[index] = self.read(start, start + length)
+        return rows
 
     def verify(self) -> None:
         """Read every file and compare its checksum.

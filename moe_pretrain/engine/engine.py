@@ -130,9 +130,7 @@ class TrainEngine:
         with watch:
             for batch, tokens in zip(batches, text_tokens, strict=True):
                 context = self._context(step, batch, self._global_routes(ahead))
-                output = self.deepspeed(
-                    batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context
-                )
+                output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
                 loss = micro_batch_loss(output, self._aux_weights, tokens, global_counts)
                 sums.add(output, tokens / max(global_counts.tokens, 1))
                 # DeepSpeed divides by the accumulation and averages over ranks.
@@ -146,6 +144,8 @@ class TrainEngine:
                 f"step {step}: loss={result.loss} gradient_norm={gradient_norm} must be finite; "
                 "lower optimizer.learning_rate or look at the data of this step"
             )
+        for layer, routes in zip(self.model.moe_layers(), result.tokens_per_expert, strict=True):
+            layer.router.after_step(routes.to(self.mesh.device), result.tokens)
         if is_check_step:
             check_replicas(self.model, self.mesh, step)
         return result
@@ -213,9 +213,7 @@ class TrainEngine:
 
     def _count_routes_ahead(self, step: int, batches: list[MicroBatch]) -> Tensor:
         """Routes per layer and expert of the whole global batch, from a pass without gradient."""
-        total = torch.zeros(
-            len(self._layer_row), self._num_experts, dtype=torch.float64, device=self.mesh.device
-        )
+        total = torch.zeros(len(self._layer_row), self._num_experts, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             context = self._context(step, batch, None)
             uses = self.model.routes(batch.input_ids, batch.document_ids, batch.position_ids, context)

@@ -1,16 +1,22 @@
 """Mixture-of-experts layers. This is the package's one door: the table of routers and the builder of a layer."""
 
+from collections.abc import Callable
+
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
-from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
+from moe_pretrain.moe.types import ExpertShard, Router
 
-RouterConfig = TopKRouterConfig | DenseConfig
+RouterConfig = TopKRouterConfig | LossFreeRouterConfig | TopPRouterConfig | DenseConfig
 """The ``router`` group; its ``name`` says which."""
 
-ROUTERS: dict[str, type[TopKRouter]] = {
+ROUTERS: dict[str, Callable[..., Router]] = {
+    "loss_free": LossFreeRouter,
     "top_k": TopKRouter,
+    "top_p": TopPRouter,
 }
 """Scheme name -> module. A new scheme adds one row here, its configuration above, and one file in ``routers/``."""
 

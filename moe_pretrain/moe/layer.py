@@ -86,9 +86,7 @@ class MoELayer(nn.Module):
     def _experts_of(self, hidden: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         """Routed plus shared experts. ``weight`` is passed by itself so that recomputation sees its gradient."""
         shared = self.shared_experts
-        routed = Routing(
-            routing.token_index, routing.expert_index, weight, routing.routes_per_token, routing.use
-        )
+        routed = Routing(routing.token_index, routing.expert_index, weight, routing.routes_per_token, routing.use)
         output, shared_output = run_experts(
             hidden,
             routed,

@@ -26,9 +26,7 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ _shift_right(value, 31)
 
 
-def counter_uniform(
-    token_position: Int[Tensor, "tokens"], columns: int, *keys: int
-) -> Float[Tensor, "tokens columns"]:
+def counter_uniform(token_position: Int[Tensor, "tokens"], columns: int, *keys: int) -> Float[Tensor, "tokens columns"]:
     """Uniform numbers in [0, 1), one per token and column, a pure function of the arguments.
 
     Args:

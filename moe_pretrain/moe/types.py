@@ -137,6 +137,16 @@ class Router(nn.Module):
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
         raise NotImplementedError
 
+    def after_step(self, tokens_per_expert: Tensor, tokens: int) -> None:
+        """Move state that has no gradient; called once per optimizer step, on every rank alike.
+
+        Such state is kept in buffers, which checkpoints save.
+
+        Args:
+            tokens_per_expert: Routes of text tokens to each expert in the global batch, ``[experts]``, float64.
+            tokens: Text tokens of the global batch.
+        """
+
     def weight_norm(self) -> float:
         """Euclidean norm of all router parameters."""
         return math.sqrt(sum(float(parameter.detach().square().sum()) for parameter in self.parameters()))

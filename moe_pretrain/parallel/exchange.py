@@ -67,9 +67,7 @@ class _Message:
         self._work.wait()
         sizes = [part.shape[1] * part.element_size() for part in like]
         columns = self._received.split(sizes, dim=1)
-        unpacked = tuple(
-            column.contiguous().view(part.dtype) for column, part in zip(columns, like, strict=True)
-        )
+        unpacked = tuple(column.contiguous().view(part.dtype) for column, part in zip(columns, like, strict=True))
         self._work = self._packed = self._received = None
         return unpacked
 

@@ -25,7 +25,7 @@ from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, float32_parameters
 
-_JITTER_STREAM = 1
+JITTER_STREAM = 1
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Oracle:
             part = slice(first_row * length, (first_row + num_rows) * length)
             context = _context(self.config, rows, step, first_row, num_rows)
             router = layer.router
-            if isinstance(router, TopKRouter):
+            if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
             else:
                 routed, weight, cut_aux = self._routing(hidden[part], router, context)
@@ -219,7 +219,7 @@ class Oracle:
         """Which (token, expert) pairs are routes, the weight of each, and the aux losses."""
         config, num_experts = router.config, router.num_experts
         if config.jitter and router.training:
-            keys = (context.seed, _JITTER_STREAM, context.step, router.layer)
+            keys = (context.seed, JITTER_STREAM, context.step, router.layer)
             noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
             hidden = hidden * (1 + config.jitter * (2 * noise - 1))
         logits = hidden @ router.weight.T

@@ -100,7 +100,16 @@ def test_experts_without_any_row_give_zeros() -> None:
 
 
 def make_layer() -> tuple[MoELayer, RoutingContext]:
-    config = TopKRouterConfig("top_k", TOP_K, "softmax", "renormalised", 0.1, 0.01, "micro_batch", 0.001)
+    config = TopKRouterConfig(
+        name="top_k",
+        top_k=TOP_K,
+        score="softmax",
+        weights="renormalised",
+        jitter=0.1,
+        load_balance_weight=0.01,
+        load_balance_level="micro_batch",
+        router_z_weight=0.001,
+    )
     layer = MoELayer(
         MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0), TopKRouter(config, HIDDEN, EXPERTS, 0), HIDDEN, ExpertShard()
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """Fields of ``router=dense``, the baseline of equal active size for any sweep.
 

@@ -14,7 +14,16 @@ from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 TOKENS, SEQUENCES, HIDDEN, EXPERTS = 12, 3, 8, 5
-CONFIG = TopKRouterConfig("top_k", 2, "softmax", "renormalised", 0.0, 0.01, "micro_batch", 0.001)
+CONFIG = TopKRouterConfig(
+    name="top_k",
+    top_k=2,
+    score="softmax",
+    weights="renormalised",
+    jitter=0.0,
+    load_balance_weight=0.01,
+    load_balance_level="micro_batch",
+    router_z_weight=0.001,
+)
 
 
 def make_router(layer: int = 3, **changes: Any) -> TopKRouter:

@@ -1,0 +1,125 @@
+"""What all routers with one linear map share: float32 logits, input noise, balance and z losses, statistics."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.noise import counter_uniform
+from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
+
+JITTER_STREAM = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig:
+    """Fields of every linear router.
+
+    Attributes:
+        jitter: Half width of the multiplicative noise on the router's input in training, in [0, 1).
+        load_balance_weight: Coefficient of the load balance loss, >= 0.
+        load_balance_level: Tokens over which the share of routes is taken. ``global_batch`` and ``sequence`` do
+            not depend on the number of ranks nor the micro-batch size; ``micro_batch`` does.
+        router_z_weight: Coefficient of the router z-loss, >= 0.
+    """
+
+    jitter: float
+    load_balance_weight: float
+    load_balance_level: BalanceLevel
+    router_z_weight: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
+        for field in ("load_balance_weight", "router_z_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
+
+
+class LinearRouter(Router):
+    """Base of routers whose scores come from ``hidden @ weight.T``; a scheme decides what to do with the logits."""
+
+    causal_in_training = True
+    causal_in_evaluation = True
+
+    def __init__(self, settings: LinearRouterConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(layer)
+        self._settings = settings
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficients of the losses in ``Routing.aux``."""
+        settings = self._settings
+        return {"load_balance": settings.load_balance_weight, "router_z": settings.router_z_weight}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """Whether training needs ``RoutingContext.sum_over_global_batch``."""
+        return self._settings.load_balance_level == "global_batch" and self._settings.load_balance_weight > 0
+
+    def logits(
+        self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
+    ) -> Float[Tensor, "tokens experts"]:
+        """Float32 logits; in training with the configured noise on the input."""
+        inputs = hidden
+        if self.training and self._settings.jitter > 0:
+            keys = (context.seed, JITTER_STREAM, context.step, self.layer)
+            noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
+            inputs = hidden.float() * (1 + self._settings.jitter * (2 * noise - 1))
+        return router_logits(inputs, self.weight)
+
+    def route(
+        self,
+        logits: Float[Tensor, "tokens experts"],
+        probs: Float[Tensor, "tokens experts"],
+        token_index: Int[Tensor, "routes"],
+        expert_index: Int[Tensor, "routes"],
+        weight: Float[Tensor, "routes"],
+        routes_per_token: int | None,
+        context: RoutingContext,
+    ) -> Routing:
+        """Put a decision, its losses and its statistics together.
+
+        Args:
+            logits: For the z-loss.
+            probs: Distribution over experts for the balance loss and the entropy statistic; rows sum to 1.
+            token_index: Token of each route, ascending.
+            expert_index: Expert of each route.
+            weight: Weight of each route.
+            routes_per_token: See ``Routing``.
+            context: Of the micro-batch.
+        """
+        level = self._settings.load_balance_level
+        num_groups = context.num_sequences if level == "sequence" else 1
+        counts = count_routes(
+            expert_index,
+            context.token_mask[token_index],
+            token_index // (probs.shape[0] // num_groups),
+            num_groups,
+            self.num_experts,
+        )
+        tokens_per_expert = counts.sum(dim=0)
+        if level == "global_batch" and context.sum_over_global_batch is not None:
+            counts = context.sum_over_global_batch(self.layer, tokens_per_expert)[None]
+        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+        return Routing(
+            token_index,
+            expert_index,
+            weight,
+            routes_per_token,
+            use=RouterUse(
+                tokens_per_expert,
+                as_count(context.token_mask.sum()),
+                as_count((entropy * context.token_mask).sum()),
+                tokens_per_expert.new_zeros(()),
+            ),
+            aux={
+                "load_balance": load_balance_loss(probs, counts, context.token_mask),
+                "router_z": router_z_loss(logits, context.token_mask),
+            },
+        )

@@ -1,0 +1,56 @@
+"""Loss-free balancing: a bias per expert that only selection sees, moved after every step."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFreeRouterConfig(TopKRouterConfig):
+    """Fields of ``router=loss_free``: those of ``top_k``, and the bias.
+
+    Attributes:
+        name: ``loss_free``.
+        bias_update_rate: How far an expert's bias moves per step, in units of the score, >= 0.
+    """
+
+    name: Literal["loss_free"]  # type: ignore[assignment]  # a variant of its own in the union of routers
+    bias_update_rate: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias_update_rate < 0:
+            raise ValueError(f"router.bias_update_rate={self.bias_update_rate} must not be negative")
+
+
+class LossFreeRouter(TopKRouter):
+    """Top-k of ``score + expert_bias``, weighted by the score alone.
+
+    After each optimizer step ``expert_bias += bias_update_rate * sign(mean load - load)``, with the load of the
+    whole global batch in training. The bias has no gradient, is float32, is not used in weights, does not move in
+    evaluation, and is saved with the run (defect C22). A sequence-level balance loss may be added, as
+    DeepSeek-V3 does, by ``load_balance_level=sequence`` and a small ``load_balance_weight``.
+
+    Source:
+        Wang et al. 2024 (arXiv:2408.15664), algorithm 1 with the sign rule; DeepSeek-V3 (arXiv:2412.19437), eq. 16.
+    """
+
+    def __init__(self, config: LossFreeRouterConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        self._bias_update_rate = config.bias_update_rate
+        self.expert_bias: Tensor
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
+        """The best ``top_k`` by biased score."""
+        return super().select(scores + self.expert_bias)
+
+    def after_step(self, tokens_per_expert: Float[Tensor, "experts"], tokens: int) -> None:
+        """Raise the bias of experts below the mean load and lower it above."""
+        below = torch.sign(tokens_per_expert.mean() - tokens_per_expert)
+        self.expert_bias += self._bias_update_rate * below.to(self.expert_bias)

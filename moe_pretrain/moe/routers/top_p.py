@@ -1,0 +1,126 @@
+"""Dynamic (top-p) routing: harder tokens get more experts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe_pretrain.moe.types import Routing, RoutingContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopPRouterConfig(LinearRouterConfig):
+    """Fields of ``router=top_p``, beside those of ``LinearRouterConfig``.
+
+    Attributes:
+        name: ``top_p``.
+        threshold: Probability mass that the chosen experts must exceed, in (0, 1]; 1 takes all experts.
+        weights: ``raw``: the probabilities themselves, as in the paper; ``renormalised``: divided by their sum.
+        dynamic_weight: Coefficient of the dynamic loss, the mean entropy of the distribution, >= 0.
+        max_experts: Most experts of one token, >= 1, or None for no limit (the paper has none).
+        target_experts: Mean experts per token that a controller holds by moving the threshold after each step, or
+            None for a fixed threshold (the paper's).
+        controller_rate: How far the controller moves the threshold per step, >= 0.
+        expected_experts: Experts per token assumed where sizes are counted before a run; a run's FLOPs use
+            what it measures.
+    """
+
+    name: Literal["top_p"]
+    threshold: float
+    weights: Literal["raw", "renormalised"]
+    dynamic_weight: float
+    max_experts: int | None
+    target_experts: float | None
+    controller_rate: float
+    expected_experts: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"router.threshold={self.threshold} must be in (0, 1]")
+        for field in ("dynamic_weight", "controller_rate"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
+        for field in ("max_experts", "target_experts", "expected_experts"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"router.{field}={value} must be at least 1")
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        for field in ("max_experts", "target_experts", "expected_experts"):
+            value = getattr(self, field)
+            if value is not None and value > num_experts:
+                raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.expected_experts
+
+
+class TopPRouter(LinearRouter):
+    """Each token takes its most probable experts until their mass exceeds the threshold.
+
+    With probabilities sorted downwards, the number of experts is ``t = min{k : P_(1) + ... + P_(k) > threshold}``
+    (strict, as in the authors' code; it differs from ``>=`` only at exact ties), and the output is
+    ``sum_i P_i E_i(x)`` with the raw probabilities. Gradients reach every row of the router through the
+    softmax; ``t`` itself has none.
+
+    Losses: ``load_balance`` and ``dynamic``, the mean over tokens of ``-sum_i P_i ln P_i`` over all experts, which
+    pushes towards few experts.
+
+    Source:
+        Huang et al. 2024 (arXiv:2403.07652), eq. 3-6; threshold 0.4, weights 1e-2 and 1e-4. Deviations: the balance
+        loss divides by routes, not tokens (see ``load_balance_loss``), so its pressure does not grow with ``t``;
+        ``max_experts`` and the controller are ours and off by default.
+    """
+
+    def __init__(self, config: TopPRouterConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+        self.threshold: Tensor
+        self.register_buffer("threshold", torch.tensor(config.threshold))
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficients of the losses in ``Routing.aux``."""
+        return {**super().aux_weights, "dynamic": self.config.dynamic_weight}
+
+    def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
+        """Route every token to as many experts as its distribution is wide."""
+        logits = self.logits(hidden, context)
+        probs = logits.softmax(dim=-1)
+        token_index, expert_index = self.select(probs.detach()).nonzero(as_tuple=True)
+        weight = probs[token_index, expert_index]
+        if self.config.weights == "renormalised":
+            mass = probs.new_zeros(probs.shape[0]).index_add(0, token_index, weight)
+            weight = weight / mass[token_index]
+        routing = self.route(logits, probs, token_index, expert_index, weight, None, context)
+        text = context.token_mask
+        entropy = -torch.special.xlogy(probs, probs.clamp(min=1e-30)).sum(dim=-1)
+        routing.aux["dynamic"] = (entropy * text).sum() / text.sum().clamp(min=1)
+        return routing
+
+    def select(self, probs: Float[Tensor, "tokens experts"]) -> Bool[Tensor, "tokens experts"]:
+        """Which experts each token takes."""
+        ordered, expert = probs.sort(dim=-1, descending=True, stable=True)
+        # Mass before each expert: it is taken while that has not passed the threshold.
+        before = ordered.cumsum(dim=-1) - ordered
+        taken = (before <= self.threshold) | (self.threshold >= 1)
+        if self.config.max_experts is not None:
+            taken[:, self.config.max_experts :] = False
+        return torch.zeros_like(taken).scatter(1, expert, taken)
+
+    def after_step(self, tokens_per_expert: Float[Tensor, "experts"], tokens: int) -> None:
+        """Move the threshold towards ``target_experts`` per token."""
+        if self.config.target_experts is None:
+            return
+        mean = float(tokens_per_expert.sum()) / max(tokens, 1.0)
+        direction = (self.config.target_experts > mean) - (self.config.target_experts < mean)
+        self.threshold += self.config.controller_rate * direction
+        self.threshold.clamp_(min=0.0, max=1.0)

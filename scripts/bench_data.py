@@ -1,0 +1,158 @@
+"""Speed of the data path, as ratios of things measured side by side in one run.
+
+    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 16] [--workers N]
+
+Loader: one core, shuffled rows of 2,048 tokens from shards, as int64 tensors, in processor seconds.
+Tokenising: ``prepare`` with N processes against the tokenizer library alone in N processes, in elapsed seconds.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from moe_pretrain.allocator import keep_freed_memory  # noqa: E402
+from moe_pretrain.data import (  # noqa: E402
+    FilesCorpusConfig,
+    ShardReader,
+    ShardWriter,
+    TokenizerConfig,
+    prepare,
+    write_manifest,
+)
+from moe_pretrain.data.shards import Origin  # noqa: E402
+from moe_pretrain.data.tokenizer import load_tokenizer_file  # noqa: E402
+
+SEQUENCE, ROWS, MEAN_DOCUMENT, VOCAB = 2048, 64, 500, 50257
+
+
+def write_shards(folder: Path, tokens: int) -> ShardReader:
+    generator = np.random.default_rng(0)
+    infos, counts = [], np.zeros(VOCAB, dtype=np.int64)
+    for number in range(2):
+        writer = ShardWriter(folder, number, VOCAB, 0)
+        while writer.num_tokens < tokens // 2:
+            writer.add(generator.integers(1, VOCAB, size=int(generator.exponential(MEAN_DOCUMENT)) + 1), 10)
+        infos.append(writer.close())
+        counts += writer.token_counts
+    write_manifest(folder, infos, counts, 0, "benchmark", Origin("benchmark", None, None))
+    return ShardReader(folder)
+
+
+def tokens_per_second(step: Callable[[int], object], seconds: float) -> float:
+    """Best of five rounds; processor time, for the machine may be shared."""
+    best, number = 0.0, 0
+    for _ in range(5):
+        started, first = time.process_time(), number
+        while time.process_time() - started < seconds / 5:
+            step(number)
+            number += 1
+        best = max(best, (number - first) * ROWS * SEQUENCE / (time.process_time() - started))
+    return best
+
+
+def bench_loader(reader: ShardReader, seconds: float) -> None:
+    import torch
+
+    from moe_pretrain.data import TrainLoader
+
+    torch.set_num_threads(1)
+    keep_freed_memory()  # for the plain read as well
+
+    def plain(step: int) -> None:
+        starts = np.random.default_rng(step).integers(0, reader.num_tokens - SEQUENCE - 1, size=ROWS)
+        for start in starts.tolist():
+            torch.from_numpy(reader.read(start, start + SEQUENCE + 1).astype(np.int64))
+
+    def loader(isolate: bool) -> TrainLoader:
+        return TrainLoader(reader, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate)
+
+    with_masks, without = loader(True), loader(False)
+    roof = tokens_per_second(plain, seconds)
+    print(f"plain shuffled memmap read to int64      {roof / 1e6:8.1f} M tokens/s   1.00")
+    for words, one in (("without document masks", without), ("with document masks   ", with_masks)):
+        speed = tokens_per_second(one.micro_batches, seconds)
+        print(f"our loader {words}        {speed / 1e6:8.1f} M tokens/s   {speed / roof:.2f}")
+    batches = with_masks.iterate(0)
+    speed = tokens_per_second(lambda step: next(batches), seconds)
+    batches.close()
+    print(f"our loader with masks, prefetch thread   {speed / 1e6:8.1f} M tokens/s   {speed / roof:.2f}")
+    for position in (0, 10**12):
+        times = []
+        for _ in range(20):
+            started = time.perf_counter()
+            loader(True).micro_batches(position // ROWS)
+            times.append(time.perf_counter() - started)
+        print(f"first step from position {position:.0e}: {min(times) * 1e3:.2f} ms (step of {ROWS} rows)")
+
+
+def _library_alone(work: tuple[str, list[str]]) -> tuple[float, float]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import tokenizers
+
+    path, texts = work
+    model = tokenizers.Tokenizer.from_file(path)
+    started = time.perf_counter()
+    for first in range(0, len(texts), 64):
+        model.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)
+    return started, time.perf_counter()
+
+
+def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
+    text, files = [], sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    for path in files:
+        text.append(path.read_bytes().decode(errors="ignore"))
+        if sum(map(len, text)) > megabytes * 1e6:
+            break
+    for number, one in enumerate(text):
+        (folder / f"{number:05d}.txt").write_text(one)
+    config = FilesCorpusConfig("files", (str(folder / "*.txt"),), "text", 0.02, "replace", "fail", None, None)
+    tokenizer = TokenizerConfig("train", 8192, None)
+    first = prepare(config, tokenizer, folder / "cache", None, workers, None)
+    file = folder / "tokenizer.json"
+    file.write_bytes((first.train.folder.parent / "tokenizer.json").read_bytes())
+    tokens = sum(reader.num_tokens for reader in (first.train, first.validation))
+    load_tokenizer_file(file)
+
+    shares = [text[index::workers] for index in range(workers)]
+    alone, ours = [], []
+    for attempt in range(3):
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            spans = pool.map(_library_alone, [(str(file), share) for share in shares], chunksize=1)
+        alone.append(max(end for _, end in spans) - min(start for start, _ in spans))
+        started = time.perf_counter()
+        pretrained = TokenizerConfig("pretrained", 0, str(file))
+        prepare(config, pretrained, folder / f"cache{attempt}", None, workers, None)
+        ours.append(time.perf_counter() - started)
+    print(f"tokenizer library alone, {workers} processes     {tokens / min(alone) / 1e6:8.2f} M tokens/s   1.00")
+    print(
+        f"prepare, {workers} processes, start included     {tokens / min(ours) / 1e6:8.2f} M tokens/s   "
+        f"{min(alone) / min(ours):.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="processor time for each loader figure")
+    parser.add_argument("--tokens", type=int, default=32_000_000, help="size of the corpus that the loader reads")
+    parser.add_argument("--prepare-megabytes", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        (folder := Path(temporary) / "text").mkdir()
+        bench_tokenising(folder, options.prepare_megabytes, options.workers)
+        bench_loader(write_shards(Path(temporary) / "shards", options.tokens), options.seconds)
+
+
+if __name__ == "__main__":
+    main()
