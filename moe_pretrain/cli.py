@@ -87,17 +87,20 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
 
 def _prepare(words: list[str]) -> int:
-    """Tokenise the corpus ahead of ``train``, or compare the checksums of one that is prepared."""
+    """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
     from moe_pretrain import data
     from moe_pretrain.config import load
+    from moe_pretrain.pretrain import prepare_corpora
 
     config = load([word for word in words if word != "--check"])
-    cache, tokens = Path(config.run.cache_dir), config.batch.total_tokens
     if "--check" in words:
-        corpus = data.check_prepared(config.data, config.tokenizer, cache, tokens)
+        cache = Path(config.run.cache_dir)
+        corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
         print("every checksum is right")
     else:
-        corpus = data.prepare(config.data, config.tokenizer, cache, tokens, config.run.prepare_workers, print)
+        corpus, sets = prepare_corpora(config, print)
+        for name, reader in sets.items():
+            print(f"evaluation.sets.{name}: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
     print(corpus.describe_counts())
     print(f"shards: {corpus.train.folder.parent}")
     return 0
@@ -120,6 +123,19 @@ def _verify(overrides: list[str]) -> int:
     return verify(config, device_type, dtype, print if launched_rank() == 0 else lambda line: None)
 
 
+def _certify(overrides: list[str]) -> int:
+    """Print the certificate of the configured router; on several ranks ``verify`` is part of it."""
+    from moe_pretrain.config import load
+    from moe_pretrain.launch import run_workers
+    from moe_pretrain.pretrain import check
+    from moe_pretrain.study.certify import certify
+
+    config = load(overrides)
+    processes = config.parallel.processes
+    check(config, processes)
+    return certify(config, (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None, print)
+
+
 def _report(arguments: list[str]) -> int:
     """Write a run's HTML page and print where it is."""
     from moe_pretrain.study.report import write_report
@@ -134,6 +150,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
     "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),
+    "certify": (_certify, "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -6,6 +6,8 @@ that reads them. Every value must be in a YAML file and every YAML key must be a
 
 import dataclasses
 import difflib
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
 from moe_pretrain.checkpoint.store import CheckpointConfig
-from moe_pretrain.data import CorpusConfig, TokenizerConfig
+from moe_pretrain.data import CorpusConfig, TokenizerConfig, TokensCorpusConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import RouterConfig
+from moe_pretrain.moe import RouterFileConfig, ShippedRouterConfig
+from moe_pretrain.moe.routers.autonomy import AutonomyConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
 
@@ -82,13 +85,19 @@ class EvaluationConfig:
 
     Attributes:
         every_steps: Steps between validations; one is always made at the end.
-        max_rows: Rows of the validation set that are read, over all ranks.
+        max_rows: Rows of each validation set that are read, over all ranks.
+        sets: Further corpora by name, of which nothing is trained on, logged as ``validation/NAME/loss``. A choice of
+            the group ``data`` fills one in: ``+data@evaluation.sets.code=files evaluation.sets.code.paths=[a.jsonl]``.
     """
 
     every_steps: int
     max_rows: int
+    sets: dict[str, Annotated[CorpusConfig, pydantic.Field(discriminator="source")]]
 
     def __post_init__(self) -> None:
+        for name in self.sets:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"evaluation.sets: name {name!r} must be of letters, digits, - and _")
         for name in ("every_steps", "max_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
@@ -96,12 +105,19 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Constraints between parts are checked here."""
+    """Everything that decides a run. Constraints between parts are checked here.
+
+    Attributes:
+        seed: Seed of the weights, of the order of the data and of routing noise, in [0, 2**31).
+        router_file: A python file with a routing scheme of the user's own, which takes the place of ``router=NAME``;
+            None for the shipped ones. See ``load_router_file``.
+    """
 
     seed: int
+    router_file: str | None
     run: RunConfig
     model: ModelConfig
-    router: Annotated[RouterConfig, pydantic.Field(discriminator="name")]
+    router: Annotated[ShippedRouterConfig, pydantic.Field(discriminator="name")]
     data: Annotated[CorpusConfig, pydantic.Field(discriminator="source")]
     tokenizer: TokenizerConfig
     packing: PackingConfig
@@ -119,6 +135,13 @@ class Config:
             raise ValueError(f"seed={self.seed} must be in [0, 2**31)")
         if not isinstance(self.router, DenseConfig):
             self.router.check_num_experts(self.model.moe.num_experts)
+        if isinstance(self.router, AutonomyConfig):
+            self.router.check_hidden_size(self.model.hidden_size)
+        if self.tokenizer.kind == "train" and isinstance(self.data, TokensCorpusConfig):
+            raise ValueError(
+                "tokenizer.kind=train must be pretrained with data=tokens: name the tokenizer that made the tokens, "
+                "tokenizer=pretrained tokenizer.path=..."
+            )
         if self.tokenizer.kind == "train" and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at most "
@@ -135,10 +158,63 @@ def config_folder() -> Path:
 def load(overrides: Sequence[str] = ()) -> Config:
     """Compose the YAML files with Hydra ``overrides`` and validate.
 
+    ``router_file=PATH`` puts a scheme of the user's own in the place of the ``router`` group: its fields start from
+    the defaults of its dataclass, and ``router.FIELD=VALUE`` overrides them as ever.
+
     Raises:
         ConfigError: A typo, a wrong type, another variant's field, or a value out of range.
     """
-    return validate(compose_values(overrides))
+    file = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("router_file=")), None)
+    if file in (None, "null"):
+        return validate(compose_values(overrides))
+    assert file is not None
+    chosen = [word for word in overrides if word.startswith("router=")]
+    if chosen:
+        raise ConfigError(f"{chosen[0]} and router_file={file} are two schemes: give one of them")
+    router = load_router_file(file)
+    name = router.__dataclass_fields__["name"].default
+    others = [word for word in overrides if not word.startswith("router_file=")]
+    words = [f"++{word}" if word.startswith("router.") else word for word in others]
+    values = compose_values(["~router", f"+router.name={name}", *words])
+    return validate({**values, "router_file": file}, router)
+
+
+def load_router_file(file: str) -> type[Any]:
+    """The configuration class of a routing scheme in a user's own file, anywhere outside the package.
+
+    The file defines one frozen dataclass with a default for every field, ``name: Literal["..."]`` among them, that
+    satisfies ``moe.RouterFileConfig``; its ``build`` returns the scheme's ``Router``.
+
+    Raises:
+        ConfigError: The file cannot be imported, or does not define that.
+    """
+    module_name = f"router_file_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise ConfigError(f"router_file={file} must be a python file that exists")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where dataclasses and pydantic look up the file's annotations
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"router_file={file}: {type(error).__name__}: {error}") from error
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module_name]
+    routers = [value for value in own if "name" in getattr(value, "__dataclass_fields__", {})]
+    if len(routers) != 1:
+        found = ", ".join(value.__name__ for value in routers) or "none"
+        raise ConfigError(f"router_file={file} must define one dataclass with a field 'name'; it has {found}")
+    (router,) = routers
+    where = f"router_file={file}: {router.__name__}"
+    for field in dataclasses.fields(router):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{field.name} must have a default")
+    for name in ("build", "check_num_experts", "mean_experts_per_token"):
+        if not hasattr(router, name):
+            raise ConfigError(f"{where} must have {name}; see RouterFileConfig in moe_pretrain/moe/__init__.py")
+    shipped = {path.stem for path in (config_folder() / "router").glob("*.yaml")}
+    if router.__dataclass_fields__["name"].default in shipped:
+        raise ConfigError(f"{where}.name must not be that of a shipped scheme: {', '.join(sorted(shipped))}")
+    return router
 
 
 def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
@@ -154,16 +230,25 @@ def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def validate(values: Mapping[str, Any]) -> Config:
+def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Config:
     """Turn composed values into dataclasses.
+
+    Args:
+        values: What the YAML files and overrides come to.
+        router: The class of the ``router`` part when it is the user's own, from ``load_router_file``.
 
     Raises:
         ConfigError: Something is wrong; the first complaint, in one line.
     """
+    root: type[Config] = Config
+    variants = {"router", "data", "schedule"}
+    if router is not None:
+        root = dataclasses.make_dataclass("Config", [("router", router)], bases=(Config,), frozen=True)
+        variants.remove("router")
     try:
-        config = pydantic.TypeAdapter(Config).validate_python(dict(values))
+        config = pydantic.TypeAdapter(root).validate_python(dict(values))
     except pydantic.ValidationError as error:
-        raise ConfigError(_first_complaint(error)) from error
+        raise ConfigError(_first_complaint(error, variants)) from error
     _refuse_unknown(config, values, "")
     return config
 
@@ -173,14 +258,16 @@ def to_values(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _first_complaint(error: pydantic.ValidationError) -> str:
+def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     # In a union, pydantic's location names the variant behind the field; the user's path does not.
     location = list(first["loc"])
-    if location[0] in ("router", "data", "schedule") and len(location) > 1:
+    if location[0] in variants and len(location) > 1:
         del location[1]
+    if location[:2] == ["evaluation", "sets"] and len(location) > 3:
+        del location[3]
     path = ".".join(str(part) for part in location)
     if first["type"] == "missing":
         return f"{path} is missing: it must be given"
@@ -196,6 +283,9 @@ def _refuse_unknown(part: Any, values: Mapping[str, Any], path: str) -> None:
         child = getattr(part, key)
         if dataclasses.is_dataclass(child):
             _refuse_unknown(child, value, f"{path}{key}.")
+        elif isinstance(child, dict):
+            for name, member in child.items():
+                _refuse_unknown(member, value[name], f"{path}{key}.{name}.")
 
 
 def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
@@ -207,6 +297,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
     text = " ".join(str(error).split())
     for override in overrides:
+        if override == "~router":
+            continue  # ours, for router_file
         key, _, value = override.lstrip("+~").partition("=")
         parts = key.split(".")
         folder = config_folder() / key

@@ -23,6 +23,7 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.engine import StepResult, TrainEngine
+from moe_pretrain.metrics.rows import Row
 from moe_pretrain.metrics.sinks import MetricsWriter
 from moe_pretrain.metrics.statistics import evaluation_row, train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
@@ -58,7 +59,7 @@ def train(config: Config) -> int:
     size = model_size(config.model, config.router)
     say(_describe_run(config, plan, size, mesh, dtype))
 
-    corpus = _prepare_corpus(config, mesh, say)
+    corpus, evaluation_sets = _prepare_corpora(config, mesh, say)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
@@ -93,7 +94,7 @@ def train(config: Config) -> int:
         config.seed,
     )
 
-    run = _Run(config, folder, plan, size, corpus, engine, mesh, say)
+    run = _Run(config, folder, plan, size, corpus, evaluation_sets, engine, mesh, say)
     run.resume()
     with StopRequest(mesh) as stop:
         finished = run.loop(loader, stop)
@@ -101,30 +102,42 @@ def train(config: Config) -> int:
     return 0 if finished else stop.exit_code
 
 
-def _prepare_corpus(config: Config, mesh: Mesh, say: Callable[[str], None]) -> data.TokenizedCorpus:
+Corpora = tuple[data.TokenizedCorpus, dict[str, data.ShardReader]]
+
+
+def prepare_corpora(config: Config, say: Callable[[str], None]) -> Corpora:
+    """The corpus that is trained on, and the further validation sets by name."""
+    cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
+    corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
+    rows_tokens = config.evaluation.max_rows * config.model.sequence_length + 1
+    sets = {}
+    for name, source in config.evaluation.sets.items():
+        sets[name] = data.prepare_evaluation_set(
+            name, source, corpus, config.tokenizer, cache, rows_tokens, workers, say
+        )
+        data.count_rows(sets[name], config.model.sequence_length)  # refuses one that is too short
+    return corpus, sets
+
+
+def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> Corpora:
     """Tokenise on the first rank, then open the result on all.
 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
     look like a rank that hangs.
     """
-
-    def prepare(progress: Callable[[str], None]) -> data.TokenizedCorpus:
-        cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
-        return data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, progress)
-
     done = torch.zeros((), device=mesh.device)
     if not mesh.is_main:
         while not done:
             dist.all_reduce(done)
-        return prepare(say)
+        return prepare_corpora(config, say)
 
     def report(line: str) -> None:
         say(line)
         dist.all_reduce(torch.zeros_like(done))
 
-    corpus = prepare(report)
+    corpora = prepare_corpora(config, report)
     dist.all_reduce(done.fill_(1))
-    return corpus
+    return corpora
 
 
 def check(config: Config, world_size: int) -> None:
@@ -143,7 +156,9 @@ def check(config: Config, world_size: int) -> None:
         widths = {"model.hidden_size": config.model.hidden_size, "model.moe.expert_hidden_size": moe.expert_hidden_size}
         for name, width in widths.items():
             if width % 8:
-                raise ValueError(f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes")
+                raise ValueError(
+                    f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes"
+                )
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
@@ -168,12 +183,14 @@ class _Run:
         plan: BatchPlan,
         size: ModelSize,
         corpus: data.TokenizedCorpus,
+        evaluation_sets: dict[str, data.ShardReader],
         engine: TrainEngine,
         mesh: Mesh,
         say: Callable[[str], None],
     ):
         self.config, self.folder, self.plan, self.size = config, folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
+        self.evaluation_sets = evaluation_sets
         self.step = 0
         self.token_hash = 0
         self.saved_step: int | None = None
@@ -263,19 +280,29 @@ class _Run:
 
     def evaluate(self) -> None:
         with self.stopwatch.paused():
-            batches = data.validation_batches(
-                self.corpus.validation,
-                self.config.model.sequence_length,
-                self.plan.micro_batch_size,
-                self.mesh.rank,
-                self.mesh.world_size,
-                self.config.evaluation.max_rows,
-                self.config.packing.isolate_documents,
-            )
-            evaluation = self.engine.evaluate(batches)
-        bytes_per_token = self.corpus.validation.text_bytes / self.corpus.validation.num_tokens
-        row = evaluation_row(evaluation.loss, bytes_per_token)
+            row = self.evaluate_on(self.corpus.validation)
+            for name, reader in self.evaluation_sets.items():
+                found = self.evaluate_on(reader)
+                row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in found.items()}
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row})
+
+    def evaluate_on(self, reader: data.ShardReader) -> Row:
+        """Loss, perplexity and, where the text is known, bits per byte."""
+        batches = data.validation_batches(
+            reader,
+            self.config.model.sequence_length,
+            self.plan.micro_batch_size,
+            self.mesh.rank,
+            self.mesh.world_size,
+            self.config.evaluation.max_rows,
+            self.config.packing.isolate_documents,
+        )
+        evaluation = self.engine.evaluate(batches)
+        if reader.text_bytes:
+            return evaluation_row(evaluation.loss, reader.text_bytes / reader.num_tokens)
+        row = evaluation_row(evaluation.loss, 1.0)
+        del row["validation/bits_per_byte"]  # the corpus came as tokens
+        return row
 
     def save(self) -> None:
         if self.saved_step == self.step:

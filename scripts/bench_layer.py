@@ -18,7 +18,7 @@ from bench_tools import device_name, interleave, print_table, ratio_of_medians
 from torch import Tensor, nn
 
 from moe_pretrain.allocator import keep_freed_memory
-from moe_pretrain.moe.experts.swiglu import SwiGLU
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
@@ -107,7 +107,8 @@ def build_ours(options: argparse.Namespace) -> MoELayer:
         router_z_weight=0.001,
     )
     router = TopKRouter(config, options.hidden, options.experts, layer=0)
-    layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0), router, options.hidden, ExpertShard())
+    experts = SwiGLUExperts(options.experts, options.hidden, options.width, ExpertShard())
+    layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0), router, experts, options.hidden)
     nn.init.orthogonal_(router.weight)
     for parameter in layer.experts.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -15,9 +15,10 @@ from moe_pretrain.data.corpora import (
     Document,
     FilesCorpusConfig,
     HubCorpusConfig,
+    TokensCorpusConfig,
 )
 from moe_pretrain.data.order import RowOrder, rank_positions
-from moe_pretrain.data.preparation import TokenizedCorpus, check_prepared, prepare
+from moe_pretrain.data.preparation import TokenizedCorpus, check_prepared, prepare, prepare_evaluation_set
 from moe_pretrain.data.shard_writer import ShardWriter, write_manifest
 from moe_pretrain.data.shards import ShardReader
 from moe_pretrain.data.sources import documents
@@ -39,6 +40,7 @@ __all__ = [
     "ShardReader",
     "ShardWriter",
     "TokenizedCorpus",
+    "TokensCorpusConfig",
     "Tokenizer",
     "TokenizerConfig",
     "TrainLoader",
@@ -46,6 +48,7 @@ __all__ = [
     "count_rows",
     "documents",
     "prepare",
+    "prepare_evaluation_set",
     "rank_positions",
     "validation_batches",
     "wrap_to_int64",

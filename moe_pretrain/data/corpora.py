@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import xxhash
 
 Utf8Policy = Literal["fail", "replace", "skip"]
@@ -92,7 +93,34 @@ class HubCorpusConfig:
             raise ValueError(f"data.max_tokens={self.max_tokens} must be at least 1, or null")
 
 
-CorpusConfig = BuiltinCorpusConfig | FilesCorpusConfig | HubCorpusConfig
+@dataclass(frozen=True)
+class TokensCorpusConfig:
+    """Local files that already hold tokens; ``tokenizer`` must be the one that made them.
+
+    Attributes:
+        source: The word that chooses this corpus.
+        paths: Files or glob patterns. ``.bin`` with an ``.idx`` of the same name beside it is
+            Megatron's indexed data set; ``.npy`` and other ``.bin`` files are one row of tokens,
+            in which the tokenizer's end-of-document token ends each document.
+        flat_dtype: Type of the tokens in a ``.bin`` file without an index, little-endian.
+        validation_fraction: Share of documents held out, in (0, 1).
+        version: Version of the corpus, in words, for the manifest; or None.
+        licence: Licence of the corpus, in words, for the manifest; or None.
+    """
+
+    source: Literal["tokens"]
+    paths: tuple[str, ...]
+    flat_dtype: Literal["uint16", "uint32", "int32", "int64"]
+    validation_fraction: float
+    version: str | None
+    licence: str | None
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+        _check_paths(self.paths)
+
+
+CorpusConfig = BuiltinCorpusConfig | FilesCorpusConfig | HubCorpusConfig | TokensCorpusConfig
 
 
 @dataclass(frozen=True)
@@ -123,12 +151,26 @@ class LeftOut:
     reason: Literal["empty", "invalid_utf8", "invalid_json"]
 
 
-Row = Document | LeftOut
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document of a corpus that is tokens already.
+
+    Attributes:
+        identity: As in ``Document``.
+        tokens: Integers [tokens], without an end-of-document token, never empty.
+    """
+
+    identity: str
+    tokens: np.ndarray
 
 
-def is_validation(text: str, validation_fraction: float) -> bool:
-    """Whether a document is held out: its 64-bit hash falls in the first part of the range."""
-    return xxhash.xxh3_64_intdigest(text.encode()) < validation_fraction * 2.0**64
+Row = Document | TokenDocument | LeftOut
+
+
+def is_validation(content: str | np.ndarray, validation_fraction: float) -> bool:
+    """Whether a document is held out: the 64-bit hash of its text (or tokens) falls in the first part of the range."""
+    data = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
+    return xxhash.xxh3_64_intdigest(data) < validation_fraction * 2.0**64
 
 
 def describe(config: CorpusConfig) -> str:
@@ -137,6 +179,8 @@ def describe(config: CorpusConfig) -> str:
         return "built-in: Python standard library sources and manual topics"
     if isinstance(config, FilesCorpusConfig):
         return "files: " + ", ".join(config.paths)
+    if isinstance(config, TokensCorpusConfig):
+        return "tokens: " + ", ".join(config.paths)
     return f"hub: {config.name} {config.subset or 'default'} {config.split}"
 
 

@@ -22,12 +22,14 @@ from moe_pretrain.data.corpora import (
     HubCorpusConfig,
     LeftOut,
     Row,
+    TokensCorpusConfig,
     checked_text,
     is_validation,
     one_line,
     text_of,
 )
 from moe_pretrain.data.files import ENDINGS, Piece, cut_file, file_rows, matching_files
+from moe_pretrain.data.token_files import cut_token_file, token_files
 
 # Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
 # system's limit on mapped files (65,530) and for one resume record each.
@@ -66,14 +68,16 @@ def plan_units(config: CorpusConfig) -> list[Unit] | None:
         return None
     if isinstance(config, BuiltinCorpusConfig):
         return _group([[piece] for piece in _builtin_pieces()], _SMALLEST_UNIT_BYTES)
-    files = matching_files(config.paths, ENDINGS)
+    files = token_files(config) if isinstance(config, TokensCorpusConfig) else matching_files(config.paths, ENDINGS)
     total_bytes = sum(path.stat().st_size for path in files)
     unit_bytes = max(_SMALLEST_UNIT_BYTES, -(-total_bytes // _MOST_UNITS))
+    if isinstance(config, TokensCorpusConfig):
+        return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
     return _group([cut_file(path, unit_bytes) for path in files], unit_bytes)
 
 
 def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
-    """The rows of one unit.
+    """The rows of one unit of text.
 
     Raises:
         ValueError: The source cannot be read; one line that names the place.
@@ -159,6 +163,11 @@ def content_identity(config: CorpusConfig) -> str:
         return json.dumps([[piece.name, piece.size_bytes] for piece in _builtin_pieces()])
     if isinstance(config, FilesCorpusConfig):
         stats = [(path, path.stat()) for path in matching_files(config.paths, ENDINGS)]
+        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    if isinstance(config, TokensCorpusConfig):
+        files = token_files(config)
+        files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
+        stats = [(path, path.stat()) for path in files]
         return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     return config.name
 

@@ -14,10 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from moe_pretrain.data.corpora import CorpusConfig, Document, Row, is_validation
+from moe_pretrain.data.corpora import (
+    CorpusConfig,
+    Document,
+    LeftOut,
+    Row,
+    TokenDocument,
+    TokensCorpusConfig,
+    is_validation,
+)
 from moe_pretrain.data.shard_writer import ShardWriter, write_durably
 from moe_pretrain.data.shards import ShardInfo
 from moe_pretrain.data.sources import Unit, unit_rows
+from moe_pretrain.data.token_files import token_rows
 from moe_pretrain.data.tokenizer import Tokenizer
 
 SIDES = ("train", "validation")
@@ -82,13 +91,20 @@ Tick = Callable[[int, int], None]
 
 
 def write_unit(
-    folder: Path, config: CorpusConfig, unit: Unit, tokenizer: Tokenizer, max_tokens: int | None, tick: Tick
+    folder: Path,
+    config: CorpusConfig,
+    validation_fraction: float,
+    unit: Unit,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    tick: Tick,
 ) -> UnitRecord:
     """Tokenise one unit.
 
     Args:
         folder: Folder of the corpus being prepared.
         config: The corpus.
+        validation_fraction: Share of documents held out, in [0, 1).
         unit: The unit.
         tokenizer: The tokenizer.
         max_tokens: Stop with the document that brings the training side there; None for no end.
@@ -104,16 +120,20 @@ def write_unit(
     counted = {field.name: 0 for field in dataclasses.fields(Counts)}
     limited = False
     try:
-        for batch in _batches(unit_rows(config, unit)):
+        for batch in _batches(_rows(config, unit, tokenizer)):
             texts = [row.text for row in batch if isinstance(row, Document)]
             before = train.num_tokens + validation.num_tokens
             tokens = iter(tokenizer.encode_batch(texts))
             for row in batch:
                 counted["read"] += 1
-                if not isinstance(row, Document):
+                if isinstance(row, LeftOut):
                     counted[row.reason] += 1
                     continue
-                held_out = is_validation(row.text, config.validation_fraction)
+                if isinstance(row, TokenDocument):
+                    held_out = is_validation(row.tokens, validation_fraction)
+                    (validation if held_out else train).add(row.tokens, 0)
+                    continue
+                held_out = is_validation(row.text, validation_fraction)
                 (validation if held_out else train).add(next(tokens), len(row.text.encode()))
                 counted["repaired"] += row.repaired
                 limited = max_tokens is not None and train.num_tokens >= max_tokens
@@ -160,12 +180,19 @@ def forget_unit(folder: Path, index: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def _rows(config: CorpusConfig, unit: Unit, tokenizer: Tokenizer) -> Iterator[Row]:
+    if isinstance(config, TokensCorpusConfig):
+        return token_rows(unit.pieces, config, tokenizer.vocab_size, tokenizer.end_of_document)
+    return unit_rows(config, unit)
+
+
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     batch: list[Row] = []
     characters = 0
     for row in rows:
         batch.append(row)
         characters += len(row.text) if isinstance(row, Document) else 1
+        characters += len(row.tokens) if isinstance(row, TokenDocument) else 0
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

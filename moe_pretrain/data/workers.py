@@ -37,12 +37,14 @@ class Job:
     Attributes:
         folder: Folder of the corpus being prepared.
         corpus: The corpus.
+        validation_fraction: Share of documents held out; 0 for a corpus that is not trained on.
         tokenizer: The tokenizer; a trained one is a file in ``folder``.
         fingerprint: ``Tokenizer.fingerprint``, which a worker's must equal.
     """
 
     folder: Path
     corpus: CorpusConfig
+    validation_fraction: float
     tokenizer: TokenizerConfig
     fingerprint: str
 
@@ -182,7 +184,7 @@ def _do(
     job: Job, unit: Unit, max_tokens: int | None, tokenizer: Tokenizer, tick: Callable[[int, int], None]
 ) -> UnitRecord:
     try:
-        return write_unit(job.folder, job.corpus, unit, tokenizer, max_tokens, tick)
+        return write_unit(job.folder, job.corpus, job.validation_fraction, unit, tokenizer, max_tokens, tick)
     except (EOFError, ConnectionError):
         raise
     except OSError as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe import RouterConfig, dense_width
+from moe_pretrain.moe.routers.autonomy import AutonomyConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
 
 
@@ -81,6 +82,11 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         expert = 3 * width * moe.expert_hidden_size
         dense_ffn += num_moe * 3 * width * moe.shared_width
         routers = num_moe * moe.num_experts * width
+        if isinstance(router, AutonomyConfig):
+            # Every token passes all experts' down projections, so they are active, and counted as the router.
+            inner = router.expert_width(width, moe.expert_hidden_size)
+            expert = router.low_size * inner + 2 * width * inner
+            routers *= router.low_size
         experts = num_moe * moe.num_experts * expert
         active_experts = num_moe * router.mean_experts_per_token * expert
     key_value = config.num_key_value_heads * config.head_size

@@ -126,18 +126,20 @@ def run_experts(
         routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts
     )
     weight = routing.weight[route_of_row]
+    payload = None if routing.payload is None else routing.payload[route_of_row]
     if exchange is None:
         other = meanwhile() if meanwhile else None
-        return experts(hidden, weight, order), other
+        return experts(hidden, weight, order, payload), other
 
     received_counts = exchange.exchange_counts(counts.view(exchange.size, -1))  # [ranks, local_experts]
     # The one host synchronisation that a dropless exchange needs: the sizes of the blocks.
     sizes = torch.stack([counts.view(exchange.size, -1).sum(1), received_counts.sum(1)]).tolist()
     send, receive = [int(n) for n in sizes[0]], [int(n) for n in sizes[1]]
     rows = _Gather.apply(hidden, order)
-    pending = exchange.start([rows, weight[:, None]], send, receive)
+    travelling = [rows, weight[:, None]] if payload is None else [rows, weight[:, None], payload]
+    pending = exchange.start(travelling, send, receive)
     other = meanwhile() if meanwhile else None
-    received, received_weight = pending.wait()
+    received, received_weight, *received_payload = pending.wait()
 
     # Blocks arrive by sending rank, each sorted by expert: sort them by expert over all senders.
     local_experts = received_counts.shape[1]
@@ -145,6 +147,7 @@ def run_experts(
     key = expert.repeat_interleave(received_counts.flatten(), output_size=sum(receive))
     source = torch.arange(sum(receive), device=hidden.device)
     row_of_received, local_order = order_by(key, source, sum(receive), 1, received_counts.sum(0))
-    output = experts(received, received_weight[:, 0][row_of_received], local_order)
+    local_payload = received_payload[0][row_of_received] if received_payload else None
+    output = experts(received, received_weight[:, 0][row_of_received], local_order, local_payload)
     (returned,) = exchange.start([output], receive, send).wait()
     return _Sum.apply(returned, order), other

@@ -1,14 +1,15 @@
 """The mixture-of-experts layer: route, send to the experts, combine, add the shared experts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.moe.dispatch import run_experts
+from moe_pretrain.moe.experts.autonomy import AutonomyExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.types import Exchange, ExpertShard, MoEOutput, Router, Routing, RoutingContext
+from moe_pretrain.moe.types import Exchange, MoEOutput, Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,13 @@ class MoELayer(nn.Module):
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
     """
 
-    def __init__(self, config: MoEConfig, router: Router, hidden_size: int, shard: ExpertShard):
+    def __init__(
+        self, config: MoEConfig, router: Router, experts: SwiGLUExperts | AutonomyExperts, hidden_size: int
+    ):
         super().__init__()
         self.num_experts = config.num_experts
         self.router = router
-        self.experts = SwiGLUExperts(config.num_experts, hidden_size, config.expert_hidden_size, shard)
+        self.experts = experts
         self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
         self.exchange: Exchange | None = None
 
@@ -77,16 +80,17 @@ class MoELayer(nn.Module):
                 backward. The router's decision is always kept, never made twice.
         """
         routing: Routing = self.router(hidden, context)
+        arguments = hidden, routing.weight, routing.payload, routing
         if recompute_experts:
-            output = checkpoint(self._experts_of, hidden, routing.weight, routing, use_reentrant=False)
+            output = checkpoint(self._experts_of, *arguments, use_reentrant=False)
         else:
-            output = self._experts_of(hidden, routing.weight, routing)
+            output = self._experts_of(*arguments)
         return MoEOutput(output, routing.aux, routing.use)
 
-    def _experts_of(self, hidden: Tensor, weight: Tensor, routing: Routing) -> Tensor:
-        """Routed plus shared experts. ``weight`` is passed by itself so that recomputation sees its gradient."""
+    def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
+        """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""
         shared = self.shared_experts
-        routed = Routing(routing.token_index, routing.expert_index, weight, routing.routes_per_token, routing.use)
+        routed = replace(routing, weight=weight, payload=payload)
         output, shared_output = run_experts(
             hidden,
             routed,

@@ -11,6 +11,7 @@ Axis names (one meaning each, in every file under ``moe/``):
     sources        rows before that sort: tokens without expert parallelism, received rows with it
     groups         sets of tokens over which a balance statistic is taken
     width          inner width of one expert
+    low            columns of a route's payload; the rank of a factorised gate
 """
 
 import math
@@ -60,6 +61,7 @@ class Routing:
         routes_per_token: The number of routes of every token if all have the same, else None.
         aux: Named auxiliary losses, unweighted scalars; means over the micro-batch's text tokens.
         use: What the router did, for statistics; detached.
+        payload: Rows that travel to the expert with the route, with gradient; None for most schemes.
     """
 
     token_index: Int[Tensor, "routes"]
@@ -68,6 +70,7 @@ class Routing:
     routes_per_token: int | None
     use: "RouterUse"
     aux: dict[str, Tensor] = field(default_factory=dict)
+    payload: Float[Tensor, "routes low"] | None = None
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,10 @@ class PendingRows(Protocol):
 class Experts(Protocol):
     """The experts of one rank."""
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: "RowOrder") -> Tensor:
-        """Weighted expert outputs, summed back to ``[sources, hidden]``."""
+    def __call__(
+        self, sources: Tensor, weight: Tensor, order: "RowOrder", payload: Tensor | None = None
+    ) -> Tensor:
+        """Weighted expert outputs, summed back to ``[sources, hidden]``; ``weight`` and ``payload`` are per row."""
 
 
 @dataclass(frozen=True)

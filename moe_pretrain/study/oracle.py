@@ -20,8 +20,10 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.experts.autonomy import AutonomyExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
+from moe_pretrain.moe.routers.autonomy import AutonomyRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, float32_parameters
 
@@ -201,8 +203,7 @@ class Oracle:
                 tokens = routed[:, expert].nonzero()[:, 0]
                 chosen = part.start + tokens
                 counts[expert] += float(text[chosen].sum())
-                weights = layer.experts.in_weight[expert], layer.experts.out_weight[expert]
-                result = _swiglu(hidden[chosen], *weights) * weight[tokens, expert, None]
+                result = _expert(layer, expert, hidden[chosen]) * weight[tokens, expert, None]
                 output = output.index_add(0, chosen, result)
             share = float(text[part].sum()) / float(text.sum())
             for name, value in cut_aux.items():
@@ -303,6 +304,17 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
 
 def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return hidden / (hidden.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
+    """One expert's output; a factorised gate is computed from the input, never sent along."""
+    experts = layer.experts
+    if isinstance(experts, AutonomyExperts):
+        assert isinstance(layer.router, AutonomyRouter)
+        gate = hidden @ layer.router.down_weight[expert].T @ experts.up_weight[expert].T
+        value = hidden @ experts.in_weight[expert].T
+        return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
+    return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
 
 
 def _swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:

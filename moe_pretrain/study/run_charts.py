@@ -120,7 +120,7 @@ def router_charts(train: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
     """How even and how decided the routing is, a line per layer; and the colour of each layer."""
     titles = {
         "load_max_over_mean": "Busiest expert over the mean (1 = even)",
-        "router_entropy": "Entropy of the mean routing (nats)",
+        "router_entropy": "Mean entropy of a token's routing (nats)",
         "dead_experts": "Experts without a token",
         "dropped_share": "Share of routes dropped",
     }

@@ -21,6 +21,7 @@ from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.routers.autonomy import AutonomyConfig
 from moe_pretrain.parallel.deepspeed_moe import full_gradient, is_expert, prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.study.oracle import Oracle, StepRecord
@@ -68,7 +69,7 @@ def shrink(config: Config, world_size: int) -> Config:
     heads = heads_per_key_value * min(2, model.num_key_value_heads)
     sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
     tokens = sequence * micro_batch_size * plan.accumulation * world_size
-    small_moe = replace(moe, expert_hidden_size=20, shared_expert_hidden_size=14, num_leading_dense_layers=leading)
+    small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
     small_model = replace(
         model,
         vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
@@ -83,9 +84,13 @@ def shrink(config: Config, world_size: int) -> Config:
         init_std=0.2,
         moe=small_moe,
     )
+    router = config.router
+    if isinstance(router, AutonomyConfig):
+        router = replace(router, low_size=min(8, router.low_size))
     return replace(
         config,
         model=small_model,
+        router=router,
         tokenizer=replace(config.tokenizer, vocab_size=min(257, config.tokenizer.vocab_size)),
         batch=replace(
             config.batch,
@@ -214,7 +219,8 @@ def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtyp
     ours, theirs = pairs[0][0].gradients, pairs[0][1].gradients
     scales = {name: _relative_scale(ours[name], gradient) for name, gradient in theirs.items()}
     add("gradient scale", scales, SCALE_TOLERANCE[dtype])
-    for step in sorted({0, len(pairs) - 1}):
+    # In bfloat16 the weights have drifted apart by rounding after the first update, and the gradients with them.
+    for step in sorted({0, len(pairs) - 1}) if dtype == "float32" else [0]:
         ours, theirs = pairs[step][0].gradients, pairs[step][1].gradients
         errors = {name: _relative(ours[name], gradient) for name, gradient in theirs.items()}
         add(f"gradients of {step + 1}", errors, tensor)

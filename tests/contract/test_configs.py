@@ -24,6 +24,7 @@ SIZES = [name for name in GROUPS["model"] if name != "base"]
 REQUIRED = {
     "data=files": ["data.paths=[a.txt]"],
     "data=hub": ["data.name=owner/dataset"],
+    "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]

@@ -111,7 +111,10 @@ def make_layer() -> tuple[MoELayer, RoutingContext]:
         router_z_weight=0.001,
     )
     layer = MoELayer(
-        MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0), TopKRouter(config, HIDDEN, EXPERTS, 0), HIDDEN, ExpertShard()
+        MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0),
+        TopKRouter(config, HIDDEN, EXPERTS, 0),
+        SwiGLUExperts(EXPERTS, HIDDEN, WIDTH, ExpertShard()),
+        HIDDEN,
     )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.06)

@@ -44,21 +44,25 @@ class SwiGLUExperts(nn.Module):
         self.out_weight = nn.Parameter(torch.empty(local, hidden_size, width))
 
     def forward(
-        self, sources: Float[Tensor, "sources hidden"], weight: Float[Tensor, "rows"], order: RowOrder
+        self,
+        sources: Float[Tensor, "sources hidden"],
+        weight: Float[Tensor, "rows"],
+        order: RowOrder,
+        payload: None = None,
     ) -> Float[Tensor, "sources hidden"]:
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
         return _SwiGLUExpertsFunction.apply(sources, weight, self.in_weight, self.out_weight, order)
 
 
 @one_kernel_on_cuda
-def _activate(before: Float[Tensor, "rows width2"]) -> Float[Tensor, "rows width"]:
+def activate(before: Float[Tensor, "rows width2"]) -> Float[Tensor, "rows width"]:
     """``silu(gate) * up`` of ``before = [gate, up]``."""
     gate, up = before.unflatten(1, (2, -1)).unbind(1)
     return functional.silu(gate) * up
 
 
 @one_kernel_on_cuda
-def _activation_gradients(
+def activation_gradients(
     before: Float[Tensor, "rows width2"], grad_act: Float[Tensor, "rows width"]
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width2"], Float[Tensor, "rows"]]:
     """The activation again, the gradient of ``before``, and ``<grad_act, activation>`` per row in float32."""
@@ -91,7 +95,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
             rows = sources.index_select(0, order.source_of_row[block.rows])
             before = block.times(rows, in_weight)
             befores.append(before)
-            outputs.append(block.times(_activate(before), out_weight))
+            outputs.append(block.times(activate(before), out_weight))
         ctx.save_for_backward(sources, weight, in_weight, out_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
         return sum_rows(join(outputs), order, weight)
@@ -107,7 +111,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
             # Down to grad_inputs, gradients are those of the rows' outputs before the route's weight.
             grad_rows = grads[0].index_select(0, source_of_row)
             grad_act = block.times_transposed(grad_rows, out_weight)
-            act, grad_before, grad_weight = _activation_gradients(before, grad_act)
+            act, grad_before, grad_weight = activation_gradients(before, grad_act)
             del grad_act
             # In place with a float32 factor: the product is formed in float32 and rounded once.
             grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)

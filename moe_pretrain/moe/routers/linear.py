@@ -1,4 +1,4 @@
-"""What all routers with one linear map share: float32 logits, input noise, balance and z losses, statistics."""
+"""What most routers share: balance and z losses, statistics; and float32 logits of one linear map with input noise."""
 
 from dataclasses import dataclass
 
@@ -15,41 +15,52 @@ JITTER_STREAM = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearRouterConfig:
-    """Fields of every linear router.
+class BalancedRouterConfig:
+    """Fields of every router with a distribution over experts.
 
     Attributes:
-        jitter: Half width of the multiplicative noise on the router's input in training, in [0, 1).
         load_balance_weight: Coefficient of the load balance loss, >= 0.
         load_balance_level: Tokens over which the share of routes is taken. ``global_batch`` and ``sequence`` do
             not depend on the number of ranks nor the micro-batch size; ``micro_batch`` does.
         router_z_weight: Coefficient of the router z-loss, >= 0.
     """
 
-    jitter: float
     load_balance_weight: float
     load_balance_level: BalanceLevel
     router_z_weight: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
         for field in ("load_balance_weight", "router_z_weight"):
             if getattr(self, field) < 0:
                 raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
 
 
-class LinearRouter(Router):
-    """Base of routers whose scores come from ``hidden @ weight.T``; a scheme decides what to do with the logits."""
+@dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig(BalancedRouterConfig):
+    """Fields of every linear router, beside those of ``BalancedRouterConfig``.
+
+    Attributes:
+        jitter: Half width of the multiplicative noise on the router's input in training, in [0, 1).
+    """
+
+    jitter: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
+
+
+class BalancedRouter(Router):
+    """Base of routers with a distribution over experts: makes losses and statistics of a decision."""
 
     causal_in_training = True
     causal_in_evaluation = True
 
-    def __init__(self, settings: LinearRouterConfig, hidden_size: int, num_experts: int, layer: int):
+    def __init__(self, settings: BalancedRouterConfig, num_experts: int, layer: int):
         super().__init__(layer)
         self._settings = settings
         self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     @property
     def aux_weights(self) -> dict[str, float]:
@@ -62,17 +73,6 @@ class LinearRouter(Router):
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
         return self._settings.load_balance_level == "global_batch" and self._settings.load_balance_weight > 0
 
-    def logits(
-        self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
-    ) -> Float[Tensor, "tokens experts"]:
-        """Float32 logits; in training with the configured noise on the input."""
-        inputs = hidden
-        if self.training and self._settings.jitter > 0:
-            keys = (context.seed, JITTER_STREAM, context.step, self.layer)
-            noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
-            inputs = hidden.float() * (1 + self._settings.jitter * (2 * noise - 1))
-        return router_logits(inputs, self.weight)
-
     def route(
         self,
         logits: Float[Tensor, "tokens experts"],
@@ -82,6 +82,7 @@ class LinearRouter(Router):
         weight: Float[Tensor, "routes"],
         routes_per_token: int | None,
         context: RoutingContext,
+        payload: Float[Tensor, "routes low"] | None = None,
     ) -> Routing:
         """Put a decision, its losses and its statistics together.
 
@@ -93,6 +94,7 @@ class LinearRouter(Router):
             weight: Weight of each route.
             routes_per_token: See ``Routing``.
             context: Of the micro-batch.
+            payload: See ``Routing``.
         """
         level = self._settings.load_balance_level
         num_groups = context.num_sequences if level == "sequence" else 1
@@ -122,4 +124,25 @@ class LinearRouter(Router):
                 "load_balance": load_balance_loss(probs, counts, context.token_mask),
                 "router_z": router_z_loss(logits, context.token_mask),
             },
+            payload=payload,
         )
+
+
+class LinearRouter(BalancedRouter):
+    """Base of routers whose scores come from ``hidden @ weight.T``; a scheme decides what to do with the logits."""
+
+    def __init__(self, settings: LinearRouterConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(settings, num_experts, layer)
+        self._jitter = settings.jitter
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def logits(
+        self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
+    ) -> Float[Tensor, "tokens experts"]:
+        """Float32 logits; in training with the configured noise on the input."""
+        inputs = hidden
+        if self.training and self._jitter > 0:
+            keys = (context.seed, JITTER_STREAM, context.step, self.layer)
+            noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
+            inputs = hidden.float() * (1 + self._jitter * (2 * noise - 1))
+        return router_logits(inputs, self.weight)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
@@ -23,7 +24,7 @@ class TopPRouterConfig(LinearRouterConfig):
         max_experts: Most experts of one token, >= 1, or None for no limit (the paper has none).
         target_experts: Mean experts per token that a controller holds by moving the threshold after each step, or
             None for a fixed threshold (the paper's).
-        controller_rate: How far the controller moves the threshold per step, >= 0.
+        controller_rate: How far the controller moves the threshold per step; positive with a target, else 0.
         expected_experts: Experts per token assumed where sizes are counted before a run; a run's FLOPs use
             what it measures.
     """
@@ -48,6 +49,26 @@ class TopPRouterConfig(LinearRouterConfig):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"router.{field}={value} must be at least 1")
+        self._check_controller()
+
+    def _check_controller(self) -> None:
+        """A controller needs a target that it can reach and a rate; one without the other would do nothing."""
+        if self.target_experts is None:
+            if self.controller_rate > 0:
+                raise ValueError(
+                    f"router.controller_rate={self.controller_rate} must be 0 when router.target_experts is not set: "
+                    "there is nothing to control"
+                )
+            return
+        if self.controller_rate == 0:
+            raise ValueError(
+                f"router.controller_rate={self.controller_rate} must be positive when "
+                f"router.target_experts={self.target_experts}: the threshold would not move"
+            )
+        if self.max_experts is not None and self.target_experts > self.max_experts:
+            raise ValueError(
+                f"router.target_experts={self.target_experts} must be at most router.max_experts={self.max_experts}"
+            )
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -95,11 +116,13 @@ class TopPRouter(LinearRouter):
         """Route every token to as many experts as its distribution is wide."""
         logits = self.logits(hidden, context)
         probs = logits.softmax(dim=-1)
-        token_index, expert_index = self.select(probs.detach()).nonzero(as_tuple=True)
-        weight = probs[token_index, expert_index]
+        taken = self.select(probs.detach())
+        token_index, expert_index = taken.nonzero(as_tuple=True)
+        scores = probs
         if self.config.weights == "renormalised":
-            mass = probs.new_zeros(probs.shape[0]).index_add(0, token_index, weight)
-            weight = weight / mass[token_index]
+            # Sums over the row, not index_add over routes: on a GPU that adds in any order.
+            scores = probs / (probs * taken).sum(dim=-1, keepdim=True)
+        weight = scores[token_index, expert_index]
         routing = self.route(logits, probs, token_index, expert_index, weight, None, context)
         text = context.token_mask
         entropy = -torch.special.xlogy(probs, probs.clamp(min=1e-30)).sum(dim=-1)
@@ -109,8 +132,9 @@ class TopPRouter(LinearRouter):
     def select(self, probs: Float[Tensor, "tokens experts"]) -> Bool[Tensor, "tokens experts"]:
         """Which experts each token takes."""
         ordered, expert = probs.sort(dim=-1, descending=True, stable=True)
-        # Mass before each expert: it is taken while that has not passed the threshold.
-        before = ordered.cumsum(dim=-1) - ordered
+        # Mass before each expert: it is taken while that has not passed the threshold. Shifted, not the sum minus the
+        # expert's own: that difference rounds to either side of a tie.
+        before = functional.pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
         taken = (before <= self.threshold) | (self.threshold >= 1)
         if self.config.max_experts is not None:
             taken[:, self.config.max_experts :] = False

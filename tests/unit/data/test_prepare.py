@@ -19,6 +19,7 @@ from helpers.corpora import files, hub
 from moe_pretrain import cli
 from moe_pretrain.data import (
     TokenizerConfig,
+    building,
     check_prepared,
     documents,
     preparation,
@@ -157,7 +158,7 @@ def stream_numbered_texts(monkeypatch, rows=10**9):
             yield Document(f"row {number}", f"text number {number} of a stream without end")
 
     monkeypatch.setattr(sources, "hub_rows", numbered)
-    monkeypatch.setattr(preparation, "_TOKENIZER_SAMPLE_BYTES", 10_000)
+    monkeypatch.setattr(building, "_TOKENIZER_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     monkeypatch.setattr(units, "_BATCH_CHARACTERS", 300)
     return opened
@@ -198,14 +199,14 @@ def test_a_stream_that_ends_early_is_a_corpus(tmp_path, monkeypatch):
 
 def test_those_that_start_together_agree(config, tmp_path, monkeypatch):
     built = []
-    run = preparation._Preparation.run
+    run = building.Preparation.run
 
     def slow_run(self):
         built.append(1)
         time.sleep(0.3)
         run(self)
 
-    monkeypatch.setattr(preparation._Preparation, "run", slow_run)
+    monkeypatch.setattr(building.Preparation, "run", slow_run)
     lines = []
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(prepare, config, TOKENIZER, tmp_path / "cache", None, lines.append) for _ in range(3)]
@@ -365,7 +366,7 @@ def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
 def test_a_record_without_its_shard_is_done_again(config, tmp_path, monkeypatch):
     """What a machine that lost its power may leave."""
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
-    monkeypatch.setattr(preparation._Preparation, "_finish", lambda self, tokenizer: None)
+    monkeypatch.setattr(building.Preparation, "_finish", lambda self, tokenizer: None)
     with pytest.raises(ValueError, match="no manifest"):
         prepare(config, TOKENIZER, tmp_path / "cache", None, None)
     monkeypatch.undo()

@@ -6,8 +6,8 @@ the accumulation, and where the prefetching thread stood. The pure functions alo
 
 import numpy as np
 import pytest
-
 from helpers.corpora import write_shards
+
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.order import RowOrder, rank_positions
 from moe_pretrain.data.packing import wrap_to_int64
@@ -19,19 +19,14 @@ def divisors(number):
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def consume(order, global_batch_rows, first_step, num_steps, world_size, micro_batch_rows):
-    """Rows in the order in which the run as a whole reads them: step by step, rank by rank, micro-batch by micro-batch."""
-    rows = []
-    for step in range(first_step, first_step + num_steps):
-        for rank in range(world_size):
-            own = rank_positions(step, global_batch_rows, rank, world_size)
-            positions = np.arange(own.start, own.stop)
-            # Each micro-batch is asked for on its own, as accumulation does.
-            rows += [
-                order.rows(positions[first : first + micro_batch_rows])
-                for first in range(0, len(own), micro_batch_rows)
-            ]
-    return np.concatenate(rows)
+def consumed(global_batch_rows, first_step, num_steps, world_size):
+    """Positions in the order in which the ranks of one launch read them: step by step, rank by rank."""
+    return [
+        position
+        for step in range(first_step, first_step + num_steps)
+        for rank in range(world_size)
+        for position in rank_positions(step, global_batch_rows, rank, world_size)
+    ]
 
 
 def random_schedule(generator):
@@ -43,31 +38,39 @@ def random_schedule(generator):
 
 
 def run_schedule(generator, order_of):
+    """Positions read over all launches, the rows there, and one micro-batch that was asked for by itself."""
     num_rows, global_batch_rows, segments, step, seed = random_schedule(generator)
-    first, found = step * global_batch_rows, []
+    positions, micro_batches = [], []
     for num_steps in segments:
-        # A resume: another process, so another RowOrder; another number of ranks; another micro-batch.
+        # A resume: another number of ranks, another micro-batch size.
         world_size = int(generator.choice(divisors(global_batch_rows)))
-        micro_batch_rows = int(generator.choice(divisors(global_batch_rows // world_size)))
-        order = order_of(num_rows, seed)
-        found.append(consume(order, global_batch_rows, step, num_steps, world_size, micro_batch_rows))
+        size = int(generator.choice(divisors(global_batch_rows // world_size)))
+        own = consumed(global_batch_rows, step, num_steps, world_size)
+        first = int(generator.integers(0, len(own) // size)) * size
+        micro_batches.append(slice(len(positions) + first, len(positions) + first + size))
+        positions += own
         step += num_steps
-    found = np.concatenate(found)
-    expected = order_of(num_rows, seed).rows(np.arange(first, step * global_batch_rows))
-    return num_rows, first, found, expected
+    positions = np.array(positions)
+    cut = micro_batches[int(generator.integers(0, len(micro_batches)))]
+    # Two objects, for a resume is another process.
+    rows, own_rows = order_of(num_rows, seed).rows(positions), order_of(num_rows, seed).rows(positions[cut])
+    return num_rows, (step - sum(segments)) * global_batch_rows, positions, rows, rows[cut], own_rows
 
 
 def test_ten_thousand_schedules_read_the_same_rows_in_the_same_order():
     generator = np.random.default_rng(0)
     whole_epochs = 0
     for _ in range(SCHEDULES):
-        num_rows, first, found, expected = run_schedule(generator, lambda rows, seed: RowOrder(rows, seed, True))
-        assert np.array_equal(found, expected)
+        num_rows, first, positions, rows, part, own_rows = run_schedule(
+            generator, lambda num_rows, seed: RowOrder(num_rows, seed, True)
+        )
+        assert np.array_equal(positions, np.arange(first, first + len(positions)))
+        assert np.array_equal(part, own_rows)
         # Every epoch that lies inside is a permutation: no row missing, none twice.
         start = -first % num_rows
-        epochs = (len(found) - start) // num_rows
+        epochs = (len(rows) - start) // num_rows
         if epochs > 0:
-            whole = found[start : start + epochs * num_rows].reshape(epochs, num_rows)
+            whole = rows[start : start + epochs * num_rows].reshape(epochs, num_rows)
             assert np.array_equal(np.sort(whole, axis=1), np.tile(np.arange(num_rows), (epochs, 1)))
             whole_epochs += epochs
     assert whole_epochs > 1000
@@ -84,8 +87,8 @@ def test_the_check_sees_an_order_that_depends_on_the_micro_batch():
     generator = np.random.default_rng(0)
     equal = []
     for _ in range(50):
-        _, _, found, expected = run_schedule(generator, lambda rows, seed: Buffered(rows, seed, True))
-        equal.append(np.array_equal(found, expected))
+        *_, part, own_rows = run_schedule(generator, lambda rows, seed: Buffered(rows, seed, True))
+        equal.append(np.array_equal(part, own_rows))
     assert not all(equal)
 
 

@@ -168,7 +168,7 @@ def test_page_has_every_chart(finished_run):
         "LM loss in nats per token, auxiliary losses not included",
         "Load of every expert over time, by layer",
         "Busiest expert over the mean (1 = even)",
-        "Entropy of the mean routing (nats)",
+        "Mean entropy of a token's routing (nats)",
         "Experts without a token",
         "Share of routes dropped",
         "load balance, weight 0.01",

@@ -1,0 +1,91 @@
+"""Is a routing scheme what it says? One scheme, shipped or a user's own, property by property.
+
+``certify`` builds a tiny model around the configured router in one process, asks each question of ``properties`` and
+prints a table with one row per property. What a row means and how it is tested stands in the docstring of its function.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_pretrain.config import Config
+from moe_pretrain.study.properties import PROPERTIES, Broken, DeclaredNonCausal, NotApplicable
+from moe_pretrain.study.subject import Subject
+
+Verdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the certificate.
+
+    Attributes:
+        property: What was asked.
+        verdict: The answer; only ``FAIL`` withholds the certificate.
+        detail: What was found, or why the question does not apply.
+    """
+
+    property: str
+    verdict: Verdict
+    detail: str
+
+    def __str__(self) -> str:
+        verdict = self.verdict if self.verdict in ("PASS", "FAIL") else f"{self.verdict}:"
+        return f"{self.property:<34} {verdict:<4} {self.detail}"
+
+
+def examine(config: Config) -> list[Row]:
+    """Every property of ``config``'s router that one process can see."""
+    subject = Subject(config)
+    return [_ask(name, question, subject) for name, question in PROPERTIES.items()]
+
+
+def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> Row:
+    try:
+        if not subject.model().moe_layers():
+            return Row(name, "not applicable", f"router={subject.config.router.name} routes nothing")
+        return Row(name, "PASS", question(subject))
+    except NotApplicable as reason:
+        return Row(name, "not applicable", str(reason))
+    except DeclaredNonCausal as found:
+        return Row(name, "declared non-causal", str(found))
+    except Broken as found:
+        return Row(name, "FAIL", str(found))
+    except Exception as error:  # a broken scheme may raise anything, and the other rows are still worth having
+        return Row(name, "FAIL", f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def certify(config: Config, verify_on_ranks: Callable[[], int] | None, say: Callable[[str], None]) -> int:
+    """Print the certificate of ``config``'s router.
+
+    Args:
+        config: Any configuration; its model is shrunk.
+        verify_on_ranks: Runs ``verify`` on ``config`` in worker processes and returns its exit code; None when
+            ``config`` asks for one process.
+        say: Prints a line.
+
+    Returns:
+        Exit code: 0 if no row is ``FAIL``.
+    """
+    source = config.router_file or "shipped"
+    model = Subject(config).config.model
+    say(
+        f"router={config.router.name} ({source}) in {len(model.moe_layers)} layers of {model.moe.num_experts} experts, "
+        "cpu, float32"
+    )
+    rows = []
+    for row in examine(config):
+        rows.append(row)
+        say(f"  {row}")
+    name = "gradient parity on ranks"
+    if verify_on_ranks is None:
+        row = Row(name, "not applicable", "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it")
+    else:
+        size, ranks = config.parallel.expert_parallel_size, config.parallel.processes
+        same = verify_on_ranks() == 0
+        row = Row(name, "PASS" if same else "FAIL", f"verify on {ranks} ranks, expert parallel {size}: see above")
+    rows.append(row)
+    say(f"  {row}")
+    failed = sum(row.verdict == "FAIL" for row in rows)
+    say("certified" if not failed else f"not certified: {failed} of {len(rows)} properties fail")
+    return int(failed > 0)

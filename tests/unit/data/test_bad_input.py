@@ -1,0 +1,192 @@
+"""Text that is broken is treated by the named policy; whatever else is mutilated is one line that names the file."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers.corpora import files
+
+from moe_pretrain.data import TokenizerConfig, documents, prepare
+from moe_pretrain.data.corpora import LeftOut
+from moe_pretrain.data.sources import plan_units, unit_rows
+
+BROKEN = "good \ufffd bytes"
+MUTILATED = 260
+
+
+def broken_files(folder):
+    """One broken text among good ones, in every format, and the place that an error must name."""
+    (folder / "a.txt").write_bytes(b"good \xff bytes")
+    (folder / "b.jsonl").write_bytes(b'{"text": "one"}\n{"text": "good \xff bytes"}\n{"text": "two"}\n')
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress((folder / "b.jsonl").read_bytes()))
+    (folder / "d.jsonl").write_text('{"text": "one"}\n{"text": "good \\ud800 bytes"}\n{"text": "two"}\n')
+    binary = pyarrow.array([b"one", b"good \xff bytes", b"two"])
+    text = pyarrow.StringArray.from_buffers(3, binary.buffers()[1], binary.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), folder / "e.parquet")
+    return {"a.txt": "a.txt", "b.jsonl": "b.jsonl:2", "c.jsonl.gz": "gz:2", "d.jsonl": "d.jsonl:2", "e.parquet": "#2"}
+
+
+def rows_of(config):
+    return [row for unit in plan_units(config) for row in unit_rows(config, unit)]
+
+
+def test_text_that_is_not_utf8_follows_the_policy(tmp_path):
+    for name, place in broken_files(tmp_path).items():
+        around = [] if name == "a.txt" else ["one", "two"]
+        with pytest.raises(ValueError, match=place) as caught:
+            rows_of(files(tmp_path / name))
+        assert "utf-8" in str(caught.value).lower() and "\n" not in str(caught.value)
+
+        replaced = rows_of(files(tmp_path / name, invalid_utf8="replace"))
+        assert [row.text for row in replaced if row.repaired] == [BROKEN], name
+        assert [row.text for row in replaced if not row.repaired] == around
+
+        skipped = rows_of(files(tmp_path / name, invalid_utf8="skip"))
+        assert [row.text for row in skipped if not isinstance(row, LeftOut)] == around
+        assert [row.reason for row in skipped if isinstance(row, LeftOut)] == ["invalid_utf8"]
+
+
+@pytest.mark.parametrize("line", ['{"text": "x"', "[1]", "5", '"text"', "[" * 100_000, "1" * 5000, "{'text': 1}"])
+def test_lines_that_are_no_object_follow_the_policy(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n' + line + '\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: ") as caught:
+        rows_of(files(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    rows = rows_of(files(path, invalid_json="skip"))
+    assert [getattr(row, "reason", None) for row in rows] == [None, "invalid_json", None]
+
+
+def test_a_wrong_column_fails_whatever_the_policies(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
+    with pytest.raises(ValueError, match="no column 'text'"):
+        rows_of(files(tmp_path / "a.jsonl", invalid_json="skip", invalid_utf8="skip"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    assert [document.text for document in documents(files(tmp_path / "a.jsonl"))] == ["one"]
+
+
+def test_a_corpus_of_empty_texts_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match=r"^data: no document with text in files: .* \(4 rows read\)$"):
+        prepare(files(tmp_path / "*"), TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, None)
+
+
+def test_other_languages_and_source_code_arrive_byte_for_byte(tmp_path):
+    texts = [
+        "Größe, naïve",
+        "東京の天気は\n晴れ",
+        "שלום עולם",
+        "الخط العربي",
+        "🙂👨‍👩‍👧",
+        "def f(x):\n\treturn x\r\n",
+        "\x00\x7f",
+        " ",
+    ]
+    texts = [f"{text} {number}" for number in range(10) for text in texts]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    corpus = prepare(files(path, fraction=0.3), TokenizerConfig("train", 400, None), tmp_path / "c", None, 1, None)
+    found = []
+    for reader in (corpus.train, corpus.validation):
+        ends = reader.document_ends.tolist()
+        spans = zip([0, *ends[:-1]], ends, strict=True)
+        found += [corpus.tokenizer.decode(reader.read(start, end - 1).tolist()) for start, end in spans]
+        assert reader.text_bytes > 0
+    assert sorted(found) == sorted(texts)
+
+
+# ---------------------------------------------------------------- the fuzzer
+
+
+def good_corpora():
+    rows = [{"text": f"text {number} é", "id": number} for number in range(30)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"text": [row["text"] for row in rows], "id": list(range(30))})
+    pyarrow.parquet.write_table(table, sink, row_group_size=10)
+    parquet = sink.getvalue().to_pybytes()
+    compressed = gzip.compress(lines)
+    return {".txt": lines, ".jsonl": lines, ".jsonl.gz": compressed, ".parquet": parquet, ".txt.gz": compressed}
+
+
+def mutilate(generator, data):
+    kind = int(generator.integers(0, 7))
+    changed = bytearray(data)
+    if kind == 0:  # a few bits
+        for place in generator.integers(0, len(data), size=int(generator.integers(1, 6))):
+            changed[place] ^= 1 << int(generator.integers(0, 8))
+    elif kind == 1:
+        changed = changed[: int(generator.integers(0, len(data)))]
+    elif kind == 2:  # a hole
+        place = int(generator.integers(0, len(data)))
+        changed[place : place + 20] = b"\x00" * 20
+    elif kind == 3:  # a piece of something else
+        place = int(generator.integers(0, len(data)))
+        changed[place:place] = generator.bytes(int(generator.integers(1, 50)))
+    elif kind == 4:
+        changed = bytearray()
+    elif kind == 5:  # another column, or another type
+        swaps = [(b'"text"', b'"txt_"'), (b'"text 1', b'[], "'), (b"text", b"tex\n")]
+        old, new = swaps[int(generator.integers(0, len(swaps)))]
+        changed = changed.replace(old, new)
+    else:
+        changed = changed[int(generator.integers(0, len(data))) :]
+    return bytes(changed)
+
+
+FUZZ = """
+import sys, json
+from pathlib import Path
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv[2])
+policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
+for number, path in enumerate(sorted(folder.glob("case*"))):
+    config = FilesCorpusConfig("files", (str(path),), "text", 0.5, *policies[number % 3], None, None)
+    print(path.name, flush=True, end="\\t")
+    try:
+        corpus = prepare(config, tokenizer, folder / "cache", None, 1, None)
+        counts = corpus.counts
+        parts = counts.empty + counts.invalid_utf8 + counts.invalid_json + counts.train + counts.validation
+        corpus.train.verify()
+        assert counts.read == parts and counts.train == corpus.train.num_documents, "counts do not add up"
+        print("good", flush=True)
+    except ValueError as error:
+        print(json.dumps(str(error)), flush=True)
+"""
+
+
+def test_mutilated_inputs_prepare_or_are_one_line_that_names_the_file(tmp_path):
+    """In a process of its own: a crash of a native library must not take the tests with it, but fail this one."""
+    source = tmp_path / "source.jsonl"
+    source.write_bytes(good_corpora()[".jsonl"])
+    made = prepare(files(source), TokenizerConfig("train", 300, None), tmp_path / "made", None, 1, None)
+    tokenizer = made.train.folder.parent / "tokenizer.json"
+    generator = np.random.default_rng(0)
+    corpora = list(good_corpora().items())
+    folder = tmp_path / "cases"
+    folder.mkdir()
+    for number in range(MUTILATED):
+        ending, data = corpora[number % len(corpora)]
+        (folder / f"case{number:03d}{ending}").write_bytes(mutilate(generator, data))
+    command = [sys.executable, "-c", FUZZ, str(folder), str(tokenizer)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
+    results = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert len(results) == MUTILATED
+    good = [name for name, result in results.items() if result == "good"]
+    assert 10 < len(good) < MUTILATED - 100
+    for name, result in results.items():
+        if result != "good":
+            line = json.loads(result)
+            assert "\n" not in line and len(line) < 600, line
+            assert name in line, line
+    assert not list((folder / "cache").glob("*.partial"))

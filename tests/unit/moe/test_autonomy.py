@@ -1,0 +1,240 @@
+"""Autonomy-of-Experts against its paper (arXiv:2501.13074): the numbers are those of the specification's list."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_pretrain.config import ConfigError, load
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.model.size import model_size
+from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
+from moe_pretrain.moe.types import ExpertShard, RoutingContext
+
+HIDDEN, LOW, WIDTH, EXPERTS, TOKENS = 12, 4, 10, 5, 14
+CONFIG = AutonomyConfig(
+    name="autonomy",
+    top_k=2,
+    low_size=LOW,
+    width_multiple=1,
+    weights="selected",
+    load_balance_weight=0.02,
+    load_balance_level="micro_batch",
+    router_z_weight=0.0,
+)
+
+
+def context(tokens: int = TOKENS) -> RoutingContext:
+    return RoutingContext(torch.ones(tokens, dtype=torch.bool), torch.arange(tokens), 1, seed=0, step=0)
+
+
+def build(low: int = LOW, width: int = WIDTH, **changes: object) -> MoELayer:
+    config = dataclasses.replace(CONFIG, **{"low_size": low, **changes})
+    router = AutonomyRouter(config, HIDDEN, EXPERTS, layer=0)
+    experts = AutonomyExperts(EXPERTS, HIDDEN, width, low, ExpertShard())
+    layer = MoELayer(MoEConfig(EXPERTS, width, 0, 1, 1, 0), router, experts, HIDDEN)
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def apply(layer: MoELayer, hidden: Tensor) -> Tensor:
+    return layer(hidden, context(len(hidden)), False).hidden
+
+
+def loop(layer: MoELayer, hidden: Tensor) -> Tensor:
+    """Algorithm 2, token by token."""
+    config, down = layer.router.config, layer.router.down_weight
+    rows = []
+    for x in hidden:
+        low = [w @ x for w in down]
+        norms = torch.stack([c.square().sum().sqrt() for c in low])
+        chosen = sorted(range(EXPERTS), key=lambda e: (-float(norms[e]), e))[: config.top_k]
+        full = norms.softmax(0)
+        selected = norms[chosen].softmax(0) if config.weights == "selected" else full[chosen]
+        outputs = []
+        for e in chosen:
+            gate = functional.silu(layer.experts.up_weight[e] @ low[e])
+            outputs.append(layer.experts.out_weight[e] @ (gate * (layer.experts.in_weight[e] @ x)))
+        rows.append(sum(p * y for p, y in zip(selected, outputs, strict=True)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("weights", ["selected", "full"])
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
+def test_02_03_layer_equals_the_algorithm_with_gradients(weights: str, top_k: int):
+    layer, hidden = build(weights=weights, top_k=top_k), torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    inputs = [hidden, *layer.parameters()]
+    direction = torch.randn(TOKENS, HIDDEN)
+    ours, expected = apply(layer, hidden), loop(layer, hidden)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    for name, left, right in zip(
+        ["hidden", *(n for n, _ in layer.named_parameters())],
+        torch.autograd.grad(ours, inputs, direction),
+        torch.autograd.grad(expected, inputs, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(left, right, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_01_identity_up_projection_is_a_plain_swiglu_expert():
+    layer, hidden = build(low=WIDTH), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        layer.experts.up_weight.copy_(torch.eye(WIDTH).expand(EXPERTS, -1, -1))
+    routing = layer.router(hidden, context())
+    expected = torch.zeros(TOKENS, HIDDEN)
+    for t, e, w in zip(routing.token_index, routing.expert_index, routing.weight, strict=True):
+        gate, up = layer.router.down_weight[e] @ hidden[t], layer.experts.in_weight[e] @ hidden[t]
+        expected[t] += w.detach() * (layer.experts.out_weight[e] @ (functional.silu(gate) * up)).detach()
+    torch.testing.assert_close(apply(layer, hidden).detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_04_rotating_the_low_rank_space_changes_nothing_and_scaling_changes_routing():
+    layer, hidden = build(), torch.randn(TOKENS, HIDDEN)
+    before, weight = apply(layer, hidden), layer.router(hidden, context()).weight
+    rotation = torch.linalg.qr(torch.randn(LOW, LOW))[0]
+    with torch.no_grad():
+        layer.router.down_weight.copy_(rotation.T @ layer.router.down_weight)
+        layer.experts.up_weight.copy_(layer.experts.up_weight @ rotation)
+    torch.testing.assert_close(apply(layer, hidden), before, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        layer.router.down_weight.mul_(2)
+        layer.experts.up_weight.div_(2)
+    assert not torch.allclose(layer.router(hidden, context()).weight, weight)
+
+
+def test_05_sign_of_the_input_does_not_matter_to_the_ranking():
+    layer, hidden = build(), torch.randn(TOKENS, HIDDEN)
+    left, right = layer.router(hidden, context()), layer.router(-hidden, context())
+    assert torch.equal(left.expert_index, right.expert_index) and torch.equal(left.weight, right.weight)
+
+
+@pytest.mark.parametrize("weights,with_aux,reached", [("selected", False, False), ("full", False, True), ("selected", True, True)])
+def test_06_who_gets_gradient(weights: str, with_aux: bool, reached: bool):
+    """One token, so the unselected experts are known."""
+    layer, hidden = build(weights=weights), torch.randn(1, HIDDEN)
+    output = layer(hidden, context(1), False)
+    loss = (output.hidden * torch.randn(HIDDEN)).sum() + (output.aux["load_balance"] if with_aux else 0)
+    loss.backward()
+    chosen = layer.router(hidden, context(1)).expert_index
+    unselected = [e for e in range(EXPERTS) if e not in chosen]
+    assert all(bool(layer.router.down_weight.grad[e].abs().sum() > 0) == reached for e in unselected)
+    assert all(bool(layer.router.down_weight.grad[e].abs().sum() > 0) for e in chosen)
+
+
+def test_07_sums_of_weights():
+    hidden = torch.randn(TOKENS, HIDDEN)
+    selected, full = (build(weights=w).router(hidden, context()).weight.view(TOKENS, 2) for w in ("selected", "full"))
+    torch.testing.assert_close(selected.sum(1), torch.ones(TOKENS))
+    assert bool((full.sum(1) < 1).all())
+    torch.testing.assert_close(full / full.sum(1, keepdim=True), selected)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, EXPERTS])
+def test_08_identical_experts_act_as_one(top_k: int):
+    layer, hidden = build(top_k=top_k), torch.randn(TOKENS, HIDDEN)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter).clone())
+    single = build(top_k=1)
+    single.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(apply(layer, hidden), apply(single, hidden), atol=1e-5, rtol=1e-5)
+
+
+def test_09_order_of_experts_and_tokens_does_not_matter():
+    layer, hidden = build(), torch.randn(TOKENS, HIDDEN)
+    before = apply(layer, hidden)
+    tokens = torch.randperm(TOKENS)
+    torch.testing.assert_close(apply(layer, hidden[tokens]), before[tokens], atol=1e-5, rtol=1e-5)
+    experts = torch.randperm(EXPERTS)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter[experts].clone())
+    torch.testing.assert_close(apply(layer, hidden), before, atol=1e-5, rtol=1e-5)
+
+
+def test_10_a_zero_token_is_finite():
+    layer, hidden = build(), torch.zeros(3, HIDDEN, requires_grad=True)
+    output = layer(hidden, context(3), False)
+    (output.hidden.sum() + output.aux["load_balance"]).backward()
+    assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("low,width", [(64, 4392.96), (128, 4194.46), (256, 3840), (512, 3264)])
+def test_11_width_of_equation_5(low: int, width: float):
+    config = dataclasses.replace(CONFIG, low_size=low)
+    assert config.expert_width(768, 3072) == round(width)
+    assert dataclasses.replace(config, width_multiple=64).expert_width(768, 3072) % 64 == 0
+
+
+def test_11_parameters_equal_the_baselines():
+    assert dataclasses.replace(CONFIG, low_size=400).expert_width(1280, 5120) == 6469  # the paper prints 6,470
+    ours, baseline = (
+        model_size(config.model, config.router)
+        for config in (load(["model=700m", "router=autonomy", "router.low_size=256"]), load(["model=700m"]))
+    )
+    # W_down counts as the router; with it the experts have the baseline's size exactly at this rank.
+    assert ours.experts + ours.routers == baseline.experts
+
+
+def test_12_balance_loss_is_one_when_even():
+    layer = build()
+    with torch.no_grad():
+        layer.router.down_weight.zero_()
+    aux = layer.router(torch.randn(TOKENS, HIDDEN), context()).aux["load_balance"]
+    torch.testing.assert_close(aux, torch.tensor(1.0))  # theirs is top_k; see the docstring
+
+
+def test_13_norms_at_initialisation():
+    config = load(["router=autonomy", "model.hidden_size=256", "model.num_heads=4", "router.low_size=64"])
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, seed=0)
+    hidden = functional.rms_norm(torch.randn(512, 256), (256,))
+    norms = (hidden @ model.moe_layers()[0].router.down_weight.flatten(0, 1).T).view(512, -1, 64).norm(dim=-1)
+    assert norms.mean().item() == pytest.approx(0.02 * math.sqrt(256 * 64), rel=0.02)
+
+
+def test_14_later_tokens_change_nothing_before():
+    layer, hidden = build(), torch.randn(TOKENS, HIDDEN)
+    changed = hidden.clone()
+    changed[8:] += 1
+    before, after = apply(layer, hidden), apply(layer, changed)
+    torch.testing.assert_close(before[:8], after[:8], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(before[8:], after[8:])
+
+
+def test_15_the_norm_is_on_the_low_rank_activation_itself():
+    layer, hidden = build(), torch.randn(TOKENS, HIDDEN)
+    before = layer.router(hidden, context())
+    with torch.no_grad():
+        layer.experts.up_weight.mul_(10)
+    assert torch.equal(layer.router(hidden, context()).weight, before.weight)
+    padded = build(low=2 * LOW)
+    with torch.no_grad():
+        padded.router.down_weight.zero_()
+        padded.router.down_weight[:, :LOW] = layer.router.down_weight
+    after = padded.router(hidden, context())
+    assert torch.equal(after.expert_index, before.expert_index)
+    torch.testing.assert_close(after.weight, before.weight)
+
+
+@pytest.mark.parametrize(
+    "override,fragment",
+    [
+        ("router.low_size=128", "router.low_size=128 must be below model.hidden_size=128"),
+        ("router.top_k=9", "router.top_k=9 must be at most"),
+        ("router.low_size=0", "router.low_size=0 must be at least 1"),
+    ],
+)
+def test_wrong_values_are_one_line(override: str, fragment: str):
+    with pytest.raises(ConfigError) as caught:
+        load(["router=autonomy", override])
+    assert fragment in str(caught.value) and "\n" not in str(caught.value)
