@@ -150,7 +150,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
     "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),
-    "certify": (_certify, "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL"),
+    "certify": (
+        _certify,
+        "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL",
+    ),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from hydra import compose, initialize_config_dir
@@ -27,7 +27,7 @@ from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import RouterFileConfig, ShippedRouterConfig
+from moe_pretrain.moe import ShippedRouterConfig
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
@@ -72,11 +72,17 @@ class PackingConfig:
     """How documents share a row.
 
     Attributes:
-        isolate_documents: Documents of a row do not attend to each other, positions restart at each, and the step from
-            one document to the next is not a target.
+        method: ``concatenate`` cuts the stream of documents into rows and wastes nothing; ``best_fit`` keeps each
+            document that fits into a row whole and pads the rows. Validation rows are always ``concatenate``, so that
+            their loss compares.
+        isolate_documents: Documents of a row do not attend to each other, and the step from one document to the next is
+            not a target.
+        reset_positions: Positions start again at each document; False counts them through the row.
     """
 
+    method: Literal["concatenate", "best_fit"]
     isolate_documents: bool
+    reset_positions: bool
 
 
 @dataclass(frozen=True)

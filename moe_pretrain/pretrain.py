@@ -73,11 +73,14 @@ def train(config: Config) -> int:
         mesh.world_size,
         config.seed,
         config.packing.isolate_documents,
+        method=config.packing.method,
+        reset_positions=config.packing.reset_positions,
     )
     say(
         f"corpus: {corpus.train.num_tokens:,} training and {corpus.validation.num_tokens:,} validation tokens, "
         f"unigram entropy {corpus.unigram_entropy:.3f} nats/token; "
-        f"{plan.num_steps * plan.tokens_per_step / corpus.train.num_tokens:.2f} epochs"
+        f"{plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs"
+        + (f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else "")
     )
 
     model = DecoderLM(config.model, config.router, mesh.shard)
@@ -296,6 +299,7 @@ class _Run:
             self.mesh.world_size,
             self.config.evaluation.max_rows,
             self.config.packing.isolate_documents,
+            self.config.packing.reset_positions,
         )
         evaluation = self.engine.evaluate(batches)
         if reader.text_bytes:

@@ -2,11 +2,12 @@
 
 import logging
 
+import helpers.typechecker  # noqa: F401  # the hook below looks it up by name
 import pytest
 from jaxtyping import install_import_hook
 
 # Before anything of ours is imported: the hook checks every annotated shape at run time.
-install_import_hook("moe_pretrain", "beartype.beartype")
+install_import_hook("moe_pretrain", "helpers.typechecker.check")
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 

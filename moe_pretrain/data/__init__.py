@@ -25,8 +25,9 @@ from moe_pretrain.data.sources import documents
 from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig
 
 if TYPE_CHECKING:
-    from moe_pretrain.data.loader import TrainLoader, count_rows, validation_batches
+    from moe_pretrain.data.loader import TrainLoader, validation_batches
     from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch, wrap_to_int64
+    from moe_pretrain.data.rows import count_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -59,7 +60,7 @@ _WITH_TORCH = {
     "IGNORE_INDEX": "packing",
     "MicroBatch": "packing",
     "TrainLoader": "loader",
-    "count_rows": "loader",
+    "count_rows": "rows",
     "validation_batches": "loader",
     "wrap_to_int64": "packing",
 }

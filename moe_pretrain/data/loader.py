@@ -8,20 +8,19 @@ naming its next step.
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Literal
 
 import numpy as np
 
 from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.data.order import RowOrder, rank_positions
-from moe_pretrain.data.packing import (
-    PADDING_POSITION,
-    MicroBatch,
-    build_micro_batches,
-    mark_document_starts,
-)
+from moe_pretrain.data.packing import PADDING_POSITION, MicroBatch, build_micro_batch, build_micro_batches
+from moe_pretrain.data.rows import BestFit, Concatenated, Rows
 from moe_pretrain.data.shards import ShardReader
 
+PackingMethod = Literal["concatenate", "best_fit"]
+PACKINGS: dict[PackingMethod, Callable[[ShardReader, int], Rows]] = {"concatenate": Concatenated, "best_fit": BestFit}
 _PREFETCHED_STEPS = 2
 _ROWS_AT_ONCE = 64  # enough to spread the cost of a numpy call, few enough for the processor's caches
 
@@ -39,6 +38,8 @@ class TrainLoader:
         seed: Key of the order of rows.
         isolate_documents: See ``packing.build_micro_batch``.
         shuffle: False reads the rows in their own order, for tests and debugging.
+        method: How documents are packed into rows: see ``rows``.
+        reset_positions: See ``packing.build_micro_batch``.
 
     Raises:
         ValueError: The corpus is shorter than one row, or the batch does not divide.
@@ -55,6 +56,8 @@ class TrainLoader:
         seed: int,
         isolate_documents: bool,
         shuffle: bool = True,
+        method: PackingMethod = "concatenate",
+        reset_positions: bool | None = None,
     ) -> None:
         rows_per_pass = world_size * micro_batch_rows
         if rows_per_pass < 1 or global_batch_rows < 1 or global_batch_rows % rows_per_pass:
@@ -64,14 +67,14 @@ class TrainLoader:
             )
         # A step's arrays are of a size that glibc gives back to the system each time: two thirds of the speed.
         keep_freed_memory()
-        self.num_rows = count_rows(reader, sequence_length)
-        self._reader = reader
-        self._sequence_length = sequence_length
+        self._source: Rows = PACKINGS[method](reader, sequence_length)
+        self.num_rows, self.waste = self._source.num_rows, self._source.waste
         self._global_batch_rows = global_batch_rows
         self._micro_batch_rows = micro_batch_rows
         self._rank = rank
         self._world_size = world_size
         self._isolate_documents = isolate_documents
+        self._reset_positions = isolate_documents if reset_positions is None else reset_positions
         self._order = RowOrder(self.num_rows, seed, shuffle)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
@@ -83,13 +86,15 @@ class TrainLoader:
         batches: list[MicroBatch] = []
         for first in range(0, len(positions), chunk):
             part = slice(first, first + chunk)
-            batches += _read_micro_batches(
-                self._reader,
-                rows[part],
+            tokens, starts, used = self._source.read(rows[part])
+            batches += build_micro_batches(
+                tokens,
+                starts,
                 positions[part],
-                self._sequence_length,
                 self._isolate_documents,
+                self._reset_positions,
                 self._micro_batch_rows,
+                used,
             )
         return batches
 
@@ -138,6 +143,7 @@ def validation_batches(
     world_size: int,
     max_rows: int | None,
     isolate_documents: bool,
+    reset_positions: bool | None = None,
 ) -> Iterator[MicroBatch]:
     """One pass over the first rows of a corpus, in order, split over ranks.
 
@@ -152,11 +158,13 @@ def validation_batches(
         world_size: Number of data-parallel ranks.
         max_rows: Rows to read over all ranks, or None for all of them.
         isolate_documents: See ``packing.build_micro_batch``.
+        reset_positions: See ``packing.build_micro_batch``.
 
     Raises:
         ValueError: The corpus is shorter than one row, or a size is not positive.
     """
-    num_rows = count_rows(reader, sequence_length)
+    source = Concatenated(reader, sequence_length)
+    num_rows = source.num_rows
     if max_rows is not None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows} must be at least 1, or null for all rows")
@@ -166,33 +174,17 @@ def validation_batches(
             f"micro_batch_rows={micro_batch_rows} must be at least 1 and rank={rank} must be "
             f"from 0 to world_size-1={world_size - 1}"
         )
-    return _validation_batches(reader, num_rows, sequence_length, micro_batch_rows, rank, world_size, isolate_documents)
-
-
-def count_rows(reader: ShardReader, sequence_length: int) -> int:
-    """Whole rows in a corpus: each needs ``sequence_length`` tokens, the last one more.
-
-    Raises:
-        ValueError: There is not even one.
-    """
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length={sequence_length} must be at least 1")
-    num_rows = (reader.num_tokens - 1) // sequence_length
-    if num_rows < 1:
-        raise ValueError(
-            f"sequence_length={sequence_length} must be below the {reader.num_tokens} tokens in {reader.folder}"
-        )
-    return num_rows
+    return _validation_batches(source, num_rows, micro_batch_rows, rank, world_size, isolate_documents, reset_positions)
 
 
 def _validation_batches(
-    reader: ShardReader,
+    source: Concatenated,
     num_rows: int,
-    sequence_length: int,
     micro_batch_rows: int,
     rank: int,
     world_size: int,
     isolate_documents: bool,
+    reset_positions: bool | None,
 ) -> Iterator[MicroBatch]:
     stride = world_size * micro_batch_rows
     for first in range(rank * micro_batch_rows, -(-num_rows // stride) * stride, stride):
@@ -200,19 +192,5 @@ def _validation_batches(
         positions = np.where(rows < num_rows, rows, PADDING_POSITION)
         # A padding row needs some tokens; row 0 always exists and nothing of it is counted.
         rows = np.where(rows < num_rows, rows, 0)
-        yield from _read_micro_batches(reader, rows, positions, sequence_length, isolate_documents, micro_batch_rows)
-
-
-def _read_micro_batches(
-    reader: ShardReader,
-    rows: np.ndarray,
-    positions: np.ndarray,
-    sequence_length: int,
-    isolate_documents: bool,
-    micro_batch_rows: int,
-) -> list[MicroBatch]:
-    """Read rows [batch] of the corpus, which stand at positions [batch] of the run."""
-    first_tokens = rows * sequence_length
-    tokens = reader.read_rows(first_tokens, sequence_length + 1)
-    starts = mark_document_starts(reader.document_ends, first_tokens, sequence_length)
-    return build_micro_batches(tokens, starts, positions, isolate_documents, micro_batch_rows)
+        tokens, starts, _ = source.read(rows)
+        yield build_micro_batch(tokens, starts, positions, isolate_documents, reset_positions)

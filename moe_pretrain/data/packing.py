@@ -28,8 +28,9 @@ class MicroBatch:
         input_ids: int64 [batch, sequence].
         labels: int64 [batch, sequence], the next token, or ``IGNORE_INDEX``.
         document_ids: int64 [batch, sequence], 0, 1, 2.. within a row, never falling; -1 is
-            padding.
-        position_ids: int64 [batch, sequence], from 0 at each document's first token in the row.
+            padding, a whole row or the end of one.
+        position_ids: int64 [batch, sequence], from 0 at each document's first token in the row,
+            or from 0 on in each row.
         row_positions: int64 [batch], the run position of each row; -1 is padding.
         token_hash: Sum over the rows of xxh64(the row's ``sequence + 1`` tokens as little-endian
             integers of the width they came in: from shards uint16, or uint32 with more than
@@ -61,7 +62,11 @@ class MicroBatch:
 
 
 def build_micro_batch(
-    tokens: np.ndarray, is_document_start: np.ndarray, row_positions: np.ndarray, isolate_documents: bool
+    tokens: np.ndarray,
+    is_document_start: np.ndarray,
+    row_positions: np.ndarray,
+    isolate_documents: bool,
+    reset_positions: bool | None = None,
 ) -> MicroBatch:
     """Turn rows of tokens into one micro-batch.
 
@@ -72,8 +77,12 @@ def build_micro_batch(
         isolate_documents: Split each row at document starts: the first token of a document
             is no target, since nothing before it belongs to it. False treats a row as one
             document.
+        reset_positions: Positions start again at each document; None for as ``isolate_documents`` says.
     """
-    return build_micro_batches(tokens, is_document_start, row_positions, isolate_documents, len(tokens))[0]
+    reset = isolate_documents if reset_positions is None else reset_positions
+    return build_micro_batches(
+        tokens, is_document_start, row_positions, isolate_documents, reset, len(tokens), tokens_used=None
+    )[0]
 
 
 def build_micro_batches(
@@ -81,28 +90,35 @@ def build_micro_batches(
     is_document_start: np.ndarray,
     row_positions: np.ndarray,
     isolate_documents: bool,
+    reset_positions: bool,
     micro_batch_rows: int,
+    tokens_used: np.ndarray | None,
 ) -> list[MicroBatch]:
     """Turn rows of tokens into micro-batches of ``micro_batch_rows``, views of the same tensors.
 
-    All rows at once, because a call to numpy costs as much as some thousand tokens.
+    All rows at once, because a call to numpy costs as much as some thousand tokens. ``tokens_used`` [batch] makes
+    what follows in a row padding; None for no padding.
     """
     batch, sequence = tokens.shape[0], tokens.shape[1] - 1
     labels = tokens[:, 1:].astype(np.int64)
-    if isolate_documents:
+    if isolate_documents or reset_positions:
         row, column = np.divmod(np.flatnonzero(is_document_start), sequence + 1)
         row, column = row[column > 0], column[column > 0]
-        labels.reshape(-1)[row * sequence + column - 1] = IGNORE_INDEX
+        if isolate_documents:
+            labels.reshape(-1)[row * sequence + column - 1] = IGNORE_INDEX
         inside = column < sequence
         document_ids, position_ids = _number_documents(row[inside], column[inside], batch, sequence)
-    else:
+    if not isolate_documents:
         document_ids = np.zeros((batch, sequence), dtype=np.int64)
+    if not reset_positions:
         position_ids = np.tile(np.arange(sequence), (batch, 1))
     padding = row_positions == PADDING_POSITION
-    if padding.any():
-        labels[padding] = IGNORE_INDEX
-        document_ids[padding] = -1
-        position_ids[padding] = 0
+    if tokens_used is not None or padding.any():
+        used = np.where(padding, 0, sequence + 1 if tokens_used is None else tokens_used)[:, None]
+        empty = np.arange(sequence) >= used
+        labels[np.arange(1, sequence + 1) >= used] = IGNORE_INDEX
+        document_ids[empty] = -1
+        position_ids[empty] = 0
     hashes = _hash_rows(tokens, row_positions)
     input_ids = torch.from_numpy(tokens[:, :sequence].astype(np.int64))
     cuts = [slice(first, first + micro_batch_rows) for first in range(0, batch, micro_batch_rows)]

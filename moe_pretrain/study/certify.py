@@ -1,7 +1,8 @@
 """Is a routing scheme what it says? One scheme, shipped or a user's own, property by property.
 
-``certify`` builds a tiny model around the configured router in one process, asks each question of ``properties`` and
-prints a table with one row per property. What a row means and how it is tested stands in the docstring of its function.
+``certify`` builds a tiny model around the configured router in one process and prints one row per property. How a
+property is tested stands in the docstring of its function, in ``certify_routes`` (what a decision is and may depend
+on) or ``certify_learning`` (losses, gradients, recomputation, state).
 """
 
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_pretrain.config import Config
-from moe_pretrain.study.properties import PROPERTIES, Broken, DeclaredNonCausal, NotApplicable
-from moe_pretrain.study.subject import Subject
+from moe_pretrain.study.certify_learning import LEARNING
+from moe_pretrain.study.certify_routes import ROUTES
+from moe_pretrain.study.certify_subject import Broken, DeclaredNonCausal, NotApplicable, Subject
 
 Verdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
 
@@ -37,7 +39,7 @@ class Row:
 def examine(config: Config) -> list[Row]:
     """Every property of ``config``'s router that one process can see."""
     subject = Subject(config)
-    return [_ask(name, question, subject) for name, question in PROPERTIES.items()]
+    return [_ask(name, question, subject) for name, question in (ROUTES | LEARNING).items()]
 
 
 def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> Row:

@@ -122,6 +122,9 @@ class Oracle:
         }
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
         self._update(step, by_name, norm)
+        text_tokens = int((rows.document_ids >= 0).sum())
+        for layer, result in zip(self.model.moe_layers(), layers, strict=True):
+            layer.router.after_step(result.tokens_per_expert, text_tokens)
         return StepRecord(
             loss.item(),
             {name: value.item() for name, value in aux.items()},

@@ -349,7 +349,7 @@ class _Multiples:
     def __init__(self, first_expert: int):
         self.first_expert = first_expert
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder) -> Tensor:
+    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
         factor = torch.arange(len(order.rows_per_expert)) + self.first_expert + 1
         rows = sources[order.source_of_row] * (weight * factor.repeat_interleave(order.rows_per_expert))[:, None]
         return torch.zeros_like(sources).index_add(0, order.source_of_row, rows)

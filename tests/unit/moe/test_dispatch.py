@@ -87,7 +87,7 @@ class IdentityExperts:
     def __init__(self) -> None:
         self.rows_per_expert: list[int] = []
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder) -> Tensor:
+    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
         self.rows_per_expert = order.rows_per_expert.tolist()
         scaled = weight[:, None] * sources[order.source_of_row]
         return torch.zeros_like(sources).index_add(0, order.source_of_row, scaled)

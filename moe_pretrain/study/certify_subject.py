@@ -1,5 +1,6 @@
-"""The tiny model on which ``certify`` tries a router, and the ways to run it and to watch what its routers decide."""
+"""The tiny model on which ``certify`` tries a router: how to run it, watch its routers, and say what was found."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,24 @@ from moe_pretrain.study.verify import shrink
 ROWS = 4
 TOLERANCE = 2e-5
 """Largest relative difference that float32 sums in another order may make."""
+
+
+class Broken(Exception):
+    """The property does not hold."""
+
+
+class NotApplicable(Exception):
+    """The property says nothing about this scheme; the message is the reason."""
+
+
+class DeclaredNonCausal(Exception):
+    """A token's route depends on other tokens, and the scheme says so."""
+
+
+def require(holds: bool | Tensor, complaint: str) -> None:
+    """Raise ``Broken`` with ``complaint`` unless ``holds``."""
+    if not holds:
+        raise Broken(complaint)
 
 
 class Decision(NamedTuple):
@@ -95,7 +114,7 @@ class Subject:
         step: int = 0,
         global_routes: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Pass:
-        """Forward in the model's mode; in training ``batch`` is the global batch unless ``global_routes`` says other."""
+        """Forward in the model's mode; in training ``batch`` is the global batch unless ``global_routes`` differs."""
         if model.training and global_routes is None:
             global_routes = _own_counts
         context = self.context(batch, step, global_routes)
@@ -109,6 +128,21 @@ class Subject:
         with _watched(model) as decisions:
             logits = model.logits(batch.input_ids, batch.document_ids, batch.position_ids, context)
         return logits, decisions
+
+    def table(self, decision: Decision) -> Tensor:
+        """``[tokens, experts]``: the weight of each route, NaN where there is none."""
+        routing = decision.routing
+        table = torch.full((len(decision.hidden), self.num_experts), math.nan)
+        return table.index_put((routing.token_index, routing.expert_index), routing.weight.detach().float())
+
+    def tables(self, decisions: list[Decision]) -> list[Tensor]:
+        """The table of every router."""
+        return [self.table(decision) for decision in decisions]
+
+    def has_same_bits(self, ours: Pass, theirs: Pass) -> bool:
+        """Whether two passes route exactly alike."""
+        pairs = zip(self.tables(ours.decisions), self.tables(theirs.decisions), strict=True)
+        return all(same_routes(a, b, tolerance=0.0) for a, b in pairs)
 
     def loss(self, model: DecoderLM, seen: Pass, batch: MicroBatch, totals: GlobalCounts | None = None) -> Tensor:
         """The training loss with aux losses; ``batch`` is its share of ``totals``, by default all."""
@@ -165,3 +199,11 @@ def same_routes(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> b
     if not torch.equal(ours.isnan(), theirs.isnan()):
         return False
     return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True))
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """``|ours - theirs| / |theirs|``; what is zero must be zero."""
+    difference, size = float((ours - theirs).detach().double().norm()), float(theirs.detach().double().norm())
+    if size == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / size
