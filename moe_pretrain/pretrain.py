@@ -269,12 +269,17 @@ class _Run:
 
     def log(self, result: StepResult) -> None:
         window = self.stopwatch.read()
+        size = self.size
+        if result.tokens_per_expert.numel():
+            # Adaptive schemes are charged for the experts they used, not for those expected.
+            layers = len(result.tokens_per_expert)
+            size = size.with_experts_per_token(float(result.tokens_per_expert.sum()) / max(1, layers * result.tokens))
         row = train_row(
             result,
             self.engine.model,
             window,
             self.engine.learning_rate(self.step - 1),
-            self.size.training_flops_per_token,
+            size.training_flops_per_token,
             self.mesh.world_size,
             self.peak_flops,
         )

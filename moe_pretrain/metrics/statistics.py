@@ -37,6 +37,7 @@ def train_row(
         "train/learning_rate": learning_rate,
         "train/tokens_per_second": window.tokens_per_second,
         "train/step_seconds": window.step_seconds,
+        "train/flops_per_token": flops_per_token,
     }
     if peak_flops is not None:
         row["train/model_flops_utilization"] = model_flops_utilization(

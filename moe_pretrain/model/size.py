@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a configuration, counted without building it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe import RouterConfig, dense_width
@@ -23,6 +23,7 @@ class ModelSize:
         routers: All routers.
         experts: All routed experts.
         active_experts: Routed experts that one token uses, expected over tokens.
+        experts_per_route: Routed experts that one token would use with one route per layer.
         attention_score_flops: Forward FLOPs per token of ``QK`` and ``AV`` with a causal mask over a full row.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
@@ -35,6 +36,7 @@ class ModelSize:
     routers: int
     experts: int
     active_experts: float
+    experts_per_route: int
     attention_score_flops: float
     head_matmul: int
 
@@ -59,6 +61,10 @@ class ModelSize:
         """Forward and backward, 3 times the forward; recomputation is not counted (model FLOPs)."""
         return 3.0 * self.forward_flops_per_token
 
+    def with_experts_per_token(self, routes: float) -> "ModelSize":
+        """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
+        return replace(self, active_experts=routes * self.experts_per_route)
+
     @property
     def _backbone(self) -> int:
         return self.attention + self.norms + self.dense_ffn + self.routers
@@ -74,8 +80,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = experts = 0
-    active_experts = 0.0
+    routers = experts = expert = 0
+    routes = 0.0
     if isinstance(router, DenseConfig):
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -88,7 +94,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             expert = router.low_size * inner + 2 * width * inner
             routers *= router.low_size
         experts = num_moe * moe.num_experts * expert
-        active_experts = num_moe * router.mean_experts_per_token * expert
+        routes = router.mean_experts_per_token
     key_value = config.num_key_value_heads * config.head_size
     embedding = config.vocab_size * width
     return ModelSize(
@@ -99,7 +105,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         dense_ffn=dense_ffn,
         routers=routers,
         experts=experts,
-        active_experts=active_experts,
+        active_experts=routes * num_moe * expert,
+        experts_per_route=num_moe * expert,
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         head_matmul=embedding,
     )

@@ -225,16 +225,27 @@ def test_initialisation_differs_and_has_the_stated_spread():
     assert len({float(p.detach().flatten()[0]) for p in names}) == len(names), "two tensors start alike"
 
 
-def test_flops_equal_a_counter_on_the_module():
-    """Known defect C41: active experts only, router and head included."""
-    config = load([*SMALL, "model.num_key_value_heads=4"])
-    model = build("model.num_key_value_heads=4").eval()
+@pytest.mark.parametrize(
+    "router",
+    [
+        ["router=top_k"],
+        ["router=autonomy", "router.low_size=8"],
+        ["router=top_p", "router.threshold=1"],
+        ["router=dense"],
+    ],
+)
+def test_flops_equal_a_counter_on_the_module(router: list[str]):
+    """Known defect C41: active experts only; router, all of autonomy's down projections and head included."""
+    config = load([*SMALL, "model.num_key_value_heads=4", *router])
+    model = build("model.num_key_value_heads=4", *router).eval()
     ids = torch.randint(0, 61, (2, 12))
     zeros, positions = torch.zeros_like(ids), torch.arange(12).expand(2, 12)
     # Without gradients, because the cross-entropy makes its own in forward; as plain products, which the counter knows.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, ids, zeros, positions, context(2, 12))
     size = model_size(config.model, config.router)
+    if config.router.name == "top_p":
+        size = size.with_experts_per_token(4)  # at threshold 1 every token takes all experts
     # The plain products take scores for the full square; a causal mask needs half of it.
     assert counter.get_total_flops() / 24 == size.forward_flops_per_token + size.attention_score_flops
 

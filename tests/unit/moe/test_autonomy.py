@@ -116,7 +116,9 @@ def test_05_sign_of_the_input_does_not_matter_to_the_ranking():
     assert torch.equal(left.expert_index, right.expert_index) and torch.equal(left.weight, right.weight)
 
 
-@pytest.mark.parametrize("weights,with_aux,reached", [("selected", False, False), ("full", False, True), ("selected", True, True)])
+@pytest.mark.parametrize(
+    "weights,with_aux,reached", [("selected", False, False), ("full", False, True), ("selected", True, True)]
+)
 def test_06_who_gets_gradient(weights: str, with_aux: bool, reached: bool):
     """One token, so the unselected experts are known."""
     layer, hidden = build(weights=weights), torch.randn(1, HIDDEN)
