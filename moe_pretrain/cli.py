@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 USAGE_CODE = 2
@@ -133,7 +134,8 @@ def _certify(overrides: list[str]) -> int:
     config = load(overrides)
     processes = config.parallel.processes
     check(config, processes)
-    return certify(config, (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None, print)
+    on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
+    return certify(config, on_ranks, partial(print, flush=True))  # in order with what the workers print
 
 
 def _report(arguments: list[str]) -> int:

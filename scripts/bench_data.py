@@ -116,7 +116,9 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
             break
     for number, one in enumerate(text):
         (folder / f"{number:05d}.txt").write_text(one)
-    config = FilesCorpusConfig("files", (str(folder / "*.txt"),), "text", 0.02, "replace", "fail", None, None)
+    config = FilesCorpusConfig(
+        "files", (str(folder / "*.txt"),), (".txt",), "text", 0.02, "replace", "fail", None, None
+    )
     tokenizer = TokenizerConfig("train", 8192, None)
     first = prepare(config, tokenizer, folder / "cache", None, workers, None)
     file = folder / "tokenizer.json"

@@ -10,6 +10,8 @@ import xxhash
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
+LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
+TABLE_ENDINGS = (*LINES_ENDINGS, ".parquet", ".gz")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class FilesCorpusConfig:
 
     Attributes:
         source: The word that chooses this corpus.
-        paths: Files or glob patterns (``**`` descends). ``.txt`` is one document per file,
-            ``.jsonl``, ``.ndjson`` and ``.json`` (one object per line) one per line,
-            ``.parquet`` one per row; all but parquet may also end in ``.gz``.
+        paths: Files or glob patterns (``**`` descends). ``.jsonl``, ``.ndjson`` and ``.json`` (one
+            object per line) hold one document per line, ``.parquet`` one per row, text files are one
+            each; all but parquet may also end in ``.gz``.
+        text_endings: Endings of the names of text files, for example ``.txt`` and ``.py``.
         text_column: Column of the text; text files have none and ignore it.
         validation_fraction: Share of documents held out, in (0, 1).
         invalid_utf8: A text that is not UTF-8: ``fail`` names it and stops, ``replace`` puts
@@ -49,6 +52,7 @@ class FilesCorpusConfig:
 
     source: Literal["files"]
     paths: tuple[str, ...]
+    text_endings: tuple[str, ...]
     text_column: str
     validation_fraction: float
     invalid_utf8: Utf8Policy
@@ -59,6 +63,12 @@ class FilesCorpusConfig:
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
         _check_paths(self.paths)
+        for ending in self.text_endings:
+            if not ending.startswith(".") or ending != ending.lower() or ending in TABLE_ENDINGS:
+                raise ValueError(
+                    f"data.text_endings: {ending!r} must begin with a point, be in small letters and be none of "
+                    f"{' '.join(TABLE_ENDINGS)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_pretrain.data.corpora import (
+    LINES_ENDINGS,
     Document,
     FilesCorpusConfig,
     LeftOut,
@@ -23,17 +24,6 @@ from moe_pretrain.data.corpora import (
     text_of,
 )
 
-ENDINGS = (
-    ".txt",
-    ".txt.gz",
-    ".json",
-    ".json.gz",
-    ".jsonl",
-    ".jsonl.gz",
-    ".ndjson",
-    ".ndjson.gz",
-    ".parquet",
-)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -52,6 +42,12 @@ class Piece:
     start: int
     stop: int | None
     size_bytes: int
+
+
+def corpus_files(config: FilesCorpusConfig) -> list[Path]:
+    """The files of a corpus, in order: see ``matching_files``."""
+    plain = (*config.text_endings, *LINES_ENDINGS)
+    return matching_files(config.paths, (*plain, *(f"{ending}.gz" for ending in plain), ".parquet"))
 
 
 def matching_files(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
@@ -80,14 +76,14 @@ def matching_files(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Pat
     return list(found)
 
 
-def cut_file(path: Path, piece_bytes: int) -> list[Piece]:
+def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[Piece]:
     """The pieces of one file, each of about ``piece_bytes``.
 
     Raises:
         ValueError: The file cannot be read.
     """
     name, size = path.name.lower(), path.stat().st_size
-    if size <= piece_bytes or name.endswith((".txt", ".gz")):
+    if size <= piece_bytes or name.endswith((*config.text_endings, ".gz")):
         return [Piece(str(path), 0, None, size)]
     if name.endswith(".parquet"):
         return _cut_parquet(path, piece_bytes)
@@ -109,9 +105,9 @@ def file_rows(piece: Piece, config: FilesCorpusConfig) -> Iterator[Row]:
     name = path.name.lower()
     place = str(path)
     try:
-        if path.stat().st_size == 0 and not name.endswith(".txt"):  # an empty text is a text
+        if path.stat().st_size == 0 and not name.endswith(config.text_endings):  # an empty text is a text
             raise ValueError("the file is empty")
-        if name.endswith((".txt", ".txt.gz")):
+        if name.removesuffix(".gz").endswith(config.text_endings):
             with _open_bytes(path) as file:
                 yield _decoded(place, file.read(), config.invalid_utf8)
         elif name.endswith(".parquet"):
@@ -124,7 +120,7 @@ def file_rows(piece: Piece, config: FilesCorpusConfig) -> Iterator[Row]:
                 if line.strip():
                     yield _json_row(place, line, config)
     except Exception as error:  # pyarrow and gzip each have their own
-        if not name.endswith((".txt", ".gz", ".parquet")) and piece.start and " at byte " in place:
+        if place.startswith(f"{path} at byte "):
             place = f"{path}:{_line_number(path, int(place.rpartition(' ')[2]))}"
         raise ValueError(f"data.paths: {place}: {one_line(error)}") from None
 

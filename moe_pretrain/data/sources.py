@@ -28,7 +28,7 @@ from moe_pretrain.data.corpora import (
     one_line,
     text_of,
 )
-from moe_pretrain.data.files import ENDINGS, Piece, cut_file, file_rows, matching_files
+from moe_pretrain.data.files import Piece, corpus_files, cut_file, file_rows
 from moe_pretrain.data.token_files import cut_token_file, token_files
 
 # Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
@@ -68,12 +68,12 @@ def plan_units(config: CorpusConfig) -> list[Unit] | None:
         return None
     if isinstance(config, BuiltinCorpusConfig):
         return _group([[piece] for piece in _builtin_pieces()], _SMALLEST_UNIT_BYTES)
-    files = token_files(config) if isinstance(config, TokensCorpusConfig) else matching_files(config.paths, ENDINGS)
+    files = token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
     total_bytes = sum(path.stat().st_size for path in files)
     unit_bytes = max(_SMALLEST_UNIT_BYTES, -(-total_bytes // _MOST_UNITS))
     if isinstance(config, TokensCorpusConfig):
         return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
-    return _group([cut_file(path, unit_bytes) for path in files], unit_bytes)
+    return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
 
 
 def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
@@ -134,7 +134,7 @@ def sample_texts(config: CorpusConfig, max_bytes: int) -> Iterator[str]:
     decide the vocabulary alone; other sources give their first documents.
     """
     if isinstance(config, FilesCorpusConfig):
-        files = matching_files(config.paths, ENDINGS)
+        files = corpus_files(config)
         # 64 files open at once are enough for variety and few enough for any limit on handles.
         every = -(-len(files) // 64)
         rows = _in_turn([file_rows(Piece(str(path), 0, None, 0), config) for path in files[::every]])
@@ -162,7 +162,7 @@ def content_identity(config: CorpusConfig) -> str:
     if isinstance(config, BuiltinCorpusConfig):
         return json.dumps([[piece.name, piece.size_bytes] for piece in _builtin_pieces()])
     if isinstance(config, FilesCorpusConfig):
-        stats = [(path, path.stat()) for path in matching_files(config.paths, ENDINGS)]
+        stats = [(path, path.stat()) for path in corpus_files(config)]
         return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     if isinstance(config, TokensCorpusConfig):
         files = token_files(config)

@@ -5,7 +5,7 @@ property is tested stands in the docstring of its function, in ``certify_routes`
 on) or ``certify_learning`` (losses, gradients, recomputation, state).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +36,11 @@ class Row:
         return f"{self.property:<34} {verdict:<4} {self.detail}"
 
 
-def examine(config: Config) -> list[Row]:
+def examine(config: Config) -> Iterator[Row]:
     """Every property of ``config``'s router that one process can see."""
     subject = Subject(config)
-    return [_ask(name, question, subject) for name, question in (ROUTES | LEARNING).items()]
+    for name, question in (ROUTES | LEARNING).items():
+        yield _ask(name, question, subject)
 
 
 def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> Row:

@@ -5,8 +5,20 @@ from moe_pretrain.data.shards import Origin
 
 
 def files(*paths, column="text", fraction=0.5, **changes):
-    options = {"invalid_utf8": "fail", "invalid_json": "fail", "version": None, "licence": None}
-    return FilesCorpusConfig("files", tuple(map(str, paths)), column, fraction, **(options | changes))
+    options = {
+        "text_endings": (".txt",),
+        "invalid_utf8": "fail",
+        "invalid_json": "fail",
+        "version": None,
+        "licence": None,
+    }
+    return FilesCorpusConfig(
+        source="files",
+        paths=tuple(map(str, paths)),
+        text_column=column,
+        validation_fraction=fraction,
+        **(options | changes),
+    )
 
 
 def hub(**changes):

@@ -150,7 +150,7 @@ from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
 folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv[2])
 policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
 for number, path in enumerate(sorted(folder.glob("case*"))):
-    config = FilesCorpusConfig("files", (str(path),), "text", 0.5, *policies[number % 3], None, None)
+    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policies[number % 3], None, None)
     print(path.name, flush=True, end="\\t")
     try:
         corpus = prepare(config, tokenizer, folder / "cache", None, 1, None)

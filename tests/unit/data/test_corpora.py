@@ -58,6 +58,19 @@ def test_text_files_are_one_document_each(tmp_path):
     assert texts_of(files(tmp_path / "*.txt", tmp_path / "*.txt.gz")) == [*TEXTS, TEXTS[0]]
 
 
+def test_source_code_is_text_where_its_endings_are_named(tmp_path):
+    for name in ("a.py", "b.MD", "c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d.py.gz").write_bytes(gzip.compress(b"d"))
+    config = files(tmp_path / "*", text_endings=(".py", ".md", ".txt"))
+    assert texts_of(config) == ["a.py", "b.MD", "c.txt", "d"]
+    with pytest.raises(ValueError, match=r"a\.py: name must end in one of \.txt "):
+        texts_of(files(tmp_path / "*"))
+    for ending in ("py", ".PY", ".jsonl", ".gz"):
+        with pytest.raises(ValueError, match="^data.text_endings: "):
+            files(tmp_path / "*", text_endings=(ending,))
+
+
 def test_patterns_are_sorted_and_no_file_comes_twice(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.txt", "odd[1].txt"):

@@ -296,7 +296,7 @@ from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare, sourc
 sources._SMALLEST_UNIT_BYTES = 10_000
 units._BATCH_CHARACTERS = 2_000
 paths, cache, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-config = FilesCorpusConfig("files", (paths,), "text", 0.1, "replace", "skip", None, None)
+config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, "replace", "skip", None, None)
 prepare(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
 """
 

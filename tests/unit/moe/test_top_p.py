@@ -236,20 +236,24 @@ def test_dynamic_loss_is_the_mean_entropy() -> None:
     assert router.aux_weights == {"load_balance": 0.01, "router_z": 0.001, "dynamic": 1e-4}
 
 
-def test_balance_loss_divides_by_routes() -> None:
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_balance_loss_divides_by_routes(sequences: int) -> None:
     """The paper's ``N sum_i f_i Q_i`` divides by tokens and so grows with the mean number of experts; ours is that
-    divided by it."""
-    router = make_router()
-    routing = router(torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)), make_context())
-    hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    divided by it. A sequence's routes are its own, however many the sequences before it have."""
+    router = make_router(load_balance_level="sequence")
+    hidden = torch.randn(TOKENS, HIDDEN) * torch.tensor([0.1, 1.0, 3.0]).repeat_interleave(4)[:, None]
+    routing = router(hidden, make_context(sequences=sequences))
     probs = (hidden @ router.weight.t()).softmax(1)
     found = by_token(routing, TOKENS)
-    papers = EXPERTS * sum(
-        sum(expert in token for token in found) / TOKENS * probs[:, expert].mean().item() for expert in range(EXPERTS)
-    )
-    mean_experts = sum(map(len, found)) / TOKENS
-    assert 1.2 < mean_experts < EXPERTS
-    assert routing.aux["load_balance"].item() == pytest.approx(papers / mean_experts, rel=1e-5)
+    ours, means = [], []
+    for group in torch.arange(TOKENS).chunk(sequences):
+        tokens = [found[token] for token in group.tolist()]
+        shares = [sum(expert in token for token in tokens) / len(tokens) for expert in range(EXPERTS)]
+        papers = EXPERTS * sum(share * probs[group, expert].mean().item() for expert, share in enumerate(shares))
+        means.append(sum(map(len, tokens)) / len(tokens))
+        ours.append(papers / means[-1])
+    assert sequences == 1 or max(means) > 1.5 * min(means)
+    assert routing.aux["load_balance"].item() == pytest.approx(sum(ours) / sequences, rel=1e-5)
 
 
 def test_permuting_experts_permutes_routes() -> None:

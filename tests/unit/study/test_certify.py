@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_pretrain import cli
 from moe_pretrain.config import Config, ConfigError, config_folder, load
@@ -60,7 +62,7 @@ class CosineRouter(LinearRouter):
         return self.route(logits, probs, token, expert.flatten(), weight.flatten(), 2, context)
 '''
 
-VARIANT = '''\
+VARIANT = """\
 import random
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -87,13 +89,14 @@ class VariantConfig(TopKRouterConfig):
 
 
 class Variant(TopKRouter):
-'''
+"""
 
 CAUSALITY = {"causality in training", "causality in evaluation"}
 CUTS = {"cut of the batch in training", "cut of the batch in evaluation", "batch of one in evaluation"}
 PARITY = "gradient parity with the oracle"
+OTHERS = "others"
 
-# What is wrong -> (the methods that do it, the rows that fail).
+# What is wrong -> (the methods that do it, the rows that fail; with OTHERS, those at least).
 BROKEN = {
     "centres logits over the batch, later tokens included": (
         """
@@ -116,7 +119,7 @@ BROKEN = {
         def select(self, scores):
             return super().select(scores)[:, :1].expand(-1, self.config.top_k)
         """,
-        {"conservation of routes", "balance loss at collapse", "finite at ties", PARITY},
+        {"conservation of routes", "finite at ties", PARITY},
     ),
     "sorts routes by expert": (
         """
@@ -126,7 +129,7 @@ BROKEN = {
             token, expert, weight = routing.token_index, routing.expert_index, routing.weight
             return replace(routing, token_index=token[order], expert_index=expert[order], weight=weight[order])
         """,
-        {"conservation of routes"},
+        {"conservation of routes", "combine of identity experts", OTHERS},
     ),
     "detaches the weights": (
         """
@@ -136,20 +139,20 @@ BROKEN = {
         """,
         {"router gradient from the LM loss", "router gradient with top_k=1"},
     ),
-    "has weights of 1": (
+    "has weights that are always 1": (
         """
         def forward(self, hidden, context):
             routing = super().forward(hidden, context)
-            return replace(routing, weight=routing.weight / routing.weight.detach())
+            return replace(routing, weight=routing.weight / routing.weight.clamp(min=1e-20))
         """,
-        {},
+        {"router gradient from the LM loss", "router gradient with top_k=1"},
     ),
     "always has bfloat16 logits": (
         """
         def logits(self, hidden, context):
             return (hidden.bfloat16() @ self.weight.bfloat16().t()).float()
         """,
-        {"float32 routing"},
+        {"float32 routing", PARITY},
     ),
     "has bfloat16 logits in a bfloat16 engine": (
         """
@@ -164,7 +167,7 @@ BROKEN = {
             routing = super().forward(hidden, context)
             return replace(routing, weight=routing.weight.bfloat16())
         """,
-        {"float32 routing"},
+        {"float32 routing", PARITY},
     ),
     "scales the balance loss by top_k": (
         """
@@ -180,13 +183,13 @@ BROKEN = {
         def forward(self, hidden, context):
             return super().forward(hidden, replace(context, token_mask=torch.ones_like(context.token_mask)))
         """,
-        {"padding ignored", "conservation of routes", "no text tokens"},
+        {"padding ignored", "conservation of routes", "no text tokens", PARITY},
     ),
     "divides by the number of text tokens": (
         """
         def forward(self, hidden, context):
             routing = super().forward(hidden, context)
-            routing.aux["load_balance"] = routing.aux["load_balance"] * (context.token_mask.sum() / context.token_mask.sum())
+            routing.aux["load_balance"] /= context.token_mask.sum() / context.token_mask.sum()
             return routing
         """,
         {"no text tokens"},
@@ -196,7 +199,7 @@ BROKEN = {
         def select(self, scores):
             return (super().select(scores) + random.randrange(self.num_experts)) % self.num_experts
         """,
-        {"determinism", "recompute"},
+        {"determinism", "recompute", OTHERS},
     ),
     "keeps its state in an attribute": (
         """
@@ -204,18 +207,19 @@ BROKEN = {
             return super().select(scores + getattr(self, "bias", 0.0))
 
         def after_step(self, tokens_per_expert, tokens):
-            self.bias = getattr(self, "bias", 0.0) - 0.01 * tokens_per_expert.sub(tokens_per_expert.mean()).sign().float()
+            push = (tokens_per_expert.mean() - tokens_per_expert).sign().float()
+            self.bias = getattr(self, "bias", 0.0) + 0.01 * push
         """,
         {"state round trip"},
     ),
     "keeps its state where no attribute shows it": (
         """
         def select(self, scores):
-            return super().select(scores + self.__dict__.setdefault("hidden", {}).get("bias", 0.0))
+            return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0))
 
         def after_step(self, tokens_per_expert, tokens):
-            push = tokens_per_expert.sub(tokens_per_expert.mean()).sign().float()
-            self.hidden["bias"] = self.hidden.get("bias", 0.0) - 0.01 * push
+            push = (tokens_per_expert.mean() - tokens_per_expert).sign().float()
+            self.state["bias"] = self.state.get("bias", 0.0) + 0.01 * push
         """,
         {"state round trip"},
     ),
@@ -245,7 +249,7 @@ BROKEN = {
             logits = super().logits(hidden, context)
             return logits / logits.std(dim=-1, keepdim=True)
         """,
-        {"finite at ties"},
+        {"finite at ties", "balance loss at uniform"},
     ),
     "has a loss without coefficient": (
         """
@@ -254,29 +258,168 @@ BROKEN = {
             routing.aux["forgotten"] = routing.weight.mean()
             return routing
         """,
-        {"aux losses named"},
+        {"aux losses named", OTHERS},
     ),
 }
 
 
-def scheme(folder: Path, source: str, *overrides: str) -> Config:
-    """A tiny configuration with the router of a file that holds ``source``."""
-    file = folder / "scheme.py"
+SMALL = ("engine.device=cpu", "model.num_layers=1", "model.moe.num_experts=6")
+
+
+def write(folder: Path, source: str) -> str:
+    """A router file with ``source``, as the override that chooses it."""
+    file = folder / "my_router.py"
     file.write_text(source)
-    return load([f"router_file={file}", "engine.device=cpu", "model.moe.num_experts=6", *overrides])
+    return f"router_file={file}"
 
 
-def variant(folder: Path, methods: str) -> Config:
-    return scheme(folder, VARIANT + textwrap.indent(textwrap.dedent(methods), "    "))
+def variant(folder: Path, methods: str) -> str:
+    return write(folder, VARIANT + textwrap.indent(textwrap.dedent(methods), "    "))
 
 
-def failing(rows: list[Row]) -> dict[str, str]:
+def failing(rows: Iterable[Row]) -> dict[str, str]:
     return {row.property: row.detail for row in rows if row.verdict == "FAIL"}
 
 
 @pytest.mark.parametrize("wrong", BROKEN)
 def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
     methods, expected = BROKEN[wrong]
-    found = failing(examine(variant(tmp_path, methods)))
-    print(found)
-    assert set(found) == expected
+    found = set(failing(examine(load([variant(tmp_path, methods), *SMALL]))))
+    assert found >= expected - {OTHERS}
+    assert found == expected or OTHERS in expected
+
+
+SHIPPED = [
+    *([f"router={file.stem}"] for file in sorted((config_folder() / "router").glob("*.yaml"))),
+    ["router.score=sigmoid", "router.jitter=0.1", "router.load_balance_level=sequence", "router.top_k=3"],
+    ["router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch", "model.moe.num_shared_experts=1"],
+    ["router=top_p", "router.threshold=0.7", "router.target_experts=2", "router.controller_rate=0.01"],
+    ["router=top_p", "router.weights=renormalised", "router.max_experts=3", "packing.isolate_documents=false"],
+]
+
+
+@pytest.mark.parametrize("overrides", SHIPPED, ids=" ".join)
+def test_what_ships_certifies(overrides: list[str]) -> None:
+    rows = list(examine(load(["engine.device=cpu", *overrides])))
+    assert not failing(rows)
+    assert all(row.detail for row in rows)
+    if overrides != ["router=dense"]:
+        assert sum(row.verdict == "PASS" for row in rows) >= 14
+
+
+def test_moved_state_and_closed_forms_are_named() -> None:
+    """What the rows say is what was tried."""
+
+    def details(*overrides: str) -> dict[str, str]:
+        return {row.property: row.detail for row in examine(load([*SMALL, *overrides]))}
+
+    switch = details("router.top_k=1", "router.weights=raw")
+    assert switch["balance loss at collapse"].startswith("6.0000 when 1 of 6 experts")
+    assert switch["state round trip"] == "after_step moves nothing"
+    loss_free = details("router=loss_free", "router.top_k=3")
+    assert loss_free["balance loss at collapse"].startswith("2.0000 when 3 of 6 experts")
+    assert loss_free["state round trip"].startswith("expert_bias: ")
+
+
+def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
+    methods = """
+        causal_in_training = False
+
+        def logits(self, hidden, context):
+            logits = super().logits(hidden, context)
+            text = context.token_mask[:, None]
+            return logits - (logits * text).sum(dim=0) / text.sum().clamp(min=1) if self.training else logits
+        """
+    rows = list(examine(load([variant(tmp_path, methods), *SMALL])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "cut of the batch in training"}
+
+
+def test_an_error_in_one_row_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = variant(tmp_path, "def after_step(self, tokens_per_expert, tokens):\n    raise KeyError('lost')")
+    assert cli.main(["certify", file, *SMALL]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"router=variant ({file.removeprefix('router_file=')}) in 1 layers of 6 experts")
+    assert [line for line in lines if "state round trip" in line and "FAIL raised KeyError: 'lost'" in line]
+    assert [line for line in lines if "balance loss at uniform" in line and "PASS" in line]
+    assert lines[-1].startswith("not certified: ")
+
+
+WORKERS = ("parallel.processes=2", "parallel.expert_parallel_size=2", "engine.dtype=float32")
+
+
+def run_command(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moe_pretrain", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_example_certifies_on_two_ranks(tmp_path: Path) -> None:
+    """Which runs ``verify`` with the same file in two workers."""
+    done = run_command("certify", write(tmp_path, EXAMPLE), "router.temperature=0.2", *SMALL, *WORKERS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "certified" and "PASS verify on 2 ranks, expert parallel 2" in lines[-2]
+    assert "the same as the oracle" in lines
+    assert not [line for line in lines if "FAIL" in line]
+
+
+def test_example_trains(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
+    words = (
+        *(write(tmp_path, EXAMPLE), "router.temperature=0.2", *SMALL, "model.hidden_size=16", "model.num_heads=2"),
+        *("model.moe.expert_hidden_size=20", "model.ffn_hidden_size=28", "model.sequence_length=16"),
+        *("data=files", f"data.paths=[{tmp_path}/text.txt]", "tokenizer.vocab_size=300", "model.vocab_size=300"),
+        *("batch.global_batch_tokens=64", "batch.total_tokens=192", "run.prepare_workers=1", "metrics.wandb=off"),
+        *("metrics.progress=false", f"run.output_dir={tmp_path}/runs", "evaluation.max_rows=4"),
+    )
+    done = run_command("train", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "tiny-cosine"
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    assert values["router"]["temperature"] == 0.2 and values["router"]["name"] == "cosine"
+    assert values["router_file"] == str(tmp_path / "my_router.py")
+
+
+def test_fields_come_from_the_file_and_overrides(tmp_path: Path) -> None:
+    config = load([write(tmp_path, EXAMPLE), "router.jitter=0.5"])
+    assert isinstance(config, Config)
+    assert (config.router.name, config.router.temperature, config.router.jitter) == ("cosine", 0.1, 0.5)
+    assert config.run.name == "tiny-cosine"
+    assert load(["router_file=null"]) == load([])
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (
+            ("", ""),
+            ["router.temprature=1"],
+            "router.temprature=1 is not a field of CosineConfig; did you mean temperature?",
+        ),
+        (("", ""), ["router.temperature=hot"], "router.temperature='hot': input should be a valid number"),
+        (("", ""), ["router.jitter=2"], "router.jitter=2.0 must be in [0, 1)"),
+        (("", ""), ["router.load_balance_level=layer"], "router.load_balance_level='layer': input should be"),
+        (("", ""), ["model.moe.num_experts=1"], "model.moe.num_experts=1 must be at least 2"),
+        (("", ""), ["router=top_k"], "router=top_k and router_file="),
+        (("", ""), ["router.name=top_k"], "router.name='top_k': input should be 'cosine'"),
+        (("", ""), ["modle=tiny"], "'modle' is not a field of the configuration"),
+        (("", ""), ["router_file=nowhere.py"], "router_file=nowhere.py must be a python file that exists"),
+        (("import torch", "import torhc"), [], "ModuleNotFoundError: No module named 'torhc'"),
+        (("temperature: float = 0.1", "temperature: float"), [], "CosineConfig.temperature must have a default"),
+        (('"cosine"', '"top_k"'), [], "CosineConfig.name must not be that of a shipped scheme"),
+        (("def build", "def make"), [], "CosineConfig must have build"),
+        (("mean_experts_per_token", "mean"), [], "CosineConfig must have mean_experts_per_token"),
+        (
+            ("class CosineRouter", "@dataclass\nclass Two:\n    name: str\n\n\nclass CosineRouter"),
+            [],
+            "it has CosineConfig, Two",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], overrides: list[str], message: str) -> None:
+    file = write(tmp_path, EXAMPLE.replace(*change) if change[0] else EXAMPLE)
+    with pytest.raises(ConfigError) as caught:
+        load([file, *overrides])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
