@@ -24,6 +24,7 @@ from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.metrics.rows import Row
+from moe_pretrain.metrics.rows import read_rows
 from moe_pretrain.metrics.sinks import MetricsWriter
 from moe_pretrain.metrics.statistics import evaluation_row, train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
@@ -253,15 +254,17 @@ class _Run:
                 self.stopwatch.count(self.plan.tokens_per_step)
                 if self.step % config.metrics.log_every_steps == 0 or self.step == last:
                     self.log(result)
-                stopping = stop.agreed()
-                if stopping or self.step == last or self.step % config.checkpoint.every_steps == 0:
+                at_end = self.step == last
+                stopping = stop.agreed() and not at_end
+                # Before the checkpoint, so that a finished run has its last validation.
+                if not stopping and (at_end or self.step % config.evaluation.every_steps == 0):
+                    self.evaluate()
+                if stopping or at_end or self.step % config.checkpoint.every_steps == 0:
                     self.save()
                 if stopping:
                     self.metrics.event(self.step, self.tokens, "stopped", f"by {stop.name}, checkpoint written")
-                    return self.step == last
-                if self.step == last or self.step % config.evaluation.every_steps == 0:
-                    self.evaluate()
-                if self.step == last:
+                    return False
+                if at_end:
                     return True
         finally:
             batches.close()
@@ -338,6 +341,11 @@ class _Run:
         self.metrics.close()
         if not self.mesh.is_main:
             return
+        self.say(f"run folder: {self.folder}")
+        if not finished:
+            self.say(f"stopped at step {self.step}; the same command goes on from there")
+        if not any(row["kind"] == "train" for row in read_rows(self.folder / "metrics.jsonl")):
+            return  # stopped before the first row: there is nothing to report yet
         report = write_report(self.folder)
         summary = summarise(self.folder)
         if finished:
@@ -346,9 +354,7 @@ class _Run:
                 f"{summary['final_validation_loss']:.3f} nats/token, unigram entropy "
                 f"{self.corpus.unigram_entropy:.3f} nats/token"
             )
-        else:
-            self.say(f"stopped at step {self.step}; the same command goes on from there")
-        self.say(f"run folder: {self.folder}\nreport:     {report}")
+        self.say(f"report:     {report}")
 
 
 def _refuse_changes(state: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:

@@ -18,7 +18,6 @@ from moe_pretrain.study.certify_routes import check_routes
 from moe_pretrain.study.certify_subject import (
     ROWS,
     TOLERANCE,
-    Broken,
     Decision,
     NotApplicable,
     Subject,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext
 from moe_pretrain.study.verify import shrink
 
 ROWS = 4
+WARM_STEPS = 3
 TOLERANCE = 2e-5
 """Largest relative difference that float32 sums in another order may make."""
 
@@ -78,10 +80,15 @@ class Subject:
     def warm_model(self) -> DecoderLM:
         """A model whose routers have moved their state for a few steps."""
         model = self.model()
-        for step in range(3):
-            seen = self.run(model, self.batch(seed=step), step)
-            move_state(model, seen)
+        model.load_state_dict(self._warm_state)
         return model
+
+    @cached_property
+    def _warm_state(self) -> dict[str, Tensor]:
+        model = self.model()
+        for step in range(WARM_STEPS):
+            move_state(model, self.run(model, self.batch(seed=step), step))
+        return model.state_dict()
 
     def batch(self, seed: int = 0, padding: Sequence[int] = (), one_document: bool = False) -> MicroBatch:
         """``ROWS`` random rows of several documents each; those in ``padding`` are not text."""

@@ -188,3 +188,11 @@ def test_batch_that_does_not_divide_is_refused(reader):
         loader(reader, world_size=2, micro_batch_rows=5)
     with pytest.raises(ValueError, match="max_rows=0"):
         validation_batches(reader, SEQUENCE, 1, 0, 1, 0, True)
+
+
+def test_steps_of_many_rows_are_read_in_parts(reader):
+    """More rows than are read at once: the same as one by one."""
+    (whole,) = loader(reader, global_batch_rows=150, micro_batch_rows=150).micro_batches(1)
+    parts = loader(reader, global_batch_rows=150, micro_batch_rows=10).micro_batches(1)
+    assert_same(joined(parts), joined([whole]))
+    assert wrap_to_int64(sum(part.token_hash for part in parts)) == whole.token_hash

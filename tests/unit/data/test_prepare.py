@@ -425,3 +425,14 @@ def test_a_large_corpus_is_not_read_whole_at_every_start(config, tmp_path, monke
 def test_counts_add():
     one = units.Counts(*range(7))
     assert dataclasses.astuple(one + one) == tuple(range(0, 14, 2))
+
+
+def test_a_stream_is_the_same_with_any_number_of_workers(tmp_path, monkeypatch):
+    """Workers run ahead of the limit; what is too much is forgotten."""
+    stream_numbered_texts(monkeypatch)
+    config = hub(max_tokens=1500, validation_fraction=0.1)
+    folders_made = [
+        prepare(config, TOKENIZER, tmp_path / str(workers), None, None, workers).train.folder.parent
+        for workers in (1, 2)
+    ]
+    assert contents(folders_made[0]) == contents(folders_made[1])

@@ -149,3 +149,14 @@ def test_tokens_need_their_tokenizer(words):
     else:
         with pytest.raises(ConfigError, match="tokenizer.kind=train must be pretrained with data=tokens"):
             load(overrides)
+
+
+def test_flat_tokens_may_be_cut_anywhere():
+    from moe_pretrain.data.token_files import _flat_documents
+
+    stream = np.array([1, 2, 0, 3, 0, 0, 4, 5, 6, 0, 7])
+    whole = [tokens.tolist() for _, _, tokens in _flat_documents(stream, 0, len(stream), 0)]
+    assert whole == [[1, 2, 0], [3, 0], [0], [4, 5, 6, 0], [7]]
+    for cut in range(len(stream) + 1):
+        parts = [*_flat_documents(stream, 0, cut, 0), *_flat_documents(stream, cut, len(stream), 0)]
+        assert [tokens.tolist() for _, _, tokens in parts] == whole, cut

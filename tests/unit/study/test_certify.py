@@ -1,18 +1,20 @@
 """The certificate of a routing scheme: what ships passes, the README's example passes, and broken schemes do not."""
 
-import os
-import subprocess
-import sys
+import json
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.processes import run_on_ranks
 
-from moe_pretrain import cli
+from moe_pretrain import cli, launch
 from moe_pretrain.config import Config, ConfigError, config_folder, load
+from moe_pretrain.pretrain import train
+from moe_pretrain.study import certify as certificate
 from moe_pretrain.study.certify import Row, examine
+from moe_pretrain.study.verify import verify
 
 # The README shows this file word for word.
 EXAMPLE = '''\
@@ -289,36 +291,43 @@ def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
     assert found == expected or OTHERS in expected
 
 
-SHIPPED = [
-    *([f"router={file.stem}"] for file in sorted((config_folder() / "router").glob("*.yaml"))),
-    ["router.score=sigmoid", "router.jitter=0.1", "router.load_balance_level=sequence", "router.top_k=3"],
-    ["router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch", "model.moe.num_shared_experts=1"],
-    ["router=top_p", "router.threshold=0.7", "router.target_experts=2", "router.controller_rate=0.01"],
-    ["router=top_p", "router.weights=renormalised", "router.max_experts=3", "packing.isolate_documents=false"],
+COLLAPSE, STATE = "balance loss at collapse", "state round trip"
+
+# Overrides -> how some rows' details begin.
+SHIPPED: list[tuple[list[str], dict[str, str]]] = [
+    *(([f"router={file.stem}"], {}) for file in sorted((config_folder() / "router").glob("*.yaml"))),
+    (
+        ["router.score=sigmoid", "router.jitter=0.1", "router.load_balance_level=sequence"],
+        {COLLAPSE: "3.0000 when 2 of"},
+    ),
+    (
+        [
+            "router.top_k=1",
+            "router.weights=raw",
+            "router.load_balance_level=micro_batch",
+            "model.moe.num_shared_experts=1",
+        ],
+        {COLLAPSE: "6.0000 when 1 of 6 experts has", STATE: "after_step moves nothing"},
+    ),
+    (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
+    (
+        ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
+        {COLLAPSE: "6.0000 when 1 of"},
+    ),
 ]
 
 
-@pytest.mark.parametrize("overrides", SHIPPED, ids=" ".join)
-def test_what_ships_certifies(overrides: list[str]) -> None:
-    rows = list(examine(load(["engine.device=cpu", *overrides])))
+@pytest.mark.parametrize(("overrides", "expected"), SHIPPED, ids=lambda value: " ".join(value))
+def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) -> None:
+    rows = list(examine(load([*SMALL, *overrides])))
     assert not failing(rows)
-    assert all(row.detail for row in rows)
+    details = {row.property: row.detail for row in rows}
+    assert all(details.values())
+    for name, beginning in expected.items():
+        assert details[name].startswith(beginning)
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
-
-
-def test_moved_state_and_closed_forms_are_named() -> None:
-    """What the rows say is what was tried."""
-
-    def details(*overrides: str) -> dict[str, str]:
-        return {row.property: row.detail for row in examine(load([*SMALL, *overrides]))}
-
-    switch = details("router.top_k=1", "router.weights=raw")
-    assert switch["balance loss at collapse"].startswith("6.0000 when 1 of 6 experts")
-    assert switch["state round trip"] == "after_step moves nothing"
-    loss_free = details("router=loss_free", "router.top_k=3")
-    assert loss_free["balance loss at collapse"].startswith("2.0000 when 3 of 6 experts")
-    assert loss_free["state round trip"].startswith("expert_bias: ")
 
 
 def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
@@ -346,38 +355,54 @@ def test_an_error_in_one_row_leaves_the_others(tmp_path: Path, capsys: pytest.Ca
     assert lines[-1].startswith("not certified: ")
 
 
-WORKERS = ("parallel.processes=2", "parallel.expert_parallel_size=2", "engine.dtype=float32")
+@pytest.mark.parametrize(("code", "verdict"), [(0, "PASS"), (1, "FAIL")])
+def test_ranks_are_verified_in_workers(
+    code: int, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [write(tmp_path, EXAMPLE), *SMALL, "parallel.processes=2", "parallel.expert_parallel_size=2"]
+    started: list[tuple[list[str], int]] = []
+
+    def run_workers(arguments: list[str], processes: int) -> int:
+        started.append((arguments, processes))
+        return code
+
+    monkeypatch.setattr(launch, "run_workers", run_workers)
+    monkeypatch.setattr(certificate, "examine", lambda config: [Row("a property", "PASS", "found")])
+    assert cli.main(["certify", *overrides]) == code
+    assert started == [(["verify", *overrides], 2)]
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert f"{verdict} verify on 2 ranks, expert parallel 2" in row
+    assert last == ("certified" if code == 0 else "not certified: 1 of 2 properties fail")
 
 
-def run_command(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_pretrain", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+def _verify(overrides: list[str]) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return verify(load(overrides), "cpu", "float32", said.append), said
 
 
-def test_example_certifies_on_two_ranks(tmp_path: Path) -> None:
-    """Which runs ``verify`` with the same file in two workers."""
-    done = run_command("certify", write(tmp_path, EXAMPLE), "router.temperature=0.2", *SMALL, *WORKERS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[-1] == "certified" and "PASS verify on 2 ranks, expert parallel 2" in lines[-2]
-    assert "the same as the oracle" in lines
-    assert not [line for line in lines if "FAIL" in line]
+def test_example_equals_the_oracle_on_two_ranks(tmp_path: Path) -> None:
+    overrides = [write(tmp_path, EXAMPLE), *SMALL, "parallel.processes=2", "parallel.expert_parallel_size=2"]
+    for code, said in run_on_ranks(_verify, 2, overrides):
+        assert code == 0, said
+
+
+def _train(overrides: list[str]) -> int:
+    return train(load(overrides))
 
 
 def test_example_trains(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
-    words = (
+    texts = [json.dumps({"text": f"{number} quick brown foxes jump over the lazy dog"}) for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    overrides = [
         *(write(tmp_path, EXAMPLE), "router.temperature=0.2", *SMALL, "model.hidden_size=16", "model.num_heads=2"),
         *("model.moe.expert_hidden_size=20", "model.ffn_hidden_size=28", "model.sequence_length=16"),
-        *("data=files", f"data.paths=[{tmp_path}/text.txt]", "tokenizer.vocab_size=300", "model.vocab_size=300"),
+        *("data=files", f"data.paths=[{tmp_path}/a.jsonl]", "data.validation_fraction=0.2"),
+        *("tokenizer.vocab_size=260", "model.vocab_size=260"),
         *("batch.global_batch_tokens=64", "batch.total_tokens=192", "run.prepare_workers=1", "metrics.wandb=off"),
         *("metrics.progress=false", f"run.output_dir={tmp_path}/runs", "evaluation.max_rows=4"),
-    )
-    done = run_command("train", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "runs" / "tiny-cosine"
-    values = yaml.safe_load((folder / "config.yaml").read_text())
+    ]
+    assert run_on_ranks(_train, 1, overrides) == [0]
+    values = yaml.safe_load((tmp_path / "runs" / "tiny-cosine" / "config.yaml").read_text())
     assert values["router"]["temperature"] == 0.2 and values["router"]["name"] == "cosine"
     assert values["router_file"] == str(tmp_path / "my_router.py")
 
