@@ -23,8 +23,7 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.engine import StepResult, TrainEngine
-from moe_pretrain.metrics.rows import Row
-from moe_pretrain.metrics.rows import read_rows
+from moe_pretrain.metrics.rows import Row, read_rows
 from moe_pretrain.metrics.sinks import MetricsWriter
 from moe_pretrain.metrics.statistics import evaluation_row, train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second

@@ -250,10 +250,7 @@ class _Reader:
         for fields in manifest["intervals"]:
             interval = _Interval(**fields)
             self._intervals.setdefault((interval.tensor, interval.kind), []).append(interval)
-        self._files = {
-            file: safe_open(path / file, framework="pt")
-            for file in manifest["files"]
-        }
+        self._files = {file: safe_open(path / file, framework="pt") for file in manifest["files"]}
 
     def read(self, tensor: str, kind: str, start: int, length: int) -> Tensor:
         """Elements ``[start, start + length)``, float32.

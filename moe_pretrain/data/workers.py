@@ -4,6 +4,7 @@ Fresh interpreters that import neither torch nor the caller's ``__main__``, conn
 whose parent is gone, by whatever signal, ends by itself.
 """
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -142,6 +143,8 @@ def _receive(connection: Connection) -> tuple[Any, ...]:
 
 def main() -> None:
     """A worker: read the job, then units until the pipe closes."""
+    # The kernel ends us with our parent (PR_SET_PDEATHSIG): a unit that the next attempt does too is not done twice.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one process is one core
     parent = os.getppid()

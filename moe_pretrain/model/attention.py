@@ -49,7 +49,6 @@ def document_mask(document_ids: Int[Tensor, "batch sequence"]) -> DocumentMask:
 
 def _visible(document_ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's mask function: keys of the same document, not later than the query."""
-
     return lambda batch, head, query, key: (document_ids[batch, query] == document_ids[batch, key]) & (key <= query)
 
 

@@ -58,9 +58,7 @@ class MoELayer(nn.Module):
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
     """
 
-    def __init__(
-        self, config: MoEConfig, router: Router, experts: SwiGLUExperts | AutonomyExperts, hidden_size: int
-    ):
+    def __init__(self, config: MoEConfig, router: Router, experts: SwiGLUExperts | AutonomyExperts, hidden_size: int):
         super().__init__()
         self.num_experts = config.num_experts
         self.router = router

@@ -184,9 +184,7 @@ class PendingRows(Protocol):
 class Experts(Protocol):
     """The experts of one rank."""
 
-    def __call__(
-        self, sources: Tensor, weight: Tensor, order: "RowOrder", payload: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, sources: Tensor, weight: Tensor, order: "RowOrder", payload: Tensor | None = None) -> Tensor:
         """Weighted expert outputs, summed back to ``[sources, hidden]``; ``weight`` and ``payload`` are per row."""
 
 

@@ -57,7 +57,8 @@ def _learns_from_lm_loss(subject: Subject, router: RouterConfig | None = None) -
     for name, norm in norms.items():
         require(math.isfinite(norm), f"that of {name} is not finite")
         require(norm > ROUNDING * whole, f"{name} gets none{why}")
-    return f"{min(norms.values()) / whole:.0e} or more of the whole gradient's norm, in every layer"
+    found = f"{min(norms.values()) / whole:.0e} or more of the whole gradient's norm, in every layer"
+    return found + (", past weights that are always 1" if constant else "")
 
 
 def _learns_with_one_expert(subject: Subject) -> str:

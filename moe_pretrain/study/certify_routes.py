@@ -30,7 +30,7 @@ from moe_pretrain.study.certify_subject import (
     same_routes,
 )
 
-DRAWS = 3
+DRAWS = 2
 """Replacements of the later tokens per cut."""
 
 

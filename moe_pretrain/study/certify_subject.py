@@ -209,8 +209,8 @@ def same_routes(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> b
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """``|ours - theirs| / |theirs|``; what is zero must be zero."""
+    """``|ours - theirs| / |theirs|``; what is zero must be zero, and NaN is infinitely far."""
     difference, size = float((ours - theirs).detach().double().norm()), float(theirs.detach().double().norm())
-    if size == 0:
+    if size == 0 or math.isnan(difference):
         return 0.0 if difference == 0 else math.inf
     return difference / size

@@ -1,8 +1,8 @@
 """Rows of the table of known defects that need several ranks; each test is named by its row.
 
 All runs are made by one start of four processes, then every test looks at its own results. Rows for one process are in
-``tests/unit/test_known_defects.py``. Row C22 (a bias that balances without a loss) has no router here yet; it needs:
-the bias moves selection only, once per step, from counts over all ranks, never in evaluation, kept in float32.
+``tests/unit/test_known_defects.py``. Row C22 (a bias that balances
+without a loss) is in ``test_router_state.py`` and ``tests/unit/moe/test_loss_free.py``.
 """
 
 import math

@@ -8,8 +8,9 @@ import warnings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: ranks share two cores
 
-import helpers.typechecker  # noqa: E402, F401  # the hook below looks it up by name
 from jaxtyping import install_import_hook  # noqa: E402
+
+import helpers.typechecker  # noqa: E402, F401  # the hook below looks it up by name
 
 install_import_hook("moe_pretrain", "helpers.typechecker.check")
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

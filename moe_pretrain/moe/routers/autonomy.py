@@ -101,6 +101,4 @@ class AutonomyRouter(BalancedRouter):
             weight = probs.gather(1, chosen)
         token_index = torch.arange(num_tokens, device=hidden.device).repeat_interleave(config.top_k)
         payload = low.gather(1, chosen[:, :, None].expand(-1, -1, config.low_size)).flatten(0, 1)
-        return self.route(
-            norms, probs, token_index, chosen.flatten(), weight.flatten(), config.top_k, context, payload
-        )
+        return self.route(norms, probs, token_index, chosen.flatten(), weight.flatten(), config.top_k, context, payload)

@@ -1,6 +1,5 @@
 """The order of rows: a permutation per epoch, found anywhere at once, split among ranks without loss."""
 
-import time
 
 import numpy as np
 import pytest
@@ -80,11 +79,11 @@ def test_without_shuffle_rows_come_in_their_own_order():
     assert order.row(11) == (2, 1)
 
 
-def test_seek_far_into_a_run_is_immediate():
+def test_seek_far_into_a_run_makes_no_table():
+    """Position 10**12 of 2**40 rows: anything that held one number per row or position would not fit in memory."""
     order = RowOrder(2**40, seed=1, shuffle=True)
-    started = time.perf_counter()
-    order.rows(np.arange(10**12, 10**12 + 64))
-    assert time.perf_counter() - started < 0.25  # a few milliseconds; a slow machine is no failure
+    rows = order.rows(np.arange(10**12, 10**12 + 64))
+    assert len(set(rows.tolist())) == 64 and rows.min() >= 0 and rows.max() < 2**40
 
 
 def test_bad_sizes_are_refused():
