@@ -40,7 +40,8 @@ def init_deepspeed_communication(device_type: str, timeout_seconds: int) -> None
 def expert_groups(expert_parallel_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """DeepSpeed's groups: ranks that share one copy of the experts, and ranks that hold the same experts.
 
-    Neighbouring ranks share a copy: 4 ranks at size 2 give [0, 1], [2, 3] of the first kind, [0, 2], [1, 3] of the second.
+    Neighbouring ranks share a copy: 4 ranks at size 2 give [0, 1], [2, 3] of the first kind and [0, 2], [1, 3] of the
+    second.
     """
     name = _group_name(expert_parallel_size)
     if name not in groups._get_expert_parallel_group_dict():
