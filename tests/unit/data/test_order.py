@@ -1,6 +1,5 @@
 """The order of rows: a permutation per epoch, found anywhere at once, split among ranks without loss."""
 
-
 import numpy as np
 import pytest
 

@@ -26,15 +26,14 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import normalize
 
-from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
+from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
 from moe_pretrain.moe.types import BalanceLevel
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineConfig(LinearRouterConfig):
+class CosineConfig(BalancedRouterConfig):
     name: Literal["cosine"] = "cosine"
     temperature: float = 0.1
-    jitter: float = 0.0
     load_balance_weight: float = 0.01
     load_balance_level: BalanceLevel = "global_batch"
     router_z_weight: float = 0.0
@@ -49,10 +48,11 @@ class CosineConfig(LinearRouterConfig):
         return CosineRouter(self, hidden_size, num_experts, layer)
 
 
-class CosineRouter(LinearRouter):
+class CosineRouter(BalancedRouter):
     def __init__(self, config, hidden_size, num_experts, layer):
-        super().__init__(config, hidden_size, num_experts, layer)
+        super().__init__(config, num_experts, layer)
         self.temperature = config.temperature
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, hidden, context):
         tokens, experts = normalize(hidden.float(), eps=1e-6), normalize(self.weight, eps=1e-6)
@@ -408,9 +408,9 @@ def test_example_trains(tmp_path: Path) -> None:
 
 
 def test_fields_come_from_the_file_and_overrides(tmp_path: Path) -> None:
-    config = load([write(tmp_path, EXAMPLE), "router.jitter=0.5"])
+    config = load([write(tmp_path, EXAMPLE), "router.router_z_weight=0.5"])
     assert isinstance(config, Config)
-    assert (config.router.name, config.router.temperature, config.router.jitter) == ("cosine", 0.1, 0.5)
+    assert (config.router.name, config.router.temperature, config.router.router_z_weight) == ("cosine", 0.1, 0.5)
     assert config.run.name == "tiny-cosine"
     assert load(["router_file=null"]) == load([])
 
@@ -424,7 +424,7 @@ def test_fields_come_from_the_file_and_overrides(tmp_path: Path) -> None:
             "router.temprature=1 is not a field of CosineConfig; did you mean temperature?",
         ),
         (("", ""), ["router.temperature=hot"], "router.temperature='hot': input should be a valid number"),
-        (("", ""), ["router.jitter=2"], "router.jitter=2.0 must be in [0, 1)"),
+        (("", ""), ["router.router_z_weight=-2"], "router.router_z_weight=-2.0 must not be negative"),
         (("", ""), ["router.load_balance_level=layer"], "router.load_balance_level='layer': input should be"),
         (("", ""), ["model.moe.num_experts=1"], "model.moe.num_experts=1 must be at least 2"),
         (("", ""), ["router=top_k"], "router=top_k and router_file="),
@@ -448,3 +448,8 @@ def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], override
     with pytest.raises(ConfigError) as caught:
         load([file, *overrides])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_readme_shows_the_example_word_for_word():
+    readme = Path(__file__).parents[3] / "README.md"
+    assert f"```python\n{EXAMPLE}```" in readme.read_text()
