@@ -1,17 +1,31 @@
 """What a user sees of a run while it trains."""
 
 from time import monotonic
-from typing import TextIO
+from typing import Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 from moe_pretrain.metrics.rows import Row
 
 
+@runtime_checkable
+class TextStream(Protocol):
+    """Where lines go: standard error, or what a test puts in its place."""
+
+    def write(self, text: str, /) -> int:
+        """Write ``text``."""
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+
+    def isatty(self) -> bool:
+        """Whether a person watches."""
+
+
 class ConsoleSink:
     """A progress bar on a terminal; elsewhere short lines, at most about one a second."""
 
-    def __init__(self, total_steps: int, log_every_steps: int, progress: bool, stream: TextIO):
+    def __init__(self, total_steps: int, log_every_steps: int, progress: bool, stream: TextStream):
         """Print nothing yet; the bar appears with the first train row.
 
         Args:

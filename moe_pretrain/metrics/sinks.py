@@ -35,9 +35,6 @@ class MetricsConfig:
         """Refuse values outside their range."""
         if self.log_every_steps < 1:
             raise ValueError(f"metrics.log_every_steps must be >= 1, got {self.log_every_steps}")
-        modes = ("auto", "online", "offline", "off")
-        if self.wandb not in modes:
-            raise ValueError(f"metrics.wandb must be one of {', '.join(modes)}, got {self.wandb}")
 
 
 class WandbSink:

@@ -134,6 +134,7 @@ MISTAKES = [
     (["run.name=a/b"], "run.name"),
     (["tokenizer.vocab_size=9000"], "model.vocab_size=4096"),
     (["router.load_balance_level=layer"], "load_balance_level"),
+    (["metrics.wandb=on"], "metrics.wandb"),
     (["no equals sign"], "no equals sign"),
 ]
 

@@ -79,7 +79,7 @@ def wait_for_step(home: Path, name: str, step: int, process: subprocess.Popen[st
         if any(row["step"] >= step for row in rows_of(home, name)):
             return
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.005)
     raise AssertionError(f"{name} did not reach step {step}")
 
 
@@ -129,7 +129,7 @@ def test_kill_and_resume_on_another_topology(straight: Path):
     """SIGKILL on two processes with expert parallelism; one process finishes: same data, same loss to rounding."""
     two = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
     process = start(straight, *train_words("killed", *two))
-    wait_for_step(straight, "killed", 6, process)
+    wait_for_step(straight, "killed", 5, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     one = ["parallel.processes=1", "parallel.expert_parallel_size=1"]
@@ -148,7 +148,7 @@ def test_signal_saves_and_the_same_command_goes_on(straight: Path, number: signa
     """Same topology: the resumed run ends with the bits of the uninterrupted one."""
     name = f"signal-{number.name}"
     process = start(straight, *train_words(name))
-    wait_for_step(straight, name, 2, process)
+    wait_for_step(straight, name, 1, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 75, (out, err)
