@@ -31,6 +31,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import num_routed_experts
+from moe_pretrain.moe.routers.autonomy import AutonomyConfig
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.signals import StopRequest
@@ -156,7 +157,11 @@ def check(config: Config, world_size: int) -> None:
     if dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if device == "cuda" and dtype == "bfloat16":
-        widths = {"model.hidden_size": config.model.hidden_size, "model.moe.expert_hidden_size": moe.expert_hidden_size}
+        widths = {"model.hidden_size": config.model.hidden_size}
+        if isinstance(config.router, AutonomyConfig):  # its experts' width is a multiple of width_multiple
+            widths |= {"router.low_size": config.router.low_size, "router.width_multiple": config.router.width_multiple}
+        else:
+            widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
         for name, width in widths.items():
             if width % 8:
                 raise ValueError(
