@@ -14,11 +14,12 @@ from torch import Tensor
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch, wrap_to_int64
 from moe_pretrain.engine.checks import check_optimizer_covers, check_replicas, every_parameter_gets_gradient
+from moe_pretrain.engine.context import routing_context
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
-from moe_pretrain.moe.types import RoutingContext
+from moe_pretrain.moe.types import StepUse
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
 
@@ -36,6 +37,7 @@ class StepResult:
         tokens: Text tokens of the global batch.
         router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
         dropped_share: Share of routes that no expert computed, per MoE layer.
+        sums: The scheme's own sums ``[moe_layers, num_sums]``, float64, on the training device.
         token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
     """
 
@@ -47,12 +49,24 @@ class StepResult:
     tokens: int
     router_entropy: list[float]
     dropped_share: list[float]
+    sums: Tensor
     token_hash: int
 
     @property
     def aux_loss(self) -> float:
         """The weighted sum that was added to the loss."""
         return sum(self.aux_weights[name] * value for name, value in self.aux.items())
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean routes per text token, over all MoE layers."""
+        return float(self.tokens_per_expert.sum()) / max(1, len(self.tokens_per_expert) * self.tokens)
+
+    def layer_uses(self) -> list[StepUse]:
+        """What each MoE layer's router may move its state by."""
+        routes = self.tokens_per_expert.to(self.sums.device)
+        mean = self.experts_per_token
+        return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class TrainEngine:
         layers = model.moe_layers()
         self._layer_row = {layer.router.layer: row for row, layer in enumerate(layers)}
         self._num_experts = layers[0].num_experts if layers else 0
-        self._aux_weights: dict[str, float] = layers[0].router.aux_weights if layers else {}
+        self._num_sums = layers[0].router.num_sums if layers else 0
         self.adamw = adamw = build_optimizer(model, optimizer)
         check_optimizer_covers(model, [p for group in adamw.param_groups for p in group["params"]])
         settings = deepspeed_config(config, dtype, plan.micro_batch_size, plan.accumulation, mesh.world_size)
@@ -123,29 +137,31 @@ class TrainEngine:
         text_tokens = [int((batch.document_ids >= 0).sum()) for batch in micro_batches]
         global_counts, token_hash = self._count(micro_batches, text_tokens)
         batches = [batch.to(self.mesh.device) for batch in micro_batches]
-        sums = _StepSums(list(self._aux_weights), len(self._layer_row), self._num_experts, self.mesh.device)
+        layers = self.model.moe_layers()
+        aux_weights = layers[0].router.aux_weights if layers else {}
+        sums = _StepSums(list(aux_weights), len(layers), self._num_experts, self._num_sums, self.mesh.device)
         ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
         is_check_step = self.config.check_every_steps > 0 and step % self.config.check_every_steps == 0
         watch = every_parameter_gets_gradient(self.model, step) if is_check_step else nullcontext()
         with watch:
             for batch, tokens in zip(batches, text_tokens, strict=True):
-                context = self._context(step, batch, self._global_routes(ahead))
+                context = routing_context(batch, self.seed, step, self._global_routes(ahead))
                 output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
-                loss = micro_batch_loss(output, self._aux_weights, tokens, global_counts)
+                loss = micro_batch_loss(output, aux_weights, tokens, global_counts)
                 sums.add(output, tokens / max(global_counts.tokens, 1))
                 # DeepSpeed divides by the accumulation and averages over ranks.
                 self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
                 if batch is not batches[-1]:
                     self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
         gradient_norm = self._update(step)
-        result = sums.result(global_counts, self._aux_weights, gradient_norm, token_hash)
+        result = sums.result(global_counts, aux_weights, gradient_norm, token_hash)
         if not (math.isfinite(result.loss) and math.isfinite(gradient_norm)):
             raise NonFiniteError(
                 f"step {step}: loss={result.loss} gradient_norm={gradient_norm} must be finite; "
                 "lower optimizer.learning_rate or look at the data of this step"
             )
-        for layer, routes in zip(self.model.moe_layers(), result.tokens_per_expert, strict=True):
-            layer.router.after_step(routes.to(self.mesh.device), result.tokens)
+        for layer, use in zip(layers, result.layer_uses(), strict=True):
+            layer.router.after_step(use)
         if is_check_step:
             check_replicas(self.model, self.mesh, step)
         return result
@@ -170,27 +186,13 @@ class TrainEngine:
                 batch.labels,
                 batch.document_ids,
                 batch.position_ids,
-                self._context(0, batch, None),
+                routing_context(batch, self.seed, 0),
             )
             total[0] += output.loss_sum
             total[1] += (batch.labels != IGNORE_INDEX).sum()
         dist.all_reduce(total)
         self.model.train()
         return Evaluation(loss=float(total[0] / total[1].clamp(min=1)), labels=float(total[1]))
-
-    def _context(
-        self, step: int, batch: MicroBatch, global_routes: Callable[[int, Tensor], Tensor] | None
-    ) -> RoutingContext:
-        num_rows, length = batch.input_ids.shape
-        offset = torch.arange(length, device=batch.input_ids.device)
-        return RoutingContext(
-            token_mask=(batch.document_ids >= 0).flatten(),
-            token_position=(batch.row_positions[:, None] * length + offset).flatten(),
-            num_sequences=num_rows,
-            seed=self.seed,
-            step=step,
-            sum_over_global_batch=global_routes,
-        )
 
     def _count(self, batches: list[MicroBatch], text_tokens: list[int]) -> tuple[GlobalCounts, int]:
         """Counted targets and text tokens of the global batch, and the hash of its rows."""
@@ -215,7 +217,7 @@ class TrainEngine:
         """Routes per layer and expert of the whole global batch, from a pass without gradient."""
         total = torch.zeros(len(self._layer_row), self._num_experts, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            context = self._context(step, batch, None)
+            context = routing_context(batch, self.seed, step)
             uses = self.model.routes(batch.input_ids, batch.document_ids, batch.position_ids, context)
             total += torch.stack([use.tokens_per_expert for use in uses])
         dist.all_reduce(total)
@@ -253,10 +255,10 @@ class TrainEngine:
 class _StepSums:
     """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
 
-    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, device: torch.device):
+    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, num_sums: int, device: torch.device):
         self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, num_experts
         self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
-        self.layers = torch.zeros(num_layers, num_experts + 2, dtype=torch.float64, device=device)
+        self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
 
     def add(self, output: LMOutput, share: float) -> None:
         """Add one micro-batch; ``share`` is its part of the global batch's tokens."""
@@ -267,6 +269,8 @@ class _StepSums:
             self.layers[row, : self.num_experts] += use.tokens_per_expert
             self.layers[row, self.num_experts] += use.router_entropy
             self.layers[row, self.num_experts + 1] += use.dropped_routes
+            if use.sums is not None:
+                self.layers[row, self.num_experts + 2 :] += use.sums
 
     def result(
         self, counts: GlobalCounts, aux_weights: dict[str, float], gradient_norm: float, token_hash: int
@@ -274,9 +278,9 @@ class _StepSums:
         """Reduce over ranks and take means."""
         stacked = torch.cat([self.scalars, self.layers.flatten()])
         dist.all_reduce(stacked)
-        stacked = stacked.cpu()
         scalars = stacked[: len(self.scalars)].tolist()
-        layers = stacked[len(self.scalars) :].view(self.num_layers, self.num_experts + 2)
+        on_device = stacked[len(self.scalars) :].view(self.layers.shape)
+        layers = on_device[:, : self.num_experts + 2].cpu()
         routes = layers[:, : self.num_experts]
         return StepResult(
             loss=scalars[0] / max(counts.labels, 1),
@@ -286,6 +290,7 @@ class _StepSums:
             tokens_per_expert=routes,
             tokens=counts.tokens,
             router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
+            sums=on_device[:, self.num_experts + 2 :],
             dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
             token_hash=token_hash,
         )

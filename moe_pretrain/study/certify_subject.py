@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moe_pretrain.config import Config
 from moe_pretrain.data.packing import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.engine.context import routing_context
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe import RouterConfig
-from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext
+from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext, step_uses
 from moe_pretrain.study.verify import shrink
 
 ROWS = 4
@@ -105,14 +106,7 @@ class Subject:
         self, batch: MicroBatch, step: int, global_routes: Callable[[int, Tensor], Tensor] | None
     ) -> RoutingContext:
         """What the engine tells the routers of ``batch``."""
-        return RoutingContext(
-            token_mask=(batch.document_ids >= 0).flatten(),
-            token_position=(batch.row_positions[:, None] * self.sequence + torch.arange(self.sequence)).flatten(),
-            num_sequences=len(batch.row_positions),
-            seed=self.config.seed,
-            step=step,
-            sum_over_global_batch=global_routes,
-        )
+        return routing_context(batch, self.config.seed, step, global_routes)
 
     def run(
         self,
@@ -185,8 +179,8 @@ def routers_of(model: DecoderLM) -> list[Router]:
 
 def move_state(model: DecoderLM, seen: Pass) -> None:
     """What the engine does with the routers after an optimizer step."""
-    for router, use in zip(routers_of(model), seen.output.uses, strict=True):
-        router.after_step(use.tokens_per_expert, int(use.tokens))
+    for router, use in zip(routers_of(model), step_uses(seen.output.uses), strict=True):
+        router.after_step(use)
 
 
 def rows_of(batch: MicroBatch, rows: slice | Tensor) -> MicroBatch:

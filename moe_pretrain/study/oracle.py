@@ -25,7 +25,7 @@ from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.autonomy import AutonomyRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter
-from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, float32_parameters
+from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, StepUse, float32_parameters
 
 JITTER_STREAM = 1
 
@@ -65,11 +65,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One MoE layer's result: hidden states, aux losses and routes of text tokens per expert."""
+    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums."""
 
     hidden: Tensor
     aux: dict[str, Tensor]
     tokens_per_expert: Tensor
+    sums: Tensor
 
 
 class Oracle:
@@ -123,8 +124,9 @@ class Oracle:
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
         self._update(step, by_name, norm)
         text_tokens = int((rows.document_ids >= 0).sum())
+        mean = sum(float(layer.tokens_per_expert.sum()) for layer in layers) / max(1, len(layers) * text_tokens)
         for layer, result in zip(self.model.moe_layers(), layers, strict=True):
-            layer.router.after_step(result.tokens_per_expert, text_tokens)
+            layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
         return StepRecord(
             loss.item(),
             {name: value.item() for name, value in aux.items()},
@@ -187,11 +189,13 @@ class Oracle:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
         text = (rows.document_ids >= 0).flatten()
         length = rows.document_ids.shape[1]
-        # Only the micro-batch level looks at how the batch was cut.
-        by_cut = getattr(self.config.router, "load_balance_level", "") == "micro_batch"
+        # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
+        level = getattr(self.config.router, "load_balance_level", "")
+        by_cut = level == "micro_batch" or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.num_experts, dtype=torch.float64)
+        sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
         aux: dict[str, Tensor] = {}
         first_row = 0
         for num_rows in cuts:
@@ -201,7 +205,8 @@ class Oracle:
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
             else:
-                routed, weight, cut_aux = self._routing(hidden[part], router, context)
+                routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
+                sums += cut_sums
             for expert in range(layer.num_experts):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 chosen = part.start + tokens
@@ -215,7 +220,7 @@ class Oracle:
         if layer.shared_experts is not None:
             shared = layer.shared_experts
             output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
-        return _Layer(output, aux, counts)
+        return _Layer(output, aux, counts, sums)
 
     def _top_k(
         self, hidden: Tensor, router: TopKRouter, context: RoutingContext
@@ -250,8 +255,8 @@ class Oracle:
 
     def _routing(
         self, hidden: Tensor, router: Router, context: RoutingContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The same from the router's own decision, for schemes without a formula here."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """The same from the router's own decision, for schemes without a formula here, and its own sums."""
         routing = router(hidden, context)
         routes = (routing.token_index, routing.expert_index)
         empty = torch.zeros(hidden.shape[0], self.config.model.moe.num_experts)
@@ -259,6 +264,7 @@ class Oracle:
             empty.bool().index_put(routes, torch.tensor(True)),
             empty.index_put(routes, routing.weight),
             routing.aux,
+            torch.zeros(router.num_sums, dtype=torch.float64) if routing.use.sums is None else routing.use.sums,
         )
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -302,6 +308,7 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
         seed=config.seed,
         step=step,
         sum_over_global_batch=lambda layer, counts: counts,
+        token_ids=rows.input_ids[part].flatten(),
     )
 
 

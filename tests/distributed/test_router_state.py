@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config
 from moe_pretrain.engine.engine import StepResult, TrainEngine
-from moe_pretrain.moe.types import MoEOutput
+from moe_pretrain.moe.types import MoEOutput, StepUse
 from moe_pretrain.study.verify import own_micro_batches, random_batches
 
 SCHEMES = {
@@ -56,9 +56,9 @@ def _watch_updates(engine: TrainEngine) -> list[tuple[int, list[float], int]]:
     calls: list[tuple[int, list[float], int]] = []
     for layer in engine.model.moe_layers():
 
-        def noting(routes: Tensor, tokens: int, router: Any = layer.router) -> None:
-            calls.append((router.layer, routes.tolist(), tokens))
-            type(router).after_step(router, routes, tokens)
+        def noting(use: StepUse, router: Any = layer.router) -> None:
+            calls.append((router.layer, use.tokens_per_expert.tolist(), use.tokens))
+            type(router).after_step(router, use)
 
         layer.router.after_step = noting
     return calls

@@ -4,7 +4,8 @@ import torch
 
 from moe_pretrain.config import Config, load
 from moe_pretrain.data.packing import MicroBatch
-from moe_pretrain.moe.types import RoutingContext
+from moe_pretrain.engine.context import routing_context
+from moe_pretrain.moe.types import RoutingContext, StepUse
 
 SEQUENCE = 12
 NUM_STEPS = 3
@@ -59,11 +60,10 @@ WITH_ALL_PARTS = (
 
 def context_of(batch: MicroBatch, seed: int = 0, step: int = 0) -> RoutingContext:
     """What the engine hands to the routers for ``batch``."""
-    rows, length = batch.input_ids.shape
-    return RoutingContext(
-        token_mask=(batch.document_ids >= 0).flatten(),
-        token_position=(batch.row_positions[:, None] * length + torch.arange(length)).flatten(),
-        num_sequences=rows,
-        seed=seed,
-        step=step,
-    )
+    return routing_context(batch, seed, step)
+
+
+def step_use(tokens_per_expert: list[float] | torch.Tensor, tokens: int, sums: torch.Tensor | None = None) -> StepUse:
+    """What ``after_step`` gets in a model of one MoE layer."""
+    routes = torch.as_tensor(tokens_per_expert, dtype=torch.float64)
+    return StepUse(routes, tokens, float(routes.sum()) / max(1, tokens), routes.new_zeros(0) if sums is None else sums)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.types import StepUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class LossFreeRouter(TopKRouter):
         """The best ``top_k`` by biased score."""
         return super().select(scores + self.expert_bias)
 
-    def after_step(self, tokens_per_expert: Float[Tensor, "experts"], tokens: int) -> None:
+    def after_step(self, use: StepUse) -> None:
         """Raise the bias of experts below the mean load and lower it above."""
-        below = torch.sign(tokens_per_expert.mean() - tokens_per_expert)
+        below = torch.sign(use.tokens_per_expert.mean() - use.tokens_per_expert)
         self.expert_bias += self._bias_update_rate * below.to(self.expert_bias)

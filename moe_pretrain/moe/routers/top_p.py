@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +140,11 @@ class TopPRouter(LinearRouter):
             taken[:, self.config.max_experts :] = False
         return torch.zeros_like(taken).scatter(1, expert, taken)
 
-    def after_step(self, tokens_per_expert: Float[Tensor, "experts"], tokens: int) -> None:
+    def after_step(self, use: StepUse) -> None:
         """Move the threshold towards ``target_experts`` per token."""
         if self.config.target_experts is None:
             return
-        mean = float(tokens_per_expert.sum()) / max(tokens, 1.0)
+        mean = float(use.tokens_per_expert.sum()) / max(use.tokens, 1)
         direction = (self.config.target_experts > mean) - (self.config.target_experts < mean)
         self.threshold += self.config.controller_rate * direction
         self.threshold.clamp_(min=0.0, max=1.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, tiny
+from helpers.builders import context_of, step_use, tiny
 from torch import Tensor
 
 from moe_pretrain.config import ConfigError
@@ -391,7 +391,7 @@ def test_all_padding_gives_zero_losses() -> None:
 
 
 def after(router: TopPRouter, routes: list[int], tokens: int) -> float:
-    router.after_step(torch.tensor(routes, dtype=torch.float64), tokens)
+    router.after_step(step_use(routes, tokens))
     return router.threshold.item()
 
 
@@ -426,7 +426,7 @@ def test_controller_reaches_its_target(start: float) -> None:
     for _ in range(150):
         use = router(torch.randn(200, HIDDEN), make_context(200)).use
         means.append(float(use.tokens_per_expert.sum() / use.tokens))
-        router.after_step(use.tokens_per_expert, int(use.tokens))
+        router.after_step(step_use(use.tokens_per_expert, int(use.tokens)))
     assert abs(means[0] - 2.5) > 0.8
     assert sum(means[-20:]) / 20 == pytest.approx(2.5, abs=0.1)
 

@@ -208,8 +208,8 @@ BROKEN = {
         def select(self, scores):
             return super().select(scores + getattr(self, "bias", 0.0))
 
-        def after_step(self, tokens_per_expert, tokens):
-            push = (tokens_per_expert.mean() - tokens_per_expert).sign().float()
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
             self.bias = getattr(self, "bias", 0.0) + 0.01 * push
         """,
         {"state round trip"},
@@ -219,8 +219,8 @@ BROKEN = {
         def select(self, scores):
             return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0))
 
-        def after_step(self, tokens_per_expert, tokens):
-            push = (tokens_per_expert.mean() - tokens_per_expert).sign().float()
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
             self.state["bias"] = self.state.get("bias", 0.0) + 0.01 * push
         """,
         {"state round trip"},
@@ -346,7 +346,7 @@ def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_an_error_in_one_row_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    file = variant(tmp_path, "def after_step(self, tokens_per_expert, tokens):\n    raise KeyError('lost')")
+    file = variant(tmp_path, "def after_step(self, use):\n    raise KeyError('lost')")
     assert cli.main(["certify", file, *SMALL]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"router=variant ({file.removeprefix('router_file=')}) in 1 layers of 6 experts")
