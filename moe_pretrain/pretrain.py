@@ -30,8 +30,7 @@ from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import num_routed_experts
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig
+from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.signals import StopRequest
@@ -158,10 +157,12 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if device == "cuda" and dtype == "bfloat16":
         widths = {"model.hidden_size": config.model.hidden_size}
-        if isinstance(config.router, AutonomyConfig):  # its experts' width is a multiple of width_multiple
-            widths |= {"router.low_size": config.router.low_size, "router.width_multiple": config.router.width_multiple}
-        else:
+        rank = expert_gate(moe, config.router)
+        if rank is None:
             widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
+        else:
+            name = "model.moe.gate_rank" if moe.gate_rank else "router.gate_rank"
+            widths |= {name: rank, "model.moe.expert_width_multiple": moe.expert_width_multiple}
         for name, width in widths.items():
             if width % 8:
                 raise ValueError(

@@ -1,10 +1,11 @@
-"""Parameters and FLOPs of a configuration, counted without building it."""
+"""Parameters and FLOPs of a configuration, counted without building the model."""
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import RouterConfig, dense_width
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig
+from moe_pretrain.moe import RouterConfig, build_router, dense_width, expert_gate, expert_width
 from moe_pretrain.moe.routers.dense import DenseConfig
 
 
@@ -85,14 +86,15 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     if isinstance(router, DenseConfig):
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
-        expert = 3 * width * moe.expert_hidden_size
+        rank, inner = expert_gate(moe, router), expert_width(moe, router, width)
+        expert = 3 * width * inner if rank is None else 2 * width * inner + rank * inner
         dense_ffn += num_moe * 3 * width * moe.shared_width
-        routers = num_moe * moe.num_experts * width
-        if isinstance(router, AutonomyConfig):
-            # Every token passes all experts' down projections, so they are active, and counted as the router.
-            inner = router.expert_width(width, moe.expert_hidden_size)
-            expert = router.low_size * inner + 2 * width * inner
-            routers *= router.low_size
+        if rank is not None and moe.gate_rank is not None:
+            expert += rank * width
+        # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
+        with torch.device("meta"):
+            module = build_router(moe, router, width, 0)
+        routers = num_moe * sum(parameter.numel() for parameter in module.parameters())
         experts = num_moe * moe.num_experts * expert
         routes = router.mean_experts_per_token
     key_value = config.num_key_value_heads * config.head_size

@@ -77,6 +77,26 @@ def load_balance_loss(
     return num_experts * (share * by_group).sum() / token_mask.sum().clamp(min=1)
 
 
+def entropy_loss(
+    router_probs: Float[Tensor, "tokens experts"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Mean over text tokens of the entropy of the routing distribution.
+
+    Args:
+        router_probs: float32; rows sum to 1.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, nats: 0 when every token is sure, ``log(num_experts)`` when all are undecided.
+
+    Source:
+        Huang et al. 2024 (arXiv:2403.07652), the dynamic loss; Lv et al. 2025 (arXiv:2501.13074), eq. 8.
+    """
+    entropy = -torch.special.xlogy(router_probs, router_probs.clamp(min=1e-30)).sum(dim=-1)
+    return (entropy * token_mask).sum() / token_mask.sum().clamp(min=1)
+
+
 def router_z_loss(
     router_logits: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],

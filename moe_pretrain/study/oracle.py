@@ -20,10 +20,9 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
-from moe_pretrain.moe.routers.autonomy import AutonomyRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, StepUse, float32_parameters
 
@@ -231,16 +230,28 @@ class Oracle:
             keys = (context.seed, JITTER_STREAM, context.step, router.layer)
             noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
             hidden = hidden * (1 + config.jitter * (2 * noise - 1))
+        if router.projection is not None:
+            hidden = hidden @ router.projection.T
         logits = hidden @ router.weight.T
-        scores = logits.softmax(dim=-1) if config.score == "softmax" else logits.sigmoid()
+        positive = {
+            "softmax": lambda: logits.softmax(dim=-1),
+            "sigmoid": lambda: 1 / (1 + (-logits).exp()),
+            "sqrt_softplus": lambda: (1 + logits.exp()).log() ** 0.5,
+        }
+        scores = positive[config.score]()
         probs = scores / scores.sum(dim=-1, keepdim=True)
         chosen = []
-        for row in scores.tolist():  # the highest first; of equal scores the lower expert
-            chosen.append(sorted(range(num_experts), key=lambda expert: (-row[expert], expert))[: config.top_k])
+        size = num_experts // config.num_groups
+        for row in scores.tolist():  # the highest first; of equal scores the lower expert or group
+            two_best = [sum(sorted(row[first : first + size])[-2:]) for first in range(0, num_experts, size)]
+            groups = sorted(range(config.num_groups), key=lambda group: (-two_best[group], group))
+            allowed = [e for e in range(num_experts) if e // size in groups[: config.groups_per_token]]
+            chosen.append(sorted(allowed, key=lambda expert: (-row[expert], expert))[: config.top_k])
         routed = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, torch.tensor(chosen), True)
         weight = scores
         if config.weights == "renormalised":
             weight = scores / (scores * routed).sum(dim=-1, keepdim=True)
+        weight = weight * config.weight_scale
         text = context.token_mask
         num_groups = context.num_sequences if config.load_balance_level == "sequence" else 1
         balance = torch.zeros(())
@@ -319,9 +330,11 @@ def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     """One expert's output; a factorised gate is computed from the input, never sent along."""
     experts = layer.experts
-    if isinstance(experts, AutonomyExperts):
-        assert isinstance(layer.router, AutonomyRouter)
-        gate = hidden @ layer.router.down_weight[expert].T @ experts.up_weight[expert].T
+    if isinstance(experts, FactorisedExperts):
+        owner = layer.router if experts.down_weight is None else experts
+        down_weight = owner.down_weight
+        assert isinstance(down_weight, Tensor)
+        gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
     return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])

@@ -105,13 +105,17 @@ def make_layer() -> tuple[MoELayer, RoutingContext]:
         top_k=TOP_K,
         score="softmax",
         weights="renormalised",
+        weight_scale=1.0,
+        num_groups=1,
+        groups_per_token=1,
+        projection_size=None,
         jitter=0.1,
         load_balance_weight=0.01,
         load_balance_level="micro_batch",
         router_z_weight=0.001,
     )
     layer = MoELayer(
-        MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0),
+        MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0, None, 8),
         TopKRouter(config, HIDDEN, EXPERTS, 0),
         SwiGLUExperts(EXPERTS, HIDDEN, WIDTH, ExpertShard()),
         HIDDEN,

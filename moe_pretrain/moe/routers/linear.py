@@ -129,12 +129,20 @@ class BalancedRouter(Router):
 
 
 class LinearRouter(BalancedRouter):
-    """Base of routers whose scores come from ``hidden @ weight.T``; a scheme decides what to do with the logits."""
+    """Base of routers whose logits are ``hidden @ weight.T``, or two such maps; a scheme decides what follows."""
 
-    def __init__(self, settings: LinearRouterConfig, hidden_size: int, num_experts: int, layer: int):
+    def __init__(
+        self,
+        settings: LinearRouterConfig,
+        hidden_size: int,
+        num_experts: int,
+        layer: int,
+        projection_size: int | None = None,
+    ):
         super().__init__(settings, num_experts, layer)
         self._jitter = settings.jitter
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.projection = None if projection_size is None else nn.Parameter(torch.empty(projection_size, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, projection_size or hidden_size))
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
@@ -145,4 +153,6 @@ class LinearRouter(BalancedRouter):
             keys = (context.seed, JITTER_STREAM, context.step, self.layer)
             noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
             inputs = hidden.float() * (1 + self._jitter * (2 * noise - 1))
+        if self.projection is not None:
+            inputs = router_logits(inputs, self.projection)
         return router_logits(inputs, self.weight)

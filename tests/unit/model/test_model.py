@@ -229,7 +229,7 @@ def test_initialisation_differs_and_has_the_stated_spread():
     "router",
     [
         ["router=top_k"],
-        ["router=autonomy", "router.low_size=8"],
+        ["router=autonomy", "router.gate_rank=8"],
         ["router=top_p", "router.threshold=1"],
         ["router=dense"],
     ],

@@ -12,7 +12,7 @@ from moe_pretrain.config import ConfigError, load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
@@ -21,9 +21,9 @@ HIDDEN, LOW, WIDTH, EXPERTS, TOKENS = 12, 4, 10, 5, 14
 CONFIG = AutonomyConfig(
     name="autonomy",
     top_k=2,
-    low_size=LOW,
-    width_multiple=1,
+    gate_rank=LOW,
     weights="selected",
+    gate_activation="travels",
     load_balance_weight=0.02,
     load_balance_level="micro_batch",
     router_z_weight=0.0,
@@ -35,10 +35,10 @@ def context(tokens: int = TOKENS) -> RoutingContext:
 
 
 def build(low: int = LOW, width: int = WIDTH, **changes: object) -> MoELayer:
-    config = dataclasses.replace(CONFIG, **{"low_size": low, **changes})
+    config = dataclasses.replace(CONFIG, **{"gate_rank": low, **changes})
     router = AutonomyRouter(config, HIDDEN, EXPERTS, layer=0)
-    experts = AutonomyExperts(EXPERTS, HIDDEN, width, low, ExpertShard())
-    layer = MoELayer(MoEConfig(EXPERTS, width, 0, 1, 1, 0), router, experts, HIDDEN)
+    experts = FactorisedExperts(EXPERTS, HIDDEN, width, low, ExpertShard())
+    layer = MoELayer(MoEConfig(EXPERTS, width, 0, 1, 1, 0, None, 1), router, experts, HIDDEN)
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -172,16 +172,16 @@ def test_10_a_zero_token_is_finite():
 
 @pytest.mark.parametrize("low,width", [(64, 4392.96), (128, 4194.46), (256, 3840), (512, 3264)])
 def test_11_width_of_equation_5(low: int, width: float):
-    config = dataclasses.replace(CONFIG, low_size=low)
-    assert config.expert_width(768, 3072) == round(width)
-    assert dataclasses.replace(config, width_multiple=64).expert_width(768, 3072) % 64 == 0
+    config = dataclasses.replace(CONFIG, gate_rank=low)
+    assert factorised_width(768, 3072, config.gate_rank, 1) == round(width)
+    assert factorised_width(768, 3072, config.gate_rank, 64) % 64 == 0
 
 
 def test_11_parameters_equal_the_baselines():
-    assert dataclasses.replace(CONFIG, low_size=400).expert_width(1280, 5120) == 6469  # the paper prints 6,470
+    assert factorised_width(1280, 5120, 400, 1) == 6469  # the paper prints 6,470
     ours, baseline = (
         model_size(config.model, config.router)
-        for config in (load(["model=700m", "router=autonomy", "router.low_size=256"]), load(["model=700m"]))
+        for config in (load(["model=700m", "router=autonomy", "router.gate_rank=256"]), load(["model=700m"]))
     )
     # W_down counts as the router; with it the experts have the baseline's size exactly at this rank.
     assert ours.experts + ours.routers == baseline.experts
@@ -196,7 +196,7 @@ def test_12_balance_loss_is_one_when_even():
 
 
 def test_13_norms_at_initialisation():
-    config = load(["router=autonomy", "model.hidden_size=256", "model.num_heads=4", "router.low_size=64"])
+    config = load(["router=autonomy", "model.hidden_size=256", "model.num_heads=4", "router.gate_rank=64"])
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, seed=0)
     hidden = functional.rms_norm(torch.randn(512, 256), (256,))
@@ -231,9 +231,9 @@ def test_15_the_norm_is_on_the_low_rank_activation_itself():
 @pytest.mark.parametrize(
     "override,fragment",
     [
-        ("router.low_size=128", "router.low_size=128 must be below model.hidden_size=128"),
+        ("router.gate_rank=128", "router.gate_rank=128 must be below model.hidden_size=128"),
         ("router.top_k=9", "router.top_k=9 must be at most"),
-        ("router.low_size=0", "router.low_size=0 must be at least 1"),
+        ("router.gate_rank=0", "router.gate_rank=0 must be at least 1"),
     ],
 )
 def test_wrong_values_are_one_line(override: str, fragment: str):

@@ -81,6 +81,10 @@ class VariantConfig(TopKRouterConfig):
     top_k: int = 2
     score: Literal["softmax", "sigmoid"] = "softmax"
     weights: Literal["renormalised", "raw"] = "raw"
+    weight_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    projection_size: int | None = None
     jitter: float = 0.0
     load_balance_weight: float = 0.01
     load_balance_level: BalanceLevel = "global_batch"
