@@ -37,6 +37,8 @@ from moe_pretrain.signals import StopRequest
 from moe_pretrain.study.report import summarise, write_report
 
 CHECKPOINTS = "checkpoints"
+TOKENS_COUNTED = 4_000_000
+"""Tokens at the start of the run from which routers learn how often each id occurs."""
 _MUST_STAY = ("model", "router", "data", "tokenizer", "packing", "seed")
 
 
@@ -85,6 +87,7 @@ def train(config: Config) -> int:
 
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
+    _tell_token_counts(model, loader, plan, mesh)
     prepare_experts(model, config.parallel.expert_parallel_size)
     engine = TrainEngine(
         model,
@@ -141,6 +144,21 @@ def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> 
     corpora = prepare_corpora(config, report)
     dist.all_reduce(done.fill_(1))
     return corpora
+
+
+def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPlan, mesh: Mesh) -> None:
+    """Tell routers that ask how often each token id occurs in the first rows of the run, the same on any topology."""
+    routers = [layer.router for layer in model.moe_layers() if layer.router.needs_token_counts]
+    if not routers:
+        return
+    counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    for step in range(min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))):
+        for batch in loader.micro_batches(step):
+            counts += torch.bincount(batch.input_ids[batch.document_ids >= 0], minlength=len(counts))
+    counts = counts.to(mesh.device)
+    dist.all_reduce(counts)
+    for router in routers:
+        router.use_token_counts(counts)
 
 
 def check(config: Config, world_size: int) -> None:

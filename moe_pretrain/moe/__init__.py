@@ -8,13 +8,20 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter, AutonomyTopPConfig, AutonomyTopPRouter
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.hash import HashConfig, HashRouter
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
 ShippedRouterConfig = (
-    AutonomyConfig | AutonomyTopPConfig | DenseConfig | LossFreeRouterConfig | TopKRouterConfig | TopPRouterConfig
+    AutonomyConfig
+    | AutonomyTopPConfig
+    | DenseConfig
+    | HashConfig
+    | LossFreeRouterConfig
+    | TopKRouterConfig
+    | TopPRouterConfig
 )
 """The ``router`` group; its ``name`` says which."""
 
@@ -43,6 +50,7 @@ RouterConfig = ShippedRouterConfig | RouterFileConfig
 ROUTERS: dict[str, Callable[..., Router]] = {
     "autonomy": AutonomyRouter,
     "autonomy_top_p": AutonomyTopPRouter,
+    "hash": HashRouter,
     "loss_free": LossFreeRouter,
     "top_k": TopKRouter,
     "top_p": TopPRouter,

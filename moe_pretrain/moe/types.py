@@ -179,6 +179,7 @@ class Router(nn.Module):
         attention_statistic: Name of the statistic of its block's attention that the router wants in
             ``RoutingContext.attention``; None for most schemes.
         needs_expert_scores: Whether the router wants ``RoutingContext.score_routes``.
+        needs_token_counts: Whether ``use_token_counts`` is to be called with the corpus's counts before training.
         without_lm_gradient: Parameters that by the scheme's mathematics get no gradient from the LM loss -> why.
     """
 
@@ -188,6 +189,7 @@ class Router(nn.Module):
     num_sums: int = 0
     attention_statistic: str | None = None
     needs_expert_scores: bool = False
+    needs_token_counts: bool = False
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, layer: int):

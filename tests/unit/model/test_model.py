@@ -58,7 +58,8 @@ def inputs(rows: int = 2, length: int = 12) -> tuple[torch.Tensor, torch.Tensor,
 
 def context(rows: int, length: int) -> RoutingContext:
     mask = torch.ones(rows * length, dtype=torch.bool)
-    return RoutingContext(mask, torch.arange(rows * length), rows, seed=0, step=0)
+    ids = torch.arange(rows * length) % 61
+    return RoutingContext(mask, torch.arange(rows * length), rows, seed=0, step=0, token_ids=ids)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -230,6 +231,9 @@ def test_initialisation_differs_and_has_the_stated_spread():
     [
         ["router=top_k"],
         ["router=autonomy", "router.gate_rank=8"],
+        ["router=top_k", "model.moe.gate_rank=8"],
+        ["router=top_k", "router.projection_size=10"],
+        ["router=hash", "router.weights=learned"],
         ["router=top_p", "router.threshold=1"],
         ["router=dense"],
     ],

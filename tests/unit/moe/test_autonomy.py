@@ -14,7 +14,7 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
+from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter, AutonomyTopPConfig, AutonomyTopPRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 
 HIDDEN, LOW, WIDTH, EXPERTS, TOKENS = 12, 4, 10, 5, 14
@@ -240,3 +240,95 @@ def test_wrong_values_are_one_line(override: str, fragment: str):
     with pytest.raises(ConfigError) as caught:
         load(["router=autonomy", override])
     assert fragment in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["selected", "full"])
+def test_recomputed_activations_give_the_same_layer(weights: str):
+    """Layout B: the experts' rank computes ``x W_down`` again; gradients through both uses of ``W_down`` sum."""
+    travelling, recomputing = (build(weights=weights, gate_activation=how) for how in ("travels", "recomputed"))
+    hidden, direction = torch.randn(TOKENS, HIDDEN, requires_grad=True), torch.randn(TOKENS, HIDDEN)
+    assert recomputing.router(hidden, context()).payload is None
+    results = []
+    for layer in (travelling, recomputing):
+        output = apply(layer, hidden)
+        results.append((output, *torch.autograd.grad(output, [hidden, *layer.parameters()], direction)))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["selected", "full"])
+def test_top_p_takes_the_shortest_prefix_that_passes_the_threshold(weights: str):
+    config = AutonomyTopPConfig(
+        name="autonomy_top_p",
+        gate_rank=LOW,
+        weights=weights,
+        gate_activation="travels",
+        threshold=0.6,
+        dynamic_weight=1e-4,
+        max_experts=None,
+        expected_experts=2.0,
+        load_balance_weight=0.02,
+        load_balance_level="micro_batch",
+        router_z_weight=0.0,
+    )
+    router = AutonomyTopPRouter(config, HIDDEN, EXPERTS, layer=0)
+    torch.nn.init.normal_(router.down_weight, std=0.3)
+    hidden = torch.randn(TOKENS, HIDDEN)
+    routing = router(hidden, context())
+    entropy, numbers = 0.0, set()
+    for token in range(TOKENS):
+        norms = [float((w @ hidden[token]).norm()) for w in router.down_weight]
+        total = sum(math.exp(n) for n in norms)
+        probs = [math.exp(n) / total for n in norms]
+        entropy -= sum(p * math.log(p) for p in probs) / TOKENS
+        taken, mass = [], 0.0
+        for expert in sorted(range(EXPERTS), key=lambda e: -probs[e]):
+            taken.append(expert)
+            mass += probs[expert]
+            if mass > 0.6:
+                break
+        own = routing.token_index == token
+        assert sorted(taken) == routing.expert_index[own].tolist()
+        divisor = mass if weights == "selected" else 1.0
+        torch.testing.assert_close(routing.weight[own], torch.tensor([probs[e] / divisor for e in sorted(taken)]))
+        torch.testing.assert_close(routing.payload[own], router.down_weight[sorted(taken)] @ hidden[token])
+        numbers.add(len(taken))
+    assert len(numbers) > 1
+    assert routing.aux["dynamic"].item() == pytest.approx(entropy, rel=1e-5)
+    assert router.aux_weights["dynamic"] == 1e-4
+
+
+def test_control_keeps_the_router_and_factorises_the_gate():
+    """Configuration 3 of table 2: the experts' own ``W_down``, in the expert group, and a router's choice."""
+    config = load(["router=top_k", "model.moe.gate_rank=16"])
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, seed=0)
+    layer = model.moe_layers()[0]
+    experts = layer.experts
+    assert "router.weight" in dict(layer.named_parameters()) and experts.down_weight.shape == (8, 16, 128)
+    hidden = torch.randn(TOKENS, 128)
+    routing = layer.router(hidden, context())
+    expected = torch.zeros(TOKENS, 128)
+    for t, e, w in zip(routing.token_index, routing.expert_index, routing.weight.detach(), strict=True):
+        gate = experts.up_weight[e] @ (experts.down_weight[e] @ hidden[t])
+        value = experts.in_weight[e] @ hidden[t]
+        expected[t] += w * (experts.out_weight[e] @ (functional.silu(gate) * value)).detach()
+    torch.testing.assert_close(apply(layer, hidden).detach(), expected, atol=1e-6, rtol=1e-4)
+    assert model_size(config.model, config.router).total_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["router=autonomy", "model.moe.gate_rank=8"], "model.moe.gate_rank=8 must be null with router=autonomy"),
+        (["router=top_k", "model.moe.gate_rank=128"], "model.moe.gate_rank=128 must be below model.hidden_size=128"),
+        (["router=autonomy", "router.gate_rank=128"], "router.gate_rank=128 must be below model.hidden_size=128"),
+        (["router=autonomy", "router.gate_rank=0"], "router.gate_rank=0 must be at least 1"),
+        (["router=autonomy_top_p", "router.threshold=0"], "router.threshold=0.0 must be in (0, 1]"),
+        (["router=autonomy_top_p", "router.max_experts=9"], "router.max_experts=9 must be at most"),
+    ],
+)
+def test_wrong_gates_get_one_line(overrides: list[str], message: str):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
