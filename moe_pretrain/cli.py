@@ -148,6 +148,26 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _compare(arguments: list[str]) -> int:
+    """Write the comparison of all runs below a folder, print its table and where it is."""
+    from moe_pretrain.study.compare_page import write_comparison
+
+    folder, reference = _folder_and_reference(arguments)
+    path, text = write_comparison(folder, reference)
+    print(text)
+    print(path)
+    return 0
+
+
+def _folder_and_reference(arguments: list[str]) -> tuple[Path, str | None]:
+    match arguments:
+        case [folder] if not folder.startswith("--"):
+            return Path(folder), None
+        case [folder, "--reference", reference] | ["--reference", reference, folder]:
+            return Path(folder), reference
+    raise ValueError("usage: moe-pretrain compare FOLDER [--reference VARIANT]")
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
@@ -157,5 +177,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL",
     ),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
+    "compare": (_compare, "FOLDER [--reference VARIANT]: all runs below a folder, variant against variant"),
 }
 """Command -> (function of the remaining words, one line of help)."""

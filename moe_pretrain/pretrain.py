@@ -22,7 +22,7 @@ from moe_pretrain.batching import BatchPlan, plan_batches
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
-from moe_pretrain.engine.engine import StepResult, TrainEngine
+from moe_pretrain.engine.engine import NonFiniteError, StepResult, TrainEngine
 from moe_pretrain.metrics.rows import Row, read_rows
 from moe_pretrain.metrics.sinks import MetricsWriter
 from moe_pretrain.metrics.statistics import evaluation_row, train_row
@@ -289,6 +289,11 @@ class _Run:
                     return False
                 if at_end:
                     return True
+        except Exception as error:
+            # So that whoever compares runs later can tell this one from one that was killed.
+            name = "diverged" if isinstance(error, NonFiniteError) else "failed"
+            self.metrics.event(self.step, self.tokens, name, " ".join(str(error).split()))
+            raise
         finally:
             batches.close()
         raise AssertionError("the loader ended, which it never does")
@@ -360,6 +365,8 @@ class _Run:
 
     def finish(self, finished: bool) -> None:
         """Close the sinks, write the report, say where things are."""
+        if finished:
+            self.metrics.event(self.step, self.tokens, "finished", f"after {self.step} steps")
         self.metrics.close()
         if not self.mesh.is_main:
             return

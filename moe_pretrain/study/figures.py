@@ -1,4 +1,4 @@
-"""Two kinds of chart, each an SVG element to put into a page: curves over tokens, and heat maps.
+"""Charts, each an SVG element to put into a page: curves over tokens, heat maps, and what a caller draws itself.
 
 Axis names:
     points    rows of the run that hold the value, in order
@@ -9,8 +9,9 @@ Axis names:
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -18,14 +19,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, PercentFormatter
 
 from moe_pretrain.metrics.console import short_number
 from moe_pretrain.metrics.rows import Row
 
 MAX_POINTS = 2000
 
-BLUE, ORANGE, GREEN, _GREY = "#2563a8", "#d1662a", "#2e8b57", "#777777"
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d1662a", "#2e8b57", "#777777"
 _IDLE_ZEROS = re.compile(r"\.0+(?=[kMBT])|(?<=\.\d)0(?=[kMBT])")
 _COUNT = FuncFormatter(lambda value, _: _IDLE_ZEROS.sub("", short_number(value)))
 _STYLE: dict[Any, Any] = {
@@ -112,21 +113,46 @@ def line_chart(
     Returns:
         SVG element.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
+
+
+    def draw(axes: Axes) -> None:
         for curve in curves:
             x, y = thin(column(curve.rows, "tokens"), column(curve.rows, curve.key))
             axes.plot(x, y, color=curve.color, label=curve.label, marker=curve.marker, ms=3)
         if reference is not None:
-            axes.axhline(reference[0], color=_GREY, ls="--", label=reference[1])
+            axes.axhline(reference[0], color=GREY, ls="--", label=reference[1])
         for number, tokens in enumerate(marks[0]):
-            axes.axvline(tokens, color=_GREY, ls=":", label="" if number else marks[1])
+            axes.axvline(tokens, color=GREY, ls=":", label="" if number else marks[1])
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
         _format_y(axes, y_format, from_zero)
-        _finish(axes, title, "tokens")
+        finish(axes, title, "tokens")
+
+    return chart(name, title, draw, size)
+
+
+def chart(name: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.2, 2.6)) -> str:
+    """Return what ``draw`` puts on one pair of axes as an SVG element.
+
+    Args:
+        name: Unique within the page.
+        title: Read out by screen readers.
+        draw: Fills the axes.
+        size: Width and height in inches.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
         return _to_svg(figure, name, title)
+
+
+def write_png(path: Path, draws: Sequence[Callable[[Axes], None]], size: tuple[float, float]) -> None:
+    """Write a picture with what each of ``draws`` puts on axes of its own, side by side; ``size`` is in inches."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        for axes, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
+            draw(axes)
+        figure.savefig(path, dpi=160)
 
 
 def _format_y(axes: Axes, y_format: str, from_zero: bool) -> None:
@@ -185,18 +211,19 @@ def heat_maps(name: str, title: str, maps: Sequence[HeatMap], color_label: str) 
                 extent=(each.first_step, each.last_step, len(each.values) - 0.5, -0.5),
             )
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-            _finish(axes, each.title, "step")
+            finish(axes, each.title, "step")
         figure.supylabel("expert", fontsize=9)
         bar = figure.colorbar(image, ax=panels, pad=0.01, fraction=0.03, aspect=15 * lines)
         bar.set_label(color_label)
         return _to_svg(figure, name, title)
 
 
-def _finish(axes: Axes, title: str, x_label: str) -> None:
+def finish(axes: Axes, title: str, x_label: str, x_format: Formatter = _COUNT) -> None:
+    """Title and x axis, the same on all charts."""
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(_COUNT)
+    axes.xaxis.set_major_formatter(x_format)
 
 
 def _to_svg(figure: Figure, name: str, description: str) -> str:

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 _STYLE = """
 body { margin: 0; background: #f3f4f6; color: #1c1f24; font: 15px/1.5 system-ui, sans-serif; }
@@ -29,6 +30,8 @@ th, td { text-align: left; padding: 4px 12px 4px 0; border-top: 1px solid #eceef
   vertical-align: top; white-space: nowrap; }
 td:last-child { white-space: normal; min-width: 220px; overflow-wrap: anywhere; }
 pre { overflow-x: auto; font-size: 12.5px; margin: 10px 0 0; }
+.warning { background: #fff4e5; border-color: #e0a050; }
+.warning ul { margin: 0; padding-left: 20px; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
 """
 
@@ -54,6 +57,12 @@ def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def warnings(title: str, lines: Sequence[str]) -> str:
+    """Return a card that stands out, with one point per line; nothing without lines."""
+    points = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<section class="warning"><h2>{html.escape(title)}</h2><ul>{points}</ul></section>' if lines else ""
+
+
 def charts(title: str, svgs: Sequence[str], note: str = "", layout: str = "grid") -> str:
     """Return a card of charts.
 
@@ -64,13 +73,15 @@ def charts(title: str, svgs: Sequence[str], note: str = "", layout: str = "grid"
         layout: "grid" for small charts, "single" for one, "scroll" for one that must stay wide.
     """
     if not svgs:
-        return section(title, "<p>This run recorded none.</p>")
+        return section(title, "<p>None recorded.</p>")
     return section(title, f'<div class="{layout}">{"".join(svgs)}</div>', note)
 
 
-def layer_legend(colors: Mapping[str, str]) -> str:
-    """Return the legend that the charts beside it share: layer number to colour."""
-    entries = (f'<span><i style="background:{color}"></i>layer {int(layer)}</span>' for layer, color in colors.items())
+def legend(colors: Mapping[str, str]) -> str:
+    """Return the legend that the charts beside it share: label to colour."""
+    entries = (
+        f'<span><i style="background:{color}"></i>{html.escape(label)}</span>' for label, color in colors.items()
+    )
     return f'<div class="legend">{"".join(entries)}</div>'
 
 
@@ -89,3 +100,10 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>" + "\n".join(sections) + "</main></body></html>\n"
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new one, never half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -11,7 +11,7 @@ from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.metrics.rows import Row, read_rows
 from moe_pretrain.study import run_charts
 from moe_pretrain.study.figures import column
-from moe_pretrain.study.page import charts, facts, folded, layer_legend, page, section, table
+from moe_pretrain.study.page import charts, facts, folded, legend, page, section, table, write_whole
 
 _MAX_EVENTS = 200
 _UNKNOWN = "not recorded"
@@ -166,7 +166,7 @@ def _chart_sections(rows: dict[str, list[Row]], unigram_entropy: float | None) -
         " the routes times the number of experts: blue gets too few tokens, red too many."
     )
     if router:
-        router.insert(0, layer_legend(colors))
+        router.insert(0, legend({f"layer {int(layer)}": color for layer, color in colors.items()}))
     return [
         charts("Loss", loss, layout="single"),
         charts("Expert load", run_charts.expert_load_charts(train), load_note, layout="scroll"),
@@ -202,7 +202,5 @@ def write_report(run_dir: Path) -> Path:
     name = str(summary["run_name"])
     text = page(name, f"Pretraining run, as of step {summary['steps']:,d}.", sections)
     path = run_dir / "report.html"
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)
     return path

@@ -74,7 +74,7 @@ def aux_loss_charts(train: Sequence[Row]) -> list[str]:
     return charts
 
 
-def _layers(train: Sequence[Row], name: str) -> list[str]:
+def metric_layers(train: Sequence[Row], name: str) -> list[str]:
     """List the two-digit layer numbers that have a metric of this name."""
     key = re.compile(rf"moe/layer_(\d+)/{name}")
     found = {match.group(1) for row in train for k in row if (match := key.fullmatch(k))}
@@ -103,7 +103,7 @@ def load_over_time(train: Sequence[Row], layer: str) -> HeatMap:
 
 def expert_load_charts(train: Sequence[Row]) -> list[str]:
     """One figure, a panel per MoE layer: which experts were used when. Nothing without shares."""
-    maps = [load_over_time(train, layer) for layer in _layers(train, "expert_share")]
+    maps = [load_over_time(train, layer) for layer in metric_layers(train, "expert_share")]
     if not maps:
         return []
     title = "Load of every expert over time, by layer"
@@ -124,7 +124,7 @@ def router_charts(train: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
         "dead_experts": "Experts without a token",
         "dropped_share": "Share of routes dropped",
     }
-    layers = {name: _layers(train, name) for name in titles}
+    layers = {name: metric_layers(train, name) for name in titles}
     colors = layer_colors(sorted({layer for found in layers.values() for layer in found}, key=int))
     charts = []
     for name, title in titles.items():
