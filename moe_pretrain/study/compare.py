@@ -101,7 +101,9 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     runs = find_runs(root)
     variants = group(runs)
     if not variants:
-        raise ValueError(f"FOLDER={root}: no run below it has a readable config.yaml; {runs[0].name}: {runs[0].problem}")
+        raise ValueError(
+            f"FOLDER={root}: no run below it has a readable config.yaml; {runs[0].name}: {runs[0].problem}"
+        )
     chosen = _choose_reference([variant.name for variant in variants], reference)
     corpora = {run.facts.get("corpus_fingerprint") for variant in variants for run in variant.counted}
     tokenizers_differ = any(key.startswith("tokenizer.") for key in differences([each.values for each in variants]))

@@ -31,7 +31,7 @@ Axis = Callable[[Sequence[Row]], np.ndarray]
 _DURATION = FuncFormatter(lambda value, _: short_duration(value))
 X_AXES: dict[str, tuple[str, Axis, Formatter | None]] = {
     "tokens": ("tokens", measures.tokens, None),
-    "flops": ("training FLOPs, experts as measured", measures.training_flops, EngFormatter(places=1)),
+    "flops": ("training FLOPs, experts as measured", measures.training_flops, EngFormatter()),
     "seconds": ("time in training steps", measures.training_seconds, _DURATION),
 }
 """What a loss can be drawn against."""

@@ -82,8 +82,8 @@ class Incident:
     """Something that went wrong over some steps.
 
     Attributes:
-        kind: ``spike``: of the training loss. ``collapse``: a layer sends nearly all tokens to as few experts as it can.
-            ``non-finite``: a number was NaN or infinite.
+        kind: ``spike``: of the training loss. ``collapse``: a layer sends nearly all tokens to as few experts as it
+            can. ``non-finite``: a number was NaN or infinite.
         first: First row of it.
         last: Last row of it.
         detail: Size, or layer.
@@ -118,7 +118,9 @@ def _spikes(rows: Sequence[Row]) -> Iterator[Incident]:
             if over > max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
                 excess[index] = over
     for stretch in _stretches(np.isfinite(excess)):
-        yield Incident("spike", rows[stretch[0]], rows[stretch[-1]], f"{excess[stretch].max():.2f} nats above the median")
+        yield Incident(
+            "spike", rows[stretch[0]], rows[stretch[-1]], f"{excess[stretch].max():.2f} nats above the median"
+        )
 
 
 def _collapses(rows: Sequence[Row]) -> Iterator[Incident]:

@@ -58,16 +58,16 @@ def markdown(found: Comparison) -> str:
 def _method(found: Comparison) -> str:
     pairs = len(found.ranking) * (len(found.ranking) - 1) // 2
     return (
-        f"Loss: at the end of the run, mean over seeds with its 95% t-interval. Difference: to {found.reference}, seed by "
-        "seed (a seed fixes data order and initial weights), with the 95% t-interval of the paired differences; not "
-        "distinguishable when that holds 0. Rank: one more than the number of variants that are better in a two-sided "
-        f"paired t-test at 5% after Holm's correction for {pairs} pair{'s' if pairs != 1 else ''}."
+        "Validation: at the end of the run, mean over seeds with its 95% t-interval. Difference: to "
+        f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with the 95% t-interval of "
+        "the paired differences; not distinguishable when that holds 0. Rank: one more than the number of variants "
+        f"that are better in a two-sided paired t-test at 5% after Holm's correction for {pairs} pair{'s' if pairs != 1 else ''}."
     )
 
 
 def _answer(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table of the main result: header and lines, best variant first, those without a result last."""
-    header = ["Rank", "Variant", "Finished", f"Validation, {found.unit}", f"Difference to {found.reference}", "Verdict"]
+    header = ["Rank", "Variant", "Verdict", f"Validation, {found.unit}", f"Difference to {found.reference}", "Finished"]
     shown = ("experts_per_token", "flops_per_token", "tokens_per_second")
     header += [MEASURES[name][0] for name in shown]
     by_name = {variant.name: variant for variant in found.variants}
@@ -80,10 +80,10 @@ def _answer(found: Comparison) -> tuple[list[str], list[list[str]]]:
             [
                 str(place.rank) if place else MISSING,
                 name,
-                _finished(variant),
+                "reference" if is_reference else found.paired[name].verdict,
                 _interval(place.estimate if place else None),
                 MISSING if is_reference else _interval(found.paired[name].difference, "+"),
-                "reference" if is_reference else found.paired[name].verdict,
+                _finished(variant),
                 *(_measured(variant, measure) for measure in shown),
             ]
         )
@@ -93,7 +93,7 @@ def _answer(found: Comparison) -> tuple[list[str], list[list[str]]]:
 def _finished(variant: Variant) -> str:
     others = [run.state for run in variant.runs if run.state != "finished"]
     text = f"{len(variant.counted)} of {len(variant.runs)}"
-    return text + (f" ({', '.join(f'{others.count(s)} {s}' for s in dict.fromkeys(others))})" if others else "")
+    return text + (f" ({', '.join(f'{others.count(s)} {s}' for s in sorted(set(others)))})" if others else "")
 
 
 def _interval(value: Estimate | None, sign: str = "") -> str:
@@ -173,19 +173,24 @@ def _page(
     variants = found.variants
     key = legend(colors)
     layer_titles = {
-        "experts_per_token": "Experts per token, mean over layers",
-        "load_max_over_mean": "Busiest expert over the mean (1 = even), mean over layers",
-        "router_entropy": "Entropy of a token's routing (nats), mean over layers",
-        "dead_experts": "Experts without a token, mean over layers",
+        "experts_per_token": "Experts per token",
+        "load_max_over_mean": "Busiest expert over the mean (1 = even)",
+        "router_entropy": "Entropy of a token's routing (nats)",
+        "dead_experts": "Experts without a token",
     }
-    by_layer = {
-        name: draws.layer_charts(variants, colors, name, title) for name, title in layer_titles.items()
-    }
+    by_layer = {name: draws.layer_charts(variants, colors, name, title) for name, title in layer_titles.items()}
     experts = [*draws.experts_by_layer_chart(variants, colors), *by_layer.pop("experts_per_token")]
     balance = [*sum(by_layer.values(), []), *draws.balance_chart(variants, colors, found.loss, found.unit)]
-    curves = [chart(f"loss-{name}", f"Validation against {name}", draw) for name, draw in zip(draws.X_AXES, losses, strict=True)]
+    curves = [
+        chart(f"loss-{name}", f"Validation against {name}", draw)
+        for name, draw in zip(draws.X_AXES, losses, strict=True)
+    ]
     wrong = {run.name: each for run in found.runs if (each := incidents(run))}
-    band_note = "Mean over seeds with its 95% t-interval; dashed: runs that did not finish, one by one."
+    band_note = (
+        "Mean over seeds with its 95% t-interval; dashed: runs that did not finish, one by one. The bands hold what "
+        "the seed does to all variants alike, the paired differences above do not."
+    )
+    layer_note = "Means over layers and seeds, with the 95% t-interval over seeds."
     sections = [
         warnings("Read this first", found.warnings),
         section("Which is better", table(*_answer(found)), _method(found)),
@@ -197,8 +202,8 @@ def _page(
             layout="single",
         ),
         charts("Validation loss", [key, *curves], band_note),
-        charts("Experts per token", [key, *experts] if experts else []),
-        charts("Balance", [key, *balance] if balance else []),
+        charts("Experts per token", [key, *experts] if experts else [], layer_note),
+        charts("Balance", [key, *balance] if balance else [], layer_note),
         section("Measured", table(*_measures_table(variants)), "Means over seeds; layer numbers over the last fifth."),
         charts("Incidents", draws.incident_chart(wrong), layout="single"),
         _incident_table(wrong),

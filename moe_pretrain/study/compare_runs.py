@@ -1,4 +1,4 @@
-"""The run folders below a folder: what each was to do, how far it came, and which runs are the same but for the seed."""
+"""The run folders below a folder: what each was to do, how far it came, and which are the same but for the seed."""
 
 import json
 import os
@@ -186,6 +186,8 @@ def _judge(rows: Sequence[Row]) -> tuple[State, str]:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
     return " ".join(str(error).split())[:200]
 
 

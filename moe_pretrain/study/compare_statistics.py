@@ -150,11 +150,11 @@ def rank(losses: Mapping[str, Mapping[int, float]]) -> list[Ranked]:
     corrected = dict(zip(tested, holm([found.p_value or 0.0 for found in tested.values()]), strict=True))
     better: dict[str, set[str]] = {name: set() for name in means}
     equals: dict[str, set[str]] = {name: set() for name in means}
-    for (a, b), found in pairs.items():
-        if corrected.get((a, b), 1.0) >= 1 - CONFIDENCE or found.difference is None:
+    for (a, b), pair in pairs.items():
+        if corrected.get((a, b), 1.0) >= 1 - CONFIDENCE or pair.difference is None:
             equals[a].add(b)
             equals[b].add(a)
-        elif found.difference.mean < 0:
+        elif pair.difference.mean < 0:
             better[b].add(a)
         else:
             better[a].add(b)

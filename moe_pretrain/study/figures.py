@@ -114,7 +114,6 @@ def line_chart(
         SVG element.
     """
 
-
     def draw(axes: Axes) -> None:
         for curve in curves:
             x, y = thin(column(curve.rows, "tokens"), column(curve.rows, curve.key))

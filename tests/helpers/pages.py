@@ -49,12 +49,12 @@ def assert_loads_nothing(path: Path) -> None:
     assert not re.search(r"https?://|@import|<script", without_namespaces)
 
 
-def photograph(page: Path, folder: Path, width: int) -> np.ndarray:
+def photograph(page: Path, folder: Path, width: int, height: int = 2000) -> np.ndarray:
     """Open a page in headless Chromium, check its console and that it fits, and return its pixels."""
     picture = folder / "page.png"
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars"
     flags += " --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr"
-    options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},2000"]
+    options = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}"]
     command = ["chromium", *flags.split(), *options, f"--screenshot={picture}", page.as_uri()]
     told = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stderr
     assert "CONSOLE" not in told, [line for line in told.splitlines() if "CONSOLE" in line]
