@@ -61,7 +61,7 @@ def _method(found: Comparison) -> str:
         "Validation: at the end of the run, mean over seeds with its 95% t-interval. Difference: to "
         f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with the 95% t-interval of "
         "the paired differences; not distinguishable when that holds 0. Rank: one more than the number of variants "
-        f"that are better in a two-sided paired t-test at 5% after Holm's correction for {pairs} pair{'s' if pairs != 1 else ''}."
+        f"that are better in a two-sided paired t-test at 5%, Holm-corrected for {pairs} pair{'s' * (pairs != 1)}."
     )
 
 
