@@ -148,6 +148,14 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    """Print what a run would cost."""
+    from moe_pretrain.study.plan import describe, split_assumptions
+
+    assumed, overrides = split_assumptions(words)
+    return describe(overrides, assumed, print)
+
+
 def _compare(arguments: list[str]) -> int:
     """Write the comparison of all runs below a folder, print its table and where it is."""
     from moe_pretrain.study.compare_page import write_comparison
@@ -169,6 +177,10 @@ def _folder_and_reference(arguments: list[str]) -> tuple[Path, str | None]:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "plan": (
+        _plan,
+        "parameters, FLOPs, memory per rank, traffic, time; --mfu= --peak= --gpu-memory= --worst-load=; starts nothing",
+    ),
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
     "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),

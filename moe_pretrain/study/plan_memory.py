@@ -1,0 +1,275 @@
+"""Bytes that training holds on one rank, by part, from the configuration alone.
+
+Weights, gradients and optimizer are DeepSpeed 0.19's as it was measured to allocate them; activations are what the
+modules of ``model`` and ``moe`` save for backward. Tests hold both to what a run on a CPU really keeps; what differs on
+a GPU is that its norm keeps its input alone. The exchange is counted at its peak, with ``worst_load`` times the mean
+number of rows on this rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_pretrain.batching import BatchPlan
+from moe_pretrain.config import Config
+from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.moe import expert_gate, expert_width
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.types import ExpertShard, float32_parameters
+
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+_STAGE_0_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class LocalParameters:
+    """Parameters that one rank holds.
+
+    Attributes:
+        dense: Replicated on every rank, in the engine's dtype.
+        kept: Replicated and always float32: routers.
+        expert: This rank's experts.
+        largest: The largest tensor.
+    """
+
+    dense: int
+    kept: int
+    expert: int
+    largest: int
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.dense + self.kept + self.expert
+
+    def owned(self, ranks: int, expert_parallel_size: int) -> float:
+        """Elements whose optimizer state is on this rank under ZeRO."""
+        return (self.dense + self.kept) / ranks + self.expert * expert_parallel_size / ranks
+
+
+def local_parameters(config: Config) -> LocalParameters:
+    """Count one rank's parameters on a model without storage."""
+    with torch.device("meta"):
+        model = DecoderLM(config.model, config.router, ExpertShard(0, config.parallel.expert_parallel_size))
+    kept = sum(parameter.numel() for parameter in float32_parameters(model))
+    expert = sum(p.numel() for layer in model.moe_layers() for p in layer.experts.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return LocalParameters(sum(sizes) - kept - expert, kept, expert, max(sizes))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        weights: In the engine's dtype; routers in float32.
+        optimizer: Moments and, under ZeRO, float32 master weights.
+        gradients: At their most, while the last micro-batch's are reduced.
+        buckets: Copies of gradients: on their way to other ranks, and cast to float32.
+        activations: What is saved for backward of one micro-batch, the gradients that the loss makes in forward among
+            it.
+        recomputed: The inside of one block, made again in backward.
+        logits: One chunk's logits, and the float32 sum of the head's gradient.
+        exchange: Buffers of one layer's exchange between ranks, at the worst load.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    buckets: float
+    activations: float
+    recomputed: float
+    logits: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        """All parts at once."""
+        return sum(vars(self).values())
+
+
+def memory_per_rank(
+    config: Config, device: str, dtype: Dtype, plan: BatchPlan, ranks: int, worst_load: float
+) -> Memory:
+    """Estimate the peak of a training step on one rank.
+
+    Args:
+        config: The run.
+        device: ``cuda`` or ``cpu``.
+        dtype: The engine's, ``auto`` resolved.
+        plan: How the batch is cut over ``ranks``.
+        ranks: Number of ranks.
+        worst_load: Rows on this rank over the mean, with expert parallelism, >= 1.
+    """
+    parameters = local_parameters(config)
+    owned = parameters.owned(ranks, config.parallel.expert_parallel_size)
+    layers = _Layers(config, device, dtype, plan.micro_batch_size, worst_load)
+    zero_stage = config.engine.zero_stage
+    return Memory(
+        weights=weight_bytes(parameters, dtype),
+        optimizer=optimizer_bytes(parameters, owned, zero_stage),
+        gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
+        buckets=_bucket_bytes(parameters, config.engine.reduce_bucket_elements if ranks > 1 else 0, dtype, zero_stage),
+        activations=layers.saved,
+        recomputed=layers.recomputed,
+        logits=layers.logits,
+        exchange=layers.exchange,
+    )
+
+
+def weight_bytes(parameters: LocalParameters, dtype: Dtype) -> float:
+    """Weights as the forward pass reads them."""
+    return BYTES[dtype] * (parameters.dense + parameters.expert) + 4 * parameters.kept
+
+
+def optimizer_bytes(parameters: LocalParameters, owned: float, zero_stage: int) -> float:
+    """AdamW's two moments and, where ZeRO copies them, float32 master weights, of the elements owned by this rank."""
+    return 8 * parameters.count if zero_stage == 0 else 12 * owned
+
+
+def _gradient_bytes(
+    parameters: LocalParameters, owned: float, dtype: Dtype, zero_stage: int, accumulation: int
+) -> float:
+    """Gradients at their most.
+
+    Stage 0 has one float32 gradient. Stage 1 in bfloat16 (DeepSpeed's ``BF16_Optimizer``) keeps whole float32 sums
+    beside the last backward's bfloat16 gradients; in float32 whole gradients and their owned part. Stage 2 copies the
+    owned part as it comes, as the optimizer wants it and, in float32 with accumulation, as a sum.
+    """
+    if zero_stage == 0:
+        return 4 * parameters.count
+    if zero_stage == 1:
+        return 4 * parameters.count + (weight_bytes(parameters, dtype) if dtype == "bfloat16" else 4 * owned)
+    return owned * (6 if dtype == "bfloat16" else 8 if accumulation == 1 else 12)
+
+
+def _bucket_bytes(parameters: LocalParameters, bucket: int, dtype: Dtype, zero_stage: int) -> float:
+    """Stage 0 reduces up to 500M elements at once, whatever is configured; bfloat16 casts tensor by tensor.
+
+    Args:
+        parameters: Of this rank.
+        bucket: Elements reduced at once; 0 with one rank.
+        dtype: The engine's.
+        zero_stage: The engine's.
+    """
+    if zero_stage == 0:
+        return 4 * min(_STAGE_0_BUCKET, max(parameters.dense + parameters.kept, parameters.expert))
+    return 4 * min(bucket, parameters.count) + (4 * parameters.largest if dtype == "bfloat16" else 0)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Bytes of one rank's routes in one layer and micro-batch: to the experts, and back."""
+
+    sent_bytes: float
+    returned_bytes: float
+
+
+def routes_of_rank(config: Config, dtype: Dtype, micro_batch_size: int) -> Routed:
+    """What one rank sends through one layer's exchange, to all ranks together."""
+    layers = _Layers(config, "cuda", dtype, micro_batch_size, 1.0)
+    return Routed(layers.routes * layers.message, layers.routes * layers.row)
+
+
+class _Layers:
+    """What the layers keep of one micro-batch, in bytes."""
+
+    def __init__(self, config: Config, device: str, dtype: Dtype, micro_batch_size: int, worst_load: float):
+        self.on_cpu = device == "cpu"
+        self.model, self.router, self.moe = config.model, config.router, config.model.moe
+        self.tokens = micro_batch_size * self.model.sequence_length
+        self.size = BYTES[dtype]
+        self.expert_parallel = config.parallel.expert_parallel_size
+        self.routes = self.tokens * (0 if isinstance(self.router, DenseConfig) else self.router.mean_experts_per_token)
+        # Without an exchange, rows are this rank's own routes.
+        self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
+        self.row = self.size * self.model.hidden_size
+        self.rank = expert_gate(self.moe, self.router) if self.routes else None
+
+    @property
+    def saved(self) -> float:
+        """Everything between the embedding and the loss that backward needs, without what it makes again."""
+        model = self.model
+        blocks = sum(self._block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers))
+        rotary = self.tokens * 4 * model.head_size
+        head = self.tokens * self.row + self.size * model.vocab_size * model.hidden_size
+        return blocks + rotary + self._norm() + head
+
+    @property
+    def recomputed(self) -> float:
+        """The largest difference that recomputation makes to a block."""
+        kinds = {self.model.moe.is_moe_layer(layer) for layer in range(self.model.num_layers)}
+        return max(self._block(kind, "none") - self._block(kind, self.model.recompute) for kind in kinds)
+
+    @property
+    def logits(self) -> float:
+        """A chunk of logits in float32 and in the engine's dtype, and the float32 sum of the head's gradient."""
+        model = self.model
+        chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
+        return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * (4 + self.size)
+
+    @property
+    def exchange(self) -> float:
+        """Rows packed and sent, rows received and unpacked; those that backward keeps are activations."""
+        if self.expert_parallel == 1 or not self.routes:
+            return 0.0
+        return 2 * self.routes * self.message + self.rows * (self.message + self.row)
+
+    @property
+    def message(self) -> float:
+        """Bytes of one travelling route: the row, its weight and what the scheme sends along."""
+        return self.row + 4 + self._payload
+
+    @property
+    def _payload(self) -> float:
+        """Bytes of what a scheme sends along with a route."""
+        travels = getattr(self.router, "gate_activation", None) == "travels"
+        return self.size * self.rank if self.rank and travels else 0
+
+    def _block(self, is_moe: bool, recompute: str) -> float:
+        """One block; ``selective`` drops the inside of attention, ``full`` that of the feed-forward network too."""
+        feed_forward = self._moe(recompute) if is_moe and self.routes else self._dense(is_moe, recompute)
+        return (self.tokens * self.row if recompute != "none" else self._attention()) + feed_forward
+
+    def _norm(self) -> float:
+        """Input of a norm and the inverse deviation of its rows; on a CPU in float32, with the normalised rows."""
+        return self.tokens * ((8 * self.model.hidden_size if self.on_cpu else self.row) + 4)
+
+    def _attention(self) -> float:
+        """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp."""
+        model = self.model
+        key_value = model.num_key_value_heads * model.head_size
+        heads = self.size * (model.hidden_size + 2 * key_value) + self.size * (model.hidden_size + key_value)
+        return self._norm() + self.tokens * (3 * self.row + heads + 4 * model.num_heads)
+
+    def _dense(self, is_moe: bool, recompute: str) -> float:
+        """Norm, its output, gate and up, the activated gate and the product."""
+        if recompute == "full":
+            return self.tokens * self.row
+        width = self.model.ffn_hidden_size
+        if is_moe:
+            assert isinstance(self.router, DenseConfig)
+            width = self.router.active_experts * self.moe.expert_hidden_size + self.moe.shared_width
+        return self._norm() + self.tokens * (self.row + 4 * self.size * width)
+
+    def _moe(self, recompute: str) -> float:
+        """Norm, its output, the routes, the experts' pre-activations; under expert parallelism the received rows."""
+        kept = self._norm() + self.tokens * self.row + self._routing()
+        if recompute == "full":
+            return kept + self.routes * self._payload
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        rows = self.rows * (2 * self.size * width + 4)
+        if self.expert_parallel > 1:
+            rows += self.rows * self.row
+        if self.rank is not None:
+            rows += self.rows * self.size * self.rank
+        return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width
+
+    def _routing(self) -> float:
+        """Scores and what the losses keep of them, the routes, and autonomy's low activations with their float32."""
+        experts = self.moe.num_experts
+        low = 0.0
+        if self.rank is not None and getattr(self.router, "gate_rank", None):
+            low = self.tokens * experts * self.rank * (self.size + (4 if self.size < 4 else 0))
+        return self.tokens * experts * 2 * 4 + self.routes * (8 + 4 + 8 + 4) + low

@@ -1,0 +1,256 @@
+"""The plan's numbers against what modules, DeepSpeed and formulas written out say."""
+
+import gc
+
+import pytest
+import torch
+from helpers.engines import build_engine, random_batches
+from helpers.memory import LiveMemory
+from helpers.processes import run_on_ranks
+
+from moe_pretrain.batching import plan_batches
+from moe_pretrain.cli import main
+from moe_pretrain.config import load
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.model.size import model_size
+from moe_pretrain.moe.types import ExpertShard, RoutingContext, float32_parameters
+from moe_pretrain.study.plan import extra_forward, flops_by_part, problems, traffic
+from moe_pretrain.study.plan_memory import local_parameters, memory_per_rank
+
+SIZES = ["tiny", "small", "700m", "1b", "2b", "3b5", "4b"]
+SMALL = [
+    "model.vocab_size=512",
+    "tokenizer.vocab_size=300",
+    "model.sequence_length=64",
+    "model.num_layers=3",
+    "model.hidden_size=64",
+    "model.num_heads=4",
+    "model.ffn_hidden_size=96",
+    "model.moe.expert_hidden_size=128",
+    "model.moe.num_experts=4",
+    "batch.micro_batch_size=2",
+    "engine.device=cpu",
+]
+ROUTERS = {
+    "top_k": ["router=top_k"],
+    "top_k, shared, grouped": [
+        "router=top_k",
+        "model.moe.num_shared_experts=1",
+        "model.moe.num_leading_dense_layers=1",
+        "model.num_key_value_heads=2",
+    ],
+    "dense": ["router=dense"],
+    "autonomy": ["router=autonomy", "router.gate_rank=16"],
+    "factorised": ["router=top_k", "model.moe.gate_rank=16"],
+    "hash": ["router=hash"],
+    "loss_free": ["router=loss_free"],
+    # At threshold 1 every token takes all experts, as the plan is told.
+    "top_p": ["router=top_p", "router.threshold=1", "router.expected_experts=4"],
+}
+
+
+def saved_bytes(config, dtype: str) -> int:
+    """Bytes of every storage that a forward pass saves for backward, parameters left out."""
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, 0)
+    if dtype == "bfloat16":
+        kept = {id(parameter) for parameter in float32_parameters(model)}
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.bfloat16()
+    rows, length = config.batch.micro_batch_size, config.model.sequence_length
+    ids = torch.randint(0, 300, (rows, length))
+    documents, positions = torch.zeros_like(ids), torch.arange(length).expand(rows, length)
+    mask, places = torch.ones(rows * length, dtype=torch.bool), torch.arange(rows * length)
+    context = RoutingContext(mask, places, rows, seed=0, step=0, token_ids=ids.flatten())
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(ids, ids, documents, positions, context)
+        loss = output.loss_sum + sum(output.aux.values())
+    assert loss.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, recompute: str):
+    config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
+    plan = plan_batches(config.batch, config.model.sequence_length, 1)
+    planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
+    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.1)
+
+
+def test_a_recomputed_block_is_what_recomputation_saved():
+    """With one block, what full recomputation makes again is what keeping everything costs more."""
+    kept = {}
+    for recompute in ("none", "full"):
+        config = load([*SMALL, "model.num_layers=1", f"model.recompute={recompute}"])
+        plan = plan_batches(config.batch, config.model.sequence_length, 1)
+        memory = memory_per_rank(config, "cpu", "float32", plan, 1, 1.0)
+        kept[recompute] = memory.activations + memory.recomputed, saved_bytes(config, "float32")
+    assert kept["full"][0] == pytest.approx(kept["none"][0])
+    assert kept["full"][1] < 0.6 * kept["none"][1]
+
+
+def held_by_an_engine(overrides: list[str]) -> dict[str, float]:
+    """Bytes that live after a step, and the most that lived up to the update, on this rank."""
+    config = load(overrides)
+    with LiveMemory() as memory:
+        engine = build_engine(config)
+        found = {}
+        update = engine._update
+
+        def watched(step: int) -> float:
+            found["peak"] = memory.peak
+            return update(step)
+
+        engine._update = watched
+        for step in range(2):  # the moments are made in the first
+            batches = random_batches(engine, step)
+            gc.collect()
+            memory.peak = memory.live
+            engine.step(step, batches)
+            del batches
+        gc.collect()
+        found["after"] = memory.live
+    return found
+
+
+STATES = [
+    (ranks, expert_parallel, dtype, stage, accumulation)
+    for ranks, expert_parallel in ((1, 1), (2, 2))
+    for dtype, stage in (("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2))
+    for accumulation in ((1,) if ranks == 1 else (2,))
+]
+
+
+@pytest.mark.parametrize(("ranks", "expert_parallel", "dtype", "stage", "accumulation"), STATES)
+def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtype, stage, accumulation):
+    """Weights and optimizer to the byte, but for padding; the whole of a step's peak within 10%."""
+    overrides = [
+        *SMALL,
+        f"engine.dtype={dtype}",
+        f"engine.zero_stage={stage}",
+        f"parallel.processes={ranks}",
+        f"parallel.expert_parallel_size={expert_parallel}",
+        f"batch.global_batch_tokens={128 * ranks * accumulation}",
+        "engine.check_every_steps=0",
+        "engine.reduce_bucket_elements=1000",
+    ]
+    config = load(overrides)
+    plan = plan_batches(config.batch, config.model.sequence_length, ranks)
+    memory = memory_per_rank(config, "cpu", dtype, plan, ranks, 1.0)
+    held = run_on_ranks(held_by_an_engine, ranks, overrides)[0]
+    parameters = local_parameters(config)
+    # BF16_Optimizer never frees its float32 gradients; the marker keeps a copy of the routers.
+    always = memory.weights + memory.optimizer + 4 * parameters.kept
+    if (dtype, stage) == ("bfloat16", 1):
+        always += 4 * parameters.count
+    assert held["after"] == pytest.approx(always, rel=1e-3)
+    assert held["peak"] == pytest.approx(memory.total - memory.exchange, rel=0.1)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_local_parameters_add_up_to_the_model(name: str):
+    for expert_parallel in (1, 4):
+        config = load([f"model={name}", f"parallel.expert_parallel_size={expert_parallel}"])
+        found = local_parameters(config)
+        total = model_size(config.model, config.router).total_parameters
+        assert found.dense + found.kept + found.expert * expert_parallel == total
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_flops_by_part_are_all_flops(router: str):
+    config = load([*SMALL, *ROUTERS[router]])
+    size = model_size(config.model, config.router)
+    parts = flops_by_part(size)
+    assert parts.pop("other") == 0
+    assert sum(parts.values()) == size.forward_flops_per_token
+    assert parts["output head"] == 2 * 512 * 64
+    assert parts["attention scores"] == 2 * 3 * 64 * 64
+
+
+def test_recomputation_and_counting_ahead_are_charged():
+    parts = flops_by_part(model_size((config := load(SMALL)).model, config.router))
+    attention = parts["attention projections"] + parts["attention scores"]
+    forward = sum(parts.values())
+
+    def extra(*words: str) -> float:
+        changed = load([*SMALL, *words])
+        return extra_forward(changed, model_size(changed.model, changed.router), plan_batches(changed.batch, 64, 1))
+
+    one, two = "batch.global_batch_tokens=128", "batch.global_batch_tokens=256"
+    assert extra(one) == 0
+    assert extra(one, "model.recompute=selective") == attention
+    assert extra(one, "model.recompute=full") == attention + parts["routed experts"]
+    assert extra(two) == forward - parts["output head"]
+    assert extra(two, "router.load_balance_level=sequence") == 0
+
+
+def test_traffic_is_the_formula_written_out():
+    words = ["parallel.processes=4", "parallel.expert_parallel_size=2", "batch.global_batch_tokens=1024"]
+    config = load([*SMALL, *words, "router.load_balance_level=sequence"])
+    plan = plan_batches(config.batch, 64, 4)
+    assert plan.accumulation == 2
+    found = traffic(config, "bfloat16", plan)
+    expert = 3 * 2 * 3 * 64 * 128  # layers, experts here, matrices
+    dense = 512 * 64 + 3 * 4 * 64 * 64 + 7 * 64 + 3 * 4 * 64  # embedding, attention, norms, routers
+    ring = 3 / 4 * dense + 1 / 2 * expert  # 4 replicas of the dense part, 2 of each expert
+    assert found["gradients, all-reduce in float32"] == 2 * 4 * ring
+    assert found["weights, all-gather"] == 2 * ring
+    routes = 2 * 64 * 2  # rows, positions, experts per token
+    there, back = routes * (2 * 64 + 4), routes * 2 * 64
+    # Forward and backward, 3 layers, 2 micro-batches; half of the routes leave the rank.
+    assert found["tokens to experts and back"] == 2 * 3 * 2 * (there + back) / 2
+    alone = load([*SMALL, "batch.global_batch_tokens=128"])
+    assert set(traffic(alone, "bfloat16", plan_batches(alone.batch, 64, 1)).values()) == {0.0}
+
+
+def test_what_does_not_divide_is_said_with_the_nearest_values(capsys):
+    words = ["model=700m", "parallel.processes=6", "parallel.expert_parallel_size=4"]
+    found = problems(load(words))
+    assert "nearest: 4128768 or 4227072" in found[0] and "valid: [1, 2, 3, 6]" in found[1]
+    assert main(["plan", *words]) == 1
+    out = capsys.readouterr().out
+    assert out.count("DOES NOT DIVIDE") == 2 and "756M parameters" in out and "memory" not in out
+
+
+def test_the_command_describes_a_run(capsys):
+    words = ["model=4b", "parallel.processes=8", "parallel.expert_parallel_size=8", "batch.micro_batch_size=16"]
+    assert main(["plan", *words, "--mfu=0.5", "--peak=1e15", "--gpu-memory=48"]) == 0
+    out = capsys.readouterr().out
+    config = load(words)
+    size = model_size(config.model, config.router)
+    assert "4.01B parameters, 1.18B active; checkpoint 44.86 GiB" in out
+    seconds = 23842 * 4194304 * size.training_flops_per_token / (8 * 1e15 * 0.5)
+    assert f"{seconds / 23842:.3g} s a step" in out
+    assert "DOES NOT FIT in 92% of 48 GiB" in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and line.split()[0] in SIZES}
+    assert set(lines) == set(SIZES)
+    assert lines["tiny"].count("fits") == 3 and "no" in lines["4b"].split()
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("--mfu=0", "--mfu=0.0 must be in (0, 1]"),
+        ("--peak=fast", "--peak='fast' must be a number"),
+        ("--worst-load=0.5", "--worst-load=0.5 must be at least 1"),
+        ("--memory=3", "--memory must be one of --mfu, --peak, --gpu-memory, --worst-load"),
+        ("model.hidden_size=100", "model.hidden_size=100 must be a multiple of model.num_heads=12; nearest: 96, 108"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, word: str, complaint: str):
+    assert main(["plan", "model=700m", word]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told and told.count("\n") == 1
