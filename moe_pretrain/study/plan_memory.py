@@ -65,7 +65,8 @@ class Memory:
     Attributes:
         weights: In the engine's dtype; routers in float32.
         optimizer: Moments and, under ZeRO, float32 master weights.
-        gradients: At their most, while the last micro-batch's are reduced.
+        carried: Gradients that are there when backward begins.
+        gradients: Gradients at their most, while the last micro-batch's are reduced.
         buckets: Copies of gradients: on their way to other ranks, and cast to float32.
         activations: What is saved for backward of one micro-batch, the gradients that the loss makes in forward among
             it.
@@ -76,6 +77,7 @@ class Memory:
 
     weights: float
     optimizer: float
+    carried: float
     gradients: float
     buckets: float
     activations: float
@@ -85,8 +87,9 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All parts at once."""
-        return sum(vars(self).values())
+        """The peak: where backward begins, or where it ends and activations have given way to gradients."""
+        begins = self.carried + self.activations + max(self.recomputed, self.logits) + self.exchange
+        return self.weights + self.optimizer + max(begins, self.gradients + self.buckets)
 
 
 def memory_per_rank(
@@ -109,6 +112,7 @@ def memory_per_rank(
     return Memory(
         weights=weight_bytes(parameters, dtype),
         optimizer=optimizer_bytes(parameters, owned, zero_stage),
+        carried=_carried_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
         gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
         buckets=_bucket_bytes(parameters, config.engine.reduce_bucket_elements if ranks > 1 else 0, dtype, zero_stage),
         activations=layers.saved,
@@ -142,6 +146,20 @@ def _gradient_bytes(
     if zero_stage == 1:
         return 4 * parameters.count + (weight_bytes(parameters, dtype) if dtype == "bfloat16" else 4 * owned)
     return owned * (6 if dtype == "bfloat16" else 8 if accumulation == 1 else 12)
+
+
+def _carried_bytes(
+    parameters: LocalParameters, owned: float, dtype: Dtype, zero_stage: int, accumulation: int
+) -> float:
+    """Gradients that are there when backward begins.
+
+    Sums over the accumulation; at stage 2 also a buffer for the owned part, made with the first gradient; at stage 1 in
+    bfloat16 the float32 sums that ``BF16_Optimizer`` never frees.
+    """
+    if dtype == "bfloat16" and zero_stage == 1:
+        return 4 * parameters.count
+    sums = 0 if accumulation == 1 else 4 * (owned if zero_stage == 2 else parameters.count)
+    return sums + (BYTES[dtype] * owned if zero_stage == 2 else 0)
 
 
 def _bucket_bytes(parameters: LocalParameters, bucket: int, dtype: Dtype, zero_stage: int) -> float:

