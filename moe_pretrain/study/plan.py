@@ -185,7 +185,9 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     )
     for name, value in vars(memory).items():
         say(f"  {name:<14}{_gib(value):>12}")
-    say(f"  {'total':<14}{_gib(memory.total):>12}  {_verdict(memory, assumed)}")
+    say(
+        f"  {'peak':<14}{_gib(memory.total):>12}  {_verdict(memory, assumed)}; carried gives way to gradients and copies"
+    )
     say("bytes that a rank sends per step:")
     for name, value in traffic(config, dtype, plan).items():
         say(f"  {name:<34}{_gib(value):>12}")

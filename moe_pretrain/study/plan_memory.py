@@ -12,7 +12,7 @@ import torch
 
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import Config
-from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe import expert_gate, expert_width
 from moe_pretrain.moe.routers.dense import DenseConfig
@@ -67,7 +67,8 @@ class Memory:
         optimizer: Moments and, under ZeRO, float32 master weights.
         carried: Gradients that are there when backward begins.
         gradients: Gradients at their most, while the last micro-batch's are reduced.
-        buckets: Copies of gradients: on their way to other ranks, and cast to float32.
+        buckets: DeepSpeed's buffer for reducing gradients, there throughout backward.
+        copies: Copies of gradients while they are reduced or cast.
         activations: What is saved for backward of one micro-batch, the gradients that the loss makes in forward among
             it.
         recomputed: The inside of one block, made again in backward.
@@ -80,6 +81,7 @@ class Memory:
     carried: float
     gradients: float
     buckets: float
+    copies: float
     activations: float
     recomputed: float
     logits: float
@@ -89,7 +91,7 @@ class Memory:
     def total(self) -> float:
         """The peak: where backward begins, or where it ends and activations have given way to gradients."""
         begins = self.carried + self.activations + max(self.recomputed, self.logits) + self.exchange
-        return self.weights + self.optimizer + max(begins, self.gradients + self.buckets)
+        return self.weights + self.optimizer + self.buckets + max(begins, self.gradients + self.copies)
 
 
 def memory_per_rank(
@@ -114,7 +116,8 @@ def memory_per_rank(
         optimizer=optimizer_bytes(parameters, owned, zero_stage),
         carried=_carried_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
         gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
-        buckets=_bucket_bytes(parameters, config.engine.reduce_bucket_elements if ranks > 1 else 0, dtype, zero_stage),
+        buckets=_bucket_bytes(config.engine, dtype),
+        copies=_copied_bytes(parameters, dtype, zero_stage),
         activations=layers.saved,
         recomputed=layers.recomputed,
         logits=layers.logits,
@@ -162,18 +165,17 @@ def _carried_bytes(
     return sums + (BYTES[dtype] * owned if zero_stage == 2 else 0)
 
 
-def _bucket_bytes(parameters: LocalParameters, bucket: int, dtype: Dtype, zero_stage: int) -> float:
-    """Stage 0 reduces up to 500M elements at once, whatever is configured; bfloat16 casts tensor by tensor.
+def _bucket_bytes(engine: EngineConfig, dtype: Dtype) -> float:
+    """One bucket, whole however small the model; ``BF16_Optimizer`` and stage 0 have none."""
+    has_none = engine.zero_stage == 0 or (engine.zero_stage == 1 and dtype == "bfloat16")
+    return 0 if has_none else BYTES[dtype] * engine.reduce_bucket_elements
 
-    Args:
-        parameters: Of this rank.
-        bucket: Elements reduced at once; 0 with one rank.
-        dtype: The engine's.
-        zero_stage: The engine's.
-    """
+
+def _copied_bytes(parameters: LocalParameters, dtype: Dtype, zero_stage: int) -> float:
+    """Stage 0 reduces up to 500M elements at once, whatever is configured; bfloat16 casts tensor by tensor."""
     if zero_stage == 0:
         return 4 * min(_STAGE_0_BUCKET, max(parameters.dense + parameters.kept, parameters.expert))
-    return 4 * min(bucket, parameters.count) + (4 * parameters.largest if dtype == "bfloat16" else 0)
+    return 4 * parameters.largest if dtype == "bfloat16" else 0
 
 
 @dataclass(frozen=True)
@@ -222,10 +224,11 @@ class _Layers:
 
     @property
     def logits(self) -> float:
-        """A chunk of logits in float32 and in the engine's dtype, and the float32 sum of the head's gradient."""
+        """A chunk of logits in float32, also in the engine's dtype, and the float32 sum of the head's gradient."""
         model = self.model
         chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
-        return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * (4 + self.size)
+        each = 4 + (self.size if self.size < 4 else 0)
+        return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * each
 
     @property
     def exchange(self) -> float:

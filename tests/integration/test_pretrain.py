@@ -123,6 +123,14 @@ def test_metrics_are_complete_and_the_loss_falls(straight: Path):
         assert last[f"moe/layer_{layer:02d}/experts_per_token"] == 2
         assert last[f"moe/layer_{layer:02d}/load_max_over_mean"] == pytest.approx(max(share) * 4)
     assert len(rows_of(straight, "straight", "validation")) == 2
+    assert rows_of(straight, "straight", "event")[-1]["event"] == "finished"
+
+
+def test_a_run_that_diverges_says_so(home: Path):
+    code, _, err = run(home, *train_words("diverges", "optimizer.learning_rate=1e30", "schedule.warmup_steps=0"))
+    assert code == 2 and "must be finite" in err
+    last = rows_of(home, "diverges", "event")[-1]
+    assert last["event"] == "diverged" and "must be finite" in last["message"]
 
 
 def test_kill_and_resume_on_another_topology(straight: Path):

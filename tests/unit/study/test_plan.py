@@ -162,6 +162,39 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
     assert held["peak"] == pytest.approx(memory.total, rel=0.1), memory
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stage", "recompute"),
+    [
+        ("float32", 1, "none"),
+        ("float32", 1, "full"),
+        ("float32", 2, "none"),
+        ("bfloat16", 2, "none"),
+        ("bfloat16", 1, "none"),
+    ],
+)
+def test_a_peak_of_activations_and_exchange_is_within_a_tenth(dtype: str, stage: int, recompute: str):
+    """Many tokens, few parameters, experts on two ranks; the busiest rank's load is what was measured."""
+    overrides = [
+        *SMALL,
+        "batch.micro_batch_size=16",
+        "batch.global_batch_tokens=2048",
+        "parallel.processes=2",
+        "parallel.expert_parallel_size=2",
+        f"engine.dtype={dtype}",
+        f"engine.zero_stage={stage}",
+        "engine.check_every_steps=0",
+        "engine.reduce_bucket_elements=500000",
+        f"model.recompute={recompute}",
+    ]
+    config = load(overrides)
+    plan = plan_batches(config.batch, config.model.sequence_length, 2)
+    memory = memory_per_rank(config, "cpu", dtype, plan, 2, 1.0)
+    held = run_on_ranks(held_by_an_engine, 2, overrides)
+    assert memory.activations + memory.recomputed > 0.5 * memory.total
+    print(f"{max(each['peak'] for each in held) / memory.total:.3f} of the planned peak")
+    assert max(each["peak"] for each in held) == pytest.approx(memory.total, rel=0.1), memory
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_local_parameters_add_up_to_the_model(name: str):
     for expert_parallel in (1, 4):
