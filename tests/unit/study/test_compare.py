@@ -13,6 +13,7 @@ from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_
 
 from moe_pretrain.cli import main
 from moe_pretrain.study.compare import compare
+from moe_pretrain.study.compare_charts import band
 from moe_pretrain.study.compare_measures import incidents, training_flops, training_seconds
 from moe_pretrain.study.compare_page import write_comparison
 from moe_pretrain.study.compare_runs import find_runs
@@ -278,6 +279,14 @@ def test_variants_are_named_by_what_differs(tmp_path: Path):
     assert compare(tmp_path).reference == "top_k router.top_k=1"
     with pytest.raises(ValueError, match="--reference='top' must be one of the variants: 'top_k router.top_k=1', "):
         compare(tmp_path, "top")
+
+
+def test_a_band_is_the_mean_and_interval_at_common_steps():
+    found = band([{1: (10.0, 1.0), 2: (20.0, 3.0)}, {2: (22.0, 4.0), 3: (30.0, 9.0)}, {2: (24.0, 8.0)}])
+    assert found is not None and (found.x.tolist(), found.mean.tolist()) == ([22.0], [5.0])
+    half = 4.302653 * math.sqrt((4 + 1 + 9) / 2) / math.sqrt(3)
+    assert (found.low[0], found.high[0]) == pytest.approx((5 - half, 5 + half), abs=1e-5)
+    assert band([{1: (0.0, 0.0)}, {2: (0.0, 0.0)}]) is None and band([]) is None
 
 
 def test_incidents_are_found_where_they_were_planted(tmp_path: Path):

@@ -50,6 +50,7 @@ def test_pairs_are_by_seed_not_by_place():
     found = paired_difference({3: 1.0, 1: 5.0, 9: 7.0}, {1: 4.0, 3: 2.0, 2: 0.0})
     assert found.seeds == [1, 3]
     assert found.difference is not None and found.difference.mean == 0
+    assert found.difference.high == pytest.approx(12.7062, abs=1e-4)  # differences 1 and -1, t at one degree
     assert found.verdict == "not distinguishable"
 
 

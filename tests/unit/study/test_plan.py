@@ -87,7 +87,7 @@ def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, reco
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
     plan = plan_batches(config.batch, config.model.sequence_length, 1)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
-    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.1)
+    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.02 if router == "top_k" else 0.1)
 
 
 def test_a_recomputed_block_is_what_recomputation_saved():
