@@ -8,12 +8,22 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
+from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
-ShippedRouterConfig = TopKRouterConfig | LossFreeRouterConfig | TopPRouterConfig | AutonomyConfig | DenseConfig
+ShippedRouterConfig = (
+    AutonomyConfig
+    | DenseConfig
+    | ExpertThresholdRouterConfig
+    | LossFreeRouterConfig
+    | QuantileRouterConfig
+    | TopKRouterConfig
+    | TopPRouterConfig
+)
 """The ``router`` group; its ``name`` says which."""
 
 
@@ -40,7 +50,9 @@ RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "autonomy": AutonomyRouter,
+    "expert_threshold": ExpertThresholdRouter,
     "loss_free": LossFreeRouter,
+    "quantile": QuantileRouter,
     "top_k": TopKRouter,
     "top_p": TopPRouter,
 }
