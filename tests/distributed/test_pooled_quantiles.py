@@ -23,6 +23,11 @@ SCHEMES = {
     "quantile": ("router=quantile",),
     "quantile averaged over steps": ("router=quantile", f"router.ema_decay={DECAY}"),
     "expert_threshold": ("router=expert_threshold", f"router.ema_decay={DECAY}"),
+    "expert_threshold without a route in the first step": (
+        "router=expert_threshold",
+        f"router.ema_decay={DECAY}",
+        "router.initial_threshold=0.999999",
+    ),
 }
 Run = dict[str, Any]
 
@@ -44,10 +49,15 @@ def _train(scheme: str) -> Run:
 
     for router in routers:
         router.register_forward_pre_hook(note)
-    state = "threshold" if scheme == "expert_threshold" else "expert_bias"
-    run: Run = {"scores": [], "states": [[getattr(router, state).clone() for router in routers]]}
+    state = "threshold" if "threshold" in scheme else "expert_bias"
+    run: Run = {
+        "experts per token": [],
+        "scores": [],
+        "states": [[getattr(router, state).clone() for router in routers]],
+    }
     for step, batches in enumerate(random_batches(config, ranks)):
-        engine.step(step, own_micro_batches(batches, engine._plan, dist.get_rank()))
+        result = engine.step(step, own_micro_batches(batches, engine._plan, dist.get_rank()))
+        run["experts per token"].append(result.experts_per_token)
         run["scores"].append([torch.cat(of_layer) for of_layer in seen])
         run["states"].append([getattr(router, state).clone() for router in routers])
         for of_layer in seen:
@@ -73,7 +83,7 @@ def next_above(columns: Tensor) -> Tensor:
 
 def wanted(scheme: str, scores: Tensor, bias: Tensor) -> Tensor:
     """What a step with these scores asks of the state; the bias before its mean is taken off."""
-    if scheme == "expert_threshold":
+    if "threshold" in scheme:
         return -next_above(-scores)
     cutoffs = (scores + bias).sort(dim=1, descending=True).values[:, TOP_K : TOP_K + 1]
     return next_above(cutoffs - scores)
@@ -81,14 +91,14 @@ def wanted(scheme: str, scores: Tensor, bias: Tensor) -> Tensor:
 
 def moved(scheme: str, step: int, before: Tensor, target: Tensor) -> Tensor:
     """The state after ``step`` whose ``target`` is given."""
-    if scheme == "expert_threshold":
+    if "threshold" in scheme:
         return before + (1 - DECAY) / (1 - DECAY ** (step + 1)) * (target - before)
     target = target - target.mean()
     return DECAY * before + (1 - DECAY) * target if "averaged" in scheme else target
 
 
 def bin_width(scheme: str, before: Tensor) -> float:
-    return 1 / BINS if scheme == "expert_threshold" else float(before.max() - before.min() + 2) / BINS
+    return 1 / BINS if "threshold" in scheme else float(before.max() - before.min() + 2) / BINS
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -116,3 +126,10 @@ def test_pooled_over_ranks_and_micro_batches(runs: list[dict[str, Run]], scheme:
             averaged = sum(wanted(scheme, scores, before) for scores in own) / 2
             apart = max(apart, float((moved(scheme, step, before, averaged) - after).abs().max() / tolerance))
     assert apart > 3, "the batches show nothing"
+
+
+def test_a_step_without_a_route_trains_and_sets_the_thresholds(runs: list[dict[str, Run]]) -> None:
+    """The engine checks in every step that every parameter gets a gradient, be it zero."""
+    for run in runs:
+        nothing, *later = run["expert_threshold without a route in the first step"]["experts per token"]
+        assert nothing == 0 and all(1 < mean < 3 for mean in later)

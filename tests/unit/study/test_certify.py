@@ -311,7 +311,7 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
     ),
     (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
     (["router=quantile", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
-    (["router=expert_threshold", "router.initial_threshold=0.999"], {STATE: "ema_weight, threshold: "}),
+    (["router=expert_threshold", "router.initial_threshold=0.8"], {STATE: "ema_weight, threshold: "}),
     (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
     (
         ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
