@@ -8,8 +8,10 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter, AutonomyTopPConfig, AutonomyTopPRouter
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
 from moe_pretrain.moe.routers.hash import HashConfig, HashRouter
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
+from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
@@ -18,8 +20,10 @@ ShippedRouterConfig = (
     AutonomyConfig
     | AutonomyTopPConfig
     | DenseConfig
+    | ExpertThresholdRouterConfig
     | HashConfig
     | LossFreeRouterConfig
+    | QuantileRouterConfig
     | TopKRouterConfig
     | TopPRouterConfig
 )
@@ -50,8 +54,10 @@ RouterConfig = ShippedRouterConfig | RouterFileConfig
 ROUTERS: dict[str, Callable[..., Router]] = {
     "autonomy": AutonomyRouter,
     "autonomy_top_p": AutonomyTopPRouter,
+    "expert_threshold": ExpertThresholdRouter,
     "hash": HashRouter,
     "loss_free": LossFreeRouter,
+    "quantile": QuantileRouter,
     "top_k": TopKRouter,
     "top_p": TopPRouter,
 }

@@ -212,6 +212,10 @@ class Router(nn.Module):
         Such state is kept in buffers, which checkpoints save.
         """
 
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """The scheme's own numbers of a step for the metrics row, asked after ``after_step(use)``; names with units."""
+        return {}
+
     def use_token_counts(self, token_counts: Int[Tensor, "vocab"]) -> None:
         """Learn how often each token id occurs in the corpus; called before training, with ones if it is unknown."""
 

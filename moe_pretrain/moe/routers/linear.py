@@ -14,6 +14,23 @@ from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, Rou
 JITTER_STREAM = 1
 
 
+def router_use(
+    tokens_per_expert: Float[Tensor, "experts"],
+    probs: Float[Tensor, "tokens experts"],
+    context: RoutingContext,
+    sums: Float[Tensor, "sums"] | None = None,
+) -> RouterUse:
+    """Statistics of a decision that drops nothing; the entropy is that of ``probs``, whose rows sum to 1."""
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+    return RouterUse(
+        tokens_per_expert,
+        as_count(context.token_mask.sum()),
+        as_count((entropy * context.token_mask).sum()),
+        tokens_per_expert.new_zeros(()),
+        sums,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BalancedRouterConfig:
     """Fields of every router with a distribution over experts.
@@ -83,6 +100,7 @@ class BalancedRouter(Router):
         routes_per_token: int | None,
         context: RoutingContext,
         payload: Float[Tensor, "routes low"] | None = None,
+        sums: Float[Tensor, "sums"] | None = None,
     ) -> Routing:
         """Put a decision, its losses and its statistics together.
 
@@ -95,6 +113,7 @@ class BalancedRouter(Router):
             routes_per_token: See ``Routing``.
             context: Of the micro-batch.
             payload: See ``Routing``.
+            sums: See ``RouterUse``.
         """
         level = self._settings.load_balance_level
         num_groups = context.num_sequences if level == "sequence" else 1
@@ -108,18 +127,12 @@ class BalancedRouter(Router):
         tokens_per_expert = counts.sum(dim=0)
         if level == "global_batch" and context.sum_over_global_batch is not None:
             counts = context.sum_over_global_batch(self.layer, tokens_per_expert)[None]
-        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
         return Routing(
             token_index,
             expert_index,
             weight,
             routes_per_token,
-            use=RouterUse(
-                tokens_per_expert,
-                as_count(context.token_mask.sum()),
-                as_count((entropy * context.token_mask).sum()),
-                tokens_per_expert.new_zeros(()),
-            ),
+            use=router_use(tokens_per_expert, probs, context, sums),
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask),
                 "router_z": router_z_loss(logits, context.token_mask),

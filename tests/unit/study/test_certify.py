@@ -314,6 +314,8 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
         {COLLAPSE: "6.0000 when 1 of 6 experts has", STATE: "after_step moves nothing"},
     ),
     (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=quantile", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=expert_threshold", "router.initial_threshold=0.8"], {STATE: "ema_weight, threshold: "}),
     (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
     (
         ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
@@ -344,6 +346,13 @@ def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
             return logits - (logits * text).sum(dim=0) / text.sum().clamp(min=1) if self.training else logits
         """
     rows = list(examine(load([variant(tmp_path, methods), *SMALL])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "cut of the batch in training"}
+
+
+def test_warmup_of_expert_threshold_is_declared() -> None:
+    rows = list(examine(load([*SMALL, "router=expert_threshold", "router.warmup_steps=1000"])))
     assert not failing(rows)
     declared = {row.property for row in rows if row.verdict == "declared non-causal"}
     assert declared == {"causality in training", "cut of the batch in training"}
