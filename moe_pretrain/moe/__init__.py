@@ -8,12 +8,24 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
+from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
+from moe_pretrain.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
-ShippedRouterConfig = TopKRouterConfig | LossFreeRouterConfig | TopPRouterConfig | AutonomyConfig | DenseConfig
+ShippedRouterConfig = (
+    AutonomyConfig
+    | DenseConfig
+    | ExpertChoiceConfig
+    | LossFreeRouterConfig
+    | ReLUConfig
+    | SinkhornConfig
+    | TopKRouterConfig
+    | TopPRouterConfig
+)
 """The ``router`` group; its ``name`` says which."""
 
 
@@ -40,7 +52,10 @@ RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "autonomy": AutonomyRouter,
+    "expert_choice": ExpertChoiceRouter,
     "loss_free": LossFreeRouter,
+    "relu": ReLURouter,
+    "sinkhorn": SinkhornRouter,
     "top_k": TopKRouter,
     "top_p": TopPRouter,
 }
