@@ -88,6 +88,8 @@ def train(config: Config) -> int:
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
     _tell_token_counts(model, loader, plan, mesh)
+    if competition := describe_competition(config.router.name, model):
+        say(competition)
     prepare_experts(model, config.parallel.expert_parallel_size)
     engine = TrainEngine(
         model,
@@ -414,6 +416,22 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
         f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
         f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
         f"{mesh.shard.size}, ZeRO {config.engine.zero_stage})"
+    )
+
+
+def describe_competition(name: str, model: DecoderLM) -> str | None:
+    """A loud line for a scheme whose routes in training depend on later tokens; None for the others."""
+    routers = [layer.router for layer in model.moe_layers()]
+    if all(router.causal_in_training for router in routers):
+        return None
+    evaluation = (
+        "evaluation is causal: judge by the validation loss"
+        if all(router.causal_in_evaluation for router in routers)
+        else "so is evaluation: neither loss is that of a language model that generates"
+    )
+    return (
+        f"NOT CAUSAL IN TRAINING: with router={name} the tokens of a micro-batch compete, so a token's experts depend "
+        f"on later tokens, on other sequences and on the micro-batch's size; {evaluation}"
     )
 
 

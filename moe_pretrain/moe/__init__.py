@@ -6,24 +6,38 @@ from typing import Protocol, runtime_checkable
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter, AutonomyTopPConfig, AutonomyTopPRouter
+from moe_pretrain.moe.routers.autonomy import (
+    AutonomyConfig,
+    AutonomyExpertChoiceConfig,
+    AutonomyExpertChoiceRouter,
+    AutonomyRouter,
+    AutonomyTopPConfig,
+    AutonomyTopPRouter,
+)
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
 from moe_pretrain.moe.routers.hash import HashConfig, HashRouter
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
 from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig
+from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
+from moe_pretrain.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
 ShippedRouterConfig = (
     AutonomyConfig
+    | AutonomyExpertChoiceConfig
     | AutonomyTopPConfig
     | DenseConfig
+    | ExpertChoiceConfig
     | ExpertThresholdRouterConfig
     | HashConfig
     | LossFreeRouterConfig
     | QuantileRouterConfig
+    | ReLUConfig
+    | SinkhornConfig
     | TopKRouterConfig
     | TopPRouterConfig
 )
@@ -53,11 +67,15 @@ RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "autonomy": AutonomyRouter,
+    "autonomy_expert_choice": AutonomyExpertChoiceRouter,
     "autonomy_top_p": AutonomyTopPRouter,
+    "expert_choice": ExpertChoiceRouter,
     "expert_threshold": ExpertThresholdRouter,
     "hash": HashRouter,
     "loss_free": LossFreeRouter,
     "quantile": QuantileRouter,
+    "relu": ReLURouter,
+    "sinkhorn": SinkhornRouter,
     "top_k": TopKRouter,
     "top_p": TopPRouter,
 }

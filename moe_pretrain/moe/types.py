@@ -42,6 +42,8 @@ class RoutingContext:
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
             ``balance level = global_batch`` in training; None in evaluation.
+        global_tokens: Text tokens of the whole global batch, for shares of them; None where
+            ``sum_over_global_batch`` is.
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
         score_routes: Runs candidate routes as far as the experts' keys; None unless the router asks for it.
@@ -53,6 +55,7 @@ class RoutingContext:
     seed: int
     step: int
     sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
+    global_tokens: int | None = None
     token_ids: Int[Tensor, "tokens"] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None

@@ -200,7 +200,7 @@ def _agrees_with_oracle(subject: Subject) -> str:
     counts = GlobalCounts(labels=batch.num_valid_labels(), tokens=text)
     loss, aux = 0.0, dict.fromkeys(routers[0].aux_weights, 0.0)
     for cut in cuts:
-        seen = subject.run(model, cut, 0, lambda layer, own: totals[layer])
+        seen = subject.run(model, cut, 0, lambda layer, own: totals[layer], text)
         subject.loss(model, seen, cut, counts).backward()
         loss += float(seen.output.loss_sum.detach()) / counts.labels
         for name, value in seen.output.aux.items():

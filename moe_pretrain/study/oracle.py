@@ -192,6 +192,7 @@ class Oracle:
         level = getattr(self.config.router, "load_balance_level", "")
         by_cut = level == "micro_batch" or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
+        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.num_experts, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
@@ -199,7 +200,7 @@ class Oracle:
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
-            context = _context(self.config, rows, step, first_row, num_rows)
+            context = _context(self.config, rows, step, first_row, num_rows, global_routes)
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
@@ -220,6 +221,22 @@ class Oracle:
             shared = layer.shared_experts
             output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
         return _Layer(output, aux, counts, sums)
+
+    @torch.no_grad()
+    def _routes_of_cuts(
+        self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, cuts: Sequence[int]
+    ) -> Tensor | None:
+        """Routes per expert of the global batch where tokens compete within each of several cuts, else None."""
+        if len(cuts) == 1:
+            return None
+        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        length, first_row = rows.document_ids.shape[1], 0
+        for num_rows in cuts:
+            context = _context(self.config, rows, step, first_row, num_rows, total)
+            part = slice(first_row * length, (first_row + num_rows) * length)
+            total += layer.router(hidden[part], context).use.tokens_per_expert
+            first_row += num_rows
+        return total
 
     def _top_k(
         self, hidden: Tensor, router: TopKRouter, context: RoutingContext
@@ -308,8 +325,10 @@ def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
     return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
 
 
-def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: int) -> RoutingContext:
-    """What routers may know of ``num_rows`` rows, the global batch unless the level is the micro-batch."""
+def _context(
+    config: Config, rows: _Rows, step: int, first_row: int, num_rows: int, global_routes: Tensor | None
+) -> RoutingContext:
+    """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
     part = slice(first_row, first_row + num_rows)
     length = rows.document_ids.shape[1]
     return RoutingContext(
@@ -318,7 +337,8 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
         num_sequences=num_rows,
         seed=config.seed,
         step=step,
-        sum_over_global_batch=lambda layer, counts: counts,
+        sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
+        global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
     )
 

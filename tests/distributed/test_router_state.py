@@ -24,6 +24,8 @@ from moe_pretrain.study.verify import own_micro_batches, random_batches
 
 SCHEMES = {
     "loss_free": ("router=loss_free",),
+    # As many experts as there are on average: a rank by itself, or a layer, would now and then move the other way.
+    "relu": ("router=relu", "router.target_experts=2.1", "router.initial_sparsity_weight=0.01"),
     # From 0.7 the mean is close to the target, so that a rank by itself would now and then move the other way.
     "top_p": (
         "router=top_p",
@@ -35,9 +37,9 @@ SCHEMES = {
     "quantile": ("router=quantile",),
     "expert_threshold": ("router=expert_threshold",),
 }
-COUNTED = ("loss_free", "top_p")
+COUNTED = ("loss_free", "relu", "top_p")
 """Schemes whose state follows from the routes alone."""
-STATE = {"loss_free": "expert_bias", "top_p": "threshold"}
+STATE = {"loss_free": "expert_bias", "relu": "sparsity_weight", "top_p": "threshold"}
 RATE = 0.001  # of the bias, as shipped
 Run = dict[str, Any]
 
@@ -166,6 +168,9 @@ def moved_by_hand(scheme: str, routes: Tensor, tokens: list[int]) -> list[list[f
     if scheme == "loss_free":
         return (RATE * signs(routes).sum(dim=0)).tolist()
     means = routes.sum(dim=-1) / torch.tensor(tokens)[:, None]
+    if scheme == "relu":
+        weight = 0.01 * 1.2 ** torch.sign(means.mean(dim=1) - 2.1).sum()
+        return [[float(weight)]] * 2  # one for both layers
     return (0.7 + 0.01 * torch.sign(2.5 - means).sum(dim=0))[:, None].tolist()
 
 
@@ -206,6 +211,10 @@ def check_moves(runs: Runs, scheme: str) -> None:
 
 def test_top_p_moves_once_per_step_by_global_counts(runs: Runs) -> None:
     check_moves(runs, "top_p")
+
+
+def test_relu_moves_once_per_step_by_global_counts(runs: Runs) -> None:
+    check_moves(runs, "relu")
 
 
 def test_c22_bias_moves_once_per_step_by_global_counts(runs: Runs) -> None:

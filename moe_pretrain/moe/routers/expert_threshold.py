@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.linear import router_use
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.routers.pooled_quantile import check_ema_decay, check_num_bins, count_in_bins, value_at
@@ -108,7 +109,7 @@ class ExpertThresholdRouter(Router):
         scores = router_logits(hidden, self.weight).sigmoid()
         seen, text = scores.detach(), context.token_mask
         if self.training and context.step < self.config.warmup_steps:
-            taken = self._experts_choose(seen, text)
+            taken, _ = choose_tokens(seen, text, self.config.target_experts)
         else:
             taken = seen > self.threshold
         token_index, expert_index = taken.nonzero(as_tuple=True)
@@ -117,15 +118,6 @@ class ExpertThresholdRouter(Router):
         probs = seen / seen.sum(dim=1, keepdim=True).clamp(min=1e-20)
         use = router_use(tokens_per_expert, probs, context, self._sums(seen, taken, text) if self.training else None)
         return Routing(token_index, expert_index, scores[token_index, expert_index], None, use)
-
-    def _experts_choose(
-        self, scores: Float[Tensor, "tokens experts"], text: Bool[Tensor, "tokens"]
-    ) -> Bool[Tensor, "tokens experts"]:
-        """Each expert's best tokens, ``target_experts / num_experts`` of the text, rounded up."""
-        best_first = scores.masked_fill(~text[:, None], -1.0).sort(dim=0, descending=True, stable=True).indices
-        rank = torch.arange(len(scores), device=scores.device)
-        within = rank < text.sum() * self.config.target_experts / self.num_experts
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(0, best_first, within[:, None].expand_as(best_first))
 
     def _sums(
         self, scores: Float[Tensor, "tokens experts"], taken: Bool[Tensor, "tokens experts"], text: Tensor

@@ -14,23 +14,6 @@ from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, Rou
 JITTER_STREAM = 1
 
 
-def router_use(
-    tokens_per_expert: Float[Tensor, "experts"],
-    probs: Float[Tensor, "tokens experts"],
-    context: RoutingContext,
-    sums: Float[Tensor, "sums"] | None = None,
-) -> RouterUse:
-    """Statistics of a decision that drops nothing; the entropy is that of ``probs``, whose rows sum to 1."""
-    entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
-    return RouterUse(
-        tokens_per_expert,
-        as_count(context.token_mask.sum()),
-        as_count((entropy * context.token_mask).sum()),
-        tokens_per_expert.new_zeros(()),
-        sums,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class BalancedRouterConfig:
     """Fields of every router with a distribution over experts.
@@ -66,6 +49,45 @@ class LinearRouterConfig(BalancedRouterConfig):
         super().__post_init__()
         if not 0 <= self.jitter < 1:
             raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
+
+
+def routes_by_group(
+    token_index: Int[Tensor, "routes"],
+    expert_index: Int[Tensor, "routes"],
+    level: BalanceLevel,
+    num_experts: int,
+    context: RoutingContext,
+) -> Float[Tensor, "groups experts"]:
+    """Routes of this micro-batch's text to each expert: a row per sequence at that level, else one."""
+    num_groups = context.num_sequences if level == "sequence" else 1
+    group_of_route = token_index // (len(context.token_mask) // num_groups)
+    return count_routes(expert_index, context.token_mask[token_index], group_of_route, num_groups, num_experts)
+
+
+def balance_counts(
+    own: Float[Tensor, "groups experts"], level: BalanceLevel, layer: int, context: RoutingContext
+) -> Float[Tensor, "groups experts"]:
+    """``own`` from ``routes_by_group``; at the global level in training the routes of the whole global batch."""
+    if level == "global_batch" and context.sum_over_global_batch is not None:
+        return context.sum_over_global_batch(layer, own.sum(dim=0))[None]
+    return own
+
+
+def router_use(
+    tokens_per_expert: Float[Tensor, "experts"],
+    probs: Float[Tensor, "tokens experts"],
+    context: RoutingContext,
+    sums: Float[Tensor, "sums"] | None = None,
+) -> RouterUse:
+    """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+    return RouterUse(
+        tokens_per_expert,
+        as_count(context.token_mask.sum()),
+        as_count((entropy * context.token_mask).sum()),
+        tokens_per_expert.new_zeros(()),
+        sums,
+    )
 
 
 class BalancedRouter(Router):
@@ -116,23 +138,14 @@ class BalancedRouter(Router):
             sums: See ``RouterUse``.
         """
         level = self._settings.load_balance_level
-        num_groups = context.num_sequences if level == "sequence" else 1
-        counts = count_routes(
-            expert_index,
-            context.token_mask[token_index],
-            token_index // (probs.shape[0] // num_groups),
-            num_groups,
-            self.num_experts,
-        )
-        tokens_per_expert = counts.sum(dim=0)
-        if level == "global_batch" and context.sum_over_global_batch is not None:
-            counts = context.sum_over_global_batch(self.layer, tokens_per_expert)[None]
+        own = routes_by_group(token_index, expert_index, level, self.num_experts, context)
+        counts = balance_counts(own, level, self.layer, context)
         return Routing(
             token_index,
             expert_index,
             weight,
             routes_per_token,
-            use=router_use(tokens_per_expert, probs, context, sums),
+            use=router_use(own.sum(dim=0), probs, context, sums),
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask),
                 "router_z": router_z_loss(logits, context.token_mask),
