@@ -69,13 +69,15 @@ class ExpertThresholdRouter(Router):
     the token, in training and evaluation alike; it may have none, and then only shared experts (the paper has one:
     ``model.moe.num_shared_experts=1``) and the residual carry it. No losses: the thresholds balance.
 
-    With ``warmup_steps`` each expert takes its ``target_experts / num_experts`` best of the micro-batch's text tokens
-    in the first steps of training, for which tokens compete. Evaluation goes by the thresholds even then.
+    While a young router's scores drift faster than the average follows, tokens may for some steps have many more or
+    fewer experts than ``target_experts``, up to all and none. With ``warmup_steps`` each expert takes its
+    ``target_experts / num_experts`` best of the micro-batch's text tokens in the first steps of training, for which
+    tokens compete. Evaluation goes by the thresholds even then.
 
     Source:
-        Expert Threshold routing (Sun et al. 2026, arXiv:2603.11535). Its text was not at hand beyond the abstract and
-        summaries, so the decay of the average is ours. Deviations: the quantile is that of the pooled global batch, not
-        a mean of cutoffs of its parts; the warm-up is off by default.
+        Expert Threshold routing (Sun et al. 2026, arXiv:2603.11535), from its abstract and summaries, which do not
+        state the average's decay: that and the initial threshold are ours. Deviations: the quantile is that of the
+        pooled global batch, not a mean of cutoffs of its parts; the warm-up is off by default.
     """
 
     causal_in_evaluation = True
