@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from moe_pretrain.moe.experts.autonomy import AutonomyExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
 from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
@@ -13,7 +14,14 @@ from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
-ShippedRouterConfig = TopKRouterConfig | LossFreeRouterConfig | TopPRouterConfig | AutonomyConfig | DenseConfig
+ShippedRouterConfig = (
+    AttentionImportanceConfig
+    | AutonomyConfig
+    | DenseConfig
+    | LossFreeRouterConfig
+    | TopKRouterConfig
+    | TopPRouterConfig
+)
 """The ``router`` group; its ``name`` says which."""
 
 
@@ -39,6 +47,7 @@ class RouterFileConfig(Protocol):
 RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
+    "attention_importance": AttentionImportanceRouter,
     "autonomy": AutonomyRouter,
     "loss_free": LossFreeRouter,
     "top_k": TopKRouter,

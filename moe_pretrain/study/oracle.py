@@ -8,7 +8,7 @@ own float32 ``Routing`` and checks everything around it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,15 @@ from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.autonomy import AutonomyRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter
-from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, StepUse, float32_parameters
+from moe_pretrain.moe.types import (
+    AttentionStatistic,
+    ExpertShard,
+    Router,
+    RoutingContext,
+    StepUse,
+    float32_parameters,
+)
+from moe_pretrain.study.oracle_statistic import statistic_of_matrices
 
 JITTER_STREAM = 1
 
@@ -152,10 +160,13 @@ class Oracle:
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
-            hidden = hidden + self._attention(normed, block.attention, rows)
+            moe = block.feed_forward if isinstance(block.feed_forward, MoELayer) else None
+            wanted = None if moe is None else moe.router.attention_statistic
+            attended, statistic = self._attention(normed, block.attention, rows, wanted)
+            hidden = hidden + attended
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
-            if isinstance(block.feed_forward, MoELayer):
-                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, rows)
+            if moe is not None:
+                layer = self._moe(normed.flatten(0, 1), moe, step, rows, statistic)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
@@ -163,16 +174,21 @@ class Oracle:
                 hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
         return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
 
-    def _attention(self, normed: Tensor, attention: Attention, rows: _Rows) -> Tensor:
-        """Explicit softmax over the earlier positions of the same document, one head at a time."""
+    def _attention(
+        self, normed: Tensor, attention: Attention, rows: _Rows, wanted: AttentionStatistic | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit softmax over the earlier positions of the same document, one head at a time.
+
+        Also the statistic of it that the layer's router wants, ``[tokens]``.
+        """
         model = self.config.model
         size, shared = model.head_size, model.num_heads // model.num_key_value_heads
         num_query, num_key = model.num_heads * size, model.num_key_value_heads * size
         projected = normed @ attention.qkv_weight.T
-        output = []
+        output, statistics = [], []
         for row, documents, positions in zip(projected, rows.document_ids, rows.position_ids, strict=True):
             query, key, value = row.split([num_query, num_key, num_key], dim=-1)
-            heads = []
+            heads, matrices = [], []
             for head in range(model.num_heads):
                 of_query = slice(head * size, (head + 1) * size)
                 of_key = slice(head // shared * size, (head // shared + 1) * size)
@@ -181,11 +197,14 @@ class Oracle:
                 scores = turned_query @ turned_key.T / math.sqrt(size)
                 earlier = torch.ones_like(scores, dtype=torch.bool).tril()
                 visible = earlier & (documents[:, None] == documents[None, :])
-                heads.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ value[:, of_key])
+                matrices.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+                heads.append(matrices[-1] @ value[:, of_key])
             output.append(torch.cat(heads, dim=-1))
-        return torch.stack(output) @ attention.out_weight.T
+            if wanted is not None:
+                statistics.append(statistic_of_matrices(wanted, matrices, documents))
+        return torch.stack(output) @ attention.out_weight.T, torch.cat(statistics) if statistics else None
 
-    def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
+    def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, statistic: Tensor | None) -> _Layer:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
         text = (rows.document_ids >= 0).flatten()
         length = rows.document_ids.shape[1]
@@ -201,6 +220,7 @@ class Oracle:
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
             context = _context(self.config, rows, step, first_row, num_rows)
+            context = replace(context, attention=None if statistic is None else statistic[part])
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
