@@ -160,13 +160,13 @@ class Oracle:
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
-            moe = block.feed_forward if isinstance(block.feed_forward, MoELayer) else None
-            wanted = None if moe is None else moe.router.attention_statistic
+            router = block.feed_forward.router if isinstance(block.feed_forward, MoELayer) else None
+            wanted = None if router is None else router.attention_statistic
             attended, statistic = self._attention(normed, block.attention, rows, wanted)
             hidden = hidden + attended
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
-            if moe is not None:
-                layer = self._moe(normed.flatten(0, 1), moe, step, rows, statistic)
+            if isinstance(block.feed_forward, MoELayer):
+                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, rows, statistic)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
