@@ -61,7 +61,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were."""
+    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
+
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -69,6 +72,7 @@ class _Rows:
     position_ids: Tensor
     row_positions: Tensor
     rows_per_micro_batch: list[int]
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,8 @@ class Oracle:
             hidden = hidden + attended
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
-                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, rows, statistic)
+                seen = replace(rows, attention=statistic)
+                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
@@ -179,7 +184,7 @@ class Oracle:
     ) -> tuple[Tensor, Tensor | None]:
         """Explicit softmax over the earlier positions of the same document, one head at a time.
 
-        Also the statistic of it that the layer's router wants, ``[tokens]``.
+        Also the statistic of it that the layer's router wants, ``[rows, sequence]``.
         """
         model = self.config.model
         size, shared = model.head_size, model.num_heads // model.num_key_value_heads
@@ -202,9 +207,9 @@ class Oracle:
             output.append(torch.cat(heads, dim=-1))
             if wanted is not None:
                 statistics.append(statistic_of_matrices(wanted, matrices, documents))
-        return torch.stack(output) @ attention.out_weight.T, torch.cat(statistics) if statistics else None
+        return torch.stack(output) @ attention.out_weight.T, torch.stack(statistics) if statistics else None
 
-    def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, statistic: Tensor | None) -> _Layer:
+    def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
         text = (rows.document_ids >= 0).flatten()
         length = rows.document_ids.shape[1]
@@ -220,7 +225,6 @@ class Oracle:
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
             context = _context(self.config, rows, step, first_row, num_rows)
-            context = replace(context, attention=None if statistic is None else statistic[part])
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
@@ -329,6 +333,7 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
         step=step,
         sum_over_global_batch=lambda layer, counts: counts,
         token_ids=rows.input_ids[part].flatten(),
+        attention=None if rows.attention is None else rows.attention[part].flatten(),
     )
 
 
