@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_pretrain.model import attention
-from moe_pretrain.model.attention import Attention, document_mask
+from moe_pretrain.model.attention import Attention, DocumentMask, attend, document_mask
 from moe_pretrain.model.attention_statistic import MAX_SCORES
 from moe_pretrain.model.attention_statistic import attention_statistic as measure
 from moe_pretrain.model.block import Block
@@ -209,6 +209,28 @@ def test_the_default_limit_holds() -> None:
     with Largest() as largest:
         measure("row_max", query, key, torch.zeros(1, sequence, dtype=torch.long))
     assert 0.8 * MAX_SCORES < largest.numel <= MAX_SCORES < 32 * sequence**2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_measures_the_heads_that_it_attends_with(
+    name: AttentionStatistic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the rotary positions, and with the documents of its mask."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask) -> Tensor:
+        seen.append((query, key))
+        return attend(query, key, value, mask)
+
+    monkeypatch.setattr(attention, "attend", noting)
+    layer = Attention(24, num_heads=4, num_key_value_heads=2, head_size=6)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    rotary = rotary_table(torch.arange(SEQUENCE).expand(BATCH, -1), 6, 1e4)
+    hidden = torch.randn(BATCH, SEQUENCE, 24)
+    _, found = layer(hidden, rotary, document_mask(DOCUMENTS), name)
+    torch.testing.assert_close(found, by_hand(name, *seen[0], DOCUMENTS), rtol=1e-5, atol=1e-6)
+    assert layer(hidden, rotary, document_mask(DOCUMENTS))[1] is None
 
 
 class _Asking(TopKRouter):

@@ -152,17 +152,17 @@ def test_equals_one_token_at_a_time(scale: float, low: int, high: int | None, we
 
 
 def test_equal_scores_go_to_the_lower_expert() -> None:
-    router = make_router()
+    router = make_router(64)  # so many that a sort which is not stable shows
     torch.nn.init.zeros_(router.weight)
-    routing = router(torch.randn(3, HIDDEN), make_context([0.2, 0.6, 1.0]))
-    assert routing.expert_index.tolist() == [0, 0, 1, 2, 0, 1, 2, 3, 4]
+    routing = router(torch.randn(3, HIDDEN), make_context([1 / 64, 0.5, 1.0]))
+    assert routing.expert_index.tolist() == [0, *range(32), *range(64)]
 
 
-@pytest.mark.parametrize("num_experts", [1, 6, 8, 31])
+@pytest.mark.parametrize("num_experts", [1, 6, 7, 8, 20])
 def test_uniform_attention_gives_a_share_of_the_experts(num_experts: int) -> None:
     """3g 4 and 5: ``ceil(E / n)`` for ``n`` equal weights, however they round, as a mean over any number of heads."""
     router = make_router(num_experts, expected_experts=1.0)
-    for heads in (1, 3, 7):
+    for heads in (1, 3, 7, 12):
         lengths = range(1, 200)
         weights = torch.stack([torch.zeros(heads, n).softmax(dim=1).amax(dim=1).mean() for n in lengths])
         routing = router(torch.randn(len(lengths), HIDDEN), make_context(weights))
