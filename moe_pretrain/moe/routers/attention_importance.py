@@ -15,8 +15,8 @@ from moe_pretrain.moe.types import AttentionStatistic, Routing, RoutingContext, 
 ROUNDING = 1e-5
 """Experts by which ``scale * importance * num_experts`` may pass a whole number before it counts as more.
 
-Uniform attention over 5 keys has weights whose mean over 7 heads rounds to a little more than 1/5, and must still give 1
-of 5 experts.
+Uniform attention over 5 keys has weights whose mean over 7 heads rounds to a little more than 1/5, and must still give
+1 of 5 experts.
 """
 LARGEST_SCALE = 1e4
 """The controller keeps the scale below this and above its inverse, so an importance of 0 stays 0."""
