@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
 from moe_pretrain.moe.routers.autonomy import (
     AutonomyConfig,
     AutonomyExpertChoiceConfig,
@@ -27,7 +28,8 @@ from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
 ShippedRouterConfig = (
-    AutonomyConfig
+    AttentionImportanceConfig
+    | AutonomyConfig
     | AutonomyExpertChoiceConfig
     | AutonomyTopPConfig
     | DenseConfig
@@ -66,6 +68,7 @@ class RouterFileConfig(Protocol):
 RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
+    "attention_importance": AttentionImportanceRouter,
     "autonomy": AutonomyRouter,
     "autonomy_expert_choice": AutonomyExpertChoiceRouter,
     "autonomy_top_p": AutonomyTopPRouter,

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 
 BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
 
+AttentionStatistic = Literal["row_max", "corrected_row_max", "corrected_row_max_without_self", "entropy", "received"]
+"""One number per token from its block's attention; ``model/attention_statistic.py`` defines each."""
+
 
 @dataclass(frozen=True)
 class RoutingContext:
@@ -190,7 +193,7 @@ class Router(nn.Module):
     causal_in_training: bool
     causal_in_evaluation: bool
     num_sums: int = 0
-    attention_statistic: str | None = None
+    attention_statistic: AttentionStatistic | None = None
     needs_expert_scores: bool = False
     needs_token_counts: bool = False
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})

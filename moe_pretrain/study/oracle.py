@@ -8,7 +8,7 @@ own float32 ``Routing`` and checks everything around it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,15 @@ from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.top_k import TopKRouter
-from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, StepUse, float32_parameters
+from moe_pretrain.moe.types import (
+    AttentionStatistic,
+    ExpertShard,
+    Router,
+    RoutingContext,
+    StepUse,
+    float32_parameters,
+)
+from moe_pretrain.study.oracle_statistic import statistic_of_matrices
 
 JITTER_STREAM = 1
 
@@ -52,7 +60,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were."""
+    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
+
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -60,6 +71,7 @@ class _Rows:
     position_ids: Tensor
     row_positions: Tensor
     rows_per_micro_batch: list[int]
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,10 +163,14 @@ class Oracle:
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
-            hidden = hidden + self._attention(normed, block.attention, rows)
+            router = block.feed_forward.router if isinstance(block.feed_forward, MoELayer) else None
+            wanted = None if router is None else router.attention_statistic
+            attended, statistic = self._attention(normed, block.attention, rows, wanted)
+            hidden = hidden + attended
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
-                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, rows)
+                seen = replace(rows, attention=statistic)
+                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
@@ -162,16 +178,21 @@ class Oracle:
                 hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
         return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
 
-    def _attention(self, normed: Tensor, attention: Attention, rows: _Rows) -> Tensor:
-        """Explicit softmax over the earlier positions of the same document, one head at a time."""
+    def _attention(
+        self, normed: Tensor, attention: Attention, rows: _Rows, wanted: AttentionStatistic | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit softmax over the earlier positions of the same document, one head at a time.
+
+        Also the statistic of it that the layer's router wants, ``[rows, sequence]``.
+        """
         model = self.config.model
         size, shared = model.head_size, model.num_heads // model.num_key_value_heads
         num_query, num_key = model.num_heads * size, model.num_key_value_heads * size
         projected = normed @ attention.qkv_weight.T
-        output = []
+        output, statistics = [], []
         for row, documents, positions in zip(projected, rows.document_ids, rows.position_ids, strict=True):
             query, key, value = row.split([num_query, num_key, num_key], dim=-1)
-            heads = []
+            heads, matrices = [], []
             for head in range(model.num_heads):
                 of_query = slice(head * size, (head + 1) * size)
                 of_key = slice(head // shared * size, (head // shared + 1) * size)
@@ -180,9 +201,12 @@ class Oracle:
                 scores = turned_query @ turned_key.T / math.sqrt(size)
                 earlier = torch.ones_like(scores, dtype=torch.bool).tril()
                 visible = earlier & (documents[:, None] == documents[None, :])
-                heads.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ value[:, of_key])
+                matrices.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+                heads.append(matrices[-1] @ value[:, of_key])
             output.append(torch.cat(heads, dim=-1))
-        return torch.stack(output) @ attention.out_weight.T
+            if wanted is not None:
+                statistics.append(statistic_of_matrices(wanted, matrices, documents))
+        return torch.stack(output) @ attention.out_weight.T, torch.stack(statistics) if statistics else None
 
     def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
@@ -340,6 +364,7 @@ def _context(
         sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
         global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
+        attention=None if rows.attention is None else rows.attention[part].flatten(),
     )
 
 

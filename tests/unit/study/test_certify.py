@@ -331,6 +331,18 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
         ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
         {COLLAPSE: "6.0000 when 1 of"},
     ),
+    *(
+        (["router=attention_importance", f"router.importance={importance}", *more], {STATE: "scale: "})
+        for importance, *more in (
+            ("row_max", "router.target_experts=3", "router.controller_rate=0.05", "router.weights=renormalised"),
+            ("corrected_row_max", "router.target_experts=3", "router.controller_rate=0.05"),
+            ("entropy", "router.complement=true", "router.target_experts=3", "router.controller_rate=0.05"),
+            (
+                "predictor",
+                *("router.predictor_loss_weight=0.1", "router.target_experts=3", "router.controller_rate=0.05"),
+            ),
+        )
+    ),
 ]
 
 
@@ -347,6 +359,14 @@ def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) ->
     assert noncausal == ({TRAINING_CAUSALITY, "cut of the batch in training"} if competes else set())
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
+
+
+def test_received_attention_is_a_declared_leak() -> None:
+    overrides = ["router=attention_importance", "router.importance=received", "router.allow_non_causal=true"]
+    rows = list(examine(load([*SMALL, *overrides])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "causality in evaluation"}
 
 
 def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
