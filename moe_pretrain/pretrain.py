@@ -88,7 +88,7 @@ def train(config: Config) -> int:
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
     _tell_token_counts(model, loader, plan, mesh)
-    if competition := describe_competition(config.router.name, model):
+    if competition := _describe_competition(config.router.name, model):
         say(competition)
     prepare_experts(model, config.parallel.expert_parallel_size)
     engine = TrainEngine(
@@ -419,7 +419,7 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
     )
 
 
-def describe_competition(name: str, model: DecoderLM) -> str | None:
+def _describe_competition(name: str, model: DecoderLM) -> str | None:
     """A loud line for a scheme whose routes in training depend on later tokens; None for the others."""
     routers = [layer.router for layer in model.moe_layers()]
     if all(router.causal_in_training for router in routers):

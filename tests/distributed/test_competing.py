@@ -16,8 +16,12 @@ from torch import Tensor
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config
+from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
-from moe_pretrain.study.verify import own_micro_batches, random_batches, verify
+from moe_pretrain.parallel.mesh import build_mesh
+from moe_pretrain.study.oracle import Oracle
+from moe_pretrain.study.verify import build_engine as build_recorded_engine
+from moe_pretrain.study.verify import compare, own_micro_batches, random_batches, record, verify
 
 LOUD = "router.initial_sparsity_weight=0.3"  # so that a wrong loss shows in the gradients
 CASES = [
@@ -60,6 +64,29 @@ def test_equals_the_oracle(verified: dict[tuple[str, ...], list[list[str]]], cas
     for code, *said in verified[case]:
         assert code == "0", "\n".join(said)
         assert said[0].startswith("2 ranks, expert parallel 2, ZeRO") and "2 micro-batches" in said[0]
+
+
+def _close_all_gates_of_one_layer(model: DecoderLM) -> None:
+    with torch.no_grad():
+        model.moe_layers()[0].router.weight.zero_()
+
+
+def _train_without_routes() -> list[str]:
+    """What differs from the oracle where one layer has not a single route on any rank."""
+    config = _config("router=relu", LOUD)
+    mesh = build_mesh(config.parallel, "cpu")
+    engine = build_recorded_engine(config, "float32", mesh, _close_all_gates_of_one_layer)
+    oracle = Oracle(config, 3, change_model=_close_all_gates_of_one_layer)
+    steps = random_batches(config, mesh.world_size)
+    run = [record(engine, i, own_micro_batches(step, engine._plan, mesh.rank)) for i, step in enumerate(steps)]
+    expected = [oracle.step(i, step) for i, step in enumerate(steps)]
+    assert all(step.tokens_per_expert[0].sum() == 0 < step.tokens_per_expert[1].sum() for step in run)
+    return [str(row) for row in compare(run, expected, "float32") if not row.is_same]
+
+
+def test_a_layer_without_routes_equals_the_oracle() -> None:
+    """No rank sends or receives a row there, and training goes on."""
+    assert run_on_ranks(_train_without_routes, 2) == [[], []]
 
 
 def _thresholds(folder: str) -> dict[str, Any]:

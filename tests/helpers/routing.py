@@ -36,4 +36,6 @@ def experts_only(num_experts: int, width: int) -> MoEConfig:
         shared_expert_hidden_size=1,
         every_k_layers=1,
         num_leading_dense_layers=0,
+        gate_rank=None,
+        expert_width_multiple=8,
     )

@@ -85,7 +85,8 @@ class SinkhornRouter(LinearRouter):
     even, solved anew for every micro-batch. No gradient passes through it; weights are the scores of the
     logits alone. The tokens of a micro-batch compete, later ones and other sequences too, so training is not causal and
     depends on the micro-batch's size. Padding takes no part. Evaluation is plain top-k of the logits, causal, and not
-    balanced.
+    balanced. What is even is the plan, in which a token is spread over experts; the load is the number of its largest
+    entries, and tokens that are alike have theirs at the same experts, so load is near even rather than even.
 
     Source:
         S-BASE (Clark et al. 2022, arXiv:2202.01169) after BASE (Lewis et al. 2021, arXiv:2103.16716), which solves the

@@ -28,7 +28,9 @@ def make_router(num_experts: int = EXPERTS, **changes: Any) -> SinkhornRouter:
 
 def top_k_twin(router: SinkhornRouter) -> TopKRouter:
     options = {name: value for name, value in vars(router.config).items() if name != "iterations"}
-    twin = TopKRouter(TopKRouterConfig(**{**options, "name": "top_k", "weights": "raw"}), HIDDEN, EXPERTS, 3)
+    plain = {"name": "top_k", "weights": "raw", "weight_scale": 1.0}
+    plain |= {"num_groups": 1, "groups_per_token": 1, "projection_size": None}
+    twin = TopKRouter(TopKRouterConfig(**{**options, **plain}), HIDDEN, EXPERTS, 3)
     twin.weight = router.weight
     return twin
 
