@@ -9,6 +9,7 @@ own float32 ``Routing`` and checks everything around it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -190,8 +191,10 @@ class Oracle:
         length = rows.document_ids.shape[1]
         # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
         level = getattr(self.config.router, "load_balance_level", "")
-        by_cut = level == "micro_batch" or (layer.router.training and not layer.router.causal_in_training)
+        by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
+        by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
+        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.num_experts, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
@@ -199,7 +202,7 @@ class Oracle:
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
-            context = _context(self.config, rows, step, first_row, num_rows)
+            context = _context(self.config, rows, step, first_row, num_rows, global_routes, layer)
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
@@ -220,6 +223,22 @@ class Oracle:
             shared = layer.shared_experts
             output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
         return _Layer(output, aux, counts, sums)
+
+    @torch.no_grad()
+    def _routes_of_cuts(
+        self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, cuts: Sequence[int]
+    ) -> Tensor | None:
+        """Routes per expert of the global batch where a router sees it in several cuts, else None."""
+        if len(cuts) == 1:
+            return None
+        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        length, first_row = rows.document_ids.shape[1], 0
+        for num_rows in cuts:
+            context = _context(self.config, rows, step, first_row, num_rows, total, layer)
+            part = slice(first_row * length, (first_row + num_rows) * length)
+            total += layer.router(hidden[part], context).use.tokens_per_expert
+            first_row += num_rows
+        return total
 
     def _top_k(
         self, hidden: Tensor, router: TopKRouter, context: RoutingContext
@@ -308,8 +327,16 @@ def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
     return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
 
 
-def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: int) -> RoutingContext:
-    """What routers may know of ``num_rows`` rows, the global batch unless the level is the micro-batch."""
+def _context(
+    config: Config,
+    rows: _Rows,
+    step: int,
+    first_row: int,
+    num_rows: int,
+    global_routes: Tensor | None,
+    layer: MoELayer,
+) -> RoutingContext:
+    """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
     part = slice(first_row, first_row + num_rows)
     length = rows.document_ids.shape[1]
     return RoutingContext(
@@ -318,8 +345,9 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
         num_sequences=num_rows,
         seed=config.seed,
         step=step,
-        sum_over_global_batch=lambda layer, counts: counts,
+        sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
         token_ids=rows.input_ids[part].flatten(),
+        score_routes=partial(_score, layer) if layer.router.needs_expert_scores else None,
     )
 
 
@@ -340,10 +368,24 @@ def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
 
 
+def _score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+    """Every candidate's key, made from its activation, times the token's query."""
+    scores = torch.zeros(candidates.shape)
+    for expert in range(layer.num_experts):
+        routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
+        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
+        scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
+    return scores
+
+
 def _swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
+    return _inner(hidden, in_weight) @ out_weight.T
+
+
+def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
     width = in_weight.shape[0] // 2
     gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
-    return (gate * torch.sigmoid(gate) * up) @ out_weight.T
+    return gate * torch.sigmoid(gate) * up
 
 
 def _rotate(heads: Tensor, positions: Tensor, base: float) -> Tensor:
