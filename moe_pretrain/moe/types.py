@@ -59,6 +59,7 @@ class RoutingContext:
     score_routes: "ScoreRoutes | None" = None
 
 
+@runtime_checkable
 class ScoreRoutes(Protocol):
     """Asks the experts themselves how well tokens fit, wherever the experts are."""
 
