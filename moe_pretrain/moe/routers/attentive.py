@@ -157,7 +157,10 @@ class AttentiveBase(BalancedRouter):
     paper becomes a mixture of outputs. The query is one linear map of the layer's input, where the paper has a
     gate network; the trunk below the layer is that.
 
-    ``similarity`` and ``importance`` are losses on ``p`` over the text tokens of the micro-batch.
+    ``similarity`` and ``importance`` are losses on ``p`` over the text tokens of the micro-batch. The first costs as much
+    as a linear router, so it is made only where it has a weight; FLOP counts leave it out, as they do all losses.
+    Both see only ``p``. Where ``p`` is nearly uniform, as at the start, ``top_k`` may still pick the same experts for
+    every token: what sees routes is the load balance loss.
 
     Source:
         Krishnamurthy et al. 2023 (arXiv:2302.14703) and its released code.
@@ -177,8 +180,8 @@ class AttentiveBase(BalancedRouter):
     def aux_weights(self) -> dict[str, float]:
         """Coefficients of the losses in ``Routing.aux``."""
         fields = self._fields
-        own = {"similarity": fields.similarity_weight, "importance": fields.importance_weight}
-        return {**super().aux_weights, **own}
+        similarity = {"similarity": fields.similarity_weight} if fields.similarity_weight else {}
+        return {**super().aux_weights, **similarity, "importance": fields.importance_weight}
 
     def ask(
         self, hidden: Float[Tensor, "tokens hidden"], candidates: Int[Tensor, "tokens slots"], context: RoutingContext
@@ -222,7 +225,7 @@ class AttentiveBase(BalancedRouter):
             logits, logits.softmax(dim=-1), token, expert, weight.flatten(), fields.top_k, context, payload
         )
         text = context.token_mask
-        with torch.set_grad_enabled(torch.is_grad_enabled() and fields.similarity_weight > 0):
+        if fields.similarity_weight:
             routing.aux["similarity"] = sample_similarity_loss(gate, hidden, text)
         routing.aux["importance"] = importance_loss(gate, text)
         return routing

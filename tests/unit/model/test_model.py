@@ -235,6 +235,9 @@ def test_initialisation_differs_and_has_the_stated_spread():
         ["router=top_k", "router.projection_size=10"],
         ["router=hash", "router.weights=learned"],
         ["router=top_p", "router.threshold=1"],
+        ["router=attentive", "router.num_candidates=3"],
+        ["router=attentive_dense"],
+        ["router=attentive_low_rank", "router.gate_rank=8"],
         ["router=dense"],
     ],
 )
