@@ -148,6 +148,20 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _specialise(arguments: list[str]) -> int:
+    """Say what a run's experts specialise in."""
+    from moe_pretrain.pretrain import prepare_corpora, resolve_device
+    from moe_pretrain.study.specialise import read_run, specialise
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain specialise RUN_FOLDER")
+    folder = Path(arguments[0])
+    config = read_run(folder)
+    corpus, sets = prepare_corpora(config, print)
+    device, _ = resolve_device(config.engine)
+    return specialise(config, folder, {"held-out documents": corpus.validation, **sets}, device, print)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
@@ -157,5 +171,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL",
     ),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
+    "specialise": (_specialise, "RUN_FOLDER: information between a run's experts and what their tokens are, in bits"),
 }
 """Command -> (function of the remaining words, one line of help)."""
