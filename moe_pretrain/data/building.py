@@ -1,5 +1,6 @@
 """One attempt at writing a corpus' shards, which goes on from the attempts before it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -46,10 +47,13 @@ def build(preparation: "Preparation") -> None:
     """Do the work unless it is done, or another process does it meanwhile."""
     folder, sides, report = preparation.folder, preparation.sides, preparation.report
     if not is_complete(folder, sides):
-        with cache.locked(folder, report):
+        with cache.locked(folder, report) as lock:
             cache.remove_stale(folder.parent, report)
             if not is_complete(folder, sides):
-                preparation.run()
+                preparation.run(lock)
+    if cache.was_cut_off(folder):
+        with contextlib.suppress(ValueError, OSError), cache.locked(folder, report):  # it may be read-only
+            shutil.rmtree(folder / UNITS, ignore_errors=True)
 
 
 class Preparation:
@@ -83,12 +87,16 @@ class Preparation:
         self._max_tokens, self._workers = max_tokens, workers or len(os.sched_getaffinity(0))
         self._records: dict[int, UnitRecord] = {}
 
-    def run(self) -> None:
+    def run(self, lock: int) -> None:
         """Write what is missing, then give the folder its name.
+
+        Args:
+            lock: Handle of the corpus' lock, which the workers keep too.
 
         Raises:
             ValueError: The source, the tokenizer or the disk cannot be used; one line.
         """
+        self._lock = lock
         for side in (*self.sides, UNITS):
             (self._partial / side).mkdir(parents=True, exist_ok=True)
         cache.remove_leftovers(self._partial)
@@ -201,7 +209,7 @@ class Preparation:
         if processes <= 1:
             records = run_here(job, tokenizer, tasks, progress.advance)
         else:
-            records = run_in_processes(job, tasks, processes, progress.advance)
+            records = run_in_processes(job, tasks, processes, progress.advance, self._lock)
         for record in records:
             progress.finish(record)
             yield record
