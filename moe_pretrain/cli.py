@@ -89,21 +89,18 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
-    from moe_pretrain import data
     from moe_pretrain.config import load
-    from moe_pretrain.pretrain import prepare_corpora
+    from moe_pretrain.run_data import check_corpora, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
+    corpus, sets = check_corpora(config) if "--check" in words else prepare_corpora(config, print)
     if "--check" in words:
-        cache = Path(config.run.cache_dir)
-        corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
         print("every checksum is right")
-    else:
-        corpus, sets = prepare_corpora(config, print)
-        for name, reader in sets.items():
-            print(f"evaluation.sets.{name}: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
+    for name in config.evaluation.sets:
+        print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
     print(corpus.describe_counts())
-    print(f"shards: {corpus.train.folder.parent}")
+    for folder in corpus.folders:
+        print(f"shards: {folder}")
     return 0
 
 
