@@ -81,7 +81,7 @@ def end_when_exhausted(plan: BatchPlan, config: data.MixtureConfig, loader: data
     steps = loader.exhaustion_steps()
     if config.when_exhausted == "repeat" or not steps:
         return plan
-    first = min(steps, key=lambda name: steps[name])
+    first = min(steps, key=lambda name: (steps[name], name))
     if not steps[first]:
         raise ConfigError(f"data.when_exhausted=stop: data.sources.{first} has not even enough rows for the first step")
     return replace(plan, num_steps=min(plan.num_steps, steps[first]))

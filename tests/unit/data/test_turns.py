@@ -1,25 +1,12 @@
-"""Which source of a mixture serves which position: against a plain loop over every position, and as arithmetic far out."""
+"""Which source of a mixture serves which position: against a plain loop over all of them, and as arithmetic far out."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from helpers.turns import plain_loop
 
-from moe_pretrain.data.turns import MOST_PARTS, Pattern, Turns, parts_of
-
-
-def plain_loop(phases, num_positions):
-    """Source of each position, one after the other: of the rows that are due, the one whose time ends first."""
-    order, stops = [], [*(start for start, _ in phases[1:]), num_positions]
-    for (start, parts), stop in zip(phases, stops, strict=True):
-        shares = [Fraction(part, sum(parts)) for part in parts]
-        served = [0] * len(parts)
-        for slot in range(min(stop, num_positions) - start):
-            due = [n for n, share in enumerate(shares) if share and (served[n] / share).__floor__() <= slot]
-            chosen = min(due, key=lambda n: (((served[n] + 1) / shares[n]).__ceil__(), n))
-            served[chosen] += 1
-            order.append(chosen)
-    return np.array(order)
+from moe_pretrain.data.turns import Turns, parts_of
 
 
 def random_phases(generator, starts=None):
