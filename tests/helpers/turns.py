@@ -6,8 +6,8 @@ import numpy as np
 def plain_loop(phases, num_positions):
     """Source of each position, one after the other: of the rows that are due, the one whose time ends first.
 
-    A source with ``part`` of ``total`` parts is due for its row number k from slot ``k * total / part`` on, rounded down,
-    and must have it before slot ``(k + 1) * total / part``, rounded up.
+    A source with ``part`` of ``total`` parts is due for its row number k from slot ``k * total / part`` on, rounded
+    down, and must have it before slot ``(k + 1) * total / part``, rounded up.
     """
     order, stops = [], [*(start for start, _ in phases[1:]), num_positions]
     for (start, parts), stop in zip(phases, stops, strict=True):

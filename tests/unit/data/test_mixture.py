@@ -53,11 +53,11 @@ def mixed(readers, weights, phases=(), when_exhausted="repeat"):
 def expected_rows(readers, phases, num_positions, seed):
     """Rows of tokens from position 0 on, one after the other."""
     rows, served = [], dict.fromkeys(NAMES, 0)
+    orders = {name: RowOrder(count_rows(readers[name], SEQUENCE), seed_of(seed, name), True) for name in NAMES}
     for number in plain_loop(phases, num_positions):
         name = NAMES[number]
-        reader = readers[name]
-        _, row = RowOrder(count_rows(reader, SEQUENCE), seed_of(seed, name), True).row(served[name])
-        rows.append(reader.read(row * SEQUENCE, (row + 1) * SEQUENCE + 1).tolist())
+        _, row = orders[name].row(served[name])
+        rows.append(readers[name].read(row * SEQUENCE, (row + 1) * SEQUENCE + 1).tolist())
         served[name] += 1
     return rows, served
 
