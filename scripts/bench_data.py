@@ -1,14 +1,16 @@
 """Speed of the data path, as ratios of things measured side by side in one run.
 
-    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 16] [--workers N]
+    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 16] [--workers N] [--train-steps 20]
 
 Loader: one core, shuffled rows of 2,048 tokens from shards, as int64 tensors, in processor seconds.
 Tokenising: ``prepare`` with N processes against the tokenizer library alone in N processes, in elapsed seconds.
+Waiting: the share of the step time in which ``train model=tiny`` waited for its data, the first step left out.
 """
 
 import argparse
 import multiprocessing
 import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -32,6 +34,7 @@ from moe_pretrain.data import (  # noqa: E402
 )
 from moe_pretrain.data.shards import Origin  # noqa: E402
 from moe_pretrain.data.tokenizer import load_tokenizer_file  # noqa: E402
+from moe_pretrain.metrics.rows import read_rows  # noqa: E402
 
 SEQUENCE, ROWS, MEAN_DOCUMENT, VOCAB = 2048, 64, 500, 50257
 
@@ -143,16 +146,40 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
     )
 
 
+def bench_waiting(folder: Path, steps: int) -> None:
+    """Train on what ``bench_tokenising`` has left in ``folder``."""
+    overrides = [
+        "model=tiny", "model.vocab_size=8192", "data=files", f"data.paths=['{folder}/*.txt']",
+        "data.validation_fraction=0.02", "data.invalid_utf8=replace", "tokenizer=pretrained",
+        f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
+        "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
+        f"batch.total_tokens={steps * 8192}", "batch.global_batch_tokens=8192",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "moe_pretrain", "train", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    rows = [row for row in read_rows(folder / "runs" / "waiting" / "metrics.jsonl") if row["kind"] == "train"][1:]
+    waited = [row["train/data_wait_share"] * row["train/step_seconds"] for row in rows]
+    seconds = [row["train/step_seconds"] for row in rows]
+    print(
+        f"training waits for data: {sum(waited) / sum(seconds):.3%} of {len(rows)} steps of {np.mean(seconds):.2f} s, "
+        f"at most {max(waited) * 1e3:.2f} ms"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="processor time for each loader figure")
     parser.add_argument("--tokens", type=int, default=32_000_000, help="size of the corpus that the loader reads")
     parser.add_argument("--prepare-megabytes", type=int, default=16)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--train-steps", type=int, default=20, help="steps of the run whose waiting is measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         (folder := Path(temporary) / "text").mkdir()
         bench_tokenising(folder, options.prepare_megabytes, options.workers)
+        bench_waiting(folder, options.train_steps)
         bench_loader(write_shards(Path(temporary) / "shards", options.tokens), options.seconds)
 
 

@@ -1,8 +1,8 @@
 """Does this configuration compute what it says? The training step against the oracle, quantity by quantity.
 
 The user's configuration is shrunk in width, depth, vocabulary and sequence; router, experts, expert parallel, ZeRO
-stage, precision, accumulation, clipping, recompute and packing stay. It trains a few steps on random packed batches under
-DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
+stage, precision, accumulation, clipping, recompute and packing stay. It trains a few steps on random packed batches
+under DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
 """
 
 from collections.abc import Callable, Sequence
