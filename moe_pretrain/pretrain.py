@@ -181,6 +181,7 @@ class _Run:
         self.config, self.folder, self.plan, self.size = config, folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
         self.evaluation_sets, self.loader = evaluation_sets, loader
+        self.exhaustion = loader.exhaustion_steps()
         self.corpus_facts = data.corpus_facts(config.data, corpus)
         self.step = 0
         self.token_hash = 0
@@ -242,6 +243,7 @@ class _Run:
                 if self.step % config.metrics.log_every_steps == 0 or self.step == last:
                     self.log(result)
                 at_end = self.step == last
+                self.note_exhausted(step, at_end)
                 stopping = stop.agreed() and not at_end
                 # Before the checkpoint, so that a finished run has its last validation.
                 if not stopping and (at_end or self.step % config.evaluation.every_steps == 0):
@@ -278,6 +280,16 @@ class _Run:
             row[f"data/{name}/epochs"] = use.epochs
         hashed = f"{self.token_hash % 2**64:016x}"
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row, "data/token_hash": hashed})
+
+    def note_exhausted(self, step: int, at_end: bool) -> None:
+        """Record in which step a source of a mixture begins again, or that the run ends because one has been read."""
+        for name, first in self.exhaustion.items():
+            if first == step:
+                message = f"source {name} has been read once and begins again in a new order"
+                self.metrics.event(self.step, self.tokens, "repeats", message)
+            elif at_end and first == self.step < self.config.batch.num_steps:
+                message = f"source {name} has been read: the run ends, {self.config.batch.num_steps} steps were planned"
+                self.metrics.event(self.step, self.tokens, "exhausted", message)
 
     def evaluate(self) -> None:
         sets, corpus = self.evaluation_sets, self.corpus

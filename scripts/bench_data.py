@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 from moe_pretrain.allocator import keep_freed_memory  # noqa: E402
 from moe_pretrain.data import (  # noqa: E402
+    BuiltinCorpusConfig,
     FilesCorpusConfig,
+    MixedShards,
+    MixtureConfig,
     ShardReader,
     ShardWriter,
     TokenizerConfig,
@@ -77,13 +81,22 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
         for start in starts.tolist():
             torch.from_numpy(reader.read(start, start + SEQUENCE + 1).astype(np.int64))
 
-    def loader(isolate: bool) -> TrainLoader:
-        return TrainLoader(reader, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate)
+    def loader(isolate: bool = True, shards: ShardReader | MixedShards = reader, **options: Any) -> TrainLoader:
+        return TrainLoader(shards, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate, **options)
 
-    with_masks, without = loader(True), loader(False)
+    with_masks, without = loader(), loader(False)
+    corpus = BuiltinCorpusConfig("builtin", 0.5)  # only its name is used
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    mixture = MixtureConfig("mixture", dict.fromkeys(weights, corpus), weights, (), "repeat")
+    mixed = loader(shards=MixedShards(dict.fromkeys(weights, reader), mixture))
     roof = tokens_per_second(plain, seconds)
     print(f"plain shuffled memmap read to int64      {roof / 1e6:8.1f} M tokens/s   1.00")
-    for words, one in (("without document masks", without), ("with document masks   ", with_masks)):
+    for words, one in (
+        ("without document masks", without),
+        ("with document masks   ", with_masks),
+        ("with masks, 3 sources ", mixed),
+        ("with masks, best fit  ", loader(method="best_fit")),
+    ):
         speed = tokens_per_second(one.micro_batches, seconds)
         print(f"our loader {words}        {speed / 1e6:8.1f} M tokens/s   {speed / roof:.2f}")
     batches = with_masks.iterate(0)
@@ -94,7 +107,7 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
         times = []
         for _ in range(20):
             started = time.perf_counter()
-            loader(True).micro_batches(position // ROWS)
+            loader().micro_batches(position // ROWS)
             times.append(time.perf_counter() - started)
         print(f"first step from position {position:.0e}: {min(times) * 1e3:.2f} ms (step of {ROWS} rows)")
 

@@ -87,11 +87,12 @@ class TrainLoader:
         """This rank's micro-batches of one step, in order."""
         own = rank_positions(step, self._global_batch_rows, self._rank, self._world_size)
         positions = np.arange(own.start, own.stop, dtype=np.int64)
+        found = self.positions.find(positions)
         chunk = max(1, _ROWS_AT_ONCE // self._micro_batch_rows) * self._micro_batch_rows
         batches: list[MicroBatch] = []
         for first in range(0, len(positions), chunk):
             part = slice(first, first + chunk)
-            tokens, starts, used = self.positions.read(positions[part])
+            tokens, starts, used = self.positions.read(found[part])
             batches += build_micro_batches(
                 tokens,
                 starts,

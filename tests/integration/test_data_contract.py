@@ -126,16 +126,18 @@ def test_kills_and_other_ranks_consume_the_rows_of_an_uninterrupted_run(
         # To a row in each phase.
         assert abs(last["data/b/tokens"] / SEQUENCE - (0.3 * 11 + 2 / 3 * (STEPS - 11)) * ROWS) < 2
         assert "source b: " in output and "begins again in a new order" in output
+        assert "[repeats]" in output and "source b has been read once" in output
+        _refuses_another_corpus("b.jsonl")
 
-    # The same run on another corpus is refused, in one line that says what is different.
-    file = {"plain": "a.jsonl", "mixed": "b.jsonl"}[name]
+
+def _refuses_another_corpus(file: str) -> None:
+    """One line that says what is different, and where: the tokenizer is learnt from all sources, the rest is b's."""
     with open(file, "a") as corpus:
-        corpus.write(
-            json.dumps({"text": "one more"}) + "\n" + json.dumps({"text": "and another, at least one is trained on"})
-        )
-    process = start(f"parallel.processes={ranks[-1]}")
+        corpus.writelines(json.dumps({"text": text}) + "\n" for text in ("one more", "two more", "three more"))
+    process = start("parallel.processes=1")
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 2
+    assert process.returncode == 2 and "Traceback" not in output
     (line,) = [line for line in output.splitlines() if "the corpus has changed" in line]
-    assert "documents" in line and f"{file} had" in line and "Traceback" not in output
-    assert ("source b: " in line) == (name == "mixed") and "source a" not in line
+    about_a, _, about_b = line.partition("source b: ")
+    assert "source a: tokenizer" in about_a and "documents" not in about_a
+    assert "training documents" in about_b and f"{file} had" in about_b

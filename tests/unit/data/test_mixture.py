@@ -1,12 +1,14 @@
 """Mixtures: rows of several corpora against a plain loop, one tokenizer, and every mistake in one line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers.corpora import files, write_shards
 from helpers.turns import plain_loop
 
+from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import ConfigError, load
 from moe_pretrain.data import (
     BuiltinCorpusConfig,
@@ -25,6 +27,7 @@ from moe_pretrain.data.mixture import PhaseConfig
 from moe_pretrain.data.packing import wrap_to_int64
 from moe_pretrain.data.positions import seed_of
 from moe_pretrain.data.rows import count_rows
+from moe_pretrain.run_data import end_when_exhausted
 
 SEQUENCE = 7
 NAMES = ("code", "math", "web")
@@ -132,6 +135,25 @@ def test_position_a_trillion_is_as_quick_as_the_first(readers):
     assert batch.row_positions.tolist() == list(range(10**12 // 12 * 12, 10**12 // 12 * 12 + 12))
     use = loader.source_use(10**12 // 12)
     assert sum(one.rows for one in use.values()) == 10**12 // 12 * 12
+
+
+def test_a_mixture_that_stops_ends_before_the_first_repeated_row(readers):
+    """By the plain count; and a mixture that repeats, or does not come that far, keeps its plan."""
+    rows, parts = 6, [3, 1, 1]
+    order = plain_loop([(0, parts)], 300 * rows)
+    sizes = [count_rows(readers[name], SEQUENCE) for name in NAMES]
+    first = min(np.flatnonzero(order == n)[size] for n, size in enumerate(sizes))
+    plan = BatchPlan(rows_per_step=rows, micro_batch_size=1, accumulation=6, num_steps=300, tokens_per_step=42)
+
+    def planned(when_exhausted, plan=plan):
+        reader = mixed(readers, parts, when_exhausted=when_exhausted)
+        return end_when_exhausted(plan, reader.config, TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True)).num_steps
+
+    assert planned("stop") == first // rows < 300 == planned("repeat")
+    assert planned("stop", replace(plan, num_steps=2)) == 2
+    with pytest.raises(ValueError, match="data.when_exhausted=stop: data.sources.code has not even enough rows"):
+        big = mixed(readers, parts, when_exhausted="stop")
+        end_when_exhausted(plan, big.config, TrainLoader(big, SEQUENCE, 600, 1, 0, 1, 0, True))
 
 
 # ---------------------------------------------------------------- preparation
