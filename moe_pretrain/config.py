@@ -312,22 +312,38 @@ def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
-    text = " ".join(str(error).split())
+    choices = []
     for override in overrides:
-        if override == "~router":
-            continue  # ours, for router_file
-        key, _, value = override.lstrip("+~").partition("=")
-        parts = key.split(".")
-        folder = config_folder() / key
-        if folder.is_dir() and not (folder / f"{value}.yaml").exists():
-            return f"{key}={value} is not a choice{_suggest(value, {path.stem for path in folder.glob('*.yaml')})}"
-        known: Any = compose_values([]) if key else {}
-        for depth, part in enumerate(parts):
+        key, _, value = override.lstrip("+").partition("=")
+        folder = config_folder() / key.partition("@")[0]
+        if key and folder.is_dir():
+            names = {path.stem for path in folder.glob("*.yaml")}
+            if value not in names:
+                return f"{key}={value} is not a choice{_suggest(value, names)}"
+            choices.append(override)
+    fields = _fields_of(choices)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if override in choices or override.startswith(("+", "~")) or not key:
+            continue
+        known = fields
+        for depth, part in enumerate(parts := key.split(".")):
             if not isinstance(known, dict) or part not in known:
-                if override.startswith("+") or not key:
-                    break
                 where = ".".join(parts[:depth]) or "the configuration"
+                if known == {}:  # names of the user's own
+                    return f"{override}: {where} has no {part!r} yet; write +{override}"
                 names = set(known) if isinstance(known, dict) else set()
                 return f"{override}: {part!r} is not a field of {where}{_suggest(part, names)}"
             known = known[part]
+    text = " ".join(str(error).split())
     return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
+
+
+def _fields_of(choices: Sequence[str]) -> Any:
+    """The composed fields of what is chosen from the groups, whatever values are set or missing."""
+    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+        try:
+            composed = compose(ROOT_CONFIG, overrides=list(choices))
+        except (HydraException, OmegaConfBaseException):  # put at a place that does not exist
+            composed = compose(ROOT_CONFIG)
+    return OmegaConf.to_container(composed)

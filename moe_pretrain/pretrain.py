@@ -380,7 +380,7 @@ def _refuse_changes(
     if state["corpus_fingerprint"] != fingerprint:
         raise ConfigError(
             f"data: the corpus has changed since {path} was made: "
-            f"{data.explain_change(state['corpus_facts'], corpus_facts)}; choose another run.name to start anew"
+            f"{data.explain_change(state.get('corpus_facts', {}), corpus_facts)}; choose another run.name to start anew"
         )
 
 

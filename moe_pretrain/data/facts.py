@@ -51,6 +51,8 @@ def explain_change(then: Facts, now: Facts) -> str:
         then: What ``corpus_facts`` gave when a checkpoint was made.
         now: What it gives now, of a corpus with another fingerprint.
     """
+    if not then:
+        return "what it was is not recorded"
     if "sources" in then or "sources" in now:
         return _explain_sources(then.get("sources", {}), now.get("sources", {}))
     changes = [

@@ -63,6 +63,7 @@ def test_another_tokenizer_and_version_are_named(config, tmp_path):
 def test_other_text_of_the_same_size_is_said_to_be_that(config, tmp_path):
     then = facts_of(config, tmp_path)
     assert explain_change(then, {**then, "fingerprint": "x"}) == "other text, in as many documents and tokens"
+    assert explain_change({}, then) == "what it was is not recorded"  # a checkpoint of an earlier version
 
 
 def test_of_many_files_few_are_named_and_few_kept(config, tmp_path, monkeypatch):
