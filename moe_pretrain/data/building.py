@@ -50,7 +50,8 @@ def build(preparation: "Preparation") -> None:
         with cache.locked(folder, report) as lock:
             cache.remove_stale(folder.parent, report)
             if not is_complete(folder, sides):
-                preparation.run(lock)
+                preparation.lock = lock
+                preparation.run()
     if cache.was_cut_off(folder):
         with contextlib.suppress(ValueError, OSError), cache.locked(folder, report):  # it may be read-only
             shutil.rmtree(folder / UNITS, ignore_errors=True)
@@ -68,7 +69,12 @@ class Preparation:
         sides: ``SIDES``, or the first alone for a corpus of which nothing is held out.
         workers: Processes; None for one on each core.
         report: Called with progress lines.
+
+    Attributes:
+        lock: Handle of the corpus' lock, which the workers keep too; set by ``build``.
     """
+
+    lock: int
 
     def __init__(
         self,
@@ -87,16 +93,12 @@ class Preparation:
         self._max_tokens, self._workers = max_tokens, workers or len(os.sched_getaffinity(0))
         self._records: dict[int, UnitRecord] = {}
 
-    def run(self, lock: int) -> None:
+    def run(self) -> None:
         """Write what is missing, then give the folder its name.
-
-        Args:
-            lock: Handle of the corpus' lock, which the workers keep too.
 
         Raises:
             ValueError: The source, the tokenizer or the disk cannot be used; one line.
         """
-        self._lock = lock
         for side in (*self.sides, UNITS):
             (self._partial / side).mkdir(parents=True, exist_ok=True)
         cache.remove_leftovers(self._partial)
@@ -209,7 +211,7 @@ class Preparation:
         if processes <= 1:
             records = run_here(job, tokenizer, tasks, progress.advance)
         else:
-            records = run_in_processes(job, tasks, processes, progress.advance, self._lock)
+            records = run_in_processes(job, tasks, processes, progress.advance, self.lock)
         for record in records:
             progress.finish(record)
             yield record
