@@ -89,21 +89,18 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
-    from moe_pretrain import data
     from moe_pretrain.config import load
-    from moe_pretrain.pretrain import prepare_corpora
+    from moe_pretrain.run_data import check_corpora, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
+    corpus, sets = check_corpora(config) if "--check" in words else prepare_corpora(config, print)
     if "--check" in words:
-        cache = Path(config.run.cache_dir)
-        corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
         print("every checksum is right")
-    else:
-        corpus, sets = prepare_corpora(config, print)
-        for name, reader in sets.items():
-            print(f"evaluation.sets.{name}: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
+    for name in config.evaluation.sets:
+        print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
     print(corpus.describe_counts())
-    print(f"shards: {corpus.train.folder.parent}")
+    for folder in corpus.folders:
+        print(f"shards: {folder}")
     return 0
 
 
@@ -150,7 +147,9 @@ def _report(arguments: list[str]) -> int:
 
 def _specialise(arguments: list[str]) -> int:
     """Say what a run's experts specialise in."""
-    from moe_pretrain.pretrain import prepare_corpora, resolve_device
+    from moe_pretrain.data import TokenizedCorpus
+    from moe_pretrain.pretrain import resolve_device
+    from moe_pretrain.run_data import prepare_corpora
     from moe_pretrain.study.specialise import read_run, specialise
 
     if len(arguments) != 1:
@@ -158,8 +157,10 @@ def _specialise(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     config = read_run(folder)
     corpus, sets = prepare_corpora(config, print)
+    if isinstance(corpus, TokenizedCorpus):  # a mixture's sources are among the sets by name
+        sets = {"held-out documents": corpus.validation, **sets}
     device, _ = resolve_device(config.engine)
-    return specialise(config, folder, {"held-out documents": corpus.validation, **sets}, device, print)
+    return specialise(config, folder, sets, device, print)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
