@@ -91,10 +91,16 @@ def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
     from moe_pretrain import data
     from moe_pretrain.config import load
-    from moe_pretrain.pretrain import prepare_corpora
+    from moe_pretrain.pretrain import Corpus, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
+    corpus: Corpus
     if "--check" in words:
+        if config.streaming.applies_to(config.data):
+            raise ValueError(
+                "prepare --check is for corpora that are prepared whole (streaming.mode=never): the shards of a stream "
+                "are checked whenever a run opens them"
+            )
         cache = Path(config.run.cache_dir)
         corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
         print("every checksum is right")
@@ -102,8 +108,11 @@ def _prepare(words: list[str]) -> int:
         corpus, sets = prepare_corpora(config, print)
         for name, reader in sets.items():
             print(f"evaluation.sets.{name}: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
-    print(corpus.describe_counts())
-    print(f"shards: {corpus.train.folder.parent}")
+    if isinstance(corpus, data.StreamedCorpus):
+        print(f"training tokens in the cache: {corpus.fill(config.batch.total_tokens):,}; {corpus.describe_size()}")
+    else:
+        print(corpus.describe_counts())
+    print(f"shards: {corpus.folder}")
     return 0
 
 

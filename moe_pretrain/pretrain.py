@@ -6,6 +6,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -78,9 +79,8 @@ def train(config: Config) -> int:
         reset_positions=config.packing.reset_positions,
     )
     say(
-        f"corpus: {corpus.train.num_tokens:,} training and {corpus.validation.num_tokens:,} validation tokens, "
-        f"unigram entropy {corpus.unigram_entropy:.3f} nats/token; "
-        f"{plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs"
+        f"corpus: {corpus.describe_size()}, unigram entropy {corpus.unigram_entropy:.3f} nats/token"
+        + (f"; {plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs" if loader.num_rows else "")
         + (f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else "")
     )
 
@@ -98,21 +98,36 @@ def train(config: Config) -> int:
         config.seed,
     )
 
-    run = _Run(config, folder, plan, size, corpus, evaluation_sets, engine, mesh, say)
+    run = _Run(config, folder, plan, size, corpus, evaluation_sets, loader, engine, mesh, say)
     run.resume()
     with StopRequest(mesh) as stop:
-        finished = run.loop(loader, stop)
+        finished = run.loop(stop)
     run.finish(finished)
     return 0 if finished else stop.exit_code
 
 
-Corpora = tuple[data.TokenizedCorpus, dict[str, data.ShardReader]]
+Corpus = data.TokenizedCorpus | data.StreamedCorpus
+Corpora = tuple[Corpus, dict[str, data.ShardReader]]
 
 
-def prepare_corpora(config: Config, say: Callable[[str], None]) -> Corpora:
-    """The corpus that is trained on, and the further validation sets by name."""
+def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool = True, number: int = 0) -> Corpora:
+    """The corpus that is trained on, and the further validation sets by name.
+
+    Args:
+        config: The run.
+        say: Called with lines for the user.
+        is_first: Whether this is the first rank, which writes what is streamed.
+        number: The run's, for all its ranks.
+    """
     cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
-    corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
+    corpus: Corpus
+    if config.streaming.applies_to(config.data):
+        threads = workers or len(os.sched_getaffinity(0))
+        corpus = data.open_stream(
+            config.data, config.tokenizer, config.streaming, cache, config.run.name, is_first, number, threads, say
+        )
+    else:
+        corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
     rows_tokens = config.evaluation.max_rows * config.model.sequence_length + 1
     sets = {}
     for name, source in config.evaluation.sets.items():
@@ -129,18 +144,21 @@ def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
     look like a rank that hangs.
     """
-    done = torch.zeros((), device=mesh.device)
+    number = torch.zeros((), device=mesh.device, dtype=torch.int64)  # of the run; 0 while the first rank is at work
     if not mesh.is_main:
-        while not done:
-            dist.all_reduce(done)
-        return prepare_corpora(config, say)
+        while not number:
+            dist.all_reduce(number)
+        return prepare_corpora(config, say, False, int(number))
 
     def report(line: str) -> None:
         say(line)
-        dist.all_reduce(torch.zeros_like(done))
+        if not number:
+            dist.all_reduce(torch.zeros_like(number))
 
-    corpora = prepare_corpora(config, report)
-    dist.all_reduce(done.fill_(1))
+    drawn = 1 + secrets.randbelow(2**31)
+    corpora = prepare_corpora(config, report, True, drawn)
+    number.fill_(drawn)
+    dist.all_reduce(number.clone())
     return corpora
 
 
@@ -190,15 +208,16 @@ class _Run:
         folder: Path,
         plan: BatchPlan,
         size: ModelSize,
-        corpus: data.TokenizedCorpus,
+        corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
+        loader: data.TrainLoader,
         engine: TrainEngine,
         mesh: Mesh,
         say: Callable[[str], None],
     ):
         self.config, self.folder, self.plan, self.size = config, folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.evaluation_sets = evaluation_sets
+        self.evaluation_sets, self.loader = evaluation_sets, loader
         self.step = 0
         self.token_hash = 0
         self.saved_step: int | None = None
@@ -232,6 +251,7 @@ class _Run:
             return
         path, manifest = found
         state = manifest["state"]
+        self.loader.restore(state.get("stream"))
         _refuse_changes(state, self.config, self.corpus.fingerprint, path)
         store.restore(self.engine, path, manifest)
         self.step, self.token_hash = state["step"], state["token_hash"]
@@ -244,12 +264,12 @@ class _Run:
         self.metrics.resume(self.step)
         self.metrics.event(self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks")
 
-    def loop(self, loader: data.TrainLoader, stop: StopRequest) -> bool:
-        """Train until the last step or until a signal; True if the last step is done."""
-        config, last = self.config, self.plan.num_steps
+    def loop(self, stop: StopRequest) -> bool:
+        """Train until the last step, the end of the data or a signal; False if it was a signal."""
+        config, first, last = self.config, self.step, self.plan.num_steps
         if self.step >= last:
             return True
-        batches = loader.iterate(self.step)
+        batches = self.loader.iterate(self.step)
         try:
             for step, micro_batches in batches:
                 result = self.engine.step(step, micro_batches)
@@ -272,7 +292,11 @@ class _Run:
                     return True
         finally:
             batches.close()
-        raise AssertionError("the loader ended, which it never does")
+        self.metrics.event(self.step, self.tokens, "ended", "the source has no rows for another step")
+        if self.step > first and self.step % config.evaluation.every_steps:
+            self.evaluate()
+        self.save()
+        return True
 
     def log(self, result: StepResult) -> None:
         window = self.stopwatch.read()
@@ -331,6 +355,7 @@ class _Run:
                 "tokens": self.tokens,
                 "token_hash": self.token_hash,
                 "corpus_fingerprint": self.corpus.fingerprint,
+                "stream": self.loader.state(self.step),
                 "config": to_values(self.config),
                 "world_size": self.mesh.world_size,
                 "versions": _versions(),
@@ -399,7 +424,7 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
     )
 
 
-def _write_run_facts(folder: Path, config: Config, size: ModelSize, corpus: data.TokenizedCorpus, mesh: Mesh) -> None:
+def _write_run_facts(folder: Path, config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_values(config))), sort_keys=False))
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else platform.processor() or "cpu"
     facts = {

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
@@ -29,6 +30,19 @@ from moe_pretrain.data.units import (
 _VERIFIED_BYTES = 2**31  # checksums of smaller corpora are compared at every start: a second at most
 
 
+@runtime_checkable
+class Tokenized(Protocol):
+    """What an evaluation set needs to know of the corpus that is trained on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made its tokens."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, with its tokenizer if that was learnt from it."""
+
+
 @dataclass(frozen=True)
 class TokenizedCorpus:
     """A corpus ready to train on.
@@ -49,6 +63,15 @@ class TokenizedCorpus:
     fingerprint: str
     unigram_entropy: float
     counts: Counts
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.train.folder.parent
+
+    def describe_size(self) -> str:
+        """How much there is, in a few words."""
+        return f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
 
     def describe_counts(self) -> str:
         """Documents and tokens in and out, in one line whose numbers add up."""
@@ -100,7 +123,7 @@ def prepare(
     report = progress or (lambda line: None)
     max_tokens = _max_tokens(corpus, tokens_needed)
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
-    folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
     return _open(folder, pretrained)
 
@@ -108,7 +131,7 @@ def prepare(
 def prepare_evaluation_set(
     name: str,
     corpus: CorpusConfig,
-    trained_on: TokenizedCorpus,
+    trained_on: Tokenized,
     tokenizer: TokenizerConfig,
     cache_dir: Path,
     tokens_needed: int,
@@ -131,12 +154,12 @@ def prepare_evaluation_set(
         ValueError: As in ``prepare``; the line names the set.
     """
     if tokenizer.kind == "train":
-        tokenizer = TokenizerConfig("pretrained", 0, str(trained_on.train.folder.parent / TOKENIZER_FILE))
+        tokenizer = TokenizerConfig("pretrained", 0, str(trained_on.folder / TOKENIZER_FILE))
     report = progress or (lambda line: None)
     max_tokens = _max_tokens(corpus, tokens_needed)
     try:
         pretrained = trained_on.tokenizer
-        folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
+        folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
         build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES[:1], workers, report))
         return _open_sides(folder, SIDES[:1])[0]
     except ValueError as error:
@@ -152,7 +175,7 @@ def check_prepared(
         ValueError: It is not prepared, or a shard is damaged; the line names it.
     """
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
-    folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
     if not is_complete(folder, SIDES):
         raise ValueError(f"{folder}: this corpus is not prepared")
     prepared = _open(folder, pretrained)
@@ -167,13 +190,15 @@ def _max_tokens(corpus: CorpusConfig, tokens_needed: int | None) -> int | None:
     return tokens_needed if corpus.max_tokens is None else corpus.max_tokens
 
 
-def _folder_name(
+def folder_name(
     corpus: CorpusConfig,
     tokenizer: TokenizerConfig,
     pretrained: Tokenizer | None,
     max_tokens: int | None,
     sides: tuple[str, ...],
+    **more: Any,
 ) -> str:
+    """Name of a corpus' folder: a hash of everything that decides its content."""
     facts = {
         "format_version": shards.FORMAT_VERSION,
         "corpus": dataclasses.asdict(corpus),
@@ -182,6 +207,7 @@ def _folder_name(
         "tokenizer": pretrained.fingerprint if pretrained else dataclasses.asdict(tokenizer),
         "max_tokens": max_tokens,
         "sides": sides,
+        **more,
     }
     digest = xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
     return f"{corpus.source}-{digest}"

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from helpers.corpora import files, hub
 
-from moe_pretrain.data import sources
+from moe_pretrain.data import hub as hub_module
 from moe_pretrain.data.corpora import BuiltinCorpusConfig, is_validation
 from moe_pretrain.data.sources import content_identity, documents, sample_texts
 
@@ -215,13 +215,18 @@ def test_hub_without_a_network_is_one_line_at_once(monkeypatch):
     assert line.endswith("; use data=builtin or data=files")
 
 
+class Stream(list):
+    def state_dict(self):
+        return {}
+
+
 def test_hub_rows_and_faults(monkeypatch):
-    monkeypatch.setattr(sources, "require_network", lambda what, instead: None)
+    monkeypatch.setattr(hub_module, "require_network", lambda what, instead: None)
     asked = []
 
     def load_dataset(*names, **options):
         asked.append((names, options))
-        return iter([{"body": "a"}, {"body": ""}, {"body": "b"}, {"body": 3}])
+        return Stream([{"body": "a"}, {"body": ""}, {"body": "b"}, {"body": 3}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = documents(hub(subset="small", split="all", text_column="body"))
