@@ -6,6 +6,7 @@ the network are tried again with growing waits, from the start of the batch, so 
 The real hub has never been seen from the machine where this was written: tested are files over HTTP and ``file://``.
 """
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -89,8 +90,9 @@ def hub_batches(
             break
         except Exception as error:
             reason = f"data=hub data.name={config.name}: {one_line(error)}"
-            if not is_passing(error, start) or not retries.wait(reason):
-                waited = f" (given up after {retries.limit_seconds:.0f} s)" if is_passing(error, start) else ""
+            passing = is_passing(error, config, start)
+            if not passing or not retries.wait(reason):
+                waited = f" (given up after {retries.limit_seconds:.0f} s)" if passing else ""
                 raise ValueError(
                     f"data=hub data.name={config.name} data.subset={config.subset} data.split={config.split}: "
                     f"{one_line(error)}{waited}"
@@ -121,7 +123,7 @@ def open_stream(config: HubCorpusConfig, start: Place) -> Any:
     return stream
 
 
-def is_passing(error: BaseException, start: Place) -> bool:
+def is_passing(error: BaseException, config: HubCorpusConfig, start: Place) -> bool:
     """Whether a failure may be gone at the next try: the network's, not the dataset's."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -132,9 +134,24 @@ def is_passing(error: BaseException, start: Place) -> bool:
             return status >= 500 or status in _OVERLOADED
     if any("Offline" in type(link).__name__ for link in chain):
         return False
-    # fsspec calls a file missing when its server fails; one that was there before is not missing.
-    passing = (ConnectionError, TimeoutError, *((FileNotFoundError,) if start != START else ()))
-    return any(isinstance(link, passing) or type(link).__module__.split(".")[0] in _NETWORK_PACKAGES for link in chain)
+    if any(isinstance(link, FileNotFoundError) for link in chain):
+        # fsspec says the same of a file that is missing and of a server that fails.
+        addresses = [file for file in config.files or () if file.startswith(("http://", "https://"))]
+        return not any(_is_missing(address) for address in addresses) if addresses else start != START
+    return any(
+        isinstance(link, ConnectionError | TimeoutError) or type(link).__module__.split(".")[0] in _NETWORK_PACKAGES
+        for link in chain
+    )
+
+
+def _is_missing(address: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500 and error.code not in _OVERLOADED
+    except (OSError, http.client.HTTPException):
+        return False
+    return False
 
 
 def require_network(what: str, instead: str) -> None:

@@ -32,14 +32,17 @@ def serve(folder: Path) -> Iterator[tuple[str, Faults]]:
             pass
 
         def do_HEAD(self) -> None:
-            self._start(200, (folder / self.path[1:]).stat().st_size)
+            if (folder / self.path[1:]).is_file():
+                self._start(200, (folder / self.path[1:]).stat().st_size)
+            else:
+                self.send_error(404)
 
         def do_GET(self) -> None:
-            data = (folder / self.path[1:]).read_bytes()
-            fault = faults.next()
+            fault = faults.next() if (folder / self.path[1:]).is_file() else "404"
             if fault in ("500", "503", "404"):
                 self.send_error(int(fault))
                 return
+            data = (folder / self.path[1:]).read_bytes()
             first, last = 0, len(data) - 1
             if asked := self.headers.get("Range"):
                 one, _, two = asked.removeprefix("bytes=").partition("-")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -37,7 +38,7 @@ def folder(tmp_path, texts):
 @pytest.fixture
 def waits(monkeypatch):
     found: list[float] = []
-    monkeypatch.setattr(hub_module.time, "sleep", found.append)
+    monkeypatch.setattr(hub_module, "time", SimpleNamespace(sleep=found.append))
     return found
 
 
@@ -87,23 +88,23 @@ def test_waits_grow_and_end(folder, waits):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", ["404", "column", "value", "no file"])
+@pytest.mark.parametrize("fault", ["404", "column", "cut short", "no file"])
 def test_what_no_try_mends_is_not_tried_again(folder, waits, fault):
     with serve(folder) as (address, faults):
         config = files_at(address, "parquet")
         if fault == "404":
-            faults.coming = [None, None, *["404"] * 100]
+            (folder / "1.parquet").unlink()
         elif fault == "column":
             config = files_at(address, "parquet", text_column="body")
-        elif fault == "value":
-            pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), folder / "1.parquet")
+        elif fault == "cut short":
+            (folder / "1.parquet").write_bytes((folder / "1.parquet").read_bytes()[:-100])
         else:
             config = files_at("file:///nowhere/", "parquet")
         with pytest.raises(ValueError) as caught:
             read(config, limit=10**6)
     assert not waits and "\n" not in str(caught.value), str(caught.value)
-    words = {"404": "404", "column": "no column 'body'", "value": "1.parquet|string", "no file": "nowhere"}[fault]
-    assert any(word in str(caught.value) for word in words.split("|")), str(caught.value)
+    words = {"404": "1.parquet", "column": "no column 'body'", "cut short": "Parquet", "no file": "nowhere"}[fault]
+    assert words in str(caught.value)
 
 
 def test_files_need_a_loader_and_a_loader_needs_files():

@@ -10,6 +10,7 @@ import time
 from multiprocessing import Pipe
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.corpora import files
 from helpers.streams import TOKENIZER, open_inline, streaming, write_lines
@@ -30,11 +31,9 @@ def never():
     return False
 
 
-def hashes(rows, steps):
-    import numpy as np
-
+def read(rows, steps):
     found = []
-    for first in range(0, steps * 16, 16):
+    for first in range(steps.start * 16, steps.stop * 16, 16):
         assert rows.reach(first, first + 16, never)
         rows.release(first)
         found.append(rows.read(np.arange(first, first + 16))[0].tobytes())
@@ -49,18 +48,18 @@ def test_a_killed_writer_is_replaced_and_the_rows_are_the_same(corpus, tmp_path)
         stream = ShardStream(tmp_path / "cache", corpus, config, writer, lines.append)
         stream.load_tokenizer(TOKENIZER)
         rows = StreamedRows(stream, 16, 3, True)
-        found = hashes(rows, 2)
+        found = read(rows, range(2))
         environment = Path(f"/proc/{writer._process.pid}/environ").read_bytes()
         assert b"\0CUDA_VISIBLE_DEVICES=\0" in b"\0" + environment
         assert "libtorch" not in Path(f"/proc/{writer._process.pid}/maps").read_text(), "it never loads torch"
-        for steps in (8, 20):
+        for steps in (range(2, 8), range(8, 20)):
             writer._process.send_signal(signal.SIGTERM)  # not for it
             os.kill(writer._process.pid, signal.SIGKILL)
-            found = hashes(rows, steps)
+            found += read(rows, steps)
     finally:
         writer.close()
     inline, _ = open_inline(tmp_path / "other", corpus, config)
-    assert found == hashes(StreamedRows(inline, 16, 3, True), 20)
+    assert found == read(StreamedRows(inline, 16, 3, True), range(20))
     assert sum("ended by signal 9: starting another" in line for line in lines) == 2, lines
 
 
@@ -125,7 +124,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monk
     assert done and not list(folder.rglob("*.tmp"))
     left[0] = 10**9
     stream, _ = open_inline(folder, corpus, streaming())
-    found = hashes(StreamedRows(stream, 16, 3, True), 15)
+    found = read(StreamedRows(stream, 16, 3, True), range(15))
     other, _ = open_inline(tmp_path / "other", corpus, streaming())
-    assert found == hashes(StreamedRows(other, 16, 3, True), 15)
+    assert found == read(StreamedRows(other, 16, 3, True), range(15))
     assert all(path.stat().st_mtime_ns == changed for path, changed in done.items()), "finished shards stay"
