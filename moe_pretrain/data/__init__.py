@@ -22,8 +22,8 @@ from moe_pretrain.data.preparation import TokenizedCorpus, check_prepared, prepa
 from moe_pretrain.data.shard_writer import ShardWriter, write_manifest
 from moe_pretrain.data.shards import ShardReader
 from moe_pretrain.data.sources import documents
+from moe_pretrain.data.stream_config import StreamingConfig
 from moe_pretrain.data.streamed import StreamedCorpus, open_stream
-from moe_pretrain.data.streaming import StreamingConfig
 from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig
 
 if TYPE_CHECKING:

@@ -74,6 +74,8 @@ def hub_batches(
     Raises:
         ValueError: The hub or the dataset cannot be read, or a row has no text.
     """
+    if config.files is None and start == START:
+        require_network(f"data=hub data.name={config.name}", "use data=builtin or data=files")
     rows: list[Row] = []
     while True:
         rows, size = [], 0
@@ -103,8 +105,6 @@ def hub_batches(
 
 def open_stream(config: HubCorpusConfig, start: Place) -> Any:
     """The dataset as an iterable of rows that begins at a place and has ``state_dict``."""
-    if config.files is None and start == START:
-        require_network(f"data=hub data.name={config.name}", "use data=builtin or data=files")
     import datasets
 
     # Its loggers would put a line of their own before each of our errors, and its waits do not grow.
@@ -126,7 +126,7 @@ def open_stream(config: HubCorpusConfig, start: Place) -> Any:
 def is_passing(error: BaseException, config: HubCorpusConfig, start: Place) -> bool:
     """Whether a failure may be gone at the next try: the network's, not the dataset's."""
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    while cause := chain[-1].__cause__ or (None if chain[-1].__suppress_context__ else chain[-1].__context__):
         chain.append(cause)
     for link in chain:
         status = getattr(link, "status", None) or getattr(getattr(link, "response", None), "status_code", None)

@@ -1,20 +1,16 @@
-"""The process that writes a stream's shards ahead of the run, and what the first rank holds of it.
+"""The process that writes a stream's shards ahead of the run.
 
 A fresh interpreter without torch that sees no GPU, connected by a pipe; the kernel ends it with its parent. It is told
-which shards are read and works on the first one that is missing from there on.
+which shards are read and works on the first one that is missing from there on. ``writer_process`` is its other end.
 """
 
 import ctypes
-import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,7 +20,8 @@ from moe_pretrain.data.corpora import CorpusConfig, HubCorpusConfig, describe, o
 from moe_pretrain.data.hub import START, Place, Retries
 from moe_pretrain.data.shard_writer import write_durably
 from moe_pretrain.data.sources import Unit, plan_units, stream_units
-from moe_pretrain.data.streaming import END_FILE, StreamingConfig
+from moe_pretrain.data.stream_config import StreamingConfig
+from moe_pretrain.data.streaming import END_FILE
 from moe_pretrain.data.tokenizer import TokenizerConfig
 from moe_pretrain.data.units import (
     SIDES,
@@ -36,9 +33,6 @@ from moe_pretrain.data.units import (
     shard_is_whole,
     write_unit,
 )
-
-Report = Callable[[str], None]
-_MOST_DEATHS = 3  # of the process, with no shard finished between them
 
 
 @dataclass(frozen=True)
@@ -77,98 +71,6 @@ class Demand:
     num_shards: int | None = None
     base_shard: int = 0
     base_place: Place | None = None
-
-
-class WriterProcess:
-    """The process, from outside. See ``streaming.Writer``."""
-
-    def __init__(self, job: Job, report: Report) -> None:
-        self.status = "the writer starts"
-        self._job, self._report = job, report
-        self._demand = Demand()
-        self._failure: str | None = None
-        self._deaths = 0
-        self._lock = threading.Lock()  # the prefetching thread and the training loop both call
-        self._process, self._connection = self._start()
-
-    def check(self) -> None:
-        """See ``streaming.Writer``."""
-        with self._lock:
-            self._listen()
-            if self._failure is not None:
-                raise ValueError(self._failure)
-
-    def demand(self, kept: int, last: int) -> None:
-        """See ``streaming.Writer``."""
-        with self._lock:
-            self._tell(dataclasses.replace(self._demand, kept=kept, last=last))
-
-    def start_from(self, shard: int, place: Place | None, num_shards: int | None) -> None:
-        """See ``streaming.Writer``."""
-        with self._lock:
-            self._tell(dataclasses.replace(self._demand, num_shards=num_shards, base_shard=shard, base_place=place))
-
-    def close(self) -> None:
-        """See ``streaming.Writer``."""
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
-
-    def _tell(self, demand: Demand) -> None:
-        self._listen()  # also for its own sake: a pipe that nobody reads from fills up
-        if demand != self._demand:
-            self._demand = demand
-            self._send()
-
-    def _send(self) -> None:
-        try:
-            self._connection.send(self._demand)
-        except OSError:
-            pass  # it died: the next time we listen another starts
-
-    def _listen(self) -> None:
-        try:
-            while self._connection.poll():
-                kind, text = self._connection.recv()
-                if kind == "failed":
-                    self._failure = text
-                elif kind == "say":
-                    self._report(text)
-                else:
-                    self.status, self._deaths = text, 0 if kind == "done" else self._deaths
-        except (EOFError, OSError):
-            if self._failure is None:
-                self._replace()
-
-    def _replace(self) -> None:
-        code = self._process.wait()
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        self._deaths += 1
-        if self._deaths > _MOST_DEATHS:
-            self._failure = (
-                f"the process that writes shards ended {how} {self._deaths} times in a row (out of memory?); finished "
-                "shards are kept, the same command goes on from there"
-            )
-            return
-        self._report(f"the process that writes shards ended {how}: starting another")
-        self._connection.close()
-        self._process, self._connection = self._start()
-        self._send()
-
-    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        ours, theirs = Pipe()
-        program = f"import sys; sys.path[:] = {sys.path!r}; from moe_pretrain.data.stream_writer import main; main()"
-        variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "RAYON_NUM_THREADS": str(self._job.threads)}
-        variables.pop("TOKENIZERS_PARALLELISM", None)
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=variables,
-        )
-        theirs.close()
-        ours.send(self._job)
-        return process, ours
 
 
 class ShardsAhead:
@@ -354,6 +256,9 @@ def main() -> None:
     """The process."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parent = os.getppid()
+    os.putenv("CUDA_VISIBLE_DEVICES", "")
+    os.putenv("TOKENIZERS_PARALLELISM", "true")
+    os.putenv("RAYON_NUM_THREADS", sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to all of a job's processes: the run still wants its shards
 

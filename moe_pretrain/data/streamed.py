@@ -8,10 +8,12 @@ from pathlib import Path
 from moe_pretrain.data.corpora import CorpusConfig
 from moe_pretrain.data.preparation import folder_name
 from moe_pretrain.data.shards import ShardReader
-from moe_pretrain.data.stream_writer import Job, WriterProcess
-from moe_pretrain.data.streaming import ShardStream, StreamingConfig
+from moe_pretrain.data.stream_config import StreamingConfig
+from moe_pretrain.data.stream_writer import Job
+from moe_pretrain.data.streaming import ShardStream
 from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig, load_pretrained
 from moe_pretrain.data.units import SIDES, Counts
+from moe_pretrain.data.writer_process import WriterProcess
 
 
 @dataclass(frozen=True)

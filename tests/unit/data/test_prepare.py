@@ -166,6 +166,7 @@ def stream_numbered_texts(monkeypatch, rows=10**9):
             return {"number": self.number}
 
     monkeypatch.setattr("moe_pretrain.data.hub.open_stream", Numbered)
+    monkeypatch.setattr("moe_pretrain.data.hub.require_network", lambda what, instead: None)
     monkeypatch.setattr(building, "_TOKENIZER_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     monkeypatch.setattr(units, "_BATCH_CHARACTERS", 300)
