@@ -10,6 +10,7 @@ from helpers.corpora import files, hub
 from helpers.streams import TOKENIZER, open_inline, streaming, write_lines
 
 from moe_pretrain.data import documents, prepare, sources
+from moe_pretrain.data import hub as hub_module
 from moe_pretrain.data import streaming as streaming_module
 from moe_pretrain.data.corpora import is_validation
 from moe_pretrain.data.hub import START
@@ -164,14 +165,18 @@ def test_any_kills_ranks_and_caches_give_the_same_tokens(request, tmp_path, sche
     assert found == reference
 
 
-def test_a_lost_cache_costs_no_second_reading_of_what_lies_before(hub_corpus, tmp_path):
+def test_a_lost_cache_costs_no_second_reading_of_what_lies_before(hub_corpus, tmp_path, monkeypatch):
     ranks = loaders(tmp_path / "cache", hub_corpus, streaming(), 1, None)
     reference = run_steps(ranks, 0, 20)
     cursor = ranks[0].state(16)
+    opened, open_stream = [], hub_module.open_stream
+    monkeypatch.setattr(
+        hub_module, "open_stream", lambda config, start: opened.append(start.rows) or open_stream(config, start)
+    )
     again = loaders(tmp_path / "other", hub_corpus, streaming(), 1, cursor)
     assert reference[16:] == run_steps(again, 16, 4)
     written = {int(path.stem.split("-")[1]) for path in (tmp_path / "other" / "train").glob("*.bin")}
-    assert cursor["shard"] > 10
+    assert cursor["shard"] > 10 and opened[-1] == cursor["rows"]
     assert not written & set(range(2, cursor["shard"])), (
         "only the first shards, for validation, and those that are read"
     )
