@@ -6,6 +6,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -114,18 +115,21 @@ def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
     look like a rank that hangs.
     """
-    done = torch.zeros((), device=mesh.device)
+    number = torch.zeros((), device=mesh.device, dtype=torch.int64)  # of the run; 0 while the first rank is at work
     if not mesh.is_main:
-        while not done:
-            dist.all_reduce(done)
-        return prepare_corpora(config, say)
+        while not number:
+            dist.all_reduce(number)
+        return prepare_corpora(config, say, False, int(number))
 
     def report(line: str) -> None:
         say(line)
-        dist.all_reduce(torch.zeros_like(done))
+        if not number:
+            dist.all_reduce(torch.zeros_like(number))
 
-    corpora = prepare_corpora(config, report)
-    dist.all_reduce(done.fill_(1))
+    drawn = 1 + secrets.randbelow(2**31)
+    corpora = prepare_corpora(config, report, True, drawn)
+    number.fill_(drawn)
+    dist.all_reduce(number.clone())
     return corpora
 
 
@@ -135,7 +139,10 @@ def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPl
     if not routers:
         return
     counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    for step in range(min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))):
+    # Of a stream only the first step is sure to be there.
+    steps = 1 if loader.num_rows is None else min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))
+    for step in range(steps):
+        loader.reach(step)
         for batch in loader.micro_batches(step):
             counts += torch.bincount(batch.input_ids[batch.document_ids >= 0], minlength=len(counts))
     counts = counts.to(mesh.device)
@@ -237,6 +244,7 @@ class _Run:
             return
         path, manifest = found
         state = manifest["state"]
+        self.loader.restore(state.get("stream"))
         _refuse_changes(state, self.config, self.corpus.fingerprint, self.corpus_facts, path)
         store.restore(self.engine, path, manifest)
         self.step, self.token_hash = state["step"], state["token_hash"]
@@ -250,8 +258,8 @@ class _Run:
         self.metrics.event(self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks")
 
     def loop(self, stop: StopRequest) -> bool:
-        """Train until the last step or until a signal; True if the last step is done."""
-        config, last = self.config, self.plan.num_steps
+        """Train until the last step, the end of the data or a signal; False if it was a signal."""
+        config, first, last = self.config, self.step, self.plan.num_steps
         if self.step >= last:
             return True
         batches = self.loader.iterate(self.step)
@@ -278,7 +286,11 @@ class _Run:
                     return True
         finally:
             batches.close()
-        raise AssertionError("the loader ended, which it never does")
+        self.metrics.event(self.step, self.tokens, "ended", "the source has no rows for another step")
+        if self.step > first and self.step % config.evaluation.every_steps:
+            self.evaluate()
+        self.save()
+        return True
 
     def log(self, result: StepResult) -> None:
         window = self.stopwatch.read()
@@ -351,6 +363,7 @@ class _Run:
                 "token_hash": self.token_hash,
                 "corpus_fingerprint": self.corpus.fingerprint,
                 "corpus_facts": self.corpus_facts,
+                "stream": self.loader.state(self.step),
                 "config": to_values(self.config),
                 "world_size": self.mesh.world_size,
                 "versions": _versions(),
