@@ -6,6 +6,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -23,9 +24,9 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.engine import NonFiniteError, StepResult, TrainEngine
-from moe_pretrain.metrics.rows import Row, read_rows
+from moe_pretrain.metrics.rows import read_rows
 from moe_pretrain.metrics.sinks import MetricsWriter
-from moe_pretrain.metrics.statistics import evaluation_row, train_row
+from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row, train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -33,6 +34,7 @@ from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
+from moe_pretrain.run_data import Corpora, Corpus, describe_corpus, end_when_exhausted, prepare_corpora
 from moe_pretrain.signals import StopRequest
 from moe_pretrain.study.report import summarise, write_report
 
@@ -78,16 +80,15 @@ def train(config: Config) -> int:
         method=config.packing.method,
         reset_positions=config.packing.reset_positions,
     )
-    say(
-        f"corpus: {corpus.train.num_tokens:,} training and {corpus.validation.num_tokens:,} validation tokens, "
-        f"unigram entropy {corpus.unigram_entropy:.3f} nats/token; "
-        f"{plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs"
-        + (f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else "")
-    )
+    if isinstance(config.data, data.MixtureConfig):
+        plan = end_when_exhausted(plan, config.data, loader)
+    describe_corpus(corpus, plan, loader, say)
 
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
     _tell_token_counts(model, loader, plan, mesh)
+    if competition := _describe_competition(config.router.name, model):
+        say(competition)
     prepare_experts(model, config.parallel.expert_parallel_size)
     engine = TrainEngine(
         model,
@@ -100,29 +101,12 @@ def train(config: Config) -> int:
         config.seed,
     )
 
-    run = _Run(config, folder, plan, size, corpus, evaluation_sets, engine, mesh, say)
+    run = _Run(config, folder, plan, size, corpus, evaluation_sets, loader, engine, mesh, say)
     run.resume()
     with StopRequest(mesh) as stop:
-        finished = run.loop(loader, stop)
+        finished = run.loop(stop)
     run.finish(finished)
     return 0 if finished else stop.exit_code
-
-
-Corpora = tuple[data.TokenizedCorpus, dict[str, data.ShardReader]]
-
-
-def prepare_corpora(config: Config, say: Callable[[str], None]) -> Corpora:
-    """The corpus that is trained on, and the further validation sets by name."""
-    cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
-    corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
-    rows_tokens = config.evaluation.max_rows * config.model.sequence_length + 1
-    sets = {}
-    for name, source in config.evaluation.sets.items():
-        sets[name] = data.prepare_evaluation_set(
-            name, source, corpus, config.tokenizer, cache, rows_tokens, workers, say
-        )
-        data.count_rows(sets[name], config.model.sequence_length)  # refuses one that is too short
-    return corpus, sets
 
 
 def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> Corpora:
@@ -131,18 +115,21 @@ def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
     look like a rank that hangs.
     """
-    done = torch.zeros((), device=mesh.device)
+    number = torch.zeros((), device=mesh.device, dtype=torch.int64)  # of the run; 0 while the first rank is at work
     if not mesh.is_main:
-        while not done:
-            dist.all_reduce(done)
-        return prepare_corpora(config, say)
+        while not number:
+            dist.all_reduce(number)
+        return prepare_corpora(config, say, False, int(number))
 
     def report(line: str) -> None:
         say(line)
-        dist.all_reduce(torch.zeros_like(done))
+        if not number:
+            dist.all_reduce(torch.zeros_like(number))
 
-    corpora = prepare_corpora(config, report)
-    dist.all_reduce(done.fill_(1))
+    drawn = 1 + secrets.randbelow(2**31)
+    corpora = prepare_corpora(config, report, True, drawn)
+    number.fill_(drawn)
+    dist.all_reduce(number.clone())
     return corpora
 
 
@@ -152,7 +139,10 @@ def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPl
     if not routers:
         return
     counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    for step in range(min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))):
+    # Of a stream only the first step is sure to be there.
+    steps = 1 if loader.num_rows is None else min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))
+    for step in range(steps):
+        loader.reach(step)
         for batch in loader.micro_batches(step):
             counts += torch.bincount(batch.input_ids[batch.document_ids >= 0], minlength=len(counts))
     counts = counts.to(mesh.device)
@@ -209,15 +199,18 @@ class _Run:
         folder: Path,
         plan: BatchPlan,
         size: ModelSize,
-        corpus: data.TokenizedCorpus,
+        corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
+        loader: data.TrainLoader,
         engine: TrainEngine,
         mesh: Mesh,
         say: Callable[[str], None],
     ):
         self.config, self.folder, self.plan, self.size = config, folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.evaluation_sets = evaluation_sets
+        self.evaluation_sets, self.loader = evaluation_sets, loader
+        self.exhaustion = loader.exhaustion_steps()
+        self.corpus_facts = data.corpus_facts(config.data, corpus)
         self.step = 0
         self.token_hash = 0
         self.saved_step: int | None = None
@@ -251,7 +244,8 @@ class _Run:
             return
         path, manifest = found
         state = manifest["state"]
-        _refuse_changes(state, self.config, self.corpus.fingerprint, path)
+        self.loader.restore(state.get("stream"))
+        _refuse_changes(state, self.config, self.corpus.fingerprint, self.corpus_facts, path)
         store.restore(self.engine, path, manifest)
         self.step, self.token_hash = state["step"], state["token_hash"]
         self.saved_step = self.step
@@ -263,14 +257,14 @@ class _Run:
         self.metrics.resume(self.step)
         self.metrics.event(self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks")
 
-    def loop(self, loader: data.TrainLoader, stop: StopRequest) -> bool:
-        """Train until the last step or until a signal; True if the last step is done."""
-        config, last = self.config, self.plan.num_steps
+    def loop(self, stop: StopRequest) -> bool:
+        """Train until the last step, the end of the data or a signal; False if it was a signal."""
+        config, first, last = self.config, self.step, self.plan.num_steps
         if self.step >= last:
             return True
-        batches = loader.iterate(self.step)
+        batches = self.loader.iterate(self.step)
         try:
-            for step, micro_batches in batches:
+            for step, micro_batches in self.stopwatch.waits(batches):
                 result = self.engine.step(step, micro_batches)
                 self.step = step + 1
                 self.token_hash = data.wrap_to_int64(self.token_hash + result.token_hash)
@@ -278,6 +272,7 @@ class _Run:
                 if self.step % config.metrics.log_every_steps == 0 or self.step == last:
                     self.log(result)
                 at_end = self.step == last
+                self.note_exhausted(step, at_end)
                 stopping = stop.agreed() and not at_end
                 # Before the checkpoint, so that a finished run has its last validation.
                 if not stopping and (at_end or self.step % config.evaluation.every_steps == 0):
@@ -296,7 +291,11 @@ class _Run:
             raise
         finally:
             batches.close()
-        raise AssertionError("the loader ended, which it never does")
+        self.metrics.event(self.step, self.tokens, "ended", "the source has no rows for another step")
+        if self.step > first and self.step % config.evaluation.every_steps:
+            self.evaluate()
+        self.save()
+        return True
 
     def log(self, result: StepResult) -> None:
         window = self.stopwatch.read()
@@ -313,19 +312,38 @@ class _Run:
             self.mesh.world_size,
             self.peak_flops,
         )
+        for name, use in self.loader.source_use(self.step).items():
+            row[f"data/{name}/tokens"] = use.rows * self.config.model.sequence_length
+            row[f"data/{name}/epochs"] = use.epochs
         hashed = f"{self.token_hash % 2**64:016x}"
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row, "data/token_hash": hashed})
 
+    def note_exhausted(self, step: int, at_end: bool) -> None:
+        """Record in which step a source of a mixture begins again, or that the run ends because one has been read."""
+        for name, first in self.exhaustion.items():
+            if first == step:
+                message = f"source {name} has been read once and begins again in a new order"
+                self.metrics.event(self.step, self.tokens, "repeats", message)
+            elif at_end and first == self.step < self.config.batch.num_steps:
+                message = f"source {name} has been read: the run ends, {self.config.batch.num_steps} steps were planned"
+                self.metrics.event(self.step, self.tokens, "exhausted", message)
+
     def evaluate(self) -> None:
+        sets, corpus = self.evaluation_sets, self.corpus
         with self.stopwatch.paused():
-            row = self.evaluate_on(self.corpus.validation)
-            for name, reader in self.evaluation_sets.items():
-                found = self.evaluate_on(reader)
-                row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in found.items()}
+            losses = {name: self.evaluate_on(reader) for name, reader in sets.items()}
+            sizes = {name: _bytes_per_token(reader) for name, reader in sets.items()}
+            if isinstance(corpus, data.TokenizedMixture):
+                row = mixed_evaluation_row(losses, sizes, corpus.shares)
+            else:
+                row = evaluation_row(self.evaluate_on(corpus.validation), _bytes_per_token(corpus.validation))
+        for name, loss in losses.items():
+            own = evaluation_row(loss, sizes[name])
+            row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row})
 
-    def evaluate_on(self, reader: data.ShardReader) -> Row:
-        """Loss, perplexity and, where the text is known, bits per byte."""
+    def evaluate_on(self, reader: data.ShardReader) -> float:
+        """Mean nats per token of one set."""
         batches = data.validation_batches(
             reader,
             self.config.model.sequence_length,
@@ -336,12 +354,7 @@ class _Run:
             self.config.packing.isolate_documents,
             self.config.packing.reset_positions,
         )
-        evaluation = self.engine.evaluate(batches)
-        if reader.text_bytes:
-            return evaluation_row(evaluation.loss, reader.text_bytes / reader.num_tokens)
-        row = evaluation_row(evaluation.loss, 1.0)
-        del row["validation/bits_per_byte"]  # the corpus came as tokens
-        return row
+        return self.engine.evaluate(batches).loss
 
     def save(self) -> None:
         if self.saved_step == self.step:
@@ -354,6 +367,8 @@ class _Run:
                 "tokens": self.tokens,
                 "token_hash": self.token_hash,
                 "corpus_fingerprint": self.corpus.fingerprint,
+                "corpus_facts": self.corpus_facts,
+                "stream": self.loader.state(self.step),
                 "config": to_values(self.config),
                 "world_size": self.mesh.world_size,
                 "versions": _versions(),
@@ -371,6 +386,9 @@ class _Run:
         if not self.mesh.is_main:
             return
         self.say(f"run folder: {self.folder}")
+        for name, use in self.loader.source_use(self.step).items():
+            tokens = use.rows * self.config.model.sequence_length
+            self.say(f"source {name}: {tokens:,} tokens, {use.epochs:.2f} epochs")
         if not finished:
             self.say(f"stopped at step {self.step}; the same command goes on from there")
         if not any(row["kind"] == "train" for row in read_rows(self.folder / "metrics.jsonl")):
@@ -386,7 +404,9 @@ class _Run:
         self.say(f"report:     {report}")
 
 
-def _refuse_changes(state: dict[str, Any], config: Config, fingerprint: str, path: Path) -> None:
+def _refuse_changes(
+    state: dict[str, Any], config: Config, fingerprint: str, corpus_facts: dict[str, Any], path: Path
+) -> None:
     """Raise if what must stay the same over a resume has changed."""
     now = json.loads(json.dumps(to_values(config)))
     for part in _MUST_STAY:
@@ -399,8 +419,8 @@ def _refuse_changes(state: dict[str, Any], config: Config, fingerprint: str, pat
             )
     if state["corpus_fingerprint"] != fingerprint:
         raise ConfigError(
-            f"data: the corpus has changed since {path} was made (fingerprint {state['corpus_fingerprint']}, now "
-            f"{fingerprint}); choose another run.name to start anew"
+            f"data: the corpus has changed since {path} was made: "
+            f"{data.explain_change(state.get('corpus_facts', {}), corpus_facts)}; choose another run.name to start anew"
         )
 
 
@@ -411,6 +431,11 @@ def _differences(name: str, then: Any, now: Any) -> dict[str, tuple[Any, Any]]:
             found.update(_differences(f"{name}.{key}", then.get(key), now.get(key)))
         return found
     return {} if then == now else {name: (then, now)}
+
+
+def _bytes_per_token(reader: data.ShardReader) -> float | None:
+    """None for a corpus that came as tokens."""
+    return reader.text_bytes / reader.num_tokens if reader.text_bytes else None
 
 
 def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:
@@ -424,7 +449,23 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
     )
 
 
-def _write_run_facts(folder: Path, config: Config, size: ModelSize, corpus: data.TokenizedCorpus, mesh: Mesh) -> None:
+def _describe_competition(name: str, model: DecoderLM) -> str | None:
+    """A loud line for a scheme whose routes in training depend on later tokens; None for the others."""
+    routers = [layer.router for layer in model.moe_layers()]
+    if all(router.causal_in_training for router in routers):
+        return None
+    evaluation = (
+        "evaluation is causal: judge by the validation loss"
+        if all(router.causal_in_evaluation for router in routers)
+        else "so is evaluation: neither loss is that of a language model that generates"
+    )
+    return (
+        f"NOT CAUSAL IN TRAINING: with router={name} the tokens of a micro-batch compete, so a token's experts depend "
+        f"on later tokens, on other sequences and on the micro-batch's size; {evaluation}"
+    )
+
+
+def _write_run_facts(folder: Path, config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_values(config))), sort_keys=False))
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else platform.processor() or "cpu"
     facts = {

@@ -10,7 +10,11 @@ from moe_pretrain.moe.types import RoutingContext
 
 
 def routing_context(
-    batch: MicroBatch, seed: int, step: int, sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
+    batch: MicroBatch,
+    seed: int,
+    step: int,
+    sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None,
+    global_tokens: int | None = None,
 ) -> RoutingContext:
     """The context of ``batch`` in optimizer step ``step`` of a run with ``seed``."""
     num_rows, length = batch.input_ids.shape
@@ -22,5 +26,6 @@ def routing_context(
         seed=seed,
         step=step,
         sum_over_global_batch=sum_over_global_batch,
+        global_tokens=global_tokens,
         token_ids=batch.input_ids.flatten(),
     )

@@ -145,7 +145,7 @@ class TrainEngine:
         watch = every_parameter_gets_gradient(self.model, step) if is_check_step else nullcontext()
         with watch:
             for batch, tokens in zip(batches, text_tokens, strict=True):
-                context = routing_context(batch, self.seed, step, self._global_routes(ahead))
+                context = routing_context(batch, self.seed, step, self._global_routes(ahead), global_counts.tokens)
                 output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
                 loss = micro_batch_loss(output, aux_weights, tokens, global_counts)
                 sums.add(output, tokens / max(global_counts.tokens, 1))

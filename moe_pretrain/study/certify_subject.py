@@ -100,13 +100,20 @@ class Subject:
         starts[:, 0] = False
         positions = np.arange(ROWS)
         positions[list(padding)] = PADDING_POSITION
-        return build_micro_batch(tokens, starts, positions, self.config.packing.isolate_documents)
+        packing = self.config.packing
+        return build_micro_batch(tokens, starts, positions, packing.isolate_documents, packing.reset_positions)
 
     def context(
-        self, batch: MicroBatch, step: int, global_routes: Callable[[int, Tensor], Tensor] | None
+        self,
+        batch: MicroBatch,
+        step: int,
+        global_routes: Callable[[int, Tensor], Tensor] | None,
+        global_tokens: int | None = None,
     ) -> RoutingContext:
-        """What the engine tells the routers of ``batch``."""
-        return routing_context(batch, self.config.seed, step, global_routes)
+        """What the engine tells the routers of ``batch``; it is the global batch unless ``global_tokens`` differs."""
+        if global_tokens is None and global_routes is not None:
+            global_tokens = int((batch.document_ids >= 0).sum())
+        return routing_context(batch, self.config.seed, step, global_routes, global_tokens)
 
     def run(
         self,
@@ -114,11 +121,12 @@ class Subject:
         batch: MicroBatch,
         step: int = 0,
         global_routes: Callable[[int, Tensor], Tensor] | None = None,
+        global_tokens: int | None = None,
     ) -> Pass:
-        """Forward in the model's mode; in training ``batch`` is the global batch unless ``global_routes`` differs."""
+        """Forward in the model's mode; in training ``batch`` is the global batch unless the last arguments differ."""
         if model.training and global_routes is None:
             global_routes = _own_counts
-        context = self.context(batch, step, global_routes)
+        context = self.context(batch, step, global_routes, global_tokens)
         with _watched(model) as decisions:
             output = model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
         return Pass(output, decisions)

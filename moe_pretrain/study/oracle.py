@@ -8,7 +8,8 @@ own float32 ``Routing`` and checks everything around it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,15 @@ from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.top_k import TopKRouter
-from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, StepUse, float32_parameters
+from moe_pretrain.moe.types import (
+    AttentionStatistic,
+    ExpertShard,
+    Router,
+    RoutingContext,
+    StepUse,
+    float32_parameters,
+)
+from moe_pretrain.study.oracle_statistic import statistic_of_matrices
 
 JITTER_STREAM = 1
 
@@ -52,7 +61,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were."""
+    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
+
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -60,6 +72,7 @@ class _Rows:
     position_ids: Tensor
     row_positions: Tensor
     rows_per_micro_batch: list[int]
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,10 +164,14 @@ class Oracle:
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
-            hidden = hidden + self._attention(normed, block.attention, rows)
+            router = block.feed_forward.router if isinstance(block.feed_forward, MoELayer) else None
+            wanted = None if router is None else router.attention_statistic
+            attended, statistic = self._attention(normed, block.attention, rows, wanted)
+            hidden = hidden + attended
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
-                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, rows)
+                seen = replace(rows, attention=statistic)
+                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
@@ -162,16 +179,21 @@ class Oracle:
                 hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
         return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
 
-    def _attention(self, normed: Tensor, attention: Attention, rows: _Rows) -> Tensor:
-        """Explicit softmax over the earlier positions of the same document, one head at a time."""
+    def _attention(
+        self, normed: Tensor, attention: Attention, rows: _Rows, wanted: AttentionStatistic | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit softmax over the earlier positions of the same document, one head at a time.
+
+        Also the statistic of it that the layer's router wants, ``[rows, sequence]``.
+        """
         model = self.config.model
         size, shared = model.head_size, model.num_heads // model.num_key_value_heads
         num_query, num_key = model.num_heads * size, model.num_key_value_heads * size
         projected = normed @ attention.qkv_weight.T
-        output = []
+        output, statistics = [], []
         for row, documents, positions in zip(projected, rows.document_ids, rows.position_ids, strict=True):
             query, key, value = row.split([num_query, num_key, num_key], dim=-1)
-            heads = []
+            heads, matrices = [], []
             for head in range(model.num_heads):
                 of_query = slice(head * size, (head + 1) * size)
                 of_key = slice(head // shared * size, (head // shared + 1) * size)
@@ -180,9 +202,12 @@ class Oracle:
                 scores = turned_query @ turned_key.T / math.sqrt(size)
                 earlier = torch.ones_like(scores, dtype=torch.bool).tril()
                 visible = earlier & (documents[:, None] == documents[None, :])
-                heads.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ value[:, of_key])
+                matrices.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+                heads.append(matrices[-1] @ value[:, of_key])
             output.append(torch.cat(heads, dim=-1))
-        return torch.stack(output) @ attention.out_weight.T
+            if wanted is not None:
+                statistics.append(statistic_of_matrices(wanted, matrices, documents))
+        return torch.stack(output) @ attention.out_weight.T, torch.stack(statistics) if statistics else None
 
     def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
@@ -190,8 +215,10 @@ class Oracle:
         length = rows.document_ids.shape[1]
         # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
         level = getattr(self.config.router, "load_balance_level", "")
-        by_cut = level == "micro_batch" or (layer.router.training and not layer.router.causal_in_training)
+        by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
+        by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
+        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.num_experts, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
@@ -199,7 +226,7 @@ class Oracle:
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
-            context = _context(self.config, rows, step, first_row, num_rows)
+            context = _context(self.config, rows, step, first_row, num_rows, global_routes, layer)
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
@@ -220,6 +247,22 @@ class Oracle:
             shared = layer.shared_experts
             output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
         return _Layer(output, aux, counts, sums)
+
+    @torch.no_grad()
+    def _routes_of_cuts(
+        self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, cuts: Sequence[int]
+    ) -> Tensor | None:
+        """Routes per expert of the global batch where a router sees it in several cuts, else None."""
+        if len(cuts) == 1:
+            return None
+        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        length, first_row = rows.document_ids.shape[1], 0
+        for num_rows in cuts:
+            context = _context(self.config, rows, step, first_row, num_rows, total, layer)
+            part = slice(first_row * length, (first_row + num_rows) * length)
+            total += layer.router(hidden[part], context).use.tokens_per_expert
+            first_row += num_rows
+        return total
 
     def _top_k(
         self, hidden: Tensor, router: TopKRouter, context: RoutingContext
@@ -308,8 +351,16 @@ def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
     return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
 
 
-def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: int) -> RoutingContext:
-    """What routers may know of ``num_rows`` rows, the global batch unless the level is the micro-batch."""
+def _context(
+    config: Config,
+    rows: _Rows,
+    step: int,
+    first_row: int,
+    num_rows: int,
+    global_routes: Tensor | None,
+    layer: MoELayer,
+) -> RoutingContext:
+    """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
     part = slice(first_row, first_row + num_rows)
     length = rows.document_ids.shape[1]
     return RoutingContext(
@@ -318,8 +369,11 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
         num_sequences=num_rows,
         seed=config.seed,
         step=step,
-        sum_over_global_batch=lambda layer, counts: counts,
+        sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
+        global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
+        attention=None if rows.attention is None else rows.attention[part].flatten(),
+        score_routes=partial(_score, layer) if layer.router.needs_expert_scores else None,
     )
 
 
@@ -340,10 +394,24 @@ def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
 
 
+def _score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+    """Every candidate's key, made from its activation, times the token's query."""
+    scores = torch.zeros(candidates.shape)
+    for expert in range(layer.num_experts):
+        routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
+        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
+        scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
+    return scores
+
+
 def _swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
+    return _inner(hidden, in_weight) @ out_weight.T
+
+
+def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
     width = in_weight.shape[0] // 2
     gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
-    return (gate * torch.sigmoid(gate) * up) @ out_weight.T
+    return gate * torch.sigmoid(gate) * up
 
 
 def _rotate(heads: Tensor, positions: Tensor, base: float) -> Tensor:

@@ -134,7 +134,7 @@ def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
     ring = {count: (count - 1) / count * elements for count, elements in shared.items()}
     weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
     routed = routes_of_rank(config, dtype, plan.micro_batch_size)
-    passes = 1 + (config.model.recompute == "full") + _counts_ahead(config, plan)
+    passes = 2 + (config.model.recompute == "full") + _counts_ahead(config, plan)
     layers = 0 if isinstance(config.router, DenseConfig) else len(config.model.moe_layers)
     one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
     return {

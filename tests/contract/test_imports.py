@@ -13,6 +13,7 @@ LEVELS = {
     "__main__": 5,
     "pretrain": 5,
     "launch": 5,
+    "run_data": 5,
     "config": 4,
     "study": 4,
     "post": 4,

@@ -1,38 +1,13 @@
 """The program as a user runs it: processes, signals, files."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-
-STEPS = 12
-TINY = [
-    "model.vocab_size=512",
-    "model.sequence_length=64",
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.moe.num_experts=4",
-    "model.moe.expert_hidden_size=32",
-    "batch.global_batch_tokens=1024",
-    "batch.micro_batch_size=4",
-    f"batch.total_tokens={STEPS * 1024}",
-    "schedule.warmup_steps=2",
-    "checkpoint.every_steps=4",
-    "evaluation.every_steps=6",
-    "evaluation.max_rows=16",
-    "metrics.log_every_steps=1",
-    "metrics.wandb=off",
-    "engine.check_every_steps=5",
-    "data=files",
-    "data.validation_fraction=0.1",
-]
+from helpers.runs import STEPS, TINY, rows_of, run, start, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -44,43 +19,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(home: Path, *words: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "moe_pretrain", *words],
-        cwd=home,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def run(home: Path, *words: str) -> tuple[int, str, str]:
-    process = start(home, *words)
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
-
-
 def train_words(name: str, *more: str) -> list[str]:
-    return ["train", *TINY, "data.paths=[corpus.jsonl]", f"run.name={name}", *more]
-
-
-def rows_of(home: Path, name: str, kind: str = "train") -> list[dict]:
-    path = home / "outputs" / name / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [row for row in rows if row["kind"] == kind]
-
-
-def wait_for_step(home: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline:
-        if any(row["step"] >= step for row in rows_of(home, name)):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    raise AssertionError(f"{name} did not reach step {step}")
+    return ["train", *TINY, "data=files", "data.paths=[corpus.jsonl]", f"run.name={name}", *more]
 
 
 def files_of_step(home: Path, name: str, step: int) -> dict:
@@ -94,6 +34,7 @@ def straight(home: Path) -> Path:
     code, out, err = run(home, *train_words("straight"))
     assert code == 0, err
     assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram entropy", out)
+    assert "NOT CAUSAL" not in out
     return home
 
 
@@ -105,6 +46,13 @@ def test_a_run_folder_holds_all_of_a_run(straight: Path):
         f"step_{step:08d}" for step in (4, 8, 12)
     ]
     assert {path.name for path in straight.iterdir()} == {"corpus.jsonl", "outputs"}, "nothing is written elsewhere"
+
+
+def test_training_that_is_not_causal_is_said_aloud(home: Path) -> None:
+    code, out, err = run(home, *train_words("competing", "router=expert_choice", "batch.total_tokens=2048"))
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("NOT CAUSAL IN TRAINING")]
+    assert "router=expert_choice" in line and "evaluation is causal" in line
 
 
 def test_metrics_are_complete_and_the_loss_falls(straight: Path):
@@ -179,7 +127,10 @@ def test_report_command(straight: Path):
 MISTAKES = [
     (["train", "run.name=straight", "model.hidden_size=64"], "model.hidden_size=64 must stay 32"),
     (["train", "run.name=straight", "checkpoint.resume=never"], "checkpoint.resume=never"),
-    (["train", "run.name=new", "checkpoint.resume=must", *TINY, "data.paths=[corpus.jsonl]"], "there is none"),
+    (
+        ["train", "run.name=new", "checkpoint.resume=must", *TINY, "data=files", "data.paths=[corpus.jsonl]"],
+        "there is none",
+    ),
     (["train", "data=hub", "data.name=owner/dataset"], "data=builtin"),
     (["train", "parallel.processes=3"], "batch.global_batch_tokens=8192 must be a multiple of 768"),
     (["train", "parallel.processes=2", "parallel.expert_parallel_size=4"], "must divide the number of ranks=2"),

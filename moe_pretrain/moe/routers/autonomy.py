@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
+from moe_pretrain.moe.routers.expert_choice import ThresholdMean, check_capacity, check_expert_choice, choose_tokens
 from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
 from moe_pretrain.moe.routers.top_p import top_p_mask
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
+
+Selection = tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "sums"] | None]
+"""Which experts each token takes, and ``RouterUse.sums``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,35 @@ class AutonomyTopPConfig(AutonomyFields):
         return self.expected_experts
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutonomyExpertChoiceConfig(AutonomyFields):
+    """Fields of ``router=autonomy_expert_choice``, beside those of ``AutonomyFields``.
+
+    Attributes:
+        name: ``autonomy_expert_choice``.
+        capacity_factor: Mean experts per token, in (0, num_experts]; the paper takes 2.
+        threshold_decay: Decay per step of the running mean of each expert's cut-off, by which evaluation routes, in
+            [0, 1).
+    """
+
+    name: Literal["autonomy_expert_choice"]
+    capacity_factor: float
+    threshold_decay: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_expert_choice(self.capacity_factor, self.threshold_decay)
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        check_capacity(self.capacity_factor, num_experts)
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.capacity_factor
+
+
 class AutonomyBase(BalancedRouter):
     """Scores of an expert are ``||x W_down||``, the norm of its own low-rank gate activation.
 
@@ -136,7 +169,7 @@ class AutonomyBase(BalancedRouter):
         """Run every expert's first projection and let the scheme choose by the norms."""
         low = functional.linear(hidden, self.down_weight.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
         norms = torch.linalg.vector_norm(low.float(), dim=-1)
-        taken = self.select(norms.detach(), context)
+        taken, sums = self.select(norms.detach(), context)
         routes = token_index, expert_index = taken.nonzero(as_tuple=True)
         probs = norms.softmax(dim=-1)
         if self._fields.weights == "selected":
@@ -146,7 +179,9 @@ class AutonomyBase(BalancedRouter):
         else:
             weight = probs[routes]
         payload = low[routes] if self._fields.gate_activation == "travels" else None
-        routing = self.route(norms, probs, token_index, expert_index, weight, self.routes_per_token, context, payload)
+        routing = self.route(
+            norms, probs, token_index, expert_index, weight, self.routes_per_token, context, payload, sums
+        )
         routing.aux.update(self.more_aux(probs, context))
         return routing
 
@@ -159,8 +194,8 @@ class AutonomyBase(BalancedRouter):
         """See ``Routing``."""
         return None
 
-    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Bool[Tensor, "tokens experts"]:
-        """Which experts each token takes."""
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
+        """Which experts each token takes, and the scheme's own sums."""
         raise NotImplementedError
 
     def expert_arguments(self, experts: range) -> dict[str, Tensor]:
@@ -193,10 +228,10 @@ class AutonomyRouter(AutonomyBase):
         """``top_k``."""
         return self.config.top_k
 
-    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Bool[Tensor, "tokens experts"]:
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """The largest norms."""
         chosen = norms.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
-        return torch.zeros_like(norms, dtype=torch.bool).scatter(1, chosen, True)
+        return torch.zeros_like(norms, dtype=torch.bool).scatter(1, chosen, True), None
 
 
 class AutonomyTopPRouter(AutonomyBase):
@@ -219,10 +254,43 @@ class AutonomyTopPRouter(AutonomyBase):
         """Coefficients of the losses in ``Routing.aux``."""
         return {**super().aux_weights, "dynamic": self.config.dynamic_weight}
 
-    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Bool[Tensor, "tokens experts"]:
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """The shortest prefix of the ordered probabilities that passes the threshold."""
-        return top_p_mask(norms.softmax(dim=-1), self.config.threshold, self.config.max_experts)
+        return top_p_mask(norms.softmax(dim=-1), self.config.threshold, self.config.max_experts), None
 
     def more_aux(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
         """The dynamic loss."""
         return {"dynamic": entropy_loss(probs, context.token_mask)}
+
+
+class AutonomyExpertChoiceRouter(AutonomyBase):
+    """Every expert takes the tokens for which its norm is largest, each expert the same number.
+
+    Training is not causal; evaluation goes by running thresholds on the norms, as in ``expert_choice``, and before the
+    first step every token goes to every expert. The weights of a token are over the experts that took it.
+
+    Source:
+        arXiv:2501.13074, sec. 4.4 (expert choice, capacity factor 2, no auxiliary loss); evaluation is ours.
+    """
+
+    causal_in_training = False
+    causal_in_evaluation = True
+
+    def __init__(self, config: AutonomyExpertChoiceConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+        self.num_sums = num_experts
+        self.evaluation = ThresholdMean(num_experts, 0.0, config.threshold_decay)
+
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
+        """In training the experts choose; in evaluation thresholds decide."""
+        text = context.token_mask
+        if not self.training:
+            return (norms > self.evaluation.thresholds) & text[:, None], None
+        taken, cutoffs = choose_tokens(norms, text, self.config.capacity_factor)
+        return taken, cutoffs.double() * text.sum()
+
+    def after_step(self, use: StepUse) -> None:
+        """Move the thresholds towards the cut-offs of the step."""
+        self.evaluation.after_step(use)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -111,7 +111,16 @@ class TopKRouter(LinearRouter):
         weight = weight * config.weight_scale
         num_tokens = hidden.shape[0]
         token_index = torch.arange(num_tokens, device=hidden.device).repeat_interleave(config.top_k)
-        return self.route(logits, probs, token_index, chosen.flatten(), weight.flatten(), config.top_k, context)
+        return self.route(
+            logits,
+            probs,
+            token_index,
+            chosen.flatten(),
+            weight.flatten(),
+            config.top_k,
+            context,
+            sums=self.sums(scores.detach(), context),
+        )
 
     def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
         """The ``top_k`` experts of each token, best first."""
@@ -119,6 +128,10 @@ class TopKRouter(LinearRouter):
             scores = self._within_groups(scores)
         # sort, not topk: topk does not say which of two equal experts it takes.
         return scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
+
+    def sums(self, scores: Float[Tensor, "tokens experts"], context: RoutingContext) -> Float[Tensor, "sums"] | None:
+        """What a scheme wants in ``RouterUse.sums``; nothing here."""
+        return None
 
     def _within_groups(self, scores: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
         """Scores with those of all but the best groups at the bottom."""
@@ -128,6 +141,26 @@ class TopKRouter(LinearRouter):
         best = of_group.sort(dim=-1, descending=True, stable=True).indices[:, : config.groups_per_token]
         kept = torch.zeros_like(of_group, dtype=torch.bool).scatter(1, best, True)
         return grouped.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+
+
+class BiasedTopKRouter(TopKRouter):
+    """Top-k of ``score + expert_bias``, weighted by the score alone; the base of schemes that move the bias.
+
+    The bias has no gradient, is float32 and saved with the run.
+    """
+
+    def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        self.expert_bias: Tensor
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
+        """The best ``top_k`` by biased score."""
+        return super().select(scores + self.expert_bias)
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """How far apart the experts' biases are, in units of the score."""
+        return {"expert_bias_range": float(self.expert_bias.max() - self.expert_bias.min())}
 
 
 def scores_of(logits: Float[Tensor, "tokens experts"], score: Score) -> Float[Tensor, "tokens experts"]:

@@ -235,6 +235,11 @@ def test_initialisation_differs_and_has_the_stated_spread():
         ["router=top_k", "router.projection_size=10"],
         ["router=hash", "router.weights=learned"],
         ["router=top_p", "router.threshold=1"],
+        ["router=quantile"],
+        ["router=expert_threshold", "router.initial_threshold=1e-6"],
+        ["router=attentive", "router.num_candidates=3"],
+        ["router=attentive_dense"],
+        ["router=attentive_low_rank", "router.gate_rank=8"],
         ["router=dense"],
     ],
 )
@@ -248,8 +253,8 @@ def test_flops_equal_a_counter_on_the_module(router: list[str]):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, ids, zeros, positions, context(2, 12))
     size = model_size(config.model, config.router)
-    if config.router.name == "top_p":
-        size = size.with_experts_per_token(4)  # at threshold 1 every token takes all experts
+    if config.router.name in ("top_p", "expert_threshold"):
+        size = size.with_experts_per_token(4)  # at these thresholds every token takes all experts
     # The plain products take scores for the full square; a causal mask needs half of it.
     assert counter.get_total_flops() / 24 == size.forward_flops_per_token + size.attention_score_flops
 

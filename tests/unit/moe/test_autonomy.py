@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.builders import step_use
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,7 +15,14 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter, AutonomyTopPConfig, AutonomyTopPRouter
+from moe_pretrain.moe.routers.autonomy import (
+    AutonomyConfig,
+    AutonomyExpertChoiceConfig,
+    AutonomyExpertChoiceRouter,
+    AutonomyRouter,
+    AutonomyTopPConfig,
+    AutonomyTopPRouter,
+)
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 
 HIDDEN, LOW, WIDTH, EXPERTS, TOKENS = 12, 4, 10, 5, 14
@@ -332,3 +340,34 @@ def test_wrong_gates_get_one_line(overrides: list[str], message: str):
     with pytest.raises(ConfigError) as caught:
         load(overrides)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_experts_choose_equal_numbers_and_evaluation_goes_by_thresholds():
+    config = AutonomyExpertChoiceConfig(
+        name="autonomy_expert_choice",
+        gate_rank=LOW,
+        weights="selected",
+        gate_activation="travels",
+        capacity_factor=2.0,
+        threshold_decay=0.0,
+        load_balance_weight=0.0,
+        load_balance_level="micro_batch",
+        router_z_weight=0.0,
+    )
+    router = AutonomyExpertChoiceRouter(config, HIDDEN, EXPERTS, layer=0)
+    torch.nn.init.normal_(router.down_weight)
+    hidden = torch.randn(20, HIDDEN)
+    norms = torch.stack([(hidden @ w.T).norm(dim=1) for w in router.down_weight], dim=1).detach()
+    routing = router(hidden, context(20))
+    for expert in range(EXPERTS):
+        taken = routing.token_index[routing.expert_index == expert].tolist()
+        assert taken == sorted(norms[:, expert].argsort(descending=True)[:8].tolist())  # 2 * 20 / 5 tokens
+    for token in set(routing.token_index.tolist()):
+        own = routing.token_index == token
+        torch.testing.assert_close(routing.weight[own], norms[token, routing.expert_index[own]].softmax(0))
+    router.after_step(step_use(routing.use.tokens_per_expert, 20, routing.use.sums))
+    router.eval()
+    # The cut-off is the best norm not taken, so on the same batch thresholds take what the experts took.
+    assert torch.equal(router(hidden, context(20)).expert_index, routing.expert_index)
+    alone = router(hidden[3:4], context(1))
+    assert torch.equal(alone.expert_index, routing.expert_index[routing.token_index == 3])
