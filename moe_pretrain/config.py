@@ -21,10 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
-from moe_pretrain.checkpoint.store import CheckpointConfig
+from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.data import CorpusConfig, TokenizerConfig, TokensCorpusConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
+from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe import ShippedRouterConfig
@@ -135,6 +136,7 @@ class Config:
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     metrics: MetricsConfig
+    fault: FaultConfig
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:

@@ -26,6 +26,7 @@ LEVELS = {
     "data": 1,
     "batching": 1,
     "allocator": 1,
+    "faults": 1,
     "__init__": 0,
 }
 
