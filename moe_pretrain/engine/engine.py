@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,6 +18,8 @@ from moe_pretrain.engine.checks import check_optimizer_covers, check_replicas, e
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
+from moe_pretrain.engine.sickness import first_non_finite, inject_sickness
+from moe_pretrain.faults import NO_FAULTS, Faults
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.moe.types import RoutingContext
 from moe_pretrain.parallel.deepspeed_moe import is_expert
@@ -37,6 +40,7 @@ class StepResult:
         router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
         dropped_share: Share of routes that no expert computed, per MoE layer.
         token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
+        sickness: None, or why the step changed nothing: a loss or gradient that is not finite, and where it arose.
     """
 
     loss: float
@@ -48,6 +52,7 @@ class StepResult:
     router_entropy: list[float]
     dropped_share: list[float]
     token_hash: int
+    sickness: str | None
 
     @property
     def aux_loss(self) -> float:
@@ -64,7 +69,7 @@ class Evaluation:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is not finite; training must not go on silently."""
+    """More steps in succession than allowed had a loss or gradient that is not finite; none changed a weight."""
 
 
 class TrainEngine:
@@ -84,12 +89,19 @@ class TrainEngine:
         plan: BatchPlan,
         mesh: Mesh,
         seed: int,
+        faults: Faults = NO_FAULTS,
+        enter: Callable[[str, int], None] = lambda phase, step: None,
     ):
-        """Put ``model`` (tagged by ``parallel.prepare_experts``) on the device and build its optimizer."""
+        """Put ``model`` (tagged by ``parallel.prepare_experts``) on the device and build its optimizer.
+
+        ``enter`` is called with the phase and step that begin.
+        """
         model.to(mesh.device)
         self.config, self.mesh, self.seed = config, mesh, seed
         self.model = model
         self._plan = plan
+        self._faults, self._enter = faults, enter
+        self._skipped = 0
         self._peak_learning_rate = optimizer.learning_rate
         self._learning_rate_factor = learning_rate_factor
         layers = model.moe_layers()
@@ -114,49 +126,97 @@ class TrainEngine:
             step: Number of the step, from 0; sets the learning rate and the noise.
             micro_batches: This rank's micro-batches, ``accumulation`` of them, on any device.
 
+        Returns:
+            What the step did; if its loss or gradient is not finite, it changed no weight and no state, and says so.
+
         Raises:
-            NonFiniteError: The loss or the gradient norm is not finite.
+            NonFiniteError: That was so in more than ``engine.max_skipped_steps`` steps in succession.
         """
         assert len(micro_batches) == self._plan.accumulation
+        self._enter("train.step", step)
         self.model.train()
         # Counted before the copy to the device, so that counting does not synchronise with it.
         text_tokens = [int((batch.document_ids >= 0).sum()) for batch in micro_batches]
         global_counts, token_hash = self._count(micro_batches, text_tokens)
         batches = [batch.to(self.mesh.device) for batch in micro_batches]
-        sums = _StepSums(list(self._aux_weights), len(self._layer_row), self._num_experts, self.mesh.device)
-        ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
         is_check_step = self.config.check_every_steps > 0 and step % self.config.check_every_steps == 0
         watch = every_parameter_gets_gradient(self.model, step) if is_check_step else nullcontext()
-        with watch:
-            for batch, tokens in zip(batches, text_tokens, strict=True):
-                context = self._context(step, batch, self._global_routes(ahead))
-                output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
-                loss = micro_batch_loss(output, self._aux_weights, tokens, global_counts)
-                sums.add(output, tokens / max(global_counts.tokens, 1))
-                # DeepSpeed divides by the accumulation and averages over ranks.
-                self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
-                if batch is not batches[-1]:
-                    self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
-        gradient_norm = self._update(step)
-        result = sums.result(global_counts, self._aux_weights, gradient_norm, token_hash)
-        if not (math.isfinite(result.loss) and math.isfinite(gradient_norm)):
-            raise NonFiniteError(
-                f"step {step}: loss={result.loss} gradient_norm={gradient_norm} must be finite; "
-                "lower optimizer.learning_rate or look at the data of this step"
-            )
+        with inject_sickness(self.model, self._faults, step):
+            with watch:
+                sums = self._accumulate(step, batches, text_tokens, global_counts)
+            self.adamw.withheld = not math.isfinite(sums.loss_sum)
+            gradient_norm = self._update(step)
+            sickness = None
+            if not (math.isfinite(sums.loss_sum) and math.isfinite(gradient_norm)):
+                sickness = self._diagnose(step, batches, text_tokens, global_counts, gradient_norm)
+        result = sums.result(global_counts, self._aux_weights, gradient_norm, token_hash, sickness)
+        if sickness is not None:
+            self._skipped += 1
+            if self._skipped > self.config.max_skipped_steps:
+                raise NonFiniteError(
+                    f"step {step}: {sickness}; this is more than engine.max_skipped_steps="
+                    f"{self.config.max_skipped_steps} such steps in succession, no weight was changed by them; lower "
+                    "optimizer.learning_rate or look at the data of this step"
+                )
+            return result
+        self._skipped = 0
         for layer, routes in zip(self.model.moe_layers(), result.tokens_per_expert, strict=True):
             layer.router.after_step(routes.to(self.mesh.device), result.tokens)
         if is_check_step:
             check_replicas(self.model, self.mesh, step)
         return result
 
+    def _accumulate(
+        self, step: int, batches: list[MicroBatch], text_tokens: list[int], global_counts: GlobalCounts
+    ) -> "_StepSums":
+        """Forward and backward of all micro-batches; their sums, over all ranks."""
+        sums = _StepSums(list(self._aux_weights), len(self._layer_row), self._num_experts, self.mesh.device)
+        ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
+        for batch, tokens in zip(batches, text_tokens, strict=True):
+            context = self._context(step, batch, self._global_routes(ahead))
+            output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
+            if self._faults.due("train.loss", step):
+                output = output._replace(loss_sum=output.loss_sum * math.nan)
+            loss = micro_batch_loss(output, self._aux_weights, tokens, global_counts)
+            sums.add(output, tokens / max(global_counts.tokens, 1))
+            self._enter("train.backward", step)
+            # DeepSpeed divides by the accumulation and averages over ranks.
+            self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
+            if batch is not batches[-1]:
+                self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
+        sums.reduce()
+        return sums
+
+    def _diagnose(
+        self,
+        step: int,
+        batches: list[MicroBatch],
+        text_tokens: list[int],
+        global_counts: GlobalCounts,
+        gradient_norm: float,
+    ) -> str:
+        """Where a loss or gradient that is not finite arose: the step once more, watched and without an update."""
+        with first_non_finite(self.model) as found:
+            loss = self._accumulate(step, batches, text_tokens, global_counts).loss_sum
+        self.adamw.withheld = True
+        self._update(step)
+        everywhere: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(everywhere, found)
+        places = [f"{places[0]} on rank {rank}" for rank, places in enumerate(everywhere) if places]
+        where = f"first in {places[0]}" if places else "in no module's output and no parameter's gradient"
+        return f"loss={loss / max(global_counts.labels, 1)} gradient_norm={gradient_norm} must be finite; {where}"
+
     def _update(self, step: int) -> float:
-        """Set the learning rate, clip, update; return the global gradient norm before clipping."""
+        """Set the learning rate, clip, update unless the gradient is not finite; the global norm before clipping."""
+        self._enter("train.update", step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        own_norm = self._clip() if clips_itself(self.config) else None
+        own_norm = float(self._clip()) if clips_itself(self.config) else None
+        if own_norm is not None and not math.isfinite(own_norm):
+            self.adamw.withheld = True  # under ZeRO, DeepSpeed withholds it by itself
         self.deepspeed.step()
-        return float(own_norm if own_norm is not None else self.deepspeed.get_global_grad_norm())
+        self.adamw.withheld = False
+        return own_norm if own_norm is not None else float(self.deepspeed.get_global_grad_norm())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
@@ -268,15 +328,28 @@ class _StepSums:
             self.layers[row, self.num_experts] += use.router_entropy
             self.layers[row, self.num_experts + 1] += use.dropped_routes
 
-    def result(
-        self, counts: GlobalCounts, aux_weights: dict[str, float], gradient_norm: float, token_hash: int
-    ) -> StepResult:
-        """Reduce over ranks and take means."""
+    def reduce(self) -> None:
+        """Sum over ranks."""
         stacked = torch.cat([self.scalars, self.layers.flatten()])
         dist.all_reduce(stacked)
-        stacked = stacked.cpu()
-        scalars = stacked[: len(self.scalars)].tolist()
-        layers = stacked[len(self.scalars) :].view(self.num_layers, self.num_experts + 2)
+        scalars, layers = stacked.cpu().split([len(self.scalars), self.layers.numel()])
+        self.scalars, self.layers = scalars, layers.view_as(self.layers)
+
+    @property
+    def loss_sum(self) -> float:
+        """Cross-entropy summed over counted positions, of the global batch after ``reduce``."""
+        return float(self.scalars[0])
+
+    def result(
+        self,
+        counts: GlobalCounts,
+        aux_weights: dict[str, float],
+        gradient_norm: float,
+        token_hash: int,
+        sickness: str | None,
+    ) -> StepResult:
+        """Take means of the reduced sums."""
+        scalars, layers = self.scalars.tolist(), self.layers
         routes = layers[:, : self.num_experts]
         return StepResult(
             loss=scalars[0] / max(counts.labels, 1),
@@ -288,4 +361,5 @@ class _StepSums:
             router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
             dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
             token_hash=token_hash,
+            sickness=sickness,
         )

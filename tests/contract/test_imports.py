@@ -12,6 +12,7 @@ LEVELS = {
     "cli": 5,
     "__main__": 5,
     "pretrain": 5,
+    "run": 5,
     "launch": 5,
     "config": 4,
     "study": 4,
@@ -21,6 +22,7 @@ LEVELS = {
     "checkpoint": 3,
     "metrics": 3,
     "signals": 3,
+    "liveness": 3,
     "model": 2,
     "moe": 1,
     "data": 1,
@@ -44,6 +46,7 @@ CONFINED = {
         "checkpoint/",
         "metrics/",
         "signals.py",
+        "liveness.py",
         "study/verify.py",
     },
 }
