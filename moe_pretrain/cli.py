@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 USAGE_CODE = 2
+DAMAGED_CODE = 1
 OVERRIDES_FILE = "overrides.txt"
 
 
@@ -148,6 +149,22 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _inspect(arguments: list[str]) -> int:
+    """Describe a checkpoint and verify it; 1 if it is damaged."""
+    from moe_pretrain.checkpoint.inspection import inspect
+    from moe_pretrain.checkpoint.manifest import CheckpointError
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain inspect CHECKPOINT")
+    try:
+        for line in inspect(Path(arguments[0])):
+            print(line)
+    except CheckpointError as error:
+        print(f"DAMAGED: {' '.join(str(error).split())}")
+        return DAMAGED_CODE
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
@@ -156,6 +173,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
         _certify,
         "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL",
     ),
+    "inspect": (_inspect, "CHECKPOINT: what it holds and where it comes from, and whether its checksums are right"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -178,9 +178,9 @@ class MetricsWriter:
         self._seconds_before = 0.0
         self._attempt = 0
         path = run_dir / "metrics.jsonl"
-        self._jsonl = JsonlSink(path)
-        self._must_resume = bool(read_rows(path))
         self._console = ConsoleSink(total_steps, config.log_every_steps, config.progress, sys.stderr)
+        self._jsonl = JsonlSink(path, self._console.say)
+        self._must_resume = bool(read_rows(path))
         self._wandb = None
         if config.wandb != "off":
             self._wandb = WandbSink(config, run_dir, run_name, resolved_config, self._console.say)
