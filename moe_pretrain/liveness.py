@@ -1,7 +1,7 @@
 """A rank that is stuck or gone is noticed and named, and the run ends, instead of waiting for it in a collective.
 
-Every rank publishes a count and where it is (step and phase) once a second through the store that the launcher holds,
-and watches the rank after it. When that one's count stands still, the watcher names it, and all ranks write the stacks
+Every rank publishes where it is (step and phase) whenever that changes, and a count once a second, through the store that
+the launcher holds, and watches the rank after it. When that one's count stands still, the watcher names it, and all ranks write the stacks
 of their threads into ``RUN/stacks`` and end.
 """
 
@@ -47,12 +47,15 @@ class Liveness:
         self._limit_polls = max(2, round(limit_seconds / _POLL_SECONDS))
         self._stacks = folder / STACKS / f"rank_{mesh.rank:05d}.txt"
         self._where: tuple[str, int] = ("start-up", 0)
+        self._count = 0
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
     def enter(self, phase: str, step: int) -> None:
-        """Note that this rank has come to ``phase`` of ``step``."""
+        """Publish that this rank has come to ``phase`` of ``step``."""
         self._where = (phase, step)
+        if self._thread is not None:
+            self._publish()
 
     @property
     def where(self) -> str:
@@ -94,11 +97,11 @@ class Liveness:
 
     def _watch(self) -> None:
         watched = (self._rank + 1) % self._world_size
-        count, last_seen, silent_polls, silent_store_polls = 0, None, 0, 0
+        last_seen, silent_polls, silent_store_polls = None, 0, 0
         while not self._ending.wait(_POLL_SECONDS):
-            count += 1
+            self._count += 1
             try:
-                self._publish(count)
+                self._publish()
                 if self._store.check([_ALARM]):
                     self._end(self._store.get(_ALARM).decode(), is_first=False)
                 seen = _read(self._store, watched)
@@ -121,13 +124,13 @@ class Liveness:
                     True,
                 )
         try:
-            self._publish(-1)
+            self._publish(ended=True)
         except Exception:
             return  # the run is over, and so is the store
 
-    def _publish(self, count: int) -> None:
+    def _publish(self, ended: bool = False) -> None:
         phase, step = self._where
-        value = {"count": count, "phase": phase, "step": step, "ended": count < 0}
+        value = {"count": self._count, "phase": phase, "step": step, "ended": ended}
         self._store.set(f"rank_{self._rank}", json.dumps(value))
 
     def _end(self, reason: str, is_first: bool) -> None:

@@ -41,7 +41,7 @@ def differing(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
 
 def skip_one(overrides: tuple[str, ...], point: str) -> tuple[str, list[str], list[str]]:
     """A sick step between two good ones: its sickness, what it changed, and what differs from never having it."""
-    engine = sick_engine(overrides, point, "nan", rank=0)
+    engine = sick_engine(overrides, point, "not_finite", rank=0)
     engine.step(0, random_batches(engine, 0))
     before = state_of(engine)
     result = engine.step(SICK_STEP, random_batches(engine, SICK_STEP))
@@ -49,7 +49,7 @@ def skip_one(overrides: tuple[str, ...], point: str) -> tuple[str, list[str], li
     healthy = engine.step(2, random_batches(engine, 2))
     assert healthy.sickness is None and healthy.loss > 0
     after = state_of(engine)
-    twin = sick_engine(overrides, "train.loss", "nan", rank=99)
+    twin = sick_engine(overrides, "train.loss", "not_finite", rank=99)
     for step in (0, 2):
         twin.step(step, random_batches(twin, step))
     return result.sickness, changed, differing(state_of(twin), after)
@@ -76,7 +76,7 @@ def test_a_sick_step_changes_nothing_and_is_named(ranks: int, overrides: tuple[s
 def sick_for_ever(max_skipped_steps: int) -> tuple[int, str, list[str]]:
     """Steps until the run stops, the error, and what the sick steps changed."""
     overrides = ("parallel.expert_parallel_size=2", f"engine.max_skipped_steps={max_skipped_steps}")
-    engine = sick_engine(overrides, "train.gradient", "nan", rank=1, num_steps=100)
+    engine = sick_engine(overrides, "train.gradient", "not_finite", rank=1, num_steps=100)
     engine.step(0, random_batches(engine, 0))
     before = state_of(engine)
     for step in range(SICK_STEP, 10):
@@ -97,7 +97,7 @@ def test_sick_steps_in_succession_stop_the_run_on_every_rank(max_skipped_steps: 
 
 def count_to_the_stop(sick_steps: tuple[int, ...]) -> int | None:
     """With sick steps apart from each other: the step that stops the run, or None."""
-    engine = sick_engine(("engine.max_skipped_steps=1",), "train.loss", "nan", rank=0)
+    engine = sick_engine(("engine.max_skipped_steps=1",), "train.loss", "not_finite", rank=0)
     config = engine._faults._config
     for step in range(6):
         is_sick = step in sick_steps
