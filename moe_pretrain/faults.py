@@ -57,8 +57,8 @@ class FaultConfig:
     Attributes:
         point: Where: one of ``SAVE_POINTS``, ``RUN_POINTS`` or ``SICK_POINTS``.
         action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process; an error of the disk by its errno name (ENOSPC,
-            EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite`` for the loss or the gradient; ``collapse`` for the
-            router, which then sends every token to the same experts.
+            EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite`` for the loss or the gradient; ``collapse`` for
+            the router, which then sends every token to the same experts.
         step: First step at which it happens: for saving the number of finished steps, else the step's own number.
         num_steps: How many steps in succession it happens at.
         rank: The rank it happens on; -1 for all.

@@ -1,8 +1,8 @@
 """A rank that is stuck or gone is noticed and named, and the run ends, instead of waiting for it in a collective.
 
-Every rank publishes where it is (step and phase) whenever that changes, and a count once a second, through the store that
-the launcher holds, and watches the rank after it. When that one's count stands still, the watcher names it, and all ranks write the stacks
-of their threads into ``RUN/stacks`` and end.
+Every rank publishes where it is (step and phase) whenever that changes, and a count once a second, through the store
+that the launcher holds, and watches the rank after it. When that one's count stands still, the watcher names it, and
+all ranks write the stacks of their threads into ``RUN/stacks`` and end.
 """
 
 import faulthandler
