@@ -4,7 +4,7 @@
 
 On 1, 2 and 4 processes in turn: SIGTERM, SIGINT or SIGUSR1 to all ranks or to one, during start-up, training,
 evaluation, saving or the report. The ranks must all end with 75 within the grace time (0 if the run was finished
-before), and the newest checkpoint must be of the last step in the metrics. A second SIGINT must end the processes at once.
+before), and the newest checkpoint must be of the last step in the metrics. A second SIGINT must end a process at once.
 """
 
 import argparse
