@@ -2,14 +2,11 @@
 
 import json
 import math
-import platform
-from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan
@@ -17,12 +14,15 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.compatibility import changes
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.data.packing import MicroBatch
-from moe_pretrain.engine.engine import NonFiniteError, StepResult, TrainEngine
+from moe_pretrain.engine.engine import NonFiniteError, TrainEngine
+from moe_pretrain.engine.results import StepResult
+from moe_pretrain.evaluation import Evaluator
+from moe_pretrain.facts import versions, write_facts
 from moe_pretrain.faults import Faults
 from moe_pretrain.metrics.router_health import RouterHealth
-from moe_pretrain.metrics.rows import Row, read_rows
+from moe_pretrain.metrics.rows import read_rows
 from moe_pretrain.metrics.sinks import MetricsWriter
-from moe_pretrain.metrics.statistics import evaluation_row, train_row
+from moe_pretrain.metrics.statistics import train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
@@ -68,7 +68,8 @@ class Run:
         """
         self.config, self.folder, self.plan, self.size = config, config.run.folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.evaluation_sets, self.stop, self.enter = evaluation_sets, stop, enter
+        self.stop, self.enter = stop, enter
+        self.evaluator = Evaluator(config, plan, corpus, evaluation_sets, engine, stop, enter)
         self.step = 0
         self.token_hash = 0
         self.saved_step: int | None = None
@@ -79,7 +80,7 @@ class Run:
         self.health = RouterHealth(layers, config.metrics.router_health_steps)
         if mesh.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_facts()
+            write_facts(config, size, corpus, mesh)
         self.saver = store.Saver(
             engine, self.folder / CHECKPOINTS, config.checkpoint, config.parallel.timeout_seconds, faults
         )
@@ -243,50 +244,13 @@ class Run:
 
     def evaluate(self) -> bool:
         """Validate on every set and write a row; False if a signal came in between, and nothing is written."""
-        self.enter("evaluate.batch", self.step)
         with self.stopwatch.paused():
-            row = self.evaluate_on(self.corpus.validation)
-            for name, reader in self.evaluation_sets.items():
-                if row is None:
-                    return False
-                found = self.evaluate_on(reader)
-                row = None if found is None else row | _of_set(name, found)
+            row = self.evaluator.evaluate(self.step)
         if row is None:
             return False
         self.validation_loss = row["validation/loss"]
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row})
         return True
-
-    def evaluate_on(self, reader: data.ShardReader) -> Row | None:
-        """Loss, perplexity and, where the text is known, bits per byte; None if a signal came in between."""
-        batches = data.validation_batches(
-            reader,
-            self.config.model.sequence_length,
-            self.plan.micro_batch_size,
-            self.mesh.rank,
-            self.mesh.world_size,
-            self.config.evaluation.max_rows,
-            self.config.packing.isolate_documents,
-            self.config.packing.reset_positions,
-        )
-        is_complete = [True]
-        evaluation = self.engine.evaluate(self._until_stopped(batches, is_complete))
-        if not is_complete[0]:
-            return None
-        if reader.text_bytes:
-            return evaluation_row(evaluation.loss, reader.text_bytes / reader.num_tokens)
-        row = evaluation_row(evaluation.loss, 1.0)
-        del row["validation/bits_per_byte"]  # the corpus came as tokens
-        return row
-
-    def _until_stopped(self, batches: Iterable[MicroBatch], is_complete: list[bool]) -> Iterator[MicroBatch]:
-        """The batches up to an agreed signal, which makes ``is_complete`` false; every rank has equally many."""
-        for batch in batches:
-            self.enter("evaluate.batch", self.step)
-            if self.stop.agreed(self.mesh.device):
-                is_complete[0] = False
-                return
-            yield batch
 
     def save(self, wait: bool) -> None:
         """Begin a checkpoint of this step, once the one before is complete; ``wait`` for this one too."""
@@ -307,7 +271,7 @@ class Run:
             "corpus_fingerprint": self.corpus.fingerprint,
             "config": to_values(self.config),
             "world_size": self.mesh.world_size,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def _take_outcome(self, wait: bool) -> None:
@@ -363,27 +327,3 @@ class Run:
                 f"{self.corpus.unigram_entropy:.3f} nats/token"
             )
         self.say(f"report:     {report}")
-
-    def _write_facts(self) -> None:
-        values = json.loads(json.dumps(to_values(self.config)))
-        device = torch.cuda.get_device_name() if self.mesh.device.type == "cuda" else platform.processor() or "cpu"
-        facts = {
-            "total_parameters": self.size.total_parameters,
-            "active_parameters": self.size.active_parameters,
-            "flops_per_token": self.size.training_flops_per_token,
-            "unigram_entropy": self.corpus.unigram_entropy,
-            "corpus_fingerprint": self.corpus.fingerprint,
-            "versions": _versions(),
-            "device": device,
-        }
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-        (self.folder / "summary.json").write_text(json.dumps(facts, indent=2))
-
-
-def _of_set(name: str, row: Row) -> Row:
-    return {key.replace("validation/", f"validation/{name}/"): value for key, value in row.items()}
-
-
-def _versions() -> dict[str, str]:
-    packages = ("moe_pretrain", "torch", "deepspeed", "transformers", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

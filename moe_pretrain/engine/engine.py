@@ -4,7 +4,6 @@ import io
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -18,54 +17,13 @@ from moe_pretrain.engine.checks import check_optimizer_covers, check_replicas, e
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
+from moe_pretrain.engine.results import Evaluation, StepResult, StepSums
 from moe_pretrain.engine.sickness import first_non_finite, inject_sickness
 from moe_pretrain.faults import NO_FAULTS, Faults
-from moe_pretrain.model.decoder import DecoderLM, LMOutput
+from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import RoutingContext
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, summed over ranks and micro-batches.
-
-    Attributes:
-        loss: Cross-entropy per counted token of the global batch, nats; never with aux losses (defect C19).
-        aux: Each aux loss, unweighted.
-        aux_weights: Coefficients of ``aux``.
-        gradient_norm: Global norm before clipping.
-        tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``, float64.
-        tokens: Text tokens of the global batch.
-        router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
-        dropped_share: Share of routes that no expert computed, per MoE layer.
-        token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
-        sickness: None, or why the step changed nothing: a loss or gradient that is not finite, and where it arose.
-    """
-
-    loss: float
-    aux: dict[str, float]
-    aux_weights: dict[str, float]
-    gradient_norm: float
-    tokens_per_expert: Tensor
-    tokens: int
-    router_entropy: list[float]
-    dropped_share: list[float]
-    token_hash: int
-    sickness: str | None
-
-    @property
-    def aux_loss(self) -> float:
-        """The weighted sum that was added to the loss."""
-        return sum(self.aux_weights[name] * value for name, value in self.aux.items())
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss over a validation set: mean nats per counted token, and the number of those tokens."""
-
-    loss: float
-    labels: float
 
 
 class NonFiniteError(RuntimeError):
@@ -168,9 +126,9 @@ class TrainEngine:
 
     def _accumulate(
         self, step: int, batches: list[MicroBatch], text_tokens: list[int], global_counts: GlobalCounts
-    ) -> "_StepSums":
+    ) -> StepSums:
         """Forward and backward of all micro-batches; their sums, over all ranks."""
-        sums = _StepSums(list(self._aux_weights), len(self._layer_row), self._num_experts, self.mesh.device)
+        sums = StepSums(list(self._aux_weights), len(self._layer_row), self._num_experts, self.mesh.device)
         ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
         for batch, tokens in zip(batches, text_tokens, strict=True):
             context = self._context(step, batch, self._global_routes(ahead))
@@ -308,58 +266,3 @@ class TrainEngine:
             for gradient, _ in gradients:
                 gradient.mul_(scale.to(gradient.dtype))
         return norm
-
-
-class _StepSums:
-    """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
-
-    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, device: torch.device):
-        self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, num_experts
-        self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
-        self.layers = torch.zeros(num_layers, num_experts + 2, dtype=torch.float64, device=device)
-
-    def add(self, output: LMOutput, share: float) -> None:
-        """Add one micro-batch; ``share`` is its part of the global batch's tokens."""
-        self.scalars[0] += output.loss_sum.detach()
-        for column, name in enumerate(self.aux_names, start=1):
-            self.scalars[column] += share * output.aux[name].detach()
-        for row, use in enumerate(output.uses):
-            self.layers[row, : self.num_experts] += use.tokens_per_expert
-            self.layers[row, self.num_experts] += use.router_entropy
-            self.layers[row, self.num_experts + 1] += use.dropped_routes
-
-    def reduce(self) -> None:
-        """Sum over ranks."""
-        stacked = torch.cat([self.scalars, self.layers.flatten()])
-        dist.all_reduce(stacked)
-        scalars, layers = stacked.cpu().split([len(self.scalars), self.layers.numel()])
-        self.scalars, self.layers = scalars, layers.view_as(self.layers)
-
-    @property
-    def loss_sum(self) -> float:
-        """Cross-entropy summed over counted positions, of the global batch after ``reduce``."""
-        return float(self.scalars[0])
-
-    def result(
-        self,
-        counts: GlobalCounts,
-        aux_weights: dict[str, float],
-        gradient_norm: float,
-        token_hash: int,
-        sickness: str | None,
-    ) -> StepResult:
-        """Take means of the reduced sums."""
-        scalars, layers = self.scalars.tolist(), self.layers
-        routes = layers[:, : self.num_experts]
-        return StepResult(
-            loss=scalars[0] / max(counts.labels, 1),
-            aux=dict(zip(self.aux_names, scalars[1:], strict=True)),
-            aux_weights=aux_weights,
-            gradient_norm=gradient_norm,
-            tokens_per_expert=routes,
-            tokens=counts.tokens,
-            router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
-            dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
-            token_hash=token_hash,
-            sickness=sickness,
-        )

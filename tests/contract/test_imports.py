@@ -13,6 +13,8 @@ LEVELS = {
     "__main__": 5,
     "pretrain": 5,
     "run": 5,
+    "evaluation": 5,
+    "facts": 5,
     "launch": 5,
     "config": 4,
     "study": 4,

@@ -1,4 +1,4 @@
-"""A checkpoint kept from release 0.1 loads, on other topologies too, and goes on with the loss that it went on with then.
+"""A checkpoint kept from release 0.1 loads, on other topologies too, and goes on with the loss that it had then.
 
 ``tests/data/checkpoint_v1`` was written by ``write_kept`` on 2 ranks with expert parallel 2. It is never rewritten: a
 later format gets a folder of its own beside it.
