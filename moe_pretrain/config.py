@@ -28,8 +28,7 @@ from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import ShippedRouterConfig
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig
+from moe_pretrain.moe import ShippedRouterConfig, check_gate
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
 
@@ -143,8 +142,7 @@ class Config:
             raise ValueError(f"seed={self.seed} must be in [0, 2**31)")
         if not isinstance(self.router, DenseConfig):
             self.router.check_num_experts(self.model.moe.num_experts)
-        if isinstance(self.router, AutonomyConfig):
-            self.router.check_hidden_size(self.model.hidden_size)
+            check_gate(self.model.moe, self.router, self.model.hidden_size)
         if self.tokenizer.kind == "train" and isinstance(self.data, TokensCorpusConfig):
             raise ValueError(
                 "tokenizer.kind=train must be pretrained with data=tokens: name the tokenizer that made the tokens, "

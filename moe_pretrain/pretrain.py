@@ -21,12 +21,14 @@ from moe_pretrain.liveness import Liveness
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import num_routed_experts
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig
+from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.run import Run
 from moe_pretrain.signals import STOPPED, StopRequest
+
+TOKENS_COUNTED = 4_000_000
+"""Tokens at the start of the run from which routers learn how often each id occurs."""
 
 
 def train(config: Config) -> int:
@@ -92,6 +94,9 @@ def _train(
 
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
+    _tell_token_counts(model, loader, plan, mesh)
+    if competition := _describe_competition(config.router.name, model):
+        say(competition)
     prepare_experts(model, config.parallel.expert_parallel_size)
     engine = TrainEngine(
         model,
@@ -168,6 +173,21 @@ def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callabl
     return corpora
 
 
+def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPlan, mesh: Mesh) -> None:
+    """Tell routers that ask how often each token id occurs in the first rows of the run, the same on any topology."""
+    routers = [layer.router for layer in model.moe_layers() if layer.router.needs_token_counts]
+    if not routers:
+        return
+    counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    for step in range(min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))):
+        for batch in loader.micro_batches(step):
+            counts += torch.bincount(batch.input_ids[batch.document_ids >= 0], minlength=len(counts))
+    counts = counts.to(mesh.device)
+    dist.all_reduce(counts)
+    for router in routers:
+        router.use_token_counts(counts)
+
+
 def check(config: Config, world_size: int) -> None:
     """Everything that can be refused before a process group or a corpus exists.
 
@@ -182,10 +202,12 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if device == "cuda" and dtype == "bfloat16":
         widths = {"model.hidden_size": config.model.hidden_size}
-        if isinstance(config.router, AutonomyConfig):  # its experts' width is a multiple of width_multiple
-            widths |= {"router.low_size": config.router.low_size, "router.width_multiple": config.router.width_multiple}
-        else:
+        rank = expert_gate(moe, config.router)
+        if rank is None:
             widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
+        else:
+            name = "model.moe.gate_rank" if moe.gate_rank else "router.gate_rank"
+            widths |= {name: rank, "model.moe.expert_width_multiple": moe.expert_width_multiple}
         for name, width in widths.items():
             if width % 8:
                 raise ValueError(
@@ -213,6 +235,22 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
         f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
         f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
         f"{mesh.shard.size}, ZeRO {config.engine.zero_stage})"
+    )
+
+
+def _describe_competition(name: str, model: DecoderLM) -> str | None:
+    """A loud line for a scheme whose routes in training depend on later tokens; None for the others."""
+    routers = [layer.router for layer in model.moe_layers()]
+    if all(router.causal_in_training for router in routers):
+        return None
+    evaluation = (
+        "evaluation is causal: judge by the validation loss"
+        if all(router.causal_in_evaluation for router in routers)
+        else "so is evaluation: neither loss is that of a language model that generates"
+    )
+    return (
+        f"NOT CAUSAL IN TRAINING: with router={name} the tokens of a micro-batch compete, so a token's experts depend "
+        f"on later tokens, on other sequences and on the micro-batch's size; {evaluation}"
     )
 
 

@@ -228,8 +228,7 @@ class Run:
         size = self.size
         if result.tokens_per_expert.numel():
             # Adaptive schemes are charged for the experts they used, not for those expected.
-            layers = len(result.tokens_per_expert)
-            size = size.with_experts_per_token(float(result.tokens_per_expert.sum()) / max(1, layers * result.tokens))
+            size = size.with_experts_per_token(result.experts_per_token)
         row = train_row(
             result,
             self.engine.model,

@@ -101,6 +101,10 @@ def build_ours(options: argparse.Namespace) -> MoELayer:
         top_k=options.top_k,
         score="softmax",
         weights=weights,
+        weight_scale=1.0,
+        num_groups=1,
+        groups_per_token=1,
+        projection_size=None,
         jitter=0.0,
         load_balance_weight=0.01,
         load_balance_level="micro_batch",
@@ -108,7 +112,7 @@ def build_ours(options: argparse.Namespace) -> MoELayer:
     )
     router = TopKRouter(config, options.hidden, options.experts, layer=0)
     experts = SwiGLUExperts(options.experts, options.hidden, options.width, ExpertShard())
-    layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0), router, experts, options.hidden)
+    layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0, None, 8), router, experts, options.hidden)
     nn.init.orthogonal_(router.weight)
     for parameter in layer.experts.parameters():
         nn.init.normal_(parameter, std=0.02)

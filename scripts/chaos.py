@@ -21,8 +21,10 @@ EVERY_STEPS = 2
 STEPS_PER_KILL = 5
 TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2), Topology(2, 2, 2), Topology(4, 2), Topology(1, 1, 0)]
 FIXED = Topology(2, 2)
-TOLERANCE = 2e-4
-"""Relative difference of a step's loss that another order of summation may make, over a whole run."""
+EARLY_STEPS, EARLY_TOLERANCE = 20, 1e-5
+"""Relative difference of a step's loss on other topologies while it is rounding alone."""
+LATE_TOLERANCE = 5e-2
+"""Later, rounding sends single tokens to other experts: two undisturbed runs on two topologies part as far too."""
 
 
 class Chaos:
@@ -98,9 +100,10 @@ def check(run: Run, straight: Run, num_steps: int, fixed: bool) -> list[str]:
         raise SystemExit("FAILED: other tokens were read")
     found = [f"token hash of every step equal ({hashes[0][-1]})"]
     differences = [abs(a["train/loss"] / b["train/loss"] - 1) for a, b in zip(ours, theirs, strict=True)]
-    if max(differences) > (0 if fixed else TOLERANCE):
-        raise SystemExit(f"FAILED: the losses differ by {max(differences):.1e}")
-    found.append(f"largest relative difference of a loss {max(differences):.1e}")
+    early, late = max(differences[:EARLY_STEPS]), max(differences)
+    if early > (0 if fixed else EARLY_TOLERANCE) or late > (0 if fixed else LATE_TOLERANCE):
+        raise SystemExit(f"FAILED: the losses differ by {early:.1e} early and {late:.1e} at most")
+    found.append(f"largest relative difference of a loss {early:.1e} in {EARLY_STEPS} steps, {late:.1e} in all")
     if fixed:
         if weight_hashes(run) != weight_hashes(straight):
             raise SystemExit("FAILED: the final weights differ")

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch, wrap_to_int64
 from moe_pretrain.engine.checks import check_optimizer_covers, check_replicas, every_parameter_gets_gradient
+from moe_pretrain.engine.context import routing_context
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
@@ -21,7 +22,6 @@ from moe_pretrain.engine.results import Evaluation, StepResult, StepSums
 from moe_pretrain.engine.sickness import first_non_finite, inject_sickness
 from moe_pretrain.faults import NO_FAULTS, Faults
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.types import RoutingContext
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
 
@@ -65,7 +65,7 @@ class TrainEngine:
         layers = model.moe_layers()
         self._layer_row = {layer.router.layer: row for row, layer in enumerate(layers)}
         self._num_experts = layers[0].num_experts if layers else 0
-        self._aux_weights: dict[str, float] = layers[0].router.aux_weights if layers else {}
+        self._num_sums = layers[0].router.num_sums if layers else 0
         self.adamw = adamw = build_optimizer(model, optimizer)
         check_optimizer_covers(model, [p for group in adamw.param_groups for p in group["params"]])
         settings = deepspeed_config(config, dtype, plan.micro_batch_size, plan.accumulation, mesh.world_size)
@@ -107,7 +107,7 @@ class TrainEngine:
             sickness = None
             if not (math.isfinite(sums.loss_sum) and math.isfinite(gradient_norm)):
                 sickness = self._diagnose(step, batches, text_tokens, global_counts, gradient_norm)
-        result = sums.result(global_counts, self._aux_weights, gradient_norm, token_hash, sickness)
+        result = sums.result(global_counts, self._aux_weights(), gradient_norm, token_hash, sickness)
         if sickness is not None:
             self._skipped += 1
             if self._skipped > self.config.max_skipped_steps:
@@ -118,8 +118,8 @@ class TrainEngine:
                 )
             return result
         self._skipped = 0
-        for layer, routes in zip(self.model.moe_layers(), result.tokens_per_expert, strict=True):
-            layer.router.after_step(routes.to(self.mesh.device), result.tokens)
+        for layer, use in zip(self.model.moe_layers(), result.layer_uses(), strict=True):
+            layer.router.after_step(use)
         if is_check_step:
             check_replicas(self.model, self.mesh, step)
         return result
@@ -128,14 +128,15 @@ class TrainEngine:
         self, step: int, batches: list[MicroBatch], text_tokens: list[int], global_counts: GlobalCounts
     ) -> StepSums:
         """Forward and backward of all micro-batches; their sums, over all ranks."""
-        sums = StepSums(list(self._aux_weights), len(self._layer_row), self._num_experts, self.mesh.device)
+        aux_weights = self._aux_weights()
+        sums = StepSums(list(aux_weights), len(self._layer_row), self._num_experts, self._num_sums, self.mesh.device)
         ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
         for batch, tokens in zip(batches, text_tokens, strict=True):
-            context = self._context(step, batch, self._global_routes(ahead))
+            context = routing_context(batch, self.seed, step, self._global_routes(ahead), global_counts.tokens)
             output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
             if self._faults.due("train.loss", step):
                 output = output._replace(loss_sum=output.loss_sum * math.nan)
-            loss = micro_batch_loss(output, self._aux_weights, tokens, global_counts)
+            loss = micro_batch_loss(output, aux_weights, tokens, global_counts)
             sums.add(output, tokens / max(global_counts.tokens, 1))
             self._enter("train.backward", step)
             # DeepSpeed divides by the accumulation and averages over ranks.
@@ -144,6 +145,11 @@ class TrainEngine:
                 self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
         sums.reduce()
         return sums
+
+    def _aux_weights(self) -> dict[str, float]:
+        """Coefficients of the aux losses in this step; some routers move them between steps."""
+        layers = self.model.moe_layers()
+        return layers[0].router.aux_weights if layers else {}
 
     def _diagnose(
         self,
@@ -188,27 +194,13 @@ class TrainEngine:
                 batch.labels,
                 batch.document_ids,
                 batch.position_ids,
-                self._context(0, batch, None),
+                routing_context(batch, self.seed, 0),
             )
             total[0] += output.loss_sum
             total[1] += (batch.labels != IGNORE_INDEX).sum()
         dist.all_reduce(total)
         self.model.train()
         return Evaluation(loss=float(total[0] / total[1].clamp(min=1)), labels=float(total[1]))
-
-    def _context(
-        self, step: int, batch: MicroBatch, global_routes: Callable[[int, Tensor], Tensor] | None
-    ) -> RoutingContext:
-        num_rows, length = batch.input_ids.shape
-        offset = torch.arange(length, device=batch.input_ids.device)
-        return RoutingContext(
-            token_mask=(batch.document_ids >= 0).flatten(),
-            token_position=(batch.row_positions[:, None] * length + offset).flatten(),
-            num_sequences=num_rows,
-            seed=self.seed,
-            step=step,
-            sum_over_global_batch=global_routes,
-        )
 
     def _count(self, batches: list[MicroBatch], text_tokens: list[int]) -> tuple[GlobalCounts, int]:
         """Counted targets and text tokens of the global batch, and the hash of its rows."""
@@ -233,7 +225,7 @@ class TrainEngine:
         """Routes per layer and expert of the whole global batch, from a pass without gradient."""
         total = torch.zeros(len(self._layer_row), self._num_experts, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
-            context = self._context(step, batch, None)
+            context = routing_context(batch, self.seed, step)
             uses = self.model.routes(batch.input_ids, batch.document_ids, batch.position_ids, context)
             total += torch.stack([use.tokens_per_expert for use in uses])
         dist.all_reduce(total)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_pretrain.engine.objective import GlobalCounts
 from moe_pretrain.model.decoder import LMOutput
+from moe_pretrain.moe.types import StepUse
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StepResult:
         tokens: Text tokens of the global batch.
         router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
         dropped_share: Share of routes that no expert computed, per MoE layer.
+        sums: The scheme's own sums ``[moe_layers, num_sums]``, float64, on the training device.
         token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
         sickness: None, or why the step changed nothing: a loss or gradient that is not finite, and where it arose.
     """
@@ -35,6 +37,7 @@ class StepResult:
     tokens: int
     router_entropy: list[float]
     dropped_share: list[float]
+    sums: Tensor
     token_hash: int
     sickness: str | None
 
@@ -42,6 +45,17 @@ class StepResult:
     def aux_loss(self) -> float:
         """The weighted sum that was added to the loss."""
         return sum(self.aux_weights[name] * value for name, value in self.aux.items())
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean routes per text token, over all MoE layers."""
+        return float(self.tokens_per_expert.sum()) / max(1, len(self.tokens_per_expert) * self.tokens)
+
+    def layer_uses(self) -> list[StepUse]:
+        """What each MoE layer's router may move its state by."""
+        routes = self.tokens_per_expert.to(self.sums.device)
+        mean = self.experts_per_token
+        return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,10 @@ class Evaluation:
 class StepSums:
     """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
 
-    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, device: torch.device):
+    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, num_sums: int, device: torch.device):
         self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, num_experts
         self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
-        self.layers = torch.zeros(num_layers, num_experts + 2, dtype=torch.float64, device=device)
+        self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
 
     def add(self, output: LMOutput, share: float) -> None:
         """Add one micro-batch; ``share`` is its part of the global batch's tokens."""
@@ -69,13 +83,15 @@ class StepSums:
             self.layers[row, : self.num_experts] += use.tokens_per_expert
             self.layers[row, self.num_experts] += use.router_entropy
             self.layers[row, self.num_experts + 1] += use.dropped_routes
+            if use.sums is not None:
+                self.layers[row, self.num_experts + 2 :] += use.sums
 
     def reduce(self) -> None:
         """Sum over ranks."""
         stacked = torch.cat([self.scalars, self.layers.flatten()])
         dist.all_reduce(stacked)
-        scalars, layers = stacked.cpu().split([len(self.scalars), self.layers.numel()])
-        self.scalars, self.layers = scalars, layers.view_as(self.layers)
+        scalars, layers = stacked.split([len(self.scalars), self.layers.numel()])
+        self.scalars, self.layers = scalars.cpu(), layers.view_as(self.layers)
 
     @property
     def loss_sum(self) -> float:
@@ -91,7 +107,7 @@ class StepSums:
         sickness: str | None,
     ) -> StepResult:
         """Take means of the reduced sums."""
-        scalars, layers = self.scalars.tolist(), self.layers
+        scalars, layers = self.scalars.tolist(), self.layers[:, : self.num_experts + 2].cpu()
         routes = layers[:, : self.num_experts]
         return StepResult(
             loss=scalars[0] / max(counts.labels, 1),
@@ -101,6 +117,7 @@ class StepSums:
             tokens_per_expert=routes,
             tokens=counts.tokens,
             router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
+            sums=self.layers[:, self.num_experts + 2 :],
             dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
             token_hash=token_hash,
             sickness=sickness,

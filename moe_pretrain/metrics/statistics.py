@@ -48,6 +48,7 @@ def train_row(
     for name, value in result.aux.items():
         row[f"aux/{name}_loss"] = value
         row[f"aux/{name}_weight"] = result.aux_weights[name]
+    uses = result.layer_uses()
     for index, layer in enumerate(model.moe_layers()):
         routes = result.tokens_per_expert[index]
         share = routes / routes.sum().clamp(min=1)
@@ -59,6 +60,7 @@ def train_row(
         row[f"{prefix}/experts_per_token"] = float(routes.sum()) / max(result.tokens, 1.0)
         row[f"{prefix}/router_weight_norm"] = layer.router.weight_norm()
         row[f"{prefix}/expert_share"] = share.tolist()
+        row |= {f"{prefix}/{name}": value for name, value in layer.router.metrics(uses[index]).items()}
     return row
 
 

@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.model.layers import apply_rotary
+from moe_pretrain.moe.types import AttentionStatistic
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,12 @@ class DocumentMask:
     """What every layer's attention needs to know of the documents, made once per micro-batch.
 
     Attributes:
+        first_key: Position in its row of the first token of each token's document.
         spans: Lengths of the documents of each row, in order. CPU only, else None.
         block_mask: FlexAttention's block mask. CUDA only, else None.
     """
 
+    first_key: Int[Tensor, "batch sequence"]
     spans: list[list[int]] | None = None
     block_mask: Any = None
 
@@ -33,18 +37,25 @@ def document_mask(document_ids: Int[Tensor, "batch sequence"]) -> DocumentMask:
     matters, it costs as much as a layer. On the CPU, FlexAttention has no backward and SDPA with a dense
     mask is 3 to 4 times slower than SDPA per document, so the lengths are taken to the host.
     """
+    first_key = _first_keys(document_ids)
     if document_ids.is_cuda:
         from torch.nn.attention.flex_attention import create_block_mask
 
         batch, sequence = document_ids.shape
         same = _visible(document_ids)
         mask = create_block_mask(same, batch, None, sequence, sequence, device=str(document_ids.device))
-        return DocumentMask(block_mask=mask)
+        return DocumentMask(first_key, block_mask=mask)
     spans = []
     for row in document_ids:
         _, lengths = torch.unique_consecutive(row, return_counts=True)
         spans.append(lengths.tolist())
-    return DocumentMask(spans=spans)
+    return DocumentMask(first_key, spans=spans)
+
+
+def _first_keys(document_ids: Int[Tensor, "batch sequence"]) -> Int[Tensor, "batch sequence"]:
+    """Where in its row each token's document begins."""
+    begins = functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return (torch.arange(document_ids.shape[1], device=document_ids.device) * begins).cummax(dim=1).values
 
 
 def _visible(document_ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -97,9 +108,16 @@ class Attention(nn.Module):
         hidden: Float[Tensor, "batch sequence hidden"],
         rotary: tuple[Tensor, Tensor],
         mask: DocumentMask,
-    ) -> Float[Tensor, "batch sequence hidden"]:
-        """Attend; ``rotary`` comes from ``rotary_table``, ``mask`` from ``document_mask``."""
+        statistic: AttentionStatistic | None = None,
+    ) -> tuple[Float[Tensor, "batch sequence hidden"], Float[Tensor, "batch sequence"] | None]:
+        """Attend; ``rotary`` comes from ``rotary_table``, ``mask`` from ``document_mask``.
+
+        Returns:
+            New hidden states, and the statistic if one was asked for (float32, no gradient).
+        """
         projected = functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected)
-        attended = attend(apply_rotary(query, rotary), apply_rotary(key, rotary), value, mask)
-        return functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight)
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        attended = attend(query, key, value, mask)
+        output = functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight)
+        return output, None if statistic is None else attention_statistic(statistic, query, key, mask.first_key)

@@ -1,5 +1,6 @@
 """One pre-norm block: attention, then a dense or a mixture-of-experts feed-forward network."""
 
+from dataclasses import replace
 from typing import Literal
 
 from jaxtyping import Float
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.model.attention import Attention, DocumentMask
+from moe_pretrain.model.attention_statistic import check_attention_statistic
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoELayer
@@ -20,7 +22,8 @@ class Block(nn.Module):
 
     ``recompute``: ``none`` keeps all activations; ``selective`` makes those of attention again in backward;
     ``full`` also those of the feed-forward network. The router's decision is kept in every mode, so
-    recomputation can neither route differently nor count twice (defects C14, C24).
+    recomputation can neither route differently nor count twice (defects C14, C24). Nor is the statistic of attention
+    that a router may ask for made twice.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(hidden_size, norm_epsilon)
         self.feed_forward = feed_forward
         self.recompute = recompute
+        if isinstance(feed_forward, MoELayer) and feed_forward.router.attention_statistic is not None:
+            check_attention_statistic(feed_forward.router.attention_statistic)
 
     def forward(
         self,
@@ -46,11 +51,14 @@ class Block(nn.Module):
         context: RoutingContext,
     ) -> tuple[Float[Tensor, "batch sequence hidden"], MoEOutput | None]:
         """Return the new hidden states and, from a MoE layer, its output record."""
+        statistics: list[Tensor] = []
         if self.recompute == "none":
-            hidden = self._attend(hidden, rotary, mask)
+            hidden = self._attend(hidden, rotary, mask, statistics)
         else:
-            hidden = checkpoint(self._attend, hidden, rotary, mask, use_reentrant=False)
+            hidden = checkpoint(self._attend, hidden, rotary, mask, statistics, use_reentrant=False)
         if isinstance(self.feed_forward, MoELayer):
+            if statistics:
+                context = replace(context, attention=statistics[0].flatten())
             normed = self.feed_forward_norm(hidden).flatten(0, 1)
             moe = self.feed_forward(normed, context, self.recompute == "full")
             return hidden + moe.hidden.view_as(hidden), moe
@@ -58,8 +66,16 @@ class Block(nn.Module):
             return checkpoint(self._feed_forward, hidden, use_reentrant=False), None
         return self._feed_forward(hidden), None
 
-    def _attend(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: DocumentMask) -> Tensor:
-        return hidden + self.attention(self.attention_norm(hidden), rotary, mask)
+    def _attend(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: DocumentMask, statistics: list[Tensor]
+    ) -> Tensor:
+        """``statistics`` receives what the router asks for; a recomputation finds it there."""
+        router = self.feed_forward.router if isinstance(self.feed_forward, MoELayer) else None
+        wanted = None if router is None or statistics else router.attention_statistic
+        attended, statistic = self.attention(self.attention_norm(hidden), rotary, mask, wanted)
+        if statistic is not None:
+            statistics.append(statistic)
+        return hidden + attended
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))

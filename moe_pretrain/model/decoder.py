@@ -131,6 +131,9 @@ class DecoderLM(nn.Module):
             )
             for layer in range(config.num_layers)
         )
+        if not self.embedding.weight.is_meta:  # without storage there is nothing to look up either
+            for moe_layer in self.moe_layers():
+                moe_layer.router.use_token_counts(torch.ones(config.vocab_size, dtype=torch.int64))
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocab_size, bias=False)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.layers import RMSNorm
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 
 
@@ -43,7 +43,7 @@ def initialise(model: DecoderLM, seed: int) -> None:
                 parameter.fill_(1.0)
                 continue
             scale = residual_std if name == "out_weight" else std
-            if isinstance(module, SwiGLUExperts | AutonomyExperts):
+            if isinstance(module, SwiGLUExperts | FactorisedExperts):
                 for expert_id, expert in zip(module.expert_ids, parameter.unbind(0), strict=True):
                     _fill_normal(expert, scale, seed, f"{full_name}/{expert_id}")
             else:

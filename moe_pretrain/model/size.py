@@ -1,10 +1,11 @@
-"""Parameters and FLOPs of a configuration, counted without building it."""
+"""Parameters and FLOPs of a configuration, counted without building the model."""
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import RouterConfig, dense_width
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig
+from moe_pretrain.moe import RouterConfig, build_router, dense_width, expert_gate, expert_width
 from moe_pretrain.moe.routers.dense import DenseConfig
 
 
@@ -25,6 +26,8 @@ class ModelSize:
         active_experts: Routed experts that one token uses, expected over tokens.
         experts_per_route: Routed experts that one token would use with one route per layer.
         attention_score_flops: Forward FLOPs per token of ``QK`` and ``AV`` with a causal mask over a full row.
+        attention_statistic_flops: Forward FLOPs per token of the second ``QK`` that a router's statistic of attention
+            takes; it has no backward.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
 
@@ -38,6 +41,7 @@ class ModelSize:
     active_experts: float
     experts_per_route: int
     attention_score_flops: float
+    attention_statistic_flops: float
     head_matmul: int
 
     @property
@@ -54,12 +58,12 @@ class ModelSize:
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per active matrix entry, plus the attention scores."""
         matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
-        return 2.0 * matrices + self.attention_score_flops
+        return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward, 3 times the forward; recomputation is not counted (model FLOPs)."""
-        return 3.0 * self.forward_flops_per_token
+        """Forward and backward, 3 times what is differentiated; recomputation is not counted (model FLOPs)."""
+        return 3.0 * self.forward_flops_per_token - 2.0 * self.attention_statistic_flops
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
         """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
@@ -81,18 +85,21 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
     routers = experts = expert = 0
-    routes = 0.0
+    routes = statistic_flops = 0.0
     if isinstance(router, DenseConfig):
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
-        expert = 3 * width * moe.expert_hidden_size
+        rank, inner = expert_gate(moe, router), expert_width(moe, router, width)
+        expert = 3 * width * inner if rank is None else 2 * width * inner + rank * inner
         dense_ffn += num_moe * 3 * width * moe.shared_width
-        routers = num_moe * moe.num_experts * width
-        if isinstance(router, AutonomyConfig):
-            # Every token passes all experts' down projections, so they are active, and counted as the router.
-            inner = router.expert_width(width, moe.expert_hidden_size)
-            expert = router.low_size * inner + 2 * width * inner
-            routers *= router.low_size
+        if rank is not None and moe.gate_rank is not None:
+            expert += rank * width
+        # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
+        with torch.device("meta"):
+            module = build_router(moe, router, width, 0)
+        routers = num_moe * sum(parameter.numel() for parameter in module.parameters())
+        if module.attention_statistic is not None:
+            statistic_flops = 1.0 * num_moe * config.sequence_length * width
         experts = num_moe * moe.num_experts * expert
         routes = router.mean_experts_per_token
     key_value = config.num_key_value_heads * config.head_size
@@ -108,5 +115,6 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         active_experts=routes * num_moe * expert,
         experts_per_route=num_moe * expert,
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
+        attention_statistic_flops=statistic_flops,
         head_matmul=embedding,
     )

@@ -3,17 +3,46 @@
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
+from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
+from moe_pretrain.moe.routers.autonomy import (
+    AutonomyConfig,
+    AutonomyExpertChoiceConfig,
+    AutonomyExpertChoiceRouter,
+    AutonomyRouter,
+    AutonomyTopPConfig,
+    AutonomyTopPRouter,
+)
 from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
+from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
+from moe_pretrain.moe.routers.hash import HashConfig, HashRouter
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
+from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig
+from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
+from moe_pretrain.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
-ShippedRouterConfig = TopKRouterConfig | LossFreeRouterConfig | TopPRouterConfig | AutonomyConfig | DenseConfig
+ShippedRouterConfig = (
+    AttentionImportanceConfig
+    | AutonomyConfig
+    | AutonomyExpertChoiceConfig
+    | AutonomyTopPConfig
+    | DenseConfig
+    | ExpertChoiceConfig
+    | ExpertThresholdRouterConfig
+    | HashConfig
+    | LossFreeRouterConfig
+    | QuantileRouterConfig
+    | ReLUConfig
+    | SinkhornConfig
+    | TopKRouterConfig
+    | TopPRouterConfig
+)
 """The ``router`` group; its ``name`` says which."""
 
 
@@ -39,8 +68,17 @@ class RouterFileConfig(Protocol):
 RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
+    "attention_importance": AttentionImportanceRouter,
     "autonomy": AutonomyRouter,
+    "autonomy_expert_choice": AutonomyExpertChoiceRouter,
+    "autonomy_top_p": AutonomyTopPRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "expert_threshold": ExpertThresholdRouter,
+    "hash": HashRouter,
     "loss_free": LossFreeRouter,
+    "quantile": QuantileRouter,
+    "relu": ReLURouter,
+    "sinkhorn": SinkhornRouter,
     "top_k": TopKRouter,
     "top_p": TopPRouter,
 }
@@ -53,17 +91,48 @@ def build_moe_layer(
     """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them."""
     if isinstance(router, DenseConfig):
         return SwiGLU(hidden_size, dense_width(moe, router))
-    if isinstance(router, RouterFileConfig):
-        module = router.build(hidden_size, moe.num_experts, layer)
+    module = build_router(moe, router, hidden_size, layer)
+    rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
+    experts: SwiGLUExperts | FactorisedExperts
+    if rank is None:
+        experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
     else:
-        module = ROUTERS[router.name](router, hidden_size, moe.num_experts, layer)
-    if isinstance(router, AutonomyConfig):
-        width = router.expert_width(hidden_size, moe.expert_hidden_size)
-        experts = AutonomyExperts(moe.num_experts, hidden_size, width, router.low_size, shard)
-        return MoELayer(moe, module, experts, hidden_size)
-    return MoELayer(
-        moe, module, SwiGLUExperts(moe.num_experts, hidden_size, moe.expert_hidden_size, shard), hidden_size
-    )
+        owns_down = moe.gate_rank is not None
+        experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down)
+    return MoELayer(moe, module, experts, hidden_size)
+
+
+def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int) -> Router:
+    """The module that routes in layer ``layer``."""
+    if isinstance(router, RouterFileConfig):
+        return router.build(hidden_size, moe.num_experts, layer)
+    return ROUTERS[router.name](router, hidden_size, moe.num_experts, layer)
+
+
+def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
+    """Rank of the experts' factorised gate, None for a full one."""
+    return getattr(router, "gate_rank", None) or moe.gate_rank
+
+
+def expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> int:
+    """Inner width of one expert."""
+    rank = expert_gate(moe, router)
+    if rank is None:
+        return moe.expert_hidden_size
+    return factorised_width(hidden_size, moe.expert_hidden_size, rank, moe.expert_width_multiple)
+
+
+def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
+    """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked."""
+    of_router = getattr(router, "gate_rank", None)
+    if of_router is not None and moe.gate_rank is not None:
+        raise ValueError(
+            f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which has router.gate_rank"
+        )
+    rank = expert_gate(moe, router)
+    if rank is not None and rank >= hidden_size:
+        name = "router.gate_rank" if of_router is not None else "model.moe.gate_rank"
+        raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
 
 
 def dense_width(moe: MoEConfig, router: DenseConfig) -> int:

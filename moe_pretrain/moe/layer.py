@@ -1,13 +1,14 @@
 """The mixture-of-experts layer: route, send to the experts, combine, add the shared experts."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.moe.dispatch import run_experts
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.types import Exchange, MoEOutput, Router, Routing, RoutingContext
 
@@ -24,6 +25,10 @@ class MoEConfig:
         shared_expert_hidden_size: Inner width of a shared expert.
         every_k_layers: Every k-th layer is MoE, counted from the first layer after the leading dense ones, >= 1.
         num_leading_dense_layers: Layers at the bottom that stay dense.
+        gate_rank: Rank of a factorised gate in every routed expert, or None for a full gate. It is the control of
+            Autonomy-of-Experts with a router kept; that scheme itself has ``router.gate_rank``.
+        expert_width_multiple: With a factorised gate the experts' width, solved from equation 5 so that parameters stay
+            the same, is rounded to a multiple of this.
     """
 
     num_experts: int
@@ -32,11 +37,17 @@ class MoEConfig:
     shared_expert_hidden_size: int
     every_k_layers: int
     num_leading_dense_layers: int
+    gate_rank: int | None
+    expert_width_multiple: int
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "expert_hidden_size", "shared_expert_hidden_size", "every_k_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.moe.{name}={getattr(self, name)} must be at least 1")
+        positive = (
+            "num_experts expert_hidden_size shared_expert_hidden_size every_k_layers expert_width_multiple gate_rank"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.moe.{name}={value} must be at least 1")
         for name in ("num_shared_experts", "num_leading_dense_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.moe.{name}={getattr(self, name)} must not be negative")
@@ -58,7 +69,7 @@ class MoELayer(nn.Module):
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
     """
 
-    def __init__(self, config: MoEConfig, router: Router, experts: SwiGLUExperts | AutonomyExperts, hidden_size: int):
+    def __init__(self, config: MoEConfig, router: Router, experts: SwiGLUExperts | FactorisedExperts, hidden_size: int):
         super().__init__()
         self.num_experts = config.num_experts
         self.router = router
@@ -88,12 +99,13 @@ class MoELayer(nn.Module):
     def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
         """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""
         shared = self.shared_experts
+        arguments = self.router.expert_arguments(self.experts.expert_ids)
         routed = replace(routing, weight=weight, payload=payload)
         output, shared_output = run_experts(
             hidden,
             routed,
             self.num_experts,
-            self.experts,
+            partial(self.experts, **arguments),
             self.exchange,
             meanwhile=None if shared is None else lambda: shared(hidden),
         )

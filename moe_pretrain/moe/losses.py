@@ -70,11 +70,70 @@ def load_balance_loss(
     """
     if router_probs.dtype != torch.float32:
         raise ValueError(f"router_probs must be float32, got {router_probs.dtype}")
-    num_groups, num_experts = route_counts.shape
     # An empty group has no routes; clamp keeps 0/0 out of the gradient.
-    share = (route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)).float()
-    by_group = (router_probs * token_mask[:, None]).view(num_groups, -1, num_experts).sum(dim=1)
-    return num_experts * (share * by_group).sum() / token_mask.sum().clamp(min=1)
+    share = route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return _mean_of_shares(share, router_probs, token_mask)
+
+
+def sparsity_loss(
+    gates: Float[Tensor, "tokens experts"],
+    route_counts: Float[Tensor, "groups experts"],
+    group_tokens: Float[Tensor, "groups"],
+    target_experts: float,
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Penalise gates by their size, those of busy experts more: an L1 norm that also balances.
+
+    ``mean_t sum_e(f[g(t), e] * gates[t, e])`` with ``f[g, e] = num_experts * routes_e / (target_experts * tokens_g)``:
+    1 for every expert when group ``g`` has ``target_experts`` routes per token and spreads them evenly. Only the gates
+    carry a gradient.
+
+    Args:
+        gates: Gates, not negative; float32. Tokens are ordered by group, the same number in each.
+        route_counts: Routes to each expert in each group, padding left out.
+        group_tokens: Text tokens of each group.
+        target_experts: Routes per token that are wanted, the paper's ``k``.
+        token_mask: True for text tokens; the others count nowhere.
+
+    Returns:
+        Unweighted loss, in the unit of the gates; 0 when the micro-batch has no text token.
+
+    Source:
+        ReMoE (Wang et al. 2024, arXiv:2412.14711), the load-balancing L1 regularisation of one layer.
+    """
+    share = route_counts / (target_experts * group_tokens[:, None].clamp(min=1))
+    return _mean_of_shares(share, gates, token_mask)
+
+
+def _mean_of_shares(
+    share: Float[Tensor, "groups experts"],
+    values: Float[Tensor, "tokens experts"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """``num_experts * mean_t sum_e(share[g(t), e] * values[t, e])`` over text tokens."""
+    num_groups, num_experts = share.shape
+    by_group = (values * token_mask[:, None]).view(num_groups, -1, num_experts).sum(dim=1)
+    return num_experts * (share.float() * by_group).sum() / token_mask.sum().clamp(min=1)
+
+
+def entropy_loss(
+    router_probs: Float[Tensor, "tokens experts"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Mean over text tokens of the entropy of the routing distribution.
+
+    Args:
+        router_probs: float32; rows sum to 1.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, nats: 0 when every token is sure, ``log(num_experts)`` when all are undecided.
+
+    Source:
+        Huang et al. 2024 (arXiv:2403.07652), the dynamic loss; Lv et al. 2025 (arXiv:2501.13074), eq. 8.
+    """
+    entropy = -torch.special.xlogy(router_probs, router_probs.clamp(min=1e-30)).sum(dim=-1)
+    return (entropy * token_mask).sum() / token_mask.sum().clamp(min=1)
 
 
 def router_z_loss(

@@ -15,8 +15,9 @@ Axis names (one meaning each, in every file under ``moe/``):
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
+
+AttentionStatistic = Literal["row_max", "corrected_row_max", "corrected_row_max_without_self", "entropy", "received"]
+"""One number per token from its block's attention; ``model/attention_statistic.py`` defines each."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,18 @@ class RoutingContext:
         token_mask: True where a token is text, False where it is padding.
         token_position: Position of each token in the run (row position * sequence length + offset).
             Keys the counter-based noise, so noise does not depend on ranks or micro-batches.
+        token_ids: Vocabulary id of each token; None only where a router is called by itself.
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
             ``balance level = global_batch`` in training; None in evaluation.
+        global_tokens: Text tokens of the whole global batch, for shares of them; None where
+            ``sum_over_global_batch`` is.
+        attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
+            None unless the router asks for one.
+        score_routes: Runs candidate routes as far as the experts' keys; None unless the router asks for it.
     """
 
     token_mask: Bool[Tensor, "tokens"]
@@ -48,6 +58,27 @@ class RoutingContext:
     seed: int
     step: int
     sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
+    global_tokens: int | None = None
+    token_ids: Int[Tensor, "tokens"] | None = None
+    attention: Float[Tensor, "tokens"] | None = None
+    score_routes: "ScoreRoutes | None" = None
+
+
+class ScoreRoutes(Protocol):
+    """Asks the experts themselves how well routes fit, wherever they are."""
+
+    def __call__(self, token_index: Tensor, expert_index: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+        """``query[route] @ key_weight @ h`` with ``h`` the expert's inner activation for the token; differentiable.
+
+        Args:
+            token_index: Token of each route, ``[routes]``, ascending.
+            expert_index: Expert of each route, ``[routes]``.
+            query: Query of each token, ``[tokens, key]``.
+            key_weight: ``[key, width]``, a dense parameter that all experts share.
+
+        Returns:
+            Scores ``[routes]``, float32, not scaled.
+        """
 
 
 @dataclass(frozen=True)
@@ -82,12 +113,32 @@ class RouterUse:
         tokens: Number of text tokens, float64 scalar.
         router_entropy: Sum over text tokens of the entropy of the routing distribution, nats, float64 scalar.
         dropped_routes: Routes of text tokens that no expert computed, float64 scalar.
+        sums: What the scheme itself wants summed over the global batch for ``Router.after_step``, float64
+            ``[Router.num_sums]``; None in evaluation and for schemes without.
     """
 
     tokens_per_expert: Float[Tensor, "experts"]
     tokens: Float[Tensor, ""]
     router_entropy: Float[Tensor, ""]
     dropped_routes: Float[Tensor, ""]
+    sums: Float[Tensor, "sums"] | None = None
+
+
+@dataclass(frozen=True)
+class StepUse:
+    """What one layer's router did in one optimizer step, over the whole global batch; the same on every rank.
+
+    Attributes:
+        tokens_per_expert: Routes of text tokens to each expert, float64.
+        tokens: Text tokens.
+        experts_per_token: Mean routes per text token over all MoE layers of the model.
+        sums: The scheme's own ``RouterUse.sums``, ``[num_sums]``.
+    """
+
+    tokens_per_expert: Float[Tensor, "experts"]
+    tokens: int
+    experts_per_token: float
+    sums: Float[Tensor, "sums"]
 
 
 @dataclass(frozen=True)
@@ -112,19 +163,40 @@ class ExpertShard:
         return range(self.rank * count, (self.rank + 1) * count)
 
 
+def step_uses(uses: Sequence[RouterUse]) -> list[StepUse]:
+    """What the routers of all MoE layers get after a step in which this micro-batch was the global batch."""
+    routes = torch.stack([use.tokens_per_expert for use in uses])
+    tokens = int(uses[0].tokens)
+    mean = float(routes.sum()) / max(1, len(uses) * tokens)
+    none = routes.new_zeros(0)
+    return [StepUse(use.tokens_per_expert, tokens, mean, none if use.sums is None else use.sums) for use in uses]
+
+
 class Router(nn.Module):
     """Decides which experts serve which token. The base of the modules in ``moe/routers``.
 
     Attributes:
         layer: Index of the decoder layer, for noise streams and statistics.
         keep_float32: The router's parameters stay float32 in a bfloat16 engine.
-        causal_in_training: Whether a token's route in training depends on no later token.
+        causal_in_training: Whether a token's route in training depends on no other token of its micro-batch that it
+            does not attend to. A scheme in which tokens compete says False.
         causal_in_evaluation: The same for evaluation.
+        num_sums: Length of ``RouterUse.sums``.
+        attention_statistic: Name of the statistic of its block's attention that the router wants in
+            ``RoutingContext.attention``; None for most schemes.
+        needs_expert_scores: Whether the router wants ``RoutingContext.score_routes``.
+        needs_token_counts: Whether ``use_token_counts`` is to be called with the corpus's counts before training.
+        without_lm_gradient: Parameters that by the scheme's mathematics get no gradient from the LM loss -> why.
     """
 
     keep_float32: ClassVar[bool] = True
-    causal_in_training: ClassVar[bool]
-    causal_in_evaluation: ClassVar[bool]
+    causal_in_training: bool
+    causal_in_evaluation: bool
+    num_sums: int = 0
+    attention_statistic: AttentionStatistic | None = None
+    needs_expert_scores: bool = False
+    needs_token_counts: bool = False
+    without_lm_gradient: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, layer: int):
         super().__init__()
@@ -132,7 +204,7 @@ class Router(nn.Module):
 
     @property
     def aux_weights(self) -> dict[str, float]:
-        """Coefficient of each aux loss in ``Routing.aux``."""
+        """Coefficient of each aux loss in ``Routing.aux``; read in every step, so a scheme may move them."""
         raise NotImplementedError
 
     @property
@@ -140,15 +212,22 @@ class Router(nn.Module):
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
         raise NotImplementedError
 
-    def after_step(self, tokens_per_expert: Tensor, tokens: int) -> None:
+    def after_step(self, use: StepUse) -> None:
         """Move state that has no gradient; called once per optimizer step, on every rank alike.
 
         Such state is kept in buffers, which checkpoints save.
-
-        Args:
-            tokens_per_expert: Routes of text tokens to each expert in the global batch, ``[experts]``, float64.
-            tokens: Text tokens of the global batch.
         """
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """The scheme's own numbers of a step for the metrics row, asked after ``after_step(use)``; names with units."""
+        return {}
+
+    def use_token_counts(self, token_counts: Int[Tensor, "vocab"]) -> None:
+        """Learn how often each token id occurs in the corpus; called before training, with ones if it is unknown."""
+
+    def expert_arguments(self, experts: range) -> dict[str, Tensor]:
+        """Dense parameters of the router that the experts ``experts`` use on the rank that holds them."""
+        return {}
 
     def weight_norm(self) -> float:
         """Euclidean norm of all router parameters."""

@@ -13,13 +13,14 @@ from torch import Tensor
 from moe_pretrain.engine.objective import GlobalCounts
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe import RouterConfig
-from moe_pretrain.moe.types import Router
+from moe_pretrain.moe.types import Router, step_uses
 from moe_pretrain.study.certify_routes import check_routes
 from moe_pretrain.study.certify_subject import (
     ROWS,
     TOLERANCE,
     Decision,
     NotApplicable,
+    Pass,
     Subject,
     move_state,
     relative,
@@ -54,11 +55,16 @@ def _learns_from_lm_loss(subject: Subject, router: RouterConfig | None = None) -
     whole = math.sqrt(sum(float(_gradient(parameter).square().sum()) for parameter in model.parameters()))
     constant = all((decision.routing.weight == 1).all() for decision in seen.decisions)
     why = ": every weight is 1, whatever the parameters are" if constant else ""
+    excused = routers_of(model)[0].without_lm_gradient
+    learnt = {name: norm for name, norm in norms.items() if name.partition(".")[2] not in excused}
     for name, norm in norms.items():
         require(math.isfinite(norm), f"that of {name} is not finite")
-        require(norm > ROUNDING * whole, f"{name} gets none{why}")
-    found = f"{min(norms.values()) / whole:.0e} or more of the whole gradient's norm, in every layer"
-    return found + (", past weights that are always 1" if constant else "")
+        require(norm > ROUNDING * whole or name not in learnt, f"{name} gets none{why}")
+    reasons = "; ".join(f"not {name}: {reason}" for name, reason in excused.items())
+    if not learnt:
+        raise NotApplicable(reasons)
+    found = f"{min(learnt.values()) / whole:.0e} or more of the whole gradient's norm, in every layer"
+    return found + (", past weights that are always 1" if constant else "") + (f"; {reasons}" if reasons else "")
 
 
 def _learns_with_one_expert(subject: Subject) -> str:
@@ -194,7 +200,7 @@ def _agrees_with_oracle(subject: Subject) -> str:
     counts = GlobalCounts(labels=batch.num_valid_labels(), tokens=text)
     loss, aux = 0.0, dict.fromkeys(routers[0].aux_weights, 0.0)
     for cut in cuts:
-        seen = subject.run(model, cut, 0, lambda layer, own: totals[layer])
+        seen = subject.run(model, cut, 0, lambda layer, own: totals[layer], text)
         subject.loss(model, seen, cut, counts).backward()
         loss += float(seen.output.loss_sum.detach()) / counts.labels
         for name, value in seen.output.aux.items():
@@ -248,11 +254,11 @@ def _keeps_state(subject: Subject) -> str:
     """What ``after_step`` moves is in buffers, survives saving, and is moved by nothing else (C22, C33)."""
     model, batch = subject.model(), subject.batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for training in (True, False):
+    for training in (False, True):
         seen = subject.run(model.train(training), batch)
     require(not _moved(before, model), "a forward pass moves state")
     unsaved = _unsaved(model)
-    _move(model)
+    _move(model, seen)
     lost = [name for name, value in _unsaved(model).items() if unsaved.get(name) != value]
     require(not lost, f"after_step moves {', '.join(lost)}, which is lost: it must be a persistent buffer")
     saved = io.BytesIO()
@@ -270,12 +276,12 @@ def _keeps_state(subject: Subject) -> str:
     return f"{', '.join(names)}: the same routes after loading" if names else "after_step moves nothing"
 
 
-def _move(model: DecoderLM) -> None:
+def _move(model: DecoderLM, seen: Pass) -> None:
     """Many steps of uneven load, so that whatever moves has moved far enough to change routes."""
-    for router, layer in zip(routers_of(model), model.moe_layers(), strict=True):
+    for layer, use in zip(model.moe_layers(), step_uses(seen.output.uses), strict=True):
         load = torch.arange(layer.num_experts, 0, -1, dtype=torch.float64)
         for _ in range(STATE_STEPS):
-            router.after_step(load.clone(), int(load.sum()))
+            layer.router.after_step(replace(use, tokens_per_expert=load.clone(), tokens=int(load.sum())))
 
 
 def _moved(before: dict[str, Tensor], model: DecoderLM) -> list[str]:

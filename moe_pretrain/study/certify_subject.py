@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moe_pretrain.config import Config
 from moe_pretrain.data.packing import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.engine.context import routing_context
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe import RouterConfig
-from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext
+from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext, step_uses
 from moe_pretrain.study.verify import shrink
 
 ROWS = 4
@@ -102,17 +103,16 @@ class Subject:
         return build_micro_batch(tokens, starts, positions, self.config.packing.isolate_documents)
 
     def context(
-        self, batch: MicroBatch, step: int, global_routes: Callable[[int, Tensor], Tensor] | None
+        self,
+        batch: MicroBatch,
+        step: int,
+        global_routes: Callable[[int, Tensor], Tensor] | None,
+        global_tokens: int | None = None,
     ) -> RoutingContext:
-        """What the engine tells the routers of ``batch``."""
-        return RoutingContext(
-            token_mask=(batch.document_ids >= 0).flatten(),
-            token_position=(batch.row_positions[:, None] * self.sequence + torch.arange(self.sequence)).flatten(),
-            num_sequences=len(batch.row_positions),
-            seed=self.config.seed,
-            step=step,
-            sum_over_global_batch=global_routes,
-        )
+        """What the engine tells the routers of ``batch``; it is the global batch unless ``global_tokens`` differs."""
+        if global_tokens is None and global_routes is not None:
+            global_tokens = int((batch.document_ids >= 0).sum())
+        return routing_context(batch, self.config.seed, step, global_routes, global_tokens)
 
     def run(
         self,
@@ -120,11 +120,12 @@ class Subject:
         batch: MicroBatch,
         step: int = 0,
         global_routes: Callable[[int, Tensor], Tensor] | None = None,
+        global_tokens: int | None = None,
     ) -> Pass:
-        """Forward in the model's mode; in training ``batch`` is the global batch unless ``global_routes`` differs."""
+        """Forward in the model's mode; in training ``batch`` is the global batch unless the last arguments differ."""
         if model.training and global_routes is None:
             global_routes = _own_counts
-        context = self.context(batch, step, global_routes)
+        context = self.context(batch, step, global_routes, global_tokens)
         with _watched(model) as decisions:
             output = model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
         return Pass(output, decisions)
@@ -185,8 +186,8 @@ def routers_of(model: DecoderLM) -> list[Router]:
 
 def move_state(model: DecoderLM, seen: Pass) -> None:
     """What the engine does with the routers after an optimizer step."""
-    for router, use in zip(routers_of(model), seen.output.uses, strict=True):
-        router.after_step(use.tokens_per_expert, int(use.tokens))
+    for router, use in zip(routers_of(model), step_uses(seen.output.uses), strict=True):
+        router.after_step(use)
 
 
 def rows_of(batch: MicroBatch, rows: slice | Tensor) -> MicroBatch:

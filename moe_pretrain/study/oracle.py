@@ -8,7 +8,7 @@ own float32 ``Routing`` and checks everything around it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,19 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.noise import counter_uniform
-from moe_pretrain.moe.routers.autonomy import AutonomyRouter
 from moe_pretrain.moe.routers.top_k import TopKRouter
-from moe_pretrain.moe.types import ExpertShard, Router, RoutingContext, float32_parameters
+from moe_pretrain.moe.types import (
+    AttentionStatistic,
+    ExpertShard,
+    Router,
+    RoutingContext,
+    StepUse,
+    float32_parameters,
+)
+from moe_pretrain.study.oracle_statistic import statistic_of_matrices
 
 JITTER_STREAM = 1
 
@@ -53,7 +60,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were."""
+    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
+
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -61,15 +71,17 @@ class _Rows:
     position_ids: Tensor
     row_positions: Tensor
     rows_per_micro_batch: list[int]
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One MoE layer's result: hidden states, aux losses and routes of text tokens per expert."""
+    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums."""
 
     hidden: Tensor
     aux: dict[str, Tensor]
     tokens_per_expert: Tensor
+    sums: Tensor
 
 
 class Oracle:
@@ -123,8 +135,9 @@ class Oracle:
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
         self._update(step, by_name, norm)
         text_tokens = int((rows.document_ids >= 0).sum())
+        mean = sum(float(layer.tokens_per_expert.sum()) for layer in layers) / max(1, len(layers) * text_tokens)
         for layer, result in zip(self.model.moe_layers(), layers, strict=True):
-            layer.router.after_step(result.tokens_per_expert, text_tokens)
+            layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
         return StepRecord(
             loss.item(),
             {name: value.item() for name, value in aux.items()},
@@ -150,10 +163,14 @@ class Oracle:
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
-            hidden = hidden + self._attention(normed, block.attention, rows)
+            router = block.feed_forward.router if isinstance(block.feed_forward, MoELayer) else None
+            wanted = None if router is None else router.attention_statistic
+            attended, statistic = self._attention(normed, block.attention, rows, wanted)
+            hidden = hidden + attended
             normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
-                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, rows)
+                seen = replace(rows, attention=statistic)
+                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
@@ -161,16 +178,21 @@ class Oracle:
                 hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
         return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
 
-    def _attention(self, normed: Tensor, attention: Attention, rows: _Rows) -> Tensor:
-        """Explicit softmax over the earlier positions of the same document, one head at a time."""
+    def _attention(
+        self, normed: Tensor, attention: Attention, rows: _Rows, wanted: AttentionStatistic | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit softmax over the earlier positions of the same document, one head at a time.
+
+        Also the statistic of it that the layer's router wants, ``[rows, sequence]``.
+        """
         model = self.config.model
         size, shared = model.head_size, model.num_heads // model.num_key_value_heads
         num_query, num_key = model.num_heads * size, model.num_key_value_heads * size
         projected = normed @ attention.qkv_weight.T
-        output = []
+        output, statistics = [], []
         for row, documents, positions in zip(projected, rows.document_ids, rows.position_ids, strict=True):
             query, key, value = row.split([num_query, num_key, num_key], dim=-1)
-            heads = []
+            heads, matrices = [], []
             for head in range(model.num_heads):
                 of_query = slice(head * size, (head + 1) * size)
                 of_key = slice(head // shared * size, (head // shared + 1) * size)
@@ -179,29 +201,36 @@ class Oracle:
                 scores = turned_query @ turned_key.T / math.sqrt(size)
                 earlier = torch.ones_like(scores, dtype=torch.bool).tril()
                 visible = earlier & (documents[:, None] == documents[None, :])
-                heads.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ value[:, of_key])
+                matrices.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+                heads.append(matrices[-1] @ value[:, of_key])
             output.append(torch.cat(heads, dim=-1))
-        return torch.stack(output) @ attention.out_weight.T
+            if wanted is not None:
+                statistics.append(statistic_of_matrices(wanted, matrices, documents))
+        return torch.stack(output) @ attention.out_weight.T, torch.stack(statistics) if statistics else None
 
     def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
         text = (rows.document_ids >= 0).flatten()
         length = rows.document_ids.shape[1]
-        # Only the micro-batch level looks at how the batch was cut.
-        by_cut = getattr(self.config.router, "load_balance_level", "") == "micro_batch"
+        # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
+        level = getattr(self.config.router, "load_balance_level", "")
+        by_cut = level == "micro_batch" or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
+        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.num_experts, dtype=torch.float64)
+        sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
         aux: dict[str, Tensor] = {}
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
-            context = _context(self.config, rows, step, first_row, num_rows)
+            context = _context(self.config, rows, step, first_row, num_rows, global_routes)
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
             else:
-                routed, weight, cut_aux = self._routing(hidden[part], router, context)
+                routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
+                sums += cut_sums
             for expert in range(layer.num_experts):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 chosen = part.start + tokens
@@ -215,7 +244,23 @@ class Oracle:
         if layer.shared_experts is not None:
             shared = layer.shared_experts
             output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
-        return _Layer(output, aux, counts)
+        return _Layer(output, aux, counts, sums)
+
+    @torch.no_grad()
+    def _routes_of_cuts(
+        self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, cuts: Sequence[int]
+    ) -> Tensor | None:
+        """Routes per expert of the global batch where tokens compete within each of several cuts, else None."""
+        if len(cuts) == 1:
+            return None
+        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        length, first_row = rows.document_ids.shape[1], 0
+        for num_rows in cuts:
+            context = _context(self.config, rows, step, first_row, num_rows, total)
+            part = slice(first_row * length, (first_row + num_rows) * length)
+            total += layer.router(hidden[part], context).use.tokens_per_expert
+            first_row += num_rows
+        return total
 
     def _top_k(
         self, hidden: Tensor, router: TopKRouter, context: RoutingContext
@@ -226,16 +271,28 @@ class Oracle:
             keys = (context.seed, JITTER_STREAM, context.step, router.layer)
             noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
             hidden = hidden * (1 + config.jitter * (2 * noise - 1))
+        if router.projection is not None:
+            hidden = hidden @ router.projection.T
         logits = hidden @ router.weight.T
-        scores = logits.softmax(dim=-1) if config.score == "softmax" else logits.sigmoid()
+        positive = {
+            "softmax": lambda: logits.softmax(dim=-1),
+            "sigmoid": lambda: 1 / (1 + (-logits).exp()),
+            "sqrt_softplus": lambda: (1 + logits.exp()).log() ** 0.5,
+        }
+        scores = positive[config.score]()
         probs = scores / scores.sum(dim=-1, keepdim=True)
         chosen = []
-        for row in scores.tolist():  # the highest first; of equal scores the lower expert
-            chosen.append(sorted(range(num_experts), key=lambda expert: (-row[expert], expert))[: config.top_k])
+        size = num_experts // config.num_groups
+        for row in scores.tolist():  # the highest first; of equal scores the lower expert or group
+            two_best = [sum(sorted(row[first : first + size])[-2:]) for first in range(0, num_experts, size)]
+            groups = sorted(range(config.num_groups), key=lambda group: (-two_best[group], group))
+            allowed = [e for e in range(num_experts) if e // size in groups[: config.groups_per_token]]
+            chosen.append(sorted(allowed, key=lambda expert: (-row[expert], expert))[: config.top_k])
         routed = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, torch.tensor(chosen), True)
         weight = scores
         if config.weights == "renormalised":
             weight = scores / (scores * routed).sum(dim=-1, keepdim=True)
+        weight = weight * config.weight_scale
         text = context.token_mask
         num_groups = context.num_sequences if config.load_balance_level == "sequence" else 1
         balance = torch.zeros(())
@@ -250,8 +307,8 @@ class Oracle:
 
     def _routing(
         self, hidden: Tensor, router: Router, context: RoutingContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The same from the router's own decision, for schemes without a formula here."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """The same from the router's own decision, for schemes without a formula here, and its own sums."""
         routing = router(hidden, context)
         routes = (routing.token_index, routing.expert_index)
         empty = torch.zeros(hidden.shape[0], self.config.model.moe.num_experts)
@@ -259,6 +316,7 @@ class Oracle:
             empty.bool().index_put(routes, torch.tensor(True)),
             empty.index_put(routes, routing.weight),
             routing.aux,
+            torch.zeros(router.num_sums, dtype=torch.float64) if routing.use.sums is None else routing.use.sums,
         )
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -291,8 +349,10 @@ def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
     return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
 
 
-def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: int) -> RoutingContext:
-    """What routers may know of ``num_rows`` rows, the global batch unless the level is the micro-batch."""
+def _context(
+    config: Config, rows: _Rows, step: int, first_row: int, num_rows: int, global_routes: Tensor | None
+) -> RoutingContext:
+    """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
     part = slice(first_row, first_row + num_rows)
     length = rows.document_ids.shape[1]
     return RoutingContext(
@@ -301,7 +361,10 @@ def _context(config: Config, rows: _Rows, step: int, first_row: int, num_rows: i
         num_sequences=num_rows,
         seed=config.seed,
         step=step,
-        sum_over_global_batch=lambda layer, counts: counts,
+        sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
+        global_tokens=int((rows.document_ids >= 0).sum()),
+        token_ids=rows.input_ids[part].flatten(),
+        attention=None if rows.attention is None else rows.attention[part].flatten(),
     )
 
 
@@ -312,9 +375,11 @@ def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     """One expert's output; a factorised gate is computed from the input, never sent along."""
     experts = layer.experts
-    if isinstance(experts, AutonomyExperts):
-        assert isinstance(layer.router, AutonomyRouter)
-        gate = hidden @ layer.router.down_weight[expert].T @ experts.up_weight[expert].T
+    if isinstance(experts, FactorisedExperts):
+        owner = layer.router if experts.down_weight is None else experts
+        down_weight = owner.down_weight
+        assert isinstance(down_weight, Tensor)
+        gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
     return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])

@@ -7,6 +7,7 @@ DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Ora
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig
+from moe_pretrain.moe import expert_gate
 from moe_pretrain.parallel.deepspeed_moe import full_gradient, is_expert, prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.study.oracle import Oracle, StepRecord
@@ -70,6 +71,14 @@ def shrink(config: Config, world_size: int) -> Config:
     sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
     tokens = sequence * micro_batch_size * plan.accumulation * world_size
     small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
+    router: Any = config.router
+    rank = expert_gate(moe, router)
+    if rank is not None:
+        small_rank = min(heads * 4, rank)
+        if moe.gate_rank is None:
+            router = replace(router, gate_rank=small_rank)
+        else:
+            small_moe = replace(small_moe, gate_rank=small_rank)
     small_model = replace(
         model,
         vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
@@ -84,9 +93,6 @@ def shrink(config: Config, world_size: int) -> Config:
         init_std=0.2,
         moe=small_moe,
     )
-    router = config.router
-    if isinstance(router, AutonomyConfig):
-        router = replace(router, low_size=min(8, router.low_size))
     return replace(
         config,
         model=small_model,
@@ -100,7 +106,7 @@ def shrink(config: Config, world_size: int) -> Config:
         ),
         # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
         # almost zero is its sign, which rounding decides.
-        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-4, config.optimizer.epsilon)),
+        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-3, config.optimizer.epsilon)),
         schedule=replace(config.schedule, warmup_steps=0),
         engine=replace(config.engine, check_every_steps=1),
     )

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 GROUPS = {
     path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in config_folder().iterdir() if path.is_dir()
 }
+EXPERIMENTS = GROUPS["experiment"]
 SIZES = [name for name in GROUPS["model"] if name != "base"]
 # Values that a group asks of its user.
 REQUIRED = {
@@ -26,6 +27,7 @@ REQUIRED = {
     "data=hub": ["data.name=owner/dataset"],
     "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
+    **{f"experiment={name}": ["tokenizer.path=some/tokenizer"] for name in EXPERIMENTS},
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]
 
@@ -48,6 +50,17 @@ def test_counted_parameters_equal_the_built_module(size: str, router: str):
 
 def millions(value: float) -> float:
     return round(value / 1e6, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("aoe_")])
+def test_variants_of_an_experiment_have_the_plain_models_size(name: str):
+    """Autonomy-of-Experts compares at equal parameters; what a control adds is the paper's own, about 1 %."""
+    sizes = []
+    for experiment in (name, "aoe_4b_moe" if "4b" in name else "aoe_732m_moe"):
+        config = load([f"experiment={experiment}", *REQUIRED[f"experiment={experiment}"]])
+        sizes.append(model_size(config.model, config.router).total_parameters)
+        assert config.run.name == experiment
+    assert sizes[0] / sizes[1] == pytest.approx(1, abs=0.013)
 
 
 def test_sizes_equal_the_papers_figures():

@@ -19,11 +19,13 @@ from torch import Tensor
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config
 from moe_pretrain.engine.engine import StepResult, TrainEngine
-from moe_pretrain.moe.types import MoEOutput
+from moe_pretrain.moe.types import MoEOutput, StepUse
 from moe_pretrain.study.verify import own_micro_batches, random_batches
 
 SCHEMES = {
     "loss_free": ("router=loss_free",),
+    # As many experts as there are on average: a rank by itself, or a layer, would now and then move the other way.
+    "relu": ("router=relu", "router.target_experts=2.1", "router.initial_sparsity_weight=0.01"),
     # From 0.7 the mean is close to the target, so that a rank by itself would now and then move the other way.
     "top_p": (
         "router=top_p",
@@ -31,8 +33,13 @@ SCHEMES = {
         "router.target_experts=2.5",
         "router.controller_rate=0.01",
     ),
+    # What these make of their histograms is in test_pooled_quantiles.py.
+    "quantile": ("router=quantile",),
+    "expert_threshold": ("router=expert_threshold",),
 }
-STATE = {"loss_free": "expert_bias", "top_p": "threshold"}
+COUNTED = ("loss_free", "relu", "top_p")
+"""Schemes whose state follows from the routes alone."""
+STATE = {"loss_free": "expert_bias", "relu": "sparsity_weight", "top_p": "threshold"}
 RATE = 0.001  # of the bias, as shipped
 Run = dict[str, Any]
 
@@ -56,9 +63,9 @@ def _watch_updates(engine: TrainEngine) -> list[tuple[int, list[float], int]]:
     calls: list[tuple[int, list[float], int]] = []
     for layer in engine.model.moe_layers():
 
-        def noting(routes: Tensor, tokens: int, router: Any = layer.router) -> None:
-            calls.append((router.layer, routes.tolist(), tokens))
-            type(router).after_step(router, routes, tokens)
+        def noting(use: StepUse, router: Any = layer.router) -> None:
+            calls.append((router.layer, use.tokens_per_expert.tolist(), use.tokens))
+            type(router).after_step(router, use)
 
         layer.router.after_step = noting
     return calls
@@ -145,7 +152,7 @@ Runs = Callable[[str], list[Run]]
 
 
 def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys() and len(left) == 2  # of both layers
+    assert left.keys() == right.keys() and len(left) in (2, 4)  # of both layers
     for name, value in left.items():
         assert value.dtype == right[name].dtype == torch.float32, name
         assert torch.equal(value, right[name]), (name, value, right[name])
@@ -161,6 +168,9 @@ def moved_by_hand(scheme: str, routes: Tensor, tokens: list[int]) -> list[list[f
     if scheme == "loss_free":
         return (RATE * signs(routes).sum(dim=0)).tolist()
     means = routes.sum(dim=-1) / torch.tensor(tokens)[:, None]
+    if scheme == "relu":
+        weight = 0.01 * 1.2 ** torch.sign(means.mean(dim=1) - 2.1).sum()
+        return [[float(weight)]] * 2  # one for both layers
     return (0.7 + 0.01 * torch.sign(2.5 - means).sum(dim=0))[:, None].tolist()
 
 
@@ -203,12 +213,16 @@ def test_top_p_moves_once_per_step_by_global_counts(runs: Runs) -> None:
     check_moves(runs, "top_p")
 
 
+def test_relu_moves_once_per_step_by_global_counts(runs: Runs) -> None:
+    check_moves(runs, "relu")
+
+
 def test_c22_bias_moves_once_per_step_by_global_counts(runs: Runs) -> None:
     check_moves(runs, "loss_free")
     assert all(value.tolist() == [0.0] * 4 for run in runs("loss_free") for value in run["start"].values())
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("loss_free", id="c22"), "top_p"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_c22_evaluation_moves_nothing(runs: Runs, scheme: str) -> None:
     for run in [*runs(scheme), *runs(f"{scheme} recompute"), *runs(f"{scheme} bfloat16")]:
         assert_same_bits(run["states"][-1], run["after evaluation"])
@@ -233,7 +247,7 @@ def test_c22_state_is_saved_bit_for_bit(runs: Runs, scheme: str) -> None:
         assert_same_bits(run["states"][-1], state)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", COUNTED)
 def test_c22_state_is_float32_in_a_bfloat16_engine(runs: Runs, scheme: str) -> None:
     """Three steps of 0.001, or 0.01 from 0.7, are numbers that bfloat16 does not have."""
     ranks = runs(f"{scheme} bfloat16")

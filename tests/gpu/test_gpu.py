@@ -1,7 +1,7 @@
 """What only a CUDA device can show. Every comparison is with a readable loop in float32 or float64 on the CPU."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from moe_pretrain.batching import plan_batches
 from moe_pretrain.model.attention import attend, document_mask
+from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.moe.dispatch import order_by
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
-from moe_pretrain.moe.types import ExpertShard, RoutingContext
+from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingContext
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.study.oracle import Oracle
 from moe_pretrain.study.verify import build_engine, compare, random_batches, record
@@ -105,13 +106,17 @@ def make_layer() -> tuple[MoELayer, RoutingContext]:
         top_k=TOP_K,
         score="softmax",
         weights="renormalised",
+        weight_scale=1.0,
+        num_groups=1,
+        groups_per_token=1,
+        projection_size=None,
         jitter=0.1,
         load_balance_weight=0.01,
         load_balance_level="micro_batch",
         router_z_weight=0.001,
     )
     layer = MoELayer(
-        MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0),
+        MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0, None, 8),
         TopKRouter(config, HIDDEN, EXPERTS, 0),
         SwiGLUExperts(EXPERTS, HIDDEN, WIDTH, ExpertShard()),
         HIDDEN,
@@ -164,6 +169,22 @@ def test_flex_attention_equals_attention_per_document(kv_heads: int) -> None:
     expected_grads = torch.autograd.grad(expected, doubles, upstream.cpu().double())
     for found, reference in zip([output, *grads], [expected, *expected_grads], strict=True):
         assert_near(found, reference)
+
+
+@pytest.mark.parametrize("name", get_args(AttentionStatistic))
+def test_attention_statistic_equals_the_cpus_without_waiting(name: AttentionStatistic) -> None:
+    """From the mask that FlexAttention gets; bfloat16 products are exact in float32."""
+    ids = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([100, 1, 155]))[None].expand(2, -1)
+    query, key = normal(2, 4, 256, 64), normal(2, 2, 256, 64)
+    mask = document_mask(ids.to(DEVICE))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = attention_statistic(name, query, key, mask.first_key, max_scores=50 * 2 * 4 * 256)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = attention_statistic(name, query.cpu(), key.cpu(), document_mask(ids).first_key)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

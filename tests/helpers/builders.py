@@ -2,9 +2,10 @@
 
 import torch
 
-from moe_pretrain.config import Config, load
+from moe_pretrain.config import Config, config_folder, load
 from moe_pretrain.data.packing import MicroBatch
-from moe_pretrain.moe.types import RoutingContext
+from moe_pretrain.engine.context import routing_context
+from moe_pretrain.moe.types import RoutingContext, StepUse
 
 SEQUENCE = 12
 NUM_STEPS = 3
@@ -26,27 +27,28 @@ _TINY = (
     # AdamW's quotient of a gradient that is almost zero is its sign, which rounding decides; with a larger epsilon the
     # update is a smooth function of the gradient, so a tight tolerance on weights is fair.
     "optimizer.epsilon=1e-4",
-    *("optimizer.learning_rate=0.01", "schedule.warmup_steps=1", "router.load_balance_weight=0.1"),
-    *(
-        "router.router_z_weight=0.05",
-        "engine.device=cpu",
-        "engine.dtype=float32",
-        "engine.check_every_steps=1",
-    ),
+    *("optimizer.learning_rate=0.01", "schedule.warmup_steps=1"),
+    *("engine.device=cpu", "engine.dtype=float32", "engine.check_every_steps=1"),
     *("engine.reduce_bucket_elements=2000", "parallel.timeout_seconds=100", "metrics.wandb=off"),
     *("tokenizer=pretrained", "tokenizer.path=unused"),
 )
 
+_LOSSES = {"load_balance_weight": 0.1, "router_z_weight": 0.05}
+"""Coefficients of the schemes that have these losses."""
+
 
 def tiny(*overrides: str, rows: int = 16, micro_batch_size: int = 2) -> Config:
     """Two MoE layers of four experts; ``rows`` sequences per step; ``overrides`` win."""
+    scheme = next((word.partition("=")[2] for word in overrides if word.startswith("router=")), "top_k")
+    fields = (config_folder() / "router" / f"{scheme}.yaml").read_text()
+    losses = [f"router.{name}={weight}" for name, weight in _LOSSES.items() if f"\n{name}:" in fields]
     tokens = rows * SEQUENCE
     batch = (
         f"batch.global_batch_tokens={tokens}",
         f"batch.total_tokens={tokens * NUM_STEPS}",
         f"batch.micro_batch_size={micro_batch_size}",
     )
-    return load([*_TINY, *batch, *overrides])
+    return load([*_TINY, *batch, *losses, *overrides])
 
 
 WITH_ALL_PARTS = (
@@ -59,11 +61,10 @@ WITH_ALL_PARTS = (
 
 def context_of(batch: MicroBatch, seed: int = 0, step: int = 0) -> RoutingContext:
     """What the engine hands to the routers for ``batch``."""
-    rows, length = batch.input_ids.shape
-    return RoutingContext(
-        token_mask=(batch.document_ids >= 0).flatten(),
-        token_position=(batch.row_positions[:, None] * length + torch.arange(length)).flatten(),
-        num_sequences=rows,
-        seed=seed,
-        step=step,
-    )
+    return routing_context(batch, seed, step)
+
+
+def step_use(tokens_per_expert: list[float] | torch.Tensor, tokens: int, sums: torch.Tensor | None = None) -> StepUse:
+    """What ``after_step`` gets in a model of one MoE layer."""
+    routes = torch.as_tensor(tokens_per_expert, dtype=torch.float64)
+    return StepUse(routes, tokens, float(routes.sum()) / max(1, tokens), routes.new_zeros(0) if sums is None else sums)

@@ -20,6 +20,7 @@ def straight(home: Path) -> Path:
     code, out, err = run(home, *train_words("straight"))
     assert code == 0, err
     assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram entropy", out)
+    assert "NOT CAUSAL" not in out
     return home
 
 
@@ -31,6 +32,13 @@ def test_a_run_folder_holds_all_of_a_run(straight: Path):
         f"step_{step:08d}" for step in (4, 8, 12)
     ]
     assert {path.name for path in straight.iterdir()} == {"corpus.jsonl", "outputs"}, "nothing is written elsewhere"
+
+
+def test_training_that_is_not_causal_is_said_aloud(home: Path) -> None:
+    code, out, err = run(home, *train_words("competing", "router=expert_choice", "batch.total_tokens=2048"))
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("NOT CAUSAL IN TRAINING")]
+    assert "router=expert_choice" in line and "evaluation is causal" in line
 
 
 def test_metrics_are_complete_and_the_loss_falls(straight: Path):

@@ -4,75 +4,154 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_pretrain.moe.losses import entropy_loss
+from moe_pretrain.moe.routers.expert_choice import ThresholdMean, check_capacity, check_expert_choice, choose_tokens
 from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.routers.top_p import top_p_mask
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
+
+Selection = tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "sums"] | None]
+"""Which experts each token takes, and ``RouterUse.sums``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutonomyConfig(BalancedRouterConfig):
-    """Fields of ``router=autonomy``, beside those of ``BalancedRouterConfig``.
+class AutonomyFields(BalancedRouterConfig):
+    """Fields of every selection rule of Autonomy-of-Experts, beside those of ``BalancedRouterConfig``.
 
     Attributes:
-        name: ``autonomy``.
-        top_k: Experts per token, in [1, num_experts].
-        low_size: Rank of the factorised gate (the paper's d_low), in [1, hidden_size).
-        width_multiple: The experts' width, solved from equation 5, is rounded to the nearest multiple of this.
+        gate_rank: Rank of the factorised gate (the paper's d_low), in [1, hidden_size). The experts' width follows from
+            it by equation 5, rounded to a multiple of ``model.moe.expert_width_multiple``.
         weights: ``selected``: softmax over the norms of the selected experts (the paper, and the first released
             code, which writes it as a renormalised softmax). ``full``: softmax over all norms, not renormalised (the
             released megablocks version); weights then sum to less than 1, and unselected experts get
             gradient from the LM loss.
+        gate_activation: How an expert on another rank gets ``x W_down``, which the ranking has computed. ``travels``:
+            it is sent with the token (layout A of the specification). ``recomputed``: the expert's rank, which holds
+            ``W_down`` as every rank does, computes it again (layout B): less traffic, more FLOPs, the same numbers.
+    """
+
+    gate_rank: int
+    weights: Literal["selected", "full"]
+    gate_activation: Literal["travels", "recomputed"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate_rank < 1:
+            raise ValueError(f"router.gate_rank={self.gate_rank} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutonomyConfig(AutonomyFields):
+    """Fields of ``router=autonomy``, beside those of ``AutonomyFields``.
+
+    Attributes:
+        name: ``autonomy``.
+        top_k: Experts per token, in [1, num_experts].
     """
 
     name: Literal["autonomy"]
     top_k: int
-    low_size: int
-    width_multiple: int
-    weights: Literal["selected", "full"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("top_k", "low_size", "width_multiple"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"router.{field}={getattr(self, field)} must be at least 1")
+        if self.top_k < 1:
+            raise ValueError(f"router.top_k={self.top_k} must be at least 1")
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
         if self.top_k > num_experts:
             raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
 
-    def check_hidden_size(self, hidden_size: int) -> None:
-        """Raise if the gate's rank is not below the model's width."""
-        if self.low_size >= hidden_size:
-            raise ValueError(f"router.low_size={self.low_size} must be below model.hidden_size={hidden_size}")
-
     @property
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts."""
         return float(self.top_k)
 
-    def expert_width(self, hidden_size: int, expert_hidden_size: int) -> int:
-        """Width at which an expert has as many weights as a SwiGLU expert of ``expert_hidden_size``.
 
-        Equation 5: ``(3 d d_ffn - d_low d) / (d_low + 2 d)``; the removed router is not counted.
-        """
-        exact = (3 * hidden_size * expert_hidden_size - self.low_size * hidden_size) / (self.low_size + 2 * hidden_size)
-        return max(1, round(exact / self.width_multiple)) * self.width_multiple
+@dataclass(frozen=True, kw_only=True)
+class AutonomyTopPConfig(AutonomyFields):
+    """Fields of ``router=autonomy_top_p``, beside those of ``AutonomyFields``.
+
+    Attributes:
+        name: ``autonomy_top_p``.
+        threshold: Probability mass that the chosen experts must exceed, in (0, 1]; the paper takes 0.6.
+        dynamic_weight: Coefficient of the mean entropy of the softmax over all norms (the paper's equation 8), >= 0.
+        max_experts: Most experts of one token, >= 1, or None for no limit.
+        expected_experts: Experts per token assumed where sizes are counted before a run.
+    """
+
+    name: Literal["autonomy_top_p"]
+    threshold: float
+    dynamic_weight: float
+    max_experts: int | None
+    expected_experts: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"router.threshold={self.threshold} must be in (0, 1]")
+        if self.dynamic_weight < 0:
+            raise ValueError(f"router.dynamic_weight={self.dynamic_weight} must not be negative")
+        for field in ("max_experts", "expected_experts"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"router.{field}={value} must be at least 1")
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        for field in ("max_experts", "expected_experts"):
+            value = getattr(self, field)
+            if value is not None and value > num_experts:
+                raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.expected_experts
 
 
-class AutonomyRouter(BalancedRouter):
+@dataclass(frozen=True, kw_only=True)
+class AutonomyExpertChoiceConfig(AutonomyFields):
+    """Fields of ``router=autonomy_expert_choice``, beside those of ``AutonomyFields``.
+
+    Attributes:
+        name: ``autonomy_expert_choice``.
+        capacity_factor: Mean experts per token, in (0, num_experts]; the paper takes 2.
+        threshold_decay: Decay per step of the running mean of each expert's cut-off, by which evaluation routes, in
+            [0, 1).
+    """
+
+    name: Literal["autonomy_expert_choice"]
+    capacity_factor: float
+    threshold_decay: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_expert_choice(self.capacity_factor, self.threshold_decay)
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        check_capacity(self.capacity_factor, num_experts)
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.capacity_factor
+
+
+class AutonomyBase(BalancedRouter):
     """Scores of an expert are ``||x W_down||``, the norm of its own low-rank gate activation.
 
-    ``down_weight [experts, low, hidden]`` is held by every rank (layout A of the specification): all experts'
-    activations are one product, and the selected ones travel to the experts as the routes' payload, with gradient.
-    Norms are float32: in bfloat16 their spacing is a sixth of what separates experts at initialisation.
+    ``down_weight [experts, rank, hidden]`` is held by every rank, in the dense reduction group: all experts'
+    activations are one product. Norms are float32: in bfloat16 their spacing is a sixth of what separates experts at
+    initialisation.
 
     The probabilities of the balance loss are the softmax over all norms; only that loss reaches unselected experts'
-    ``W_down`` with ``weights=selected``. With ``top_k`` 1 and ``selected`` the weight is 1 and ranking itself gets no
-    gradient from the LM loss, though ``W_down`` does, through the expert.
+    ``W_down`` with ``weights=selected``.
 
     Source:
         Lv et al. 2025 (arXiv:2501.13074), algorithm 2 and equations 3-6. Deviation: the balance loss is 1.0 when
@@ -81,24 +160,137 @@ class AutonomyRouter(BalancedRouter):
 
     keep_float32 = False  # the down projections are expert weights, and large
 
-    def __init__(self, config: AutonomyConfig, hidden_size: int, num_experts: int, layer: int):
-        super().__init__(config, num_experts, layer)
-        config.check_num_experts(num_experts)
-        config.check_hidden_size(hidden_size)
-        self.config = config
-        self.down_weight = nn.Parameter(torch.empty(num_experts, config.low_size, hidden_size))
+    def __init__(self, fields: AutonomyFields, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(fields, num_experts, layer)
+        self._fields = fields
+        self.down_weight = nn.Parameter(torch.empty(num_experts, fields.gate_rank, hidden_size))
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
-        """Run every expert's first projection and keep the ``top_k`` with the largest norm."""
-        config, num_tokens = self.config, hidden.shape[0]
-        low = functional.linear(hidden, self.down_weight.flatten(0, 1)).view(num_tokens, self.num_experts, -1)
+        """Run every expert's first projection and let the scheme choose by the norms."""
+        low = functional.linear(hidden, self.down_weight.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
         norms = torch.linalg.vector_norm(low.float(), dim=-1)
+        taken, sums = self.select(norms.detach(), context)
+        routes = token_index, expert_index = taken.nonzero(as_tuple=True)
         probs = norms.softmax(dim=-1)
-        chosen = norms.detach().sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k]
-        if config.weights == "selected":
-            weight = norms.gather(1, chosen).softmax(dim=-1)
+        if self._fields.weights == "selected":
+            # The lowest finite number, not -inf: a token without experts would have weights of NaN.
+            lowest = torch.finfo(norms.dtype).min
+            weight = norms.masked_fill(~taken, lowest).softmax(dim=-1)[routes]
         else:
-            weight = probs.gather(1, chosen)
-        token_index = torch.arange(num_tokens, device=hidden.device).repeat_interleave(config.top_k)
-        payload = low.gather(1, chosen[:, :, None].expand(-1, -1, config.low_size)).flatten(0, 1)
-        return self.route(norms, probs, token_index, chosen.flatten(), weight.flatten(), config.top_k, context, payload)
+            weight = probs[routes]
+        payload = low[routes] if self._fields.gate_activation == "travels" else None
+        routing = self.route(
+            norms, probs, token_index, expert_index, weight, self.routes_per_token, context, payload, sums
+        )
+        routing.aux.update(self.more_aux(probs, context))
+        return routing
+
+    def more_aux(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
+        """Aux losses beside those of ``BalancedRouter``."""
+        return {}
+
+    @property
+    def routes_per_token(self) -> int | None:
+        """See ``Routing``."""
+        return None
+
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
+        """Which experts each token takes, and the scheme's own sums."""
+        raise NotImplementedError
+
+    def expert_arguments(self, experts: range) -> dict[str, Tensor]:
+        """The down projections of ``experts``, when they compute with them again."""
+        if self._fields.gate_activation == "travels":
+            return {}
+        return {"down_weight": self.down_weight[experts.start : experts.stop]}
+
+
+class AutonomyRouter(AutonomyBase):
+    """The ``top_k`` experts with the largest norms; ties go to the lower expert id.
+
+    With ``top_k`` 1 and ``weights=selected`` the weight is 1 and ranking itself gets no gradient from the LM loss,
+    though ``W_down`` does, through the expert.
+
+    Source:
+        arXiv:2501.13074, algorithm 2.
+    """
+
+    causal_in_training = True
+    causal_in_evaluation = True
+
+    def __init__(self, config: AutonomyConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+
+    @property
+    def routes_per_token(self) -> int:
+        """``top_k``."""
+        return self.config.top_k
+
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
+        """The largest norms."""
+        chosen = norms.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
+        return torch.zeros_like(norms, dtype=torch.bool).scatter(1, chosen, True), None
+
+
+class AutonomyTopPRouter(AutonomyBase):
+    """As many experts as it takes to pass a mass of the softmax over all norms, with a loss on its entropy.
+
+    Source:
+        arXiv:2501.13074, sec. 4.4 (top-p selection, threshold 0.6) and equation 8.
+    """
+
+    causal_in_training = True
+    causal_in_evaluation = True
+
+    def __init__(self, config: AutonomyTopPConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficients of the losses in ``Routing.aux``."""
+        return {**super().aux_weights, "dynamic": self.config.dynamic_weight}
+
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
+        """The shortest prefix of the ordered probabilities that passes the threshold."""
+        return top_p_mask(norms.softmax(dim=-1), self.config.threshold, self.config.max_experts), None
+
+    def more_aux(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
+        """The dynamic loss."""
+        return {"dynamic": entropy_loss(probs, context.token_mask)}
+
+
+class AutonomyExpertChoiceRouter(AutonomyBase):
+    """Every expert takes the tokens for which its norm is largest, each expert the same number.
+
+    Training is not causal; evaluation goes by running thresholds on the norms, as in ``expert_choice``, and before the
+    first step every token goes to every expert. The weights of a token are over the experts that took it.
+
+    Source:
+        arXiv:2501.13074, sec. 4.4 (expert choice, capacity factor 2, no auxiliary loss); evaluation is ours.
+    """
+
+    causal_in_training = False
+    causal_in_evaluation = True
+
+    def __init__(self, config: AutonomyExpertChoiceConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+        self.num_sums = num_experts
+        self.evaluation = ThresholdMean(num_experts, 0.0, config.threshold_decay)
+
+    def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
+        """In training the experts choose; in evaluation thresholds decide."""
+        text = context.token_mask
+        if not self.training:
+            return (norms > self.evaluation.thresholds) & text[:, None], None
+        taken, cutoffs = choose_tokens(norms, text, self.config.capacity_factor)
+        return taken, cutoffs.double() * text.sum()
+
+    def after_step(self, use: StepUse) -> None:
+        """Move the thresholds towards the cut-offs of the step."""
+        self.evaluation.after_step(use)

@@ -51,6 +51,45 @@ class LinearRouterConfig(BalancedRouterConfig):
             raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
 
 
+def routes_by_group(
+    token_index: Int[Tensor, "routes"],
+    expert_index: Int[Tensor, "routes"],
+    level: BalanceLevel,
+    num_experts: int,
+    context: RoutingContext,
+) -> Float[Tensor, "groups experts"]:
+    """Routes of this micro-batch's text to each expert: a row per sequence at that level, else one."""
+    num_groups = context.num_sequences if level == "sequence" else 1
+    group_of_route = token_index // (len(context.token_mask) // num_groups)
+    return count_routes(expert_index, context.token_mask[token_index], group_of_route, num_groups, num_experts)
+
+
+def balance_counts(
+    own: Float[Tensor, "groups experts"], level: BalanceLevel, layer: int, context: RoutingContext
+) -> Float[Tensor, "groups experts"]:
+    """``own`` from ``routes_by_group``; at the global level in training the routes of the whole global batch."""
+    if level == "global_batch" and context.sum_over_global_batch is not None:
+        return context.sum_over_global_batch(layer, own.sum(dim=0))[None]
+    return own
+
+
+def router_use(
+    tokens_per_expert: Float[Tensor, "experts"],
+    probs: Float[Tensor, "tokens experts"],
+    context: RoutingContext,
+    sums: Float[Tensor, "sums"] | None = None,
+) -> RouterUse:
+    """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+    return RouterUse(
+        tokens_per_expert,
+        as_count(context.token_mask.sum()),
+        as_count((entropy * context.token_mask).sum()),
+        tokens_per_expert.new_zeros(()),
+        sums,
+    )
+
+
 class BalancedRouter(Router):
     """Base of routers with a distribution over experts: makes losses and statistics of a decision."""
 
@@ -83,6 +122,7 @@ class BalancedRouter(Router):
         routes_per_token: int | None,
         context: RoutingContext,
         payload: Float[Tensor, "routes low"] | None = None,
+        sums: Float[Tensor, "sums"] | None = None,
     ) -> Routing:
         """Put a decision, its losses and its statistics together.
 
@@ -95,31 +135,17 @@ class BalancedRouter(Router):
             routes_per_token: See ``Routing``.
             context: Of the micro-batch.
             payload: See ``Routing``.
+            sums: See ``RouterUse``.
         """
         level = self._settings.load_balance_level
-        num_groups = context.num_sequences if level == "sequence" else 1
-        counts = count_routes(
-            expert_index,
-            context.token_mask[token_index],
-            token_index // (probs.shape[0] // num_groups),
-            num_groups,
-            self.num_experts,
-        )
-        tokens_per_expert = counts.sum(dim=0)
-        if level == "global_batch" and context.sum_over_global_batch is not None:
-            counts = context.sum_over_global_batch(self.layer, tokens_per_expert)[None]
-        entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+        own = routes_by_group(token_index, expert_index, level, self.num_experts, context)
+        counts = balance_counts(own, level, self.layer, context)
         return Routing(
             token_index,
             expert_index,
             weight,
             routes_per_token,
-            use=RouterUse(
-                tokens_per_expert,
-                as_count(context.token_mask.sum()),
-                as_count((entropy * context.token_mask).sum()),
-                tokens_per_expert.new_zeros(()),
-            ),
+            use=router_use(own.sum(dim=0), probs, context, sums),
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask),
                 "router_z": router_z_loss(logits, context.token_mask),
@@ -129,12 +155,20 @@ class BalancedRouter(Router):
 
 
 class LinearRouter(BalancedRouter):
-    """Base of routers whose scores come from ``hidden @ weight.T``; a scheme decides what to do with the logits."""
+    """Base of routers whose logits are ``hidden @ weight.T``, or two such maps; a scheme decides what follows."""
 
-    def __init__(self, settings: LinearRouterConfig, hidden_size: int, num_experts: int, layer: int):
+    def __init__(
+        self,
+        settings: LinearRouterConfig,
+        hidden_size: int,
+        num_experts: int,
+        layer: int,
+        projection_size: int | None = None,
+    ):
         super().__init__(settings, num_experts, layer)
         self._jitter = settings.jitter
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.projection = None if projection_size is None else nn.Parameter(torch.empty(projection_size, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, projection_size or hidden_size))
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
@@ -145,4 +179,6 @@ class LinearRouter(BalancedRouter):
             keys = (context.seed, JITTER_STREAM, context.step, self.layer)
             noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
             inputs = hidden.float() * (1 + self._jitter * (2 * noise - 1))
+        if self.projection is not None:
+            inputs = router_logits(inputs, self.projection)
         return router_logits(inputs, self.weight)

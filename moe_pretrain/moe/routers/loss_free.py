@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.routers.top_k import BiasedTopKRouter, TopKRouterConfig
+from moe_pretrain.moe.types import StepUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class LossFreeRouterConfig(TopKRouterConfig):
             raise ValueError(f"router.bias_update_rate={self.bias_update_rate} must not be negative")
 
 
-class LossFreeRouter(TopKRouter):
+class LossFreeRouter(BiasedTopKRouter):
     """Top-k of ``score + expert_bias``, weighted by the score alone.
 
     After each optimizer step ``expert_bias += bias_update_rate * sign(mean load - load)``, with the load of the
@@ -43,14 +42,8 @@ class LossFreeRouter(TopKRouter):
     def __init__(self, config: LossFreeRouterConfig, hidden_size: int, num_experts: int, layer: int):
         super().__init__(config, hidden_size, num_experts, layer)
         self._bias_update_rate = config.bias_update_rate
-        self.expert_bias: Tensor
-        self.register_buffer("expert_bias", torch.zeros(num_experts))
 
-    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
-        """The best ``top_k`` by biased score."""
-        return super().select(scores + self.expert_bias)
-
-    def after_step(self, tokens_per_expert: Float[Tensor, "experts"], tokens: int) -> None:
+    def after_step(self, use: StepUse) -> None:
         """Raise the bias of experts below the mean load and lower it above."""
-        below = torch.sign(tokens_per_expert.mean() - tokens_per_expert)
+        below = torch.sign(use.tokens_per_expert.mean() - use.tokens_per_expert)
         self.expert_bias += self._bias_update_rate * below.to(self.expert_bias)

@@ -6,9 +6,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
+
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +21,39 @@ class TopKRouterConfig(LinearRouterConfig):
     Attributes:
         name: ``top_k``.
         top_k: Experts per token, in [1, num_experts].
-        score: How logits become scores: ``softmax`` over all experts, or ``sigmoid`` of each (DeepSeek-V3).
+        score: How logits become scores: ``softmax`` over all experts, ``sigmoid`` of each (DeepSeek-V3), or
+            ``sqrt_softplus`` of each (DeepSeek-V4).
         weights: ``renormalised``: selected scores divided by their sum (Mixtral, GShard); with ``top_k`` 1 the
             weight is then always 1 and the router gets no gradient from the LM loss, so it is refused there.
             ``raw``: scores as they are (Switch, OLMoE).
+        weight_scale: Factor of all weights, > 0 (DeepSeek-V3: 2.5).
+        num_groups: Groups of neighbouring experts for group-limited selection, a divisor of num_experts; 1 for none.
+        groups_per_token: Groups that a token's experts may come from, in [1, num_groups] (DeepSeek-V3: 4 of 8).
+        projection_size: Width between two linear maps that make the logits, or None for one map. It is the "large
+            router" control of Autonomy-of-Experts: no non-linearity, only more parameters.
     """
 
     name: Literal["top_k"]
     top_k: int
-    score: Literal["softmax", "sigmoid"]
+    score: Score
     weights: Literal["renormalised", "raw"]
+    weight_scale: float
+    num_groups: int
+    groups_per_token: int
+    projection_size: int | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k < 1:
-            raise ValueError(f"router.top_k={self.top_k} must be at least 1")
+        for field in ("top_k", "num_groups", "projection_size"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"router.{field}={value} must be at least 1")
+        if not self.weight_scale > 0:
+            raise ValueError(f"router.weight_scale={self.weight_scale} must be positive")
+        if not 1 <= self.groups_per_token <= self.num_groups:
+            raise ValueError(
+                f"router.groups_per_token={self.groups_per_token} must be in [1, router.num_groups={self.num_groups}]"
+            )
         if self.top_k == 1 and self.weights == "renormalised":
             raise ValueError(
                 "router.weights=renormalised must be raw when router.top_k=1: the weight would always be 1 and the "
@@ -43,6 +64,14 @@ class TopKRouterConfig(LinearRouterConfig):
         """Raise if this router cannot serve ``num_experts`` experts."""
         if self.top_k > num_experts:
             raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
+        if num_experts % self.num_groups:
+            raise ValueError(f"router.num_groups={self.num_groups} must divide model.moe.num_experts={num_experts}")
+        reachable = num_experts // self.num_groups * self.groups_per_token
+        if self.top_k > reachable:
+            raise ValueError(
+                f"router.top_k={self.top_k} must be at most {reachable}, the experts of "
+                f"router.groups_per_token={self.groups_per_token} groups"
+            )
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -59,11 +88,13 @@ class TopKRouter(LinearRouter):
     Source:
         Shazeer et al. 2017 (arXiv:1701.06538); Switch (arXiv:2101.03961), eq. 1-2 for ``weights=raw``; Mixtral
         (arXiv:2401.04088), sec. 2.1 for ``renormalised``; DeepSeek-V3 (arXiv:2412.19437), eq. 13-15 for
-        ``sigmoid``, whose balance probabilities are the scores divided by their sum (eq. 19).
+        ``sigmoid``, whose balance probabilities are the scores divided by their sum (eq. 19), and sec. 2.1.2 for
+        group-limited selection: a group's score is the sum of its two best experts'. The large router:
+        Lv et al. 2025 (arXiv:2501.13074), configuration 4 of table 2.
     """
 
     def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, layer: int):
-        super().__init__(config, hidden_size, num_experts, layer)
+        super().__init__(config, hidden_size, num_experts, layer, config.projection_size)
         config.check_num_experts(num_experts)
         self.config = config
 
@@ -71,20 +102,72 @@ class TopKRouter(LinearRouter):
         """Route every token to ``top_k`` experts."""
         config = self.config
         logits = self.logits(hidden, context)
-        if config.score == "softmax":
-            scores = probs = logits.softmax(dim=-1)
-        else:
-            scores = logits.sigmoid()
-            probs = scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        scores = scores_of(logits, config.score)
+        probs = scores if config.score == "softmax" else scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         chosen = self.select(scores.detach())
         weight = scores.gather(1, chosen)
         if config.weights == "renormalised":
             weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        weight = weight * config.weight_scale
         num_tokens = hidden.shape[0]
         token_index = torch.arange(num_tokens, device=hidden.device).repeat_interleave(config.top_k)
-        return self.route(logits, probs, token_index, chosen.flatten(), weight.flatten(), config.top_k, context)
+        return self.route(
+            logits,
+            probs,
+            token_index,
+            chosen.flatten(),
+            weight.flatten(),
+            config.top_k,
+            context,
+            sums=self.sums(scores.detach(), context),
+        )
 
     def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
         """The ``top_k`` experts of each token, best first."""
+        if self.config.num_groups > 1:
+            scores = self._within_groups(scores)
         # sort, not topk: topk does not say which of two equal experts it takes.
         return scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
+
+    def sums(self, scores: Float[Tensor, "tokens experts"], context: RoutingContext) -> Float[Tensor, "sums"] | None:
+        """What a scheme wants in ``RouterUse.sums``; nothing here."""
+        return None
+
+    def _within_groups(self, scores: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
+        """Scores with those of all but the best groups at the bottom."""
+        config = self.config
+        grouped = scores.unflatten(1, (config.num_groups, -1))
+        of_group = grouped.sort(dim=-1, descending=True).values[:, :, :2].sum(dim=-1)
+        best = of_group.sort(dim=-1, descending=True, stable=True).indices[:, : config.groups_per_token]
+        kept = torch.zeros_like(of_group, dtype=torch.bool).scatter(1, best, True)
+        return grouped.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+
+
+class BiasedTopKRouter(TopKRouter):
+    """Top-k of ``score + expert_bias``, weighted by the score alone; the base of schemes that move the bias.
+
+    The bias has no gradient, is float32 and saved with the run.
+    """
+
+    def __init__(self, config: TopKRouterConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(config, hidden_size, num_experts, layer)
+        self.expert_bias: Tensor
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
+        """The best ``top_k`` by biased score."""
+        return super().select(scores + self.expert_bias)
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """How far apart the experts' biases are, in units of the score."""
+        return {"expert_bias_range": float(self.expert_bias.max() - self.expert_bias.min())}
+
+
+def scores_of(logits: Float[Tensor, "tokens experts"], score: Score) -> Float[Tensor, "tokens experts"]:
+    """Scores in (0, 1), or above 0 for ``sqrt_softplus``."""
+    if score == "softmax":
+        return logits.softmax(dim=-1)
+    if score == "sigmoid":
+        return logits.sigmoid()
+    # Clamped: where softplus underflows to 0, the gradient of the root would be infinite.
+    return functional.softplus(logits).clamp(min=1e-20).sqrt()

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.losses import entropy_loss
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,26 @@ class TopPRouterConfig(LinearRouterConfig):
         return self.expected_experts
 
 
+def top_p_mask(
+    probs: Float[Tensor, "tokens experts"], threshold: Tensor | float, max_experts: int | None
+) -> Bool[Tensor, "tokens experts"]:
+    """Which experts each token takes: the shortest prefix of its ordered probabilities with mass above ``threshold``.
+
+    Args:
+        probs: Rows sum to 1; no gradient.
+        threshold: In (0, 1]; at 1 all experts are taken.
+        max_experts: Most experts of one token, or None.
+    """
+    ordered, expert = probs.sort(dim=-1, descending=True, stable=True)
+    # Mass before each expert: it is taken while that has not passed the threshold. Shifted, not the sum minus the
+    # expert's own: that difference rounds to either side of a tie.
+    before = functional.pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
+    taken = (before <= threshold) | (torch.as_tensor(threshold, device=probs.device) >= 1)
+    if max_experts is not None:
+        taken[:, max_experts:] = False
+    return torch.zeros_like(taken).scatter(1, expert, taken)
+
+
 class TopPRouter(LinearRouter):
     """Each token takes its most probable experts until their mass exceeds the threshold.
 
@@ -116,7 +137,7 @@ class TopPRouter(LinearRouter):
         """Route every token to as many experts as its distribution is wide."""
         logits = self.logits(hidden, context)
         probs = logits.softmax(dim=-1)
-        taken = self.select(probs.detach())
+        taken = top_p_mask(probs.detach(), self.threshold, self.config.max_experts)
         token_index, expert_index = taken.nonzero(as_tuple=True)
         scores = probs
         if self.config.weights == "renormalised":
@@ -124,27 +145,14 @@ class TopPRouter(LinearRouter):
             scores = probs / (probs * taken).sum(dim=-1, keepdim=True)
         weight = scores[token_index, expert_index]
         routing = self.route(logits, probs, token_index, expert_index, weight, None, context)
-        text = context.token_mask
-        entropy = -torch.special.xlogy(probs, probs.clamp(min=1e-30)).sum(dim=-1)
-        routing.aux["dynamic"] = (entropy * text).sum() / text.sum().clamp(min=1)
+        routing.aux["dynamic"] = entropy_loss(probs, context.token_mask)
         return routing
 
-    def select(self, probs: Float[Tensor, "tokens experts"]) -> Bool[Tensor, "tokens experts"]:
-        """Which experts each token takes."""
-        ordered, expert = probs.sort(dim=-1, descending=True, stable=True)
-        # Mass before each expert: it is taken while that has not passed the threshold. Shifted, not the sum minus the
-        # expert's own: that difference rounds to either side of a tie.
-        before = functional.pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
-        taken = (before <= self.threshold) | (self.threshold >= 1)
-        if self.config.max_experts is not None:
-            taken[:, self.config.max_experts :] = False
-        return torch.zeros_like(taken).scatter(1, expert, taken)
-
-    def after_step(self, tokens_per_expert: Float[Tensor, "experts"], tokens: int) -> None:
+    def after_step(self, use: StepUse) -> None:
         """Move the threshold towards ``target_experts`` per token."""
         if self.config.target_experts is None:
             return
-        mean = float(tokens_per_expert.sum()) / max(tokens, 1.0)
+        mean = float(use.tokens_per_expert.sum()) / max(use.tokens, 1)
         direction = (self.config.target_experts > mean) - (self.config.target_experts < mean)
         self.threshold += self.config.controller_rate * direction
         self.threshold.clamp_(min=0.0, max=1.0)

@@ -58,7 +58,8 @@ def inputs(rows: int = 2, length: int = 12) -> tuple[torch.Tensor, torch.Tensor,
 
 def context(rows: int, length: int) -> RoutingContext:
     mask = torch.ones(rows * length, dtype=torch.bool)
-    return RoutingContext(mask, torch.arange(rows * length), rows, seed=0, step=0)
+    ids = torch.arange(rows * length) % 61
+    return RoutingContext(mask, torch.arange(rows * length), rows, seed=0, step=0, token_ids=ids)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -229,8 +230,13 @@ def test_initialisation_differs_and_has_the_stated_spread():
     "router",
     [
         ["router=top_k"],
-        ["router=autonomy", "router.low_size=8"],
+        ["router=autonomy", "router.gate_rank=8"],
+        ["router=top_k", "model.moe.gate_rank=8"],
+        ["router=top_k", "router.projection_size=10"],
+        ["router=hash", "router.weights=learned"],
         ["router=top_p", "router.threshold=1"],
+        ["router=quantile"],
+        ["router=expert_threshold", "router.initial_threshold=1e-6"],
         ["router=dense"],
     ],
 )
@@ -244,8 +250,8 @@ def test_flops_equal_a_counter_on_the_module(router: list[str]):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, ids, zeros, positions, context(2, 12))
     size = model_size(config.model, config.router)
-    if config.router.name == "top_p":
-        size = size.with_experts_per_token(4)  # at threshold 1 every token takes all experts
+    if config.router.name in ("top_p", "expert_threshold"):
+        size = size.with_experts_per_token(4)  # at these thresholds every token takes all experts
     # The plain products take scores for the full square; a causal mask needs half of it.
     assert counter.get_total_flops() / 24 == size.forward_flops_per_token + size.attention_score_flops
 

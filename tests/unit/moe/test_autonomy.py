@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.builders import step_use
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,18 +13,25 @@ from moe_pretrain.config import ConfigError, load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.experts.autonomy import AutonomyExperts
+from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.autonomy import AutonomyConfig, AutonomyRouter
+from moe_pretrain.moe.routers.autonomy import (
+    AutonomyConfig,
+    AutonomyExpertChoiceConfig,
+    AutonomyExpertChoiceRouter,
+    AutonomyRouter,
+    AutonomyTopPConfig,
+    AutonomyTopPRouter,
+)
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 
 HIDDEN, LOW, WIDTH, EXPERTS, TOKENS = 12, 4, 10, 5, 14
 CONFIG = AutonomyConfig(
     name="autonomy",
     top_k=2,
-    low_size=LOW,
-    width_multiple=1,
+    gate_rank=LOW,
     weights="selected",
+    gate_activation="travels",
     load_balance_weight=0.02,
     load_balance_level="micro_batch",
     router_z_weight=0.0,
@@ -35,10 +43,10 @@ def context(tokens: int = TOKENS) -> RoutingContext:
 
 
 def build(low: int = LOW, width: int = WIDTH, **changes: object) -> MoELayer:
-    config = dataclasses.replace(CONFIG, **{"low_size": low, **changes})
+    config = dataclasses.replace(CONFIG, **{"gate_rank": low, **changes})
     router = AutonomyRouter(config, HIDDEN, EXPERTS, layer=0)
-    experts = AutonomyExperts(EXPERTS, HIDDEN, width, low, ExpertShard())
-    layer = MoELayer(MoEConfig(EXPERTS, width, 0, 1, 1, 0), router, experts, HIDDEN)
+    experts = FactorisedExperts(EXPERTS, HIDDEN, width, low, ExpertShard())
+    layer = MoELayer(MoEConfig(EXPERTS, width, 0, 1, 1, 0, None, 1), router, experts, HIDDEN)
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -172,16 +180,16 @@ def test_10_a_zero_token_is_finite():
 
 @pytest.mark.parametrize("low,width", [(64, 4392.96), (128, 4194.46), (256, 3840), (512, 3264)])
 def test_11_width_of_equation_5(low: int, width: float):
-    config = dataclasses.replace(CONFIG, low_size=low)
-    assert config.expert_width(768, 3072) == round(width)
-    assert dataclasses.replace(config, width_multiple=64).expert_width(768, 3072) % 64 == 0
+    config = dataclasses.replace(CONFIG, gate_rank=low)
+    assert factorised_width(768, 3072, config.gate_rank, 1) == round(width)
+    assert factorised_width(768, 3072, config.gate_rank, 64) % 64 == 0
 
 
 def test_11_parameters_equal_the_baselines():
-    assert dataclasses.replace(CONFIG, low_size=400).expert_width(1280, 5120) == 6469  # the paper prints 6,470
+    assert factorised_width(1280, 5120, 400, 1) == 6469  # the paper prints 6,470
     ours, baseline = (
         model_size(config.model, config.router)
-        for config in (load(["model=700m", "router=autonomy", "router.low_size=256"]), load(["model=700m"]))
+        for config in (load(["model=700m", "router=autonomy", "router.gate_rank=256"]), load(["model=700m"]))
     )
     # W_down counts as the router; with it the experts have the baseline's size exactly at this rank.
     assert ours.experts + ours.routers == baseline.experts
@@ -196,7 +204,7 @@ def test_12_balance_loss_is_one_when_even():
 
 
 def test_13_norms_at_initialisation():
-    config = load(["router=autonomy", "model.hidden_size=256", "model.num_heads=4", "router.low_size=64"])
+    config = load(["router=autonomy", "model.hidden_size=256", "model.num_heads=4", "router.gate_rank=64"])
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, seed=0)
     hidden = functional.rms_norm(torch.randn(512, 256), (256,))
@@ -231,12 +239,135 @@ def test_15_the_norm_is_on_the_low_rank_activation_itself():
 @pytest.mark.parametrize(
     "override,fragment",
     [
-        ("router.low_size=128", "router.low_size=128 must be below model.hidden_size=128"),
+        ("router.gate_rank=128", "router.gate_rank=128 must be below model.hidden_size=128"),
         ("router.top_k=9", "router.top_k=9 must be at most"),
-        ("router.low_size=0", "router.low_size=0 must be at least 1"),
+        ("router.gate_rank=0", "router.gate_rank=0 must be at least 1"),
     ],
 )
 def test_wrong_values_are_one_line(override: str, fragment: str):
     with pytest.raises(ConfigError) as caught:
         load(["router=autonomy", override])
     assert fragment in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["selected", "full"])
+def test_recomputed_activations_give_the_same_layer(weights: str):
+    """Layout B: the experts' rank computes ``x W_down`` again; gradients through both uses of ``W_down`` sum."""
+    travelling, recomputing = (build(weights=weights, gate_activation=how) for how in ("travels", "recomputed"))
+    hidden, direction = torch.randn(TOKENS, HIDDEN, requires_grad=True), torch.randn(TOKENS, HIDDEN)
+    assert recomputing.router(hidden, context()).payload is None
+    results = []
+    for layer in (travelling, recomputing):
+        output = apply(layer, hidden)
+        results.append((output, *torch.autograd.grad(output, [hidden, *layer.parameters()], direction)))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["selected", "full"])
+def test_top_p_takes_the_shortest_prefix_that_passes_the_threshold(weights: str):
+    config = AutonomyTopPConfig(
+        name="autonomy_top_p",
+        gate_rank=LOW,
+        weights=weights,
+        gate_activation="travels",
+        threshold=0.6,
+        dynamic_weight=1e-4,
+        max_experts=None,
+        expected_experts=2.0,
+        load_balance_weight=0.02,
+        load_balance_level="micro_batch",
+        router_z_weight=0.0,
+    )
+    router = AutonomyTopPRouter(config, HIDDEN, EXPERTS, layer=0)
+    torch.nn.init.normal_(router.down_weight, std=0.3)
+    hidden = torch.randn(TOKENS, HIDDEN)
+    routing = router(hidden, context())
+    entropy, numbers = 0.0, set()
+    for token in range(TOKENS):
+        norms = [float((w @ hidden[token]).norm()) for w in router.down_weight]
+        total = sum(math.exp(n) for n in norms)
+        probs = [math.exp(n) / total for n in norms]
+        entropy -= sum(p * math.log(p) for p in probs) / TOKENS
+        taken, mass = [], 0.0
+        for expert in sorted(range(EXPERTS), key=lambda e: -probs[e]):
+            taken.append(expert)
+            mass += probs[expert]
+            if mass > 0.6:
+                break
+        own = routing.token_index == token
+        assert sorted(taken) == routing.expert_index[own].tolist()
+        divisor = mass if weights == "selected" else 1.0
+        torch.testing.assert_close(routing.weight[own], torch.tensor([probs[e] / divisor for e in sorted(taken)]))
+        torch.testing.assert_close(routing.payload[own], router.down_weight[sorted(taken)] @ hidden[token])
+        numbers.add(len(taken))
+    assert len(numbers) > 1
+    assert routing.aux["dynamic"].item() == pytest.approx(entropy, rel=1e-5)
+    assert router.aux_weights["dynamic"] == 1e-4
+
+
+def test_control_keeps_the_router_and_factorises_the_gate():
+    """Configuration 3 of table 2: the experts' own ``W_down``, in the expert group, and a router's choice."""
+    config = load(["router=top_k", "model.moe.gate_rank=16"])
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, seed=0)
+    layer = model.moe_layers()[0]
+    experts = layer.experts
+    assert "router.weight" in dict(layer.named_parameters()) and experts.down_weight.shape == (8, 16, 128)
+    hidden = torch.randn(TOKENS, 128)
+    routing = layer.router(hidden, context())
+    expected = torch.zeros(TOKENS, 128)
+    for t, e, w in zip(routing.token_index, routing.expert_index, routing.weight.detach(), strict=True):
+        gate = experts.up_weight[e] @ (experts.down_weight[e] @ hidden[t])
+        value = experts.in_weight[e] @ hidden[t]
+        expected[t] += w * (experts.out_weight[e] @ (functional.silu(gate) * value)).detach()
+    torch.testing.assert_close(apply(layer, hidden).detach(), expected, atol=1e-6, rtol=1e-4)
+    assert model_size(config.model, config.router).total_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["router=autonomy", "model.moe.gate_rank=8"], "model.moe.gate_rank=8 must be null with router=autonomy"),
+        (["router=top_k", "model.moe.gate_rank=128"], "model.moe.gate_rank=128 must be below model.hidden_size=128"),
+        (["router=autonomy", "router.gate_rank=128"], "router.gate_rank=128 must be below model.hidden_size=128"),
+        (["router=autonomy", "router.gate_rank=0"], "router.gate_rank=0 must be at least 1"),
+        (["router=autonomy_top_p", "router.threshold=0"], "router.threshold=0.0 must be in (0, 1]"),
+        (["router=autonomy_top_p", "router.max_experts=9"], "router.max_experts=9 must be at most"),
+    ],
+)
+def test_wrong_gates_get_one_line(overrides: list[str], message: str):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_experts_choose_equal_numbers_and_evaluation_goes_by_thresholds():
+    config = AutonomyExpertChoiceConfig(
+        name="autonomy_expert_choice",
+        gate_rank=LOW,
+        weights="selected",
+        gate_activation="travels",
+        capacity_factor=2.0,
+        threshold_decay=0.0,
+        load_balance_weight=0.0,
+        load_balance_level="micro_batch",
+        router_z_weight=0.0,
+    )
+    router = AutonomyExpertChoiceRouter(config, HIDDEN, EXPERTS, layer=0)
+    torch.nn.init.normal_(router.down_weight)
+    hidden = torch.randn(20, HIDDEN)
+    norms = torch.stack([(hidden @ w.T).norm(dim=1) for w in router.down_weight], dim=1).detach()
+    routing = router(hidden, context(20))
+    for expert in range(EXPERTS):
+        taken = routing.token_index[routing.expert_index == expert].tolist()
+        assert taken == sorted(norms[:, expert].argsort(descending=True)[:8].tolist())  # 2 * 20 / 5 tokens
+    for token in set(routing.token_index.tolist()):
+        own = routing.token_index == token
+        torch.testing.assert_close(routing.weight[own], norms[token, routing.expert_index[own]].softmax(0))
+    router.after_step(step_use(routing.use.tokens_per_expert, 20, routing.use.sums))
+    router.eval()
+    # The cut-off is the best norm not taken, so on the same batch thresholds take what the experts took.
+    assert torch.equal(router(hidden, context(20)).expert_index, routing.expert_index)
+    alone = router(hidden[3:4], context(1))
+    assert torch.equal(alone.expert_index, routing.expert_index[routing.token_index == 3])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import tiny
+from helpers.builders import step_use, tiny
 from torch import Tensor
 
 from moe_pretrain.config import ConfigError
@@ -24,6 +24,10 @@ CONFIG = LossFreeRouterConfig(
     top_k=2,
     score="sigmoid",
     weights="renormalised",
+    weight_scale=1.0,
+    num_groups=1,
+    groups_per_token=1,
+    projection_size=None,
     jitter=0.0,
     load_balance_weight=0.0,
     load_balance_level="micro_batch",
@@ -152,7 +156,7 @@ def test_gradients_are_those_of_the_scores_and_the_bias_has_none() -> None:
 )
 def test_sign_rule_by_hand(load: list[int], signs: list[int]) -> None:
     router = make_router(BIAS)
-    router.after_step(torch.tensor(load, dtype=torch.float64), sum(load) // 2)
+    router.after_step(step_use(load, sum(load) // 2))
     assert router.expert_bias.dtype == torch.float32
     torch.testing.assert_close(
         router.expert_bias, torch.tensor([b + 0.01 * s for b, s in zip(BIAS, signs, strict=True)]), rtol=0, atol=1e-7
@@ -163,7 +167,7 @@ def test_small_steps_are_not_lost() -> None:
     """In bfloat16 a bias of 1 would not feel a step of 0.001."""
     router = make_router([1.0] * EXPERTS, bias_update_rate=0.001)
     for _ in range(10):
-        router.after_step(torch.tensor([5.0, 0, 0, 0, 0], dtype=torch.float64), 5)
+        router.after_step(step_use([5.0, 0, 0, 0, 0], 5))
     torch.testing.assert_close(router.expert_bias, torch.tensor([0.99, 1.01, 1.01, 1.01, 1.01]), rtol=0, atol=1e-6)
 
 
@@ -181,7 +185,7 @@ def test_forward_moves_nothing(training: bool) -> None:
 
 def test_zero_rate_never_moves() -> None:
     router = make_router(bias_update_rate=0.0)
-    router.after_step(torch.tensor([5.0, 0, 0, 0, 0], dtype=torch.float64), 5)
+    router.after_step(step_use([5.0, 0, 0, 0, 0], 5))
     assert router.expert_bias.tolist() == [0.0] * EXPERTS
 
 
@@ -198,7 +202,7 @@ def test_imbalanced_router_comes_to_balance() -> None:
         use = router(hidden, make_context(tokens)).use
         violations.append(float(use.tokens_per_expert.max() / use.tokens_per_expert.mean()) - 1)
         losers.append(float(use.tokens_per_expert[4]))
-        router.after_step(use.tokens_per_expert, int(use.tokens))
+        router.after_step(step_use(use.tokens_per_expert, int(use.tokens)))
     assert violations[0] > 1.0 and losers[0] < tokens / 20
     assert sum(violations[-30:]) / 30 < 0.2 and min(losers[-30:]) > tokens / 4
     assert router.expert_bias.argsort().tolist()[:2] == [0, 1] and router.expert_bias.argmax() == 4

@@ -19,6 +19,10 @@ CONFIG = TopKRouterConfig(
     top_k=2,
     score="softmax",
     weights="renormalised",
+    weight_scale=1.0,
+    num_groups=1,
+    groups_per_token=1,
+    projection_size=None,
     jitter=0.0,
     load_balance_weight=0.01,
     load_balance_level="micro_batch",
@@ -43,8 +47,10 @@ def route_by_hand(logits: list[float], top_k: int, score: str, weights: str) -> 
     if score == "softmax":
         total = sum(math.exp(logit) for logit in logits)
         scores = [math.exp(logit) / total for logit in logits]
-    else:
+    elif score == "sigmoid":
         scores = [1 / (1 + math.exp(-logit)) for logit in logits]
+    else:
+        scores = [math.sqrt(math.log1p(math.exp(logit))) for logit in logits]
     best = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))[:top_k]
     divisor = sum(scores[expert] for expert in best) if weights == "renormalised" else 1.0
     return [(expert, scores[expert] / divisor) for expert in best]
@@ -53,7 +59,7 @@ def route_by_hand(logits: list[float], top_k: int, score: str, weights: str) -> 
 @pytest.mark.parametrize(
     ("weights", "top_k"), [("raw", 1), ("raw", 2), ("raw", 5), ("renormalised", 2), ("renormalised", 5)]
 )
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_equals_one_token_at_a_time(score: str, weights: str, top_k: int) -> None:
     router = make_router(score=score, weights=weights, top_k=top_k)
     hidden = torch.randn(TOKENS, HIDDEN)
@@ -65,6 +71,60 @@ def test_equals_one_token_at_a_time(score: str, weights: str, top_k: int) -> Non
     assert routing.weight.dtype == torch.float32
     torch.testing.assert_close(routing.weight, torch.tensor([weight for _, weight in expected]))
     assert routing.routes_per_token == top_k
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_groups_limit_where_experts_come_from(score: str) -> None:
+    """DeepSeek-V3: the groups with the largest sums of their two best scores, then the best experts in them."""
+    config = replace(CONFIG, score=score, top_k=3, num_groups=4, groups_per_token=2)
+    router = TopKRouter(config, HIDDEN, 12, 0)
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(60, HIDDEN)
+    chosen = router(hidden, make_context(tokens=60)).expert_index.view(60, 3)
+    free = TopKRouter(replace(config, num_groups=1, groups_per_token=1), HIDDEN, 12, 0)
+    free.load_state_dict(router.state_dict())
+    unlimited = free(hidden, make_context(tokens=60)).expert_index.view(60, 3)
+    changed = 0
+    for token, experts in enumerate(chosen.tolist()):
+        logits = (router.weight @ hidden[token]).tolist()
+        scores = dict(route_by_hand(logits, 12, score, "raw"))
+        best = sorted(range(4), key=lambda g: -sum(sorted(scores[e] for e in range(3 * g, 3 * g + 3))[-2:]))[:2]
+        allowed = [expert for expert in range(12) if expert // 3 in best]
+        assert experts == sorted(allowed, key=lambda expert: -scores[expert])[:3]
+        changed += experts != unlimited[token].tolist()
+    assert changed > 5
+
+
+def test_weight_scale_is_a_factor_of_the_weights_alone() -> None:
+    hidden, router = torch.randn(TOKENS, HIDDEN), make_router()
+    scaled = make_router(weight_scale=2.5)
+    scaled.load_state_dict(router.state_dict())
+    plain, ours = router(hidden, make_context()), scaled(hidden, make_context())
+    torch.testing.assert_close(ours.weight, 2.5 * plain.weight)
+    assert torch.equal(ours.expert_index, plain.expert_index)
+    assert torch.equal(ours.aux["load_balance"], plain.aux["load_balance"])
+
+
+def test_large_router_is_two_maps_in_a_row() -> None:
+    """Configuration 4 of Autonomy-of-Experts: 768 -> 1012 -> 8 has about the parameters of eight down projections."""
+    router = make_router(projection_size=7)
+    torch.nn.init.normal_(router.projection)
+    hidden = torch.randn(TOKENS, HIDDEN)
+    one_map = make_router()
+    one_map.weight.data = router.weight.data @ router.projection.data
+    ours, expected = router(hidden, make_context()), one_map(hidden, make_context())
+    assert torch.equal(ours.expert_index, expected.expert_index)
+    torch.testing.assert_close(ours.weight, expected.weight)
+    large = TopKRouter(replace(CONFIG, projection_size=1012), 768, 8, 0)
+    assert sum(parameter.numel() for parameter in large.parameters()) == 785_312
+
+
+def test_sqrt_softplus_has_finite_gradients_where_it_underflows() -> None:
+    router = make_router(score="sqrt_softplus")
+    hidden = (torch.randn(TOKENS, HIDDEN) * 1e4).requires_grad_()
+    routing = router(hidden, make_context())
+    gradients = torch.autograd.grad(routing.weight[::2].sum(), [hidden, router.weight])
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_ties_go_to_the_lower_id() -> None:
@@ -140,14 +200,16 @@ def use_by_hand(routing: Routing, probs: Tensor, mask: Tensor) -> tuple[list[int
     return load, entropy
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_statistics_count_text_only(score: str) -> None:
     router = make_router(score=score)
     hidden = torch.randn(TOKENS, HIDDEN)
     mask = torch.arange(TOKENS) % 3 > 0
     routing = router(hidden, make_context(token_mask=mask))
     logits = (hidden @ router.weight.t()).detach()
-    scores = logits.softmax(1) if score == "softmax" else logits.sigmoid()
+    scores = {"softmax": logits.softmax(1), "sigmoid": logits.sigmoid(), "sqrt_softplus": logits.exp().log1p().sqrt()}[
+        score
+    ]
     load, entropy = use_by_hand(routing, scores / scores.sum(1, keepdim=True), mask)
     use = routing.use
     assert use.tokens_per_expert.tolist() == load
@@ -198,6 +260,11 @@ def test_global_level_without_a_callback_is_the_micro_batch() -> None:
         ({"load_balance_weight": -1.0}, "router.load_balance_weight=-1.0 must not be negative"),
         ({"router_z_weight": -1.0}, "router.router_z_weight=-1.0 must not be negative"),
         ({"top_k": 1}, "router.weights=renormalised must be raw when router.top_k=1"),
+        ({"weight_scale": 0.0}, "router.weight_scale=0.0 must be positive"),
+        ({"num_groups": 2}, "router.num_groups=2 must divide model.moe.num_experts=5"),
+        ({"num_groups": 5, "groups_per_token": 6}, "router.groups_per_token=6 must be in [1, router.num_groups=5]"),
+        ({"num_groups": 5}, "router.top_k=2 must be at most 1, the experts of router.groups_per_token=1 groups"),
+        ({"projection_size": 0}, "router.projection_size=0 must be at least 1"),
         ({"top_k": 6}, "router.top_k=6 must be at most model.moe.num_experts=5"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, tiny
+from helpers.builders import context_of, step_use, tiny
 from torch import Tensor
 
 from moe_pretrain.config import ConfigError
@@ -15,7 +15,7 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.moe import build_moe_layer
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
+from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig, top_p_mask
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext, RowOrder
 from moe_pretrain.study.verify import random_batches
 
@@ -121,7 +121,7 @@ def test_equals_one_token_at_a_time(
 )
 def test_strict_at_ties(probs: list[float], threshold: float, taken: list[int]) -> None:
     router = make_router(len(probs), threshold=threshold)
-    assert router.select(torch.tensor([probs]))[0].nonzero()[:, 0].tolist() == taken
+    assert taken_by(router, torch.tensor([probs]))[0].nonzero()[:, 0].tolist() == taken
 
 
 def test_strict_at_ties_of_any_float() -> None:
@@ -129,7 +129,7 @@ def test_strict_at_ties_of_any_float() -> None:
     router = make_router()
     for probs in torch.randn(300, EXPERTS).softmax(1):
         router.threshold.copy_(probs.max())
-        assert router.select(probs[None]).sum() == 2
+        assert taken_by(router, probs[None]).sum() == 2
 
 
 def test_threshold_one_takes_all_although_masses_round_past_one() -> None:
@@ -337,6 +337,8 @@ def test_threshold_one_is_the_dense_mixture() -> None:
         shared_expert_hidden_size=1,
         every_k_layers=1,
         num_leading_dense_layers=0,
+        gate_rank=None,
+        expert_width_multiple=8,
     )
     layer = build_moe_layer(shape, replace(CONFIG, threshold=1.0), HIDDEN, 3, ExpertShard())
     assert isinstance(layer, MoELayer)
@@ -390,8 +392,12 @@ def test_all_padding_gives_zero_losses() -> None:
     }
 
 
+def taken_by(router: TopPRouter, probs: Tensor) -> Tensor:
+    return top_p_mask(probs, router.threshold, router.config.max_experts)
+
+
 def after(router: TopPRouter, routes: list[int], tokens: int) -> float:
-    router.after_step(torch.tensor(routes, dtype=torch.float64), tokens)
+    router.after_step(step_use(routes, tokens))
     return router.threshold.item()
 
 
@@ -426,7 +432,7 @@ def test_controller_reaches_its_target(start: float) -> None:
     for _ in range(150):
         use = router(torch.randn(200, HIDDEN), make_context(200)).use
         means.append(float(use.tokens_per_expert.sum() / use.tokens))
-        router.after_step(use.tokens_per_expert, int(use.tokens))
+        router.after_step(step_use(use.tokens_per_expert, int(use.tokens)))
     assert abs(means[0] - 2.5) > 0.8
     assert sum(means[-20:]) / 20 == pytest.approx(2.5, abs=0.1)
 

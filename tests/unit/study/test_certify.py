@@ -81,6 +81,10 @@ class VariantConfig(TopKRouterConfig):
     top_k: int = 2
     score: Literal["softmax", "sigmoid"] = "softmax"
     weights: Literal["renormalised", "raw"] = "raw"
+    weight_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    projection_size: int | None = None
     jitter: float = 0.0
     load_balance_weight: float = 0.01
     load_balance_level: BalanceLevel = "global_batch"
@@ -208,8 +212,8 @@ BROKEN = {
         def select(self, scores):
             return super().select(scores + getattr(self, "bias", 0.0))
 
-        def after_step(self, tokens_per_expert, tokens):
-            push = (tokens_per_expert.mean() - tokens_per_expert).sign().float()
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
             self.bias = getattr(self, "bias", 0.0) + 0.01 * push
         """,
         {"state round trip"},
@@ -219,8 +223,8 @@ BROKEN = {
         def select(self, scores):
             return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0))
 
-        def after_step(self, tokens_per_expert, tokens):
-            push = (tokens_per_expert.mean() - tokens_per_expert).sign().float()
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
             self.state["bias"] = self.state.get("bias", 0.0) + 0.01 * push
         """,
         {"state round trip"},
@@ -292,6 +296,7 @@ def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
 
 
 COLLAPSE, STATE = "balance loss at collapse", "state round trip"
+TRAINING_CAUSALITY = "causality in training"
 
 # Overrides -> how some rows' details begin.
 SHIPPED: list[tuple[list[str], dict[str, str]]] = [
@@ -310,10 +315,33 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
         {COLLAPSE: "6.0000 when 1 of 6 experts has", STATE: "after_step moves nothing"},
     ),
     (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=quantile", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=expert_threshold", "router.initial_threshold=0.8"], {STATE: "ema_weight, threshold: "}),
     (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
+    (["router=relu", "router.target_experts=1", "router.load_balance_level=sequence"], {STATE: "sparsity_weight: "}),
+    (
+        ["router=sinkhorn", "router.top_k=1", "router.score=sigmoid", "router.load_balance_weight=0.1"],
+        {TRAINING_CAUSALITY: "tokens from position 1 on move earlier routes", STATE: "after_step moves nothing"},
+    ),
+    (
+        ["router=expert_choice", "router.capacity_factor=1.3"],
+        {TRAINING_CAUSALITY: "tokens from position 1 on move", STATE: "steps, thresholds: "},
+    ),
     (
         ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
         {COLLAPSE: "6.0000 when 1 of"},
+    ),
+    *(
+        (["router=attention_importance", f"router.importance={importance}", *more], {STATE: "scale: "})
+        for importance, *more in (
+            ("row_max", "router.target_experts=3", "router.controller_rate=0.05", "router.weights=renormalised"),
+            ("corrected_row_max", "router.target_experts=3", "router.controller_rate=0.05"),
+            ("entropy", "router.complement=true", "router.target_experts=3", "router.controller_rate=0.05"),
+            (
+                "predictor",
+                *("router.predictor_loss_weight=0.1", "router.target_experts=3", "router.controller_rate=0.05"),
+            ),
+        )
     ),
 ]
 
@@ -326,8 +354,19 @@ def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) ->
     assert all(details.values())
     for name, beginning in expected.items():
         assert details[name].startswith(beginning)
+    noncausal = {row.property for row in rows if row.verdict == "declared non-causal"}
+    competes = overrides[0] in ("router=sinkhorn", "router=expert_choice")
+    assert noncausal == ({TRAINING_CAUSALITY, "cut of the batch in training"} if competes else set())
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
+
+
+def test_received_attention_is_a_declared_leak() -> None:
+    overrides = ["router=attention_importance", "router.importance=received", "router.allow_non_causal=true"]
+    rows = list(examine(load([*SMALL, *overrides])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "causality in evaluation"}
 
 
 def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
@@ -345,8 +384,15 @@ def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
     assert declared == {"causality in training", "cut of the batch in training"}
 
 
+def test_warmup_of_expert_threshold_is_declared() -> None:
+    rows = list(examine(load([*SMALL, "router=expert_threshold", "router.warmup_steps=1000"])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "cut of the batch in training"}
+
+
 def test_an_error_in_one_row_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    file = variant(tmp_path, "def after_step(self, tokens_per_expert, tokens):\n    raise KeyError('lost')")
+    file = variant(tmp_path, "def after_step(self, use):\n    raise KeyError('lost')")
     assert cli.main(["certify", file, *SMALL]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"router=variant ({file.removeprefix('router_file=')}) in 1 layers of 6 experts")

@@ -1,4 +1,4 @@
-"""Experts of Autonomy-of-Experts: SwiGLU with a factorised gate whose first factor ranks the experts."""
+"""SwiGLU experts with a factorised gate, as Autonomy-of-Experts has them."""
 
 from typing import Any
 
@@ -12,22 +12,35 @@ from moe_pretrain.moe.experts.swiglu import activate, activation_gradients
 from moe_pretrain.moe.types import ExpertShard, RowOrder
 
 
-class AutonomyExperts(nn.Module):
-    """``(silu(c W_up) * (x W_p)) W_out`` with ``c = x W_down`` of the route, computed once by the router.
+def factorised_width(hidden_size: int, full_width: int, rank: int, multiple: int) -> int:
+    """Width at which an expert with a gate of ``rank`` has as many weights as a SwiGLU expert of ``full_width``.
 
-    ``c`` is the route's payload: it travels with the token, with gradient, so an expert never computes
-    it again (layout A: ``W_down`` is a dense parameter on every rank). ``up_weight [local_experts, width, low]``,
-    ``in_weight [local_experts, width, hidden]``, ``out_weight [local_experts, hidden, width]``.
+    Equation 5 of arXiv:2501.13074, ``(3 d d_ffn - d_low d) / (d_low + 2 d)``, to the nearest multiple of ``multiple``.
+    """
+    exact = (3 * hidden_size * full_width - rank * hidden_size) / (rank + 2 * hidden_size)
+    return max(1, round(exact / multiple)) * multiple
+
+
+class FactorisedExperts(nn.Module):
+    """``(silu(x W_down W_up) * (x W_in)) W_out``; ``rank`` columns of ``x W_down`` lie between the two factors.
+
+    ``up_weight [local_experts, width, rank]``, ``in_weight [local_experts, width, hidden]``, ``out_weight
+    [local_experts, hidden, width]``. ``x W_down`` comes from where the scheme says: as the route's payload, when the
+    router has computed it and lets it travel, with gradient; from a ``down_weight`` that the router holds, as a dense
+    parameter of every rank; or, with ``owns_down``, from ``down_weight [local_experts, rank, hidden]`` of its own.
 
     Source:
         Lv et al. 2025 (arXiv:2501.13074), algorithm 2.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, width: int, low_size: int, shard: ExpertShard):
+    def __init__(
+        self, num_experts: int, hidden_size: int, width: int, rank: int, shard: ExpertShard, owns_down: bool = False
+    ):
         super().__init__()
         self.expert_ids = shard.local_experts(num_experts)
         local = len(self.expert_ids)
-        self.up_weight = nn.Parameter(torch.empty(local, width, low_size))
+        self.down_weight = nn.Parameter(torch.empty(local, rank, hidden_size)) if owns_down else None
+        self.up_weight = nn.Parameter(torch.empty(local, width, rank))
         self.in_weight = nn.Parameter(torch.empty(local, width, hidden_size))
         self.out_weight = nn.Parameter(torch.empty(local, hidden_size, width))
 
@@ -36,14 +49,44 @@ class AutonomyExperts(nn.Module):
         sources: Float[Tensor, "sources hidden"],
         weight: Float[Tensor, "rows"],
         order: RowOrder,
-        payload: Float[Tensor, "rows low"],
+        payload: Float[Tensor, "rows rank"] | None = None,
+        down_weight: Float[Tensor, "local_experts rank hidden"] | None = None,
     ) -> Float[Tensor, "sources hidden"]:
-        """Gather rows, run each with its payload through its expert, scale by ``weight``, sum back per source."""
+        """Gather rows, run each through its expert, scale by ``weight``, sum back per source."""
+        if payload is None:
+            down = self.down_weight if down_weight is None else down_weight
+            assert down is not None, "no payload and no down projection"
+            payload = _DownProjection.apply(sources, down, order)
         weights = self.up_weight, self.in_weight, self.out_weight
-        return _AutonomyExpertsFunction.apply(sources, weight, payload, *weights, order)
+        return _FactorisedExpertsFunction.apply(sources, weight, payload, *weights, order)
 
 
-class _AutonomyExpertsFunction(torch.autograd.Function):
+class _DownProjection(torch.autograd.Function):
+    """``x W_down`` of every row by its expert."""
+
+    @staticmethod
+    def forward(ctx: Any, sources: Tensor, down_weight: Tensor, order: RowOrder) -> Tensor:
+        blocks = row_blocks(order.rows_per_expert, sources.dtype)
+        ctx.save_for_backward(sources, down_weight)
+        ctx.order, ctx.blocks = order, blocks
+        return join(
+            [block.times(sources.index_select(0, order.source_of_row[block.rows]), down_weight) for block in blocks]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        sources, down_weight = ctx.saved_tensors
+        order: RowOrder = ctx.order
+        grad_down_weight, grad_inputs = None, []
+        for block in ctx.blocks:
+            grad_rows = grads[0][block.rows].contiguous()
+            rows = sources.index_select(0, order.source_of_row[block.rows])
+            grad_down_weight = block.outer(grad_rows, rows, grad_down_weight)
+            grad_inputs.append(block.times_transposed(grad_rows, down_weight))
+        return sum_rows(join(grad_inputs), order), grad_down_weight, None
+
+
+class _FactorisedExpertsFunction(torch.autograd.Function):
     """As ``_SwiGLUExpertsFunction``, with the gate from the payload instead of the source."""
 
     @staticmethod

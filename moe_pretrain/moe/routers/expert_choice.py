@@ -1,0 +1,180 @@
+"""Expert choice: experts take tokens, each the same number; in evaluation by thresholds that training has left."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.routers.linear import router_use
+from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoiceConfig:
+    """Fields of ``router=expert_choice``.
+
+    Attributes:
+        name: ``expert_choice``.
+        capacity_factor: Mean experts per token, in (0, num_experts]; an expert takes ``capacity_factor * text tokens /
+            num_experts`` tokens of a micro-batch.
+        threshold_decay: Decay per step of the running mean of each expert's cut-off, by which evaluation routes, in
+            [0, 1); 0 keeps the last step's alone.
+    """
+
+    name: Literal["expert_choice"]
+    capacity_factor: float
+    threshold_decay: float
+
+    def __post_init__(self) -> None:
+        check_expert_choice(self.capacity_factor, self.threshold_decay)
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        check_capacity(self.capacity_factor, num_experts)
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.capacity_factor
+
+
+def check_expert_choice(capacity_factor: float, threshold_decay: float) -> None:
+    """Raise if a field of a scheme in which experts choose is out of range."""
+    if not capacity_factor > 0:
+        raise ValueError(f"router.capacity_factor={capacity_factor} must be positive")
+    if not 0 <= threshold_decay < 1:
+        raise ValueError(f"router.threshold_decay={threshold_decay} must be in [0, 1)")
+
+
+def check_capacity(capacity_factor: float, num_experts: int) -> None:
+    """Raise if experts would have to take a token twice."""
+    if capacity_factor > num_experts:
+        raise ValueError(
+            f"router.capacity_factor={capacity_factor} must be at most model.moe.num_experts={num_experts}"
+        )
+
+
+def choose_tokens(
+    scores: Float[Tensor, "tokens experts"], text: Bool[Tensor, "tokens"], capacity_factor: float
+) -> tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "experts"]]:
+    """Let every expert take its best tokens, all the same number.
+
+    Args:
+        scores: Not negative; no gradient.
+        text: True for text tokens; the others are never taken.
+        capacity_factor: An expert takes ``capacity_factor * text tokens / experts`` tokens, rounded to the nearest
+            whole number (a half to the even one), but at least 1 and at most all.
+
+    Returns:
+        Which tokens each expert takes (of equal scores the earlier token), and its cut-off: the best score of text
+        that it does not take, or 0. No host synchronisation takes place.
+    """
+    num_tokens = text.sum()
+    capacity = (capacity_factor * num_tokens.double() / scores.shape[1]).round().clamp(min=1)
+    capacity = torch.minimum(capacity, num_tokens.double()).long()
+    best_first, token = scores.masked_fill(~text[:, None], -1.0).sort(dim=0, descending=True, stable=True)
+    is_within = torch.arange(len(scores), device=scores.device) < capacity
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter(0, token, is_within[:, None].expand_as(scores))
+    # A row of zeros below, for when all is taken; padding's -1 is no score either.
+    cutoff = functional.pad(best_first, (0, 0, 0, 1)).index_select(0, capacity[None])[0].clamp(min=0.0)
+    return taken, cutoff
+
+
+class ThresholdMean(nn.Module):
+    """Running mean over steps of every expert's cut-off, by which evaluation routes where experts choose in training.
+
+    ``thresholds [experts]`` is the exponential mean of the steps' cut-offs, free of the bias to its start.
+
+    Args:
+        num_experts: Experts.
+        start: Every threshold before the first step.
+        decay: How much of the mean stays at each step, in [0, 1).
+    """
+
+    def __init__(self, num_experts: int, start: float, decay: float):
+        super().__init__()
+        self._decay = decay
+        self.thresholds: Tensor
+        self.steps: Tensor
+        self.register_buffer("thresholds", torch.full((num_experts,), start))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def after_step(self, use: StepUse) -> None:
+        """Move towards the step's cut-offs, whose sum weighted by text tokens is ``use.sums``."""
+        if not use.tokens:
+            return
+        self.steps += 1
+        # What the first of n steps of an exponential mean weighs, over what all n weigh: 1 in the first step.
+        rate = (1 - self._decay) / (1 - self._decay ** self.steps.double())
+        self.thresholds += (rate * (use.sums / use.tokens - self.thresholds.double())).float()
+
+
+class ExpertChoiceRouter(Router):
+    """Scores ``softmax(hidden @ weight.T)`` over experts; every expert takes the tokens that score highest with it.
+
+    Training: each expert takes exactly ``C = capacity_factor * T / experts`` of the micro-batch's ``T`` text tokens,
+    rounded to the nearest whole number (a half to the even one), but at least 1 and at most ``T``. Of equal scores
+    the earlier token goes first. The weight of a route is its score. A token may have any number of experts, none too;
+    load is even by construction and there is no loss. A token's routes depend on later tokens and on other
+    sequences, and on the micro-batch's size: training is not causal.
+
+    Evaluation, which must be causal: a token goes to every expert with which it scores above that expert's threshold,
+    whatever else is in the batch. The threshold is the exponential mean, over training steps and free of the
+    bias to its start, of the expert's cut-off: the best score that it did not take (0 when it took all), averaged over
+    the micro-batches of all ranks by their text tokens. In a micro-batch the rule "above the cut-off" is exactly what
+    the expert took. Before the first step thresholds are ``1 / experts``, a score that is better than even.
+
+    Source:
+        Zhou et al. 2022 (arXiv:2202.09368), eq. 1-2 without the limit on experts per token. The paper leaves
+        evaluation open; the thresholds are ours, in the way of Expert Threshold (arXiv:2603.11535).
+    """
+
+    causal_in_training = False
+    causal_in_evaluation = True
+
+    def __init__(self, config: ExpertChoiceConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+        self.num_experts = self.num_sums = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.evaluation = ThresholdMean(num_experts, 1 / num_experts, config.threshold_decay)
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """There is no loss."""
+        return {}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """Never: experts choose within the micro-batch."""
+        return False
+
+    def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
+        """Let every expert choose its tokens; in evaluation let thresholds decide."""
+        text = context.token_mask
+        probs = router_logits(hidden, self.weight).softmax(dim=-1)
+        cutoffs = None
+        if self.training:
+            taken, cutoffs = choose_tokens(probs.detach(), text, self.config.capacity_factor)
+        else:
+            taken = (probs > self.evaluation.thresholds) & text[:, None]
+        token_index, expert_index = taken.nonzero(as_tuple=True)
+        counts = count_routes(expert_index, text[token_index], torch.zeros_like(token_index), 1, self.num_experts)[0]
+        sums = None if cutoffs is None else cutoffs.double() * text.sum()
+        return Routing(
+            token_index,
+            expert_index,
+            probs[token_index, expert_index],
+            routes_per_token=None,
+            use=router_use(counts, probs.detach(), context, sums),
+        )
+
+    def after_step(self, use: StepUse) -> None:
+        """Move the thresholds towards the cut-offs of the step."""
+        self.evaluation.after_step(use)

@@ -1,0 +1,137 @@
+"""ReMoE: the gates are ReLUs, so an expert is used where its gate is open, and an adaptive L1 norm closes gates."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe_pretrain.moe.losses import sparsity_loss
+from moe_pretrain.moe.routers.linear import balance_counts, router_use, routes_by_group
+from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.types import BalanceLevel, Router, Routing, RoutingContext, StepUse, as_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLUConfig:
+    """Fields of ``router=relu``.
+
+    Attributes:
+        name: ``relu``.
+        target_experts: Mean experts per token that the coefficient steers to (the paper's k), over all layers, in
+            (0, num_experts]. A token may have any number, none too.
+        initial_sparsity_weight: Coefficient of the sparsity loss in the first step (the paper's lambda_0), > 0.
+        sparsity_weight_factor: Factor by which the coefficient moves after each step (the paper's alpha), > 1.
+        load_balance_level: Tokens over which the share of routes in the sparsity loss is taken. ``global_batch`` and
+            ``sequence`` do not depend on the number of ranks nor the micro-batch size; ``micro_batch``, what the
+            authors' code does, depends on both.
+    """
+
+    name: Literal["relu"]
+    target_experts: float
+    initial_sparsity_weight: float
+    sparsity_weight_factor: float
+    load_balance_level: BalanceLevel
+
+    def __post_init__(self) -> None:
+        for field in ("target_experts", "initial_sparsity_weight"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"router.{field}={getattr(self, field)} must be positive")
+        if not self.sparsity_weight_factor > 1:
+            raise ValueError(f"router.sparsity_weight_factor={self.sparsity_weight_factor} must be above 1")
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        if self.target_experts > num_experts:
+            raise ValueError(
+                f"router.target_experts={self.target_experts} must be at most model.moe.num_experts={num_experts}"
+            )
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.target_experts
+
+
+class ReLURouter(Router):
+    """Gates ``relu(hidden @ weight.T)``; a token goes to every expert whose gate is open, weighted by the gate itself.
+
+    The output is continuous in the router's parameters: a route appears and disappears with weight 0. A token may have
+    no expert at all; then the routed experts add nothing to it.
+
+    The loss ``sparsity`` is an L1 norm of the gates, weighted by each expert's share of the routes (see
+    ``sparsity_loss``), so it makes gates sparse and load even at once. Its coefficient is state, not configuration:
+    after each step ``sparsity_weight *= factor ** sign((1 - target / experts) - sparsity)``, with the mean share of
+    closed gates over all layers, micro-batches and ranks. So it is the same in every layer and on every rank.
+
+    Memory: in the first hundred or so steps, until the coefficient has grown from 1e-8, about half of all gates are
+    open. Plan memory for ``num_experts / 2`` experts per token, with ``model.recompute=full`` if need be, or start from
+    a larger ``initial_sparsity_weight``.
+
+    Source:
+        Wang et al. 2024 (arXiv:2412.14711), the ReLU router and its adaptive load-balancing L1 regularisation;
+        lambda_0 1e-8 and factor 1.2. Where the sparsity is exactly the target, the coefficient stays, as in the
+        paper's formula with sign(0) = 0; the authors' code divides it. Deviations: the loss is a mean over layers, as
+        in the paper and as all losses here (their code sums layers; the coefficient makes up for it); the router
+        starts with the model's own standard deviation (their code: 0.01); the coefficient stops at the
+        smallest normal float32, from which it can still grow.
+    """
+
+    causal_in_training = True
+    causal_in_evaluation = True
+
+    def __init__(self, config: ReLUConfig, hidden_size: int, num_experts: int, layer: int):
+        super().__init__(layer)
+        config.check_num_experts(num_experts)
+        self.config = config
+        self.num_experts = num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.sparsity_weight: Tensor
+        self.register_buffer("sparsity_weight", torch.tensor(config.initial_sparsity_weight))
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """The adaptive coefficient; one number per step leaves the device here."""
+        return {"sparsity": float(self.sparsity_weight)}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """Whether training needs ``RoutingContext.sum_over_global_batch``."""
+        return self.config.load_balance_level == "global_batch"
+
+    def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
+        """Route every token to the experts whose gates are open."""
+        config = self.config
+        gates = router_logits(hidden, self.weight).relu()
+        token_index, expert_index = (gates.detach() > 0).nonzero(as_tuple=True)
+        level = config.load_balance_level
+        own = routes_by_group(token_index, expert_index, level, self.num_experts, context)
+        counts = balance_counts(own, level, self.layer, context)
+        tokens = self._group_tokens(len(own), context)
+        # The entropy that is reported is that of the gates' shares; 0 for a token without experts.
+        shares = gates.detach() / gates.detach().sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return Routing(
+            token_index,
+            expert_index,
+            gates[token_index, expert_index],
+            routes_per_token=None,
+            use=router_use(own.sum(dim=0), shares, context),
+            aux={"sparsity": sparsity_loss(gates, counts, tokens, config.target_experts, context.token_mask)},
+        )
+
+    def _group_tokens(self, num_groups: int, context: RoutingContext) -> Float[Tensor, "groups"]:
+        """Text tokens of each group over which the share of routes is taken."""
+        tokens = as_count(context.token_mask.view(num_groups, -1).sum(dim=1))
+        if self.config.load_balance_level == "global_batch" and context.global_tokens is not None:
+            return tokens.new_full((1,), context.global_tokens)
+        return tokens
+
+    def after_step(self, use: StepUse) -> None:
+        """Raise the coefficient while more than ``target_experts`` gates per token are open, lower it below."""
+        # The sign of (1 - target / experts) - sparsity, without its rounding.
+        direction = (use.experts_per_token > self.config.target_experts) - (
+            use.experts_per_token < self.config.target_experts
+        )
+        self.sparsity_weight *= self.config.sparsity_weight_factor**direction
+        self.sparsity_weight.clamp_(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,41 @@
+"""Small contexts for routers, and their decisions as plain numbers."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moe_pretrain.moe.layer import MoEConfig
+from moe_pretrain.moe.types import Routing, RoutingContext
+
+
+def make_context(tokens: int, sequences: int = 1, **changes: Any) -> RoutingContext:
+    """``tokens`` tokens of text in ``sequences`` sequences."""
+    mask = torch.ones(tokens, dtype=torch.bool)
+    return replace(RoutingContext(mask, torch.arange(tokens), sequences, seed=11, step=4), **changes)
+
+
+def by_token(routing: Routing, tokens: int) -> list[dict[int, float]]:
+    """Expert -> weight of every token; a (token, expert) pair must occur once, tokens ascending."""
+    assert routing.token_index.tolist() == sorted(routing.token_index.tolist())
+    found: list[dict[int, float]] = [{} for _ in range(tokens)]
+    for token, expert, weight in zip(
+        routing.token_index.tolist(), routing.expert_index.tolist(), routing.weight.tolist(), strict=True
+    ):
+        assert expert not in found[token]
+        found[token][expert] = weight
+    return found
+
+
+def experts_only(num_experts: int, width: int) -> MoEConfig:
+    """A layer of routed experts and nothing else."""
+    return MoEConfig(
+        num_experts=num_experts,
+        expert_hidden_size=width,
+        num_shared_experts=0,
+        shared_expert_hidden_size=1,
+        every_k_layers=1,
+        num_leading_dense_layers=0,
+        gate_rank=None,
+        expert_width_multiple=8,
+    )
