@@ -5,6 +5,7 @@ configuration asks for it. Tests use it to show that every such fault is survive
 a cluster before trusting it with a month of training.
 """
 
+import difflib
 import errno
 import os
 import signal
@@ -80,8 +81,12 @@ class FaultConfig:
             return
         valid = self._actions()
         if not valid:
-            known = ", ".join((*SAVE_POINTS, *RUN_POINTS, *SICK_POINTS))
-            raise ValueError(f"fault.point={self.point} must be null or one of {known}")
+            known = (*SAVE_POINTS, *RUN_POINTS, *SICK_POINTS)
+            near = difflib.get_close_matches(self.point, known, cutoff=0.0)
+            raise ValueError(
+                f"fault.point={self.point} must be null or one of the {len(known)} places in moe_pretrain/faults.py; "
+                f"nearest: {', '.join(near)}"
+            )
         if self.action not in valid:
             raise ValueError(f"fault.action={self.action} must be one of {', '.join(valid)} at {self.point}")
 
