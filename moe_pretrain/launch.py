@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch.distributed as dist
@@ -65,7 +66,7 @@ def run_workers(arguments: list[str], processes: int) -> int:
                     preexec_fn=_die_with_parent,
                 )
             )
-        code = _wait(workers, store)
+        code = _wait(workers, store, lambda: interrupts > 1)
         return INTERRUPTED if interrupts > 1 else code
     finally:
         for worker in workers:
@@ -74,7 +75,7 @@ def run_workers(arguments: list[str], processes: int) -> int:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore) -> int:
+def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_interrupted: Callable[[], bool]) -> int:
     """Wait for all; once one has failed the others get ``_GRACE_SECONDS`` to end by themselves."""
     failed = 0
     deadline = float("inf")
@@ -83,7 +84,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore) -> int:
         if not failed and any(ended.values()):
             rank, failed = next((rank, code) for rank, code in ended.items() if code)
             deadline = time.monotonic() + _GRACE_SECONDS
-            if failed < 0:
+            if failed < 0 and not is_interrupted():
                 name = signal.Signals(-failed).name
                 place = last_seen(store, rank)
                 print(f"moe-pretrain: rank {rank} was killed by {name}, last seen at {place}", file=sys.stderr)

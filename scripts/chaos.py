@@ -18,7 +18,7 @@ from pathlib import Path
 from attempts import Run, Topology, fresh_home, import_everything, moment, poll, remove, wait, weight_hashes
 
 EVERY_STEPS = 2
-STEPS_PER_KILL = 5
+STEPS_PER_KILL = 6
 TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2), Topology(2, 2, 2), Topology(4, 2), Topology(1, 1, 0)]
 FIXED = Topology(2, 2)
 EARLY_STEPS, EARLY_TOLERANCE = 20, 1e-5
@@ -28,8 +28,9 @@ LATE_TOLERANCE = 5e-2
 
 
 class Chaos:
-    def __init__(self, run: Run, generator: random.Random, fixed: bool, num_kills: int):
-        self.run, self.generator, self.fixed, self.num_kills = run, generator, fixed, num_kills
+    def __init__(self, run: Run, generator: random.Random, fixed: bool, num_kills: int, num_steps: int):
+        self.run, self.generator, self.fixed = run, generator, fixed
+        self.num_kills, self.num_steps = num_kills, num_steps
         self.kills = self.inside_saves = self.of_one_rank = 0
         self.used: set[Topology] = set()
 
@@ -53,7 +54,8 @@ class Chaos:
     def await_moment(self, processes: list[int]) -> dict[int, int]:
         """Wait for a random moment: during start-up, a random number of steps later, or inside a save."""
         done_before = len(self.run.rows())
-        wanted = self.generator.randrange(2 * STEPS_PER_KILL)
+        fair_share = (self.num_steps - done_before) // (self.num_kills - self.kills)  # steps are left for the last kill
+        wanted = self.generator.randrange(max(1, min(2 * STEPS_PER_KILL, 2 * fair_share - 4)))
         started = time.monotonic()
         while len(self.run.rows()) < done_before + wanted:
             ended = poll(processes)
@@ -127,7 +129,7 @@ def main() -> None:
     if any(codes):
         raise SystemExit(f"FAILED: the uninterrupted run ended with {codes}; see {straight.log}")
     run = Run(home, "chaos", num_steps, EVERY_STEPS)
-    chaos = Chaos(run, random.Random(options.seed), options.fixed, options.kills)
+    chaos = Chaos(run, random.Random(options.seed), options.fixed, options.kills, num_steps)
     started = time.monotonic()
     while not chaos.attempt():
         if chaos.kills % 10 == 0:
