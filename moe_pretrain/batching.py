@@ -23,6 +23,11 @@ class BatchConfig:
             if value is not None and value < 1:
                 raise ValueError(f"batch.{name}={value} must be at least 1")
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return -(-self.total_tokens // self.global_batch_tokens)
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -65,6 +70,6 @@ def plan_batches(config: BatchConfig, sequence_length: int, world_size: int) -> 
         rows_per_step=rows,
         micro_batch_size=micro_batch_size,
         accumulation=rows // (micro_batch_size * world_size),
-        num_steps=-(-config.total_tokens // config.global_batch_tokens),
+        num_steps=config.num_steps,
         tokens_per_step=config.global_batch_tokens,
     )

@@ -90,21 +90,18 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
-    from moe_pretrain import data
     from moe_pretrain.config import load
-    from moe_pretrain.pretrain import prepare_corpora
+    from moe_pretrain.run_data import check_corpora, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
+    corpus, sets = check_corpora(config) if "--check" in words else prepare_corpora(config, print)
     if "--check" in words:
-        cache = Path(config.run.cache_dir)
-        corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
         print("every checksum is right")
-    else:
-        corpus, sets = prepare_corpora(config, print)
-        for name, reader in sets.items():
-            print(f"evaluation.sets.{name}: {reader.num_documents:,} documents, {reader.num_tokens:,} tokens")
+    for name in config.evaluation.sets:
+        print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
     print(corpus.describe_counts())
-    print(f"shards: {corpus.train.folder.parent}")
+    for folder in corpus.folders:
+        print(f"shards: {folder}")
     return 0
 
 
@@ -165,6 +162,24 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
+def _specialise(arguments: list[str]) -> int:
+    """Say what a run's experts specialise in."""
+    from moe_pretrain.data import TokenizedCorpus
+    from moe_pretrain.pretrain import resolve_device
+    from moe_pretrain.run_data import prepare_corpora
+    from moe_pretrain.study.specialise import read_run, specialise
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain specialise RUN_FOLDER")
+    folder = Path(arguments[0])
+    config = read_run(folder)
+    corpus, sets = prepare_corpora(config, print)
+    if isinstance(corpus, TokenizedCorpus):  # a mixture's sources are among the sets by name
+        sets = {"held-out documents": corpus.validation, **sets}
+    device, _ = resolve_device(config.engine)
+    return specialise(config, folder, sets, device, print)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
     "train": (_train, "train a model; the same run.name again resumes"),
@@ -175,5 +190,6 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "inspect": (_inspect, "CHECKPOINT: what it holds and where it comes from, and whether its checksums are right"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
+    "specialise": (_specialise, "RUN_FOLDER: information between a run's experts and what their tokens are, in bits"),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.data import CorpusConfig, TokenizerConfig, TokensCorpusConfig
+from moe_pretrain.data import CorpusConfig, DataConfig, MixtureConfig, TokenizerConfig, TokensCorpusConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
@@ -124,7 +124,7 @@ class Config:
     run: RunConfig
     model: ModelConfig
     router: Annotated[ShippedRouterConfig, pydantic.Field(discriminator="name")]
-    data: Annotated[CorpusConfig, pydantic.Field(discriminator="source")]
+    data: Annotated[DataConfig, pydantic.Field(discriminator="source")]
     tokenizer: TokenizerConfig
     packing: PackingConfig
     batch: BatchConfig
@@ -143,11 +143,16 @@ class Config:
         if not isinstance(self.router, DenseConfig):
             self.router.check_num_experts(self.model.moe.num_experts)
             check_gate(self.model.moe, self.router, self.model.hidden_size)
-        if self.tokenizer.kind == "train" and isinstance(self.data, TokensCorpusConfig):
+        sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}
+        if self.tokenizer.kind == "train" and any(isinstance(one, TokensCorpusConfig) for one in sources.values()):
             raise ValueError(
                 "tokenizer.kind=train must be pretrained with data=tokens: name the tokenizer that made the tokens, "
                 "tokenizer=pretrained tokenizer.path=..."
             )
+        if isinstance(self.data, MixtureConfig):
+            self.data.check_steps(self.batch.num_steps)
+            for name in self.data.sources.keys() & self.evaluation.sets.keys():
+                raise ValueError(f"evaluation.sets.{name} must have another name than data.sources.{name}")
         if self.tokenizer.kind == "train" and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at most "
@@ -266,32 +271,38 @@ def to_values(config: Any) -> dict[str, Any]:
 
 def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str:
     first = error.errors()[0]
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
     # In a union, pydantic's location names the variant behind the field; the user's path does not.
-    location = list(first["loc"])
-    if location[0] in variants and len(location) > 1:
+    location = [str(part) for part in first["loc"]]
+    if len(location) > 1 and location[0] in variants:
         del location[1]
-    if location[:2] == ["evaluation", "sets"] and len(location) > 3:
+    is_named_corpus = location[:2] in (["evaluation", "sets"], ["data", "sources"]) and len(location) > 3
+    if is_named_corpus:
         del location[3]
-    path = ".".join(str(part) for part in location)
+    if first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+        # A corpus calls itself data, wherever it stands.
+        return f"{'.'.join(location[:3])}.{text.removeprefix('data.')}" if is_named_corpus else text
+    path = ".".join(location)
     if first["type"] == "missing":
         return f"{path} is missing: it must be given"
     return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _refuse_unknown(part: Any, values: Mapping[str, Any], path: str) -> None:
-    """Raise if ``values`` has a key that is not a field of the dataclass ``part``."""
-    fields = {field.name for field in dataclasses.fields(part)}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(f"{path}{key}={value!r} is not a field of {type(part).__name__}{_suggest(key, fields)}")
-        child = getattr(part, key)
-        if dataclasses.is_dataclass(child):
-            _refuse_unknown(child, value, f"{path}{key}.")
-        elif isinstance(child, dict):
-            for name, member in child.items():
-                _refuse_unknown(member, value[name], f"{path}{key}.{name}.")
+def _refuse_unknown(part: Any, values: Any, path: str) -> None:
+    """Raise if ``values`` has a key that is not a field of the dataclass ``part``, or of one inside it."""
+    if isinstance(part, dict):
+        for name, member in part.items():
+            _refuse_unknown(member, values[name], f"{path}{name}.")
+    elif isinstance(part, tuple):
+        for number, (member, value) in enumerate(zip(part, values, strict=True)):
+            _refuse_unknown(member, value, f"{path}{number}.")
+    elif dataclasses.is_dataclass(part):
+        fields = {field.name for field in dataclasses.fields(part)}
+        for key, value in values.items():
+            if key not in fields:
+                kind = type(part).__name__
+                raise ConfigError(f"{path}{key}={value!r} is not a field of {kind}{_suggest(key, fields)}")
+            _refuse_unknown(getattr(part, key), value, f"{path}{key}.")
 
 
 def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
@@ -301,22 +312,38 @@ def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
-    text = " ".join(str(error).split())
+    choices = []
     for override in overrides:
-        if override == "~router":
-            continue  # ours, for router_file
-        key, _, value = override.lstrip("+~").partition("=")
-        parts = key.split(".")
-        folder = config_folder() / key
-        if folder.is_dir() and not (folder / f"{value}.yaml").exists():
-            return f"{key}={value} is not a choice{_suggest(value, {path.stem for path in folder.glob('*.yaml')})}"
-        known: Any = compose_values([]) if key else {}
-        for depth, part in enumerate(parts):
+        key, _, value = override.lstrip("+").partition("=")
+        folder = config_folder() / key.partition("@")[0]
+        if key and folder.is_dir():
+            names = {path.stem for path in folder.glob("*.yaml")}
+            if value not in names:
+                return f"{key}={value} is not a choice{_suggest(value, names)}"
+            choices.append(override)
+    fields = _fields_of(choices)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if override in choices or override.startswith(("+", "~")) or not key:
+            continue
+        known = fields
+        for depth, part in enumerate(parts := key.split(".")):
             if not isinstance(known, dict) or part not in known:
-                if override.startswith("+") or not key:
-                    break
                 where = ".".join(parts[:depth]) or "the configuration"
+                if known == {}:  # names of the user's own
+                    return f"{override}: {where} has no {part!r} yet; write +{override}"
                 names = set(known) if isinstance(known, dict) else set()
                 return f"{override}: {part!r} is not a field of {where}{_suggest(part, names)}"
             known = known[part]
+    text = " ".join(str(error).split())
     return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
+
+
+def _fields_of(choices: Sequence[str]) -> Any:
+    """The composed fields of what is chosen from the groups, whatever values are set or missing."""
+    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+        try:
+            composed = compose(ROOT_CONFIG, overrides=list(choices))
+        except (HydraException, OmegaConfBaseException):  # put at a place that does not exist
+            composed = compose(ROOT_CONFIG)
+    return OmegaConf.to_container(composed)

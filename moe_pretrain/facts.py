@@ -7,13 +7,13 @@ from importlib.metadata import version
 import torch
 import yaml
 
-from moe_pretrain import data
 from moe_pretrain.config import Config, to_values
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.run_data import Corpus
 
 
-def write_facts(config: Config, size: ModelSize, corpus: data.TokenizedCorpus, mesh: Mesh) -> None:
+def write_facts(config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
     """Write ``config.yaml`` and ``summary.json`` into the run's folder."""
     folder = config.run.folder
     values = json.loads(json.dumps(to_values(config)))

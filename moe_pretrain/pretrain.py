@@ -5,7 +5,6 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.run import Run
+from moe_pretrain.run_data import Corpora, describe_corpus, end_when_exhausted, prepare_corpora
 from moe_pretrain.signals import STOPPED, StopRequest
 
 TOKENS_COUNTED = 4_000_000
@@ -85,12 +85,9 @@ def _train(
         method=config.packing.method,
         reset_positions=config.packing.reset_positions,
     )
-    say(
-        f"corpus: {corpus.train.num_tokens:,} training and {corpus.validation.num_tokens:,} validation tokens, "
-        f"unigram entropy {corpus.unigram_entropy:.3f} nats/token; "
-        f"{plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs"
-        + (f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else "")
-    )
+    if isinstance(config.data, data.MixtureConfig):
+        plan = end_when_exhausted(plan, config.data, loader)
+    describe_corpus(corpus, plan, loader, say)
 
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
@@ -111,31 +108,14 @@ def _train(
         enter,
     )
 
-    run = Run(config, plan, size, corpus, evaluation_sets, engine, mesh, faults, stop, enter, say)
+    run = Run(config, plan, size, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
     run.resume()
     try:
-        code = run.loop(loader)
+        code = run.loop()
     finally:
         run.close()
     run.finish(code)
     return code
-
-
-Corpora = tuple[data.TokenizedCorpus, dict[str, data.ShardReader]]
-
-
-def prepare_corpora(config: Config, say: Callable[[str], None]) -> Corpora:
-    """The corpus that is trained on, and the further validation sets by name."""
-    cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
-    corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
-    rows_tokens = config.evaluation.max_rows * config.model.sequence_length + 1
-    sets = {}
-    for name, source in config.evaluation.sets.items():
-        sets[name] = data.prepare_evaluation_set(
-            name, source, corpus, config.tokenizer, cache, rows_tokens, workers, say
-        )
-        data.count_rows(sets[name], config.model.sequence_length)  # refuses one that is too short
-    return corpus, sets
 
 
 class StoppedEarly(Exception):

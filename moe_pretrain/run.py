@@ -26,6 +26,7 @@ from moe_pretrain.metrics.statistics import train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.run_data import Corpus
 from moe_pretrain.signals import STOPPED, UNSAVED, StopRequest
 from moe_pretrain.study.report import summarise, write_report
 
@@ -42,8 +43,9 @@ class Run:
         config: Config,
         plan: BatchPlan,
         size: ModelSize,
-        corpus: data.TokenizedCorpus,
+        corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
+        loader: data.TrainLoader,
         engine: TrainEngine,
         mesh: Mesh,
         faults: Faults,
@@ -59,6 +61,7 @@ class Run:
             size: Its model's size.
             corpus: What it trains on.
             evaluation_sets: Further validation sets by name.
+            loader: What yields its micro-batches.
             engine: Its model under DeepSpeed.
             mesh: This rank's place.
             faults: What is injected.
@@ -68,7 +71,9 @@ class Run:
         """
         self.config, self.folder, self.plan, self.size = config, config.run.folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.stop, self.enter = stop, enter
+        self.stop, self.enter, self.loader = stop, enter, loader
+        self.exhaustion = loader.exhaustion_steps()
+        self.corpus_facts = data.corpus_facts(config.data, corpus)
         self.evaluator = Evaluator(config, plan, corpus, evaluation_sets, engine, stop, enter)
         self.step = 0
         self.token_hash = 0
@@ -129,20 +134,20 @@ class Run:
     def _refuse_changes(self, state: dict[str, Any], path: Path) -> list[str]:
         """Raise if what must stay the same over a resume has changed; else what has changed and may."""
         found = changes(state["config"], to_values(self.config))
-        fingerprint = self.corpus.fingerprint
         if found.refused:
             raise ConfigError(
                 f"{', '.join(found.refused)}, with which {path} was made; choose another run.name to start anew"
                 + (f" (these differ too, and may: {', '.join(found.allowed)})" if found.allowed else "")
             )
-        if state["corpus_fingerprint"] != fingerprint:
+        if state["corpus_fingerprint"] != self.corpus.fingerprint:
             raise ConfigError(
-                f"data: the corpus has changed since {path} was made (fingerprint {state['corpus_fingerprint']}, now "
-                f"{fingerprint}); choose another run.name to start anew"
+                f"data: the corpus has changed since {path} was made: "
+                f"{data.explain_change(state.get('corpus_facts', {}), self.corpus_facts)}; choose another run.name to "
+                "start anew"
             )
         return found.allowed
 
-    def loop(self, loader: data.TrainLoader) -> int:
+    def loop(self) -> int:
         """Train until the last step or until a signal.
 
         Returns:
@@ -152,9 +157,9 @@ class Run:
             return self._stop()
         if self.step == self.plan.num_steps:  # an earlier attempt ended between its last step and its end
             return self._end_step()
-        batches = loader.iterate(self.step)
+        batches = self.loader.iterate(self.step)
         try:
-            for step, micro_batches in batches:
+            for step, micro_batches in self.stopwatch.waits(batches):
                 self._train_step(step, micro_batches)
                 code = self._end_step()
                 if code != FINISHED or self.step == self.plan.num_steps:
@@ -179,6 +184,16 @@ class Run:
             self._event(name, message)
         if self.step % self.config.metrics.log_every_steps == 0 or self.step == self.plan.num_steps:
             self.log(result)
+        self._note_exhausted(step)
+
+    def _note_exhausted(self, step: int) -> None:
+        """Record in which step a source of a mixture begins again, or that the run ends because one has been read."""
+        planned = self.config.batch.num_steps
+        for name, first in self.exhaustion.items():
+            if first == step:
+                self._event("repeats", f"source {name} has been read once and begins again in a new order")
+            elif self.step == self.plan.num_steps and first == self.step < planned:
+                self._event("exhausted", f"source {name} has been read: the run ends, {planned} steps were planned")
 
     def _save_positions(self, step: int, reason: str) -> str:
         """Write down which rows a sick step read, so that it can be replayed; in words, where."""
@@ -238,6 +253,9 @@ class Run:
             self.mesh.world_size,
             self.peak_flops,
         )
+        for name, use in self.loader.source_use(self.step).items():
+            row[f"data/{name}/tokens"] = use.rows * self.config.model.sequence_length
+            row[f"data/{name}/epochs"] = use.epochs
         hashed = f"{self.token_hash % 2**64:016x}"
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row, "data/token_hash": hashed})
 
@@ -268,6 +286,7 @@ class Run:
             "token_hash": self.token_hash,
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "corpus_fingerprint": self.corpus.fingerprint,
+            "corpus_facts": self.corpus_facts,
             "config": to_values(self.config),
             "world_size": self.mesh.world_size,
             "versions": versions(),
@@ -308,6 +327,9 @@ class Run:
         if not self.mesh.is_main:
             return
         self.say(f"run folder: {self.folder}")
+        for name, use in self.loader.source_use(self.step).items():
+            tokens = use.rows * self.config.model.sequence_length
+            self.say(f"source {name}: {tokens:,} tokens, {use.epochs:.2f} epochs")
         if code == STOPPED:
             self.say(f"stopped at step {self.step}; the same command goes on from there")
         if code == UNSAVED:

@@ -1,20 +1,23 @@
 """Speed of the data path, as ratios of things measured side by side in one run.
 
-    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 16] [--workers N]
+    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 16] [--workers N] [--train-steps 20]
 
 Loader: one core, shuffled rows of 2,048 tokens from shards, as int64 tensors, in processor seconds.
 Tokenising: ``prepare`` with N processes against the tokenizer library alone in N processes, in elapsed seconds.
+Waiting: the share of the step time in which ``train model=tiny`` waited for its data, the first step left out.
 """
 
 import argparse
 import multiprocessing
 import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 from moe_pretrain.allocator import keep_freed_memory  # noqa: E402
 from moe_pretrain.data import (  # noqa: E402
+    BuiltinCorpusConfig,
     FilesCorpusConfig,
+    MixedShards,
+    MixtureConfig,
     ShardReader,
     ShardWriter,
     TokenizerConfig,
@@ -32,6 +38,7 @@ from moe_pretrain.data import (  # noqa: E402
 )
 from moe_pretrain.data.shards import Origin  # noqa: E402
 from moe_pretrain.data.tokenizer import load_tokenizer_file  # noqa: E402
+from moe_pretrain.metrics.rows import read_rows  # noqa: E402
 
 SEQUENCE, ROWS, MEAN_DOCUMENT, VOCAB = 2048, 64, 500, 50257
 
@@ -74,13 +81,22 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
         for start in starts.tolist():
             torch.from_numpy(reader.read(start, start + SEQUENCE + 1).astype(np.int64))
 
-    def loader(isolate: bool) -> TrainLoader:
-        return TrainLoader(reader, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate)
+    def loader(isolate: bool = True, shards: ShardReader | MixedShards = reader, **options: Any) -> TrainLoader:
+        return TrainLoader(shards, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate, **options)
 
-    with_masks, without = loader(True), loader(False)
+    with_masks, without = loader(), loader(False)
+    corpus = BuiltinCorpusConfig("builtin", 0.5)  # only its name is used
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    mixture = MixtureConfig("mixture", dict.fromkeys(weights, corpus), weights, (), "repeat")
+    mixed = loader(shards=MixedShards(dict.fromkeys(weights, reader), mixture))
     roof = tokens_per_second(plain, seconds)
     print(f"plain shuffled memmap read to int64      {roof / 1e6:8.1f} M tokens/s   1.00")
-    for words, one in (("without document masks", without), ("with document masks   ", with_masks)):
+    for words, one in (
+        ("without document masks", without),
+        ("with document masks   ", with_masks),
+        ("with masks, 3 sources ", mixed),
+        ("with masks, best fit  ", loader(method="best_fit")),
+    ):
         speed = tokens_per_second(one.micro_batches, seconds)
         print(f"our loader {words}        {speed / 1e6:8.1f} M tokens/s   {speed / roof:.2f}")
     batches = with_masks.iterate(0)
@@ -91,7 +107,7 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
         times = []
         for _ in range(20):
             started = time.perf_counter()
-            loader(True).micro_batches(position // ROWS)
+            loader().micro_batches(position // ROWS)
             times.append(time.perf_counter() - started)
         print(f"first step from position {position:.0e}: {min(times) * 1e3:.2f} ms (step of {ROWS} rows)")
 
@@ -143,16 +159,40 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
     )
 
 
+def bench_waiting(folder: Path, steps: int) -> None:
+    """Train on what ``bench_tokenising`` has left in ``folder``."""
+    overrides = [
+        "model=tiny", "model.vocab_size=8192", "data=files", f"data.paths=['{folder}/*.txt']",
+        "data.validation_fraction=0.02", "data.invalid_utf8=replace", "tokenizer=pretrained",
+        f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
+        "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
+        f"batch.total_tokens={steps * 8192}", "batch.global_batch_tokens=8192",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "moe_pretrain", "train", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    rows = [row for row in read_rows(folder / "runs" / "waiting" / "metrics.jsonl") if row["kind"] == "train"][1:]
+    waited = [row["train/data_wait_share"] * row["train/step_seconds"] for row in rows]
+    seconds = [row["train/step_seconds"] for row in rows]
+    print(
+        f"training waits for data: {sum(waited) / sum(seconds):.3%} of {len(rows)} steps of {np.mean(seconds):.2f} s, "
+        f"at most {max(waited) * 1e3:.2f} ms"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="processor time for each loader figure")
     parser.add_argument("--tokens", type=int, default=32_000_000, help="size of the corpus that the loader reads")
     parser.add_argument("--prepare-megabytes", type=int, default=16)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--train-steps", type=int, default=20, help="steps of the run whose waiting is measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         (folder := Path(temporary) / "text").mkdir()
         bench_tokenising(folder, options.prepare_megabytes, options.workers)
+        bench_waiting(folder, options.train_steps)
         bench_loader(write_shards(Path(temporary) / "shards", options.tokens), options.seconds)
 
 

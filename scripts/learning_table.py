@@ -24,7 +24,7 @@ from moe_pretrain.metrics.rows import Row, read_rows
 SHAPE = (
     *("model=tiny", "model.num_layers=4", "model.hidden_size=96", "model.moe.expert_hidden_size=192"),
     *("model.sequence_length=128", "model.vocab_size=2048", "tokenizer.vocab_size=2048"),
-    *("batch.global_batch_tokens=4096", "schedule.warmup_steps=20", "evaluation.max_rows=512", "metrics.wandb=off"),
+    *("batch.global_batch_tokens=4096", "schedule.warmup_steps=20", "evaluation.max_rows=256", "metrics.wandb=off"),
     *(
         "metrics.progress=false",
         "metrics.log_every_steps=5",
@@ -57,7 +57,7 @@ REFERENCE = "top_k"
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, default=Path("outputs/learning"))
-    options.add_argument("--tokens", type=int, default=819_200)
+    options.add_argument("--tokens", type=int, default=614_400)
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     options.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT, Piece, global_shape, global_start, pieces
 from moe_pretrain.checkpoint.manifest import BUFFER, CheckpointError, Interval
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.model.decoder import DecoderLM
 
 
 def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
@@ -25,12 +26,7 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
     """
     reader = Reader(path, manifest)
     parameters = dict(engine.model.named_parameters())
-    shapes = {name: global_shape(engine, parameter) for name, parameter in parameters.items()}
-    for name in sorted(shapes.keys() | manifest["shapes"].keys()):
-        if shapes.get(name) != manifest["shapes"].get(name):
-            raise CheckpointError(
-                f"checkpoint {path} has {name}={manifest['shapes'].get(name)}, this model has {shapes.get(name)}"
-            )
+    _check_shapes({name: global_shape(engine, own) for name, own in parameters.items()}, path, manifest)
     with torch.no_grad():
         for name, parameter in parameters.items():
             start = global_start(engine, parameter)
@@ -41,6 +37,31 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
             buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
         for piece in pieces(engine):
             _restore_piece(piece, reader, manifest["adam_step"])
+
+
+@torch.no_grad()
+def load_model(model: DecoderLM, path: Path, manifest: dict[str, Any]) -> None:
+    """Load weights and buffers into a whole model in one process, without an engine.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model.
+    """
+    reader = Reader(path, manifest)
+    parameters = dict(model.named_parameters())
+    _check_shapes({name: list(parameter.shape) for name, parameter in parameters.items()}, path, manifest)
+    for kind, tensors in ((WEIGHT, parameters), (BUFFER, dict(model.named_buffers()))):
+        for name, tensor in tensors.items():
+            stored = tensor.dtype if kind == BUFFER else torch.float32
+            tensor.copy_(reader.read(name, kind, 0, tensor.numel(), stored).view_as(tensor))
+
+
+def _check_shapes(shapes: dict[str, list[int]], path: Path, manifest: dict[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless the model's parameters are the checkpoint's."""
+    for name in sorted(shapes.keys() | manifest["shapes"].keys()):
+        if shapes.get(name) != manifest["shapes"].get(name):
+            raise CheckpointError(
+                f"checkpoint {path} has {name}={manifest['shapes'].get(name)}, this model has {shapes.get(name)}"
+            )
 
 
 def _restore_piece(piece: Piece, reader: "Reader", adam_step: float) -> None:

@@ -17,7 +17,7 @@ from moe_pretrain.checkpoint.manifest import (
     share,
     verify_files,
 )
-from moe_pretrain.checkpoint.restoring import restore
+from moe_pretrain.checkpoint.restoring import load_model, restore
 from moe_pretrain.checkpoint.saver import Outcome, Saver
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
@@ -29,6 +29,7 @@ __all__ = [
     "Outcome",
     "Saver",
     "agree_on_newest",
+    "load_model",
     "newest",
     "read_manifest",
     "restore",

@@ -17,8 +17,17 @@ from moe_pretrain.data.corpora import (
     HubCorpusConfig,
     TokensCorpusConfig,
 )
+from moe_pretrain.data.facts import corpus_facts, explain_change
+from moe_pretrain.data.mixture import DataConfig, MixedShards, MixtureConfig
+from moe_pretrain.data.mixture_preparation import RunLength, TokenizedMixture, check_mixture, prepare_mixture
 from moe_pretrain.data.order import RowOrder, rank_positions
-from moe_pretrain.data.preparation import TokenizedCorpus, check_prepared, prepare, prepare_evaluation_set
+from moe_pretrain.data.preparation import (
+    TokenizedCorpus,
+    check_evaluation_set,
+    check_prepared,
+    prepare,
+    prepare_evaluation_set,
+)
 from moe_pretrain.data.shard_writer import ShardWriter, write_manifest
 from moe_pretrain.data.shards import ShardReader
 from moe_pretrain.data.sources import documents
@@ -33,23 +42,33 @@ __all__ = [
     "IGNORE_INDEX",
     "BuiltinCorpusConfig",
     "CorpusConfig",
+    "DataConfig",
     "Document",
     "FilesCorpusConfig",
     "HubCorpusConfig",
     "MicroBatch",
+    "MixedShards",
+    "MixtureConfig",
     "RowOrder",
+    "RunLength",
     "ShardReader",
     "ShardWriter",
     "TokenizedCorpus",
+    "TokenizedMixture",
     "TokensCorpusConfig",
     "Tokenizer",
     "TokenizerConfig",
     "TrainLoader",
+    "check_evaluation_set",
+    "check_mixture",
     "check_prepared",
+    "corpus_facts",
     "count_rows",
     "documents",
+    "explain_change",
     "prepare",
     "prepare_evaluation_set",
+    "prepare_mixture",
     "rank_positions",
     "validation_batches",
     "wrap_to_int64",

@@ -1,5 +1,6 @@
 """One attempt at writing a corpus' shards, which goes on from the attempts before it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -46,10 +47,14 @@ def build(preparation: "Preparation") -> None:
     """Do the work unless it is done, or another process does it meanwhile."""
     folder, sides, report = preparation.folder, preparation.sides, preparation.report
     if not is_complete(folder, sides):
-        with cache.locked(folder, report):
+        with cache.locked(folder, report) as lock:
             cache.remove_stale(folder.parent, report)
             if not is_complete(folder, sides):
+                preparation.lock = lock
                 preparation.run()
+    if cache.was_cut_off(folder):
+        with contextlib.suppress(ValueError, OSError), cache.locked(folder, report):  # it may be read-only
+            shutil.rmtree(folder / UNITS, ignore_errors=True)
 
 
 class Preparation:
@@ -64,7 +69,12 @@ class Preparation:
         sides: ``SIDES``, or the first alone for a corpus of which nothing is held out.
         workers: Processes; None for one on each core.
         report: Called with progress lines.
+
+    Attributes:
+        lock: Handle of the corpus' lock, which the workers keep too; set by ``build``.
     """
+
+    lock: int
 
     def __init__(
         self,
@@ -201,7 +211,7 @@ class Preparation:
         if processes <= 1:
             records = run_here(job, tokenizer, tasks, progress.advance)
         else:
-            records = run_in_processes(job, tasks, processes, progress.advance)
+            records = run_in_processes(job, tasks, processes, progress.advance, self.lock)
         for record in records:
             progress.finish(record)
             yield record

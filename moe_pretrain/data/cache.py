@@ -2,7 +2,8 @@
 
 NAME            a prepared corpus, complete
 NAME.partial    one that is being prepared, or was when its process was killed
-.NAME.lock      held by the process that prepares it; the kernel lets go of it when that process dies
+.NAME.lock      held by the process that prepares it and by its workers; the kernel lets go of it when the last of them
+                is dead, so what a killed one still has under way is never written into the next one's work
 """
 
 import contextlib
@@ -24,25 +25,32 @@ def partial_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, report: Callable[[str], None]) -> Iterator[int]:
     """Hold the lock of a corpus; waits, and says so, while another process has it.
+
+    Yields:
+        Handle of the lock, for processes that must keep it while they live.
 
     Raises:
         ValueError: The cache folder cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.with_name(f".{folder.name}.lock")
+        path = _lock_file(folder)
         while (handle := _try_lock(path)) is None:
             report(f"another process prepares {folder}: waiting for it")
             time.sleep(_SECONDS_BETWEEN_TRIES)
     except OSError as error:
         raise ValueError(f"run.cache_dir={folder.parent}: {error.strerror}") from None
     try:
-        yield
+        yield handle
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _try_lock(path: Path) -> int | None:
@@ -65,7 +73,7 @@ def remove_stale(cache_dir: Path, report: Callable[[str], None]) -> None:
         folder = partial.with_name(partial.name.removesuffix(_PARTIAL))
         if time.time() - _last_change(partial) < _STALE_SECONDS:
             continue
-        lock = folder.with_name(f".{folder.name}.lock")
+        lock = _lock_file(folder)
         handle = _try_lock(lock)
         if handle is None:
             continue
@@ -73,6 +81,11 @@ def remove_stale(cache_dir: Path, report: Callable[[str], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         lock.unlink(missing_ok=True)
         os.close(handle)
+
+
+def was_cut_off(folder: Path) -> bool:
+    """Whether the process that gave the corpus its name was killed before it had let go of the lock."""
+    return _lock_file(folder).exists()
 
 
 def remove_leftovers(partial: Path) -> None:

@@ -1,6 +1,6 @@
 """Micro-batches for one rank. A step's data is a pure function of the step: there is no state.
 
-Position n of the run is row ``order.rows(n)`` of the corpus. A step consumes the next
+``positions`` says which row stands at position n of the run. A step consumes the next
 ``global_batch_rows`` positions, each rank a contiguous part of them, cut into micro-batches in order. So the
 number of ranks, the micro-batch size and the prefetching thread change nothing, and a run resumes by
 naming its next step.
@@ -14,8 +14,10 @@ from typing import Literal
 import numpy as np
 
 from moe_pretrain.allocator import keep_freed_memory
-from moe_pretrain.data.order import RowOrder, rank_positions
+from moe_pretrain.data.mixture import MixedShards
+from moe_pretrain.data.order import rank_positions
 from moe_pretrain.data.packing import PADDING_POSITION, MicroBatch, build_micro_batch, build_micro_batches
+from moe_pretrain.data.positions import Mixed, Positions, Shuffled, SourceUse
 from moe_pretrain.data.rows import BestFit, Concatenated, Rows
 from moe_pretrain.data.shards import ShardReader
 
@@ -29,7 +31,7 @@ class TrainLoader:
     """Endless training micro-batches of one rank; epochs follow one another.
 
     Args:
-        reader: The training tokens.
+        reader: The training tokens, of one corpus or of several that are mixed.
         sequence_length: Input positions of a row.
         global_batch_rows: Rows of one step over all ranks.
         micro_batch_rows: Rows of one forward pass on one rank.
@@ -47,7 +49,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: ShardReader | MixedShards,
         sequence_length: int,
         global_batch_rows: int,
         micro_batch_rows: int,
@@ -67,26 +69,30 @@ class TrainLoader:
             )
         # A step's arrays are of a size that glibc gives back to the system each time: two thirds of the speed.
         keep_freed_memory()
-        self._source: Rows = PACKINGS[method](reader, sequence_length)
-        self.num_rows, self.waste = self._source.num_rows, self._source.waste
+        self.positions: Positions
+        if isinstance(reader, MixedShards):
+            rows = {name: PACKINGS[method](one, sequence_length) for name, one in reader.readers.items()}
+            self.positions = Mixed(rows, reader.config.turns(global_batch_rows), seed, shuffle)
+        else:
+            self.positions = Shuffled(PACKINGS[method](reader, sequence_length), seed, shuffle)
+        self.num_rows, self.waste = self.positions.num_rows, self.positions.waste
         self._global_batch_rows = global_batch_rows
         self._micro_batch_rows = micro_batch_rows
         self._rank = rank
         self._world_size = world_size
         self._isolate_documents = isolate_documents
         self._reset_positions = isolate_documents if reset_positions is None else reset_positions
-        self._order = RowOrder(self.num_rows, seed, shuffle)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of one step, in order."""
         own = rank_positions(step, self._global_batch_rows, self._rank, self._world_size)
         positions = np.arange(own.start, own.stop, dtype=np.int64)
-        rows = self._order.rows(positions)
+        found = self.positions.find(positions)
         chunk = max(1, _ROWS_AT_ONCE // self._micro_batch_rows) * self._micro_batch_rows
         batches: list[MicroBatch] = []
         for first in range(0, len(positions), chunk):
             part = slice(first, first + chunk)
-            tokens, starts, used = self._source.read(rows[part])
+            tokens, starts, used = self.positions.read(found[part])
             batches += build_micro_batches(
                 tokens,
                 starts,
@@ -97,6 +103,15 @@ class TrainLoader:
                 used,
             )
         return batches
+
+    def source_use(self, step: int) -> dict[str, SourceUse]:
+        """What the first ``step`` steps take from each source of a mixture; empty for a single corpus."""
+        return self.positions.use(step * self._global_batch_rows) if isinstance(self.positions, Mixed) else {}
+
+    def exhaustion_steps(self) -> dict[str, int]:
+        """First step that needs each source of a mixture for the second time; without those that never run out."""
+        found = self.positions.runs_out() if isinstance(self.positions, Mixed) else {}
+        return {name: at // self._global_batch_rows for name, at in found.items() if at is not None}
 
     def iterate(self, first_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
         """``(step, micro_batches(step))`` from ``first_step`` on, for ever.

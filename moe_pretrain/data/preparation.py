@@ -1,11 +1,13 @@
 """``prepare``: find a corpus' token shards in the cache, or write them there."""
 
+import contextlib
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import xxhash
 
@@ -50,6 +52,16 @@ class TokenizedCorpus:
     unigram_entropy: float
     counts: Counts
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where it is in the cache."""
+        return [self.train.folder.parent]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where the tokenizer is, if it was learnt from this corpus."""
+        return self.folders[0] / TOKENIZER_FILE
+
     def describe_counts(self) -> str:
         """Documents and tokens in and out, in one line whose numbers add up."""
         counts = self.counts
@@ -69,6 +81,19 @@ class TokenizedCorpus:
             f"{left_out}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
             f"{self.validation.num_tokens:,} validation, ends of documents among them"
         )
+
+
+@runtime_checkable
+class TrainedOn(Protocol):
+    """What an evaluation set must know of the corpus, or the mixture, that is trained on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where that is, if it was learnt."""
 
 
 def prepare(
@@ -108,7 +133,7 @@ def prepare(
 def prepare_evaluation_set(
     name: str,
     corpus: CorpusConfig,
-    trained_on: TokenizedCorpus,
+    trained_on: TrainedOn,
     tokenizer: TokenizerConfig,
     cache_dir: Path,
     tokens_needed: int,
@@ -131,16 +156,14 @@ def prepare_evaluation_set(
         ValueError: As in ``prepare``; the line names the set.
     """
     if tokenizer.kind == "train":
-        tokenizer = TokenizerConfig("pretrained", 0, str(trained_on.train.folder.parent / TOKENIZER_FILE))
+        tokenizer = TokenizerConfig("pretrained", 0, str(trained_on.tokenizer_file))
     report = progress or (lambda line: None)
     max_tokens = _max_tokens(corpus, tokens_needed)
-    try:
+    with naming(f"evaluation.sets.{name}"):
         pretrained = trained_on.tokenizer
         folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
         build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES[:1], workers, report))
         return _open_sides(folder, SIDES[:1])[0]
-    except ValueError as error:
-        raise ValueError(f"evaluation.sets.{name}: {error}") from None
 
 
 def check_prepared(
@@ -153,12 +176,47 @@ def check_prepared(
     """
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
     folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
-    if not is_complete(folder, SIDES):
-        raise ValueError(f"{folder}: this corpus is not prepared")
+    _require_complete(folder, SIDES)
     prepared = _open(folder, pretrained)
     prepared.train.verify()
     prepared.validation.verify()
     return prepared
+
+
+def check_evaluation_set(
+    name: str,
+    corpus: CorpusConfig,
+    trained_on: TrainedOn,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    tokens_needed: int,
+) -> ShardReader:
+    """Compare every checksum of a set that ``prepare_evaluation_set`` has made.
+
+    Raises:
+        ValueError: As in ``check_prepared``; the line names the set.
+    """
+    with naming(f"evaluation.sets.{name}"):
+        max_tokens = _max_tokens(corpus, tokens_needed)
+        folder = cache_dir / _folder_name(corpus, tokenizer, trained_on.tokenizer, max_tokens, SIDES[:1])
+        _require_complete(folder, SIDES[:1])
+        reader = ShardReader(folder / SIDES[0])
+        reader.verify()
+        return reader
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Put the place in the configuration before a complaint about what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def _require_complete(folder: Path, sides: tuple[str, ...]) -> None:
+    if not is_complete(folder, sides):
+        raise ValueError(f"{folder}: this corpus is not prepared")
 
 
 def _max_tokens(corpus: CorpusConfig, tokens_needed: int | None) -> int | None:

@@ -8,7 +8,7 @@ Axis names:
     pieces     whole documents, or parts of those that are longer than a row
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from moe_pretrain.data.packing import mark_document_starts
 from moe_pretrain.data.shards import ShardReader
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A way to pack.
 

@@ -1,7 +1,8 @@
 """Processes that turn work units into shards.
 
 Fresh interpreters that import neither torch nor the caller's ``__main__``, connected by one pipe each: a worker
-whose parent is gone, by whatever signal, ends by itself.
+whose parent is gone, by whatever signal and however early, ends by itself and writes nothing more. It holds the corpus'
+lock until then.
 """
 
 import ctypes
@@ -81,13 +82,22 @@ def run_here(job: Job, tokenizer: Tokenizer, tasks: Iterator[Task], report: Repo
         yield _do(job, unit, max_tokens, tokenizer, lambda *amounts, index=index: report(index, *amounts))
 
 
-def run_in_processes(job: Job, tasks: Iterator[Task], processes: int, report: Report) -> Iterator[UnitRecord]:
+def run_in_processes(
+    job: Job, tasks: Iterator[Task], processes: int, report: Report, lock: int
+) -> Iterator[UnitRecord]:
     """Do the tasks in worker processes; records come as they are finished, in any order.
+
+    Args:
+        job: What they have in common.
+        tasks: The tasks.
+        processes: How many workers.
+        report: Called with their progress.
+        lock: Handle of the corpus' lock: it stays taken until the last worker is dead.
 
     Raises:
         ValueError: A unit cannot be tokenised or written, or a worker died.
     """
-    workers = [_start_worker(job) for _ in range(processes)]
+    workers = [_start_worker(job, lock) for _ in range(processes)]
     busy = {connection: 0 for _, connection in workers}
 
     def hand_out(connection: Connection) -> None:
@@ -121,11 +131,13 @@ def run_in_processes(job: Job, tasks: Iterator[Task], processes: int, report: Re
             process.wait()
 
 
-def _start_worker(job: Job) -> tuple[subprocess.Popen[bytes], Connection]:
+def _start_worker(job: Job, lock: int) -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = multiprocessing.Pipe()
     program = f"import sys; sys.path[:] = {sys.path!r}; from moe_pretrain.data.workers import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        [sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid())],
+        pass_fds=[theirs.fileno(), lock],
+        stdin=subprocess.DEVNULL,
     )
     theirs.close()
     ours.send(job)
@@ -145,9 +157,12 @@ def main() -> None:
     """A worker: read the job, then units until the pipe closes."""
     # The kernel ends us with our parent (PR_SET_PDEATHSIG): a unit that the next attempt does too is not done twice.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # A parent that died before this line sent no signal, but its tasks are still in the pipe.
+    parent = int(sys.argv[2])
+    if os.getppid() != parent:
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one process is one core
-    parent = os.getppid()
     connection = Connection(int(sys.argv[1]))
     try:
         job: Job = connection.recv()

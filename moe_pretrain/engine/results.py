@@ -39,7 +39,7 @@ class StepResult:
     dropped_share: list[float]
     sums: Tensor
     token_hash: int
-    sickness: str | None
+    sickness: str | None = None
 
     @property
     def aux_loss(self) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
-_SCALAR_GROUPS = ("train/", "aux/", "validation/")
+_SCALAR_GROUPS = ("train/", "aux/", "validation/", "data/")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -177,7 +177,7 @@ def reduce_layers(row: Row) -> Row:
         row: A train or validation row, with any number of layers.
 
     Returns:
-        ``step``, ``tokens`` and the ``train/``, ``aux/`` and ``validation/`` numbers as they are;
+        ``step``, ``tokens`` and the ``train/``, ``aux/``, ``validation/`` and ``data/`` numbers as they are;
         each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers.
     """
     reduced = {"step": row["step"], "tokens": row["tokens"]}

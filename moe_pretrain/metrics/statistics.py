@@ -1,6 +1,7 @@
 """One step's result to one metrics row."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -37,6 +38,7 @@ def train_row(
         "train/learning_rate": learning_rate,
         "train/tokens_per_second": window.tokens_per_second,
         "train/step_seconds": window.step_seconds,
+        "train/data_wait_share": window.data_wait_share,
         "train/flops_per_token": flops_per_token,
     }
     if peak_flops is not None:
@@ -64,10 +66,26 @@ def train_row(
     return row
 
 
-def evaluation_row(loss: float, bytes_per_token: float) -> Row:
-    """Validation loss in nats per token, perplexity, and bits per byte, which compares across tokenizers."""
-    return {
-        "validation/loss": loss,
-        "validation/perplexity": math.exp(min(loss, 700.0)),
-        "validation/bits_per_byte": loss / math.log(2) / bytes_per_token,
-    }
+def evaluation_row(loss: float, bytes_per_token: float | None) -> Row:
+    """Validation loss in nats per token, perplexity, and bits per byte, which compares across tokenizers.
+
+    Args:
+        loss: Nats per token.
+        bytes_per_token: Of the text behind the tokens; None for tokens that came without text, and then there are no
+            bits per byte.
+    """
+    row = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
+    if bytes_per_token is not None:
+        row["validation/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return row
+
+
+def mixed_evaluation_row(
+    losses: Mapping[str, float], bytes_per_token: Mapping[str, float | None], shares: Mapping[str, float]
+) -> Row:
+    """``evaluation_row`` of text in which source s has the share ``shares[s]`` of the tokens; shares add up to 1."""
+    known = {name: value for name, value in bytes_per_token.items() if value is not None}
+    return evaluation_row(
+        sum(share * losses[name] for name, share in shares.items()),
+        sum(share * known[name] for name, share in shares.items()) if shares.keys() <= known.keys() else None,
+    )

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
 
 # Dense bf16 peak of one whole device (no sparsity), from NVIDIA's data sheets. The first pattern
 # found in the device name wins, so slower variants stand before the plain name.
@@ -63,10 +66,12 @@ class Window:
     Attributes:
         tokens_per_second: Tokens counted, over the time that was not paused.
         step_seconds: Mean unpaused time of one counted step.
+        data_wait_share: Share of the unpaused time in which the loop waited for data, see ``Stopwatch.waits``.
     """
 
     tokens_per_second: float
     step_seconds: float
+    data_wait_share: float
 
 
 class Stopwatch:
@@ -89,6 +94,7 @@ class Stopwatch:
     def _restart(self) -> None:
         self._window_start = self._clock()
         self._paused_seconds = 0.0
+        self._waited_seconds = 0.0
         self._tokens = 0
         self._steps = 0
 
@@ -106,6 +112,17 @@ class Stopwatch:
         finally:
             self._paused_seconds += self._clock() - pause_start
 
+    def waits(self, items: Iterator[_Item]) -> Iterator[_Item]:
+        """The same items; the time until each is there counts as waiting for data."""
+        while True:
+            asked = self._clock()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self._waited_seconds += self._clock() - asked
+            yield item
+
     def read(self) -> Window:
         """Return the speed since the last reading and start a new window.
 
@@ -115,6 +132,6 @@ class Stopwatch:
         if self._steps == 0:
             raise ValueError("Stopwatch.read: no step was counted since the last reading")
         seconds = max(self._clock() - self._window_start - self._paused_seconds, 1e-9)
-        window = Window(self._tokens / seconds, seconds / self._steps)
+        window = Window(self._tokens / seconds, seconds / self._steps, self._waited_seconds / seconds)
         self._restart()
         return window

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import RouterConfig, build_router, dense_width, expert_gate, expert_width
+from moe_pretrain.moe import RouterConfig, build_router, dense_width, expert_gate, expert_width, scored_experts
 from moe_pretrain.moe.routers.dense import DenseConfig
 
 
@@ -25,6 +25,8 @@ class ModelSize:
         experts: All routed experts.
         active_experts: Routed experts that one token uses, expected over tokens.
         experts_per_route: Routed experts that one token would use with one route per layer.
+        scoring: First layers of the experts that one token runs to be routed, selected or not.
+        unselected: Those of them that no route of the token goes on with.
         attention_score_flops: Forward FLOPs per token of ``QK`` and ``AV`` with a causal mask over a full row.
         attention_statistic_flops: Forward FLOPs per token of the second ``QK`` that a router's statistic of attention
             takes; it has no backward.
@@ -40,6 +42,8 @@ class ModelSize:
     experts: int
     active_experts: float
     experts_per_route: int
+    scoring: int
+    unselected: float
     attention_score_flops: float
     attention_statistic_flops: float
     head_matmul: int
@@ -52,12 +56,13 @@ class ModelSize:
     @property
     def active_parameters(self) -> float:
         """Parameters that one token uses: all but the experts it does not visit."""
-        return self.embedding + self.head + self._backbone + self.active_experts
+        return self.embedding + self.head + self._backbone + self.active_experts + self.unselected
 
     @property
     def forward_flops_per_token(self) -> float:
-        """FLOPs of one token's forward pass: 2 per active matrix entry, plus the attention scores."""
+        """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
         matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
+        matrices += self.scoring
         return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops
 
     @property
@@ -84,7 +89,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = experts = expert = 0
+    routers = experts = expert = first_layers = 0
     routes = statistic_flops = 0.0
     if isinstance(router, DenseConfig):
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
@@ -102,6 +107,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
         experts = num_moe * moe.num_experts * expert
         routes = router.mean_experts_per_token
+        first_layers = num_moe * 2 * width * inner
+    scored = scored_experts(moe, router)
     key_value = config.num_key_value_heads * config.head_size
     embedding = config.vocab_size * width
     return ModelSize(
@@ -114,6 +121,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         experts=experts,
         active_experts=routes * num_moe * expert,
         experts_per_route=num_moe * expert,
+        scoring=scored * first_layers,
+        unselected=max(0.0, scored - routes) * first_layers,
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         head_matmul=embedding,

@@ -7,6 +7,14 @@ from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_wi
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
+from moe_pretrain.moe.routers.attentive import (
+    AttentiveConfig,
+    AttentiveDenseConfig,
+    AttentiveDenseRouter,
+    AttentiveLowRankConfig,
+    AttentiveLowRankRouter,
+    AttentiveRouter,
+)
 from moe_pretrain.moe.routers.autonomy import (
     AutonomyConfig,
     AutonomyExpertChoiceConfig,
@@ -29,6 +37,9 @@ from moe_pretrain.moe.types import ExpertShard, Router
 
 ShippedRouterConfig = (
     AttentionImportanceConfig
+    | AttentiveConfig
+    | AttentiveDenseConfig
+    | AttentiveLowRankConfig
     | AutonomyConfig
     | AutonomyExpertChoiceConfig
     | AutonomyTopPConfig
@@ -69,6 +80,9 @@ RouterConfig = ShippedRouterConfig | RouterFileConfig
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "attention_importance": AttentionImportanceRouter,
+    "attentive": AttentiveRouter,
+    "attentive_dense": AttentiveDenseRouter,
+    "attentive_low_rank": AttentiveLowRankRouter,
     "autonomy": AutonomyRouter,
     "autonomy_expert_choice": AutonomyExpertChoiceRouter,
     "autonomy_top_p": AutonomyTopPRouter,
@@ -106,7 +120,11 @@ def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: 
     """The module that routes in layer ``layer``."""
     if isinstance(router, RouterFileConfig):
         return router.build(hidden_size, moe.num_experts, layer)
-    return ROUTERS[router.name](router, hidden_size, moe.num_experts, layer)
+    build = ROUTERS[router.name]
+    # A router that asks the experts for their keys maps them from the experts' width.
+    asks = getattr(build, "needs_expert_scores", False)
+    more = {"expert_width": expert_width(moe, router, hidden_size)} if asks else {}
+    return build(router, hidden_size, moe.num_experts, layer, **more)
 
 
 def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
@@ -129,10 +147,20 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which has router.gate_rank"
         )
+    if scored_experts(moe, router) and moe.gate_rank is not None:
+        raise ValueError(
+            f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which scores full experts"
+        )
     rank = expert_gate(moe, router)
     if rank is not None and rank >= hidden_size:
         name = "router.gate_rank" if of_router is not None else "model.moe.gate_rank"
         raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
+
+
+def scored_experts(moe: MoEConfig, router: RouterConfig) -> int:
+    """Experts whose first layer a token runs before it is routed."""
+    count = getattr(router, "scored_experts", None)
+    return 0 if count is None else count(moe.num_experts)
 
 
 def dense_width(moe: MoEConfig, router: DenseConfig) -> int:

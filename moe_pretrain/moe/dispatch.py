@@ -120,8 +120,7 @@ def run_experts(
         ``sum over a token's routes of weight * expert(hidden)``, ``[tokens, hidden]``, and the result of
         ``meanwhile``.
     """
-    counts = routing.expert_index.new_zeros(num_experts)
-    counts.scatter_add_(0, routing.expert_index, torch.ones_like(routing.expert_index))
+    counts = _count(routing.expert_index, num_experts)
     route_of_row, order = order_by(
         routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts
     )
@@ -131,23 +130,76 @@ def run_experts(
         other = meanwhile() if meanwhile else None
         return experts(hidden, weight, order, payload), other
 
-    received_counts = exchange.exchange_counts(counts.view(exchange.size, -1))  # [ranks, local_experts]
-    # The one host synchronisation that a dropless exchange needs: the sizes of the blocks.
-    sizes = torch.stack([counts.view(exchange.size, -1).sum(1), received_counts.sum(1)]).tolist()
-    send, receive = [int(n) for n in sizes[0]], [int(n) for n in sizes[1]]
+    received_counts, send, receive = _exchange_sizes(counts, exchange)
     rows = _Gather.apply(hidden, order)
     travelling = [rows, weight[:, None]] if payload is None else [rows, weight[:, None], payload]
     pending = exchange.start(travelling, send, receive)
     other = meanwhile() if meanwhile else None
     received, received_weight, *received_payload = pending.wait()
 
-    # Blocks arrive by sending rank, each sorted by expert: sort them by expert over all senders.
-    local_experts = received_counts.shape[1]
-    expert = torch.arange(local_experts, device=hidden.device).repeat(exchange.size)
-    key = expert.repeat_interleave(received_counts.flatten(), output_size=sum(receive))
-    source = torch.arange(sum(receive), device=hidden.device)
-    row_of_received, local_order = order_by(key, source, sum(receive), 1, received_counts.sum(0))
+    row_of_received, local_order = _order_received(received_counts, sum(receive))
     local_payload = received_payload[0][row_of_received] if received_payload else None
     output = experts(received, received_weight[:, 0][row_of_received], local_order, local_payload)
     (returned,) = exchange.start([output], receive, send).wait()
     return _Sum.apply(returned, order), other
+
+
+def score_routes(
+    hidden: Float[Tensor, "tokens hidden"],
+    candidates: Int[Tensor, "tokens slots"],
+    query: Float[Tensor, "tokens key"],
+    key_weight: Float[Tensor, "key width"],
+    num_experts: int,
+    score: Callable[[Tensor, Tensor, Tensor, RowOrder], Tensor],
+    exchange: Exchange | None,
+) -> Float[Tensor, "tokens slots"]:
+    """``types.ScoreRoutes``: with experts on other ranks, token and query travel there and one number comes back.
+
+    Args:
+        hidden: See ``ScoreRoutes``, as ``candidates``, ``query`` and ``key_weight``.
+        candidates: Experts to ask.
+        query: Query of each token.
+        key_weight: What makes keys.
+        num_experts: Experts over all ranks.
+        score: This rank's experts: sources, their queries, ``key_weight`` and an order to scores of its rows.
+        exchange: How rows reach other ranks; None when this rank holds all experts.
+    """
+    num_tokens, slots = candidates.shape
+    counts = _count(candidates.flatten(), num_experts)
+    token = torch.arange(num_tokens, device=hidden.device).repeat_interleave(slots)
+    _, order = order_by(candidates.flatten(), token, num_tokens, slots, counts)
+    if exchange is None:
+        scores = score(hidden, query, key_weight, order)
+    else:
+        received_counts, send, receive = _exchange_sizes(counts, exchange)
+        travelling = [_Gather.apply(hidden, order), _Gather.apply(query, order)]
+        received, received_query = exchange.start(travelling, send, receive).wait()
+        _, local_order = _order_received(received_counts, sum(receive))
+        by_expert = score(received, received_query, key_weight, local_order)
+        as_received = by_expert[local_order.rows_of_source]  # one column: a received row is one route
+        (returned,) = exchange.start([as_received], receive, send).wait()
+        scores = returned[:, 0]
+    return scores[order.rows_of_source]
+
+
+def _count(expert_index: Int[Tensor, "routes"], num_experts: int) -> Int[Tensor, "experts"]:
+    """Routes to each expert."""
+    counts = expert_index.new_zeros(num_experts)
+    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))
+
+
+def _exchange_sizes(counts: Int[Tensor, "experts"], exchange: Exchange) -> tuple[Tensor, list[int], list[int]]:
+    """What every rank sends this one, ``[ranks, local_experts]``, and the rows of the blocks sent and received."""
+    received_counts = exchange.exchange_counts(counts.view(exchange.size, -1))
+    # The one host synchronisation that a dropless exchange needs: the sizes of the blocks.
+    sizes = torch.stack([counts.view(exchange.size, -1).sum(1), received_counts.sum(1)]).tolist()
+    return received_counts, [int(n) for n in sizes[0]], [int(n) for n in sizes[1]]
+
+
+def _order_received(received_counts: Int[Tensor, "ranks local_experts"], num_rows: int) -> tuple[Tensor, RowOrder]:
+    """Blocks arrive by sending rank, each sorted by expert: sort their rows by expert over all senders."""
+    num_ranks, local_experts = received_counts.shape
+    expert = torch.arange(local_experts, device=received_counts.device).repeat(num_ranks)
+    key = expert.repeat_interleave(received_counts.flatten(), output_size=num_rows)
+    source = torch.arange(num_rows, device=received_counts.device)
+    return order_by(key, source, num_rows, 1, received_counts.sum(0))

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_pretrain.moe.dispatch import run_experts
+from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.types import Exchange, MoEOutput, Router, Routing, RoutingContext
+from moe_pretrain.moe.types import Exchange, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class MoELayer(nn.Module):
             recompute_experts: Keep no activations of the experts but run them (and the exchange) again in
                 backward. The router's decision is always kept, never made twice.
         """
+        if self.router.needs_expert_scores:
+            context = replace(context, score_routes=self._score_routes(recompute_experts))
         routing: Routing = self.router(hidden, context)
         arguments = hidden, routing.weight, routing.payload, routing
         if recompute_experts:
@@ -95,6 +97,16 @@ class MoELayer(nn.Module):
         else:
             output = self._experts_of(*arguments)
         return MoEOutput(output, routing.aux, routing.use)
+
+    def _score_routes(self, recompute_experts: bool) -> ScoreRoutes:
+        """What the router may ask the experts; ``recompute_experts`` keeps none of their activations either.
+
+        Recomputation leaves out the exchange: what was received is kept.
+        """
+        assert isinstance(self.experts, SwiGLUExperts), "moe.check_gate has refused experts of another kind"
+        scores = self.experts.scores
+        score = partial(checkpoint, scores, use_reentrant=False) if recompute_experts else scores
+        return partial(score_routes, num_experts=self.num_experts, score=score, exchange=self.exchange)
 
     def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
         """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""

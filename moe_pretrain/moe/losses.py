@@ -154,3 +154,89 @@ def router_z_loss(
     """
     squared = router_logits.logsumexp(dim=-1).square()
     return (squared * token_mask).sum() / token_mask.sum().clamp(min=1)
+
+
+def importance_loss(
+    router_probs: Float[Tensor, "tokens experts"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Squared coefficient of variation of the experts' importance, the sum of their probabilities over text tokens.
+
+    ``variance / mean ** 2`` with the unbiased variance: 0 when importance is even, ``num_experts`` when one expert has
+    all of it. A statistic of the micro-batch: the mean over micro-batches is not the value of the whole.
+
+    Args:
+        router_probs: float32.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, dimensionless; 0 when the micro-batch has no text token, or the layer one expert.
+
+    Source:
+        Shazeer et al. 2017 (arXiv:1701.06538), eq. 6-7; the unbiased variance as in the code of arXiv:2302.14703.
+    """
+    importance = (router_probs * token_mask[:, None]).sum(dim=0)
+    mean = importance.mean()
+    variance = (importance - mean).square().sum() / max(1, len(importance) - 1)
+    return variance / mean.square().clamp(min=1e-20)
+
+
+def sample_similarity_loss(
+    router_probs: Float[Tensor, "tokens experts"],
+    hidden: Float[Tensor, "tokens hidden"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """How far apart the tokens of one expert lie: few like tokens to each expert is what it asks for.
+
+    ``same = 1 / (n * T ** 2) * sum_e sum_ab P[a, e] P[b, e] D[a, b]`` over the ``T`` text tokens and ``n`` experts,
+    with ``D`` the squared distance of hidden states over its own mean over all pairs. It is ``1 / n`` when one expert
+    has all tokens, ``1 / n ** 2`` when probabilities are uniform, lower when each expert has a cluster, and at least 0.
+
+    The paper subtracts a second term, ``diff``: the same between two different experts, over ``n ** 2 - n``. As rows
+    sum to 1, ``diff = (sum D - n * same) / (n ** 2 - n)``, so ``beta_s * same - beta_d * diff`` is ``(beta_s + beta_d /
+    (n - 1)) * same`` less a constant: one coefficient, the one in brackets, is all there is.
+
+    Args:
+        router_probs: float32; rows sum to 1.
+        hidden: What the distance is of; no gradient goes to it.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, dimensionless; 0 when all text tokens are alike or there are none. A statistic of the
+        micro-batch: pairs are formed within it, of any documents.
+
+    Source:
+        Krishnamurthy et al. 2023 (arXiv:2302.14703), L_s. There the distance is of raw images, not squared, over the
+        batch's largest, and their ``beta_s`` multiplies a sum over pairs: it is ours over ``T ** 2``. Squared distances
+        have a closed form in O(T n d): with ``m_e = sum_a P[a, e]``, ``q_e = sum_a P[a, e] |x_a|^2`` and
+        ``mu_e = sum_a P[a, e] x_a``, ``sum_ab P[a, e] P[b, e] D[a, b] = 2 (m_e q_e - |mu_e|^2)``.
+    """
+    text = token_mask[:, None]
+    num_tokens = token_mask.sum().clamp(min=1)
+    # Distances do not see the centre, and without it the difference of the closed form keeps its digits.
+    points = hidden.detach().float() * text
+    points = (points - points.sum(dim=0) / num_tokens) * text
+    squares = points.square().sum(dim=1)
+    mean_distance = 2 * squares.sum() / num_tokens
+    share = router_probs * text / num_tokens
+    within = 2 * (share.sum(dim=0) * (share * squares[:, None]).sum(dim=0) - (share.t() @ points).square().sum(dim=1))
+    return within.mean() / mean_distance.clamp(min=1e-20)
+
+
+def distillation_loss(
+    student_logits: Float[Tensor, "tokens slots"],
+    teacher_probs: Float[Tensor, "tokens slots"],
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Mean over text tokens of the cross-entropy of a teacher's distribution against the student's.
+
+    Args:
+        student_logits: float32.
+        teacher_probs: float32; rows sum to 1.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, nats; the teacher's entropy where the student agrees.
+    """
+    cross_entropy = -(teacher_probs * student_logits.log_softmax(dim=-1)).sum(dim=-1)
+    return (cross_entropy * token_mask).sum() / token_mask.sum().clamp(min=1)

@@ -12,6 +12,7 @@ Axis names (one meaning each, in every file under ``moe/``):
     groups         sets of tokens over which a balance statistic is taken
     width          inner width of one expert
     low            columns of a route's payload; the rank of a factorised gate
+    key            width of a query and of a key, for routers that ask experts for one
 """
 
 import math
@@ -49,7 +50,7 @@ class RoutingContext:
             ``sum_over_global_batch`` is.
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
-        score_routes: Runs candidate routes as far as the experts' keys; None unless the router asks for it.
+        score_routes: Runs candidate experts as far as their keys; None unless the router asks for it.
     """
 
     token_mask: Bool[Tensor, "tokens"]
@@ -64,20 +65,21 @@ class RoutingContext:
     score_routes: "ScoreRoutes | None" = None
 
 
+@runtime_checkable
 class ScoreRoutes(Protocol):
-    """Asks the experts themselves how well routes fit, wherever they are."""
+    """Asks the experts themselves how well tokens fit, wherever the experts are."""
 
-    def __call__(self, token_index: Tensor, expert_index: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
-        """``query[route] @ key_weight @ h`` with ``h`` the expert's inner activation for the token; differentiable.
+    def __call__(self, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+        """``query[token] @ key_weight @ h`` with ``h`` the expert's inner activation for the token; differentiable.
 
         Args:
-            token_index: Token of each route, ``[routes]``, ascending.
-            expert_index: Expert of each route, ``[routes]``.
-            query: Query of each token, ``[tokens, key]``.
-            key_weight: ``[key, width]``, a dense parameter that all experts share.
+            hidden: The router's input, ``[tokens, hidden]``.
+            candidates: Experts to ask for each token, ``[tokens, slots]``, each once.
+            query: Query of each token, ``[tokens, key]``, float32.
+            key_weight: ``[key, width]``, float32, a dense parameter that all experts share.
 
         Returns:
-            Scores ``[routes]``, float32, not scaled.
+            Scores ``[tokens, slots]``, float32, not scaled.
         """
 
 
@@ -187,6 +189,8 @@ class Router(nn.Module):
         needs_expert_scores: Whether the router wants ``RoutingContext.score_routes``.
         needs_token_counts: Whether ``use_token_counts`` is to be called with the corpus's counts before training.
         without_lm_gradient: Parameters that by the scheme's mathematics get no gradient from the LM loss -> why.
+        losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
+            it depends on how the global batch is cut.
     """
 
     keep_float32: ClassVar[bool] = True
@@ -197,6 +201,7 @@ class Router(nn.Module):
     needs_expert_scores: bool = False
     needs_token_counts: bool = False
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
+    losses_depend_on_cut: bool = False
 
     def __init__(self, layer: int):
         super().__init__()

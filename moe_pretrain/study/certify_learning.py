@@ -35,6 +35,8 @@ ROUNDING = 1e-5
 """A gradient that is a smaller part of the whole model's is zero but for rounding."""
 SURE_LOGIT = 30.0
 """A logit at which float32's softmax and sigmoid are sure."""
+_WEIGHTS_OF_ONE = {"renormalised": "raw", "selected": "full"}
+"""Weights that a scheme may refuse for one expert per token -> what it has instead."""
 
 
 def _learns_from_lm_loss(subject: Subject, router: RouterConfig | None = None) -> str:
@@ -73,14 +75,16 @@ def _learns_with_one_expert(subject: Subject) -> str:
     if "top_k" not in {field.name for field in fields(router)}:
         raise NotApplicable("the scheme has no top_k")
     changes: dict[str, Any] = {"top_k": 1}
-    if getattr(router, "weights", None) == "renormalised":
-        changes["weights"] = "raw"
+    weights, note = getattr(router, "weights", None), ""
     try:
         one = replace(router, **changes)
     except ValueError as refusal:
-        raise NotApplicable(f"top_k=1 is refused: {refusal}") from refusal
-    found = _learns_from_lm_loss(subject, one)
-    return found + (", weights=raw (renormalised is always 1: refused)" if "weights" in changes else "")
+        if weights not in _WEIGHTS_OF_ONE:
+            raise NotApplicable(f"top_k=1 is refused: {refusal}") from refusal
+        changes["weights"] = _WEIGHTS_OF_ONE[weights]
+        note = f", weights={changes['weights']} ({weights} is always 1: refused)"
+        one = replace(router, **changes)
+    return _learns_from_lm_loss(subject, one) + note
 
 
 def _is_one_when_uniform(subject: Subject) -> str:

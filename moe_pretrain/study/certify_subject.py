@@ -100,7 +100,8 @@ class Subject:
         starts[:, 0] = False
         positions = np.arange(ROWS)
         positions[list(padding)] = PADDING_POSITION
-        return build_micro_batch(tokens, starts, positions, self.config.packing.isolate_documents)
+        packing = self.config.packing
+        return build_micro_batch(tokens, starts, positions, packing.isolate_documents, packing.reset_positions)
 
     def context(
         self,

@@ -9,6 +9,7 @@ own float32 ``Routing`` and checks everything around it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -214,7 +215,8 @@ class Oracle:
         length = rows.document_ids.shape[1]
         # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
         level = getattr(self.config.router, "load_balance_level", "")
-        by_cut = level == "micro_batch" or (layer.router.training and not layer.router.causal_in_training)
+        by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
+        by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
         global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
@@ -224,7 +226,7 @@ class Oracle:
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
-            context = _context(self.config, rows, step, first_row, num_rows, global_routes)
+            context = _context(self.config, rows, step, first_row, num_rows, global_routes, layer)
             router = layer.router
             if type(router) is TopKRouter:
                 routed, weight, cut_aux = self._top_k(hidden[part], router, context)
@@ -250,13 +252,13 @@ class Oracle:
     def _routes_of_cuts(
         self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, cuts: Sequence[int]
     ) -> Tensor | None:
-        """Routes per expert of the global batch where tokens compete within each of several cuts, else None."""
+        """Routes per expert of the global batch where a router sees it in several cuts, else None."""
         if len(cuts) == 1:
             return None
         total = torch.zeros(layer.num_experts, dtype=torch.float64)
         length, first_row = rows.document_ids.shape[1], 0
         for num_rows in cuts:
-            context = _context(self.config, rows, step, first_row, num_rows, total)
+            context = _context(self.config, rows, step, first_row, num_rows, total, layer)
             part = slice(first_row * length, (first_row + num_rows) * length)
             total += layer.router(hidden[part], context).use.tokens_per_expert
             first_row += num_rows
@@ -350,7 +352,13 @@ def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
 
 
 def _context(
-    config: Config, rows: _Rows, step: int, first_row: int, num_rows: int, global_routes: Tensor | None
+    config: Config,
+    rows: _Rows,
+    step: int,
+    first_row: int,
+    num_rows: int,
+    global_routes: Tensor | None,
+    layer: MoELayer,
 ) -> RoutingContext:
     """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
     part = slice(first_row, first_row + num_rows)
@@ -365,6 +373,7 @@ def _context(
         global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
+        score_routes=partial(_score, layer) if layer.router.needs_expert_scores else None,
     )
 
 
@@ -385,10 +394,24 @@ def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
 
 
+def _score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+    """Every candidate's key, made from its activation, times the token's query."""
+    scores = torch.zeros(candidates.shape)
+    for expert in range(layer.num_experts):
+        routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
+        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
+        scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
+    return scores
+
+
 def _swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
+    return _inner(hidden, in_weight) @ out_weight.T
+
+
+def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
     width = in_weight.shape[0] // 2
     gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
-    return (gate * torch.sigmoid(gate) * up) @ out_weight.T
+    return gate * torch.sigmoid(gate) * up
 
 
 def _rotate(heads: Tensor, positions: Tensor, base: float) -> Tensor:

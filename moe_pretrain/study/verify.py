@@ -1,8 +1,8 @@
 """Does this configuration compute what it says? The training step against the oracle, quantity by quantity.
 
 The user's configuration is shrunk in width, depth, vocabulary and sequence; router, experts, expert parallel, ZeRO
-stage, precision, accumulation, clipping and recompute stay. It trains a few steps on random packed batches under
-DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
+stage, precision, accumulation, clipping, recompute and packing stay. It trains a few steps on random packed batches
+under DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
 """
 
 from collections.abc import Callable, Sequence
@@ -130,8 +130,8 @@ def random_batches(config: Config, world_size: int, seed: int = 0) -> list[list[
         if rows > 1:
             positions[random.permutation(rows)[: max(1, rows // 5)]] = PADDING_POSITION
         cuts = [slice(first, first + size) for first in range(0, rows, size)]
-        isolated = config.packing.isolate_documents
-        steps.append([build_micro_batch(tokens[cut], starts[cut], positions[cut], isolated) for cut in cuts])
+        packing = (config.packing.isolate_documents, config.packing.reset_positions)
+        steps.append([build_micro_batch(tokens[cut], starts[cut], positions[cut], *packing) for cut in cuts])
     return steps
 
 

@@ -25,6 +25,7 @@ SIZES = [name for name in GROUPS["model"] if name != "base"]
 REQUIRED = {
     "data=files": ["data.paths=[a.txt]"],
     "data=hub": ["data.name=owner/dataset"],
+    "data=mixture": ["+data@data.sources.one=builtin", "+data.weights.one=1"],
     "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
     **{f"experiment={name}": ["tokenizer.path=some/tokenizer"] for name in EXPERIMENTS},
@@ -160,6 +161,10 @@ MISTAKES = [
     (["router.load_balance_level=layer"], "load_balance_level"),
     (["metrics.wandb=on"], "metrics.wandb"),
     (["no equals sign"], "no equals sign"),
+    (["router@nowhere=top_k"], "router@nowhere"),
+    (["data=files", "data.paths=[a.txt]", "data.pths=1"], "did you mean paths?"),
+    (["data=files", "data.paths=[a.txt]", "model=tinny"], "model=tinny is not a choice; did you mean tiny?"),
+    (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
 ]
 
 

@@ -16,6 +16,7 @@ LEVELS = {
     "evaluation": 5,
     "facts": 5,
     "launch": 5,
+    "run_data": 5,
     "config": 4,
     "study": 4,
     "post": 4,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 
@@ -12,7 +13,7 @@ from moe_pretrain.engine import engine as engine_module
 from moe_pretrain.engine import objective
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import ExpertShard
-from moe_pretrain.study.verify import shrink, verify
+from moe_pretrain.study.verify import random_batches, shrink, verify
 
 
 def test_command_agrees_with_the_oracle() -> None:
@@ -72,3 +73,45 @@ def test_shrinking_keeps_what_is_verified(model: str) -> None:
     assert small.model.num_heads // small.model.num_key_value_heads == 4
     assert small.batch.global_batch_tokens == 16 * small.model.sequence_length
     assert sum(p.numel() for p in DecoderLM(small.model, small.router, ExpertShard()).parameters()) < 200_000
+
+
+PACKINGS = [(False, True), (True, False), (True, True), (False, False)]
+
+
+def _verify_packed(isolate: bool, reset: bool, broken: bool) -> tuple[int, list[str]]:
+    """``broken`` gives the run other positions than the oracle."""
+    words = (f"packing.isolate_documents={str(isolate).lower()}", f"packing.reset_positions={str(reset).lower()}")
+    config = tiny(*words, rows=4)
+    if broken:
+        forward = DecoderLM.forward
+
+        def counted_through(self, input_ids, labels, document_ids, position_ids, context):
+            through = torch.arange(position_ids.shape[1]).expand_as(position_ids)
+            return forward(self, input_ids, labels, document_ids, through, context)
+
+        DecoderLM.forward = counted_through
+    said: list[str] = []
+    return verify(config, "cpu", "float32", said.append), said
+
+
+@pytest.mark.parametrize("isolate, reset", PACKINGS)
+def test_every_packing_agrees_with_the_oracle(isolate: bool, reset: bool) -> None:
+    ((code, said),) = run_on_ranks(_verify_packed, 1, isolate, reset, False)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("isolate, reset", PACKINGS[:1])
+def test_positions_that_are_not_reset_are_seen(isolate: bool, reset: bool) -> None:
+    ((code, said),) = run_on_ranks(_verify_packed, 1, isolate, reset, True)
+    assert code == 1 and any("DIFFERS" in line for line in said)
+
+
+@pytest.mark.parametrize("isolate, reset", PACKINGS)
+def test_verified_batches_are_packed_as_configured(isolate: bool, reset: bool) -> None:
+    words = (f"packing.isolate_documents={str(isolate).lower()}", f"packing.reset_positions={str(reset).lower()}")
+    batches = [batch for step in random_batches(tiny(*words), 1) for batch in step]
+    starts_again = any(
+        bool((batch.position_ids[:, 1:] == 0).logical_and(batch.document_ids[:, 1:] >= 0).any()) for batch in batches
+    )
+    several_documents = any(int(batch.document_ids.max()) > 0 for batch in batches)
+    assert (several_documents, starts_again) == (isolate, reset)

@@ -53,6 +53,20 @@ class SwiGLUExperts(nn.Module):
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
         return _SwiGLUExpertsFunction.apply(sources, weight, self.in_weight, self.out_weight, order)
 
+    def scores(
+        self,
+        sources: Float[Tensor, "sources hidden"],
+        query: Float[Tensor, "sources key"],
+        key_weight: Float[Tensor, "key width"],
+        order: RowOrder,
+    ) -> Float[Tensor, "rows"]:
+        """``query . (key_weight @ h)`` of each row, ``h`` the inner activation of its expert; float32.
+
+        The query goes through ``key_weight`` once per source, so that a row costs its first layer and a dot product.
+        """
+        factor = query @ key_weight
+        return _ScoresFunction.apply(sources.to(self.in_weight.dtype), factor, self.in_weight, order)
+
 
 @one_kernel_on_cuda
 def activate(before: Float[Tensor, "rows width2"]) -> Float[Tensor, "rows width"]:
@@ -122,3 +136,39 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
             grad_inputs.append(block.times_transposed(grad_before, in_weight))
         grad_sources = sum_rows(join(grad_inputs), order, weight)
         return grad_sources, join(grad_weights), grad_in_weight, grad_out_weight, None
+
+
+class _ScoresFunction(torch.autograd.Function):
+    """Gather, the first grouped product, SwiGLU, and a float32 dot product with the source's ``factor``.
+
+    As ``_SwiGLUExpertsFunction`` it saves the sources, the pre-activation and the weights, and no activation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sources: Tensor, factor: Tensor, in_weight: Tensor, order: RowOrder) -> Tensor:
+        blocks = row_blocks(order.rows_per_expert, sources.dtype)
+        befores, scores = [], []
+        for block in blocks:
+            source_of_row = order.source_of_row[block.rows]
+            before = block.times(sources.index_select(0, source_of_row), in_weight)
+            befores.append(before)
+            scores.append(factor.index_select(0, source_of_row).mul_(activate(before)).sum(dim=1))
+        ctx.save_for_backward(sources, factor, in_weight, *befores)
+        ctx.order, ctx.blocks = order, blocks
+        return join(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sources, factor, in_weight, *befores = ctx.saved_tensors
+        order: RowOrder = ctx.order
+        grad_in_weight = None
+        grad_factors, grad_inputs = [], []
+        for block, before in zip(ctx.blocks, befores, strict=True):
+            source_of_row, grad_rows = order.source_of_row[block.rows], grads[0][block.rows, None]
+            grad_act = factor.index_select(0, source_of_row).mul_(grad_rows).to(before.dtype)
+            act, grad_before, _ = activation_gradients(before, grad_act)
+            grad_factors.append(act.float().mul_(grad_rows))
+            rows = sources.index_select(0, source_of_row)
+            grad_in_weight = block.outer(grad_before, rows, grad_in_weight)
+            grad_inputs.append(block.times_transposed(grad_before, in_weight))
+        return sum_rows(join(grad_inputs), order), sum_rows(join(grad_factors), order), grad_in_weight, None

@@ -11,9 +11,11 @@ import pyarrow.parquet
 import pytest
 from helpers.corpora import files, hub
 
-from moe_pretrain.data import sources
+from moe_pretrain.data import TokenizerConfig, sources
 from moe_pretrain.data.corpora import BuiltinCorpusConfig, is_validation
+from moe_pretrain.data.preparation import _folder_name
 from moe_pretrain.data.sources import content_identity, documents, sample_texts
+from moe_pretrain.data.units import SIDES
 
 TEXTS = ["one\n\ntwo", "naïve 東京 🙂", "2020-01-01", '{"a": 1}', "line\u2028separator"]
 
@@ -232,3 +234,11 @@ def test_hub_rows_and_faults(monkeypatch):
         next(rows)
     with pytest.raises(ValueError, match=r"no column 'text' \(data\.text_column\), there is: body$"):
         next(documents(hub()))
+
+
+def test_every_field_of_a_hub_corpus_that_decides_its_text_is_in_the_cache_key():
+    """Another revision of the dataset, for one, is another corpus."""
+    tokenizer = TokenizerConfig("train", 300, None)
+    changes = [{}, {"version": "v1"}, {"version": "v2"}, {"name": "org/other"}, {"subset": "x"}, {"split": "test"}]
+    names = {_folder_name(hub(**change), tokenizer, None, 100, SIDES) for change in changes}
+    assert len(names) == len(changes)

@@ -5,8 +5,9 @@ import json
 import pytest
 from helpers.corpora import files
 
+from moe_pretrain import cli
 from moe_pretrain.config import ConfigError, load
-from moe_pretrain.data import TokenizerConfig, prepare, prepare_evaluation_set
+from moe_pretrain.data import TokenizerConfig, preparation, prepare, prepare_evaluation_set
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -66,3 +67,43 @@ def test_wrong_sets_are_one_line(overrides, words):
     with pytest.raises(ConfigError) as caught:
         load(overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["data=files", "data.paths=[train.jsonl]"],
+        ["data=mixture", "+data@data.sources.one=files", "data.sources.one.paths=[train.jsonl]", "+data.weights.one=1"],
+    ],
+    ids=["files", "mixture"],
+)
+def test_prepare_and_its_check_cover_every_set(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("train", "text"), ("code", "def")):
+        rows = [json.dumps({"text": f"{words} {n} {n**2}"}) for n in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    overrides = [
+        *source, "+data@evaluation.sets.code=files", "evaluation.sets.code.paths=[code.jsonl]",
+        "model.sequence_length=8", "batch.global_batch_tokens=8", "batch.micro_batch_size=1", "batch.total_tokens=800",
+        f"{'data' if source[0] == 'data=files' else 'data.sources.one'}.validation_fraction=0.2",
+        "tokenizer.vocab_size=300", "run.prepare_workers=1",
+    ]  # fmt: skip
+    without_set = [word for word in overrides if "evaluation" not in word]
+    assert cli.main(["prepare", *without_set]) == 0
+    assert cli.main(["prepare", "--check", *overrides]) == cli.USAGE_CODE
+    assert "evaluation.sets.code: " in (error := capsys.readouterr().err) and "not prepared" in error
+    assert cli.main(["prepare", *overrides]) == 0
+    assert cli.main(["prepare", "--check", *overrides]) == 0
+    out = capsys.readouterr().out
+    assert "every checksum is right" in out and out.count("evaluation.sets.code: 300 documents") == 2
+    (folder,) = (manifest.parent for manifest in tmp_path.rglob("manifest.json") if _documents(manifest) == 300)
+    shard = folder / "shard-00000.idx"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    monkeypatch.setattr(preparation, "_VERIFIED_BYTES", 0)  # a large set: only the check reads all of it
+    assert cli.main(["prepare", "--check", *overrides]) == cli.USAGE_CODE
+    error = capsys.readouterr().err
+    assert f"evaluation.sets.code: {shard.relative_to(tmp_path)}: damaged" in error and error.count("\n") == 1
+
+
+def _documents(manifest):
+    return json.loads(manifest.read_text())["documents"]

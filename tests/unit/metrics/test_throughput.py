@@ -72,3 +72,26 @@ def test_stopwatch_counts_a_pause_that_failed():
 def test_reading_without_a_step_is_refused():
     with pytest.raises(ValueError, match="no step was counted"):
         Stopwatch().read()
+
+
+def test_waiting_for_data_is_a_share_of_the_time_that_is_not_paused():
+    clock = Clock()
+    stopwatch = Stopwatch(clock)
+
+    def slow_items():
+        for item in range(3):
+            clock.now += 0.1
+            yield item
+
+    seen = []
+    for item in stopwatch.waits(slow_items()):
+        seen.append(item)
+        clock.now += 0.4
+        stopwatch.count(10)
+        with stopwatch.paused():
+            clock.now += 60
+    assert seen == [0, 1, 2]
+    assert stopwatch.read().data_wait_share == pytest.approx(0.2)
+    clock.now += 1
+    stopwatch.count(10)
+    assert stopwatch.read().data_wait_share == 0

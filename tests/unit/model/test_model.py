@@ -237,6 +237,9 @@ def test_initialisation_differs_and_has_the_stated_spread():
         ["router=top_p", "router.threshold=1"],
         ["router=quantile"],
         ["router=expert_threshold", "router.initial_threshold=1e-6"],
+        ["router=attentive", "router.num_candidates=3"],
+        ["router=attentive_dense"],
+        ["router=attentive_low_rank", "router.gate_rank=8"],
         ["router=dense"],
     ],
 )

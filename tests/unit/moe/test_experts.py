@@ -188,3 +188,54 @@ def test_outer_of_an_empty_expert_is_exactly_zero(path: str) -> None:
     assert stack.isfinite().all()
     for expert, count in enumerate(counts.tolist()):
         assert bool(stack[expert].any()) == (count > 0)
+
+
+def score_loop(
+    sources: Tensor, query: Tensor, key_weight: Tensor, in_weight: Tensor, order: RowOrder, expert_of_row: list[int]
+) -> Tensor:
+    """One row at a time: the query times the key that is made of the expert's activation."""
+    scores = [sources.sum()[None][:0]]
+    for row, expert in enumerate(expert_of_row):
+        source = int(order.source_of_row[row])
+        gate, up = (in_weight[expert] @ sources[source]).split(WIDTH)
+        scores.append((query[source] @ (key_weight @ (functional.silu(gate) * up)))[None])
+    return torch.cat(scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), [[], []]], ids=[*LAYOUTS.keys(), "no rows"])
+def test_scores_equal_the_loop_with_gradients(layout: list[list[int]], dtype: torch.dtype) -> None:
+    order, expert_of_row = make_order(layout, 4)
+    experts = make_experts(dtype)
+    sources = torch.randn(len(layout), HIDDEN).to(dtype).requires_grad_()
+    query, key_weight = torch.randn(len(layout), 6, requires_grad=True), torch.randn(6, WIDTH, requires_grad=True)
+    upstream = torch.randn(len(expert_of_row))
+    scores = experts.scores(sources, query, key_weight, order)
+    leaves = [sources, query, key_weight, experts.in_weight]
+    ours = [scores, *torch.autograd.grad(scores, leaves, upstream)]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = score_loop(*doubles, order, expert_of_row)
+    gradients = torch.autograd.grad((expected * upstream.double()).sum(), doubles, materialize_grads=True)
+    assert [value.dtype for value in ours] == [torch.float32, dtype, torch.float32, torch.float32, dtype]
+    for value, reference in zip(ours, [expected, *gradients], strict=True):
+        error, size = (value.double() - reference).norm(), reference.norm()
+        assert error <= (1e-6 if dtype == torch.float32 else 0.01) * size
+
+
+def test_scores_save_only_sources_factors_and_preactivations() -> None:
+    experts = make_experts()
+    tokens, slots, key = 64, 3, 6
+    order, _ = make_order([[t % 4, (t + 1) % 4, (t + 2) % 4] for t in range(tokens)], 4)
+    sources, query = torch.randn(tokens, HIDDEN, requires_grad=True), torch.randn(tokens, key, requires_grad=True)
+    key_weight = torch.randn(key, WIDTH, requires_grad=True)
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts.scores(sources, query, key_weight, order)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in [*experts.parameters(), key_weight]}
+    elements = sum(t.untyped_storage().nbytes() // 4 for at, t in saved.items() if at not in parameters)
+    assert elements == tokens * (HIDDEN + key + WIDTH) + tokens * slots * 2 * WIDTH

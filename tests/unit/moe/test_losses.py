@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.losses import (
+    count_routes,
+    distillation_loss,
+    importance_loss,
+    load_balance_loss,
+    router_z_loss,
+    sample_similarity_loss,
+)
 
 ALL_TEXT = torch.ones(12, dtype=torch.bool)
 
@@ -118,3 +125,86 @@ def test_count_routes_equals_a_loop() -> None:
     for g in range(3):
         for e in range(4):
             assert counts[g, e] == sum(bool(counted[r]) and index[r] == e and group[r] == g for r in range(40))
+
+
+def pairs(probs: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``same``, ``diff`` and the mean of ``D``, pair of tokens by pair of tokens (attentive gating, eq. of L_s)."""
+    tokens, experts = probs.shape
+    distance = torch.stack([torch.stack([(a - b).square().sum() for b in points]) for a in points])
+    distance = distance / distance.mean()
+    same = diff = torch.zeros(())
+    for e in range(experts):
+        for f in range(experts):
+            term = (probs[:, e, None] * probs[None, :, f] * distance).sum() / tokens**2
+            same, diff = (same + term / experts, diff) if e == f else (same, diff + term / (experts**2 - experts))
+    return same, diff, distance.mean()
+
+
+def test_similarity_equals_all_pairs_of_text() -> None:
+    """Padding with far-off hidden states counts nowhere; a shift of all tokens costs no digits."""
+    probs, points = torch.randn(12, 4).softmax(1).requires_grad_(), torch.randn(12, 5)
+    mask = torch.arange(12) < 9
+    points[9:] = 1e3
+    expected = pairs(probs[:9], points[:9])[0]
+    for shift in (0.0, 50.0):
+        loss = sample_similarity_loss(probs, points + shift, mask)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+        ours, theirs = (torch.autograd.grad(value, probs, retain_graph=True)[0] for value in (loss, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+        assert not ours[9:].any()
+
+
+def test_similarity_has_one_coefficient() -> None:
+    """``diff = (sum D - n * same) / (n ** 2 - n)``; so the paper's two coefficients are one, and the docstring's."""
+    num_experts = 4
+    logits, points = torch.randn(12, num_experts, requires_grad=True), torch.randn(12, 5)
+    probs = logits.softmax(1)
+    same, diff, mean = pairs(probs, points)
+    torch.testing.assert_close(diff, (mean - num_experts * same) / (num_experts**2 - num_experts))
+    ours = sample_similarity_loss(probs, points, ALL_TEXT)
+    torch.testing.assert_close(ours, same)
+    (of_ours,) = torch.autograd.grad(ours, logits, retain_graph=True)
+    for beta_s, beta_d in ((1.0, 0.0), (0.3, 2.0), (0.0, 0.7)):
+        (theirs,) = torch.autograd.grad(beta_s * same - beta_d * diff, logits, retain_graph=True)
+        torch.testing.assert_close(theirs, (beta_s + beta_d / (num_experts - 1)) * of_ours)
+
+
+def test_similarity_prefers_clusters_and_knows_its_ends() -> None:
+    num_experts = 3
+    cluster = torch.arange(num_experts).repeat(4)
+    points = torch.randn(num_experts, 5)[cluster] * 5 + torch.randn(12, 5)
+
+    def loss(probs: Tensor, of: Tensor = points) -> float:
+        return sample_similarity_loss(probs, of, ALL_TEXT).item()
+
+    by_cluster = loss(torch.eye(num_experts)[cluster])
+    by_chance = loss(torch.eye(num_experts)[cluster[torch.randperm(12)]])
+    uniform = loss(torch.full((12, num_experts), 1 / num_experts))
+    collapsed = loss(torch.eye(num_experts)[torch.zeros(12, dtype=torch.int64)])
+    assert by_cluster < 0.3 * by_chance and by_cluster < uniform < collapsed
+    assert uniform == pytest.approx(1 / num_experts**2) and collapsed == pytest.approx(1 / num_experts)
+    assert loss(torch.eye(num_experts)[cluster], torch.ones(12, 5)) == 0
+
+
+@pytest.mark.parametrize("num_experts", [2, 4, 7])
+def test_importance_is_zero_when_even_and_the_number_of_experts_at_collapse(num_experts: int) -> None:
+    even = torch.full((12, num_experts), 1 / num_experts)
+    assert importance_loss(even, ALL_TEXT).item() == pytest.approx(0, abs=1e-10)
+    collapsed = torch.eye(num_experts)[torch.zeros(12, dtype=torch.int64)]
+    assert importance_loss(collapsed, ALL_TEXT).item() == pytest.approx(num_experts)
+
+
+def test_importance_is_the_unbiased_squared_variation_of_text() -> None:
+    probs, mask = torch.randn(12, 4).softmax(1), torch.arange(12) % 3 > 0
+    importance = probs[mask].sum(0)
+    torch.testing.assert_close(importance_loss(probs, mask), (importance.std() / importance.mean()) ** 2)
+    assert importance_loss(torch.ones(12, 1), ALL_TEXT) == 0
+
+
+def test_distillation_is_the_teachers_entropy_where_the_student_agrees() -> None:
+    logits, mask = torch.randn(12, 3), torch.arange(12) < 7
+    teacher = logits.softmax(1)
+    entropy = -(teacher * teacher.log()).sum(1)[:7].mean()
+    torch.testing.assert_close(distillation_loss(logits + 3, teacher, mask), entropy)
+    assert distillation_loss(logits.flip(1), teacher, mask) > entropy
+    assert distillation_loss(logits, teacher, mask & False) == 0
