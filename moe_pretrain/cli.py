@@ -91,6 +91,7 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
     from moe_pretrain.config import load
+    from moe_pretrain.data import StreamedCorpus
     from moe_pretrain.run_data import check_corpora, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
@@ -99,7 +100,10 @@ def _prepare(words: list[str]) -> int:
         print("every checksum is right")
     for name in config.evaluation.sets:
         print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
-    print(corpus.describe_counts())
+    if isinstance(corpus, StreamedCorpus):
+        print(f"training tokens in the cache: {corpus.fill(config.batch.total_tokens):,}; {corpus.describe_size()}")
+    else:
+        print(corpus.describe_counts())
     for folder in corpus.folders:
         print(f"shards: {folder}")
     return 0
@@ -164,7 +168,7 @@ def _inspect(arguments: list[str]) -> int:
 
 def _specialise(arguments: list[str]) -> int:
     """Say what a run's experts specialise in."""
-    from moe_pretrain.data import TokenizedCorpus
+    from moe_pretrain.data import TokenizedMixture
     from moe_pretrain.pretrain import resolve_device
     from moe_pretrain.run_data import prepare_corpora
     from moe_pretrain.study.specialise import read_run, specialise
@@ -174,7 +178,7 @@ def _specialise(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     config = read_run(folder)
     corpus, sets = prepare_corpora(config, print)
-    if isinstance(corpus, TokenizedCorpus):  # a mixture's sources are among the sets by name
+    if not isinstance(corpus, TokenizedMixture):  # a mixture's sources are among the sets by name
         sets = {"held-out documents": corpus.validation, **sets}
     device, _ = resolve_device(config.engine)
     return specialise(config, folder, sets, device, print)

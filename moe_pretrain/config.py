@@ -22,7 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.data import CorpusConfig, DataConfig, MixtureConfig, TokenizerConfig, TokensCorpusConfig
+from moe_pretrain.data import (
+    CorpusConfig,
+    DataConfig,
+    HubCorpusConfig,
+    MixtureConfig,
+    StreamingConfig,
+    TokenizerConfig,
+    TokensCorpusConfig,
+)
 from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
@@ -47,7 +55,8 @@ class RunConfig:
         name: Name of the run's folder. The same name again resumes the run.
         output_dir: Folder of all runs.
         cache_dir: Folder of tokenised corpora, shared by runs.
-        prepare_workers: Processes that tokenise, or None for one on each core. Shards do not depend on it.
+        prepare_workers: Processes that tokenise, or threads of the one process that tokenises a stream; None for one on
+            each core. Shards do not depend on it.
     """
 
     name: str
@@ -125,6 +134,7 @@ class Config:
     model: ModelConfig
     router: Annotated[ShippedRouterConfig, pydantic.Field(discriminator="name")]
     data: Annotated[DataConfig, pydantic.Field(discriminator="source")]
+    streaming: StreamingConfig
     tokenizer: TokenizerConfig
     packing: PackingConfig
     batch: BatchConfig
@@ -153,6 +163,17 @@ class Config:
             self.data.check_steps(self.batch.num_steps)
             for name in self.data.sources.keys() & self.evaluation.sets.keys():
                 raise ValueError(f"evaluation.sets.{name} must have another name than data.sources.{name}")
+        if self.streaming.applies_to(self.data):
+            if self.packing.method != "concatenate":
+                raise ValueError(
+                    f"packing.method={self.packing.method} must be concatenate for data that is streamed, or "
+                    "streaming.mode=never"
+                )
+            if isinstance(self.data, HubCorpusConfig) and self.data.max_tokens is not None:
+                raise ValueError(
+                    f"data.max_tokens={self.data.max_tokens} must be null for data that is streamed, or "
+                    "streaming.mode=never"
+                )
         if self.tokenizer.kind == "train" and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at most "

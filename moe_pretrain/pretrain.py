@@ -4,6 +4,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 """
 
 import os
+import secrets
 from collections.abc import Callable
 
 import torch
@@ -132,24 +133,29 @@ def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callabl
         StoppedEarly: A signal came.
     """
 
-    def is_done_everywhere(is_done: bool) -> bool:
-        done = torch.tensor(int(is_done), device=mesh.device)
-        dist.all_reduce(done)
+    def share(number: int) -> int:
+        """The run's number once the first rank has drawn it; 0 while that one is at work."""
+        shared = torch.tensor(number, device=mesh.device)
+        dist.all_reduce(shared)
         if stop.agreed(mesh.device):
             raise StoppedEarly
-        return bool(done)
+        return int(shared)
 
     if not mesh.is_main:
-        while not is_done_everywhere(False):
+        while not (number := share(0)):
             pass
-        return prepare_corpora(config, say)
+        return prepare_corpora(config, say, False, number)
+    is_at_work = True
 
     def report(line: str) -> None:
         say(line)
-        is_done_everywhere(False)
+        if is_at_work:
+            share(0)
 
-    corpora = prepare_corpora(config, report)
-    is_done_everywhere(True)
+    drawn = 1 + secrets.randbelow(2**31)
+    corpora = prepare_corpora(config, report, True, drawn)
+    is_at_work = False
+    share(drawn)
     return corpora
 
 
@@ -159,7 +165,10 @@ def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPl
     if not routers:
         return
     counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    for step in range(min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))):
+    # Of a stream only the first step is sure to be there.
+    steps = 1 if loader.num_rows is None else min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))
+    for step in range(steps):
+        loader.reach(step)
         for batch in loader.micro_batches(step):
             counts += torch.bincount(batch.input_ids[batch.document_ids >= 0], minlength=len(counts))
     counts = counts.to(mesh.device)

@@ -117,6 +117,7 @@ class Run:
             return
         path, manifest = found
         state = manifest["state"]
+        self.loader.restore(state.get("stream"))
         allowed = self._refuse_changes(state, path)
         store.restore(self.engine, path, manifest)
         self.step, self.token_hash = state["step"], state["token_hash"]
@@ -148,7 +149,7 @@ class Run:
         return found.allowed
 
     def loop(self) -> int:
-        """Train until the last step or until a signal.
+        """Train until the last step, the end of the data or a signal.
 
         Returns:
             Exit code: FINISHED if the last step and its validation are done and saved, else STOPPED or UNSAVED.
@@ -167,7 +168,8 @@ class Run:
                 self.enter("train.data", self.step)
         finally:
             batches.close()
-        raise AssertionError("the loader ended, which it never does")
+        self._event("ended", "the source has no rows for another step")
+        return self._end_step(is_over=True)
 
     def _train_step(self, step: int, micro_batches: list[MicroBatch]) -> None:
         try:
@@ -215,9 +217,9 @@ class Run:
                 return f"rows {first} to {rows['last_row']} of the run's order ({path} cannot be written: {error})"
         return f"its rows are in {path}"
 
-    def _end_step(self) -> int:
-        """Between two steps: evaluate and save where due, and heed a signal."""
-        config, at_end = self.config, self.step == self.plan.num_steps
+    def _end_step(self, is_over: bool = False) -> int:
+        """Between two steps, or when the data ``is_over``: evaluate and save where due, and heed a signal."""
+        config, at_end = self.config, is_over or self.step == self.plan.num_steps
         self._take_outcome(wait=False)
         if self.stop.agreed(self.mesh.device):
             return self._stop()
@@ -287,6 +289,7 @@ class Run:
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "corpus_fingerprint": self.corpus.fingerprint,
             "corpus_facts": self.corpus_facts,
+            "stream": self.loader.state(self.step),
             "config": to_values(self.config),
             "world_size": self.mesh.world_size,
             "versions": versions(),

@@ -1,5 +1,6 @@
 """The data of a run from its configuration: corpora and validation sets, and what is said of them before it starts."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,20 @@ from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import Config, ConfigError
 
-Corpus = data.TokenizedCorpus | data.TokenizedMixture
+Corpus = data.TokenizedCorpus | data.TokenizedMixture | data.StreamedCorpus
 Corpora = tuple[Corpus, dict[str, data.ShardReader]]
 
 
-def prepare_corpora(config: Config, say: Callable[[str], None]) -> Corpora:
+def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool = True, number: int = 0) -> Corpora:
     """The corpus that is trained on, and by name the sets that are logged beside its validation.
 
     Those are the held-out documents of each source of a mixture, and ``evaluation.sets``.
+
+    Args:
+        config: The run.
+        say: Called with lines for the user.
+        is_first: Whether this is the first rank, which writes what is streamed.
+        number: The run's, for all its ranks.
 
     Raises:
         ValueError: A corpus cannot be used, or is shorter than a row.
@@ -24,6 +31,11 @@ def prepare_corpora(config: Config, say: Callable[[str], None]) -> Corpora:
     corpus: Corpus
     if isinstance(config.data, data.MixtureConfig):
         corpus = data.prepare_mixture(config.data, config.tokenizer, cache, _run_length(config), workers, say)
+    elif config.streaming.applies_to(config.data):
+        threads = workers or len(os.sched_getaffinity(0))
+        corpus = data.open_stream(
+            config.data, config.tokenizer, config.streaming, cache, config.run.name, is_first, number, threads, say
+        )
     else:
         corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
     sets = {
@@ -45,6 +57,11 @@ def check_corpora(config: Config) -> Corpora:
     corpus: Corpus
     if isinstance(config.data, data.MixtureConfig):
         corpus = data.check_mixture(config.data, config.tokenizer, cache, _run_length(config))
+    elif config.streaming.applies_to(config.data):
+        raise ValueError(
+            "prepare --check is for corpora that are prepared whole (streaming.mode=never): the shards of a stream are "
+            "checked whenever a run opens them"
+        )
     else:
         corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
     sets = {
@@ -92,10 +109,8 @@ def describe_corpus(corpus: Corpus, plan: BatchPlan, loader: data.TrainLoader, s
     entropy = f"unigram entropy {corpus.unigram_entropy:.3f} nats/token"
     waste = f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else ""
     if not isinstance(corpus, data.TokenizedMixture):
-        say(
-            f"corpus: {corpus.train.num_tokens:,} training and {corpus.validation.num_tokens:,} validation tokens, "
-            f"{entropy}; {plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs{waste}"
-        )
+        epochs = f"; {plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs" if loader.num_rows else ""
+        say(f"corpus: {corpus.describe_size()}, {entropy}{epochs}{waste}")
         return
     say(f"corpus: a mixture of {len(corpus.sources)} sources, {entropy}{waste}")
     exhaustion = loader.exhaustion_steps()

@@ -28,7 +28,8 @@ import torch.distributed as dist  # noqa: E402
 from moe_pretrain.checkpoint import store  # noqa: E402
 from moe_pretrain.config import load  # noqa: E402
 from moe_pretrain.metrics.rows import Row, read_rows  # noqa: E402
-from moe_pretrain.pretrain import prepare_corpora, train  # noqa: E402
+from moe_pretrain.pretrain import train  # noqa: E402
+from moe_pretrain.run_data import prepare_corpora  # noqa: E402
 
 TOKENS_PER_STEP = 1024
 _TINY = [

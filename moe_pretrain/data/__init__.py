@@ -31,6 +31,8 @@ from moe_pretrain.data.preparation import (
 from moe_pretrain.data.shard_writer import ShardWriter, write_manifest
 from moe_pretrain.data.shards import ShardReader
 from moe_pretrain.data.sources import documents
+from moe_pretrain.data.stream_config import StreamingConfig
+from moe_pretrain.data.streamed import StreamedCorpus, open_stream
 from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ __all__ = [
     "RunLength",
     "ShardReader",
     "ShardWriter",
+    "StreamedCorpus",
+    "StreamingConfig",
     "TokenizedCorpus",
     "TokenizedMixture",
     "TokensCorpusConfig",
@@ -66,6 +70,7 @@ __all__ = [
     "count_rows",
     "documents",
     "explain_change",
+    "open_stream",
     "prepare",
     "prepare_evaluation_set",
     "prepare_mixture",

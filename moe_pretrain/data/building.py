@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_pretrain.data import cache, shards
 from moe_pretrain.data.corpora import CorpusConfig, HubCorpusConfig, describe, version_and_licence
+from moe_pretrain.data.hub import START, Place, Retries
 from moe_pretrain.data.progress import Progress
 from moe_pretrain.data.shard_writer import sync_folder, write_durably, write_manifest
 from moe_pretrain.data.shards import Origin, ShardInfo
@@ -20,6 +21,7 @@ from moe_pretrain.data.tokenizer import (
     TOKENIZER_FILE,
     Tokenizer,
     TokenizerConfig,
+    load_pretrained,
     load_tokenizer_file,
     train_tokenizer,
 )
@@ -31,6 +33,7 @@ from moe_pretrain.data.units import (
     forget_unit,
     read_records,
     read_token_counts,
+    shard_is_whole,
 )
 from moe_pretrain.data.workers import Job, Task, WriteError, run_here, run_in_processes
 
@@ -55,6 +58,31 @@ def build(preparation: "Preparation") -> None:
     if cache.was_cut_off(folder):
         with contextlib.suppress(ValueError, OSError), cache.locked(folder, report):  # it may be read-only
             shutil.rmtree(folder / UNITS, ignore_errors=True)
+
+
+def make_tokenizer(
+    corpus: CorpusConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    report: Callable[[str], None],
+    retries: Retries | None = None,
+) -> Tokenizer:
+    """Load the tokenizer, or learn it from the first 20 MB of training documents and leave it in ``folder``.
+
+    Local files take turns in those 20 MB; a stream gives what comes first. ``retries``: see ``sources.stream_units``.
+
+    Raises:
+        ValueError: It cannot be loaded, or the source cannot be read.
+    """
+    if config.kind == "pretrained":
+        return load_pretrained(config)
+    file = folder / TOKENIZER_FILE
+    if not file.exists():
+        report(f"training a {config.vocab_size}-token tokenizer ({describe(corpus)})")
+        half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
+        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, half_written)
+        half_written.rename(file)
+    return load_tokenizer_file(file)
 
 
 class Preparation:
@@ -104,7 +132,9 @@ class Preparation:
         cache.remove_leftovers(self._partial)
         try:
             units = plan_units(self._corpus)
-            tokenizer = self._tokenizer()
+            tokenizer = self._pretrained or make_tokenizer(
+                self._corpus, self._tokenizer_config, self._partial, self.report
+            )
             self._records = self._good_records(2 if tokenizer.vocab_size <= 65536 else 4)
             if self._records:
                 self.report(f"going on with {len(self._records)} finished shards in {self._partial}")
@@ -123,30 +153,12 @@ class Preparation:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
 
-    def _tokenizer(self) -> Tokenizer:
-        if self._pretrained is not None:
-            return self._pretrained
-        file = self._partial / TOKENIZER_FILE
-        if not file.exists():
-            self.report(
-                f"training a {self._tokenizer_config.vocab_size}-token tokenizer ({describe(self._corpus)})",
-            )
-            half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
-            texts = sample_texts(self._corpus, _TOKENIZER_SAMPLE_BYTES)
-            train_tokenizer(texts, self._tokenizer_config.vocab_size, half_written)
-            half_written.rename(file)
-        return load_tokenizer_file(file)
-
     def _good_records(self, token_bytes: int) -> dict[int, UnitRecord]:
-        """Records whose shards are there; a machine that lost power may keep one without the other."""
+        """Records whose shards are there."""
         good = {}
         for index, record in read_records(self._partial).items():
-            paths = [
-                (self._partial / side / f"{shard.name}.bin", shard.tokens * token_bytes)
-                for side, shard in zip(SIDES, record.shards, strict=True)
-                if shard
-            ]
-            if all(path.is_file() and path.stat().st_size == size for path, size in paths):
+            shards_of = zip(SIDES, record.shards, strict=True)
+            if all(shard_is_whole(self._partial, side, shard, token_bytes) for side, shard in shards_of):
                 good[index] = record
             else:
                 forget_unit(self._partial, index)
@@ -165,12 +177,12 @@ class Preparation:
         corpus = self._corpus
         assert isinstance(corpus, HubCorpusConfig)
         limit = float("inf") if self._max_tokens is None else self._max_tokens
-        settled, rows_done, tokens = 0, 0, 0  # units in order, without a gap and below the limit
+        settled, place, tokens = 0, START, 0  # units in order, without a gap and below the limit
 
         def settle() -> bool:
-            nonlocal settled, rows_done, tokens
+            nonlocal settled, place, tokens
             while (record := self._records.get(settled)) and tokens + record.train_tokens < limit:
-                settled, rows_done = settled + 1, rows_done + record.counts.read
+                settled, place = settled + 1, record.end or Place(place.rows + record.counts.read, None)
                 tokens += record.train_tokens
                 waiting.pop(record.index, None)
             return record is not None  # enough tokens
@@ -181,7 +193,7 @@ class Preparation:
             return
 
         def tasks() -> Iterator[Task]:
-            for unit in stream_units(corpus, rows_done, settled):
+            for unit in stream_units(corpus, place, settled):
                 waiting[unit.index] = unit
                 if enough:
                     return
@@ -194,7 +206,7 @@ class Preparation:
             enough = settle()
         if enough:
             if settled not in waiting:
-                waiting[settled] = next(stream_units(corpus, rows_done, settled))
+                waiting[settled] = next(stream_units(corpus, place, settled))
             for index in [index for index in self._records if index > settled]:
                 del self._records[index]
                 forget_unit(self._partial, index)

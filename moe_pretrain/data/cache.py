@@ -16,6 +16,7 @@ from pathlib import Path
 
 _PARTIAL = ".partial"
 _SECONDS_BETWEEN_TRIES = 0.5
+_OLD_SECONDS = 3600.0
 _STALE_SECONDS = 7 * 24 * 3600.0
 
 
@@ -92,6 +93,14 @@ def remove_leftovers(partial: Path) -> None:
     """Remove the temporary files of processes that were killed; call it under the lock."""
     for path in partial.rglob("*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def remove_old_leftovers(folder: Path) -> None:
+    """Remove temporary files that nobody has written to for an hour; others may be another process's."""
+    for path in folder.rglob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+                path.unlink()
 
 
 def _last_change(folder: Path) -> float:

@@ -11,6 +11,7 @@ import xxhash
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
 LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
+_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # names of no dataset: what `datasets` reads files with
 TABLE_ENDINGS = (*LINES_ENDINGS, ".parquet", ".gz")
 
 
@@ -77,7 +78,10 @@ class HubCorpusConfig:
 
     Attributes:
         source: The word that chooses this corpus.
-        name: Dataset name, for example ``HuggingFaceFW/fineweb-edu``.
+        name: Dataset name, for example ``HuggingFaceFW/fineweb-edu``; with ``files`` one of the
+            loaders in ``datasets``: ``json``, ``parquet``, ``csv``, ``text``, ``arrow``.
+        files: Addresses that ``datasets`` reads: ``https://``, ``hf://``, ``file://``, patterns where
+            the server can list its files; None for the dataset's own.
         subset: Configuration of the dataset, or None for its default.
         split: Split to read; our own validation documents are held out of it.
         text_column: Column of the text.
@@ -89,6 +93,7 @@ class HubCorpusConfig:
 
     source: Literal["hub"]
     name: str
+    files: tuple[str, ...] | None
     subset: str | None
     split: str
     text_column: str
@@ -101,6 +106,8 @@ class HubCorpusConfig:
         _check_fraction(self.validation_fraction)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"data.max_tokens={self.max_tokens} must be at least 1, or null")
+        if self.name in _LOADERS and not self.files:
+            raise ValueError(f"data.files={self.files} must list at least one file with data.name={self.name}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from moe_pretrain.data.files import corpus_files
 from moe_pretrain.data.mixture import DataConfig, MixtureConfig
 from moe_pretrain.data.mixture_preparation import TokenizedMixture
 from moe_pretrain.data.preparation import TokenizedCorpus
+from moe_pretrain.data.streamed import StreamedCorpus
 from moe_pretrain.data.token_files import token_files
 
 Facts = dict[str, Any]
@@ -15,11 +16,13 @@ _MOST_FILES = 200  # of more files only their number and size are kept
 _MOST_NAMED = 3
 
 
-def corpus_facts(config: DataConfig, corpus: TokenizedCorpus | TokenizedMixture) -> Facts:
+def corpus_facts(config: DataConfig, corpus: TokenizedCorpus | TokenizedMixture | StreamedCorpus) -> Facts:
     """What decides and describes the tokens: plain values under a few names, ready for JSON.
 
-    A mixture has one entry per source under ``sources``.
+    A mixture has one entry per source under ``sources``. A stream has none: its own state says what changed.
     """
+    if isinstance(corpus, StreamedCorpus):
+        return {}
     if isinstance(corpus, TokenizedMixture):
         assert isinstance(config, MixtureConfig)
         return {"sources": {name: corpus_facts(config.sources[name], one) for name, one in corpus.sources.items()}}

@@ -1,15 +1,15 @@
 """Micro-batches for one rank. A step's data is a pure function of the step: there is no state.
 
-``positions`` says which row stands at position n of the run. A step consumes the next
-``global_batch_rows`` positions, each rank a contiguous part of them, cut into micro-batches in order. So the
-number of ranks, the micro-batch size and the prefetching thread change nothing, and a run resumes by
+Position n of the run is one row of the corpus: see ``order``, and ``stream_rows`` for a corpus that is streamed. A step
+consumes the next ``global_batch_rows`` positions, each rank a contiguous part of them, cut into micro-batches in order.
+So the number of ranks, the micro-batch size and the prefetching thread change nothing, and a run resumes by
 naming its next step.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from moe_pretrain.data.packing import PADDING_POSITION, MicroBatch, build_micro_
 from moe_pretrain.data.positions import Mixed, Positions, Shuffled, SourceUse
 from moe_pretrain.data.rows import BestFit, Concatenated, Rows
 from moe_pretrain.data.shards import ShardReader
+from moe_pretrain.data.stream_rows import StreamedRows
+from moe_pretrain.data.streaming import ShardStream
 
 PackingMethod = Literal["concatenate", "best_fit"]
 PACKINGS: dict[PackingMethod, Callable[[ShardReader, int], Rows]] = {"concatenate": Concatenated, "best_fit": BestFit}
@@ -27,11 +29,74 @@ _PREFETCHED_STEPS = 2
 _ROWS_AT_ONCE = 64  # enough to spread the cost of a numpy call, few enough for the processor's caches
 
 
+class PositionedRows(Protocol):
+    """What names the row at each position of a run.
+
+    Attributes:
+        num_rows: Rows in one epoch; None where that is not known yet.
+        waste: Share of the row positions that hold no token.
+    """
+
+    num_rows: int | None
+    waste: float
+
+    def reach(self, start: int, stop: int, cancelled: Callable[[], bool]) -> bool:
+        """Wait until positions ``[start, stop)`` can be read; False if the data ends before."""
+
+    def find(self, positions: np.ndarray) -> np.ndarray:
+        """Where the rows at int64 [positions] are, one entry each, for ``read``; cheaper for many at a time."""
+
+    def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """As ``rows.Rows.read``, of what ``find`` found, or of a part of it."""
+
+    def release(self, position: int) -> None:
+        """No rank reads a position below this one again."""
+
+    def cursor(self, position: int) -> dict[str, Any] | None:
+        """What a checkpoint keeps to go on at a position; None if the position is enough."""
+
+    def restore(self, cursor: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint; raises ValueError if it was made with other settings."""
+
+
+class WholeRows:
+    """The rows of a corpus, or of several that are mixed, that are there whole, for ever."""
+
+    def __init__(self, positions: Positions) -> None:
+        self.positions = positions
+        self.num_rows: int | None = positions.num_rows
+        self.waste = positions.waste
+
+    def reach(self, start: int, stop: int, cancelled: Callable[[], bool]) -> bool:
+        """See ``PositionedRows``."""
+        return True
+
+    def find(self, positions: np.ndarray) -> np.ndarray:
+        """See ``PositionedRows``."""
+        return self.positions.find(positions)
+
+    def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """See ``PositionedRows``."""
+        return self.positions.read(found)
+
+    def release(self, position: int) -> None:
+        """See ``PositionedRows``."""
+
+    def cursor(self, position: int) -> dict[str, Any] | None:
+        """See ``PositionedRows``."""
+        return None
+
+    def restore(self, cursor: dict[str, Any] | None) -> None:
+        """See ``PositionedRows``."""
+        if cursor is not None:
+            raise ValueError("streaming.mode: the checkpoint is of a run whose data was streamed; stream it here too")
+
+
 class TrainLoader:
     """Endless training micro-batches of one rank; epochs follow one another.
 
     Args:
-        reader: The training tokens, of one corpus or of several that are mixed.
+        reader: The training tokens, of one corpus or of several that are mixed, or a stream of them.
         sequence_length: Input positions of a row.
         global_batch_rows: Rows of one step over all ranks.
         micro_batch_rows: Rows of one forward pass on one rank.
@@ -49,7 +114,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        reader: ShardReader | MixedShards,
+        reader: ShardReader | MixedShards | ShardStream,
         sequence_length: int,
         global_batch_rows: int,
         micro_batch_rows: int,
@@ -69,13 +134,17 @@ class TrainLoader:
             )
         # A step's arrays are of a size that glibc gives back to the system each time: two thirds of the speed.
         keep_freed_memory()
-        self.positions: Positions
-        if isinstance(reader, MixedShards):
+        self.rows: PositionedRows
+        if isinstance(reader, ShardStream):
+            if method != "concatenate":
+                raise ValueError(f"packing.method={method} must be concatenate when data is streamed")
+            self.rows = StreamedRows(reader, sequence_length, seed, shuffle)
+        elif isinstance(reader, MixedShards):
             rows = {name: PACKINGS[method](one, sequence_length) for name, one in reader.readers.items()}
-            self.positions = Mixed(rows, reader.config.turns(global_batch_rows), seed, shuffle)
+            self.rows = WholeRows(Mixed(rows, reader.config.turns(global_batch_rows), seed, shuffle))
         else:
-            self.positions = Shuffled(PACKINGS[method](reader, sequence_length), seed, shuffle)
-        self.num_rows, self.waste = self.positions.num_rows, self.positions.waste
+            self.rows = WholeRows(Shuffled(PACKINGS[method](reader, sequence_length), seed, shuffle))
+        self.num_rows, self.waste = self.rows.num_rows, self.rows.waste
         self._global_batch_rows = global_batch_rows
         self._micro_batch_rows = micro_batch_rows
         self._rank = rank
@@ -87,12 +156,12 @@ class TrainLoader:
         """This rank's micro-batches of one step, in order."""
         own = rank_positions(step, self._global_batch_rows, self._rank, self._world_size)
         positions = np.arange(own.start, own.stop, dtype=np.int64)
-        found = self.positions.find(positions)
+        found = self.rows.find(positions)
         chunk = max(1, _ROWS_AT_ONCE // self._micro_batch_rows) * self._micro_batch_rows
         batches: list[MicroBatch] = []
         for first in range(0, len(positions), chunk):
             part = slice(first, first + chunk)
-            tokens, starts, used = self.positions.read(found[part])
+            tokens, starts, used = self.rows.read(found[part])
             batches += build_micro_batches(
                 tokens,
                 starts,
@@ -104,33 +173,57 @@ class TrainLoader:
             )
         return batches
 
+    @property
+    def _mixed(self) -> Mixed | None:
+        whole = self.rows.positions if isinstance(self.rows, WholeRows) else None
+        return whole if isinstance(whole, Mixed) else None
+
     def source_use(self, step: int) -> dict[str, SourceUse]:
         """What the first ``step`` steps take from each source of a mixture; empty for a single corpus."""
-        return self.positions.use(step * self._global_batch_rows) if isinstance(self.positions, Mixed) else {}
+        return self._mixed.use(step * self._global_batch_rows) if self._mixed else {}
 
     def exhaustion_steps(self) -> dict[str, int]:
         """First step that needs each source of a mixture for the second time; without those that never run out."""
-        found = self.positions.runs_out() if isinstance(self.positions, Mixed) else {}
+        found = self._mixed.runs_out() if self._mixed else {}
         return {name: at // self._global_batch_rows for name, at in found.items() if at is not None}
 
-    def iterate(self, first_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
-        """``(step, micro_batches(step))`` from ``first_step`` on, for ever.
+    def reach(self, step: int) -> None:
+        """Wait until ``micro_batches(step)`` can be read."""
+        self.rows.reach(step * self._global_batch_rows, (step + 1) * self._global_batch_rows, lambda: False)
 
-        One background thread works up to two steps ahead. What fails in it is raised here, at
-        the step it failed on; closing the iterator ends the thread.
+    def state(self, step: int) -> dict[str, Any] | None:
+        """What a checkpoint before ``step`` keeps for ``restore``."""
+        return self.rows.cursor(step * self._global_batch_rows)
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint's state.
+
+        Raises:
+            ValueError: It was made with other settings.
         """
-        ready: queue.Queue[tuple[int, list[MicroBatch] | Exception]] = queue.Queue(_PREFETCHED_STEPS)
+        self.rows.restore(state)
+
+    def iterate(self, first_step: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
+        """``(step, micro_batches(step))`` from ``first_step`` on, for ever or to the end of a stream that ends the run.
+
+        When step s is asked for, every rank must have done with the data of step s - 1. One background thread works up
+        to two steps ahead. What fails in it is raised here, at the step it failed on; closing the iterator ends the
+        thread.
+        """
+        ready: queue.Queue[tuple[int, list[MicroBatch] | Exception | None]] = queue.Queue(_PREFETCHED_STEPS)
         stop = threading.Event()
 
         def work() -> None:
             step = first_step
             while not stop.is_set():
+                first, last = step * self._global_batch_rows, (step + 1) * self._global_batch_rows
                 try:
-                    result: list[MicroBatch] | Exception = self.micro_batches(step)
+                    there = self.rows.reach(first, last, stop.is_set)
+                    result: list[MicroBatch] | Exception | None = self.micro_batches(step) if there else None
                 except Exception as error:
                     result = error
                 ready.put((step, result))
-                if isinstance(result, Exception):
+                if not isinstance(result, list):
                     return
                 step += 1
 
@@ -141,6 +234,9 @@ class TrainLoader:
                 step, result = ready.get()
                 if isinstance(result, Exception):
                     raise result
+                if result is None:
+                    return
+                self.rows.release(step * self._global_batch_rows)
                 yield step, result
         finally:
             stop.set()

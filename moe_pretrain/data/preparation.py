@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
@@ -61,6 +61,10 @@ class TokenizedCorpus:
     def tokenizer_file(self) -> Path:
         """Where the tokenizer is, if it was learnt from this corpus."""
         return self.folders[0] / TOKENIZER_FILE
+
+    def describe_size(self) -> str:
+        """How much there is, in a few words."""
+        return f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
 
     def describe_counts(self) -> str:
         """Documents and tokens in and out, in one line whose numbers add up."""
@@ -125,7 +129,7 @@ def prepare(
     report = progress or (lambda line: None)
     max_tokens = _max_tokens(corpus, tokens_needed)
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
-    folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
     return _open(folder, pretrained)
 
@@ -161,7 +165,7 @@ def prepare_evaluation_set(
     max_tokens = _max_tokens(corpus, tokens_needed)
     with naming(f"evaluation.sets.{name}"):
         pretrained = trained_on.tokenizer
-        folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
+        folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
         build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES[:1], workers, report))
         return _open_sides(folder, SIDES[:1])[0]
 
@@ -175,7 +179,7 @@ def check_prepared(
         ValueError: It is not prepared, or a shard is damaged; the line names it.
     """
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
-    folder = cache_dir / _folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
     _require_complete(folder, SIDES)
     prepared = _open(folder, pretrained)
     prepared.train.verify()
@@ -198,7 +202,7 @@ def check_evaluation_set(
     """
     with naming(f"evaluation.sets.{name}"):
         max_tokens = _max_tokens(corpus, tokens_needed)
-        folder = cache_dir / _folder_name(corpus, tokenizer, trained_on.tokenizer, max_tokens, SIDES[:1])
+        folder = cache_dir / folder_name(corpus, tokenizer, trained_on.tokenizer, max_tokens, SIDES[:1])
         _require_complete(folder, SIDES[:1])
         reader = ShardReader(folder / SIDES[0])
         reader.verify()
@@ -225,13 +229,15 @@ def _max_tokens(corpus: CorpusConfig, tokens_needed: int | None) -> int | None:
     return tokens_needed if corpus.max_tokens is None else corpus.max_tokens
 
 
-def _folder_name(
+def folder_name(
     corpus: CorpusConfig,
     tokenizer: TokenizerConfig,
     pretrained: Tokenizer | None,
     max_tokens: int | None,
     sides: tuple[str, ...],
+    **more: Any,
 ) -> str:
+    """Name of a corpus' folder: a hash of everything that decides its content."""
     facts = {
         "format_version": shards.FORMAT_VERSION,
         "corpus": dataclasses.asdict(corpus),
@@ -240,6 +246,7 @@ def _folder_name(
         "tokenizer": pretrained.fingerprint if pretrained else dataclasses.asdict(tokenizer),
         "max_tokens": max_tokens,
         "sides": sides,
+        **more,
     }
     digest = xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
     return f"{corpus.source}-{digest}"

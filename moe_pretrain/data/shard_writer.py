@@ -139,10 +139,27 @@ def write_manifest(
     Raises:
         ValueError: There is no shard.
     """
+    manifest = make_manifest(folder, shards, token_counts, end_of_document, tokenizer_fingerprint, origin)
+    # The shards' names must be on the disk before the manifest that vouches for them.
+    sync_folder(folder)
+    write_durably(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    sync_folder(folder)
+    return manifest
+
+
+def make_manifest(
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    token_counts: np.ndarray,
+    end_of_document: int,
+    tokenizer_fingerprint: str,
+    origin: Origin,
+) -> Manifest:
+    """What ``write_manifest`` writes, which has the arguments' meanings."""
     if not shards:
         raise ValueError(f"{folder}: no document was written")
     vocab_size = len(token_counts)
-    manifest = Manifest(
+    return Manifest(
         format_version=FORMAT_VERSION,
         dtype=_token_dtype(vocab_size).name,
         vocab_size=vocab_size,
@@ -157,11 +174,6 @@ def write_manifest(
         text_bytes=sum(shard.text_bytes for shard in shards),
         unigram_entropy_nats=_entropy_nats(token_counts),
     )
-    # The shards' names must be on the disk before the manifest that vouches for them.
-    sync_folder(folder)
-    write_durably(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-    sync_folder(folder)
-    return manifest
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -99,6 +99,7 @@ class ShardReader:
 
     Args:
         folder: A folder that ``write_manifest`` completed.
+        manifest: What to read in a folder that is not complete; None for its own manifest.
 
     Attributes:
         folder: The folder.
@@ -113,9 +114,9 @@ class ShardReader:
             has another size than the manifest says. Contents are checked by ``verify``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
         self.folder = folder
-        self.manifest = _read_manifest(folder)
+        self.manifest = manifest or _read_manifest(folder)
         self.num_tokens = self.manifest.tokens
         self.num_documents = self.manifest.documents
         self.text_bytes = self.manifest.text_bytes

@@ -6,13 +6,10 @@ the number of processes, so each can be tokenised anywhere and at any time, and 
 
 import json
 import sysconfig
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 from moe_pretrain.data.corpora import (
     BuiltinCorpusConfig,
@@ -25,10 +22,9 @@ from moe_pretrain.data.corpora import (
     TokensCorpusConfig,
     checked_text,
     is_validation,
-    one_line,
-    text_of,
 )
 from moe_pretrain.data.files import Piece, corpus_files, cut_file, file_rows
+from moe_pretrain.data.hub import START, Place, Retries, hub_batches
 from moe_pretrain.data.token_files import cut_token_file, token_files
 
 # Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
@@ -46,11 +42,13 @@ class Unit:
         index: Place in the corpus, from 0.
         pieces: What to read, in order. A streamed corpus has none; its rows come with the unit.
         rows: Rows of a streamed corpus.
+        end: Where a streamed corpus stands after them; None for others.
     """
 
     index: int
     pieces: tuple[Piece, ...]
     rows: tuple[Row, ...]
+    end: Place | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -58,19 +56,24 @@ class Unit:
         return sum(piece.size_bytes for piece in self.pieces)
 
 
-def plan_units(config: CorpusConfig) -> list[Unit] | None:
+def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[Unit] | None:
     """The units of a corpus, in order, or None for one that is streamed: see ``stream_units``.
+
+    Args:
+        config: The corpus.
+        smallest_bytes: About how much text a unit has at least; None for four million bytes.
 
     Raises:
         ValueError: A file is missing or cannot be read.
     """
+    smallest_bytes = smallest_bytes or _SMALLEST_UNIT_BYTES
     if isinstance(config, HubCorpusConfig):
         return None
     if isinstance(config, BuiltinCorpusConfig):
-        return _group([[piece] for piece in _builtin_pieces()], _SMALLEST_UNIT_BYTES)
+        return _group([[piece] for piece in _builtin_pieces()], smallest_bytes)
     files = token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
     total_bytes = sum(path.stat().st_size for path in files)
-    unit_bytes = max(_SMALLEST_UNIT_BYTES, -(-total_bytes // _MOST_UNITS))
+    unit_bytes = max(smallest_bytes, -(-total_bytes // _MOST_UNITS))
     if isinstance(config, TokensCorpusConfig):
         return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
     return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
@@ -92,27 +95,35 @@ def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
             yield from file_rows(piece, config)
 
 
-def stream_units(config: HubCorpusConfig, rows_done: int, units_done: int) -> Iterator[Unit]:
+def stream_units(
+    config: HubCorpusConfig,
+    start: Place,
+    units_done: int,
+    unit_bytes: int | None = None,
+    retries: Retries | None = None,
+) -> Iterator[Unit]:
     """Units of a streamed corpus from where an earlier attempt came to.
+
+    Args:
+        config: The corpus.
+        start: Where it stood after the units that are done.
+        units_done: How many those are.
+        unit_bytes: About how much text a unit has; None for four million bytes.
+        retries: What to do when the network fails; None for nothing.
 
     Raises:
         ValueError: The source cannot be read.
     """
-    index, rows, size = units_done, [], 0
-    for row in hub_rows(config, rows_done):
-        rows.append(row)
-        size += len(row.text) if isinstance(row, Document) else 0
-        if size >= _SMALLEST_UNIT_BYTES:
-            yield Unit(index, (), tuple(rows))
-            index, rows, size = index + 1, [], 0
-    if rows:
-        yield Unit(index, (), tuple(rows))
+    retries = retries or Retries(0.0, lambda line: None)
+    batches = hub_batches(config, start, unit_bytes or _SMALLEST_UNIT_BYTES, retries)
+    for index, (rows, end) in enumerate(batches, start=units_done):
+        yield Unit(index, (), rows, end)
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
+def documents(config: CorpusConfig, retries: Retries | None = None) -> Iterator[Document]:
     """All documents of a corpus, training and validation together, always in the same order.
 
-    A row whose text is empty is no document and is left out.
+    A row whose text is empty is no document and is left out. ``retries``: see ``stream_units``.
 
     Raises:
         ValueError: The source cannot be read; one line that names the file, and the line or
@@ -121,13 +132,13 @@ def documents(config: CorpusConfig) -> Iterator[Document]:
     units = plan_units(config)
     if units is None:
         assert isinstance(config, HubCorpusConfig)
-        rows = hub_rows(config, 0)
+        rows = (row for unit in stream_units(config, START, 0, 1, retries) for row in unit.rows)
     else:
         rows = (row for unit in units for row in unit_rows(config, unit))
     return (row for row in rows if isinstance(row, Document))
 
 
-def sample_texts(config: CorpusConfig, max_bytes: int) -> Iterator[str]:
+def sample_texts(config: CorpusConfig, max_bytes: int, retries: Retries | None = None) -> Iterator[str]:
     """Training texts for a tokenizer, ``max_bytes`` of them at most, always the same.
 
     Local files take turns, so a corpus whose first file is large and of one kind does not
@@ -139,7 +150,7 @@ def sample_texts(config: CorpusConfig, max_bytes: int) -> Iterator[str]:
         every = -(-len(files) // 64)
         rows = _in_turn([file_rows(Piece(str(path), 0, None, 0), config) for path in files[::every]])
     else:
-        rows = documents(config)
+        rows = documents(config, retries)
     remaining_bytes = max_bytes
     for document in rows:
         if not is_validation(document.text, config.validation_fraction):
@@ -169,7 +180,7 @@ def content_identity(config: CorpusConfig) -> str:
         files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
         stats = [(path, path.stat()) for path in files]
         return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
-    return config.name
+    return config.name  # and what else its configuration says
 
 
 def _group(files: list[list[Piece]], unit_bytes: int) -> list[Unit]:
@@ -239,55 +250,3 @@ def _builtin_row(name: str) -> Row:
     except UnicodeDecodeError:
         return LeftOut(identity, "invalid_utf8")  # a few sources are in another encoding
     return checked_text(identity, text, "skip")
-
-
-# ---------------------------------------------------------------- hub
-
-
-def hub_rows(config: HubCorpusConfig, skip: int) -> Iterator[Row]:
-    """Rows of a hub dataset after the first ``skip``.
-
-    Raises:
-        ValueError: The hub or the dataset cannot be read, or a row has no text.
-    """
-    require_network(f"data=hub data.name={config.name}", "use data=builtin or data=files")
-    import datasets
-
-    # Its loggers would put a line of their own before each of our errors.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    options: dict[str, Any] = {} if config.version is None else {"revision": config.version}
-    try:
-        stream = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=True, **options)
-        if skip:
-            stream = stream.skip(skip)
-        for number, row in enumerate(stream, start=skip + 1):
-            yield checked_text(f"{config.name}#{number}", text_of(row, config.text_column), "fail")
-    except Exception as error:
-        raise ValueError(
-            f"data=hub data.name={config.name} data.subset={config.subset} data.split={config.split}: {one_line(error)}"
-        ) from None
-
-
-def require_network(what: str, instead: str) -> None:
-    """Ask the Hugging Face hub for a sign of life, once, within ten seconds.
-
-    The hub's own clients try again for half a minute and then show forty lines.
-
-    Args:
-        what: The setting that needs the hub, for the error line.
-        instead: What the user can do without it.
-
-    Raises:
-        ValueError: The hub does not answer.
-    """
-    import datasets
-
-    hub = datasets.config.HF_ENDPOINT
-    request = urllib.request.Request(hub, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # an answer, whatever its status
-    except OSError as error:
-        reason = one_line(getattr(error, "reason", error))
-        raise ValueError(f"{what} cannot be reached: {hub}: {reason}; {instead}") from None

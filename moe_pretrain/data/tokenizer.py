@@ -10,7 +10,7 @@ import tokenizers
 import xxhash
 
 from moe_pretrain.data.corpora import one_line
-from moe_pretrain.data.sources import require_network
+from moe_pretrain.data.hub import require_network
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"

@@ -23,6 +23,7 @@ from moe_pretrain.data.corpora import (
     TokensCorpusConfig,
     is_validation,
 )
+from moe_pretrain.data.hub import Place
 from moe_pretrain.data.shard_writer import ShardWriter, write_durably
 from moe_pretrain.data.shards import ShardInfo
 from moe_pretrain.data.sources import Unit, unit_rows
@@ -73,12 +74,14 @@ class UnitRecord:
         shards: Shard of each of ``SIDES``; None where no document fell on that side.
         counts: Documents in and out.
         limited: Whether the unit was cut short, because the corpus had enough tokens.
+        end: Where a streamed source stood after it; None for others.
     """
 
     index: int
     shards: tuple[ShardInfo | None, ShardInfo | None]
     counts: Counts
     limited: bool
+    end: Place | None
 
     @property
     def train_tokens(self) -> int:
@@ -147,22 +150,38 @@ def write_unit(
     finally:
         train.abort()
         validation.abort()
-    record = UnitRecord(unit.index, shards, Counts(**counted), limited)
+    record = UnitRecord(unit.index, shards, Counts(**counted), limited, unit.end)
     (folder / UNITS).mkdir(exist_ok=True)
     write_durably(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
-    write_durably(folder / UNITS / f"unit-{unit.index:05d}.json", json.dumps(dataclasses.asdict(record)).encode())
+    write_durably(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
 
 
 def read_records(folder: Path) -> dict[int, UnitRecord]:
     """The records of the units that are done."""
-    found = {}
-    for path in (folder / UNITS).glob("unit-*.json"):
-        values: dict[str, Any] = json.loads(path.read_bytes())
-        train, validation = (ShardInfo(**shard) if shard else None for shard in values["shards"])
-        record = UnitRecord(values["index"], (train, validation), Counts(**values["counts"]), values["limited"])
-        found[record.index] = record
-    return found
+    records = [read_record(path) for path in (folder / UNITS).glob("unit-*.json")]
+    return {record.index: record for record in records}
+
+
+def record_path(folder: Path, index: int) -> Path:
+    """Where a unit's record is once the unit is done."""
+    return folder / UNITS / f"unit-{index:05d}.json"
+
+
+def read_record(path: Path) -> UnitRecord:
+    """One record."""
+    values: dict[str, Any] = json.loads(path.read_bytes())
+    train, validation = (ShardInfo(**shard) if shard else None for shard in values["shards"])
+    end = Place(**values["end"]) if values.get("end") else None
+    return UnitRecord(values["index"], (train, validation), Counts(**values["counts"]), values["limited"], end)
+
+
+def shard_is_whole(folder: Path, side: str, shard: ShardInfo | None, token_bytes: int) -> bool:
+    """Whether a shard that a record lists is there; a machine that lost power may keep one without the other."""
+    if shard is None:
+        return True
+    path = folder / side / f"{shard.name}.bin"
+    return path.is_file() and path.stat().st_size == shard.tokens * token_bytes
 
 
 def read_token_counts(folder: Path, index: int) -> np.ndarray:
@@ -172,12 +191,16 @@ def read_token_counts(folder: Path, index: int) -> np.ndarray:
 
 def forget_unit(folder: Path, index: int) -> None:
     """Undo a unit: the record first, so that there is never a record without its shards."""
-    for path in (
-        folder / UNITS / f"unit-{index:05d}.json",
-        folder / UNITS / f"unit-{index:05d}.counts",
-        *(folder / side / f"shard-{index:05d}.{ending}" for side in SIDES for ending in ("bin", "idx")),
-    ):
-        path.unlink(missing_ok=True)
+    record_path(folder, index).unlink(missing_ok=True)
+    (folder / UNITS / f"unit-{index:05d}.counts").unlink(missing_ok=True)
+    forget_shards(folder, index, SIDES)
+
+
+def forget_shards(folder: Path, index: int, sides: tuple[str, ...]) -> None:
+    """Remove a unit's shards of some sides."""
+    for side in sides:
+        for ending in ("bin", "idx"):
+            (folder / side / f"shard-{index:05d}.{ending}").unlink(missing_ok=True)
 
 
 def _rows(config: CorpusConfig, unit: Unit, tokenizer: Tokenizer) -> Iterator[Row]:

@@ -22,7 +22,14 @@ def files(*paths, column="text", fraction=0.5, **changes):
 
 
 def hub(**changes):
-    options = {"name": "org/name", "subset": None, "split": "train", "text_column": "text", "max_tokens": None}
+    options = {
+        "name": "org/name",
+        "files": None,
+        "subset": None,
+        "split": "train",
+        "text_column": "text",
+        "max_tokens": None,
+    }
     options |= {"validation_fraction": 0.5, "version": None, "licence": None}
     return HubCorpusConfig(source="hub", **(options | changes))
 

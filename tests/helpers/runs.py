@@ -1,4 +1,4 @@
-"""Runs of the program as a user starts them: processes, signals, files."""
+"""The program as a user runs it: a process in a folder, and what it leaves there."""
 
 import json
 import os
@@ -25,7 +25,6 @@ TINY = [
     "metrics.log_every_steps=1",
     "metrics.wandb=off",
     "engine.check_every_steps=5",
-    "data=files",
     "data.validation_fraction=0.1",
 ]
 
@@ -49,7 +48,8 @@ def run(home: Path, *words: str) -> tuple[int, str, str]:
 
 
 def train_words(name: str, *more: str) -> list[str]:
-    return ["train", *TINY, "data.paths=[corpus.jsonl]", f"run.name={name}", *more]
+    """The command that trains on the small corpus of ``home``."""
+    return ["train", *TINY, "data=files", "data.paths=[corpus.jsonl]", f"run.name={name}", *more]
 
 
 def rows_of(home: Path, name: str, kind: str = "train") -> list[dict]:

@@ -105,7 +105,10 @@ def test_report_command(straight: Path):
 MISTAKES = [
     (["train", "run.name=straight", "model.hidden_size=64"], "model.hidden_size=64 must stay 32"),
     (["train", "run.name=straight", "checkpoint.resume=never"], "checkpoint.resume=never"),
-    (["train", "run.name=new", "checkpoint.resume=must", *TINY, "data.paths=[corpus.jsonl]"], "there is none"),
+    (
+        ["train", "run.name=new", "checkpoint.resume=must", *TINY, "data=files", "data.paths=[corpus.jsonl]"],
+        "there is none",
+    ),
     (["train", "data=hub", "data.name=owner/dataset"], "data=builtin"),
     (["train", "parallel.processes=3"], "batch.global_batch_tokens=8192 must be a multiple of 768"),
     (["train", "parallel.processes=2", "parallel.expert_parallel_size=4"], "must divide the number of ranks=2"),

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 from helpers.corpora import files, hub
 
-from moe_pretrain.data import TokenizerConfig, sources
+from moe_pretrain.data import TokenizerConfig
+from moe_pretrain.data import hub as hub_module
 from moe_pretrain.data.corpora import BuiltinCorpusConfig, is_validation
-from moe_pretrain.data.preparation import _folder_name
+from moe_pretrain.data.preparation import folder_name
 from moe_pretrain.data.sources import content_identity, documents, sample_texts
 from moe_pretrain.data.units import SIDES
 
@@ -217,13 +218,18 @@ def test_hub_without_a_network_is_one_line_at_once(monkeypatch):
     assert line.endswith("; use data=builtin or data=files")
 
 
+class Stream(list):
+    def state_dict(self):
+        return {}
+
+
 def test_hub_rows_and_faults(monkeypatch):
-    monkeypatch.setattr(sources, "require_network", lambda what, instead: None)
+    monkeypatch.setattr(hub_module, "require_network", lambda what, instead: None)
     asked = []
 
     def load_dataset(*names, **options):
         asked.append((names, options))
-        return iter([{"body": "a"}, {"body": ""}, {"body": "b"}, {"body": 3}])
+        return Stream([{"body": "a"}, {"body": ""}, {"body": "b"}, {"body": 3}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = documents(hub(subset="small", split="all", text_column="body"))
@@ -240,5 +246,5 @@ def test_every_field_of_a_hub_corpus_that_decides_its_text_is_in_the_cache_key()
     """Another revision of the dataset, for one, is another corpus."""
     tokenizer = TokenizerConfig("train", 300, None)
     changes = [{}, {"version": "v1"}, {"version": "v2"}, {"name": "org/other"}, {"subset": "x"}, {"split": "test"}]
-    names = {_folder_name(hub(**change), tokenizer, None, 100, SIDES) for change in changes}
+    names = {folder_name(hub(**change), tokenizer, None, 100, SIDES) for change in changes}
     assert len(names) == len(changes)

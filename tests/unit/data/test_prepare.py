@@ -28,7 +28,7 @@ from moe_pretrain.data import (
     units,
 )
 from moe_pretrain.data import prepare as prepare_with_workers
-from moe_pretrain.data.corpora import Document, LeftOut, is_validation
+from moe_pretrain.data.corpora import LeftOut, is_validation
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -152,12 +152,21 @@ def stream_numbered_texts(monkeypatch, rows=10**9):
     """A hub dataset of numbered texts; returns the list of row numbers at which it was opened."""
     opened = []
 
-    def numbered(config, skip):
-        opened.append(skip)
-        for number in range(skip, rows):
-            yield Document(f"row {number}", f"text number {number} of a stream without end")
+    class Numbered:
+        def __init__(self, config, start):
+            opened.append(start.rows)
+            self.number = start.rows
 
-    monkeypatch.setattr(sources, "hub_rows", numbered)
+        def __iter__(self):
+            while self.number < rows:
+                self.number += 1
+                yield {"text": f"text number {self.number - 1} of a stream without end"}
+
+        def state_dict(self):
+            return {"number": self.number}
+
+    monkeypatch.setattr("moe_pretrain.data.hub.open_stream", Numbered)
+    monkeypatch.setattr("moe_pretrain.data.hub.require_network", lambda what, instead: None)
     monkeypatch.setattr(building, "_TOKENIZER_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     monkeypatch.setattr(units, "_BATCH_CHARACTERS", 300)
