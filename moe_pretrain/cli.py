@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 USAGE_CODE = 2
+DAMAGED_CODE = 1
 OVERRIDES_FILE = "overrides.txt"
 
 
@@ -177,6 +178,22 @@ def _folder_and_reference(arguments: list[str]) -> tuple[Path, str | None]:
     raise ValueError("usage: moe-pretrain compare FOLDER [--reference VARIANT]")
 
 
+def _inspect(arguments: list[str]) -> int:
+    """Describe a checkpoint and verify it; 1 if it is damaged."""
+    from moe_pretrain.checkpoint.inspection import inspect
+    from moe_pretrain.checkpoint.manifest import CheckpointError
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain inspect CHECKPOINT")
+    try:
+        for line in inspect(Path(arguments[0])):
+            print(line)
+    except CheckpointError as error:
+        print(f"DAMAGED: {' '.join(str(error).split())}")
+        return DAMAGED_CODE
+    return 0
+
+
 def _specialise(arguments: list[str]) -> int:
     """Say what a run's experts specialise in."""
     from moe_pretrain.data import TokenizedMixture
@@ -207,6 +224,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
         _certify,
         "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL",
     ),
+    "inspect": (_inspect, "CHECKPOINT: what it holds and where it comes from, and whether its checksums are right"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
     "compare": (_compare, "FOLDER [--reference VARIANT]: all runs below a folder, variant against variant"),
     "specialise": (_specialise, "RUN_FOLDER: information between a run's experts and what their tokens are, in bits"),

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
-from moe_pretrain.checkpoint.store import CheckpointConfig
+from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.data import (
     CorpusConfig,
     DataConfig,
@@ -33,6 +33,7 @@ from moe_pretrain.data import (
 )
 from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
+from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe import ShippedRouterConfig, check_gate
@@ -144,6 +145,7 @@ class Config:
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     metrics: MetricsConfig
+    fault: FaultConfig
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:

@@ -1,8 +1,9 @@
 """Starts worker processes on this host when nobody else did.
 
 torchrun would do, but for two habits: it kills workers 30 seconds after a signal, in the middle of a large checkpoint,
-and it exits 1 even when every worker saved and stopped as asked (defect C35). Here signals are passed
-on and waited for, workers die with their parent, and the exit code is the workers'.
+and it exits 1 even when every worker saved and stopped as asked (defect C35). Here signals are passed on and waited
+for, workers die with their parent, and the exit code is the workers'. A worker that dies is named, with the step and
+phase it was last seen in, and the others write their stacks.
 """
 
 import ctypes
@@ -11,21 +12,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch.distributed as dist
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from moe_pretrain.liveness import LOST_RANK, STACK_SIGNAL, last_seen
+from moe_pretrain.signals import HANDLED, INTERRUPTED
+
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 """How long the other workers may take after one has failed."""
+_STACK_SECONDS = 2.0
+"""How long workers may take to write their stacks."""
 
 
 def run_workers(arguments: list[str], processes: int) -> int:
     """Run ``python -m moe_pretrain ARGUMENTS`` in ``processes`` workers with torchrun's variables; wait for them.
 
     Returns:
-        0 if all workers exit with 0, else the first failing worker's code (128 + signal if a signal killed it).
+        0 if all workers exit with 0, else the first failing worker's code (128 + signal if a signal killed it); 130
+        after a second SIGINT, which kills them.
     """
     # The parent holds the store, so there is no port to guess and none that another process can take meanwhile.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -39,12 +46,14 @@ def run_workers(arguments: list[str], processes: int) -> int:
     }
     workers: list[subprocess.Popen[bytes]] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+    interrupts = 0
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        _signal_all(workers, signal.SIGKILL if interrupts > 1 else number)
+
+    before = {number: signal.signal(number, forward) for number in HANDLED}
     try:
         for rank in range(processes):
             variables = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -57,7 +66,8 @@ def run_workers(arguments: list[str], processes: int) -> int:
                     preexec_fn=_die_with_parent,
                 )
             )
-        return _wait(workers)
+        code = _wait(workers, store, lambda: interrupts > 1)
+        return INTERRUPTED if interrupts > 1 else code
     finally:
         for worker in workers:
             worker.kill()
@@ -65,18 +75,40 @@ def run_workers(arguments: list[str], processes: int) -> int:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_interrupted: Callable[[], bool]) -> int:
     """Wait for all; once one has failed the others get ``_GRACE_SECONDS`` to end by themselves."""
     failed = 0
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-        codes = [worker.returncode for worker in workers if worker.poll() is not None]
-        if not failed and any(codes):
-            failed = next(code for code in codes if code)
+        ended = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.poll() is not None}
+        if not failed and any(ended.values()):
+            rank, failed = next((rank, code) for rank, code in ended.items() if code)
             deadline = time.monotonic() + _GRACE_SECONDS
+            if failed < 0 and not is_interrupted():
+                name = signal.Signals(-failed).name
+                place = last_seen(store, rank)
+                print(f"moe-pretrain: rank {rank} was killed by {name}, last seen at {place}", file=sys.stderr)
+            if failed < 0 or failed == LOST_RANK:
+                _write_stacks(workers)
+                break
         time.sleep(_POLL_SECONDS)
     failed = failed or next((worker.returncode for worker in workers if worker.returncode), 0)
     return failed if failed >= 0 else 128 - failed
+
+
+def _write_stacks(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Have the workers that are left write their stacks, stopped ones too."""
+    _signal_all(workers, STACK_SIGNAL)
+    _signal_all(workers, signal.SIGCONT)
+    deadline = time.monotonic() + _STACK_SECONDS
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _signal_all(workers: list[subprocess.Popen[bytes]], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
 
 
 def _die_with_parent() -> None:

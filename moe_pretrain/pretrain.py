@@ -3,67 +3,73 @@
 The only file that knows all others. ``train`` runs in every worker process; ``cli`` starts the workers.
 """
 
-import json
 import os
-import platform
 import secrets
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from moe_pretrain import data
 from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.batching import BatchPlan, plan_batches
-from moe_pretrain.checkpoint import store
-from moe_pretrain.config import Config, ConfigError, to_values
+from moe_pretrain.config import Config, ConfigError
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
-from moe_pretrain.engine.engine import NonFiniteError, StepResult, TrainEngine
-from moe_pretrain.metrics.rows import read_rows
-from moe_pretrain.metrics.sinks import MetricsWriter
-from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row, train_row
-from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
+from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.faults import Faults
+from moe_pretrain.liveness import Liveness
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
-from moe_pretrain.run_data import Corpora, Corpus, describe_corpus, end_when_exhausted, prepare_corpora
-from moe_pretrain.signals import StopRequest
-from moe_pretrain.study.report import summarise, write_report
+from moe_pretrain.run import Run
+from moe_pretrain.run_data import Corpora, describe_corpus, end_when_exhausted, prepare_corpora
+from moe_pretrain.signals import STOPPED, StopRequest
 
-CHECKPOINTS = "checkpoints"
 TOKENS_COUNTED = 4_000_000
 """Tokens at the start of the run from which routers learn how often each id occurs."""
-_MUST_STAY = ("model", "router", "data", "tokenizer", "packing", "seed")
 
 
 def train(config: Config) -> int:
     """Train ``config`` to its last step, going on from its newest checkpoint if there is one.
 
     Returns:
-        Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint.
+        Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint,
+        ``signals.UNSAVED`` when its last checkpoint could not be written.
     """
     check(config, launched_world_size() or 1)
-    folder = config.run.folder
     device_type, dtype = resolve_device(config.engine)
     if device_type == "cpu":
         keep_freed_memory()
     # wandb's own logs stay in the run folder, like everything of a run.
-    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").resolve()))
-    mesh = build_mesh(config.parallel, device_type)
-    say = print if mesh.is_main else _silent
+    os.environ.setdefault("WANDB_CACHE_DIR", str((config.run.folder / "wandb" / "cache").resolve()))
+    with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
+        mesh = build_mesh(config.parallel, device_type)
+        say = print if mesh.is_main else _silent
+        with Liveness(mesh, config.run.folder, config.parallel.heartbeat_seconds) as liveness:
+            try:
+                return _train(config, dtype, mesh, stop, liveness, say)
+            except StoppedEarly:
+                say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
+                return STOPPED
+
+
+def _train(
+    config: Config, dtype: Dtype, mesh: Mesh, stop: StopRequest, liveness: Liveness, say: Callable[[str], None]
+) -> int:
+    faults = Faults(config.fault, mesh.rank)
+
+    def enter(phase: str, step: int) -> None:
+        liveness.enter(phase, step)
+        faults.reach(phase, step)
+
     plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
     size = model_size(config.model, config.router)
     say(_describe_run(config, plan, size, mesh, dtype))
 
-    corpus, evaluation_sets = _prepare_corpora(config, mesh, say)
+    corpus, evaluation_sets = _prepare_corpora(config, mesh, stop, say)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
@@ -99,37 +105,57 @@ def train(config: Config) -> int:
         plan,
         mesh,
         config.seed,
+        faults,
+        enter,
     )
 
-    run = _Run(config, folder, plan, size, corpus, evaluation_sets, loader, engine, mesh, say)
+    run = Run(config, plan, size, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
     run.resume()
-    with StopRequest(mesh) as stop:
-        finished = run.loop(stop)
-    run.finish(finished)
-    return 0 if finished else stop.exit_code
+    try:
+        code = run.loop()
+    finally:
+        run.close()
+    run.finish(code)
+    return code
 
 
-def _prepare_corpora(config: Config, mesh: Mesh, say: Callable[[str], None]) -> Corpora:
+class StoppedEarly(Exception):
+    """A signal came before there was anything to save; raised on all ranks together."""
+
+
+def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callable[[str], None]) -> Corpora:
     """Tokenise on the first rank, then open the result on all.
 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
-    look like a rank that hangs.
+    look like a rank that hangs, and a signal to any of them ends it.
+
+    Raises:
+        StoppedEarly: A signal came.
     """
-    number = torch.zeros((), device=mesh.device, dtype=torch.int64)  # of the run; 0 while the first rank is at work
+
+    def share(number: int) -> int:
+        """The run's number once the first rank has drawn it; 0 while that one is at work."""
+        shared = torch.tensor(number, device=mesh.device)
+        dist.all_reduce(shared)
+        if stop.agreed(mesh.device):
+            raise StoppedEarly
+        return int(shared)
+
     if not mesh.is_main:
-        while not number:
-            dist.all_reduce(number)
-        return prepare_corpora(config, say, False, int(number))
+        while not (number := share(0)):
+            pass
+        return prepare_corpora(config, say, False, number)
+    is_at_work = True
 
     def report(line: str) -> None:
         say(line)
-        if not number:
-            dist.all_reduce(torch.zeros_like(number))
+        if is_at_work:
+            share(0)
 
     drawn = 1 + secrets.randbelow(2**31)
     corpora = prepare_corpora(config, report, True, drawn)
-    number.fill_(drawn)
-    dist.all_reduce(number.clone())
+    is_at_work = False
+    share(drawn)
     return corpora
 
 
@@ -190,254 +216,6 @@ def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
     return device, config.dtype
 
 
-class _Run:
-    """The loop and what it keeps between steps."""
-
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        plan: BatchPlan,
-        size: ModelSize,
-        corpus: Corpus,
-        evaluation_sets: dict[str, data.ShardReader],
-        loader: data.TrainLoader,
-        engine: TrainEngine,
-        mesh: Mesh,
-        say: Callable[[str], None],
-    ):
-        self.config, self.folder, self.plan, self.size = config, folder, plan, size
-        self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.evaluation_sets, self.loader = evaluation_sets, loader
-        self.exhaustion = loader.exhaustion_steps()
-        self.corpus_facts = data.corpus_facts(config.data, corpus)
-        self.step = 0
-        self.token_hash = 0
-        self.saved_step: int | None = None
-        self.stopwatch = Stopwatch()
-        peak = peak_flops_per_second(torch.cuda.get_device_name()) if mesh.device.type == "cuda" else None
-        self.peak_flops = peak
-        if mesh.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_run_facts(folder, config, size, corpus, mesh)
-        self.metrics = MetricsWriter(
-            config.metrics, folder, plan.num_steps, config.run.name, to_values(config), mesh.is_main
-        )
-
-    @property
-    def tokens(self) -> int:
-        return self.step * self.plan.tokens_per_step
-
-    def resume(self) -> None:
-        """Go on from the newest good checkpoint, as ``checkpoint.resume`` asks."""
-        policy = self.config.checkpoint.resume
-        found = store.newest(self.folder / CHECKPOINTS, self.say)
-        if found is None and policy == "must":
-            raise ConfigError(
-                f"checkpoint.resume=must needs a good checkpoint in {self.folder / CHECKPOINTS}; there is none"
-            )
-        if found is not None and policy == "never":
-            raise ConfigError(f"checkpoint.resume=never, but {found[0]} exists; choose another run.name")
-        if found is None:
-            self.metrics.resume(0)
-            self.say(f"starting {self.folder}")
-            return
-        path, manifest = found
-        state = manifest["state"]
-        self.loader.restore(state.get("stream"))
-        _refuse_changes(state, self.config, self.corpus.fingerprint, self.corpus_facts, path)
-        store.restore(self.engine, path, manifest)
-        self.step, self.token_hash = state["step"], state["token_hash"]
-        self.saved_step = self.step
-        if state["tokens"] != self.tokens:
-            raise ConfigError(
-                f"batch.global_batch_tokens={self.plan.tokens_per_step} must stay "
-                f"{state['tokens'] // max(1, self.step)}, with which {path} was made"
-            )
-        self.metrics.resume(self.step)
-        self.metrics.event(self.step, self.tokens, "resumed", f"from {path.name} on {self.mesh.world_size} ranks")
-
-    def loop(self, stop: StopRequest) -> bool:
-        """Train until the last step, the end of the data or a signal; False if it was a signal."""
-        config, first, last = self.config, self.step, self.plan.num_steps
-        if self.step >= last:
-            return True
-        batches = self.loader.iterate(self.step)
-        try:
-            for step, micro_batches in self.stopwatch.waits(batches):
-                result = self.engine.step(step, micro_batches)
-                self.step = step + 1
-                self.token_hash = data.wrap_to_int64(self.token_hash + result.token_hash)
-                self.stopwatch.count(self.plan.tokens_per_step)
-                if self.step % config.metrics.log_every_steps == 0 or self.step == last:
-                    self.log(result)
-                at_end = self.step == last
-                self.note_exhausted(step, at_end)
-                stopping = stop.agreed() and not at_end
-                # Before the checkpoint, so that a finished run has its last validation.
-                if not stopping and (at_end or self.step % config.evaluation.every_steps == 0):
-                    self.evaluate()
-                if stopping or at_end or self.step % config.checkpoint.every_steps == 0:
-                    self.save()
-                if stopping:
-                    self.metrics.event(self.step, self.tokens, "stopped", f"by {stop.name}, checkpoint written")
-                    return False
-                if at_end:
-                    return True
-        except Exception as error:
-            # So that whoever compares runs later can tell this one from one that was killed.
-            name = "diverged" if isinstance(error, NonFiniteError) else "failed"
-            self.metrics.event(self.step, self.tokens, name, " ".join(str(error).split()))
-            raise
-        finally:
-            batches.close()
-        self.metrics.event(self.step, self.tokens, "ended", "the source has no rows for another step")
-        if self.step > first and self.step % config.evaluation.every_steps:
-            self.evaluate()
-        self.save()
-        return True
-
-    def log(self, result: StepResult) -> None:
-        window = self.stopwatch.read()
-        size = self.size
-        if result.tokens_per_expert.numel():
-            # Adaptive schemes are charged for the experts they used, not for those expected.
-            size = size.with_experts_per_token(result.experts_per_token)
-        row = train_row(
-            result,
-            self.engine.model,
-            window,
-            self.engine.learning_rate(self.step - 1),
-            size.training_flops_per_token,
-            self.mesh.world_size,
-            self.peak_flops,
-        )
-        for name, use in self.loader.source_use(self.step).items():
-            row[f"data/{name}/tokens"] = use.rows * self.config.model.sequence_length
-            row[f"data/{name}/epochs"] = use.epochs
-        hashed = f"{self.token_hash % 2**64:016x}"
-        self.metrics.write({"step": self.step, "tokens": self.tokens, **row, "data/token_hash": hashed})
-
-    def note_exhausted(self, step: int, at_end: bool) -> None:
-        """Record in which step a source of a mixture begins again, or that the run ends because one has been read."""
-        for name, first in self.exhaustion.items():
-            if first == step:
-                message = f"source {name} has been read once and begins again in a new order"
-                self.metrics.event(self.step, self.tokens, "repeats", message)
-            elif at_end and first == self.step < self.config.batch.num_steps:
-                message = f"source {name} has been read: the run ends, {self.config.batch.num_steps} steps were planned"
-                self.metrics.event(self.step, self.tokens, "exhausted", message)
-
-    def evaluate(self) -> None:
-        sets, corpus = self.evaluation_sets, self.corpus
-        with self.stopwatch.paused():
-            losses = {name: self.evaluate_on(reader) for name, reader in sets.items()}
-            sizes = {name: _bytes_per_token(reader) for name, reader in sets.items()}
-            if isinstance(corpus, data.TokenizedMixture):
-                row = mixed_evaluation_row(losses, sizes, corpus.shares)
-            else:
-                row = evaluation_row(self.evaluate_on(corpus.validation), _bytes_per_token(corpus.validation))
-        for name, loss in losses.items():
-            own = evaluation_row(loss, sizes[name])
-            row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
-        self.metrics.write({"step": self.step, "tokens": self.tokens, **row})
-
-    def evaluate_on(self, reader: data.ShardReader) -> float:
-        """Mean nats per token of one set."""
-        batches = data.validation_batches(
-            reader,
-            self.config.model.sequence_length,
-            self.plan.micro_batch_size,
-            self.mesh.rank,
-            self.mesh.world_size,
-            self.config.evaluation.max_rows,
-            self.config.packing.isolate_documents,
-            self.config.packing.reset_positions,
-        )
-        return self.engine.evaluate(batches).loss
-
-    def save(self) -> None:
-        if self.saved_step == self.step:
-            return
-        with self.stopwatch.paused():
-            self.metrics.sync()
-            started = time.perf_counter()
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "token_hash": self.token_hash,
-                "corpus_fingerprint": self.corpus.fingerprint,
-                "corpus_facts": self.corpus_facts,
-                "stream": self.loader.state(self.step),
-                "config": to_values(self.config),
-                "world_size": self.mesh.world_size,
-                "versions": _versions(),
-            }
-            path = store.save(self.engine, self.folder / CHECKPOINTS, state, self.config.checkpoint.keep_last)
-            self.saved_step = self.step
-            seconds = time.perf_counter() - started
-        self.metrics.event(self.step, self.tokens, "checkpoint", f"{path.name} written in {seconds:.1f} s")
-
-    def finish(self, finished: bool) -> None:
-        """Close the sinks, write the report, say where things are."""
-        if finished:
-            self.metrics.event(self.step, self.tokens, "finished", f"after {self.step} steps")
-        self.metrics.close()
-        if not self.mesh.is_main:
-            return
-        self.say(f"run folder: {self.folder}")
-        for name, use in self.loader.source_use(self.step).items():
-            tokens = use.rows * self.config.model.sequence_length
-            self.say(f"source {name}: {tokens:,} tokens, {use.epochs:.2f} epochs")
-        if not finished:
-            self.say(f"stopped at step {self.step}; the same command goes on from there")
-        if not any(row["kind"] == "train" for row in read_rows(self.folder / "metrics.jsonl")):
-            return  # stopped before the first row: there is nothing to report yet
-        report = write_report(self.folder)
-        summary = summarise(self.folder)
-        if finished:
-            self.say(
-                f"done: {self.step} steps, {self.tokens:,} tokens; validation loss "
-                f"{summary['final_validation_loss']:.3f} nats/token, unigram entropy "
-                f"{self.corpus.unigram_entropy:.3f} nats/token"
-            )
-        self.say(f"report:     {report}")
-
-
-def _refuse_changes(
-    state: dict[str, Any], config: Config, fingerprint: str, corpus_facts: dict[str, Any], path: Path
-) -> None:
-    """Raise if what must stay the same over a resume has changed."""
-    now = json.loads(json.dumps(to_values(config)))
-    for part in _MUST_STAY:
-        for name, (then_value, now_value) in _differences(part, state["config"].get(part), now[part]).items():
-            if name in ("model.recompute", "model.cross_entropy_chunk_tokens"):
-                continue  # change speed and memory, not the run
-            raise ConfigError(
-                f"{name}={now_value} must stay {then_value}, with which {path} was made; choose another run.name to "
-                "start anew"
-            )
-    if state["corpus_fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"data: the corpus has changed since {path} was made: "
-            f"{data.explain_change(state.get('corpus_facts', {}), corpus_facts)}; choose another run.name to start anew"
-        )
-
-
-def _differences(name: str, then: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in sorted(then.keys() | now.keys()):
-            found.update(_differences(f"{name}.{key}", then.get(key), now.get(key)))
-        return found
-    return {} if then == now else {name: (then, now)}
-
-
-def _bytes_per_token(reader: data.ShardReader) -> float | None:
-    """None for a corpus that came as tokens."""
-    return reader.text_bytes / reader.num_tokens if reader.text_bytes else None
-
-
 def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:
     ranks = f"{mesh.world_size} rank{'s' if mesh.world_size > 1 else ''}"
     return (
@@ -463,26 +241,6 @@ def _describe_competition(name: str, model: DecoderLM) -> str | None:
         f"NOT CAUSAL IN TRAINING: with router={name} the tokens of a micro-batch compete, so a token's experts depend "
         f"on later tokens, on other sequences and on the micro-batch's size; {evaluation}"
     )
-
-
-def _write_run_facts(folder: Path, config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
-    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_values(config))), sort_keys=False))
-    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else platform.processor() or "cpu"
-    facts = {
-        "total_parameters": size.total_parameters,
-        "active_parameters": size.active_parameters,
-        "flops_per_token": size.training_flops_per_token,
-        "unigram_entropy": corpus.unigram_entropy,
-        "corpus_fingerprint": corpus.fingerprint,
-        "versions": _versions(),
-        "device": device,
-    }
-    (folder / "summary.json").write_text(json.dumps(facts, indent=2))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("moe_pretrain", "torch", "deepspeed", "transformers", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _silent(line: str) -> None:

@@ -1,26 +1,33 @@
-"""Stop requests: a signal asks, all ranks agree at a step boundary, a checkpoint is written, the exit code tells."""
+"""Stop requests: a signal asks, all ranks agree at a boundary, a checkpoint is written, the exit code tells."""
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
-from moe_pretrain.parallel.mesh import Mesh
-
 STOPPED = 75
 """Exit code of a run that a signal stopped after a checkpoint: EX_TEMPFAIL, start me again."""
 
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+UNSAVED = 74
+"""Exit code of a run whose last checkpoint could not be written: EX_IOERR, mend the disk and start me again."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after a second SIGINT, which stops at once."""
+
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 only set a flag; a second SIGINT stops at once."""
+    """Context in which SIGTERM, SIGINT and SIGUSR1 only ask; a second SIGINT ends the process at once.
 
-    exit_code = STOPPED
+    A thread receives the signals: the main one may be deep in a collective that waits for a rank that is gone, and
+    Python would not run a handler there before it returns.
+    """
 
-    def __init__(self, mesh: Mesh):
-        self._mesh = mesh
+    def __init__(self) -> None:
         self._received = 0
         self._before: dict[int, object] = {}
 
@@ -29,9 +36,19 @@ class StopRequest:
         """Name of the signal that was agreed on."""
         return signal.Signals(self._received).name if self._received else "no signal"
 
+    @property
+    def received(self) -> int:
+        """Number of the last signal that this rank has received, or has heard of in ``agreed``; else 0."""
+        return self._received
+
     def __enter__(self) -> "StopRequest":
-        for number in _HANDLED:
-            self._before[number] = signal.signal(number, self._handle)
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._thread = threading.Thread(target=self._listen, args=(read_end,), name="moe-pretrain-signals", daemon=True)
+        self._thread.start()
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        for number in HANDLED:
+            self._before[number] = signal.signal(number, _ignore)
         return self
 
     def __exit__(
@@ -39,15 +56,29 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write_end)
+        self._thread.join()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = number
+    def _listen(self, read_end: int) -> None:
+        interrupts = 0
+        while number := os.read(read_end, 1):
+            if number[0] not in HANDLED:
+                continue
+            interrupts += number[0] == signal.SIGINT
+            if interrupts > 1:
+                os._exit(INTERRUPTED)
+            self._received = number[0]
+        os.close(read_end)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; collective, so all ranks stop at the same step."""
-        flag = torch.tensor(self._received, device=self._mesh.device)
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop; collective, so all ranks stop at the same place."""
+        flag = torch.tensor(self._received, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        self._received = int(flag)
-        return self._received > 0
+        # Not less than before: a signal may have come since the flag was read.
+        self._received = int(flag) or self._received
+        return int(flag) > 0
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The thread hears of it; this only replaces Python's and the kernel's own reaction."""

@@ -18,6 +18,8 @@ class EngineConfig:
         gradient_clipping: Largest global gradient norm; 0 switches clipping off.
         reduce_bucket_elements: Elements per gradient reduction.
         check_every_steps: Steps between checks that replicas are equal and experts differ; 0 switches them off.
+        max_skipped_steps: How many steps in succession with a loss or gradient that is not finite are skipped, with a
+            warning and without an update, before the run stops; 0 stops at the first.
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -26,6 +28,7 @@ class EngineConfig:
     gradient_clipping: float
     reduce_bucket_elements: int
     check_every_steps: int
+    max_skipped_steps: int
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3:
@@ -42,8 +45,9 @@ class EngineConfig:
             )
         if self.gradient_clipping < 0:
             raise ValueError(f"engine.gradient_clipping={self.gradient_clipping} must not be negative")
-        if self.check_every_steps < 0:
-            raise ValueError(f"engine.check_every_steps={self.check_every_steps} must not be negative")
+        for name in ("check_every_steps", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"engine.{name}={getattr(self, name)} must not be negative")
         if self.reduce_bucket_elements < 2:
             raise ValueError(f"engine.reduce_bucket_elements={self.reduce_bucket_elements} must be at least 2")
 
@@ -73,7 +77,8 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch_size * accumulation * world_size,
-        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": False},
+        # A gradient that is not finite must not reach the weights; in float32 DeepSpeed always looks.
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         # Accumulating or reducing gradients in bfloat16 loses small contributions.
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -18,67 +18,16 @@ from moe_pretrain.engine.context import routing_context
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
-from moe_pretrain.model.decoder import DecoderLM, LMOutput
-from moe_pretrain.moe.types import StepUse
+from moe_pretrain.engine.results import Evaluation, StepResult, StepSums
+from moe_pretrain.engine.sickness import first_non_finite, inject_sickness
+from moe_pretrain.faults import NO_FAULTS, Faults
+from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, summed over ranks and micro-batches.
-
-    Attributes:
-        loss: Cross-entropy per counted token of the global batch, nats; never with aux losses (defect C19).
-        aux: Each aux loss, unweighted.
-        aux_weights: Coefficients of ``aux``.
-        gradient_norm: Global norm before clipping.
-        tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``, float64.
-        tokens: Text tokens of the global batch.
-        router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
-        dropped_share: Share of routes that no expert computed, per MoE layer.
-        sums: The scheme's own sums ``[moe_layers, num_sums]``, float64, on the training device.
-        token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
-    """
-
-    loss: float
-    aux: dict[str, float]
-    aux_weights: dict[str, float]
-    gradient_norm: float
-    tokens_per_expert: Tensor
-    tokens: int
-    router_entropy: list[float]
-    dropped_share: list[float]
-    sums: Tensor
-    token_hash: int
-
-    @property
-    def aux_loss(self) -> float:
-        """The weighted sum that was added to the loss."""
-        return sum(self.aux_weights[name] * value for name, value in self.aux.items())
-
-    @property
-    def experts_per_token(self) -> float:
-        """Mean routes per text token, over all MoE layers."""
-        return float(self.tokens_per_expert.sum()) / max(1, len(self.tokens_per_expert) * self.tokens)
-
-    def layer_uses(self) -> list[StepUse]:
-        """What each MoE layer's router may move its state by."""
-        routes = self.tokens_per_expert.to(self.sums.device)
-        mean = self.experts_per_token
-        return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss over a validation set: mean nats per counted token, and the number of those tokens."""
-
-    loss: float
-    labels: float
-
-
 class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is not finite; training must not go on silently."""
+    """More steps in succession than allowed had a loss or gradient that is not finite; none changed a weight."""
 
 
 class TrainEngine:
@@ -98,12 +47,19 @@ class TrainEngine:
         plan: BatchPlan,
         mesh: Mesh,
         seed: int,
+        faults: Faults = NO_FAULTS,
+        enter: Callable[[str, int], None] = lambda phase, step: None,
     ):
-        """Put ``model`` (tagged by ``parallel.prepare_experts``) on the device and build its optimizer."""
+        """Put ``model`` (tagged by ``parallel.prepare_experts``) on the device and build its optimizer.
+
+        ``enter`` is called with the phase and step that begin.
+        """
         model.to(mesh.device)
         self.config, self.mesh, self.seed = config, mesh, seed
         self.model = model
         self._plan = plan
+        self._faults, self._enter = faults, enter
+        self._skipped = 0
         self._peak_learning_rate = optimizer.learning_rate
         self._learning_rate_factor = learning_rate_factor
         layers = model.moe_layers()
@@ -128,51 +84,103 @@ class TrainEngine:
             step: Number of the step, from 0; sets the learning rate and the noise.
             micro_batches: This rank's micro-batches, ``accumulation`` of them, on any device.
 
+        Returns:
+            What the step did; if its loss or gradient is not finite, it changed no weight and no state, and says so.
+
         Raises:
-            NonFiniteError: The loss or the gradient norm is not finite.
+            NonFiniteError: That was so in more than ``engine.max_skipped_steps`` steps in succession.
         """
         assert len(micro_batches) == self._plan.accumulation
+        self._enter("train.step", step)
         self.model.train()
         # Counted before the copy to the device, so that counting does not synchronise with it.
         text_tokens = [int((batch.document_ids >= 0).sum()) for batch in micro_batches]
         global_counts, token_hash = self._count(micro_batches, text_tokens)
         batches = [batch.to(self.mesh.device) for batch in micro_batches]
-        layers = self.model.moe_layers()
-        aux_weights = layers[0].router.aux_weights if layers else {}
-        sums = _StepSums(list(aux_weights), len(layers), self._num_experts, self._num_sums, self.mesh.device)
-        ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
         is_check_step = self.config.check_every_steps > 0 and step % self.config.check_every_steps == 0
         watch = every_parameter_gets_gradient(self.model, step) if is_check_step else nullcontext()
-        with watch:
-            for batch, tokens in zip(batches, text_tokens, strict=True):
-                context = routing_context(batch, self.seed, step, self._global_routes(ahead), global_counts.tokens)
-                output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
-                loss = micro_batch_loss(output, aux_weights, tokens, global_counts)
-                sums.add(output, tokens / max(global_counts.tokens, 1))
-                # DeepSpeed divides by the accumulation and averages over ranks.
-                self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
-                if batch is not batches[-1]:
-                    self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
-        gradient_norm = self._update(step)
-        result = sums.result(global_counts, aux_weights, gradient_norm, token_hash)
-        if not (math.isfinite(result.loss) and math.isfinite(gradient_norm)):
-            raise NonFiniteError(
-                f"step {step}: loss={result.loss} gradient_norm={gradient_norm} must be finite; "
-                "lower optimizer.learning_rate or look at the data of this step"
-            )
-        for layer, use in zip(layers, result.layer_uses(), strict=True):
+        with inject_sickness(self.model, self._faults, step):
+            with watch:
+                sums = self._accumulate(step, batches, text_tokens, global_counts)
+            self.adamw.withheld = not math.isfinite(sums.loss_sum)
+            gradient_norm = self._update(step)
+            sickness = None
+            if not (math.isfinite(sums.loss_sum) and math.isfinite(gradient_norm)):
+                sickness = self._diagnose(step, batches, text_tokens, global_counts, gradient_norm)
+        result = sums.result(global_counts, self._aux_weights(), gradient_norm, token_hash, sickness)
+        if sickness is not None:
+            self._skipped += 1
+            if self._skipped > self.config.max_skipped_steps:
+                raise NonFiniteError(
+                    f"step {step}: {sickness}; this is more than engine.max_skipped_steps="
+                    f"{self.config.max_skipped_steps} such steps in succession, no weight was changed by them; lower "
+                    "optimizer.learning_rate or look at the data of this step"
+                )
+            return result
+        self._skipped = 0
+        for layer, use in zip(self.model.moe_layers(), result.layer_uses(), strict=True):
             layer.router.after_step(use)
         if is_check_step:
             check_replicas(self.model, self.mesh, step)
         return result
 
+    def _accumulate(
+        self, step: int, batches: list[MicroBatch], text_tokens: list[int], global_counts: GlobalCounts
+    ) -> StepSums:
+        """Forward and backward of all micro-batches; their sums, over all ranks."""
+        aux_weights = self._aux_weights()
+        sums = StepSums(list(aux_weights), len(self._layer_row), self._num_experts, self._num_sums, self.mesh.device)
+        ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
+        for batch, tokens in zip(batches, text_tokens, strict=True):
+            context = routing_context(batch, self.seed, step, self._global_routes(ahead), global_counts.tokens)
+            output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
+            if self._faults.due("train.loss", step):
+                output = output._replace(loss_sum=output.loss_sum * math.nan)
+            loss = micro_batch_loss(output, aux_weights, tokens, global_counts)
+            sums.add(output, tokens / max(global_counts.tokens, 1))
+            self._enter("train.backward", step)
+            # DeepSpeed divides by the accumulation and averages over ranks.
+            self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
+            if batch is not batches[-1]:
+                self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
+        sums.reduce()
+        return sums
+
+    def _aux_weights(self) -> dict[str, float]:
+        """Coefficients of the aux losses in this step; some routers move them between steps."""
+        layers = self.model.moe_layers()
+        return layers[0].router.aux_weights if layers else {}
+
+    def _diagnose(
+        self,
+        step: int,
+        batches: list[MicroBatch],
+        text_tokens: list[int],
+        global_counts: GlobalCounts,
+        gradient_norm: float,
+    ) -> str:
+        """Where a loss or gradient that is not finite arose: the step once more, watched and without an update."""
+        with first_non_finite(self.model) as found:
+            loss = self._accumulate(step, batches, text_tokens, global_counts).loss_sum
+        self.adamw.withheld = True
+        self._update(step)
+        everywhere: list[Any] = [None] * self.mesh.world_size
+        dist.all_gather_object(everywhere, found)
+        places = [f"{places[0]} on rank {rank}" for rank, places in enumerate(everywhere) if places]
+        where = f"first in {places[0]}" if places else "in no module's output and no parameter's gradient"
+        return f"loss={loss / max(global_counts.labels, 1)} gradient_norm={gradient_norm} must be finite; {where}"
+
     def _update(self, step: int) -> float:
-        """Set the learning rate, clip, update; return the global gradient norm before clipping."""
+        """Set the learning rate, clip, update unless the gradient is not finite; the global norm before clipping."""
+        self._enter("train.update", step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        own_norm = self._clip() if clips_itself(self.config) else None
+        own_norm = float(self._clip()) if clips_itself(self.config) else None
+        if own_norm is not None and not math.isfinite(own_norm):
+            self.adamw.withheld = True  # under ZeRO, DeepSpeed withholds it by itself
         self.deepspeed.step()
-        return float(own_norm if own_norm is not None else self.deepspeed.get_global_grad_norm())
+        self.adamw.withheld = False
+        return own_norm if own_norm is not None else float(self.deepspeed.get_global_grad_norm())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
@@ -250,47 +258,3 @@ class TrainEngine:
             for gradient, _ in gradients:
                 gradient.mul_(scale.to(gradient.dtype))
         return norm
-
-
-class _StepSums:
-    """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
-
-    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, num_sums: int, device: torch.device):
-        self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, num_experts
-        self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
-        self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
-
-    def add(self, output: LMOutput, share: float) -> None:
-        """Add one micro-batch; ``share`` is its part of the global batch's tokens."""
-        self.scalars[0] += output.loss_sum.detach()
-        for column, name in enumerate(self.aux_names, start=1):
-            self.scalars[column] += share * output.aux[name].detach()
-        for row, use in enumerate(output.uses):
-            self.layers[row, : self.num_experts] += use.tokens_per_expert
-            self.layers[row, self.num_experts] += use.router_entropy
-            self.layers[row, self.num_experts + 1] += use.dropped_routes
-            if use.sums is not None:
-                self.layers[row, self.num_experts + 2 :] += use.sums
-
-    def result(
-        self, counts: GlobalCounts, aux_weights: dict[str, float], gradient_norm: float, token_hash: int
-    ) -> StepResult:
-        """Reduce over ranks and take means."""
-        stacked = torch.cat([self.scalars, self.layers.flatten()])
-        dist.all_reduce(stacked)
-        scalars = stacked[: len(self.scalars)].tolist()
-        on_device = stacked[len(self.scalars) :].view(self.layers.shape)
-        layers = on_device[:, : self.num_experts + 2].cpu()
-        routes = layers[:, : self.num_experts]
-        return StepResult(
-            loss=scalars[0] / max(counts.labels, 1),
-            aux=dict(zip(self.aux_names, scalars[1:], strict=True)),
-            aux_weights=aux_weights,
-            gradient_norm=gradient_norm,
-            tokens_per_expert=routes,
-            tokens=counts.tokens,
-            router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
-            sums=on_device[:, self.num_experts + 2 :],
-            dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
-            token_hash=token_hash,
-        )

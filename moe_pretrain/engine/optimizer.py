@@ -129,9 +129,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     return split_expert_groups(list(groups.values()))
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class WithholdingAdamW(torch.optim.AdamW):
+    """AdamW whose ``step`` does nothing while ``withheld`` is set, so that a sick step changes no state."""
+
+    withheld = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes no closure
+        """Update, or do nothing."""
+        if not self.withheld:
+            super().step()
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithholdingAdamW:
     """AdamW over ``parameter_groups``; torch's fused kernel, which runs on CPU and CUDA."""
-    return torch.optim.AdamW(
+    return WithholdingAdamW(
         parameter_groups(model, config),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),

@@ -15,6 +15,8 @@ import json
 import math
 import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +55,63 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class JsonlSink:
-    """Appends rows to a file, one JSON object per line, each flushed when written."""
+    """Appends rows to a file, one JSON object per line, each written through at once.
 
-    def __init__(self, path: Path):
-        """Open ``path`` for appending and drop a last line that a crash left half written."""
+    A disk that refuses them does not stop the caller: rows wait in memory, in order, until it takes them again. A file
+    that was deleted is written anew from what was written to it.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None] = lambda line: None):
+        """Open ``path`` for appending and drop a last line that a crash left half written.
+
+        Args:
+            path: The run's ``metrics.jsonl``.
+            warn: Hears once when the disk begins to refuse rows, and once when it takes them again.
+        """
         self.path = path
-        content = path.read_bytes() if path.exists() else b""
-        self._file = path.open("ab")
-        self._file.truncate(content.rfind(b"\n") + 1)
+        self._warn = warn
+        self._waiting: list[bytes] = []
+        self._lock = threading.Lock()  # ``sync`` is called while a checkpoint is written behind
+        self._open()
+
+    def _open(self) -> None:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        self._file = self.path.open("a+b", buffering=0)
+        self._length = content.rfind(b"\n") + 1
+        self._file.truncate(self._length)
 
     def write(self, row: Row) -> None:
         """Append one row, whose numbers must be finite (see ``replace_non_finite``)."""
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        refused_before = bool(self._waiting)
+        self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not refused_before:
+                self._warn(f"metrics are kept in memory: {self.path} cannot be written: {error}")
+            return
+        if refused_before:
+            self._warn(f"metrics: {self.path} is written again, and complete")
+
+    def _write_waiting(self) -> None:
+        with self._lock:
+            if not self.path.exists():
+                self._restore()
+            while self._waiting:
+                self._file.truncate(self._length)  # what a full disk left of a row
+                line = memoryview(self._waiting[0])
+                while line:
+                    line = line[self._file.write(line) :]
+                self._length += len(self._waiting.pop(0))
+
+    def _restore(self) -> None:
+        """Write the deleted file anew; its content is there as long as it is open."""
+        self._file.seek(0)
+        content = self._file.read(self._length)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(content)
+        self._file.close()
+        self._open()
 
     def truncate_after(self, step: int) -> list[Row]:
         """Remove the rows of steps that a resumed run will do again, event rows too.
@@ -84,12 +130,16 @@ class JsonlSink:
             file.flush()
             os.fsync(file.fileno())
         replacement.replace(self.path)
-        self._file = self.path.open("ab")
+        self._open()
         return kept
 
     def sync(self) -> None:
-        """Wait until every row is on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until every row that the disk takes is on it."""
+        try:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._warn(f"metrics: {self.path} cannot be flushed: {error}")
 
     def close(self) -> None:
         """Sync and close the file."""

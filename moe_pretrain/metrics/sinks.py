@@ -21,20 +21,24 @@ class MetricsConfig:
 
     Attributes:
         log_every_steps: Steps between two train rows, at least 1.
+        router_health_steps: Steps over which an expert without a token is called dead, and a router that uses hardly
+            more experts than each token does is called collapsed; at least 1.
         progress: Show a progress bar when stderr is a terminal.
         wandb: "auto" is online for a user who is logged in and has a network, else offline.
         wandb_project: Project that the run appears under.
     """
 
     log_every_steps: int
+    router_health_steps: int
     progress: bool
     wandb: Literal["auto", "online", "offline", "off"]
     wandb_project: str
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        if self.log_every_steps < 1:
-            raise ValueError(f"metrics.log_every_steps must be >= 1, got {self.log_every_steps}")
+        for name in ("log_every_steps", "router_health_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
 
 
 class WandbSink:
@@ -174,9 +178,9 @@ class MetricsWriter:
         self._seconds_before = 0.0
         self._attempt = 0
         path = run_dir / "metrics.jsonl"
-        self._jsonl = JsonlSink(path)
-        self._must_resume = bool(read_rows(path))
         self._console = ConsoleSink(total_steps, config.log_every_steps, config.progress, sys.stderr)
+        self._jsonl = JsonlSink(path, self._console.say)
+        self._must_resume = bool(read_rows(path))
         self._wandb = None
         if config.wandb != "off":
             self._wandb = WandbSink(config, run_dir, run_name, resolved_config, self._console.say)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from moe_pretrain.engine.engine import StepResult
+from moe_pretrain.engine.results import StepResult
 from moe_pretrain.metrics.rows import Row
 from moe_pretrain.metrics.throughput import Window, model_flops_utilization
 from moe_pretrain.model.decoder import DecoderLM

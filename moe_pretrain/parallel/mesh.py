@@ -22,14 +22,16 @@ class ParallelConfig:
             the number of experts. Neighbouring ranks form a group, so the exchange stays inside a node while
             this is at most the node's number of GPUs.
         timeout_seconds: How long a collective may take before the run ends with an error.
+        heartbeat_seconds: How long a rank may give no sign of life before the run ends and names it.
     """
 
     processes: int
     expert_parallel_size: int
     timeout_seconds: int
+    heartbeat_seconds: int
 
     def __post_init__(self) -> None:
-        for name in ("processes", "expert_parallel_size", "timeout_seconds"):
+        for name in ("processes", "expert_parallel_size", "timeout_seconds", "heartbeat_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
 

@@ -12,6 +12,9 @@ LEVELS = {
     "cli": 5,
     "__main__": 5,
     "pretrain": 5,
+    "run": 5,
+    "evaluation": 5,
+    "facts": 5,
     "launch": 5,
     "run_data": 5,
     "config": 4,
@@ -22,11 +25,13 @@ LEVELS = {
     "checkpoint": 3,
     "metrics": 3,
     "signals": 3,
+    "liveness": 3,
     "model": 2,
     "moe": 1,
     "data": 1,
     "batching": 1,
     "allocator": 1,
+    "faults": 1,
     "__init__": 0,
 }
 
@@ -44,6 +49,7 @@ CONFINED = {
         "checkpoint/",
         "metrics/",
         "signals.py",
+        "liveness.py",
         "study/verify.py",
     },
 }

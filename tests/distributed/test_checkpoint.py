@@ -12,6 +12,8 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.manifest import self_hash
+from moe_pretrain.checkpoint.restoring import Reader
 
 SHAPES = (*WITH_ALL_PARTS, "engine.check_every_steps=0")
 
@@ -52,7 +54,7 @@ def load_and_train(source: str, target: str, overrides: tuple[str, ...], first: 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
     """Every logical array of the newest checkpoint, put together."""
     path, manifest = store.newest(folder, pytest.fail)
-    reader = store._Reader(path, manifest)
+    reader = Reader(path, manifest)
     return {
         f"{kind}/{name}": reader.read(name, kind, 0, torch.Size(shape).numel())
         for name, shape in manifest["shapes"].items()
@@ -137,7 +139,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(saved: Path, tmp_path:
     manifest = json.loads((newest / "manifest.json").read_text())
     del manifest["self"]
     manifest["files"]["../step_00000001/rank_00000.safetensors"] = manifest["files"].pop("rank_00000.safetensors")
-    manifest["self"] = store._self_hash(manifest)
+    manifest["self"] = self_hash(manifest)
     (newest / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(store.CheckpointError, match="outside its folder"):
         store.read_manifest(newest)

@@ -47,6 +47,11 @@ def run(home: Path, *words: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def train_words(name: str, *more: str) -> list[str]:
+    """The command that trains on the small corpus of ``home``."""
+    return ["train", *TINY, "data=files", "data.paths=[corpus.jsonl]", f"run.name={name}", *more]
+
+
 def rows_of(home: Path, name: str, kind: str = "train") -> list[dict]:
     path = home / "outputs" / name / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []

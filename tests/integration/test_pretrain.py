@@ -4,23 +4,9 @@ import json
 import re
 import signal
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
-from helpers.runs import STEPS, TINY, rows_of, run, start, wait_for_step
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a small corpus."""
-    folder = tmp_path_factory.mktemp("home")
-    rows = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
-    (folder / "corpus.jsonl").write_text(rows)
-    return folder
-
-
-def train_words(name: str, *more: str) -> list[str]:
-    return ["train", *TINY, "data=files", "data.paths=[corpus.jsonl]", f"run.name={name}", *more]
+from helpers.runs import STEPS, TINY, rows_of, run, start, train_words, wait_for_step
 
 
 def files_of_step(home: Path, name: str, step: int) -> dict:

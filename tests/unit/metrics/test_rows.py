@@ -1,7 +1,9 @@
 """The JSONL file: what survives a crash and a resume, and how rows are cleaned and reduced."""
 
+import errno
 import json
 import math
+import shutil
 
 import pytest
 
@@ -117,3 +119,46 @@ def test_short_number(value, text):
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (245, "4:05"), (7445, "2:04:05"), (266_645, "3d 02:04:05")])
 def test_short_duration(seconds, text):
     assert short_duration(seconds) == text
+
+
+class FullDisk:
+    """A file on a disk that takes ``room`` more bytes."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self._file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+
+def test_rows_wait_while_the_disk_is_full_and_none_is_torn_or_lost(tmp_path):
+    heard = []
+    sink = JsonlSink(tmp_path / "metrics.jsonl", heard.append)
+    sink.write(row(1))
+    disk = sink._file = FullDisk(sink._file, room=10)
+    for step in (2, 3):
+        sink.write(row(step))
+    sink.sync()
+    assert read_rows(sink.path) == [row(1)]
+    assert len([line for line in heard if "kept in memory" in line and "No space left" in line]) == 1
+    disk.room = 10**6
+    sink.write(row(4))
+    assert read_rows(sink.path) == [row(1), row(2), row(3), row(4)]
+    assert heard[-1].endswith("complete")
+
+
+def test_a_deleted_file_is_written_anew_with_all_its_rows(tmp_path):
+    (tmp_path / "run").mkdir()
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    sink.write(row(1))
+    shutil.rmtree(tmp_path / "run")
+    sink.write(row(2))
+    sink.close()
+    assert read_rows(sink.path) == [row(1), row(2)]

@@ -14,7 +14,13 @@ from moe_pretrain.metrics.sinks import MetricsConfig, MetricsWriter
 
 
 def config(**changes):
-    values = {"log_every_steps": 1, "progress": True, "wandb": "off", "wandb_project": "tests"}
+    values = {
+        "log_every_steps": 1,
+        "router_health_steps": 100,
+        "progress": True,
+        "wandb": "off",
+        "wandb_project": "tests",
+    }
     return MetricsConfig(**{**values, **changes})
 
 

@@ -33,7 +33,7 @@ def row_of(scheme: str, **state: list[float]) -> Row:
         sums=torch.tensor([[4.0], [6.0]], dtype=torch.float64).expand(2, num_sums),
         token_hash=0,
     )
-    return train_row(result, model, Window(100.0, 0.1), 0.01, 1e6, 1, None)
+    return train_row(result, model, Window(100.0, 0.1, 0.0), 0.01, 1e6, 1, None)
 
 
 def test_layers_have_their_statistics() -> None:

@@ -1,0 +1,35 @@
+"""When checkpoints are written, how, and how many stay."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, how, and how many stay.
+
+    Attributes:
+        every_steps: Steps between checkpoints; one is always written at the end.
+        keep_last: How many of the newest stay.
+        keep_every_steps: Checkpoints at multiples of this many steps stay for ever; None for no such.
+        keep_best: How many of those with the lowest validation loss stay, of those at whose step there was a
+            validation; 0 for none.
+        asynchronous: Training waits only until its state is copied to host memory (12 bytes per parameter that the
+            rank saves); a thread writes it behind. False: training waits for the disk.
+        resume: ``auto``: go on from the newest good checkpoint if there is one; ``must``: fail if there is none;
+            ``never``: fail if there is one.
+    """
+
+    every_steps: int
+    keep_last: int
+    keep_every_steps: int | None
+    keep_best: int
+    asynchronous: bool
+    resume: Literal["auto", "must", "never"]
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least {least}")
+        if self.keep_every_steps is not None and self.keep_every_steps < 1:
+            raise ValueError(f"checkpoint.keep_every_steps={self.keep_every_steps} must be at least 1, or null")

@@ -1,0 +1,113 @@
+"""A checkpoint described and verified offline, without building a model."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.manifest import (
+    BUFFER,
+    MANIFEST,
+    CheckpointError,
+    complete_names,
+    open_manifest,
+    verify_files,
+)
+from moe_pretrain.checkpoint.restoring import Reader
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def inspect(path: Path) -> Iterator[str]:
+    """Lines that describe the checkpoint ``path``, each as soon as it is known.
+
+    Raises:
+        ValueError: ``path`` is no checkpoint.
+        CheckpointError: It is damaged or hostile; the message names the file.
+    """
+    if not (path / MANIFEST).exists():
+        inside = complete_names(path) or complete_names(path / "checkpoints")
+        hint = f"; did you mean {inside[0]}?" if inside else ""
+        raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}{hint}")
+    manifest = open_manifest(path)
+    yield f"checkpoint:  {path}, format version {manifest['format_version']}"
+    yield from _describe_state(manifest["state"])
+    yield from _describe_sizes(manifest)
+    verify_files(path, manifest, manifest["files"])
+    yield f"checksums:   verified, {len(manifest['files'])} files"
+    yield from _describe_norms(Reader(path, manifest), manifest)
+
+
+def _describe_state(state: dict[str, Any]) -> Iterator[str]:
+    yield f"step:        {state['step']:,}"
+    yield f"tokens:      {_look(state, 'tokens')}"
+    yield f"validation:  {_look(state, 'validation_loss')}"
+    yield (
+        f"saved from:  {_look(state, 'world_size')} ranks, expert parallel "
+        f"{_look(state, 'config', 'parallel', 'expert_parallel_size')}, "
+        f"ZeRO {_look(state, 'config', 'engine', 'zero_stage')}"
+    )
+    yield f"model:       {_look(state, 'config', 'model', 'name')}, router {_look(state, 'config', 'router', 'name')}"
+    yield f"corpus:      {_look(state, 'corpus_fingerprint')}"
+    versions = state.get("versions")
+    names = sorted(versions) if isinstance(versions, dict) else []
+    yield "versions:    " + ", ".join(f"{name} {_look(state, 'versions', name)}" for name in names)
+
+
+def _look(state: Any, *names: str) -> str:
+    """A value by its path, in words; nothing is promised about what a run put there."""
+    for name in names:
+        state = state.get(name) if isinstance(state, dict) else None
+    if isinstance(state, int):
+        return f"{state:,}"
+    return str(state) if isinstance(state, str | float) else "not recorded"
+
+
+def _describe_sizes(manifest: dict[str, Any]) -> Iterator[str]:
+    parameters = sum(math.prod(shape) for shape in manifest["shapes"].values())
+    size = sum(facts["bytes"] for facts in manifest["files"].values())
+    # Three float32 arrays: master weight and two moments.
+    yield (
+        f"size:        {parameters:,} parameters in {len(manifest['shapes'])} tensors, {size:,} bytes, "
+        f"{size / max(1, parameters):.2f} bytes per parameter (weight and moments alone: 12)"
+    )
+
+
+def _describe_norms(reader: Reader, manifest: dict[str, Any]) -> Iterator[str]:
+    """L2 norms of weights and moments, layer by layer, and what is not finite."""
+    layers: dict[str, list[str]] = {}
+    for name in manifest["shapes"]:
+        layers.setdefault(_layer_of(name), []).append(name)
+    kinds = (WEIGHT, *MOMENTS)
+    width = max(map(len, layers))
+    yield f"{'L2 norm':<{width}}" + "".join(f"{kind:>16}" for kind in kinds)
+    broken = []
+    for layer, names in layers.items():
+        norms = []
+        for kind in kinds:
+            squares = {name: _sum_of_squares(reader, name, kind) for name in names}
+            broken += [f"{kind} of {name}" for name, square in squares.items() if not math.isfinite(square)]
+            norms.append(math.sqrt(sum(squares.values())))
+        yield f"{layer:<{width}}" + "".join(f"{norm:>16.6g}" for norm in norms)
+    for name, kind in reader.arrays():
+        if kind == BUFFER:
+            yield f"buffer {name}: L2 norm {math.sqrt(_sum_of_squares(reader, name, kind)):.6g}"
+    if broken:
+        raise CheckpointError(f"its checksums are right, but these are not finite: {', '.join(broken)}")
+
+
+def _layer_of(name: str) -> str:
+    """``layers.3`` of ``layers.3.attention.weight``; else the module's name."""
+    words = name.split(".")
+    numbered = next((index for index, word in enumerate(words) if word.isdigit()), 0)
+    return ".".join(words[: numbered + 1])
+
+
+def _sum_of_squares(reader: Reader, name: str, kind: str) -> float:
+    total = 0.0
+    for interval in reader.arrays()[name, kind]:
+        for first in range(0, interval.length, _CHUNK_ELEMENTS):
+            part = reader.part(interval, first, min(first + _CHUNK_ELEMENTS, interval.length))
+            total += float(part.double().square().sum())
+    return total

@@ -1,0 +1,230 @@
+"""What a checkpoint says about itself, and how that is verified before anything of it is believed.
+
+A checkpoint is a folder ``step_00000100`` with one safetensors file per rank that holds intervals (see ``layout``) and
+``manifest.json``: which file holds which interval of which tensor, the size and hash of every file, the run's state,
+and a hash of itself. Only JSON and safetensors are read, so loading runs no code; and since a hash is
+no signature, a manifest may also be hostile: what it names must lie in its folder, be no link, and fit together.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pydantic
+import xxhash
+
+from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+
+FORMAT_VERSION = 1
+"""Version 1: intervals of float32 weights and moments, buffers of any type, one file per rank."""
+
+BUFFER = "buffer"
+"""Kind of state that has no gradient: router biases, thresholds."""
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+_FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
+_FOLDER_NAME = re.compile(r"step_(\d{8,})")
+_BLOCK_BYTES = 1 << 24
+_MOST_MANIFEST_BYTES = 1 << 30
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where ``length`` elements from ``start`` of one array are: ``key`` in ``file``."""
+
+    tensor: str
+    kind: str
+    start: int
+    length: int
+    file: str
+
+    @property
+    def key(self) -> str:
+        """Name of the interval in its file."""
+        return f"{self.kind}/{self.tensor}/{self.start}"
+
+
+@dataclass(frozen=True)
+class _FileFacts:
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The manifest's fields and their types; further ones are of a later release and are left alone."""
+
+    format_version: int
+    state: dict[str, Any]
+    adam_step: float
+    shapes: dict[str, list[int]]
+    files: dict[str, _FileFacts]
+    intervals: list[Interval]
+
+
+_FIELDS = pydantic.TypeAdapter(_Fields)
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of ``step`` finished steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """Finished steps of a checkpoint's folder, None for any other name."""
+    match = _FOLDER_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def complete_names(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first; not yet verified."""
+    found = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, and its manifest; ``warn`` hears of every newer one that does not."""
+    for path in complete_names(folder):
+        try:
+            return path, read_manifest(path)
+        except CheckpointError as error:
+            warn(f"{error}; falling back to the checkpoint before it")
+    return None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and verify a whole checkpoint.
+
+    Raises:
+        CheckpointError: Something is damaged, missing, hostile, or of another format version.
+    """
+    manifest = open_manifest(path)
+    verify_files(path, manifest, manifest["files"])
+    return manifest
+
+
+def open_manifest(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest and verify it against its own hash and itself, not yet its files.
+
+    Raises:
+        CheckpointError: It is damaged, missing, hostile, or of another format version.
+    """
+    file = path / MANIFEST
+    try:
+        if path.is_symlink():
+            raise OSError("the folder is a link")
+        with open_regular(file) as opened:
+            if os.fstat(opened.fileno()).st_size > _MOST_MANIFEST_BYTES:
+                raise OSError(f"it is larger than {_MOST_MANIFEST_BYTES} bytes")
+            manifest = json.loads(opened.read())
+        expected = manifest.pop("self")
+        actual = self_hash(manifest)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {file} cannot be read: {error}") from error
+    if actual != expected:
+        raise CheckpointError(f"checkpoint {file} is damaged: its hash does not match")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"checkpoint {path} has format_version={version}, this program reads {FORMAT_VERSION}")
+    try:
+        _check(_FIELDS.validate_json(json.dumps(manifest), strict=True))
+    except ValueError as error:
+        detail = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
+        reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
+        raise CheckpointError(f"checkpoint {file} is refused: {reason}") from error
+    return manifest
+
+
+def _check(manifest: _Fields) -> None:
+    """Raise ValueError unless names stay in the folder and the intervals tile every array exactly once."""
+    for file, facts in manifest.files.items():
+        if not _FILE_NAME.fullmatch(file):
+            raise ValueError(f"it names the file {file!r}, outside its folder or not of a rank")
+        if facts.bytes < 0:
+            raise ValueError(f"files.{file}.bytes={facts.bytes} must not be negative")
+    step = manifest.state.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"state.step={step} must be a number of steps")
+    arrays: dict[tuple[str, str], list[Interval]] = {}
+    for interval in manifest.intervals:
+        if interval.file not in manifest.files:
+            raise ValueError(f"interval {interval.key} lies in {interval.file!r}, which is not among its files")
+        arrays.setdefault((interval.tensor, interval.kind), []).append(interval)
+    for tensor, shape in manifest.shapes.items():
+        if any(size < 0 for size in shape):
+            raise ValueError(f"shapes.{tensor}={shape} has a negative size")
+        for kind in (WEIGHT, *MOMENTS):
+            _check_tiling(kind, tensor, arrays.pop((tensor, kind), []), math.prod(shape))
+    for (tensor, kind), parts in arrays.items():
+        if kind != BUFFER:
+            raise ValueError(f"it has {kind} of {tensor!r}, which has no shape")
+        _check_tiling(kind, tensor, parts, max(part.start + part.length for part in parts))
+
+
+def _check_tiling(kind: str, tensor: str, parts: list[Interval], length: int) -> None:
+    covered = 0
+    for part in sorted(parts, key=lambda part: part.start):
+        if part.start != covered or part.length < 0:
+            raise ValueError(f"{kind} of {tensor} has a gap or an overlap at element {covered}")
+        covered += part.length
+    if covered != length:
+        raise ValueError(f"the intervals of {kind} of {tensor} cover {covered} of {length} elements")
+
+
+def verify_files(path: Path, manifest: dict[str, Any], files: Iterable[str]) -> None:
+    """Compare ``files`` of a checkpoint with the sizes and hashes in its manifest.
+
+    Raises:
+        CheckpointError: One is missing, damaged or no regular file.
+    """
+    for name in files:
+        try:
+            with open_regular(path / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                actual = {"bytes": size, "xxh3_128": _hash(file) if size == manifest["files"][name]["bytes"] else ""}
+        except OSError as error:
+            raise CheckpointError(f"checkpoint file {path / name} cannot be read: {error}") from error
+        if actual != manifest["files"][name]:
+            raise CheckpointError(f"checkpoint file {path / name} is damaged: its size or hash does not match")
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def share(files: Collection[str], rank: int, world_size: int) -> list[str]:
+    """The files that ``rank`` verifies, so that all ranks together read each of them once."""
+    return sorted(files)[rank::world_size]
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, refusing links, and whatever else could block or lead elsewhere.
+
+    Raises:
+        OSError: It is missing, a link, or no regular file.
+    """
+    # Non-blocking: opening a pipe would wait for a writer that never comes.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def self_hash(manifest: dict[str, Any]) -> str:
+    """Hash of a manifest without its ``self``."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())

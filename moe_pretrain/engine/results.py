@@ -1,0 +1,124 @@
+"""What a step and an evaluation found, and the sums over micro-batches and ranks that it comes from."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_pretrain.engine.objective import GlobalCounts
+from moe_pretrain.model.decoder import LMOutput
+from moe_pretrain.moe.types import StepUse
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, summed over ranks and micro-batches.
+
+    Attributes:
+        loss: Cross-entropy per counted token of the global batch, nats; never with aux losses (defect C19).
+        aux: Each aux loss, unweighted.
+        aux_weights: Coefficients of ``aux``.
+        gradient_norm: Global norm before clipping.
+        tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``, float64.
+        tokens: Text tokens of the global batch.
+        router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
+        dropped_share: Share of routes that no expert computed, per MoE layer.
+        sums: The scheme's own sums ``[moe_layers, num_sums]``, float64, on the training device.
+        token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
+        sickness: None, or why the step changed nothing: a loss or gradient that is not finite, and where it arose.
+    """
+
+    loss: float
+    aux: dict[str, float]
+    aux_weights: dict[str, float]
+    gradient_norm: float
+    tokens_per_expert: Tensor
+    tokens: int
+    router_entropy: list[float]
+    dropped_share: list[float]
+    sums: Tensor
+    token_hash: int
+    sickness: str | None = None
+
+    @property
+    def aux_loss(self) -> float:
+        """The weighted sum that was added to the loss."""
+        return sum(self.aux_weights[name] * value for name, value in self.aux.items())
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean routes per text token, over all MoE layers."""
+        return float(self.tokens_per_expert.sum()) / max(1, len(self.tokens_per_expert) * self.tokens)
+
+    def layer_uses(self) -> list[StepUse]:
+        """What each MoE layer's router may move its state by."""
+        routes = self.tokens_per_expert.to(self.sums.device)
+        mean = self.experts_per_token
+        return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over a validation set: mean nats per counted token, and the number of those tokens."""
+
+    loss: float
+    labels: float
+
+
+class StepSums:
+    """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
+
+    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, num_sums: int, device: torch.device):
+        self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, num_experts
+        self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
+        self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
+
+    def add(self, output: LMOutput, share: float) -> None:
+        """Add one micro-batch; ``share`` is its part of the global batch's tokens."""
+        self.scalars[0] += output.loss_sum.detach()
+        for column, name in enumerate(self.aux_names, start=1):
+            self.scalars[column] += share * output.aux[name].detach()
+        for row, use in enumerate(output.uses):
+            self.layers[row, : self.num_experts] += use.tokens_per_expert
+            self.layers[row, self.num_experts] += use.router_entropy
+            self.layers[row, self.num_experts + 1] += use.dropped_routes
+            if use.sums is not None:
+                self.layers[row, self.num_experts + 2 :] += use.sums
+
+    def reduce(self) -> None:
+        """Sum over ranks."""
+        stacked = torch.cat([self.scalars, self.layers.flatten()])
+        dist.all_reduce(stacked)
+        scalars, layers = stacked.split([len(self.scalars), self.layers.numel()])
+        self.scalars, self.layers = scalars.cpu(), layers.view_as(self.layers)
+
+    @property
+    def loss_sum(self) -> float:
+        """Cross-entropy summed over counted positions, of the global batch after ``reduce``."""
+        return float(self.scalars[0])
+
+    def result(
+        self,
+        counts: GlobalCounts,
+        aux_weights: dict[str, float],
+        gradient_norm: float,
+        token_hash: int,
+        sickness: str | None,
+    ) -> StepResult:
+        """Take means of the reduced sums."""
+        scalars, layers = self.scalars.tolist(), self.layers[:, : self.num_experts + 2].cpu()
+        routes = layers[:, : self.num_experts]
+        return StepResult(
+            loss=scalars[0] / max(counts.labels, 1),
+            aux=dict(zip(self.aux_names, scalars[1:], strict=True)),
+            aux_weights=aux_weights,
+            gradient_norm=gradient_norm,
+            tokens_per_expert=routes,
+            tokens=counts.tokens,
+            router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
+            sums=self.layers[:, self.num_experts + 2 :],
+            dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
+            token_hash=token_hash,
+            sickness=sickness,
+        )

@@ -1,0 +1,90 @@
+"""Validation during training, which a signal may cut short."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from moe_pretrain import data
+from moe_pretrain.batching import BatchPlan
+from moe_pretrain.config import Config
+from moe_pretrain.data.packing import MicroBatch
+from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.metrics.rows import Row
+from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row
+from moe_pretrain.run_data import Corpus
+from moe_pretrain.signals import StopRequest
+
+_OWN = ""
+"""Stands for the corpus that is trained on, among names of sets, which are never empty."""
+
+
+class Evaluator:
+    """Validates one engine on the held-out part of its corpus and on further sets."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: BatchPlan,
+        corpus: Corpus,
+        sets: dict[str, data.ShardReader],
+        engine: TrainEngine,
+        stop: StopRequest,
+        enter: Callable[[str, int], None],
+    ):
+        self._config, self._plan, self._engine, self._stop, self._enter = config, plan, engine, stop, enter
+        self._corpus, self._sets = corpus, sets
+
+    def evaluate(self, step: int) -> Row | None:
+        """Losses on every set; None if a signal was agreed on in between. Every rank must call it.
+
+        Args:
+            step: Finished steps, for whoever asks where this rank is.
+        """
+        corpus = self._corpus
+        readers = dict(self._sets)  # among them, a mixture's sources
+        if not isinstance(corpus, data.TokenizedMixture):
+            readers[_OWN] = corpus.validation
+        losses = {}
+        for name, reader in readers.items():
+            loss = self._loss_on(reader, step)
+            if loss is None:
+                return None
+            losses[name] = loss
+        sizes = {name: _bytes_per_token(reader) for name, reader in readers.items()}
+        if isinstance(corpus, data.TokenizedMixture):
+            row = mixed_evaluation_row(losses, sizes, corpus.shares)
+        else:
+            row = evaluation_row(losses.pop(_OWN), sizes[_OWN])
+        for name, loss in losses.items():
+            own = evaluation_row(loss, sizes[name])
+            row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
+        return row
+
+    def _loss_on(self, reader: data.ShardReader, step: int) -> float | None:
+        """Mean nats per token of one set."""
+        mesh, packing = self._engine.mesh, self._config.packing
+        batches = data.validation_batches(
+            reader,
+            self._config.model.sequence_length,
+            self._plan.micro_batch_size,
+            mesh.rank,
+            mesh.world_size,
+            self._config.evaluation.max_rows,
+            packing.isolate_documents,
+            packing.reset_positions,
+        )
+        was_stopped: list[int] = []
+        evaluation = self._engine.evaluate(self._until_stopped(batches, step, was_stopped))
+        return None if was_stopped else evaluation.loss
+
+    def _until_stopped(self, batches: Iterable[MicroBatch], step: int, was_stopped: list[int]) -> Iterator[MicroBatch]:
+        """The batches up to an agreed signal, which is noted; every rank has equally many."""
+        for batch in batches:
+            self._enter("evaluate.batch", step)
+            if self._stop.agreed(self._engine.mesh.device):
+                was_stopped.append(self._stop.received)
+                return
+            yield batch
+
+
+def _bytes_per_token(reader: data.ShardReader) -> float | None:
+    """None for a corpus that came as tokens."""
+    return reader.text_bytes / reader.num_tokens if reader.text_bytes else None

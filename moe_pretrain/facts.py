@@ -1,0 +1,37 @@
+"""What a run folder says of its run beside the metrics: the resolved configuration, sizes, versions."""
+
+import json
+import platform
+from importlib.metadata import version
+
+import torch
+import yaml
+
+from moe_pretrain.config import Config, to_values
+from moe_pretrain.model.size import ModelSize
+from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.run_data import Corpus
+
+
+def write_facts(config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
+    """Write ``config.yaml`` and ``summary.json`` into the run's folder."""
+    folder = config.run.folder
+    values = json.loads(json.dumps(to_values(config)))
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else platform.processor() or "cpu"
+    facts = {
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "flops_per_token": size.training_flops_per_token,
+        "unigram_entropy": corpus.unigram_entropy,
+        "corpus_fingerprint": corpus.fingerprint,
+        "versions": versions(),
+        "device": device,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "summary.json").write_text(json.dumps(facts, indent=2))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    packages = ("moe_pretrain", "torch", "deepspeed", "transformers", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,80 @@
+"""Warnings about routers that have stopped spreading tokens."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_COLLAPSE_RATIO = 1.25
+"""A router is called collapsed while it uses at most this many times the experts that each token uses."""
+
+
+class RouterHealth:
+    """Watches the routes of every step, and warns once when a layer falls ill, and again only after it was well."""
+
+    def __init__(self, layers: list[int], window_steps: int):
+        """Nothing is seen yet.
+
+        Args:
+            layers: Numbers of the MoE layers, for the messages.
+            window_steps: Steps over which health is judged.
+        """
+        self._layers, self._window_steps = layers, window_steps
+        self._steps = 0
+        self._tokens = 0
+        self._routes: Tensor | None = None
+        self._dead: dict[int, list[int]] = {layer: [] for layer in layers}
+        self._collapsed = dict.fromkeys(layers, False)
+
+    def update(self, tokens_per_expert: Float[Tensor, "layers experts"], tokens: int) -> list[tuple[str, str]]:
+        """Count one step; at the end of a window, what has fallen ill in it.
+
+        Args:
+            tokens_per_expert: Routes of the step.
+            tokens: Text tokens of the step.
+
+        Returns:
+            Names and messages: ``dead_experts`` and ``collapsed_router``.
+        """
+        if not self._layers:
+            return []
+        self._routes = tokens_per_expert if self._routes is None else self._routes + tokens_per_expert
+        self._tokens += tokens
+        self._steps += 1
+        if self._steps < self._window_steps:
+            return []
+        warnings: list[tuple[str, str]] = []
+        for layer, routes in zip(self._layers, self._routes, strict=True):
+            warnings += self._judge(layer, routes)
+        self._steps, self._tokens, self._routes = 0, 0, None
+        return warnings
+
+    def _judge(self, layer: int, routes: Tensor) -> list[tuple[str, str]]:
+        warnings = []
+        dead = (routes == 0).nonzero().flatten().tolist()
+        if dead and dead != self._dead[layer]:
+            names = ", ".join(map(str, dead))
+            warnings.append(
+                ("dead_experts", f"layer {layer}: no token in {self._steps} steps for expert {names} of {len(routes)}")
+            )
+        self._dead[layer] = dead
+        used, per_token = effective_experts(routes), float(routes.sum()) / max(1, self._tokens)
+        # A dense scheme uses all experts for every token, and is not ill.
+        collapsed = used <= _COLLAPSE_RATIO * per_token < len(routes)
+        if collapsed and not self._collapsed[layer]:
+            warnings.append(
+                (
+                    "collapsed_router",
+                    f"layer {layer}: {self._steps} steps used {used:.1f} of {len(routes)} experts, at {per_token:.1f} "
+                    "experts per token: nearly all tokens go the same way",
+                )
+            )
+        self._collapsed[layer] = collapsed
+        return warnings
+
+
+def effective_experts(routes: Float[Tensor, "experts"]) -> float:
+    """How many evenly used experts would have the entropy of this load: 1 for a single one, all for an even load."""
+    share = routes.double() / routes.sum().clamp(min=1)
+    return math.exp(float(torch.special.entr(share).sum()))

@@ -1,0 +1,121 @@
+"""Runs that fall ill, as processes: what is said, what is left, and the exit code."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from helpers.runs import rows_of, run, train_words
+
+TWO = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
+
+
+def fault(point: str, action: str, step: int, rank: int = 0, **more: object) -> list[str]:
+    words = {"point": point, "action": action, "step": step, "rank": rank, **more}
+    return [f"fault.{name}={value}" for name, value in words.items()]
+
+
+def test_a_skipped_step_is_an_event_and_its_rows_are_kept(home: Path):
+    words = fault("train.gradient", "not_finite", 3, rank=1, parameter="blocks.1.feed_forward.experts.in_weight")
+    code, _, err = run(home, *train_words("skipped", *TWO, *words))
+    assert code == 0, err
+    (event,) = [row for row in rows_of(home, "skipped", "event") if row["event"] == "step_skipped"]
+    assert event["step"] == 4 and "gradient of blocks.1.feed_forward.experts.in_weight on rank 1" in event["message"]
+    assert event["message"] in err
+    facts = json.loads((home / "outputs" / "skipped" / "sick_steps" / "step_00000003.json").read_text())
+    assert (facts["step"], facts["first_row"], facts["last_row"]) == (3, 48, 63)
+    rows = rows_of(home, "skipped")
+    assert rows[-1]["step"] == 12 and rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+def test_too_many_sick_steps_stop_the_run_in_one_line(home: Path):
+    words = fault("train.loss", "not_finite", 5, num_steps=99)
+    code, _, err = run(home, *train_words("stopped", *words, "engine.max_skipped_steps=1"))
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert "step 6: loss=nan" in last and "engine.max_skipped_steps=1" in last and "step_00000006.json" in last
+    assert "Traceback" not in err
+    kept = sorted(path.name for path in (home / "outputs" / "stopped" / "checkpoints").iterdir())
+    assert kept == ["step_00000004"], "the last good one stays, and none is written of a sick step"
+    code, _, err = run(home, "train", "run.name=stopped", "fault.point=null")
+    assert code == 0, err
+
+
+def test_a_collapsed_router_is_warned_of_by_name(home: Path):
+    words = fault("train.router", "collapse", 3, num_steps=6)
+    more = ["metrics.router_health_steps=3", "engine.check_every_steps=0"]
+    code, _, err = run(home, *train_words("collapsed", *words, *more))
+    assert code == 0, err
+    events = [row for row in rows_of(home, "collapsed", "event") if row["event"] == "collapsed_router"]
+    assert {row["step"] for row in events} == {6} and len(events) == 2, "once per layer"
+    assert "[collapsed_router]" in err
+    assert "collapsed_router" in (home / "outputs" / "collapsed" / "report.html").read_text()
+
+
+def test_a_stopped_rank_ends_the_run_and_is_named(home: Path):
+    """SIGSTOP: no message, no exit, no error in any collective before its long timeout."""
+    words = fault("train.backward", "stop", 3, rank=1)
+    code, _, err = run(home, *train_words("stuck", *TWO, *words, "parallel.heartbeat_seconds=4"))
+    assert code == 69, err
+    assert "rank 1 is stuck or gone" in err and "step 3, phase train.backward" in err
+    stacks = home / "outputs" / "stuck" / "stacks"
+    for rank in (0, 1):
+        text = (stacks / f"rank_{rank:05d}.txt").read_text()
+        assert "engine.py" in text, "the stopped rank is woken to write its stacks too"
+    code, _, err = run(home, "train", "run.name=stuck", "fault.point=null")
+    assert code == 0, err
+
+
+def test_a_killed_rank_is_named(home: Path):
+    words = fault("train.update", "kill", 3, rank=1)
+    code, _, err = run(home, *train_words("dead", *TWO, *words))
+    assert code == 128 + signal.SIGKILL, err
+    assert "rank 1 was killed by SIGKILL, last seen at step " in err
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
+def test_a_failed_save_is_loud_and_training_goes_on(home: Path, error: str):
+    name = f"failed-{error}"
+    code, _, err = run(home, *train_words(name, *fault("save.file_half", error, 8)))
+    assert code == 0, err
+    (event,) = [row for row in rows_of(home, name, "event") if row["event"] == "checkpoint_failed"]
+    assert "step 8 is NOT saved" in event["message"] and "last good checkpoint: step 4" in event["message"]
+    assert event["message"] in err
+    kept = sorted(path.name for path in (home / "outputs" / name / "checkpoints").iterdir())
+    assert kept == ["step_00000004", "step_00000012"]
+
+
+def test_a_failed_last_save_has_an_exit_code_of_its_own(home: Path):
+    code, out, err = run(home, *train_words("unsaved", *fault("save.file_half", "ENOSPC", 12)))
+    assert code == 74, err
+    assert "could not be saved; the same command goes on from step 8" in out
+    code, _, err = run(home, "train", "run.name=unsaved", "fault.point=null")
+    assert code == 0, err
+    assert [row["step"] for row in rows_of(home, "unsaved", "validation")] == [6, 12]
+
+
+def test_damage_is_an_event_of_the_run_that_falls_back(home: Path):
+    code, _, err = run(home, *train_words("damaged", "batch.total_tokens=8192"))
+    assert code == 0, err
+    file = home / "outputs" / "damaged" / "checkpoints" / "step_00000008" / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 16
+    file.write_bytes(content)
+    code, _, err = run(home, "train", "run.name=damaged")
+    assert code == 0, err
+    events = {row["event"]: row for row in rows_of(home, "damaged", "event")}
+    assert "rank_00000.safetensors is damaged" in events["checkpoint_damaged"]["message"]
+    assert "from step_00000004" in events["resumed"]["message"]
+
+
+def test_changes_that_may_be_are_said(home: Path):
+    code, _, err = run(home, *train_words("changed", "batch.total_tokens=4096"))
+    assert code == 0, err
+    code, _, err = run(home, "train", "run.name=changed", "optimizer.learning_rate=0.001", "batch.total_tokens=8192")
+    assert code == 0, err
+    (event,) = [row for row in rows_of(home, "changed", "event") if row["event"] == "changed"]
+    assert "optimizer.learning_rate=0.001 (was 0.004)" in event["message"]
+    assert "batch.total_tokens=8192 (was 4096)" in event["message"]
+    code, _, err = run(home, "train", "run.name=changed", "model.hidden_size=64", "batch.total_tokens=9216")
+    assert code == 2 and "model.hidden_size=64 must stay 32" in err
+    assert "these differ too, and may: batch.total_tokens=9216 (was 8192)" in err

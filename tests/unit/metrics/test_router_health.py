@@ -1,0 +1,52 @@
+"""Dead experts and collapsed routers are warned of by name, once, and only when they are."""
+
+import pytest
+import torch
+
+from moe_pretrain.metrics.router_health import RouterHealth, effective_experts
+
+EVEN = [10.0, 10.0, 10.0, 10.0, 10.0, 10.0]
+ONE_DEAD = [12.0, 12.0, 0.0, 12.0, 12.0, 12.0]
+TWO_USED = [30.0, 30.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def warnings_of(*steps: list[list[float]], window: int = 1, tokens: int = 30) -> list[list[tuple[str, str]]]:
+    health = RouterHealth([1, 3], window)
+    return [health.update(torch.tensor(step, dtype=torch.float64), tokens) for step in steps]
+
+
+def test_an_even_load_is_well():
+    assert warnings_of([EVEN, EVEN]) == [[]]
+
+
+def test_a_dead_expert_is_named_once_with_its_layer():
+    first, second, well, again = warnings_of([EVEN, ONE_DEAD], [EVEN, ONE_DEAD], [EVEN, EVEN], [EVEN, ONE_DEAD])
+    assert [name for name, _ in first] == ["dead_experts"]
+    assert "layer 3" in first[0][1] and "expert 2 of 6" in first[0][1]
+    assert second == [] and well == [] and again == first
+
+
+def test_a_collapsed_router_is_named():
+    (found,) = warnings_of([TWO_USED, EVEN])
+    names = dict(found)
+    assert set(names) == {"dead_experts", "collapsed_router"}
+    assert "layer 1" in names["collapsed_router"] and "2.0 of 6 experts" in names["collapsed_router"]
+
+
+def test_the_window_is_judged_as_a_whole():
+    """An expert that gets a token in any step of the window is alive."""
+    other = [0.0, 12.0, 12.0, 12.0, 12.0, 12.0]
+    assert warnings_of([EVEN, ONE_DEAD], [EVEN, other], window=2) == [[], []]
+
+
+def test_a_scheme_that_uses_every_expert_for_every_token_is_well():
+    assert warnings_of([[30.0] * 6, [30.0] * 6]) == [[]]
+
+
+def test_a_dense_model_has_no_routers():
+    assert RouterHealth([], 1).update(torch.zeros(0, 0), 10) == []
+
+
+@pytest.mark.parametrize("load,expected", [(EVEN, 6.0), (TWO_USED, 2.0), ([5.0, 0.0], 1.0)])
+def test_effective_experts(load: list[float], expected: float):
+    assert effective_experts(torch.tensor(load)) == pytest.approx(expected)
