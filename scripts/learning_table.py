@@ -73,12 +73,12 @@ def main() -> None:
 
 
 def train(job: tuple[str, int], chosen: argparse.Namespace) -> None:
-    """One run, unless its last validation is there."""
+    """One run, unless it is finished."""
     variant, seed = job
     folder = run_folder(variant, seed, chosen)
     rows = read_rows(folder / "metrics.jsonl")
     steps = chosen.tokens // 4096
-    if any(row["kind"] == "validation" and row["step"] == steps for row in rows):
+    if any(row.get("event") == "finished" for row in rows):
         return
     words = [*VARIANTS[variant], *SHAPE, f"seed={seed}", f"run.name={folder.name}", f"run.output_dir={chosen.folder}"]
     words.append(f"batch.total_tokens={steps * 4096}")
