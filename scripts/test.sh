@@ -4,4 +4,5 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment "[dev]"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -m "not gpu and not slow" "$@"
+# Two at a time, whole files each: most tests are one process, and files share the runs that they make.
+exec python -m pytest -m "not gpu and not slow" -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -35,6 +35,7 @@ def engine_config(**changes: object) -> EngineConfig:
         gradient_clipping=0.5,
         reduce_bucket_elements=1000,
         check_every_steps=0,
+        max_skipped_steps=3,
     )
     return EngineConfig(**{**fields, **changes})
 

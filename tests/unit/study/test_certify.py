@@ -355,7 +355,7 @@ def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) ->
     for name, beginning in expected.items():
         assert details[name].startswith(beginning)
     noncausal = {row.property for row in rows if row.verdict == "declared non-causal"}
-    competes = overrides[0] in ("router=sinkhorn", "router=expert_choice")
+    competes = overrides[0] in ("router=autonomy_expert_choice", "router=expert_choice", "router=sinkhorn")
     assert noncausal == ({TRAINING_CAUSALITY, "cut of the batch in training"} if competes else set())
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
