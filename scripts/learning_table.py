@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
+from matplotlib.figure import Figure
 
 from moe_pretrain.metrics.rows import Row, read_rows
 
@@ -51,7 +52,8 @@ VARIANTS = {
     "autonomy_no_balance": ["router=autonomy", "router.load_balance_weight=0"],
     "autonomy_top_p": ["router=autonomy_top_p"],
 }
-REFERENCE = "top_k"
+REFERENCE = "top_k router.load_balance_weight=0.01 router.router_z_weight=0.001"
+"""What `compare` calls the variant `top_k` beside the one without a balance loss."""
 
 
 def main() -> None:
@@ -69,7 +71,50 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-m", "moe_pretrain", "compare", str(chosen.folder), "--reference", REFERENCE], check=True
     )
+    draw(print_table(chosen), chosen.folder / "learning.png")
     print_signatures(chosen)
+
+
+def print_table(chosen: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
+    """A Markdown table of all variants, best first; of each the final losses and loads of its finished seeds."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    lines = {}
+    for variant in chosen.variants:
+        runs = Runs(variant, chosen)
+        if not runs.losses:
+            continue
+        mean = statistics.fmean(runs.losses)
+        spread = f"{min(runs.losses):.3f} to {max(runs.losses):.3f}"
+        columns = [f"`{variant}`", f"{mean:.3f} ({spread}, {len(runs.losses)} seeds)"]
+        loads = [] if variant == "dense" else runs.mean("load_max_over_mean", END)
+        for name in ("experts_per_token", "load_max_over_mean", "router_entropy"):
+            columns.append("" if variant == "dense" else f"{statistics.fmean(runs.mean(name, END)):.2f}")
+        lines[variant] = "| " + " | ".join(columns) + " |"
+        found[variant] = runs.losses, loads
+    print("| scheme | final validation loss | experts per token | load max / mean | router entropy |")
+    print("|---|---|---|---|---|")
+    order = sorted(found, key=lambda variant: statistics.fmean(found[variant][0]))
+    for variant in order:
+        print(lines[variant])
+    return {variant: found[variant] for variant in order}
+
+
+def draw(found: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
+    """Final loss and load of every scheme, a dot per seed."""
+    figure = Figure(figsize=(9, 0.28 * len(found) + 1), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, index, title in zip(
+        panels, (0, 1), ("final validation loss, nats per token", "largest load / mean load, last fifth"), strict=True
+    ):
+        for row, values in enumerate(found.values()):
+            axes.plot(values[index], [row] * len(values[index]), "o", ms=5, alpha=0.7, color="#2563a8")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(axis="x", color="#e6e6e6")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_yticks(range(len(found)), list(found))
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
 
 
 def train(job: tuple[str, int], chosen: argparse.Namespace) -> None:
@@ -96,11 +141,15 @@ def run_folder(variant: str, seed: int, chosen: argparse.Namespace) -> Path:
 
 
 class Runs:
-    """The train rows of one variant, all seeds."""
+    """The train rows and final losses of one variant, all finished seeds."""
 
     def __init__(self, variant: str, chosen: argparse.Namespace):
         folders = [run_folder(variant, seed, chosen) for seed in chosen.seeds]
-        self.rows = [[row for row in read_rows(f / "metrics.jsonl") if row["kind"] == "train"] for f in folders]
+        read = {seed: read_rows(folder / "metrics.jsonl") for seed, folder in zip(chosen.seeds, folders, strict=True)}
+        kept = {seed: rows for seed, rows in read.items() if any(row.get("event") == "finished" for row in rows)}
+        self.seeds, every = list(kept), list(kept.values())
+        self.rows = [[row for row in rows if row["kind"] == "train"] for rows in every]
+        self.losses = [[row["validation/loss"] for row in rows if row["kind"] == "validation"][-1] for rows in every]
         self.layers = yaml.safe_load((folders[0] / "config.yaml").read_text())["model"]["num_layers"]
 
     def mean(self, name: str, part: slice, layers: range | None = None) -> list[float]:
@@ -141,7 +190,11 @@ def print_signatures(chosen: argparse.Namespace) -> None:
             ("load_max_over_mean", "autonomy balances better than top_k, both without a balance loss"),
             ("router_entropy", "autonomy's routing entropy is lower than top_k's, both without a balance loss"),
         ):
-            left, right = ours.mean(name, END), plain.mean(name, END)
+            both = [seed for seed in ours.seeds if seed in plain.seeds]
+            left, right = (
+                [value for seed, value in zip(runs.seeds, runs.mean(name, END), strict=True) if seed in both]
+                for runs in (ours, plain)
+            )
             report(
                 claim, [a < b for a, b in zip(left, right, strict=True)], f"{numbers(left)} against {numbers(right)}"
             )
