@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
 from moe_pretrain.checkpoint.config import CheckpointConfig
@@ -333,6 +333,8 @@ def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: it must be given"
     choices = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")

@@ -164,6 +164,9 @@ MISTAKES = [
     (["router@nowhere=top_k"], "router@nowhere"),
     (["data=files", "data.paths=[a.txt]", "data.pths=1"], "did you mean paths?"),
     (["data=files", "data.paths=[a.txt]", "model=tinny"], "model=tinny is not a choice; did you mean tiny?"),
+    (["experiment=aoe_732m_25"], "experiment=aoe_732m_25 is not a choice; did you mean aoe_732m_256?"),
+    (["experiment=aoe_4b"], "tokenizer.path is missing: it must be given"),
+    (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
 ]
 
