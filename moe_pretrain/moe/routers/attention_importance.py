@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.types import AttentionStatistic, Routing, RoutingContext, StepUse
@@ -125,10 +126,7 @@ class AttentionImportanceConfig(LinearRouterConfig):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        for field in ("min_experts", "max_experts", "target_experts", "expected_experts"):
-            value = getattr(self, field)
-            if value is not None and value > num_experts:
-                raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "min_experts", "max_experts", "target_experts", "expected_experts")
 
     @property
     def mean_experts_per_token(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import distillation_loss, importance_loss, sample_similarity_loss
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.types import Routing, RoutingContext
@@ -54,8 +55,7 @@ class AttentiveFields(BalancedRouterConfig):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.top_k > num_experts:
-            raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "top_k")
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -93,10 +93,7 @@ class AttentiveConfig(AttentiveFields):
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
         super().check_num_experts(num_experts)
-        if self.num_candidates > num_experts:
-            raise ValueError(
-                f"router.num_candidates={self.num_candidates} must be at most model.moe.num_experts={num_experts}"
-            )
+        check_within_experts(self, num_experts, "num_candidates")
 
     def scored_experts(self, num_experts: int) -> int:
         """Experts whose first layer a token runs for its key."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
-from moe_pretrain.moe.routers.expert_choice import ThresholdMean, check_capacity, check_expert_choice, choose_tokens
+from moe_pretrain.moe.routers.checks import check_within_experts
+from moe_pretrain.moe.routers.expert_choice import ThresholdMean, check_expert_choice, choose_tokens
 from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
 from moe_pretrain.moe.routers.top_p import top_p_mask
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
@@ -63,8 +64,7 @@ class AutonomyConfig(AutonomyFields):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.top_k > num_experts:
-            raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "top_k")
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -103,10 +103,7 @@ class AutonomyTopPConfig(AutonomyFields):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        for field in ("max_experts", "expected_experts"):
-            value = getattr(self, field)
-            if value is not None and value > num_experts:
-                raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "max_experts", "expected_experts")
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -135,7 +132,7 @@ class AutonomyExpertChoiceConfig(AutonomyFields):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        check_capacity(self.capacity_factor, num_experts)
+        check_within_experts(self, num_experts, "capacity_factor")
 
     @property
     def mean_experts_per_token(self) -> float:

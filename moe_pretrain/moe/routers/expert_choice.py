@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import router_use
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
@@ -35,7 +36,7 @@ class ExpertChoiceConfig:
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        check_capacity(self.capacity_factor, num_experts)
+        check_within_experts(self, num_experts, "capacity_factor")
 
     @property
     def mean_experts_per_token(self) -> float:
@@ -49,14 +50,6 @@ def check_expert_choice(capacity_factor: float, threshold_decay: float) -> None:
         raise ValueError(f"router.capacity_factor={capacity_factor} must be positive")
     if not 0 <= threshold_decay < 1:
         raise ValueError(f"router.threshold_decay={threshold_decay} must be in [0, 1)")
-
-
-def check_capacity(capacity_factor: float, num_experts: int) -> None:
-    """Raise if experts would have to take a token twice."""
-    if capacity_factor > num_experts:
-        raise ValueError(
-            f"router.capacity_factor={capacity_factor} must be at most model.moe.num_experts={num_experts}"
-        )
 
 
 def choose_tokens(

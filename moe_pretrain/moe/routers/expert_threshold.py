@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.linear import router_use
 from moe_pretrain.moe.routers.logits import router_logits
@@ -50,10 +51,7 @@ class ExpertThresholdRouterConfig:
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.target_experts > num_experts:
-            raise ValueError(
-                f"router.target_experts={self.target_experts} must be at most model.moe.num_experts={num_experts}"
-            )
+        check_within_experts(self, num_experts, "target_experts")
 
     @property
     def mean_experts_per_token(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.noise import counter_uniform
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.routers.top_k import scores_of
 from moe_pretrain.moe.types import Router, RouterUse, Routing, RoutingContext, as_count
@@ -48,8 +49,7 @@ class HashConfig:
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.top_k > num_experts:
-            raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "top_k")
 
     @property
     def mean_experts_per_token(self) -> float:

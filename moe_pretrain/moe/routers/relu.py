@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import sparsity_loss
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import balance_counts, router_use, routes_by_group
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.types import BalanceLevel, Router, Routing, RoutingContext, StepUse, as_count
@@ -43,10 +44,7 @@ class ReLUConfig:
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.target_experts > num_experts:
-            raise ValueError(
-                f"router.target_experts={self.target_experts} must be at most model.moe.num_experts={num_experts}"
-            )
+        check_within_experts(self, num_experts, "target_experts")
 
     @property
     def mean_experts_per_token(self) -> float:

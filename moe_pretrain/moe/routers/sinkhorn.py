@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 
@@ -37,8 +38,7 @@ class SinkhornConfig(LinearRouterConfig):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.top_k > num_experts:
-            raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "top_k")
 
     @property
     def mean_experts_per_token(self) -> float:

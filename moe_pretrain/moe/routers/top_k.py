@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
@@ -62,8 +63,7 @@ class TopKRouterConfig(LinearRouterConfig):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        if self.top_k > num_experts:
-            raise ValueError(f"router.top_k={self.top_k} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "top_k")
         if num_experts % self.num_groups:
             raise ValueError(f"router.num_groups={self.num_groups} must divide model.moe.num_experts={num_experts}")
         reachable = num_experts // self.num_groups * self.groups_per_token

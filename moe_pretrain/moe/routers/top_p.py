@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
+from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.linear import LinearRouter, LinearRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
@@ -73,10 +74,7 @@ class TopPRouterConfig(LinearRouterConfig):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        for field in ("max_experts", "target_experts", "expected_experts"):
-            value = getattr(self, field)
-            if value is not None and value > num_experts:
-                raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
+        check_within_experts(self, num_experts, "max_experts", "target_experts", "expected_experts")
 
     @property
     def mean_experts_per_token(self) -> float:
