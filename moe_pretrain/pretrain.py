@@ -6,6 +6,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from moe_pretrain import data
 from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.batching import BatchPlan, plan_batches
+from moe_pretrain.checkpoint.store import locate
 from moe_pretrain.config import Config, ConfigError
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.engine import TrainEngine
@@ -21,7 +23,7 @@ from moe_pretrain.liveness import Liveness
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import expert_gate, num_routed_experts
+from moe_pretrain.moe import ExpertShard, expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.run import Run
@@ -186,6 +188,13 @@ def check(config: Config, world_size: int) -> None:
     plan_batches(config.batch, config.model.sequence_length, world_size)
     moe = config.model.moe
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
+    if config.checkpoint.warm_start is not None:
+        locate(Path(config.checkpoint.warm_start))
+    if config.optimizer.trainable == "routers":
+        with torch.device("meta"):
+            model = DecoderLM(config.model, config.router, ExpertShard())
+        if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
+            raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
     device, dtype = resolve_device(config.engine)
     if dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")

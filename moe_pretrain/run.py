@@ -30,7 +30,6 @@ from moe_pretrain.run_data import Corpus
 from moe_pretrain.signals import STOPPED, UNSAVED, StopRequest
 from moe_pretrain.study.report import summarise, write_report
 
-CHECKPOINTS = "checkpoints"
 SICK_STEPS = "sick_steps"
 FINISHED = 0
 
@@ -87,7 +86,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_facts(config, size, corpus, mesh)
         self.saver = store.Saver(
-            engine, self.folder / CHECKPOINTS, config.checkpoint, config.parallel.timeout_seconds, faults
+            engine, self.folder / store.CHECKPOINTS, config.checkpoint, config.parallel.timeout_seconds, faults
         )
         self.metrics = MetricsWriter(
             config.metrics, self.folder, plan.num_steps, config.run.name, to_values(config), mesh.is_main
@@ -102,10 +101,10 @@ class Run:
         """Go on from the newest good checkpoint, as ``checkpoint.resume`` asks."""
         policy = self.config.checkpoint.resume
         warnings: list[str] = []
-        found = store.agree_on_newest(self.folder / CHECKPOINTS, self.mesh, warnings.append)
+        found = store.agree_on_newest(self.folder / store.CHECKPOINTS, self.mesh, warnings.append)
         if found is None and policy == "must":
             raise ConfigError(
-                f"checkpoint.resume=must needs a good checkpoint in {self.folder / CHECKPOINTS}; there is none"
+                f"checkpoint.resume=must needs a good checkpoint in {self.folder / store.CHECKPOINTS}; there is none"
                 + "".join(f"; {warning}" for warning in warnings)
             )
         if found is not None and policy == "never":
@@ -114,6 +113,8 @@ class Run:
             self.metrics.resume(0)
             self._report_damage(warnings)
             self.say(f"starting {self.folder}")
+            if self.config.checkpoint.warm_start is not None:
+                self._warm_start(Path(self.config.checkpoint.warm_start))
             return
         path, manifest = found
         state = manifest["state"]
@@ -127,6 +128,23 @@ class Run:
         self._event("resumed", f"from {path.name} on {self.mesh.world_size} ranks")
         if allowed:
             self._event("changed", f"since {path.name}: {', '.join(allowed)}")
+
+    def _warm_start(self, where: Path) -> None:
+        """Begin with the weights of another run."""
+        path = store.locate(where)
+        manifest = store.agree_on(path, self.mesh)
+        tokenizer = manifest["state"].get("tokenizer")
+        if tokenizer != self.corpus.tokenizer.fingerprint:
+            raise ConfigError(
+                f"checkpoint.warm_start={path} must be of this run's tokenizer {self.corpus.tokenizer.fingerprint}; it "
+                f"is of {tokenizer or 'an unknown one'}"
+            )
+        became = store.warm_start(self.engine, path, manifest)
+        words = [f"{len(became.loaded)} weights of {path}"]
+        for names, said in ((became.fresh, "start anew"), (became.left, "left behind")):
+            if names:
+                words.append(f"{said}: {', '.join(names)}")
+        self._event("warm_start", "; ".join(words))
 
     def _report_damage(self, warnings: list[str]) -> None:
         for warning in warnings:
@@ -294,6 +312,7 @@ class Run:
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "corpus_fingerprint": self.corpus.fingerprint,
             "corpus_facts": self.corpus_facts,
+            "tokenizer": self.corpus.tokenizer.fingerprint,
             "stream": self.loader.state(self.step),
             "config": to_values(self.config),
             "world_size": self.mesh.world_size,

@@ -54,7 +54,13 @@ class Bench:
 
     def saver(self, is_async: bool) -> store.Saver:
         policy = CheckpointConfig(
-            every_steps=1, keep_last=1, keep_every_steps=None, keep_best=0, asynchronous=is_async, resume="auto"
+            every_steps=1,
+            keep_last=1,
+            keep_every_steps=None,
+            keep_best=0,
+            asynchronous=is_async,
+            resume="auto",
+            warm_start=None,
         )
         return store.Saver(self.engine, self.folder / str(is_async), policy, 600.0)
 

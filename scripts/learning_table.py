@@ -47,10 +47,12 @@ VARIANTS = {
     "top_p": ["router=top_p"],
     "attention_importance": ["router=attention_importance"],
     "attentive": ["router=attentive"],
+    "attentive_dense": ["router=attentive_dense"],
     "attentive_low_rank": ["router=attentive_low_rank"],
     "autonomy": ["router=autonomy"],
     "autonomy_no_balance": ["router=autonomy", "router.load_balance_weight=0"],
     "autonomy_top_p": ["router=autonomy_top_p"],
+    "autonomy_expert_choice": ["router=autonomy_expert_choice"],
 }
 REFERENCE = "top_k router.load_balance_weight=0.01 router.router_z_weight=0.001"
 """What `compare` calls the variant `top_k` beside the one without a balance loss."""

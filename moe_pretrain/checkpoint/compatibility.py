@@ -4,7 +4,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-_MUST_STAY = ("model", "router", "data", "tokenizer", "packing", "seed", "batch.global_batch_tokens")
+_MUST_STAY = (
+    "model",
+    "router",
+    "data",
+    "tokenizer",
+    "packing",
+    "seed",
+    "batch.global_batch_tokens",
+    "optimizer.trainable",
+    "checkpoint.warm_start",
+)
 """Parts that decide what the weights mean, or which tokens a step reads."""
 
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")

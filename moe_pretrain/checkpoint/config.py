@@ -18,6 +18,9 @@ class CheckpointConfig:
             rank saves); a thread writes it behind. False: training waits for the disk.
         resume: ``auto``: go on from the newest good checkpoint if there is one; ``must``: fail if there is none;
             ``never``: fail if there is one.
+        warm_start: A checkpoint of another run, or that run's folder for its newest, whose weights a new run starts
+            from. Its router may be another: routers' weights that fit by name and shape are taken over, the others
+            start as ever. Optimizer, schedule, data and balancer state start anew. None for no such.
     """
 
     every_steps: int
@@ -26,6 +29,7 @@ class CheckpointConfig:
     keep_best: int
     asynchronous: bool
     resume: Literal["auto", "must", "never"]
+    warm_start: str | None
 
     def __post_init__(self) -> None:
         for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):

@@ -28,6 +28,7 @@ BUFFER = "buffer"
 """Kind of state that has no gradient: router biases, thresholds."""
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
 TEMPORARY = ".tmp"
 _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
 _FOLDER_NAME = re.compile(r"step_(\d{8,})")
@@ -91,6 +92,20 @@ def complete_names(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first; not yet verified."""
     found = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def locate(path: Path) -> Path:
+    """A checkpoint: ``path`` itself, or the newest in it if it is a run's folder; not yet verified.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    found = complete_names(path / CHECKPOINTS)
+    if not found:
+        raise CheckpointError(f"{path} must be a checkpoint or the folder of a run that has one")
+    return found[0]
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

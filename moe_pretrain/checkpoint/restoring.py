@@ -1,5 +1,7 @@
 """A checkpoint into an engine, whatever topology either has."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT, Piece, global_shape, global_start, pieces
+from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT, global_shape, global_start, pieces
 from moe_pretrain.checkpoint.manifest import BUFFER, CheckpointError, Interval
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 
+ROUTER = ".router."
+"""What the names of routers' weights have in common, and no other."""
 
+
+@torch.no_grad()
 def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
     """Load weights and optimizer state into ``engine``; every rank must call it.
 
@@ -25,18 +31,79 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
         CheckpointError: The checkpoint is not of this model.
     """
     reader = Reader(path, manifest)
-    parameters = dict(engine.model.named_parameters())
-    _check_shapes({name: global_shape(engine, own) for name, own in parameters.items()}, path, manifest)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            start = global_start(engine, parameter)
-            values = reader.read(name, WEIGHT, start, parameter.numel())
+    shapes = _global_shapes(engine)
+    _check_shapes(shapes, path, manifest)
+    _restore_weights(engine, reader, shapes.keys())
+    for name, buffer in engine.model.named_buffers():
+        buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
+    for piece in pieces(engine):
+        for kind in MOMENTS:
+            piece.moment(kind).copy_(reader.read(piece.name, kind, piece.start, piece.master.numel()))
+        piece.state["step"].fill_(manifest["adam_step"])
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What became of the weights of another run, by name.
+
+    Attributes:
+        loaded: Taken over.
+        fresh: Of this run's routers, which the other does not have, or has in another shape: as initialised.
+        left: Of the other's routers, which this run does not have, or has in another shape.
+    """
+
+    loaded: list[str]
+    fresh: list[str]
+    left: list[str]
+
+
+@torch.no_grad()
+def warm_start(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> WarmStart:
+    """Load the weights alone, of a run that may have another router; every rank must call it.
+
+    Everything outside the routers must be there in the same shape. Optimizer state and the routers' buffers stay as
+    they are.
+
+    Args:
+        engine: Whose weights are replaced; it must not have made a step.
+        path: The checkpoint's folder.
+        manifest: Its manifest, verified.
+
+    Raises:
+        CheckpointError: A weight outside the routers has no counterpart.
+    """
+    shapes, stored = _global_shapes(engine), manifest["shapes"]
+    found = WarmStart([], [], [])
+    for name in sorted(shapes.keys() | stored.keys()):
+        if shapes.get(name) == stored.get(name):
+            found.loaded.append(name)
+        elif ROUTER in name:
+            if name in shapes:
+                found.fresh.append(name)
+            if name in stored:
+                found.left.append(name)
+        else:
+            raise CheckpointError(
+                f"checkpoint.warm_start={path} has {name}={stored.get(name)}, this model has {shapes.get(name)}: only "
+                "the weights of routers may differ"
+            )
+    _restore_weights(engine, Reader(path, manifest), found.loaded)
+    return found
+
+
+def _restore_weights(engine: TrainEngine, reader: "Reader", names: Collection[str]) -> None:
+    for name, parameter in engine.model.named_parameters():
+        if name in names:
+            values = reader.read(name, WEIGHT, global_start(engine, parameter), parameter.numel())
             # In a bfloat16 engine this rounds the master weight, which is what a training step does too.
             parameter.copy_(values.view_as(parameter))
-        for name, buffer in engine.model.named_buffers():
-            buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
-        for piece in pieces(engine):
-            _restore_piece(piece, reader, manifest["adam_step"])
+    for piece in pieces(engine):
+        if piece.name in names:
+            piece.master.copy_(reader.read(piece.name, WEIGHT, piece.start, piece.master.numel()))
+
+
+def _global_shapes(engine: TrainEngine) -> dict[str, list[int]]:
+    return {name: global_shape(engine, parameter) for name, parameter in engine.model.named_parameters()}
 
 
 @torch.no_grad()
@@ -62,14 +129,6 @@ def _check_shapes(shapes: dict[str, list[int]], path: Path, manifest: dict[str, 
             raise CheckpointError(
                 f"checkpoint {path} has {name}={manifest['shapes'].get(name)}, this model has {shapes.get(name)}"
             )
-
-
-def _restore_piece(piece: Piece, reader: "Reader", adam_step: float) -> None:
-    length = piece.master.numel()
-    piece.master.copy_(reader.read(piece.name, WEIGHT, piece.start, length))
-    for kind in MOMENTS:
-        piece.moment(kind).copy_(reader.read(piece.name, kind, piece.start, length))
-    piece.state["step"].fill_(adam_step)
 
 
 class Reader:

@@ -8,32 +8,39 @@ import torch.distributed as dist
 
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import (
+    CHECKPOINTS,
     FORMAT_VERSION,
     CheckpointError,
     complete_names,
+    locate,
     newest,
     open_manifest,
     read_manifest,
     share,
     verify_files,
 )
-from moe_pretrain.checkpoint.restoring import load_model, restore
+from moe_pretrain.checkpoint.restoring import WarmStart, load_model, restore, warm_start
 from moe_pretrain.checkpoint.saver import Outcome, Saver
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
 
 __all__ = [
+    "CHECKPOINTS",
     "FORMAT_VERSION",
     "CheckpointConfig",
     "CheckpointError",
     "Outcome",
     "Saver",
+    "WarmStart",
+    "agree_on",
     "agree_on_newest",
     "load_model",
+    "locate",
     "newest",
     "read_manifest",
     "restore",
     "save",
+    "warm_start",
 ]
 
 _SAVE_SECONDS = 1800.0
@@ -55,7 +62,13 @@ def save(engine: TrainEngine, folder: Path, state: dict[str, Any], keep_last: in
         CheckpointError: It could not be written; on every rank.
     """
     config = CheckpointConfig(
-        every_steps=1, keep_last=keep_last, keep_every_steps=None, keep_best=0, asynchronous=False, resume="auto"
+        every_steps=1,
+        keep_last=keep_last,
+        keep_every_steps=None,
+        keep_best=0,
+        asynchronous=False,
+        resume="auto",
+        warm_start=None,
     )
     saver = Saver(engine, folder, config, _SAVE_SECONDS)
     saver.save(state)
@@ -77,17 +90,27 @@ def agree_on_newest(folder: Path, mesh: Mesh, warn: Callable[[str], None]) -> tu
     names: list[Any] = [complete_names(folder)]
     dist.broadcast_object_list(names, src=0, device=mesh.device)
     for path in names[0]:
-        complaint, manifest = None, None
         try:
-            manifest = open_manifest(path)
-            verify_files(path, manifest, share(manifest["files"], mesh.rank, mesh.world_size))
+            return path, agree_on(path, mesh)
         except CheckpointError as error:
-            complaint = str(error)
-        complaints: list[Any] = [None] * mesh.world_size
-        dist.all_gather_object(complaints, complaint)
-        first = next((found for found in complaints if found), None)
-        if first is None:
-            assert manifest is not None
-            return path, manifest
-        warn(f"{first}; falling back to the checkpoint before it")
+            warn(f"{error}; falling back to the checkpoint before it")
     return None
+
+
+def agree_on(path: Path, mesh: Mesh) -> dict[str, Any]:
+    """The verified manifest of one checkpoint; each rank verifies its share of the files.
+
+    Raises:
+        CheckpointError: Something is damaged, missing, hostile, or of another format version; on every rank.
+    """
+    complaint, manifest = None, {}
+    try:
+        manifest = open_manifest(path)
+        verify_files(path, manifest, share(manifest["files"], mesh.rank, mesh.world_size))
+    except CheckpointError as error:
+        complaint = str(error)
+    complaints: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(complaints, complaint)
+    if first := next((found for found in complaints if found), None):
+        raise CheckpointError(first)
+    return manifest

@@ -1,13 +1,14 @@
 """Parameter groups, AdamW and learning-rate schedules."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from moe_pretrain.moe.types import float32_parameters
+from moe_pretrain.moe.types import Router, float32_parameters
 from moe_pretrain.parallel.deepspeed_moe import split_expert_groups
 
 
@@ -21,6 +22,9 @@ class OptimizerConfig:
         beta2: Decay of the second moment.
         epsilon: Added to the root of the second moment.
         weight_decay: Decoupled decay of matrices; norms and other vectors do not decay.
+        trainable: ``all``, or ``routers``: everything else keeps the bits it starts with, to teach a router of another
+            kind the choices of trained experts (``checkpoint.warm_start``). This is the distillation of attentive
+            gating (arXiv:2302.14703), with the language model's loss.
     """
 
     learning_rate: float
@@ -28,6 +32,7 @@ class OptimizerConfig:
     beta2: float
     epsilon: float
     weight_decay: float
+    trainable: Literal["all", "routers"]
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -113,14 +118,27 @@ def decays(parameter: torch.Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Every trainable parameter once: decayed or not, float32-kept apart, experts apart."""
+def freeze_all_but_routers(model: nn.Module) -> set[int]:
+    """Let no gradient reach weights outside routers; the ids of these weights.
+
+    They stay in the optimizer, with moments of zero, so that a checkpoint has the same parts as any other. Without
+    gradient and decay AdamW adds a zero.
+    """
+    routers = {id(own) for router in model.modules() if isinstance(router, Router) for own in router.parameters()}
+    frozen = [parameter for parameter in model.parameters() if id(parameter) not in routers]
+    for parameter in frozen:
+        parameter.register_hook(torch.zeros_like)
+    return {id(parameter) for parameter in frozen}
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig, frozen: Collection[int] = ()) -> list[dict]:
+    """Every trainable parameter once: decayed or not (as are the ``frozen`` ids), float32-kept apart, experts apart."""
     kept = {id(parameter) for parameter in float32_parameters(model)}
     groups: dict[str, dict] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        decayed = decays(parameter)
+        decayed = decays(parameter) and id(parameter) not in frozen
         name = ("decayed" if decayed else "plain") + ("_float32" if id(parameter) in kept else "")
         group = groups.setdefault(
             name, {"params": [], "name": name, "weight_decay": config.weight_decay if decayed else 0.0}
@@ -143,7 +161,7 @@ class WithholdingAdamW(torch.optim.AdamW):
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithholdingAdamW:
     """AdamW over ``parameter_groups``; torch's fused kernel, which runs on CPU and CUDA."""
     return WithholdingAdamW(
-        parameter_groups(model, config),
+        parameter_groups(model, config, freeze_all_but_routers(model) if config.trainable == "routers" else ()),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

@@ -60,7 +60,7 @@ def specialise(
     Raises:
         CheckpointError: There is no good checkpoint.
     """
-    found = store.newest(folder / "checkpoints", say)
+    found = store.newest(folder / store.CHECKPOINTS, say)
     if found is None:
         raise store.CheckpointError(f"{folder / 'checkpoints'} has no good checkpoint")
     path, manifest = found

@@ -15,7 +15,7 @@ from moe_pretrain.checkpoint.layout import MOMENTS, pieces
 from moe_pretrain.engine.engine import TrainEngine
 
 POLICY = CheckpointConfig(
-    every_steps=1, keep_last=5, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto"
+    every_steps=1, keep_last=5, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto", warm_start=None
 )
 OVERRIDES = ("parallel.expert_parallel_size=2", "engine.check_every_steps=0", "router=loss_free")
 

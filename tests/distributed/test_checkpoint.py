@@ -5,15 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.builders import WITH_ALL_PARTS, tiny
+from helpers.checkpoints import assert_same, contents
 from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
 from moe_pretrain.checkpoint.manifest import self_hash
-from moe_pretrain.checkpoint.restoring import Reader
 
 SHAPES = (*WITH_ALL_PARTS, "engine.check_every_steps=0")
 
@@ -49,23 +47,6 @@ def load_and_train(source: str, target: str, overrides: tuple[str, ...], first: 
     for step in range(first, last):
         engine.step(step, random_batches(engine, step))
     store.save(engine, Path(target), {"step": last, "tokens": 0}, keep_last=3)
-
-
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    """Every logical array of the newest checkpoint, put together."""
-    path, manifest = store.newest(folder, pytest.fail)
-    reader = Reader(path, manifest)
-    return {
-        f"{kind}/{name}": reader.read(name, kind, 0, torch.Size(shape).numel())
-        for name, shape in manifest["shapes"].items()
-        for kind in (WEIGHT, *MOMENTS)
-    }
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -18,7 +18,7 @@ from moe_pretrain.checkpoint.manifest import folder_name
 from moe_pretrain.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
 
 KEEP = CheckpointConfig(
-    every_steps=1, keep_last=2, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto"
+    every_steps=1, keep_last=2, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto", warm_start=None
 )
 FAULTY_STEP = 3
 # From here on the new checkpoint has its name.

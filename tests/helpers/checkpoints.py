@@ -1,11 +1,16 @@
-"""Small checkpoints written without an engine."""
+"""Small checkpoints written without an engine, and what any checkpoint holds."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
 from moe_pretrain.checkpoint.manifest import MANIFEST, Interval, folder_name, self_hash
+from moe_pretrain.checkpoint.restoring import Reader
 from moe_pretrain.checkpoint.staging import Staged
 from moe_pretrain.checkpoint.writing import commit, make_work_folder, write_part
 
@@ -45,3 +50,20 @@ def rewrite_manifest(path: Path, change: Any) -> None:
     change(manifest)
     manifest["self"] = self_hash(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor]:
+    """Every logical array of the newest checkpoint, put together."""
+    path, manifest = store.newest(folder, pytest.fail)
+    reader = Reader(path, manifest)
+    return {
+        f"{kind}/{name}": reader.read(name, kind, 0, torch.Size(shape).numel())
+        for name, shape in manifest["shapes"].items()
+        for kind in (WEIGHT, *MOMENTS)
+    }
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name

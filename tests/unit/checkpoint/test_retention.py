@@ -20,6 +20,7 @@ def policy(keep_last: int, keep_every_steps: int | None = None, keep_best: int =
         keep_best=keep_best,
         asynchronous=False,
         resume="auto",
+        warm_start=None,
     )
 
 

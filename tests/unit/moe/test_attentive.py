@@ -1,6 +1,6 @@
 """Attentive gating against its paper (arXiv:2302.14703): the numbers are those of the specification's list.
 
-12, distillation on frozen experts, has no configuration and no test; the two-stage form's own distillation has.
+12, distillation on frozen experts, is in tests/distributed/test_warm_start.py.
 """
 
 import math
