@@ -39,6 +39,7 @@ from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe import ShippedRouterConfig, check_gate
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
+from moe_pretrain.spikes import SpikeConfig
 
 ROOT_CONFIG = "pretrain"
 
@@ -141,6 +142,7 @@ class Config:
     optimizer: OptimizerConfig
     schedule: Annotated[ScheduleConfig, pydantic.Field(discriminator="name")]
     engine: EngineConfig
+    spike: SpikeConfig
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
@@ -161,6 +163,11 @@ class Config:
             )
         if isinstance(self.data, MixtureConfig):
             self.data.check_steps(self.batch.num_steps)
+            if self.spike.rewind and self.data.when_exhausted != "repeat":
+                raise ValueError(
+                    f"spike.rewind=true must be false with data.when_exhausted={self.data.when_exhausted}: rows left "
+                    "out would move the end of the run"
+                )
             for name in self.data.sources.keys() & self.evaluation.sets.keys():
                 raise ValueError(f"evaluation.sets.{name} must have another name than data.sources.{name}")
         if self.streaming.applies_to(self.data):

@@ -43,7 +43,12 @@ checkpoint of the same step is replaced, ``retain.renamed`` to ``retain.deleted`
 RUN_POINTS = ("train.step", "train.backward", "train.update", "evaluate.batch", "report")
 """Places in the run where a rank may die or stop."""
 
-SICK_POINTS = {"train.loss": "not_finite", "train.gradient": "not_finite", "train.router": "collapse"}
+SICK_POINTS = {
+    "train.loss": "not_finite",
+    "train.gradient": "not_finite",
+    "train.router": "collapse",
+    "train.rows": "poison",
+}
 """What can be made sick, and the one action that each knows."""
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -59,8 +64,10 @@ class FaultConfig:
         point: Where: one of ``SAVE_POINTS``, ``RUN_POINTS`` or ``SICK_POINTS``.
         action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process; an error of the disk by its errno name (ENOSPC,
             EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite`` for the loss or the gradient; ``collapse`` for
-            the router, which then sends every token to the same experts.
-        step: First step at which it happens: for saving the number of finished steps, else the step's own number.
+            the router, which then sends every token to the same experts; ``poison`` for the data, whose targets
+            become wrong ones.
+        step: First step at which it happens: for saving the number of finished steps, for the data the step in its
+            own order, else the step's own number.
         num_steps: How many steps in succession it happens at.
         rank: The rank it happens on; -1 for all.
         parameter: Name, or part of the name, of the parameter whose gradient becomes NaN.

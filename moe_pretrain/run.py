@@ -28,6 +28,7 @@ from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.run_data import Corpus
 from moe_pretrain.signals import STOPPED, UNSAVED, StopRequest
+from moe_pretrain.spikes import Rewind, Rewinds, SpikeDetector
 from moe_pretrain.study.report import summarise, write_report
 
 SICK_STEPS = "sick_steps"
@@ -70,7 +71,7 @@ class Run:
         """
         self.config, self.folder, self.plan, self.size = config, config.run.folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.stop, self.enter, self.loader = stop, enter, loader
+        self.stop, self.enter, self.loader, self.faults = stop, enter, loader, faults
         self.exhaustion = loader.exhaustion_steps()
         self.corpus_facts = data.corpus_facts(config.data, corpus)
         self.evaluator = Evaluator(config, plan, corpus, evaluation_sets, engine, stop, enter)
@@ -78,6 +79,8 @@ class Run:
         self.token_hash = 0
         self.saved_step: int | None = None
         self.validation_loss: float | None = None  # at this very step
+        self.rewinds, self.spikes = Rewinds(), SpikeDetector(config.spike)
+        self.spike: str | None = None  # in the last step, in words
         self.stopwatch = Stopwatch()
         self.peak_flops = peak_flops_per_second(torch.cuda.get_device_name()) if mesh.device.type == "cuda" else None
         layers = [layer.router.layer for layer in engine.model.moe_layers()]
@@ -97,11 +100,17 @@ class Run:
         """Tokens consumed so far."""
         return self.step * self.plan.tokens_per_step
 
+    @property
+    def data_step(self) -> int:
+        """Where the next step reads, in steps of the data's order: ahead of ``step`` by what was left out."""
+        return self.rewinds.data_step(self.step)
+
     def resume(self) -> None:
         """Go on from the newest good checkpoint, as ``checkpoint.resume`` asks."""
         policy = self.config.checkpoint.resume
         warnings: list[str] = []
-        found = store.agree_on_newest(self.folder / store.CHECKPOINTS, self.mesh, warnings.append)
+        self.rewinds = Rewinds(self.mesh.share(Rewinds.read(self.folder).taken if self.mesh.is_main else None))
+        found = self._newest(warnings.append)
         if found is None and policy == "must":
             raise ConfigError(
                 f"checkpoint.resume=must needs a good checkpoint in {self.folder / store.CHECKPOINTS}; there is none"
@@ -110,6 +119,7 @@ class Run:
         if found is not None and policy == "never":
             raise ConfigError(f"checkpoint.resume=never, but {found[0]} exists; choose another run.name")
         if found is None:
+            self._leave_course(-1)
             self.metrics.resume(0)
             self._report_damage(warnings)
             self.say(f"starting {self.folder}")
@@ -117,17 +127,41 @@ class Run:
                 self._warm_start(Path(self.config.checkpoint.warm_start))
             return
         path, manifest = found
-        state = manifest["state"]
-        self.loader.restore(state.get("stream"))
-        allowed = self._refuse_changes(state, path)
-        store.restore(self.engine, path, manifest)
-        self.step, self.token_hash = state["step"], state["token_hash"]
-        self.saved_step, self.validation_loss = self.step, state.get("validation_loss")
-        self.metrics.resume(self.step)
+        allowed = self._refuse_changes(manifest["state"], path)
+        self.loader.restore(manifest["state"].get("stream"))
+        self._go_on_from(path, manifest)
         self._report_damage(warnings)
         self._event("resumed", f"from {path.name} on {self.mesh.world_size} ranks")
         if allowed:
             self._event("changed", f"since {path.name}: {', '.join(allowed)}")
+
+    def _newest(self, warn: Callable[[str], None], latest: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
+        """The newest good checkpoint on the run's course, of ``latest`` steps at most."""
+
+        def accept(state: dict[str, Any]) -> bool:
+            return state["step"] <= latest and self.rewinds.accept(state)
+
+        return store.agree_on_newest(self.folder / store.CHECKPOINTS, self.mesh, warn, accept)
+
+    def _go_on_from(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Take over a checkpoint's state."""
+        state = manifest["state"]
+        recorded = [Rewind(**fields) for fields in state.get("rewinds", [])]
+        if len(recorded) > len(self.rewinds.taken):
+            self.rewinds = Rewinds(recorded)
+        self._leave_course(state["step"])
+        store.restore(self.engine, path, manifest)
+        self.step, self.token_hash = state["step"], state["token_hash"]
+        self.saved_step, self.validation_loss = self.step, state.get("validation_loss")
+        self.spikes.restore(state.get("spikes"))
+        self.metrics.resume(self.step)
+
+    def _leave_course(self, step: int) -> None:
+        """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""
+        if self.rewinds.taken:
+            if self.mesh.is_main:
+                store.discard_after(self.folder / store.CHECKPOINTS, step)
+            self.mesh.share(None)  # no rank goes on before that is done
 
     def _warm_start(self, where: Path) -> None:
         """Begin with the weights of another run."""
@@ -176,40 +210,92 @@ class Run:
             return self._stop()
         if self.step == self.plan.num_steps:  # an earlier attempt ended between its last step and its end
             return self._end_step()
-        batches = self.loader.iterate(self.step)
         try:
-            for step, micro_batches in self.stopwatch.waits(batches):
-                self._train_step(step, micro_batches)
-                code = self._end_step()
-                if code != FINISHED or self.step == self.plan.num_steps:
+            while True:
+                code = self._loop_until_spike()
+                if code is not None or (code := self._rewind()) is not None:
                     return code
-                self.enter("train.data", self.step)
         except Exception as error:
             # So that whoever compares runs later can tell this one from one that was killed.
             name = "diverged" if isinstance(error, NonFiniteError) else "failed"
             self._event(name, " ".join(str(error).split()))
             raise
+
+    def _loop_until_spike(self) -> int | None:
+        """The exit code, or None when a spike is to be undone."""
+        batches = self.loader.iterate(self.data_step)
+        try:
+            for data_step, micro_batches in self.stopwatch.waits(batches):
+                if self.rewinds.skips(data_step):
+                    continue
+                self._train_step(data_step, micro_batches)
+                if self.spike is not None and self._can_rewind():
+                    return None
+                code = self._end_step()
+                if code != FINISHED or self.step == self.plan.num_steps:
+                    return code
+                self.enter("train.data", self.step)
         finally:
             batches.close()
         self._event("ended", "the source has no rows for another step")
         return self._end_step(is_over=True)
 
-    def _train_step(self, step: int, micro_batches: list[MicroBatch]) -> None:
+    def _can_rewind(self) -> bool:
+        return self.config.spike.rewind and len(self.rewinds.taken) < self.config.spike.max_rewinds
+
+    def _rewind(self) -> int | None:
+        """Go back before the spike of the last step, whose rows are left out from now on.
+
+        Returns:
+            None to go on training, or an exit code.
+        """
+        self._take_outcome(wait=True)
+        stop = self.rewinds.data_step(self.step - 1) + 1
+        first = max(0, stop - self.config.spike.skip_steps)
+        found = self._newest(lambda warning: None, self.step - self.config.spike.skip_steps)
+        if found is None:
+            self._event("not_rewound", f"step {self.step - 1}: no checkpoint lies before the rows to be skipped")
+            code = self._end_step()
+            return None if code == FINISHED and self.step < self.plan.num_steps else code
+        path, manifest = found
+        back = manifest["state"]["step"]
+        rewinds = Rewinds([*self.rewinds.taken, Rewind(back, first, stop)])
+        if self.mesh.is_main:
+            rewinds.write(self.folder)
+        where = self._save_positions(stop - 1, "spike")
+        said = f"step {self.step - 1}: {self.spike}; went back to {path.name}; {where}"
+        self.rewinds = rewinds
+        self._go_on_from(path, manifest)
+        self._event("rewound", f"{said}; the rows of steps {first} to {stop - 1} of the data are left out")
+        if isinstance(self.corpus, data.StreamedCorpus):
+            self.say("a stream cannot be read backwards; the same command goes on")
+            return STOPPED
+        return None
+
+    def _train_step(self, data_step: int, micro_batches: list[MicroBatch]) -> None:
+        step = self.step
+        if self.faults.due("train.rows", data_step):
+            for batch in micro_batches:
+                wrong = self.config.model.vocab_size - 1 - batch.labels
+                batch.labels.copy_(torch.where(batch.labels == data.IGNORE_INDEX, batch.labels, wrong))
         try:
             result = self.engine.step(step, micro_batches)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; {self._save_positions(step, str(error))}") from error
+            raise NonFiniteError(f"{error}; {self._save_positions(data_step, str(error))}") from error
         self.step = step + 1
         self.validation_loss = None
         self.token_hash = data.wrap_to_int64(self.token_hash + result.token_hash)
         self.stopwatch.count(self.plan.tokens_per_step)
         if result.sickness is not None:
-            self._event("step_skipped", f"{result.sickness}; {self._save_positions(step, result.sickness)}")
+            self._event("step_skipped", f"{result.sickness}; {self._save_positions(data_step, result.sickness)}")
+        self.spike = self.spikes.judge(result.loss)
+        if self.spike is not None:
+            self._event("loss_spike", f"step {step}: {self.spike}")
         for name, message in self.health.update(result.tokens_per_expert, result.tokens):
             self._event(name, message)
         if self.step % self.config.metrics.log_every_steps == 0 or self.step == self.plan.num_steps:
             self.log(result)
-        self._note_exhausted(step)
+        self._note_exhausted(data_step)
 
     def _note_exhausted(self, step: int) -> None:
         """Record in which step a source of a mixture begins again, or that the run ends because one has been read."""
@@ -278,7 +364,7 @@ class Run:
             self.mesh.world_size,
             self.peak_flops,
         )
-        for name, use in self.loader.source_use(self.step).items():
+        for name, use in self.loader.source_use(self.data_step).items():
             row[f"data/{name}/tokens"] = use.rows * self.config.model.sequence_length
             row[f"data/{name}/epochs"] = use.epochs
         hashed = f"{self.token_hash % 2**64:016x}"
@@ -313,7 +399,9 @@ class Run:
             "corpus_fingerprint": self.corpus.fingerprint,
             "corpus_facts": self.corpus_facts,
             "tokenizer": self.corpus.tokenizer.fingerprint,
-            "stream": self.loader.state(self.step),
+            "stream": self.loader.state(self.data_step),
+            "rewinds": self.rewinds.state(),
+            "spikes": self.spikes.state(),
             "config": to_values(self.config),
             "world_size": self.mesh.world_size,
             "versions": versions(),
@@ -356,7 +444,7 @@ class Run:
         if not self.mesh.is_main:
             return
         self.say(f"run folder: {self.folder}")
-        for name, use in self.loader.source_use(self.step).items():
+        for name, use in self.loader.source_use(self.data_step).items():
             tokens = use.rows * self.config.model.sequence_length
             self.say(f"source {name}: {tokens:,} tokens, {use.epochs:.2f} epochs")
         if code == STOPPED:

@@ -21,6 +21,7 @@ from moe_pretrain.checkpoint.manifest import (
 )
 from moe_pretrain.checkpoint.restoring import WarmStart, load_model, restore, warm_start
 from moe_pretrain.checkpoint.saver import Outcome, Saver
+from moe_pretrain.checkpoint.writing import discard_after
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
 
@@ -34,6 +35,7 @@ __all__ = [
     "WarmStart",
     "agree_on",
     "agree_on_newest",
+    "discard_after",
     "load_model",
     "locate",
     "newest",
@@ -79,19 +81,24 @@ def save(engine: TrainEngine, folder: Path, state: dict[str, Any], keep_last: in
     return outcome.path
 
 
-def agree_on_newest(folder: Path, mesh: Mesh, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+def agree_on_newest(
+    folder: Path, mesh: Mesh, warn: Callable[[str], None], accept: Callable[[dict[str, Any]], bool] = lambda state: True
+) -> tuple[Path, dict[str, Any]] | None:
     """``newest`` for all ranks together: each verifies its share of the files, and all take the same checkpoint.
 
     Args:
         folder: The run's folder of checkpoints, which every rank sees.
         mesh: This rank's place.
         warn: Hears, on every rank, of every newer checkpoint that does not verify.
+        accept: Of a checkpoint's state, whether it may be taken; the same on all ranks.
     """
     names: list[Any] = [complete_names(folder)]
     dist.broadcast_object_list(names, src=0, device=mesh.device)
     for path in names[0]:
         try:
-            return path, agree_on(path, mesh)
+            manifest = agree_on(path, mesh)
+            if accept(manifest["state"]):
+                return path, manifest
         except CheckpointError as error:
             warn(f"{error}; falling back to the checkpoint before it")
     return None

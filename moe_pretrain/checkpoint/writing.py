@@ -138,6 +138,13 @@ def flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Take checkpoints of later steps out of the way, for the run goes on from ``step`` on another course."""
+    for path in complete_names(folder):
+        if step_of(path) > step:  # type: ignore[operator]  # complete names have a step
+            path.rename(_free_name(path))
+
+
 class Retention:
     """Decides which checkpoints stay, and removes the others."""
 

@@ -201,6 +201,7 @@ class MetricsWriter:
         self._attempt = 1 + max((row["attempt"] for row in earlier), default=-1)
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._must_resume = False
+        self._start = monotonic()
 
     def write(self, row: Row) -> None:
         """Write a train or validation row to every sink.

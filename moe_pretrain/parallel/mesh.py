@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,12 @@ class Mesh:
     def is_main(self) -> bool:
         """Whether this rank writes logs."""
         return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """The main rank's ``value``, on every rank; every rank must call it."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
 
 def launched_world_size() -> int | None:

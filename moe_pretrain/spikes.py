@@ -1,0 +1,148 @@
+"""Spikes of the training loss: noticed, and on request undone by going back and leaving out the rows that were read.
+
+The recipe is PaLM's (arXiv:2204.02311, sec. 5.1): go on from a checkpoint before the spike and skip the data around it.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RECORD = "rewinds.json"
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """What counts as a spike of the training loss, and what is done about it.
+
+    Attributes:
+        window_steps: Steps before a step by whose losses it is judged; nothing is judged before so many are done.
+        deviations: A spike is this many robust standard deviations (1.4826 times the median absolute deviation) above
+            the window's median, > 0 ...
+        nats: ... and this many nats per token, > 0.
+        rewind: Go back to the newest checkpoint before the rows to be skipped, and go on without these rows. False:
+            only say it.
+        skip_steps: Steps whose rows are skipped, the spike's the last of them.
+        max_rewinds: Rewinds of one run; later spikes are only said.
+    """
+
+    window_steps: int
+    deviations: float
+    nats: float
+    rewind: bool
+    skip_steps: int
+    max_rewinds: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("window_steps", 2), ("skip_steps", 1), ("max_rewinds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"spike.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("deviations", "nats"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"spike.{name}={getattr(self, name)} must be positive")
+
+
+class SpikeDetector:
+    """Judges each step's loss by those before it. Every rank has the same losses, so all judge alike."""
+
+    def __init__(self, config: SpikeConfig):
+        self._config = config
+        self._losses: deque[float] = deque(maxlen=config.window_steps)
+        self._is_high = False
+
+    def judge(self, loss: float) -> str | None:
+        """Take in the loss of the next step; in words, the spike that begins with it.
+
+        One that is not finite is left to ``engine.max_skipped_steps``.
+        """
+        if not math.isfinite(loss):
+            return None
+        window = list(self._losses)
+        self._losses.append(loss)
+        if len(window) < self._config.window_steps:
+            return None
+        middle = statistics.median(window)
+        deviation = 1.4826 * statistics.median(abs(one - middle) for one in window)
+        was_high, self._is_high = (
+            self._is_high,
+            loss - middle > max(self._config.nats, self._config.deviations * deviation),
+        )
+        if was_high or not self._is_high:
+            return None
+        return f"loss {loss:.3f} is {loss - middle:.3f} nats above the median of the {len(window)} steps before"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a run that was resumed judges as one that was not."""
+        return {"losses": list(self._losses), "is_high": self._is_high}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint's state; from nothing if it has none."""
+        self._losses.clear()
+        self._losses.extend(state["losses"] if state else ())
+        self._is_high = bool(state and state["is_high"])
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """One return of a run.
+
+    Attributes:
+        step: Finished steps of the checkpoint it went back to.
+        first: First step, in the order of the data, whose rows are left out.
+        stop: The step after the last of them.
+    """
+
+    step: int
+    first: int
+    stop: int
+
+
+class Rewinds:
+    """The returns of a run: which rows it leaves out, and which of its checkpoints are of a course that was left.
+
+    Steps of the run and of its data are the same until rows are left out; then the data is ahead.
+    """
+
+    def __init__(self, taken: Iterable[Rewind] = ()):
+        self.taken = list(taken)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Rewinds":
+        """Those recorded in a run's folder."""
+        path = folder / RECORD
+        return cls(Rewind(**fields) for fields in json.loads(path.read_text())) if path.exists() else cls()
+
+    def write(self, folder: Path) -> None:
+        """Record them, so that a kill right after cannot bring the left course back."""
+        work = folder / f"{RECORD}.tmp"
+        with work.open("w") as file:
+            json.dump(self.state(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(folder / RECORD)
+
+    def state(self) -> list[dict[str, int]]:
+        """Plain values, for a checkpoint or the record."""
+        return [asdict(one) for one in self.taken]
+
+    def skips(self, data_step: int) -> bool:
+        """Whether the rows of this step of the data are left out."""
+        return any(one.first <= data_step < one.stop for one in self.taken)
+
+    def data_step(self, step: int) -> int:
+        """The step of the data that step ``step`` of the run reads."""
+        left_out = sorted({at for one in self.taken for at in range(one.first, one.stop)})
+        for at in left_out:
+            if at <= step:
+                step += 1
+        return step
+
+    def accept(self, state: dict[str, Any]) -> bool:
+        """Whether a checkpoint with this state lies on the run's present course."""
+        later = self.taken[len(state.get("rewinds", [])) :]
+        return all(state["step"] <= one.step for one in later)
