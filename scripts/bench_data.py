@@ -1,6 +1,6 @@
 """Speed of the data path, as ratios of things measured side by side in one run.
 
-    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 16] [--workers N] [--train-steps 20]
+    python scripts/bench_data.py [--seconds 2] [--prepare-megabytes 64] [--workers N] [--train-steps 20]
 
 Loader: one core, shuffled rows of 2,048 tokens from shards, as int64 tensors, in processor seconds.
 Tokenising: ``prepare`` with N processes against the tokenizer library alone in N processes, in elapsed seconds.
@@ -8,6 +8,7 @@ Waiting: the share of the step time in which ``train model=tiny`` waited for its
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -125,10 +126,13 @@ def _library_alone(work: tuple[str, list[str]]) -> tuple[float, float]:
 
 
 def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
-    text, files = [], sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-    for path in files:
+    text, characters = [], 0
+    for path in itertools.chain(
+        *(sorted(Path(sysconfig.get_path(name)).rglob("*.py")) for name in ("stdlib", "purelib"))
+    ):
         text.append(path.read_bytes().decode(errors="ignore"))
-        if sum(map(len, text)) > megabytes * 1e6:
+        characters += len(text[-1])
+        if characters > megabytes * 1e6:
             break
     for number, one in enumerate(text):
         (folder / f"{number:05d}.txt").write_text(one)
@@ -185,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="processor time for each loader figure")
     parser.add_argument("--tokens", type=int, default=32_000_000, help="size of the corpus that the loader reads")
-    parser.add_argument("--prepare-megabytes", type=int, default=16)
+    parser.add_argument("--prepare-megabytes", type=int, default=64)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--train-steps", type=int, default=20, help="steps of the run whose waiting is measured")
     options = parser.parse_args()
