@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 
 def fix_products() -> None:
@@ -26,11 +27,13 @@ def fix_products() -> None:
 
 
 def _alignment_has_no_effect() -> bool:
-    """Whether one product has the same bits at every alignment of an operand within a cache line."""
+    """Whether small products, which show it most, have the same bits at every alignment within a cache line."""
     generator = torch.Generator().manual_seed(0)
-    rows, matrix = torch.randn(24, 100, generator=generator), torch.randn(64, 100, generator=generator)
-    products = []
-    for offset in range(16):
-        shifted = torch.empty(matrix.numel() + 16)[offset : offset + matrix.numel()].view_as(matrix).copy_(matrix)
-        products.append(rows @ shifted.t())
+    rows, matrix = (torch.randn(count, 20, generator=generator) for count in (3, 5))
+    products = [_moved(rows, offset) @ _moved(matrix, 2 * offset).t() for offset in range(16)]
     return all(torch.equal(product, products[0]) for product in products)
+
+
+def _moved(tensor: Tensor, offset: int) -> Tensor:
+    """A copy that begins ``offset`` elements after an aligned address."""
+    return torch.empty(tensor.numel() + offset)[offset:].view_as(tensor).copy_(tensor)

@@ -80,7 +80,7 @@ class TreeSum:
         """Add the next leaf."""
         height = 0
         while (left := self._subtrees.pop(height, None)) is not None:
-            tensors = torch._foreach_add(left, tensors)
+            tensors = [first + second for first, second in zip(left, tensors, strict=True)]
             height += 1
         self._subtrees[height] = tensors
 
@@ -115,6 +115,7 @@ class ElasticGradients:
         self._dense = [parameter for parameter in parameters if not is_expert(parameter)]
         self._experts = [parameter for parameter in parameters if is_expert(parameter)]
         self._num_experts = 0
+        self._anchor = torch.zeros((), requires_grad=True)
         self._own: list[dict[int, Tensor]] = [{} for _ in range(mesh.shard.size)]  # this unit's, per sender
         self._dense_sum, self._statistics_sum = TreeSum(), TreeSum()
         self._expert_sums = [TreeSum() for _ in range(mesh.shard.size)]
@@ -127,15 +128,15 @@ class ElasticGradients:
     def _experts_of_sender(self, experts: nn.Module, sender: int) -> Experts:
         """``experts`` for the rows of one sender: gradients of parameters are kept by sender, not added up."""
         copies = {
-            name: _Keep.apply(parameter, partial(self._own[sender].__setitem__, id(parameter)))
+            name: _Keep.apply(self._anchor, parameter.detach(), partial(self._own[sender].__setitem__, id(parameter)))
             for name, parameter in experts.named_parameters()
         }
         return lambda *arguments: functional_call(experts, copies, arguments)
 
     def backward(self, loss: Tensor, statistics: Tensor) -> None:
         """Add the next micro-batch: the gradients of ``loss``, and a float64 vector of ``statistics``. Collective."""
-        gradients = torch.autograd.grad(loss, [*self._dense, *self._experts], allow_unused=True)
-        dense = list(zip(self._dense, gradients, strict=False))
+        *gradients, _ = torch.autograd.grad(loss, [*self._dense, self._anchor], allow_unused=True)
+        dense = list(zip(self._dense, gradients, strict=True))
         self._reached.update(id(parameter) for parameter, gradient in dense if gradient is not None)
         self._dense_sum.add([torch.zeros_like(p) if gradient is None else gradient for p, gradient in dense])
         self._statistics_sum.add([statistics])
@@ -155,7 +156,10 @@ class ElasticGradients:
         for total in self._expert_sums:
             of_senders.add(total.take())
         has_dense, dense = _sum_over_ranks(self._dense_sum.take(), None)
-        has_experts, experts = _sum_over_ranks(of_senders.take(), mesh.expert_data_group)
+        own = of_senders.take()
+        if own:  # as they are, but seen by hooks of the parameters: checks and injected faults
+            own = torch.autograd.grad(self._experts, self._experts, own)
+        has_experts, experts = _sum_over_ranks(own, mesh.expert_data_group)
         _, (statistics,) = _sum_over_ranks(self._statistics_sum.take(), None)
         dist.broadcast(statistics, 0)
 
@@ -198,17 +202,17 @@ def exact_sum(own: Float[Tensor, "vectors size"]) -> Float[Tensor, "size"]:
 
 
 class _Keep(torch.autograd.Function):
-    """A parameter under another name, whose gradient goes to ``keep`` and no further."""
+    """A parameter whose gradient goes to ``keep`` and no further; ``anchor`` makes autograd come by."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, parameter: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
         ctx.keep = keep
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         ctx.keep(grads[0])
-        return None, None
+        return None, None, None
 
 
 def _sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[bool, Sequence[Tensor]]:
