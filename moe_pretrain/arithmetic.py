@@ -12,7 +12,7 @@ def fix_products() -> None:
     Sums inside a product are cut by the number of threads, so there is one. By default, MKL's order of summation also
     depends on how the operands are aligned, and views of ZeRO's flat buffers are aligned otherwise on other topologies.
     MKL's strict conditional numerical reproducibility ends that at no measurable cost; it must be asked for before
-    the first product. What ``MKL_CBWR`` already says wins: ``AVX2,STRICT`` gives the same bits on more kinds of processors.
+    the first product. What ``MKL_CBWR`` already says wins.
 
     Raises:
         RuntimeError: Alignment still has an effect: this torch has no MKL, or a product came before.

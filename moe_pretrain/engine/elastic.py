@@ -1,14 +1,15 @@
 """Gradients with the same bits on any number of ranks: ``engine.determinism=elastic``.
 
-The micro-batch is the unit of arithmetic. Every matrix product, dense or of an expert, is over the rows of one
-micro-batch, so it does not know which rank runs it; experts run the rows of each sending rank by themselves. The units'
-gradients, losses and statistics are added in one balanced binary tree over the global batch: with powers of two, a rank's
-consecutive units are a whole subtree, and so are the ranks of an expert group. DeepSpeed then gets the finished
-gradient from one rank and zeros from the others, scaled by the number of ranks, so that its average is exact in any
-order. The norm is summed per parameter and per expert, in their order, and AdamW runs without torch's fused kernel, whose
-last few elements of a partition round differently.
+The micro-batch is the unit of arithmetic. Every matrix product, dense or of an expert, is over rows of one micro-batch,
+so it does not know which rank runs it: experts run the rows of each sending rank by themselves. The gradients, losses and
+statistics of the micro-batches are added in one balanced binary tree over the global batch; among powers of two, a
+rank's consecutive micro-batches are a whole subtree, and so are those of an expert group. DeepSpeed then gets the
+finished gradient from one rank, times the number of ranks, and zeros from the others, so that its average is exact in
+any order. The norm is summed per parameter and per expert, each at its place, and AdamW runs without torch's fused
+kernel, which rounds the last few elements of a partition otherwise than the rest.
 
-What a run must keep for the same bits: the global batch, ``batch.micro_batch_size``, the kind of processor, torch.
+What a run must keep for the same bits: the global batch, ``batch.micro_batch_size``, the kind of processor, torch. What
+it costs: the small products, one copy of the gradients per level of the tree, and ``log2(ranks)`` messages of them.
 """
 
 import math
@@ -56,7 +57,10 @@ def check_elastic(
     if batch.micro_batch_size is None:
         raise ValueError(f"batch.micro_batch_size=null must be a number {word}: it is the same on any number of ranks")
     units = plan.rows_per_step // plan.micro_batch_size
-    for name, value in (("number of ranks", world_size), ("number of micro-batches in batch.global_batch_tokens", units)):
+    for name, value in (
+        ("number of ranks", world_size),
+        ("number of micro-batches in batch.global_batch_tokens", units),
+    ):
         if value & (value - 1):
             raise ValueError(f"the {name}={value} must be a power of two {word}: sums are balanced binary trees")
     if isinstance(router, DenseConfig):
@@ -92,7 +96,7 @@ class TreeSum:
 
 
 class GradientCarrier(nn.Module):
-    """The model as DeepSpeed sees it: its forward takes finished gradients, its backward hands them to the parameters."""
+    """The model as DeepSpeed sees it: forward takes finished gradients, backward hands them to the parameters."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -177,7 +181,7 @@ class ElasticGradients:
         return handed, statistics
 
     def _norm(self, dense: Sequence[Tensor], experts: Sequence[Tensor]) -> Tensor:
-        """Global norm, float64, from the ranks that have the sums; every addition of two numbers is at a fixed place."""
+        """Global norm, float64, from the ranks that have the sums; each number is summed at its own place."""
         num_dense, num_experts = len(self._dense), self._num_experts
         squares = torch.zeros(num_dense + len(self._experts) * num_experts, dtype=torch.float64)
         for row, gradient in enumerate(dense):
@@ -195,7 +199,7 @@ def clip_scale(norm: Tensor, clip_to: float) -> Tensor:
 
 
 def exact_sum(own: Float[Tensor, "vectors size"]) -> Float[Tensor, "size"]:
-    """Sum of the vectors of all ranks, each of which brings equally many: correctly rounded, so in no order. Collective."""
+    """Sum of the vectors of all ranks, correctly rounded, so in no order. All bring equally many. Collective."""
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
     return torch.tensor([math.fsum(column) for column in torch.cat(gathered).t().tolist()], dtype=own.dtype)

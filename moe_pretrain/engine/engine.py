@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch, wrap_to_int64
@@ -70,9 +70,10 @@ class TrainEngine:
         self._elastic = ElasticGradients(model, mesh) if config.determinism == "elastic" else None
         self.adamw = adamw = build_optimizer(model, optimizer, fused=self._elastic is None)
         check_optimizer_covers(model, [p for group in adamw.param_groups for p in group["params"]])
-        rows, accumulation, module = plan.micro_batch_size, plan.accumulation, model
+        module: nn.Module = model
+        rows, accumulation = plan.micro_batch_size, plan.accumulation
         if self._elastic is not None:  # DeepSpeed only gets finished gradients
-            rows, accumulation, module = rows * accumulation, 1, GradientCarrier(model)
+            module, rows, accumulation = GradientCarrier(model), rows * accumulation, 1
         settings = deepspeed_config(config, dtype, rows, accumulation, mesh.world_size)
         with redirect_stdout(io.StringIO()):  # in bfloat16 it prints its memory use a dozen times
             initialised = deepspeed.initialize(model=module, optimizer=adamw, config=settings)

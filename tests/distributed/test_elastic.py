@@ -1,4 +1,4 @@
-"""``engine.determinism=elastic``: the same bits on any ranks, expert parallel size and ZeRO stage, also over a resume."""
+"""``engine.determinism=elastic``: the same bits on any ranks, expert parallel size, ZeRO stage, and over a resume."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.layout import WEIGHT
 from moe_pretrain.checkpoint.restoring import Reader
 from moe_pretrain.engine.elastic import TreeSum, exact_sum
 
@@ -51,14 +51,14 @@ def train(folder: str, topology: Topology, mode: str, first: int, last: int, sou
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
-    """Every logical array of every case's newest checkpoint, put together."""
+    """Every logical array of every case's newest checkpoint, put together; router state too."""
     found = {}
     for index in range(len(CASES)):
         path, manifest = store.newest(folder / str(index), pytest.fail)
         reader = Reader(path, manifest)
-        for name, shape in manifest["shapes"].items():
-            for kind in (WEIGHT, *MOMENTS):
-                found[f"{CASES[index][0]} {kind} {name}"] = reader.read(name, kind, 0, torch.Size(shape).numel())
+        for (name, kind), intervals in reader.arrays().items():
+            parts = [reader.part(own, 0, own.length) for own in sorted(intervals, key=lambda own: own.start)]
+            found[f"{CASES[index][0]} {kind} {name}"] = torch.cat(parts)
     return found
 
 
@@ -129,7 +129,9 @@ def test_tree_of_subtrees_is_the_tree():
 def sum_awkwardly() -> list[float]:
     """Terms whose sum depends on the order unless it is exact; this rank's two of them."""
     rank = dist.get_rank()
-    return exact_sum(torch.tensor([[1e16, 1.0], [1.0, 2.0]] if rank == 0 else [[1.0, 3.0], [-1e16, 4.0]]).double()).tolist()
+    return exact_sum(
+        torch.tensor([[1e16, 1.0], [1.0, 2.0]] if rank == 0 else [[1.0, 3.0], [-1e16, 4.0]]).double()
+    ).tolist()
 
 
 def test_sums_of_validation_have_no_order():
