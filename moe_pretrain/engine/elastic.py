@@ -1,8 +1,8 @@
 """Gradients with the same bits on any number of ranks: ``engine.determinism=elastic``.
 
 The micro-batch is the unit of arithmetic. Every matrix product, dense or of an expert, is over rows of one micro-batch,
-so it does not know which rank runs it: experts run the rows of each sending rank by themselves. The gradients, losses and
-statistics of the micro-batches are added in one balanced binary tree over the global batch; among powers of two, a
+so it does not know which rank runs it: experts run the rows of each sending rank by themselves. The gradients, losses
+and statistics of the micro-batches are added in one balanced binary tree over the global batch; among powers of two, a
 rank's consecutive micro-batches are a whole subtree, and so are those of an expert group. DeepSpeed then gets the
 finished gradient from one rank, times the number of ranks, and zeros from the others, so that its average is exact in
 any order. The norm is summed per parameter and per expert, each at its place, and AdamW runs without torch's fused
