@@ -17,6 +17,7 @@ from moe_pretrain.batching import BatchPlan, plan_batches
 from moe_pretrain.checkpoint.store import locate
 from moe_pretrain.config import Config, ConfigError
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
+from moe_pretrain.engine.elastic import check_elastic
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.faults import Faults
 from moe_pretrain.liveness import Liveness
@@ -185,7 +186,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ValueError: One line naming the field.
     """
-    plan_batches(config.batch, config.model.sequence_length, world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, world_size)
     moe = config.model.moe
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
     if config.checkpoint.warm_start is not None:
@@ -198,6 +199,8 @@ def check(config: Config, world_size: int) -> None:
     device, dtype = resolve_device(config.engine)
     if dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
+    if config.engine.determinism == "elastic":
+        check_elastic(config.model, config.router, config.batch, plan, world_size, device, dtype)
     if device == "cuda" and dtype == "bfloat16":
         widths = {"model.hidden_size": config.model.hidden_size}
         rank = expert_gate(moe, config.router)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import hashlib
 import importlib
 import json
 import logging
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from moe_pretrain.checkpoint import store  # noqa: E402
+from moe_pretrain.checkpoint.restoring import Reader  # noqa: E402
 from moe_pretrain.config import load  # noqa: E402
 from moe_pretrain.metrics.rows import Row, read_rows  # noqa: E402
 from moe_pretrain.pretrain import train  # noqa: E402
@@ -186,11 +188,16 @@ def remove(home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def weight_hashes(run: Run) -> dict:
-    """Hashes of the files of the run's last checkpoint."""
+def array_hashes(run: Run) -> dict[tuple[str, str], str]:
+    """Hash of every array (weights, moments, router state) of the run's last checkpoint, whatever ranks wrote it."""
     found = run.newest()
     assert found is not None
-    return found[1]["files"]
+    reader = Reader(*found)
+    hashes = {}
+    for name, intervals in reader.arrays().items():
+        parts = [reader.part(own, 0, own.length) for own in sorted(intervals, key=lambda own: own.start)]
+        hashes[name] = hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()
+    return hashes
 
 
 def moment(generator: random.Random, longest: float) -> float:

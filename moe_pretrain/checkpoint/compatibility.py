@@ -17,6 +17,9 @@ _MUST_STAY = (
 )
 """Parts that decide what the weights mean, or which tokens a step reads."""
 
+_MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
+"""With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
+
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
 
@@ -44,10 +47,12 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
     then is contradicted.
     """
     found = Changes([], [])
+    elastic = all(config.get("engine", {}).get("determinism") == "elastic" for config in (then, now))
+    kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
     for name, (before, after) in _differences("", then, json.loads(json.dumps(now))).items():
         if _is_within(name, _SILENT):
             continue
-        must_stay = _is_within(name, _MUST_STAY) and not _is_within(name, _MAY_DIFFER)
+        must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
         if before is _ABSENT or after is _ABSENT:
             absent = "not known then" if before is _ABSENT else f"was {_word(before)}, no longer exists"
             found.allowed.append(f"{name}={_word(after)} ({absent})" if after is not _ABSENT else f"{name} ({absent})")

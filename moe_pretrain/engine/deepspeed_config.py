@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
+Determinism = Literal["topology", "elastic"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class EngineConfig:
         check_every_steps: Steps between checks that replicas are equal and experts differ; 0 switches them off.
         max_skipped_steps: How many steps in succession with a loss or gradient that is not finite are skipped, with a
             warning and without an update, before the run stops; 0 stops at the first.
+        determinism: ``topology``: the same bits on the same ranks, expert parallel size, ZeRO stage and micro-batch
+            size. ``elastic``: on any of the first three, in powers of two, at a fixed ``batch.micro_batch_size``, in
+            float32 on CPUs of one kind; slower, for debugging and proofs (``engine/elastic.py``).
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -29,6 +33,7 @@ class EngineConfig:
     reduce_bucket_elements: int
     check_every_steps: int
     max_skipped_steps: int
+    determinism: Determinism
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3:
@@ -56,9 +61,9 @@ def clips_itself(config: EngineConfig) -> bool:
     """Whether our code clips instead of DeepSpeed's.
 
     At stage 0 DeepSpeed averages the norms of ranks that hold different experts (DeepSpeed#8475, defect C3), so
-    there it is told not to clip.
+    there it is told not to clip. Its norm is summed by partition, so neither does it in elastic mode.
     """
-    return config.zero_stage == 0
+    return config.zero_stage == 0 or config.determinism == "elastic"
 
 
 def deepspeed_config(

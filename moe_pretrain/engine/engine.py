@@ -9,13 +9,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch, wrap_to_int64
 from moe_pretrain.engine.checks import check_optimizer_covers, check_replicas, every_parameter_gets_gradient
 from moe_pretrain.engine.context import routing_context
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
+from moe_pretrain.engine.elastic import ElasticGradients, GradientCarrier, clip_scale, exact_sum
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from moe_pretrain.engine.results import Evaluation, StepResult, StepSums
@@ -66,11 +67,16 @@ class TrainEngine:
         self._layer_row = {layer.router.layer: row for row, layer in enumerate(layers)}
         self._num_experts = layers[0].num_experts if layers else 0
         self._num_sums = layers[0].router.num_sums if layers else 0
-        self.adamw = adamw = build_optimizer(model, optimizer)
+        self._elastic = ElasticGradients(model, mesh) if config.determinism == "elastic" else None
+        self.adamw = adamw = build_optimizer(model, optimizer, fused=self._elastic is None)
         check_optimizer_covers(model, [p for group in adamw.param_groups for p in group["params"]])
-        settings = deepspeed_config(config, dtype, plan.micro_batch_size, plan.accumulation, mesh.world_size)
+        module: nn.Module = model
+        rows, accumulation = plan.micro_batch_size, plan.accumulation
+        if self._elastic is not None:  # DeepSpeed only gets finished gradients
+            module, rows, accumulation = GradientCarrier(model), rows * accumulation, 1
+        settings = deepspeed_config(config, dtype, rows, accumulation, mesh.world_size)
         with redirect_stdout(io.StringIO()):  # in bfloat16 it prints its memory use a dozen times
-            initialised = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
+            initialised = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
         self.deepspeed, self.optimizer, _, _ = initialised
 
     def learning_rate(self, step: int) -> float:
@@ -129,22 +135,39 @@ class TrainEngine:
     ) -> StepSums:
         """Forward and backward of all micro-batches; their sums, over all ranks."""
         aux_weights = self._aux_weights()
-        sums = StepSums(list(aux_weights), len(self._layer_row), self._num_experts, self._num_sums, self.mesh.device)
+        sums = self._no_sums()
+        forward = self.deepspeed if self._elastic is None else self.model
         ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
         for batch, tokens in zip(batches, text_tokens, strict=True):
             context = routing_context(batch, self.seed, step, self._global_routes(ahead), global_counts.tokens)
-            output = self.deepspeed(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
+            output = forward(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
             if self._faults.due("train.loss", step):
                 output = output._replace(loss_sum=output.loss_sum * math.nan)
             loss = micro_batch_loss(output, aux_weights, tokens, global_counts)
-            sums.add(output, tokens / max(global_counts.tokens, 1))
+            share = tokens / max(global_counts.tokens, 1)
+            if self._elastic is not None:
+                own = self._no_sums()
+                own.add(output, share)
+                self._enter("train.backward", step)
+                self._elastic.backward(loss, own.stacked())
+                continue
+            sums.add(output, share)
             self._enter("train.backward", step)
             # DeepSpeed divides by the accumulation and averages over ranks.
             self.deepspeed.backward(loss * (self._plan.accumulation * self.mesh.world_size))
             if batch is not batches[-1]:
                 self.deepspeed.step()  # not a boundary: counts the micro-batch, updates nothing
-        sums.reduce()
+        if self._elastic is None:
+            sums.reduce()
+            return sums
+        gradients, stacked = self._elastic.finish(self.config.gradient_clipping)
+        sums.set(stacked)
+        self.deepspeed.backward(self.deepspeed(gradients))
         return sums
+
+    def _no_sums(self) -> StepSums:
+        names = list(self._aux_weights())
+        return StepSums(names, len(self._layer_row), self._num_experts, self._num_sums, self.mesh.device)
 
     def _aux_weights(self) -> dict[str, float]:
         """Coefficients of the aux losses in this step; some routers move them between steps."""
@@ -175,7 +198,11 @@ class TrainEngine:
         self._enter("train.update", step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        own_norm = float(self._clip()) if clips_itself(self.config) else None
+        own_norm = None
+        if self._elastic is not None:
+            own_norm = self._elastic.norm
+        elif clips_itself(self.config):
+            own_norm = float(self._clip())
         if own_norm is not None and not math.isfinite(own_norm):
             self.adamw.withheld = True  # under ZeRO, DeepSpeed withholds it by itself
         self.deepspeed.step()
@@ -187,6 +214,7 @@ class TrainEngine:
         """Mean cross-entropy over validation micro-batches; every rank must bring the same number of them."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        each = [total.clone()]
         for batch in batches:
             batch = batch.to(self.mesh.device)
             output = self.model(
@@ -196,9 +224,12 @@ class TrainEngine:
                 batch.position_ids,
                 routing_context(batch, self.seed, 0),
             )
-            total[0] += output.loss_sum
-            total[1] += (batch.labels != IGNORE_INDEX).sum()
-        dist.all_reduce(total)
+            each.append(torch.stack([output.loss_sum.double(), (batch.labels != IGNORE_INDEX).sum().double()]))
+            total += each[-1]
+        if self._elastic is None:
+            dist.all_reduce(total)
+        else:
+            total = exact_sum(torch.stack(each))
         self.model.train()
         return Evaluation(loss=float(total[0] / total[1].clamp(min=1)), labels=float(total[1]))
 
@@ -254,7 +285,7 @@ class TrainEngine:
         dist.all_reduce(squares[1:], group=self.mesh.expert_group)
         norm = squares.sum().sqrt()
         if self.config.gradient_clipping > 0:
-            scale = (self.config.gradient_clipping / (norm + 1e-6)).clamp(max=1.0)
+            scale = clip_scale(norm, self.config.gradient_clipping)
             for gradient, _ in gradients:
                 gradient.mul_(scale.to(gradient.dtype))
         return norm

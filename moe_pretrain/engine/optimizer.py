@@ -158,12 +158,15 @@ class WithholdingAdamW(torch.optim.AdamW):
             super().step()
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithholdingAdamW:
-    """AdamW over ``parameter_groups``; torch's fused kernel, which runs on CPU and CUDA."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = True) -> WithholdingAdamW:
+    """AdamW over ``parameter_groups``; by default torch's fused kernel, which runs on CPU and CUDA.
+
+    On a CPU the fused kernel rounds the last few elements of a tensor otherwise than the rest; the slower one does not.
+    """
     return WithholdingAdamW(
         parameter_groups(model, config, freeze_all_but_routers(model) if config.trainable == "routers" else ()),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=True,
+        fused=fused,
     )

@@ -88,8 +88,16 @@ class StepSums:
 
     def reduce(self) -> None:
         """Sum over ranks."""
-        stacked = torch.cat([self.scalars, self.layers.flatten()])
+        stacked = self.stacked()
         dist.all_reduce(stacked)
+        self.set(stacked)
+
+    def stacked(self) -> Tensor:
+        """All sums as one vector."""
+        return torch.cat([self.scalars, self.layers.flatten()])
+
+    def set(self, stacked: Tensor) -> None:
+        """Take over sums that are reduced already."""
         scalars, layers = stacked.split([len(self.scalars), self.layers.numel()])
         self.scalars, self.layers = scalars.cpu(), layers.view_as(self.layers)
 

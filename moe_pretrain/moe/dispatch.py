@@ -6,7 +6,7 @@ are exchanged once and serve both. Sums over a token's experts are gathers in to
 ``index_add_``, so they are deterministic on every device and accumulate in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,7 @@ def run_experts(
     experts: Experts,
     exchange: Exchange | None,
     meanwhile: Callable[[], Tensor] | None = None,
+    experts_of_sender: Callable[[int], Experts] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Send every route to its expert and sum the weighted outputs per token.
 
@@ -115,6 +116,8 @@ def run_experts(
         exchange: How rows reach other ranks; None when this rank holds all experts.
         meanwhile: Work that does not need the routed experts (the shared experts); it runs while the
             first exchange is in flight.
+        experts_of_sender: ``experts`` as they run the rows of one sending rank; None to run all senders' rows together.
+            Needs an ``exchange``.
 
     Returns:
         ``sum over a token's routes of weight * expert(hidden)``, ``[tokens, hidden]``, and the result of
@@ -135,13 +138,27 @@ def run_experts(
     travelling = [rows, weight[:, None]] if payload is None else [rows, weight[:, None], payload]
     pending = exchange.start(travelling, send, receive)
     other = meanwhile() if meanwhile else None
-    received, received_weight, *received_payload = pending.wait()
+    received = pending.wait()
 
-    row_of_received, local_order = _order_received(received_counts, sum(receive))
-    local_payload = received_payload[0][row_of_received] if received_payload else None
-    output = experts(received, received_weight[:, 0][row_of_received], local_order, local_payload)
+    if experts_of_sender is None:
+        output = _run_received(experts, received, received_counts)
+    else:
+        blocks = zip(*(part.split(receive) for part in received), strict=True)
+        outputs = [
+            _run_received(experts_of_sender(sender), block, received_counts[sender : sender + 1])
+            for sender, block in enumerate(blocks)
+        ]
+        output = torch.cat(outputs)
     (returned,) = exchange.start([output], receive, send).wait()
     return _Sum.apply(returned, order), other
+
+
+def _run_received(experts: Experts, received: Sequence[Tensor], counts: Int[Tensor, "ranks local_experts"]) -> Tensor:
+    """Weighted expert outputs of rows as they came, with their weights and perhaps payloads, from ``ranks`` senders."""
+    sources, weight, *payload = received
+    row_of_received, order = _order_received(counts, sources.shape[0])
+    local_payload = payload[0][row_of_received] if payload else None
+    return experts(sources, weight[:, 0][row_of_received], order, local_payload)
 
 
 def score_routes(

@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: route, send to the experts, combine, add the shared experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.types import Exchange, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
+from moe_pretrain.moe.types import Exchange, Experts, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class MoELayer(nn.Module):
     """Routed experts plus shared experts; replaces the feed-forward network of a block.
 
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
+    ``experts_of_sender`` is None unless the rows of each sending rank are to run by themselves (``engine.elastic``).
     """
 
     def __init__(self, config: MoEConfig, router: Router, experts: SwiGLUExperts | FactorisedExperts, hidden_size: int):
@@ -76,6 +78,7 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
         self.exchange: Exchange | None = None
+        self.experts_of_sender: Callable[[int], Experts] | None = None
 
     def forward(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext, recompute_experts: bool
@@ -120,5 +123,6 @@ class MoELayer(nn.Module):
             partial(self.experts, **arguments),
             self.exchange,
             meanwhile=None if shared is None else lambda: shared(hidden),
+            experts_of_sender=self.experts_of_sender,
         )
         return output if shared_output is None else output + shared_output

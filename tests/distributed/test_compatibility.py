@@ -105,6 +105,16 @@ def test_every_difference_is_named_and_sorted_by_whether_it_may_be():
     ]
 
 
+@pytest.mark.parametrize("then,now", [("elastic", "elastic"), ("elastic", "topology"), ("topology", "elastic")])
+def test_the_micro_batch_size_must_stay_while_bits_depend_on_it(then: str, now: str):
+    before, after = (
+        {**THEN, "engine": {"determinism": mode}, "batch": {**THEN["batch"], "micro_batch_size": size}}
+        for mode, size in ((then, 2), (now, 4))
+    )
+    refused = ["batch.micro_batch_size=4 must stay 2"] if (then, now) == ("elastic", "elastic") else []
+    assert changes(before, after).refused == refused
+
+
 def test_fields_of_another_release_do_not_refuse_its_checkpoints():
     then = {**THEN, "model": {**THEN["model"], "old": 1}}
     found = changes(then, changed(model={"new": None}))

@@ -60,6 +60,7 @@ CASES = [
     (2, ("parallel.expert_parallel_size=1", "engine.zero_stage=0", "router=loss_free")),
     (2, ("parallel.expert_parallel_size=2", "engine.zero_stage=2", "engine.dtype=bfloat16")),
     (1, ("engine.zero_stage=2", "engine.gradient_clipping=0.0")),
+    (2, ("parallel.expert_parallel_size=2", "engine.zero_stage=0", "engine.determinism=elastic")),
 ]
 
 

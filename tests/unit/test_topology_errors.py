@@ -43,6 +43,33 @@ def _no_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
             ("parallel.processes=2", "engine.zero_stage=0", "engine.dtype=bfloat16"),
             "engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16",
         ),
+        (
+            ("engine.determinism=elastic", "engine.dtype=bfloat16"),
+            "engine.device=cpu engine.dtype=bfloat16 must be cpu and float32 with engine.determinism=elastic",
+        ),
+        (
+            ("engine.determinism=elastic", "batch.micro_batch_size=null"),
+            "batch.micro_batch_size=null must be a number with engine.determinism=elastic",
+        ),
+        (
+            ("engine.determinism=elastic", "parallel.processes=3"),
+            "the number of ranks=3 must be a power of two with engine.determinism=elastic",
+        ),
+        (
+            ("engine.determinism=elastic", "batch.global_batch_tokens=12288", "parallel.processes=2"),
+            "the number of micro-batches in batch.global_batch_tokens=48 must be a power of two",
+        ),
+        (
+            ("engine.determinism=elastic", "router=attentive", "batch.global_batch_tokens=16384"),
+            "router=attentive must be another with engine.determinism=elastic",
+        ),
+        (
+            (
+                *("engine.determinism=elastic", "router=autonomy", "batch.global_batch_tokens=16384"),
+                "router.gate_activation=recomputed",
+            ),
+            "set router.gate_activation=travels",
+        ),
         (("parallel.processes=5",), "batch.global_batch_tokens=24576 must be a multiple of 1280"),
     ],
 )

@@ -36,6 +36,7 @@ def engine_config(**changes: object) -> EngineConfig:
         reduce_bucket_elements=1000,
         check_every_steps=0,
         max_skipped_steps=3,
+        determinism="topology",
     )
     return EngineConfig(**{**fields, **changes})
 
