@@ -118,9 +118,12 @@ def run_job(job: Job, environment: Mapping[str, str] | None = None, program: Ite
     Raises:
         RunsElsewhere: Another process has the job.
     """
-    running = RunningJob(job, environment, program)
-    with passed_on(lambda: [running]):
-        return running.settle()
+    running: list[RunningJob] = []
+    with passed_on(lambda: running) as signals:
+        running.append(RunningJob(job, environment, program))
+        if signals:  # one that came while it was started
+            running[0].signal(signal.SIGTERM)
+        return running[0].settle()
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,7 @@ from omegaconf import DictConfig
 
 from moe_pretrain.sweep.job import PROGRAM, RunningJob, RunsElsewhere, passed_on, run_job
 from moe_pretrain.sweep.plan import Sweep
-from moe_pretrain.sweep.record import Job, JobState, look
+from moe_pretrain.sweep.record import Job, JobState, correct, look
 from moe_pretrain.sweep.shares import shares
 from moe_pretrain.sweep.status import Board
 
@@ -65,6 +66,7 @@ class ProcessLauncher(Launcher):
         """Learn which sweep it is."""
         assert isinstance(task_function, TrainJob)
         self._sweep = task_function.sweep
+        self._board = Board(self._sweep.folder)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run what is left to do of the jobs, once all of them are checked.
@@ -74,7 +76,7 @@ class ProcessLauncher(Launcher):
             SweepStopped: A signal came; the jobs that ran have saved and ended.
         """
         jobs = self._sweep.plan(job_overrides)
-        run_jobs(jobs, self._sweep, self._program)
+        run_jobs(jobs, self._sweep, self._board, self._program)
         return [
             JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=objective(look(job.folder)))
             for words, job in zip(job_overrides, jobs, strict=True)
@@ -105,37 +107,29 @@ def objective(state: JobState) -> float | None:
     return state.validation_loss
 
 
-def run_jobs(jobs: Sequence[Job], sweep: Sweep, program: Sequence[str] = PROGRAM) -> None:
+def run_jobs(jobs: Sequence[Job], sweep: Sweep, board: Board, program: Sequence[str] = PROGRAM) -> None:
     """Run what is left to do of ``jobs``; one that fails does not stop the others.
 
     Raises:
         ValueError: There are not enough GPUs.
         SweepStopped: A signal came; the jobs that ran have ended.
     """
-    waiting = deque(
-        job for job in {job.folder: job for job in jobs}.values() if must_run(look(job.folder), sweep.settings.retry)
-    )
+    states = {job: correct(job.folder) for job in {job.folder: job for job in jobs}.values()}
+    waiting = deque(job for job, state in states.items() if must_run(state, sweep.settings.retry))
     environments = shares(sweep.settings.parallel, [job.values for job in waiting])
     running: dict[int, RunningJob] = {}
-    board = Board(sweep.folder)
     with passed_on(running.values) as signals:
         while running or (waiting and not signals):
             for slot in [slot for slot, job in running.items() if job.process.poll() is not None]:
                 running.pop(slot).settle()
             for slot, environment in enumerate(environments):
                 if waiting and slot not in running and not signals:
-                    _start(waiting.popleft(), slot, environment, running, program)
+                    with suppress(RunsElsewhere):  # its state says so
+                        running[slot] = RunningJob(waiting.popleft(), environment, program)
+                    if signals and slot in running:  # one that came while it was started
+                        running[slot].signal(signal.SIGTERM)
             board.show()
             time.sleep(_POLL_SECONDS)
-    board.close()
+        board.finish()
     if signals:
         raise SweepStopped(is_killed=signals.count(signal.SIGINT) > 1)
-
-
-def _start(
-    job: Job, slot: int, environment: Mapping[str, str], running: dict[int, RunningJob], program: Sequence[str]
-) -> None:
-    try:
-        running[slot] = RunningJob(job, environment, program)
-    except RunsElsewhere:
-        return  # its state says so

@@ -29,9 +29,10 @@ JOB_FILE = "job.json"
 STATE_FILE = "job_state.json"
 JOB_LOCK = ".job.lock"
 LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run of a sweep.
 
@@ -107,18 +108,29 @@ def written_state(folder: Path) -> JobState:
 
 
 def look(folder: Path) -> JobState:
-    """The state of a job: what is written about it, corrected by its lock and by what its run recorded."""
+    """The state of a job: what is written about it, corrected by its lock and by what its run recorded since."""
     written = written_state(folder)
     if written.state == "finished":
         return written
     if is_running(folder):
         return replace(written, state="running", reason="")
+    metrics, state = folder / METRICS_FILE, folder / STATE_FILE
+    if written.state != "running" and (not metrics.exists() or _written_at(metrics) <= _written_at(state)):
+        return written  # by somebody who saw the end of the run
     return judge(folder, written)
+
+
+def correct(folder: Path) -> JobState:
+    """Look at a job, and write down what it is if what is written is no longer true."""
+    state = look(folder)
+    if state != written_state(folder) and state.state != "running":
+        state.write(folder)
+    return state
 
 
 def judge(folder: Path, otherwise: JobState) -> JobState:
     """The state of a job that does not run: what the run's own rows tell, else what is written."""
-    if not (folder / "metrics.jsonl").exists():
+    if not (folder / METRICS_FILE).exists():
         return _stale(otherwise)
     (run,) = find_runs(folder)
     if run.is_complete:
@@ -129,6 +141,11 @@ def judge(folder: Path, otherwise: JobState) -> JobState:
     if run.state == "failed" and otherwise.state == "running":
         return replace(otherwise, state="failed", reason=run.problem)
     return _stale(otherwise)
+
+
+def _written_at(path: Path) -> int:
+    """When a file was last written; before everything if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else -1
 
 
 def _stale(written: JobState) -> JobState:

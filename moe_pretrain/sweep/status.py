@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,31 +46,38 @@ class Progress:
         return "  ".join(part for part in [*parts, self.state.reason] if part)
 
 
-def read_progress(sweep: Path) -> list[Progress]:
+def read_progress(sweep: Path, before: Mapping[str, Progress] | None = None) -> list[Progress]:
     """Every job of a sweep, in order.
+
+    Args:
+        sweep: Its folder.
+        before: What was read before, by name, so that jobs whose state stands still are not read again.
 
     Raises:
         ValueError: It is no sweep, or a file of it is broken.
     """
     if not (sweep / SWEEP_FILE).exists():
         raise ValueError(f"FOLDER={sweep} must be the folder of a sweep: it has no {SWEEP_FILE}")
-    return [_progress(job) for job in read_jobs(sweep)]
+    return [_progress(job, (before or {}).get(job.name)) for job in read_jobs(sweep)]
 
 
-def describe_sweep(jobs: list[Progress]) -> str:
+def describe_sweep(jobs: Sequence[Progress]) -> str:
     """How many jobs are in which state."""
     counts = {state: sum(job.state.state == state for job in jobs) for state in STATES}
-    return f"{len(jobs)} jobs: " + ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (f": {states}" if states else "")
 
 
-def table(jobs: list[Progress]) -> list[str]:
+def table(jobs: Sequence[Progress]) -> list[str]:
     """A line for each job."""
     width = max((len(job.job.name) for job in jobs), default=0)
     return [job.describe(width) for job in jobs]
 
 
-def _progress(job: Job) -> Progress:
+def _progress(job: Job, before: Progress | None) -> Progress:
     state = look(job.folder)
+    if before is not None and before.state == state and state.state != "running":
+        return before
     rows = _last_rows(job.folder / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] != "event"]
     train = [row for row in rows if row["kind"] == "train" and row["attempt"] == rows[-1]["attempt"]]
@@ -105,11 +113,12 @@ class Board:
     """Shows a sweep that runs: on a terminal the table, drawn again and again; elsewhere a line for what changes."""
 
     def __init__(self, sweep: Path, stream: TextStream = sys.stderr):
-        """Show nothing yet."""
+        """Show nothing yet, and of what is so already only its changes."""
         self._sweep, self._stream = sweep, stream
         self._drawn = 0
-        self._last_read = 0.0
-        self._said: dict[str, tuple[str, float]] = {}
+        self._last_read = -_SECONDS_BETWEEN_READS
+        self._jobs = {job.job.name: job for job in read_progress(sweep)}
+        self._said = {name: (job.state.state, 0.0) for name, job in self._jobs.items()}
 
     def show(self) -> None:
         """Bring what is shown up to date, at most once a second."""
@@ -117,15 +126,15 @@ class Board:
         if now - self._last_read < _SECONDS_BETWEEN_READS:
             return
         self._last_read = now
-        jobs = read_progress(self._sweep)
+        self._jobs = {job.job.name: job for job in read_progress(self._sweep, self._jobs)}
         if self._stream.isatty():
-            self._draw(jobs)
+            self._draw(list(self._jobs.values()))
         else:
-            self._say_changes(jobs, now)
+            self._say_changes(now)
 
-    def close(self) -> None:
-        """Show the end."""
-        self._last_read = 0.0
+    def finish(self) -> None:
+        """Show how it stands now."""
+        self._last_read = -_SECONDS_BETWEEN_READS
         self.show()
 
     def _draw(self, jobs: list[Progress]) -> None:
@@ -136,17 +145,17 @@ class Board:
         self._stream.flush()
         self._drawn = len(lines)
 
-    def _say_changes(self, jobs: list[Progress], now: float) -> None:
-        for job in jobs:
-            state, since = self._said.get(job.job.name, ("waiting", now))
+    def _say_changes(self, now: float) -> None:
+        for name, job in self._jobs.items():
+            state, since = self._said.get(name, ("waiting", now))
             is_due = state == "running" and now - since >= _SECONDS_BETWEEN_LINES
             if job.state.state != state or is_due:
                 self._stream.write(job.describe(0) + "\n")
                 self._stream.flush()
-                self._said[job.job.name] = (job.state.state, now)
+                self._said[name] = (job.state.state, now)
 
 
-def fitting(jobs: list[Progress], height: int) -> list[str]:
+def fitting(jobs: Sequence[Progress], height: int) -> list[str]:
     """The table; where a terminal is too low for it, the jobs that run, then those that need a look."""
     lines = table(jobs)
     if len(lines) <= height:
