@@ -103,12 +103,13 @@ def test_a_killed_sweep_goes_on(home: Path, call: Call):
 
 
 def test_a_sweep_grows_and_marks_what_fails(home: Path, call: Call):
-    """More values, of which one cannot work: what there is already is kept under its name."""
+    """More values, of which one cannot work, which only the run finds out: what there is is kept under its name."""
+    (home / "short.jsonl").write_text('{"text": "a few words"}\n' * 2)
     before = file_of(home, NAMES[0], "metrics.jsonl").read_bytes()
-    code, out, _ = call(*WORDS, "seed=1", "data.paths=[corpus.jsonl],[missing.jsonl]", "sweep.name=grid")
+    code, out, _ = call(*WORDS, "seed=1", "data.paths=[corpus.jsonl],[short.jsonl]", "sweep.name=grid")
     assert code == 1 and "5 jobs: 4 finished, 1 failed" in out
     (line,) = [line for line in out.splitlines() if " failed  " in line]
-    assert "missing.jsonl" in line and "Traceback" not in line
+    assert line.split()[0].startswith("data.paths=-short.jsonl-") and "leaves no validation document" in line
     assert file_of(home, NAMES[0], "metrics.jsonl").read_bytes() == before
     code, _, err = call(*WORDS, *GRID, "optimizer.learning_rate=0.1")
     assert code == 2 and f"its job {NAMES[0]} was started with other settings: optimizer.learning_rate=0.1" in err
