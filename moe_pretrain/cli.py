@@ -10,6 +10,7 @@ from pathlib import Path
 USAGE_CODE = 2
 DAMAGED_CODE = 1
 OVERRIDES_FILE = "overrides.txt"
+MULTIRUN = ("--multirun", "-m")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def _is_users(error: Exception) -> bool:
 
 def _usage() -> str:
     lines = ["usage: moe-pretrain COMMAND [OVERRIDE ...] [--debug]", ""]
-    lines += [f"  {name:<10} {help_text}" for name, (_, help_text) in COMMANDS.items()]
+    lines += [f"  {name:<12} {help_text}" for name, (_, help_text) in COMMANDS.items()]
     lines += [
         "",
         "An override is a Hydra override, for example model=700m router=top_k seed=1 batch.micro_batch_size=4.",
@@ -55,12 +56,16 @@ def _usage() -> str:
 
 
 def _train(overrides: list[str]) -> int:
-    """Check the configuration, then train here or in workers of our own."""
+    """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
     from moe_pretrain.config import load
     from moe_pretrain.launch import run_workers
     from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
     from moe_pretrain.pretrain import check, train
 
+    if set(overrides) & set(MULTIRUN):
+        from moe_pretrain.sweep.multirun import multirun
+
+        return multirun([word for word in overrides if word not in MULTIRUN])
     overrides = _with_earlier_overrides(overrides)
     config = load(overrides)
     launched = launched_world_size()
@@ -74,9 +79,14 @@ def _train(overrides: list[str]) -> int:
 
 
 def _with_earlier_overrides(overrides: list[str]) -> list[str]:
-    """A run that exists goes on with the overrides it was started with; new ones come after and win."""
+    """A run that exists goes on with the overrides it was started with; new ones come after and win.
+
+    A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
+    """
     from moe_pretrain.config import load
 
+    if any(word.startswith("sweep.name=") for word in overrides):
+        return overrides
     named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
     explicit_name = any(word.startswith("run.name=") for word in named)
     file = load(named).run.folder / OVERRIDES_FILE
@@ -86,6 +96,17 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     for word in [*file.read_text().splitlines(), *overrides]:
         merged[word.split("=")[0].lstrip("+")] = word
     return list(merged.values())
+
+
+def _sweep_status(arguments: list[str]) -> int:
+    """Print how far the jobs of a sweep are."""
+    from moe_pretrain.sweep.status import describe_sweep, read_progress, table
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain sweep-status SWEEP_FOLDER")
+    jobs = read_progress(Path(arguments[0]))
+    print(describe_sweep(jobs), *table(jobs), sep="\n")
+    return 0
 
 
 def _prepare(words: list[str]) -> int:
@@ -218,7 +239,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "parameters, FLOPs, memory per rank, traffic, time; --mfu= --peak= --gpu-memory= --worst-load=; starts nothing",
     ),
     "prepare": (_prepare, "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
-    "train": (_train, "train a model; the same run.name again resumes"),
+    "train": (
+        _train,
+        "train a model; the same run.name again resumes; --multirun router=top_k,top_p seed=1,2: a sweep",
+    ),
+    "sweep-status": (_sweep_status, "SWEEP_FOLDER: how far the jobs of a sweep are, from another terminal too"),
     "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),
     "certify": (
         _certify,

@@ -48,6 +48,11 @@ class ConfigError(ValueError):
     """The configuration is wrong; one line naming the field, the value and the constraint."""
 
 
+def _check_folder_name(field: str, name: str) -> None:
+    if not name or name in (".", "..") or "/" in name:
+        raise ValueError(f"{field}={name!r} must be a folder name without '/'")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives.
@@ -68,13 +73,35 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.prepare_workers is not None and self.prepare_workers < 1:
             raise ValueError(f"run.prepare_workers={self.prepare_workers} must be at least 1, or null for every core")
-        if not self.name or self.name in (".", "..") or "/" in self.name:
-            raise ValueError(f"run.name={self.name!r} must be a folder name without '/'")
+        _check_folder_name("run.name", self.name)
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.output_dir) / self.name
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """How ``train --multirun`` runs its jobs: one for each combination of the values that overrides list.
+
+    Attributes:
+        name: Name of the sweep's folder in ``run.output_dir``; the same name again goes on with that sweep, or adds to
+            it. None for one made of what is swept and a hash of the command.
+        parallel: Jobs that run side by side on this machine, each with its share of the cores and GPUs.
+        retry: Which jobs that have ended without a result are started again by the same command: those that ``failed``,
+            ``all``, diverged ones too, or ``none``. Those that were stopped or killed always go on.
+    """
+
+    name: str | None
+    parallel: int
+    retry: Literal["none", "failed", "all"]
+
+    def __post_init__(self) -> None:
+        if self.parallel < 1:
+            raise ValueError(f"sweep.parallel={self.parallel} must be at least 1")
+        if self.name is not None:
+            _check_folder_name("sweep.name", self.name)
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,7 @@ class Config:
     seed: int
     router_file: str | None
     run: RunConfig
+    sweep: SweepConfig
     model: ModelConfig
     router: Annotated[ShippedRouterConfig, pydantic.Field(discriminator="name")]
     data: Annotated[DataConfig, pydantic.Field(discriminator="source")]
@@ -342,6 +370,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: it must be given"
+    if "--multirun" in str(error):
+        several = str(error).splitlines()[0].partition("'")[2].removesuffix("'")
+        return f"{several} lists several values: --multirun makes a run for each; quote what is one text with a comma"
     choices = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")

@@ -63,7 +63,7 @@ def run_workers(arguments: list[str], processes: int) -> int:
                     env=variables,
                     # Own sessions: a Ctrl-C reaches them once, through us.
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             )
         code = _wait(workers, store, lambda: interrupts > 1)
@@ -111,8 +111,8 @@ def _signal_all(workers: list[subprocess.Popen[bytes]], number: int) -> None:
             worker.send_signal(number)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this worker when its parent dies, so a killed launcher leaves no orphans (Linux)."""
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, so a killed launcher leaves no orphans (Linux)."""
     try:
         pr_set_pdeathsig = 1
         ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -23,7 +23,7 @@ _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
 
-_SILENT = ("run", "metrics", "fault", "checkpoint.resume")
+_SILENT = ("run", "sweep", "metrics", "fault", "checkpoint.resume")
 """Parts whose changes are no news to training."""
 
 

@@ -38,7 +38,7 @@ def locked(folder: Path, report: Callable[[str], None]) -> Iterator[int]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = _lock_file(folder)
-        while (handle := _try_lock(path)) is None:
+        while (handle := try_lock(path)) is None:
             report(f"another process prepares {folder}: waiting for it")
             time.sleep(_SECONDS_BETWEEN_TRIES)
     except OSError as error:
@@ -54,7 +54,7 @@ def _lock_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def _try_lock(path: Path) -> int | None:
+def try_lock(path: Path) -> int | None:
     """Handle of the locked file, or None if another has it (or has just removed it)."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -75,7 +75,7 @@ def remove_stale(cache_dir: Path, report: Callable[[str], None]) -> None:
         if time.time() - _last_change(partial) < _STALE_SECONDS:
             continue
         lock = _lock_file(folder)
-        handle = _try_lock(lock)
+        handle = try_lock(lock)
         if handle is None:
             continue
         report(f"removing {partial}, which nobody went on with for a week")

@@ -15,7 +15,7 @@ State = Literal["finished", "diverged", "failed", "unfinished", "unreadable"]
 
 RUN_FILES = {"config.yaml", "metrics.jsonl", "overrides.txt"}
 """A folder with any of these is a run: one that broke before its first step must not vanish from the comparison."""
-NOT_THE_EXPERIMENT = ("seed", "run.", "metrics.", "checkpoint.", "fault.")
+NOT_THE_EXPERIMENT = ("seed", "run.", "sweep.", "metrics.", "checkpoint.", "fault.")
 """Keys (or their beginnings) that do not make another variant: where a run lives, what it logs and saves."""
 DIVERGED_NATS = 0.5
 """A run whose last validation loss is this much above its best one is called diverged."""

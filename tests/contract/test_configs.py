@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moe_pretrain.config import Config, ConfigError, config_folder, load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.sweep.multirun import parse
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
@@ -161,6 +163,10 @@ MISTAKES = [
     (["router.load_balance_level=layer"], "load_balance_level"),
     (["metrics.wandb=on"], "metrics.wandb"),
     (["no equals sign"], "no equals sign"),
+    (["router=top_k,top_p"], "router=top_k,top_p lists several values: --multirun"),
+    (["sweep.parallel=0"], "sweep.parallel=0 must be at least 1"),
+    (["sweep.name=a/b"], "sweep.name='a/b' must be a folder name"),
+    (["sweep.retry=always"], "sweep.retry"),
     (["router@nowhere=top_k"], "router@nowhere"),
     (["data=files", "data.paths=[a.txt]", "data.pths=1"], "did you mean paths?"),
     (["data=files", "data.paths=[a.txt]", "model=tinny"], "model=tinny is not a choice; did you mean tiny?"),
@@ -191,4 +197,7 @@ def readme_commands() -> list[str]:
 def test_readme_commands_compose(command: str):
     """``router_file=`` names a file that the reader writes; the example itself is run by the certificate's tests."""
     overrides = [word for word in shlex.split(command)[2:] if not word.startswith("router_file=")]
+    if "--multirun" in overrides:
+        sweep = parse([word for word in overrides if word != "--multirun"], OverridesParser.create())
+        overrides = [*sweep.fixed, *sweep.example]
     load(overrides)

@@ -55,7 +55,7 @@ def test_workers_that_start_after_their_parent_is_dead_write_nothing(config, tmp
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
 
     lock = killed.with_name(f".{killed.name}.lock")
-    assert cache._try_lock(lock) is None, "the workers are alive, so the next preparation must wait"
+    assert cache.try_lock(lock) is None, "the workers are alive, so the next preparation must wait"
     partial = cache.partial_folder(killed)
     before = names(partial)
     go.touch()

@@ -1,0 +1,135 @@
+"""Hydra's launcher for this machine, and the function that any other launcher of Hydra's calls for a job.
+
+Hydra takes plugins from a package ``hydra_plugins`` only; ``register`` enters this one under such a name by hand.
+"""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from moe_pretrain.sweep.job import PROGRAM, RunningJob, RunsElsewhere, passed_on, run_job
+from moe_pretrain.sweep.plan import Sweep
+from moe_pretrain.sweep.record import Job, JobState, correct, look
+from moe_pretrain.sweep.shares import shares
+from moe_pretrain.sweep.status import Board
+
+LAUNCHER = "processes"
+"""Its name: ``hydra/launcher=processes``, the default."""
+_TARGET = "hydra_plugins.moe_pretrain.ProcessLauncher"
+_POLL_SECONDS = 0.2
+
+
+class SweepStopped(Exception):
+    """A signal ended the sweep; its jobs have ended."""
+
+    def __init__(self, is_killed: bool):
+        self.is_killed = is_killed
+        super().__init__("killed" if is_killed else "stopped")
+
+
+class TrainJob:
+    """What Hydra calls the task: one job of a sweep, from its overrides; can be pickled."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+
+    def __getstate__(self) -> dict[str, Sweep]:
+        return {"sweep": replace(self.sweep, _checked={}, _planned={})}  # each job needs only itself
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Run the job that Hydra's launcher has composed, as processes of its own, and wait for it."""
+        words = HydraConfig.get().overrides.task
+        (job,) = self.sweep.plan([words[len(self.sweep.fixed) :]])
+        state = look(job.folder)
+        return objective(run_job(job) if must_run(state, self.sweep.settings.retry) else state)
+
+
+class ProcessLauncher(Launcher):
+    """Runs the jobs of a batch on this machine, ``sweep.parallel`` at a time."""
+
+    def __init__(self, program: Sequence[str] = PROGRAM):
+        self._program = program
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Learn which sweep it is."""
+        assert isinstance(task_function, TrainJob)
+        self._sweep = task_function.sweep
+        self._board = Board(self._sweep.folder)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run what is left to do of the jobs, once all of them are checked.
+
+        Raises:
+            ValueError: A job is wrong; one line that names it, and none is started.
+            SweepStopped: A signal came; the jobs that ran have saved and ended.
+        """
+        jobs = self._sweep.plan(job_overrides)
+        run_jobs(jobs, self._sweep, self._board, self._program)
+        return [
+            JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=objective(look(job.folder)))
+            for words, job in zip(job_overrides, jobs, strict=True)
+        ]
+
+
+def register() -> None:
+    """Tell Hydra of the launcher; may be called again."""
+    plugins = Plugins.instance()
+    plugins.register(ProcessLauncher)
+    plugins.class_name_to_class[_TARGET] = ProcessLauncher
+    ConfigStore.instance().store(LAUNCHER, {"_target_": _TARGET}, group="hydra/launcher", provider="moe_pretrain")
+
+
+def must_run(state: JobState, retry: str) -> bool:
+    """Whether the same command again starts a job in this state; ``retry`` is ``sweep.retry``."""
+    if state.state == "diverged":
+        return retry == "all"
+    if state.state == "failed":
+        return retry != "none"
+    return state.state in ("waiting", "stopped")
+
+
+def objective(state: JobState) -> float | None:
+    """What a search minimises: the last validation loss; the worst there is if it diverged, None if there is none."""
+    if state.state == "diverged" and state.validation_loss is None:
+        return math.inf
+    return state.validation_loss
+
+
+def run_jobs(jobs: Sequence[Job], sweep: Sweep, board: Board, program: Sequence[str] = PROGRAM) -> None:
+    """Run what is left to do of ``jobs``; one that fails does not stop the others.
+
+    Raises:
+        ValueError: There are not enough GPUs.
+        SweepStopped: A signal came; the jobs that ran have ended.
+    """
+    states = {job: correct(job.folder) for job in {job.folder: job for job in jobs}.values()}
+    waiting = deque(job for job, state in states.items() if must_run(state, sweep.settings.retry))
+    environments = shares(sweep.settings.parallel, [job.values for job in waiting])
+    running: dict[int, RunningJob] = {}
+    with passed_on(running.values) as signals:
+        while running or (waiting and not signals):
+            for slot in [slot for slot, job in running.items() if job.process.poll() is not None]:
+                running.pop(slot).settle()
+            for slot, environment in enumerate(environments):
+                if waiting and slot not in running and not signals:
+                    with suppress(RunsElsewhere):  # its state says so
+                        running[slot] = RunningJob(waiting.popleft(), environment, program)
+                    if signals and slot in running:  # one that came while it was started
+                        running[slot].signal(signal.SIGTERM)
+            board.show()
+            time.sleep(_POLL_SECONDS)
+        board.finish()
+    if signals:
+        raise SweepStopped(is_killed=signals.count(signal.SIGINT) > 1)

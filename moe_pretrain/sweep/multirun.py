@@ -1,0 +1,227 @@
+"""``train --multirun``: from the command to a sweep, which Hydra's sweeper and launcher run."""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from moe_pretrain.config import ROOT_CONFIG, Config, ConfigError, config_folder
+from moe_pretrain.data.cache import try_lock
+from moe_pretrain.parallel.mesh import launched_world_size
+from moe_pretrain.signals import INTERRUPTED, STOPPED
+from moe_pretrain.sweep.launcher import LAUNCHER, SweepStopped, TrainJob, register
+from moe_pretrain.sweep.names import job_name, quoted, sweep_name
+from moe_pretrain.sweep.plan import Sweep, load_job
+from moe_pretrain.sweep.record import SWEEP_FILE, SWEEP_LOCK, write_json
+from moe_pretrain.sweep.status import describe_sweep, read_progress, table
+
+NOT_ALL_FINISHED = 1
+"""Exit code of a sweep in which a job failed or diverged."""
+_PACKAGES = {
+    "hydra/sweeper=optuna": "hydra_optuna_sweeper",
+    "hydra/launcher=submitit_slurm": "hydra_submitit_launcher",
+    "hydra/launcher=submitit_local": "hydra_submitit_launcher",
+}
+_SEEDLESS_SAMPLERS = ("hydra/sweeper/sampler=grid",)
+
+
+@dataclass(frozen=True)
+class Command:
+    """The overrides of a sweep, sorted.
+
+    Attributes:
+        hydra: Those of Hydra's own configuration.
+        fixed: Those of every job.
+        swept: Those with several values.
+        keys: What the latter set.
+        example: One job: its overrides with the first value of each.
+    """
+
+    hydra: list[str]
+    fixed: list[str]
+    swept: list[str]
+    keys: list[str]
+    example: list[str]
+
+
+def multirun(words: Sequence[str]) -> int:
+    """Run every combination of the values that ``words`` list, or go on with them.
+
+    Returns:
+        Exit code: 0 when every job of the sweep is finished, ``NOT_ALL_FINISHED`` when one failed or diverged,
+        ``signals.STOPPED`` when some were stopped and the same command goes on.
+
+    Raises:
+        ValueError: The command or one of its jobs is wrong; one line, and nothing was started.
+    """
+    if launched_world_size() is not None:
+        raise ConfigError("--multirun starts processes of its own: start it without torchrun")
+    _require_packages(words)
+    register()
+    try:
+        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3", job_name="train"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            return _multirun(hydra, words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _multirun(hydra: Hydra, words: Sequence[str]) -> int:
+    command = parse(words, OverridesParser.create(hydra.config_loader))
+    config = load_job([*command.fixed, *command.example], job_name(command.example))
+    name = config.sweep.name or sweep_name(command.keys, [*command.fixed, *command.swept])
+    folder = Path(config.run.output_dir) / name
+    sweep = Sweep(folder, tuple(command.fixed), config.run.cache_dir, config.sweep)
+    master = _compose(hydra, command, config, folder)
+    grid = _combinations(hydra, command, master)
+    for swept in grid:
+        sweep.check(swept)
+    with _driving(folder):
+        write_json(folder / SWEEP_FILE, {"name": name, "command": list(words)})
+        sweep.plan(grid)
+        print(f"{folder}: {describe_sweep(read_progress(folder))}", flush=True)
+        try:
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
+            sweeper = Plugins.instance().instantiate_sweeper(
+                config=master, hydra_context=context, task_function=TrainJob(sweep)
+            )
+            sweeper.sweep(arguments=_for_hydra(command.swept, command))
+        except SweepStopped as stopped:
+            _summarise(folder)
+            return INTERRUPTED if stopped.is_killed else STOPPED
+        return _summarise(folder)
+
+
+def parse(words: Sequence[str], parser: OverridesParser) -> Command:
+    """Sort the overrides of a sweep.
+
+    Raises:
+        ConfigError: No override has several values, or one that says where a run lives.
+    """
+    parsed = [(word, parser.parse_overrides([word])[0]) for word in words]
+    swept = [(word, one) for word, one in parsed if one.is_sweep_override() and not one.is_hydra_override()]
+    command = Command(
+        hydra=[word for word, one in parsed if one.is_hydra_override()],
+        fixed=[word for word, one in parsed if not one.is_hydra_override() and not one.is_sweep_override()],
+        swept=[word for word, _ in swept],
+        keys=[one.get_key_element() for _, one in swept],
+        example=[f"{one.get_key_element()}={_first_value(one)}" for _, one in swept],
+    )
+    if not swept and not any(word.startswith("hydra.sweeper.params") for word in command.hydra):
+        raise ConfigError("--multirun: no override lists several values, as router=top_k,top_p or seed=1,2,3 do")
+    for key in command.keys:
+        if key.lstrip("+").startswith(("run.", "sweep.")):
+            raise ConfigError(f"{key}: what says where and how runs are kept cannot be swept")
+    if any(word.lstrip("+").startswith("run.name=") for word in command.fixed):
+        raise ConfigError("run.name: a sweep names its runs itself; sweep.name names their folder")
+    return command
+
+
+def _first_value(override: Override) -> str:
+    value = override.value()
+    return str(value.start) if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
+
+
+def _compose(hydra: Hydra, command: Command, config: Config, folder: Path) -> DictConfig:
+    """Hydra's configuration of the sweep.
+
+    It is composed with the first value of everything swept, since other overrides may be of fields that only such a
+    choice has. The sweeper then gets only what is swept; the rest stands where Hydra puts it before every job.
+    """
+    asked = {word.partition("=")[0] for word in command.hydra}
+    ours = {
+        "hydra/launcher": LAUNCHER,
+        "hydra/hydra_logging": "none",
+        "hydra/job_logging": "none",
+        "hydra.output_subdir": "null",
+        "hydra.sweep.dir": quoted(str(folder)),
+        "hydra.sweep.subdir": quoted("."),
+    }
+    if "hydra/sweeper=optuna" in command.hydra:
+        # Trials are looked up by their values, so the same ones must be proposed when the sweep is started again.
+        ours |= {"hydra.sweeper.n_jobs": str(config.sweep.parallel), "hydra.sweeper.max_failure_rate": "1.0"}
+        if not any(word in command.hydra for word in _SEEDLESS_SAMPLERS):
+            ours["hydra.sweeper.sampler.seed"] = "0"
+    own = [*(f"{key}={value}" for key, value in ours.items() if key not in asked), *command.hydra]
+    fixed = _for_hydra(command.fixed, command)
+    words = [*own, *fixed, *_for_hydra(command.example, command)]
+    master = hydra.compose_config(ROOT_CONFIG, words, RunMode.MULTIRUN)
+    with read_write(master.hydra), open_dict(master.hydra):
+        master.hydra.mode = RunMode.MULTIRUN
+        master.hydra.overrides.hydra = [*own, *fixed]
+        master.hydra.overrides.task = _for_hydra(command.swept, command)
+    return master
+
+
+def _for_hydra(words: Sequence[str], command: Command) -> list[str]:
+    """Overrides as Hydra can compose them, which knows no fields of a scheme in a user's own file."""
+    has_file = any(word.startswith("router_file=") for word in [*command.fixed, *command.swept])
+    return [f"++{word}" if has_file and word.startswith("router.") else word for word in words]
+
+
+def _combinations(hydra: Hydra, command: Command, master: DictConfig) -> list[list[str]]:
+    """The jobs of a plain sweep, known before it starts; none of a search, whose trials follow from its results."""
+    if master.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+        return []
+    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(hydra.config_loader)
+    overrides = parser.parse_overrides([*params, *_for_hydra(command.swept, command)])
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def _require_packages(words: Sequence[str]) -> None:
+    for word, package in _PACKAGES.items():
+        if word in words and not _is_installed(f"hydra_plugins.{package}"):
+            raise ConfigError(f"{word} needs {package.replace('_', '-')}: pip install 'moe_pretrain[sweep]'")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@contextmanager
+def _driving(folder: Path) -> Iterator[None]:
+    """Hold the sweep, which the kernel lets go of when this process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = try_lock(folder / SWEEP_LOCK)
+    if handle is None:
+        raise ConfigError(f"sweep.name={folder.name}: another process runs this sweep; see moe-pretrain sweep-status")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _summarise(folder: Path) -> int:
+    """Say what became of the jobs, of those that are not finished why; the exit code."""
+    jobs = read_progress(folder)
+    print(f"{folder}: {describe_sweep(jobs)}")
+    for line in table([job for job in jobs if job.state.state != "finished"]):
+        print(f"  {line}")
+    print(f"compare them:  moe-pretrain compare {quoted(str(folder))}")
+    states = {job.state.state for job in jobs}
+    if states & {"failed", "diverged"}:
+        return NOT_ALL_FINISHED
+    if states - {"finished"}:
+        print("the same command goes on")
+        return STOPPED
+    return 0
