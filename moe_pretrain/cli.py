@@ -75,7 +75,7 @@ def _train(overrides: list[str]) -> int:
 
 def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     """A run that exists goes on with the overrides it was started with; new ones come after and win."""
-    from moe_pretrain.config import load
+    from moe_pretrain.config import RENAMED, load
 
     named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
     explicit_name = any(word.startswith("run.name=") for word in named)
@@ -83,7 +83,8 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     if not explicit_name or not file.exists():
         return overrides
     merged: dict[str, str] = {}
-    for word in [*file.read_text().splitlines(), *overrides]:
+    earlier = [word.partition("=") for word in file.read_text().splitlines()]
+    for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
         merged[word.split("=")[0].lstrip("+")] = word
     return list(merged.values())
 
@@ -101,7 +102,7 @@ def _prepare(words: list[str]) -> int:
     for name in config.evaluation.sets:
         print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
     if isinstance(corpus, StreamedCorpus):
-        print(f"training tokens in the cache: {corpus.fill(config.batch.total_tokens):,}; {corpus.describe_size()}")
+        print(f"training tokens in the cache: {corpus.fill(config.num_tokens):,}; {corpus.describe_size()}")
     else:
         print(corpus.describe_counts())
     for folder in corpus.folders:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
+from moe_pretrain.budget import BudgetConfig
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.data import (
     CorpusConfig,
@@ -36,11 +37,14 @@ from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.model.size import model_size
 from moe_pretrain.moe import ShippedRouterConfig, check_gate
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
 
 ROOT_CONFIG = "pretrain"
+RENAMED = {"batch.total_tokens": "budget.tokens"}
+"""Fields by their names in earlier releases."""
 
 
 class ConfigError(ValueError):
@@ -137,6 +141,7 @@ class Config:
     streaming: StreamingConfig
     tokenizer: TokenizerConfig
     packing: PackingConfig
+    budget: BudgetConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: Annotated[ScheduleConfig, pydantic.Field(discriminator="name")]
@@ -160,7 +165,7 @@ class Config:
                 "tokenizer=pretrained tokenizer.path=..."
             )
         if isinstance(self.data, MixtureConfig):
-            self.data.check_steps(self.batch.num_steps)
+            self.data.check_steps(self.num_steps)
             for name in self.data.sources.keys() & self.evaluation.sets.keys():
                 raise ValueError(f"evaluation.sets.{name} must have another name than data.sources.{name}")
         if self.streaming.applies_to(self.data):
@@ -179,6 +184,18 @@ class Config:
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at most "
                 f"model.vocab_size={self.model.vocab_size}"
             )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; with ``budget.flops`` at the scheme's expected number of experts per token."""
+        # Only a budget of FLOPs needs them, and they take a model without storage to count.
+        flops = 0.0 if self.budget.flops is None else model_size(self.model, self.router).training_flops_per_token
+        return self.budget.planned_steps(self.batch.global_batch_tokens, flops)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the run needs, as ``num_steps``; the budget's own number of tokens if it is one of tokens."""
+        return self.budget.tokens or self.num_steps * self.batch.global_batch_tokens
 
 
 def config_folder() -> Path:
@@ -335,6 +352,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: it must be given"
+    for override in overrides:
+        if (key := override.partition("=")[0]) in RENAMED:
+            return f"{override}: {key} is called {RENAMED[key]}"
     choices = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")

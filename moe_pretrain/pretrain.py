@@ -6,6 +6,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from moe_pretrain import data
 from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.batching import BatchPlan, plan_batches
+from moe_pretrain.budget import Meter
 from moe_pretrain.config import Config, ConfigError
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.engine import TrainEngine
@@ -25,7 +27,7 @@ from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.run import Run
-from moe_pretrain.run_data import Corpora, describe_corpus, end_when_exhausted, prepare_corpora
+from moe_pretrain.run_data import Corpora, describe_corpus, prepare_corpora, steps_until_exhausted
 from moe_pretrain.signals import STOPPED, StopRequest
 
 TOKENS_COUNTED = 4_000_000
@@ -65,7 +67,7 @@ def _train(
         liveness.enter(phase, step)
         faults.reach(phase, step)
 
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     size = model_size(config.model, config.router)
     say(_describe_run(config, plan, size, mesh, dtype))
 
@@ -86,8 +88,9 @@ def _train(
         method=config.packing.method,
         reset_positions=config.packing.reset_positions,
     )
-    if isinstance(config.data, data.MixtureConfig):
-        plan = end_when_exhausted(plan, config.data, loader)
+    limit = steps_until_exhausted(config.data, loader)
+    meter = Meter(config.budget, plan.tokens_per_step, size.training_flops_per_token, limit)
+    plan = replace(plan, num_steps=meter.num_steps)
     describe_corpus(corpus, plan, loader, say)
 
     model = DecoderLM(config.model, config.router, mesh.shard)
@@ -101,7 +104,7 @@ def _train(
         config.engine,
         dtype,
         config.optimizer,
-        lambda step: config.schedule.factor(step, plan.num_steps),
+        lambda step: config.schedule.factor(step, meter.num_steps),
         plan,
         mesh,
         config.seed,
@@ -109,7 +112,7 @@ def _train(
         enter,
     )
 
-    run = Run(config, plan, size, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
+    run = Run(config, plan, size, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
     run.resume()
     try:
         code = run.loop()
@@ -183,7 +186,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ValueError: One line naming the field.
     """
-    plan_batches(config.batch, config.model.sequence_length, world_size)
+    plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     moe = config.model.moe
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
     device, dtype = resolve_device(config.engine)
@@ -223,7 +226,7 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
         f"{size.active_parameters / 1e6:,.1f}M active; "
         f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
         f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
-        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage})"
+        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage}){config.budget.describe()}"
     )
 
 

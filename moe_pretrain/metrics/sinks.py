@@ -202,6 +202,11 @@ class MetricsWriter:
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._must_resume = False
 
+    def expect(self, total_steps: int) -> None:
+        """The run comes to another number of steps than was thought."""
+        if self._is_main:
+            self._console.expect(total_steps)
+
     def write(self, row: Row) -> None:
         """Write a train or validation row to every sink.
 

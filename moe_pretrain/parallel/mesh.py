@@ -81,6 +81,12 @@ class Mesh:
         """Whether this rank writes logs."""
         return self.rank == 0
 
+    def from_first(self, value: float) -> float:
+        """The first rank's ``value`` on every rank; collective."""
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, src=0)
+        return float(shared)
+
 
 def launched_world_size() -> int | None:
     """Number of ranks if a launcher (torchrun, ``deepspeed``, SLURM with torchrun's variables) started this process."""

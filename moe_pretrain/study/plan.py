@@ -82,7 +82,7 @@ def problems(config: Config) -> list[str]:
     """Every way in which batch and experts do not divide, each with the nearest values that work."""
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
-        lambda: plan_batches(config.batch, config.model.sequence_length, ranks),
+        lambda: plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps),
         lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
     ]
     found = []
@@ -168,7 +168,7 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         say(f"DOES NOT DIVIDE: {problem}")
     if found:
         return 1
-    plan = plan_batches(config.batch, config.model.sequence_length, ranks)
+    plan = plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps)
     extra = extra_forward(config, size, plan)
     if extra:
         say(f"  beside those, recomputed or run ahead: {short_number(extra)} FLOPs per token")
@@ -215,7 +215,7 @@ def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[st
     for name in sizes:
         try:
             config = load([*others, f"model={name}"])
-            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes)
+            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes, config.num_steps)
         except ValueError as error:
             say(f"  {name:<8}  {error}")
             continue

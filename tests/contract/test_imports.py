@@ -30,6 +30,7 @@ LEVELS = {
     "moe": 1,
     "data": 1,
     "batching": 1,
+    "budget": 1,
     "allocator": 1,
     "faults": 1,
     "__init__": 0,
