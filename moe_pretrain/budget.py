@@ -2,13 +2,33 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+Measure = Literal["total_params", "active_params", "flops_per_token"]
+Unknown = Literal["expert_width", "num_experts", "top_k"]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What ``budget.match`` came to.
+
+    Attributes:
+        field: What was solved, ``model.moe.expert_hidden_size`` or its like; its value stands there.
+        before: Its value before.
+        reference: Every measure of the reference.
+    """
+
+    field: str
+    before: int
+    reference: dict[Measure, float]
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """What a run may spend. Exactly one of ``tokens`` and ``flops`` is its planned end; ``seconds`` may end it before.
+    """What a run may spend, and what its model is to cost.
 
-    The step that reaches a budget is a whole one and the last.
+    Exactly one of ``tokens`` and ``flops`` is the run's planned end; ``seconds`` may end it before. The step that
+    reaches a budget is a whole one and the last.
 
     Attributes:
         tokens: Tokens of the run, or None.
@@ -19,13 +39,34 @@ class BudgetConfig:
         seconds: Seconds in training steps and in waiting for their data, over all attempts by the first rank's clock,
             or None. Start-up, validation and checkpoints are not counted, nor is work that was lost and done again. The
             schedule does not know this limit, so a run that meets it ends with a learning rate that has not come down.
+        match: In what the model is to equal the reference, as near as ``multiple`` allows: all parameters, those that a
+            token uses, or training FLOPs per token. Adaptive schemes count with their expected experts per token. None
+            leaves the model as it is.
+        reference: Overrides of ``model`` and ``router`` that turn the model into the reference; the same model with
+            ``router=top_k`` unless they say otherwise.
+        solve: What is solved for: the routed experts' width (with a factorised gate ``model.moe.expert_hidden_size`` is
+            what equation 5 of arXiv:2501.13074 makes that width from), their number, or ``router.top_k``. What matches
+            to the last parameter already stays as it is.
+        multiple: The solved width or number of experts is a multiple of this. Experts with a factorised gate come to
+            every multiple of 2 and more, but not to every width.
+        matched: Filled in while the configuration is loaded.
     """
 
     tokens: int | None
     flops: float | None
     seconds: float | None
+    match: Measure | None
+    reference: tuple[str, ...]
+    solve: Unknown
+    multiple: int
+    matched: Matched | None
 
     def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise ValueError(f"budget.multiple={self.multiple} must be at least 1")
+        for word in self.reference:
+            if not word.startswith(("model=", "model.", "router=", "router.")):
+                raise ValueError(f"budget.reference: {word!r} must be an override of model or router")
         for name in ("tokens", "flops"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < math.inf:

@@ -37,7 +37,8 @@ from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.model.size import model_size
+from moe_pretrain.model.matching import match
+from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import ShippedRouterConfig, check_gate
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
@@ -205,7 +206,7 @@ def config_folder() -> Path:
 
 
 def load(overrides: Sequence[str] = ()) -> Config:
-    """Compose the YAML files with Hydra ``overrides`` and validate.
+    """Compose the YAML files with Hydra ``overrides``, validate, and solve ``budget.match`` if it is set.
 
     ``router_file=PATH`` puts a scheme of the user's own in the place of the ``router`` group: its fields start from
     the defaults of its dataclass, and ``router.FIELD=VALUE`` overrides them as ever.
@@ -215,7 +216,8 @@ def load(overrides: Sequence[str] = ()) -> Config:
     """
     file = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("router_file=")), None)
     if file in (None, "null"):
-        return validate(compose_values(overrides))
+        values = compose_values(overrides)
+        return _matched(validate(values), values, overrides)
     assert file is not None
     chosen = [word for word in overrides if word.startswith("router=")]
     if chosen:
@@ -225,7 +227,42 @@ def load(overrides: Sequence[str] = ()) -> Config:
     others = [word for word in overrides if not word.startswith("router_file=")]
     words = [f"++{word}" if word.startswith("router.") else word for word in others]
     values = compose_values(["~router", f"+router.name={name}", *words])
-    return validate({**values, "router_file": file}, router)
+    return _matched(validate({**values, "router_file": file}, router), values, others)
+
+
+def _matched(config: Config, values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """``config``, and where ``budget.match`` is set with what it asks for solved.
+
+    Raises:
+        ConfigError: The reference is wrong, or nothing satisfies it.
+    """
+    budget = config.budget
+    if budget.matched is not None:
+        raise ConfigError("budget.matched must be null: budget.match fills it in")
+    if budget.match is None:
+        return config
+    try:
+        reference = _reference_size(values, overrides, budget.reference)
+        model, router, matched = match(config.model, config.router, reference, budget)
+        # A class of its own holds a user's own router, so the new one is made of the same.
+        return dataclasses.replace(
+            config, model=model, router=router, budget=dataclasses.replace(budget, matched=matched)
+        )
+    except ConfigError as error:
+        raise ConfigError(f"budget.reference: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: Sequence[str]) -> ModelSize:
+    """Size of the model of ``values`` with the overrides ``words`` of it, and their router."""
+    of_model = [word for word in words if word.startswith("model")]
+    of_router = [word for word in words if word.startswith("router")]
+    own = [word for word in overrides if not word.lstrip("+~").startswith("router")]
+    model = compose_values([*own, *of_model])["model"] if of_model else values["model"]
+    router = compose_values(of_router)["router"]
+    config = validate({**values, "model": model, "router": router, "budget": {**values["budget"], "match": None}})
+    return model_size(config.model, config.router)
 
 
 def load_router_file(file: str) -> type[Any]:

@@ -22,6 +22,7 @@ from moe_pretrain.faults import Faults
 from moe_pretrain.liveness import Liveness
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
@@ -70,6 +71,8 @@ def _train(
     plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     size = model_size(config.model, config.router)
     say(_describe_run(config, plan, size, mesh, dtype))
+    for line in describe_match(config.model, config.router, config.budget):
+        say(line)
 
     corpus, evaluation_sets = _prepare_corpora(config, mesh, stop, say)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:

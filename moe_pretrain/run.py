@@ -379,4 +379,7 @@ class Run:
                 f"{self.corpus.unigram_entropy:.3f} nats/token"
             )
             self.say(f"spent: {self.meter.describe_spending()}")
+            if matched := self.config.budget.matched:
+                share = self.meter.flops / self.tokens / matched.reference["flops_per_token"] - 1
+                self.say(f"measured FLOPs per token against those of the reference of budget.match: {share:+.2%}")
         self.say(f"report:     {report}")

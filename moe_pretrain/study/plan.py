@@ -8,6 +8,7 @@ from moe_pretrain.config import Config, config_folder, load
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.model.block import Recompute
+from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import num_routed_experts
 from moe_pretrain.moe.routers.dense import DenseConfig
@@ -162,6 +163,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         f"{short_number(size.active_parameters)} active; checkpoint "
         f"{_gib(CHECKPOINT_BYTES * size.total_parameters)}, {config.checkpoint.keep_last} kept"
     )
+    for line in describe_match(config.model, config.router, config.budget):
+        say(line)
     _say_flops(size, say)
     found = problems(config)
     for problem in found:

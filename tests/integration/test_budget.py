@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.runs import rows_of, run, train_words
 
+from moe_pretrain.cli import OVERRIDES_FILE, _with_earlier_overrides
 from moe_pretrain.config import load
 from moe_pretrain.model.size import model_size
 
@@ -51,8 +53,15 @@ def test_measured_flops_are_summed_over_attempts_and_topologies(home: Path):
 
 def test_seconds_end_a_run_with_all_that_an_end_has(home: Path):
     two = ["parallel.processes=2", "budget.seconds=0.001"]
-    code, _, err = run(home, *train_words("seconds", *two))
+    words = train_words("seconds", *two, "router=autonomy", "router.gate_rank=8", "budget.match=active_params")
+    code, out, err = run(home, *words)
     assert code == 0, err
+    solved = load([word for word in words[1:] if not word.startswith("data")]).model.moe
+    saved = yaml.safe_load((home / "outputs" / "seconds" / "config.yaml").read_text())
+    assert saved["model"]["moe"]["expert_hidden_size"] == solved.expert_hidden_size != 32
+    assert saved["budget"]["matched"]["field"] == "model.moe.expert_hidden_size"
+    assert f"model.moe.expert_hidden_size={solved.expert_hidden_size} instead of 32" in out
+    assert "measured FLOPs per token against those of the reference of budget.match: " in out
     assert [row["step"] for row in rows_of(home, "seconds")] == [1]
     assert [row["step"] for row in rows_of(home, "seconds", "validation")] == [1]
     (finished,) = [row["message"] for row in rows_of(home, "seconds", "event") if row["event"] == "finished"]
@@ -72,11 +81,9 @@ def test_seconds_end_a_run_with_all_that_an_end_has(home: Path):
     assert messages[-1] == "after 12 steps"
 
 
-def test_an_earlier_releases_overrides_still_resume(home: Path):
-    code, _, err = run(home, *train_words("older", "budget.tokens=1024"))
-    assert code == 0, err
-    overrides = home / "outputs" / "older" / "overrides.txt"
-    overrides.write_text(overrides.read_text().replace("budget.tokens=1024", "batch.total_tokens=2048"))
-    code, _, err = run(home, "train", "run.name=older")
-    assert code == 0, err
-    assert rows_of(home, "older")[-1]["step"] == 2
+def test_an_earlier_releases_overrides_still_resume(tmp_path: Path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / OVERRIDES_FILE).write_text("run.name=old\nbatch.total_tokens=2048\nseed=3\n")
+    words = _with_earlier_overrides(["run.name=old", f"run.output_dir={tmp_path}", "seed=4"])
+    config = load(words)
+    assert (config.budget.tokens, config.seed) == (2048, 4)
