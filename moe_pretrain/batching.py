@@ -1,32 +1,25 @@
-"""Token budget to micro-batches, accumulation and steps. Every divisibility error of the batch lives here."""
+"""The global batch to micro-batches and accumulation. Every divisibility error of the batch lives here."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """The budget of a run.
+    """How many tokens a step has, and a pass.
 
     Attributes:
         global_batch_tokens: Tokens per optimizer step over all ranks; a multiple of the sequence length.
         micro_batch_size: Sequences per rank and forward pass; None for all of a rank's, without accumulation.
-        total_tokens: Tokens of the run; the last step is a whole one.
     """
 
     global_batch_tokens: int
     micro_batch_size: int | None
-    total_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_tokens", "micro_batch_size", "total_tokens"):
+        for name in ("global_batch_tokens", "micro_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"batch.{name}={value} must be at least 1")
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return -(-self.total_tokens // self.global_batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,8 @@ class BatchPlan:
     tokens_per_step: int
 
 
-def plan_batches(config: BatchConfig, sequence_length: int, world_size: int) -> BatchPlan:
-    """Cut the global batch over ``world_size`` ranks.
+def plan_batches(config: BatchConfig, sequence_length: int, world_size: int, num_steps: int) -> BatchPlan:
+    """Cut the global batch over ``world_size`` ranks, for a run of ``num_steps`` steps.
 
     Raises:
         ValueError: The global batch is not a whole number of sequences, or those are not a whole number of
@@ -70,6 +63,6 @@ def plan_batches(config: BatchConfig, sequence_length: int, world_size: int) -> 
         rows_per_step=rows,
         micro_batch_size=micro_batch_size,
         accumulation=rows // (micro_batch_size * world_size),
-        num_steps=config.num_steps,
+        num_steps=num_steps,
         tokens_per_step=config.global_batch_tokens,
     )

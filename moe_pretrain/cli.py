@@ -83,7 +83,7 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
-    from moe_pretrain.config import load
+    from moe_pretrain.config import RENAMED, load
 
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
@@ -93,7 +93,8 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     if not explicit_name or not file.exists():
         return overrides
     merged: dict[str, str] = {}
-    for word in [*file.read_text().splitlines(), *overrides]:
+    earlier = [word.partition("=") for word in file.read_text().splitlines()]
+    for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
         merged[word.split("=")[0].lstrip("+")] = word
     return list(merged.values())
 
@@ -122,7 +123,7 @@ def _prepare(words: list[str]) -> int:
     for name in config.evaluation.sets:
         print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
     if isinstance(corpus, StreamedCorpus):
-        print(f"training tokens in the cache: {corpus.fill(config.batch.total_tokens):,}; {corpus.describe_size()}")
+        print(f"training tokens in the cache: {corpus.fill(config.num_tokens):,}; {corpus.describe_size()}")
     else:
         print(corpus.describe_counts())
     for folder in corpus.folders:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
+from moe_pretrain.budget import BudgetConfig
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.data import (
     CorpusConfig,
@@ -36,12 +37,16 @@ from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.model.matching import match
+from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import ShippedRouterConfig, check_gate
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
 from moe_pretrain.spikes import SpikeConfig
 
 ROOT_CONFIG = "pretrain"
+RENAMED = {"batch.total_tokens": "budget.tokens"}
+"""Fields by their names in earlier releases."""
 
 
 class ConfigError(ValueError):
@@ -166,6 +171,7 @@ class Config:
     streaming: StreamingConfig
     tokenizer: TokenizerConfig
     packing: PackingConfig
+    budget: BudgetConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
     schedule: Annotated[ScheduleConfig, pydantic.Field(discriminator="name")]
@@ -190,7 +196,7 @@ class Config:
                 "tokenizer=pretrained tokenizer.path=..."
             )
         if isinstance(self.data, MixtureConfig):
-            self.data.check_steps(self.batch.num_steps)
+            self.data.check_steps(self.num_steps)
             if self.spike.rewind and self.data.when_exhausted != "repeat":
                 raise ValueError(
                     f"spike.rewind=true must be false with data.when_exhausted={self.data.when_exhausted}: rows left "
@@ -215,6 +221,18 @@ class Config:
                 f"model.vocab_size={self.model.vocab_size}"
             )
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; with ``budget.flops`` at the scheme's expected number of experts per token."""
+        # Only a budget of FLOPs needs them, and they take a model without storage to count.
+        flops = 0.0 if self.budget.flops is None else model_size(self.model, self.router).training_flops_per_token
+        return self.budget.planned_steps(self.batch.global_batch_tokens, flops)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the run needs, as ``num_steps``; the budget's own number of tokens if it is one of tokens."""
+        return self.budget.tokens or self.num_steps * self.batch.global_batch_tokens
+
 
 def config_folder() -> Path:
     """The YAML files: inside an installed package, or beside it in a checkout."""
@@ -223,7 +241,7 @@ def config_folder() -> Path:
 
 
 def load(overrides: Sequence[str] = ()) -> Config:
-    """Compose the YAML files with Hydra ``overrides`` and validate.
+    """Compose the YAML files with Hydra ``overrides``, validate, and solve ``budget.match`` if it is set.
 
     ``router_file=PATH`` puts a scheme of the user's own in the place of the ``router`` group: its fields start from
     the defaults of its dataclass, and ``router.FIELD=VALUE`` overrides them as ever.
@@ -233,7 +251,8 @@ def load(overrides: Sequence[str] = ()) -> Config:
     """
     file = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("router_file=")), None)
     if file in (None, "null"):
-        return validate(compose_values(overrides))
+        values = compose_values(overrides)
+        return _matched(validate(values), values, overrides)
     assert file is not None
     chosen = [word for word in overrides if word.startswith("router=")]
     if chosen:
@@ -243,7 +262,42 @@ def load(overrides: Sequence[str] = ()) -> Config:
     others = [word for word in overrides if not word.startswith("router_file=")]
     words = [f"++{word}" if word.startswith("router.") else word for word in others]
     values = compose_values(["~router", f"+router.name={name}", *words])
-    return validate({**values, "router_file": file}, router)
+    return _matched(validate({**values, "router_file": file}, router), values, others)
+
+
+def _matched(config: Config, values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """``config``, and where ``budget.match`` is set with what it asks for solved.
+
+    Raises:
+        ConfigError: The reference is wrong, or nothing satisfies it.
+    """
+    budget = config.budget
+    if budget.matched is not None:
+        raise ConfigError("budget.matched must be null: budget.match fills it in")
+    if budget.match is None:
+        return config
+    try:
+        reference = _reference_size(values, overrides, budget.reference)
+        model, router, matched = match(config.model, config.router, reference, budget)
+        # A class of its own holds a user's own router, so the new one is made of the same.
+        return dataclasses.replace(
+            config, model=model, router=router, budget=dataclasses.replace(budget, matched=matched)
+        )
+    except ConfigError as error:
+        raise ConfigError(f"budget.reference: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: Sequence[str]) -> ModelSize:
+    """Size of the model of ``values`` with the overrides ``words`` of it, and their router."""
+    of_model = [word for word in words if word.startswith("model")]
+    of_router = [word for word in words if word.startswith("router")]
+    own = [word for word in overrides if not word.lstrip("+~").startswith("router")]
+    model = compose_values([*own, *of_model])["model"] if of_model else values["model"]
+    router = compose_values(of_router)["router"]
+    config = validate({**values, "model": model, "router": router, "budget": {**values["budget"], "match": None}})
+    return model_size(config.model, config.router)
 
 
 def load_router_file(file: str) -> type[Any]:
@@ -373,6 +427,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if "--multirun" in str(error):
         several = str(error).splitlines()[0].partition("'")[2].removesuffix("'")
         return f"{several} lists several values: --multirun makes a run for each; quote what is one text with a comma"
+    for override in overrides:
+        if (key := override.partition("=")[0]) in RENAMED:
+            return f"{override}: {key} is called {RENAMED[key]}"
     choices = []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")

@@ -22,6 +22,7 @@ def write_facts(config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> 
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,
         "flops_per_token": size.training_flops_per_token,
+        "planned_steps": config.num_steps,
         "unigram_entropy": corpus.unigram_entropy,
         "corpus_fingerprint": corpus.fingerprint,
         "versions": versions(),

@@ -6,6 +6,7 @@ The only file that knows all others. ``train`` runs in every worker process; ``c
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from moe_pretrain import data
 from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.batching import BatchPlan, plan_batches
+from moe_pretrain.budget import Meter
 from moe_pretrain.checkpoint.store import locate
 from moe_pretrain.config import Config, ConfigError
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
@@ -23,12 +25,13 @@ from moe_pretrain.faults import Faults
 from moe_pretrain.liveness import Liveness
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import ExpertShard, expert_gate, num_routed_experts
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
 from moe_pretrain.run import Run
-from moe_pretrain.run_data import Corpora, describe_corpus, end_when_exhausted, prepare_corpora
+from moe_pretrain.run_data import Corpora, describe_corpus, prepare_corpora, steps_until_exhausted
 from moe_pretrain.signals import STOPPED, StopRequest
 
 TOKENS_COUNTED = 4_000_000
@@ -68,9 +71,11 @@ def _train(
         liveness.enter(phase, step)
         faults.reach(phase, step)
 
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     size = model_size(config.model, config.router)
     say(_describe_run(config, plan, size, mesh, dtype))
+    for line in describe_match(config.model, config.router, config.budget):
+        say(line)
 
     corpus, evaluation_sets = _prepare_corpora(config, mesh, stop, say)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
@@ -89,8 +94,9 @@ def _train(
         method=config.packing.method,
         reset_positions=config.packing.reset_positions,
     )
-    if isinstance(config.data, data.MixtureConfig):
-        plan = end_when_exhausted(plan, config.data, loader)
+    limit = steps_until_exhausted(config.data, loader)
+    meter = Meter(config.budget, plan.tokens_per_step, size.training_flops_per_token, limit)
+    plan = replace(plan, num_steps=meter.num_steps)
     describe_corpus(corpus, plan, loader, say)
 
     model = DecoderLM(config.model, config.router, mesh.shard)
@@ -104,7 +110,7 @@ def _train(
         config.engine,
         dtype,
         config.optimizer,
-        lambda step: config.schedule.factor(step, plan.num_steps),
+        lambda step: config.schedule.factor(step, meter.num_steps),
         plan,
         mesh,
         config.seed,
@@ -112,7 +118,7 @@ def _train(
         enter,
     )
 
-    run = Run(config, plan, size, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
+    run = Run(config, plan, size, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
     run.resume()
     try:
         code = run.loop()
@@ -186,7 +192,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         ValueError: One line naming the field.
     """
-    plan = plan_batches(config.batch, config.model.sequence_length, world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     moe = config.model.moe
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
     if config.checkpoint.warm_start is not None:
@@ -235,7 +241,7 @@ def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, 
         f"{size.active_parameters / 1e6:,.1f}M active; "
         f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
         f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
-        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage})"
+        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage}){config.budget.describe()}"
     )
 
 

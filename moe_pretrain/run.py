@@ -10,6 +10,7 @@ import torch
 
 from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan
+from moe_pretrain.budget import Meter
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.compatibility import changes
 from moe_pretrain.config import Config, ConfigError, to_values
@@ -43,6 +44,7 @@ class Run:
         config: Config,
         plan: BatchPlan,
         size: ModelSize,
+        meter: Meter,
         corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
         loader: data.TrainLoader,
@@ -59,6 +61,7 @@ class Run:
             config: The run's configuration.
             plan: Its batches.
             size: Its model's size.
+            meter: What counts what it spends, and says when it is over.
             corpus: What it trains on.
             evaluation_sets: Further validation sets by name.
             loader: What yields its micro-batches.
@@ -71,7 +74,7 @@ class Run:
         """
         self.config, self.folder, self.plan, self.size = config, config.run.folder, plan, size
         self.corpus, self.engine, self.mesh, self.say = corpus, engine, mesh, say
-        self.stop, self.enter, self.loader, self.faults = stop, enter, loader, faults
+        self.stop, self.enter, self.loader, self.faults, self.meter = stop, enter, loader, faults, meter
         self.exhaustion = loader.exhaustion_steps()
         self.corpus_facts = data.corpus_facts(config.data, corpus)
         self.evaluator = Evaluator(config, plan, corpus, evaluation_sets, engine, stop, enter)
@@ -132,6 +135,8 @@ class Run:
         self._go_on_from(path, manifest)
         self._report_damage(warnings)
         self._event("resumed", f"from {path.name} on {self.mesh.world_size} ranks")
+        if "flops" not in manifest["state"]:
+            self._event("budget", f"{path.name} does not say what it spent: FLOPs are taken as expected, seconds as 0")
         if allowed:
             self._event("changed", f"since {path.name}: {', '.join(allowed)}")
 
@@ -154,6 +159,7 @@ class Run:
         self.step, self.token_hash = state["step"], state["token_hash"]
         self.saved_step, self.validation_loss = self.step, state.get("validation_loss")
         self.spikes.restore(state.get("spikes"))
+        self.meter.restore(self.step, state.get("flops"), state.get("train_seconds"))
         self.metrics.resume(self.step)
 
     def _leave_course(self, step: int) -> None:
@@ -201,15 +207,16 @@ class Run:
         return found.allowed
 
     def loop(self) -> int:
-        """Train until the last step, the end of the data or a signal.
+        """Train until the budget is spent, the data ends or a signal comes.
 
         Returns:
             Exit code: FINISHED if the last step and its validation are done and saved, else STOPPED or UNSAVED.
         """
         if self.stop.agreed(self.mesh.device):
             return self._stop()
-        if self.step == self.plan.num_steps:  # an earlier attempt ended between its last step and its end
+        if self.meter.is_over:  # an earlier attempt ended between its last step and its end
             return self._end_step()
+        self.stopwatch.start()
         try:
             while True:
                 code = self._loop_until_spike()
@@ -232,7 +239,7 @@ class Run:
                 if self.spike is not None and self._can_rewind():
                     return None
                 code = self._end_step()
-                if code != FINISHED or self.step == self.plan.num_steps:
+                if code != FINISHED or self.meter.is_over:
                     return code
                 self.enter("train.data", self.step)
         finally:
@@ -256,7 +263,7 @@ class Run:
         if found is None:
             self._event("not_rewound", f"step {self.step - 1}: no checkpoint lies before the rows to be skipped")
             code = self._end_step()
-            return None if code == FINISHED and self.step < self.plan.num_steps else code
+            return None if code == FINISHED and not self.meter.is_over else code
         path, manifest = found
         back = manifest["state"]["step"]
         rewinds = Rewinds([*self.rewinds.taken, Rewind(back, first, stop)])
@@ -274,6 +281,7 @@ class Run:
 
     def _train_step(self, data_step: int, micro_batches: list[MicroBatch]) -> None:
         step = self.step
+        learning_rate = self.engine.learning_rate(step)
         if self.faults.due("train.rows", data_step):
             for batch in micro_batches:
                 wrong = self.config.model.vocab_size - 1 - batch.labels
@@ -286,6 +294,7 @@ class Run:
         self.validation_loss = None
         self.token_hash = data.wrap_to_int64(self.token_hash + result.token_hash)
         self.stopwatch.count(self.plan.tokens_per_step)
+        flops_per_token = self._charge(result)
         if result.sickness is not None:
             self._event("step_skipped", f"{result.sickness}; {self._save_positions(data_step, result.sickness)}")
         self.spike = self.spikes.judge(result.loss)
@@ -293,17 +302,29 @@ class Run:
             self._event("loss_spike", f"step {step}: {self.spike}")
         for name, message in self.health.update(result.tokens_per_expert, result.tokens):
             self._event(name, message)
-        if self.step % self.config.metrics.log_every_steps == 0 or self.step == self.plan.num_steps:
-            self.log(result)
+        if self.step % self.config.metrics.log_every_steps == 0 or self.meter.is_over:
+            self.log(result, learning_rate, flops_per_token)
         self._note_exhausted(data_step)
+
+    def _charge(self, result: StepResult) -> float:
+        """Add the step to what the run has spent; its FLOPs per token."""
+        size = self.size
+        if result.tokens_per_expert.numel():
+            # Adaptive schemes are charged for the experts they used, not for those expected.
+            size = size.with_experts_per_token(result.experts_per_token)
+        seconds = self.stopwatch.lap()
+        if self.meter.counts_seconds:
+            seconds = self.mesh.share(seconds)
+        self.meter.charge(size.training_flops_per_token, seconds)
+        return size.training_flops_per_token
 
     def _note_exhausted(self, step: int) -> None:
         """Record in which step a source of a mixture begins again, or that the run ends because one has been read."""
-        planned = self.config.batch.num_steps
         for name, first in self.exhaustion.items():
             if first == step:
                 self._event("repeats", f"source {name} has been read once and begins again in a new order")
-            elif self.step == self.plan.num_steps and first == self.step < planned:
+            elif first == self.step == self.meter.limit and not self.meter.is_spent:
+                planned = self.config.num_steps
                 self._event("exhausted", f"source {name} has been read: the run ends, {planned} steps were planned")
 
     def _save_positions(self, step: int, reason: str) -> str:
@@ -328,7 +349,7 @@ class Run:
 
     def _end_step(self, is_over: bool = False) -> int:
         """Between two steps, or when the data ``is_over``: evaluate and save where due, and heed a signal."""
-        config, at_end = self.config, is_over or self.step == self.plan.num_steps
+        config, at_end = self.config, is_over or self.meter.is_over
         self._take_outcome(wait=False)
         if self.stop.agreed(self.mesh.device):
             return self._stop()
@@ -348,26 +369,24 @@ class Run:
         self._event("stopped", f"by {self.stop.name}, checkpoint written")
         return STOPPED
 
-    def log(self, result: StepResult) -> None:
-        """Write a train row."""
+    def log(self, result: StepResult, learning_rate: float, flops_per_token: float) -> None:
+        """Write a train row of the step, with what it was made at."""
         window = self.stopwatch.read()
-        size = self.size
-        if result.tokens_per_expert.numel():
-            # Adaptive schemes are charged for the experts they used, not for those expected.
-            size = size.with_experts_per_token(result.experts_per_token)
         row = train_row(
             result,
             self.engine.model,
             window,
-            self.engine.learning_rate(self.step - 1),
-            size.training_flops_per_token,
+            learning_rate,
+            flops_per_token,
             self.mesh.world_size,
             self.peak_flops,
         )
         for name, use in self.loader.source_use(self.data_step).items():
             row[f"data/{name}/tokens"] = use.rows * self.config.model.sequence_length
             row[f"data/{name}/epochs"] = use.epochs
+        row |= {"train/flops_spent": float(self.meter.flops), "train/seconds_spent": self.meter.seconds}
         hashed = f"{self.token_hash % 2**64:016x}"
+        self.metrics.expect(self.meter.num_steps)
         self.metrics.write({"step": self.step, "tokens": self.tokens, **row, "data/token_hash": hashed})
 
     def evaluate(self) -> bool:
@@ -395,6 +414,8 @@ class Run:
             "step": self.step,
             "tokens": self.tokens,
             "token_hash": self.token_hash,
+            "flops": self.meter.flops,
+            "train_seconds": self.meter.seconds,
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
             "corpus_fingerprint": self.corpus.fingerprint,
             "corpus_facts": self.corpus_facts,
@@ -439,7 +460,7 @@ class Run:
         """Close the sinks, write the report, say where things are."""
         self.enter("report", self.step)
         if code == FINISHED:
-            self._event("finished", f"after {self.step} steps")
+            self._event("finished", self.meter.describe_end())
         self.metrics.close()
         if not self.mesh.is_main:
             return
@@ -464,4 +485,8 @@ class Run:
                 f"{summary['final_validation_loss']:.3f} nats/token, unigram entropy "
                 f"{self.corpus.unigram_entropy:.3f} nats/token"
             )
+            self.say(f"spent: {self.meter.describe_spending()}")
+            if matched := self.config.budget.matched:
+                share = self.meter.flops / self.tokens / matched.reference["flops_per_token"] - 1
+                self.say(f"measured FLOPs per token against those of the reference of budget.match: {share:+.2%}")
         self.say(f"report:     {report}")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from moe_pretrain import data
@@ -37,7 +36,7 @@ def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool =
             config.data, config.tokenizer, config.streaming, cache, config.run.name, is_first, number, threads, say
         )
     else:
-        corpus = data.prepare(config.data, config.tokenizer, cache, config.batch.total_tokens, workers, say)
+        corpus = data.prepare(config.data, config.tokenizer, cache, config.num_tokens, workers, say)
     sets = {
         name: data.prepare_evaluation_set(
             name, source, corpus, config.tokenizer, cache, _evaluation_tokens(config), workers, say
@@ -63,7 +62,7 @@ def check_corpora(config: Config) -> Corpora:
             "checked whenever a run opens them"
         )
     else:
-        corpus = data.check_prepared(config.data, config.tokenizer, cache, config.batch.total_tokens)
+        corpus = data.check_prepared(config.data, config.tokenizer, cache, config.num_tokens)
     sets = {
         name: data.check_evaluation_set(name, source, corpus, config.tokenizer, cache, _evaluation_tokens(config))
         for name, source in config.evaluation.sets.items()
@@ -73,7 +72,7 @@ def check_corpora(config: Config) -> Corpora:
 
 def _run_length(config: Config) -> data.RunLength:
     rows_per_step = config.batch.global_batch_tokens // config.model.sequence_length
-    return data.RunLength(config.batch.num_steps, rows_per_step, config.model.sequence_length)
+    return data.RunLength(config.num_steps, rows_per_step, config.model.sequence_length)
 
 
 def _evaluation_tokens(config: Config) -> int:
@@ -89,19 +88,19 @@ def _with_long_enough_sets(config: Config, corpus: Corpus, sets: dict[str, data.
     return corpus, sets
 
 
-def end_when_exhausted(plan: BatchPlan, config: data.MixtureConfig, loader: data.TrainLoader) -> BatchPlan:
-    """The plan, cut before the first step that needs a source for the second time if the mixture stops there.
+def steps_until_exhausted(config: data.DataConfig, loader: data.TrainLoader) -> int | None:
+    """Steps before the first that needs a source of a mixture for the second time, if the mixture stops there.
 
     Raises:
         ConfigError: There is no whole step before that.
     """
     steps = loader.exhaustion_steps()
-    if config.when_exhausted == "repeat" or not steps:
-        return plan
+    if not isinstance(config, data.MixtureConfig) or config.when_exhausted == "repeat" or not steps:
+        return None
     first = min(steps, key=lambda name: (steps[name], name))
     if not steps[first]:
         raise ConfigError(f"data.when_exhausted=stop: data.sources.{first} has not even enough rows for the first step")
-    return replace(plan, num_steps=min(plan.num_steps, steps[first]))
+    return steps[first]
 
 
 def describe_corpus(corpus: Corpus, plan: BatchPlan, loader: data.TrainLoader, say: Callable[[str], None]) -> None:

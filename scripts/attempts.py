@@ -80,7 +80,7 @@ class Run:
             f"data.paths=[{home}/corpus.jsonl]",
             f"run.output_dir={home}/outputs",
             f"run.name={name}",
-            f"batch.total_tokens={num_steps * TOKENS_PER_STEP}",
+            f"budget.tokens={num_steps * TOKENS_PER_STEP}",
             f"checkpoint.every_steps={every_steps}",
             f"evaluation.every_steps={every_steps * 5}",
             *overrides,

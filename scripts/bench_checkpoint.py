@@ -39,7 +39,7 @@ class Bench:
     def __init__(self, config: Config, folder: Path, num_steps: int):
         device_type, dtype = resolve_device(config.engine)
         self.mesh = build_mesh(config.parallel, device_type)
-        plan = plan_batches(config.batch, config.model.sequence_length, 1)
+        plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
         model = DecoderLM(config.model, config.router, self.mesh.shard)
         initialise(model, config.seed)
         prepare_experts(model, 1)

@@ -170,7 +170,7 @@ def bench_waiting(folder: Path, steps: int) -> None:
         "data.validation_fraction=0.02", "data.invalid_utf8=replace", "tokenizer=pretrained",
         f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
         "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
-        f"batch.total_tokens={steps * 8192}", "batch.global_batch_tokens=8192",
+        f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192",
     ]  # fmt: skip
     command = [sys.executable, "-m", "moe_pretrain", "train", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

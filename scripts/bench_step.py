@@ -52,7 +52,7 @@ def main() -> None:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     mesh = build_mesh(config.parallel, device_type)
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     batches = make_batches(config, plan)
     builders: dict[str, Callable[[], Callable[[], object]]] = {
         OURS: lambda: build_engine(config, dtype, plan, mesh, batches),

@@ -128,7 +128,7 @@ def train(job: tuple[str, int], chosen: argparse.Namespace) -> None:
     if any(row.get("event") == "finished" for row in rows):
         return
     words = [*VARIANTS[variant], *SHAPE, f"seed={seed}", f"run.name={folder.name}", f"run.output_dir={chosen.folder}"]
-    words.append(f"batch.total_tokens={steps * 4096}")
+    words.append(f"budget.tokens={steps * 4096}")
     log = chosen.folder / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -43,6 +43,12 @@ class ConsoleSink:
         self._first_time = self._last_time = 0.0
         self._last_step = 0
 
+    def expect(self, total_steps: int) -> None:
+        """The run comes to ``total_steps``, from the next row on."""
+        self._total_steps = total_steps
+        if self._bar is not None:
+            self._bar.total = total_steps
+
     def write(self, row: Row) -> None:
         """Show one row of any kind."""
         if row["kind"] == "event":

@@ -203,6 +203,11 @@ class MetricsWriter:
         self._must_resume = False
         self._start = monotonic()
 
+    def expect(self, total_steps: int) -> None:
+        """The run comes to another number of steps than was thought."""
+        if self._is_main:
+            self._console.expect(total_steps)
+
     def write(self, row: Row) -> None:
         """Write a train or validation row to every sink.
 

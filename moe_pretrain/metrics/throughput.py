@@ -83,13 +83,25 @@ class Stopwatch:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        """Start the first window.
+        """Start the first window and the first lap.
 
         Args:
             clock: Seconds from any fixed point; tests pass their own.
         """
         self._clock = clock
+        self.start()
+
+    def start(self) -> None:
+        """Start a window and a lap; what was before is not counted."""
+        self._lap_start, self._lap_paused = self._clock(), 0.0
         self._restart()
+
+    def lap(self) -> float:
+        """Seconds since the last lap that were not paused; a new lap begins."""
+        now = self._clock()
+        seconds = now - self._lap_start - self._lap_paused
+        self._lap_start, self._lap_paused = now, 0.0
+        return seconds
 
     def _restart(self) -> None:
         self._window_start = self._clock()
@@ -110,7 +122,9 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._paused_seconds += self._clock() - pause_start
+            seconds = self._clock() - pause_start
+            self._paused_seconds += seconds
+            self._lap_paused += seconds
 
     def waits(self, items: Iterator[_Item]) -> Iterator[_Item]:
         """The same items; the time until each is there counts as waiting for data."""

@@ -1,9 +1,10 @@
 """Mixture-of-experts layers. This is the package's one door: the table of routers and the builder of a layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width
+from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
@@ -138,6 +139,14 @@ def expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> int:
     if rank is None:
         return moe.expert_hidden_size
     return factorised_width(hidden_size, moe.expert_hidden_size, rank, moe.expert_width_multiple)
+
+
+def with_expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int, width: int, multiple: int) -> MoEConfig:
+    """``moe`` with routed experts of inner width ``width``, a multiple of ``multiple``, however their gate is made."""
+    rank = expert_gate(moe, router)
+    if rank is None:
+        return replace(moe, expert_hidden_size=width)
+    return replace(moe, expert_hidden_size=full_width(hidden_size, width, rank), expert_width_multiple=multiple)
 
 
 def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:

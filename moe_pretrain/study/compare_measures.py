@@ -61,13 +61,20 @@ def median(run: RunRecord, key: str) -> float | None:
 
 
 def training_flops(rows: Sequence[Row]) -> np.ndarray:
-    """FLOPs spent up to each row [points]; each row's measured FLOPs per token hold for the tokens since the last."""
+    """FLOPs spent up to each row [points], as the run summed them over its steps.
+
+    A run of an earlier release has no sums: each row's measured FLOPs per token hold for the tokens since the last.
+    """
+    if rows and all("train/flops_spent" in row for row in rows):
+        return column(rows, "train/flops_spent")
     tokens = column(rows, "tokens")
     return np.cumsum(np.diff(tokens, prepend=0.0) * column(rows, "train/flops_per_token"))
 
 
 def training_seconds(rows: Sequence[Row]) -> np.ndarray:
     """Seconds in training steps up to each row [points]: no validation, no checkpoints, no lost work."""
+    if rows and all("train/seconds_spent" in row for row in rows):
+        return column(rows, "train/seconds_spent")
     steps = column(rows, "step")
     return np.cumsum(np.diff(steps, prepend=0.0) * column(rows, "train/step_seconds"))
 

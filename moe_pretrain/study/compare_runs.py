@@ -69,7 +69,10 @@ class RunRecord:
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps that the token budget asks for."""
+        """Steps that the budget was expected to come to; None where that was not recorded."""
+        if (planned := self.facts.get("planned_steps")) is not None:
+            return planned
+        # Earlier releases: only tokens, and only in the configuration.
         total, step = (self.values.get(f"batch.{name}_tokens") for name in ("total", "global_batch"))
         return -(-total // step) if total and step else None
 

@@ -8,6 +8,7 @@ from moe_pretrain.config import Config, config_folder, load
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.model.block import Recompute
+from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import num_routed_experts
 from moe_pretrain.moe.routers.dense import DenseConfig
@@ -82,7 +83,7 @@ def problems(config: Config) -> list[str]:
     """Every way in which batch and experts do not divide, each with the nearest values that work."""
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
-        lambda: plan_batches(config.batch, config.model.sequence_length, ranks),
+        lambda: plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps),
         lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
     ]
     found = []
@@ -162,13 +163,15 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         f"{short_number(size.active_parameters)} active; checkpoint "
         f"{_gib(CHECKPOINT_BYTES * size.total_parameters)}, {config.checkpoint.keep_last} kept"
     )
+    for line in describe_match(config.model, config.router, config.budget):
+        say(line)
     _say_flops(size, say)
     found = problems(config)
     for problem in found:
         say(f"DOES NOT DIVIDE: {problem}")
     if found:
         return 1
-    plan = plan_batches(config.batch, config.model.sequence_length, ranks)
+    plan = plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps)
     extra = extra_forward(config, size, plan)
     if extra:
         say(f"  beside those, recomputed or run ahead: {short_number(extra)} FLOPs per token")
@@ -215,7 +218,7 @@ def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[st
     for name in sizes:
         try:
             config = load([*others, f"model={name}"])
-            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes)
+            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes, config.num_steps)
         except ValueError as error:
             say(f"  {name:<8}  {error}")
             continue

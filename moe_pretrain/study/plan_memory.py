@@ -14,7 +14,7 @@ from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe import expert_gate, expert_width
+from moe_pretrain.moe import expert_gate, expert_width, scored_experts
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 
@@ -73,6 +73,7 @@ class Memory:
             it.
         recomputed: The inside of one block, made again in backward.
         logits: One chunk's logits, and the float32 sum of the head's gradient.
+        working: What the backward pass of one MoE layer holds at a time beside what was saved for it.
         exchange: Buffers of one layer's exchange between ranks, at the worst load.
     """
 
@@ -85,12 +86,13 @@ class Memory:
     activations: float
     recomputed: float
     logits: float
+    working: float
     exchange: float
 
     @property
     def total(self) -> float:
         """The peak: where backward begins, or where it ends and activations have given way to gradients."""
-        begins = self.carried + self.activations + max(self.recomputed, self.logits) + self.exchange
+        begins = self.carried + self.activations + max(self.recomputed + self.working, self.logits) + self.exchange
         return self.weights + self.optimizer + self.buckets + max(begins, self.gradients + self.copies)
 
 
@@ -121,6 +123,7 @@ def memory_per_rank(
         activations=layers.saved,
         recomputed=layers.recomputed,
         logits=layers.logits,
+        working=layers.working,
         exchange=layers.exchange,
     )
 
@@ -206,6 +209,9 @@ class _Layers:
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
+        # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
+        self.asked = self.tokens * scored_experts(self.moe, self.router)
+        self.asked_rows = self.asked * (worst_load if self.expert_parallel > 1 else 1)
 
     @property
     def saved(self) -> float:
@@ -231,11 +237,39 @@ class _Layers:
         return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * each
 
     @property
+    def working(self) -> float:
+        """Temporaries of the experts' backward pass, or of the backward pass that asks them, and weight gradients.
+
+        All rows are one block on a GPU in bfloat16. Elsewhere each expert's are, and what the block before has left in
+        its variables is there until the next has made its own.
+        """
+        if not self.routes:
+            return 0.0
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        local = self.moe.num_experts // self.expert_parallel
+        if self.on_cpu or self.size > 2:
+            blocks, widths = local, 11 if self.rank else 8
+        else:
+            blocks, widths = 1, 6 if self.rank else 4
+        block = self.rows / blocks
+        experts = (self.rows - block) * self.row + block * (2 * self.row + widths * self.size * width)
+        # Gradients of the queries' factors are float32, joined, and summed over a token's experts; what the routed
+        # experts had saved is gone by then.
+        asking = self.asked_rows * (self.row + 2 * 4 * width) + 2 * self.tokens * 4 * width
+        asking -= self.rows * 2 * self.size * width
+        weights = 3 * self.size * local * self.model.hidden_size * width
+        return weights + max(experts, asking if self.asked else 0.0)
+
+    @property
     def exchange(self) -> float:
-        """Rows packed and sent, rows received and unpacked; those that backward keeps are activations."""
+        """Rows packed and sent, rows received and unpacked; those that backward keeps are activations.
+
+        Asking experts for their keys is an exchange of its own, of rows and queries, before the one with the routes.
+        """
         if self.expert_parallel == 1 or not self.routes:
             return 0.0
-        return 2 * self.routes * self.message + self.rows * (self.message + self.row)
+        asking = (2 * self.asked + self.asked_rows) * (self.row + self._query)
+        return max(asking, 2 * self.routes * self.message + self.rows * (self.message + self.row))
 
     @property
     def message(self) -> float:
@@ -245,8 +279,14 @@ class _Layers:
     @property
     def _payload(self) -> float:
         """Bytes of what a scheme sends along with a route."""
-        travels = getattr(self.router, "gate_activation", None) == "travels"
-        return self.size * self.rank if self.rank and travels else 0
+        of_router = getattr(self.router, "gate_rank", None)
+        travels = getattr(self.router, "gate_activation", "travels") == "travels"
+        return self.size * of_router if of_router and travels else 0
+
+    @property
+    def _query(self) -> int:
+        """Bytes of a token's query, float32, where experts are asked for keys."""
+        return 4 * getattr(self.router, "key_size", 0)
 
     def _block(self, is_moe: bool, recompute: str) -> float:
         """One block; ``selective`` drops the inside of attention, ``full`` that of the feed-forward network too."""
@@ -276,7 +316,7 @@ class _Layers:
 
     def _moe(self, recompute: str) -> float:
         """Norm, its output, the routes, the experts' pre-activations; under expert parallelism the received rows."""
-        kept = self._norm() + self.tokens * self.row + self._routing()
+        kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute)
         if recompute == "full":
             return kept + self.routes * self._payload
         width = expert_width(self.moe, self.router, self.model.hidden_size)
@@ -288,9 +328,29 @@ class _Layers:
         return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width
 
     def _routing(self) -> float:
-        """Scores and what the losses keep of them, the routes, and autonomy's low activations with their float32."""
-        experts = self.moe.num_experts
-        low = 0.0
-        if self.rank is not None and getattr(self.router, "gate_rank", None):
-            low = self.tokens * experts * self.rank * (self.size + (4 if self.size < 4 else 0))
-        return self.tokens * experts * 2 * 4 + self.routes * (8 + 4 + 8 + 4) + low
+        """Scores and what the losses keep of them, the routes, and what the scheme keeps in float32 for each token."""
+        experts, router = self.moe.num_experts, self.router
+        own = 0
+        if self.rank is not None and getattr(router, "gate_rank", None):
+            own += experts * self.rank  # the low activations, whose norms or products are taken
+            own += self.rank if self._query else 0  # what they are multiplied with
+        own += getattr(router, "projection_size", None) or 0
+        # Noise is kept, and the input with it; the similarity loss keeps centred inputs.
+        own += self.model.hidden_size * (2 * (getattr(router, "jitter", 0) > 0))
+        own += self.model.hidden_size * (getattr(router, "similarity_weight", 0) > 0)
+        return self.tokens * (experts * 2 * 4 + 4 * own + self._query) + self.routes * (8 + 4 + 8 + 4)
+
+    def _asking(self, recompute: str) -> float:
+        """Where experts are asked for keys: their first layers, what these are multiplied with, scores and indices.
+
+        Recomputation keeps what came from other ranks.
+        """
+        if not self.asked:
+            return 0.0
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        came = self.asked_rows * (self.row + self._query) if self.expert_parallel > 1 else 0.0
+        kept = came + self.asked * (4 + 3 * 8)
+        if recompute == "full":
+            return kept
+        sources = self.asked_rows if self.expert_parallel > 1 else self.tokens
+        return kept + sources * 4 * width + self.asked_rows * 2 * self.size * width

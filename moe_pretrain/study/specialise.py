@@ -108,7 +108,7 @@ def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -
 
 def _batches(config: Config, readers: dict[str, ShardReader]) -> Iterator[tuple[int, MicroBatch]]:
     """Every validation micro-batch, with the index of its set."""
-    micro_batch_size = plan_batches(config.batch, config.model.sequence_length, 1).micro_batch_size
+    micro_batch_size = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps).micro_batch_size
     for index, reader in enumerate(readers.values()):
         for batch in validation_batches(
             reader,

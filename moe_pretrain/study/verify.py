@@ -64,7 +64,7 @@ class Comparison:
 def shrink(config: Config, world_size: int) -> Config:
     """The same configuration in the smallest shape that still has every one of its parts."""
     model, moe = config.model, config.model.moe
-    plan = plan_batches(config.batch, model.sequence_length, world_size)
+    plan = plan_batches(config.batch, model.sequence_length, world_size, config.num_steps)
     leading = min(1, moe.num_leading_dense_layers)
     heads_per_key_value = model.num_heads // model.num_key_value_heads
     heads = heads_per_key_value * min(2, model.num_key_value_heads)
@@ -102,8 +102,8 @@ def shrink(config: Config, world_size: int) -> Config:
             config.batch,
             micro_batch_size=micro_batch_size,
             global_batch_tokens=tokens,
-            total_tokens=tokens * NUM_STEPS,
         ),
+        budget=replace(config.budget, tokens=tokens * NUM_STEPS, flops=None),
         # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
         # almost zero is its sign, which rounding decides.
         optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-3, config.optimizer.epsilon)),
@@ -117,7 +117,7 @@ def random_batches(config: Config, world_size: int, seed: int = 0) -> list[list[
 
     Which row is padding is drawn too, so ranks and micro-batches have different numbers of counted labels.
     """
-    plan = plan_batches(config.batch, config.model.sequence_length, world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     length, size = config.model.sequence_length + 1, plan.micro_batch_size
     random = np.random.default_rng(seed)
     steps = []
@@ -174,7 +174,7 @@ def build_engine(
     config: Config, dtype: Dtype, mesh: Mesh, change_model: Callable[[DecoderLM], None] | None = None
 ) -> _RecordedEngine:
     """The engine as ``pretrain.train`` builds it; ``change_model`` may edit the initial weights."""
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
     if change_model is not None:
@@ -259,7 +259,7 @@ def verify(config: Config, device_type: str, dtype: Dtype, say: Callable[[str], 
     """Compare ``config`` on this process group with the oracle and print one row per quantity; the exit code."""
     mesh = build_mesh(config.parallel, device_type)
     small = shrink(config, mesh.world_size)
-    plan = plan_batches(small.batch, small.model.sequence_length, mesh.world_size)
+    plan = plan_batches(small.batch, small.model.sequence_length, mesh.world_size, small.num_steps)
     steps = random_batches(small, mesh.world_size)
     engine = build_engine(small, dtype, mesh)
     run = [record(engine, i, own_micro_batches(batches, plan, mesh.rank)) for i, batches in enumerate(steps)]

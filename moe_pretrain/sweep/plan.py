@@ -50,7 +50,7 @@ class Sweep:
         key = tuple(swept)
         if key not in self._checked:
             config = load_job(self._words(key, job_name(key)), job_name(key))
-            self._checked[key] = json.loads(json.dumps(to_values(config))), config.batch.num_steps
+            self._checked[key] = json.loads(json.dumps(to_values(config))), config.num_steps
         return self._checked[key]
 
     def plan(self, batch: Sequence[Sequence[str]]) -> list[Job]:

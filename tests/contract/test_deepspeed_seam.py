@@ -45,7 +45,7 @@ def _facts(dtype: str, stage: int) -> Result:
     overrides = ("engine.gradient_clipping=0", "parallel.expert_parallel_size=2", f"parallel.processes={RANKS}")
     config = tiny(*overrides, f"engine.dtype={dtype}", f"engine.zero_stage={stage}", rows=16, micro_batch_size=2)
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     assert plan.accumulation == 4
     called: list[dict[str, Any]] = []
     original = deepspeed_moe.ExpertMarker.set_deepspeed_parallelism
@@ -125,7 +125,7 @@ def _without_marker() -> Result:
     """The same model when DeepSpeed is told nothing of experts."""
     config = tiny(f"parallel.processes={RANKS}", "parallel.expert_parallel_size=2", "engine.check_every_steps=0")
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     marker, deepspeed_moe.ExpertMarker = deepspeed_moe.ExpertMarker, lambda *_: torch.nn.Identity()  # type: ignore
     try:
         engine = build_engine(config, "float32", mesh)

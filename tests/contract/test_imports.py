@@ -31,6 +31,7 @@ LEVELS = {
     "moe": 1,
     "data": 1,
     "batching": 1,
+    "budget": 1,
     "allocator": 1,
     "arithmetic": 1,
     "faults": 1,

@@ -72,7 +72,8 @@ THEN = {
     "seed": 0,
     "model": {"hidden_size": 8, "recompute": "none", "num_layers": 2},
     "optimizer": {"learning_rate": 0.1},
-    "batch": {"global_batch_tokens": 8, "total_tokens": 16},
+    "batch": {"global_batch_tokens": 8},
+    "budget": {"tokens": 16},
     "run": {"name": "a"},
 }
 
@@ -90,7 +91,8 @@ def test_every_difference_is_named_and_sorted_by_whether_it_may_be():
     now = changed(
         model={"hidden_size": 16, "num_layers": 3, "recompute": "full"},
         optimizer={"learning_rate": 0.2},
-        batch={"global_batch_tokens": 4, "total_tokens": 32},
+        batch={"global_batch_tokens": 4},
+        budget={"tokens": 32},
     )
     found = changes(THEN, now)
     assert found.refused == [
@@ -99,7 +101,7 @@ def test_every_difference_is_named_and_sorted_by_whether_it_may_be():
         "model.num_layers=3 must stay 2",
     ]
     assert found.allowed == [
-        "batch.total_tokens=32 (was 16)",
+        "budget.tokens=32 (was 16)",
         "model.recompute=full (was none)",
         "optimizer.learning_rate=0.2 (was 0.1)",
     ]

@@ -50,7 +50,7 @@ def _train(
 ) -> Result:
     """Train some steps beside the oracle; ``batches`` of a step may be changed before either sees them."""
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     steps = random_batches(config, mesh.world_size)[:num_steps]
     if change_batches is not None:
         steps = [change_batches(step) for step in steps]
@@ -173,7 +173,7 @@ def clipped_steps() -> Result:
         overrides = _ep(2, f"engine.zero_stage={stage}", "engine.gradient_clipping=0.05", "engine.check_every_steps=0")
         config = tiny(*overrides, rows=4, micro_batch_size=1)
         mesh = build_mesh(config.parallel, "cpu")
-        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
         engine = build_engine(config, "float32", mesh)
         batches = [step for seed in range(7) for step in random_batches(config, mesh.world_size, seed)][:20]
         clipped = [
@@ -270,7 +270,7 @@ def recompute() -> Result:
     for mode in ("none", "selective", "full"):
         config = tiny(*_ep(2, f"model.recompute={mode}"), *WITH_ALL_PARTS)
         mesh = build_mesh(config.parallel, "cpu")
-        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
         batches = random_batches(config, mesh.world_size)[0]
         engine = build_engine(config, "float32", mesh, _ties)
         calls: list[int] = []
@@ -286,7 +286,7 @@ def reported_loss() -> Result:
     """C19: the loss in the log beside the cross-entropy of the logits."""
     config = tiny(*_ep(2, "router.load_balance_weight=5", "router.router_z_weight=5"))
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     batches = random_batches(config, mesh.world_size)[0]
     own = own_micro_batches(batches, plan, mesh.rank)
     engine = build_engine(config, "float32", mesh)
@@ -321,7 +321,7 @@ def router_precision() -> Result:
     for stage in (1, 2):
         config = tiny(*_ep(2, f"engine.zero_stage={stage}", "engine.dtype=bfloat16"))
         mesh = build_mesh(config.parallel, "cpu")
-        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
         batches = random_batches(config, mesh.world_size)
         engine = build_engine(config, "bfloat16", mesh, close)
         oracle = Oracle(config, plan.num_steps, change_model=close)

@@ -201,10 +201,10 @@ def test_training_steps_are_close_to_the_float32_oracle(zero_stage: int, mesh: A
     """
     config = tiny(
         *("model.sequence_length=128", "model.hidden_size=64", "model.ffn_hidden_size=96"),
-        *("model.moe.expert_hidden_size=80", "batch.global_batch_tokens=1024", "batch.total_tokens=3072"),
+        *("model.moe.expert_hidden_size=80", "batch.global_batch_tokens=1024", "budget.tokens=3072"),
         *(f"engine.zero_stage={zero_stage}", "engine.dtype=bfloat16", "engine.device=auto"),
     )
-    plan = plan_batches(config.batch, config.model.sequence_length, 1)
+    plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     steps = random_batches(config, 1)
     engine = build_engine(config, "bfloat16", mesh)
     run = [record(engine, number, batches) for number, batches in enumerate(steps)]

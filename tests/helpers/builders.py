@@ -45,7 +45,7 @@ def tiny(*overrides: str, rows: int = 16, micro_batch_size: int = 2) -> Config:
     tokens = rows * SEQUENCE
     batch = (
         f"batch.global_batch_tokens={tokens}",
-        f"batch.total_tokens={tokens * NUM_STEPS}",
+        f"budget.tokens={tokens * NUM_STEPS}",
         f"batch.micro_batch_size={micro_batch_size}",
     )
     return load([*_TINY, *batch, *losses, *overrides])

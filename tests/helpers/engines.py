@@ -15,7 +15,7 @@ from moe_pretrain.parallel.mesh import build_mesh
 def build_engine(config: Config) -> TrainEngine:
     """What ``pretrain.train`` builds, on the CPU."""
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
     prepare_experts(model, config.parallel.expert_parallel_size)

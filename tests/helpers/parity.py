@@ -113,7 +113,7 @@ def _compare_on_ranks(cases: list[Case]) -> list[list[Comparison]]:
     for case in cases:
         config = case.config()
         mesh = build_mesh(config.parallel, "cpu")
-        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size)
+        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
         assert (plan.accumulation, plan.num_steps) == (case.accumulation, NUM_STEPS)
         steps = random_batches(config, mesh.world_size)
         engine = build_engine(config, case.dtype, mesh)

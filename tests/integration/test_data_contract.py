@@ -29,7 +29,7 @@ STEPS, ROWS, SEQUENCE, SEED = 13, 12, 32, 5
 TINY = [
     "model.vocab_size=512", f"model.sequence_length={SEQUENCE}", "model.num_layers=1", "model.hidden_size=32",
     "model.moe.num_experts=4", "model.moe.expert_hidden_size=16", f"batch.global_batch_tokens={ROWS * SEQUENCE}",
-    "batch.micro_batch_size=1", f"batch.total_tokens={STEPS * ROWS * SEQUENCE}", "schedule.warmup_steps=2",
+    "batch.micro_batch_size=1", f"budget.tokens={STEPS * ROWS * SEQUENCE}", "schedule.warmup_steps=2",
     "checkpoint.every_steps=2", "evaluation.every_steps=1000", "evaluation.max_rows=4", "metrics.log_every_steps=1",
     "metrics.wandb=off", "tokenizer.vocab_size=400", f"seed={SEED}", "run.name=run", "run.prepare_workers=1",
     "engine.device=cpu",

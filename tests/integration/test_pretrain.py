@@ -35,7 +35,7 @@ def test_a_run_folder_holds_all_of_a_run(straight: Path):
 
 
 def test_training_that_is_not_causal_is_said_aloud(home: Path) -> None:
-    code, out, err = run(home, *train_words("competing", "router=expert_choice", "batch.total_tokens=2048"))
+    code, out, err = run(home, *train_words("competing", "router=expert_choice", "budget.tokens=2048"))
     assert code == 0, err
     (line,) = [line for line in out.splitlines() if line.startswith("NOT CAUSAL IN TRAINING")]
     assert "router=expert_choice" in line and "evaluation is causal" in line

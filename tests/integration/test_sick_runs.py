@@ -95,7 +95,7 @@ def test_a_failed_last_save_has_an_exit_code_of_its_own(home: Path):
 
 
 def test_damage_is_an_event_of_the_run_that_falls_back(home: Path):
-    code, _, err = run(home, *train_words("damaged", "batch.total_tokens=8192"))
+    code, _, err = run(home, *train_words("damaged", "budget.tokens=8192"))
     assert code == 0, err
     file = home / "outputs" / "damaged" / "checkpoints" / "step_00000008" / "rank_00000.safetensors"
     content = bytearray(file.read_bytes())
@@ -109,13 +109,13 @@ def test_damage_is_an_event_of_the_run_that_falls_back(home: Path):
 
 
 def test_changes_that_may_be_are_said(home: Path):
-    code, _, err = run(home, *train_words("changed", "batch.total_tokens=4096"))
+    code, _, err = run(home, *train_words("changed", "budget.tokens=4096"))
     assert code == 0, err
-    code, _, err = run(home, "train", "run.name=changed", "optimizer.learning_rate=0.001", "batch.total_tokens=8192")
+    code, _, err = run(home, "train", "run.name=changed", "optimizer.learning_rate=0.001", "budget.tokens=8192")
     assert code == 0, err
     (event,) = [row for row in rows_of(home, "changed", "event") if row["event"] == "changed"]
     assert "optimizer.learning_rate=0.001 (was 0.004)" in event["message"]
-    assert "batch.total_tokens=8192 (was 4096)" in event["message"]
-    code, _, err = run(home, "train", "run.name=changed", "model.hidden_size=64", "batch.total_tokens=9216")
+    assert "budget.tokens=8192 (was 4096)" in event["message"]
+    code, _, err = run(home, "train", "run.name=changed", "model.hidden_size=64", "budget.tokens=9216")
     assert code == 2 and "model.hidden_size=64 must stay 32" in err
-    assert "these differ too, and may: batch.total_tokens=9216 (was 8192)" in err
+    assert "these differ too, and may: budget.tokens=9216 (was 8192)" in err

@@ -102,7 +102,7 @@ def test_a_killed_writer_is_replaced(server, straight):
 
 def test_a_run_may_end_with_its_source(server):
     home, address, _ = server
-    one = [f"data.files=[{address}0.jsonl]", "streaming.at_end=stop", "batch.total_tokens=1024000"]
+    one = [f"data.files=[{address}0.jsonl]", "streaming.at_end=stop", "budget.tokens=1024000"]
     code, out, err = run(home, *words(address, "ends", *one))
     assert code == 0, err
     (rows,) = re.findall(r"ends after ([\d,]+) rows in \d+ shards; the run ends with it", out)

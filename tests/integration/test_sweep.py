@@ -116,7 +116,7 @@ def test_a_sweep_grows_and_marks_what_fails(home: Path, call: Call):
 
 
 def test_a_signal_stops_a_sweep_and_its_jobs_save(home: Path):
-    driver = start(home, *WORDS, "seed=1,2", "sweep.name=stopped", "batch.total_tokens=10000000")
+    driver = start(home, *WORDS, "seed=1,2", "sweep.name=stopped", "budget.tokens=10000000")
     wait_until(lambda: steps_of(home, "seed=1", "stopped") > 0, driver)
     driver.send_signal(signal.SIGTERM)
     out, err = driver.communicate(timeout=100)

@@ -16,7 +16,7 @@ def trained(home: Path) -> Path:
 
 def test_another_router_starts_from_a_runs_weights(trained: Path) -> None:
     words = train_words("second", "router=attentive", "router.num_candidates=3", "checkpoint.warm_start=outputs/first")
-    code, out, err = run(trained, *words, "batch.total_tokens=4096", "schedule.warmup_steps=0")
+    code, out, err = run(trained, *words, "budget.tokens=4096", "schedule.warmup_steps=0")
     assert code == 0, err
     (event,) = [row for row in rows_of(trained, "second", "event") if row["event"] == "warm_start"]
     assert "weights of outputs/first/checkpoints/step_00000012; start anew: blocks.0" in event["message"]

@@ -21,6 +21,11 @@ def factorised_width(hidden_size: int, full_width: int, rank: int, multiple: int
     return max(1, round(exact / multiple)) * multiple
 
 
+def full_width(hidden_size: int, width: int, rank: int) -> int:
+    """The ``full_width`` from which ``factorised_width`` makes ``width``: equation 5 the other way round."""
+    return max(1, round((width * (rank + 2 * hidden_size) + rank * hidden_size) / (3 * hidden_size)))
+
+
 class FactorisedExperts(nn.Module):
     """``(silu(x W_down W_up) * (x W_in)) W_out``; ``rank`` columns of ``x W_down`` lie between the two factors.
 

@@ -84,7 +84,7 @@ def test_prepare_and_its_check_cover_every_set(source, tmp_path, monkeypatch, ca
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     overrides = [
         *source, "+data@evaluation.sets.code=files", "evaluation.sets.code.paths=[code.jsonl]",
-        "model.sequence_length=8", "batch.global_batch_tokens=8", "batch.micro_batch_size=1", "batch.total_tokens=800",
+        "model.sequence_length=8", "batch.global_batch_tokens=8", "batch.micro_batch_size=1", "budget.tokens=800",
         f"{'data' if source[0] == 'data=files' else 'data.sources.one'}.validation_fraction=0.2",
         "tokenizer.vocab_size=300", "run.prepare_workers=1",
     ]  # fmt: skip

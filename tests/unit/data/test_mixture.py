@@ -1,14 +1,12 @@
 """Mixtures: rows of several corpora against a plain loop, one tokenizer, and every mistake in one line."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers.corpora import files, write_shards
 from helpers.turns import plain_loop
 
-from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import ConfigError, load
 from moe_pretrain.data import (
     BuiltinCorpusConfig,
@@ -27,7 +25,7 @@ from moe_pretrain.data.mixture import PhaseConfig
 from moe_pretrain.data.packing import wrap_to_int64
 from moe_pretrain.data.positions import seed_of
 from moe_pretrain.data.rows import count_rows
-from moe_pretrain.run_data import end_when_exhausted
+from moe_pretrain.run_data import steps_until_exhausted
 
 SEQUENCE = 7
 NAMES = ("code", "math", "web")
@@ -143,17 +141,16 @@ def test_a_mixture_that_stops_ends_before_the_first_repeated_row(readers):
     order = plain_loop([(0, parts)], 300 * rows)
     sizes = [count_rows(readers[name], SEQUENCE) for name in NAMES]
     first = min(np.flatnonzero(order == n)[size] for n, size in enumerate(sizes))
-    plan = BatchPlan(rows_per_step=rows, micro_batch_size=1, accumulation=6, num_steps=300, tokens_per_step=42)
 
-    def planned(when_exhausted, plan=plan):
+    def steps(when_exhausted):
         reader = mixed(readers, parts, when_exhausted=when_exhausted)
-        return end_when_exhausted(plan, reader.config, TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True)).num_steps
+        return steps_until_exhausted(reader.config, TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True))
 
-    assert planned("stop") == first // rows < 300 == planned("repeat")
-    assert planned("stop", replace(plan, num_steps=2)) == 2
+    assert steps("stop") == first // rows < 300
+    assert steps("repeat") is None
     with pytest.raises(ValueError, match="data.when_exhausted=stop: data.sources.code has not even enough rows"):
         big = mixed(readers, parts, when_exhausted="stop")
-        end_when_exhausted(plan, big.config, TrainLoader(big, SEQUENCE, 600, 1, 0, 1, 0, True))
+        steps_until_exhausted(big.config, TrainLoader(big, SEQUENCE, 600, 1, 0, 1, 0, True))
 
 
 # ---------------------------------------------------------------- preparation

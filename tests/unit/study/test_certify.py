@@ -444,7 +444,7 @@ def test_example_trains(tmp_path: Path) -> None:
         *("model.moe.expert_hidden_size=20", "model.ffn_hidden_size=28", "model.sequence_length=16"),
         *("data=files", f"data.paths=[{tmp_path}/a.jsonl]", "data.validation_fraction=0.2"),
         *("tokenizer.vocab_size=260", "model.vocab_size=260"),
-        *("batch.global_batch_tokens=64", "batch.total_tokens=192", "run.prepare_workers=1", "metrics.wandb=off"),
+        *("batch.global_batch_tokens=64", "budget.tokens=192", "run.prepare_workers=1", "metrics.wandb=off"),
         *("metrics.progress=false", f"run.output_dir={tmp_path}/runs", "evaluation.max_rows=4"),
     ]
     assert run_on_ranks(_train, 1, overrides) == [0]

@@ -85,7 +85,7 @@ def saved_bytes(config, dtype: str) -> int:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, recompute: str):
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
-    plan = plan_batches(config.batch, config.model.sequence_length, 1)
+    plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
     assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.02 if router == "top_k" else 0.1)
 
@@ -95,7 +95,7 @@ def test_a_recomputed_block_is_what_recomputation_saved():
     kept = {}
     for recompute in ("none", "full"):
         config = load([*SMALL, "model.num_layers=1", f"model.recompute={recompute}"])
-        plan = plan_batches(config.batch, config.model.sequence_length, 1)
+        plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
         memory = memory_per_rank(config, "cpu", "float32", plan, 1, 1.0)
         kept[recompute] = memory.activations + memory.recomputed, saved_bytes(config, "float32")
     assert kept["full"][0] == pytest.approx(kept["none"][0])
@@ -148,7 +148,7 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
         "engine.reduce_bucket_elements=1000",
     ]
     config = load(overrides)
-    plan = plan_batches(config.batch, config.model.sequence_length, ranks)
+    plan = plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps)
     memory = memory_per_rank(config, "cpu", dtype, plan, ranks, 1.0)
     held = run_on_ranks(held_by_an_engine, ranks, overrides)[0]
     parameters = local_parameters(config)
@@ -187,7 +187,7 @@ def test_a_peak_of_activations_and_exchange_is_within_a_tenth(dtype: str, stage:
         f"model.recompute={recompute}",
     ]
     config = load(overrides)
-    plan = plan_batches(config.batch, config.model.sequence_length, 2)
+    plan = plan_batches(config.batch, config.model.sequence_length, 2, config.num_steps)
     memory = memory_per_rank(config, "cpu", dtype, plan, 2, 1.0)
     held = run_on_ranks(held_by_an_engine, 2, overrides)
     assert memory.activations + memory.recomputed > 0.5 * memory.total
@@ -222,7 +222,9 @@ def test_recomputation_and_counting_ahead_are_charged():
 
     def extra(*words: str) -> float:
         changed = load([*SMALL, *words])
-        return extra_forward(changed, model_size(changed.model, changed.router), plan_batches(changed.batch, 64, 1))
+        return extra_forward(
+            changed, model_size(changed.model, changed.router), plan_batches(changed.batch, 64, 1, changed.num_steps)
+        )
 
     one, two = "batch.global_batch_tokens=128", "batch.global_batch_tokens=256"
     assert extra(one) == 0
@@ -235,7 +237,7 @@ def test_recomputation_and_counting_ahead_are_charged():
 def test_traffic_is_the_formula_written_out():
     words = ["parallel.processes=4", "parallel.expert_parallel_size=2", "batch.global_batch_tokens=1024"]
     config = load([*SMALL, *words, "router.load_balance_level=sequence"])
-    plan = plan_batches(config.batch, 64, 4)
+    plan = plan_batches(config.batch, 64, 4, config.num_steps)
     assert plan.accumulation == 2
     found = traffic(config, "bfloat16", plan)
     expert = 3 * 2 * 3 * 64 * 128  # layers, experts here, matrices
@@ -248,7 +250,7 @@ def test_traffic_is_the_formula_written_out():
     # Forward and backward, 3 layers, 2 micro-batches; half of the routes leave the rank.
     assert found["tokens to experts and back"] == 2 * 3 * 2 * (there + back) / 2
     alone = load([*SMALL, "batch.global_batch_tokens=128"])
-    assert set(traffic(alone, "bfloat16", plan_batches(alone.batch, 64, 1)).values()) == {0.0}
+    assert set(traffic(alone, "bfloat16", plan_batches(alone.batch, 64, 1, alone.num_steps)).values()) == {0.0}
 
 
 def test_what_does_not_divide_is_said_with_the_nearest_values(capsys):

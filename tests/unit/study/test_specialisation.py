@@ -27,7 +27,7 @@ def small(*overrides: str) -> Config:
     """Two MoE layers of eight experts."""
     shape = ["model.vocab_size=64", "model.sequence_length=12", "model.num_layers=2", "model.hidden_size=16"]
     shape += ["model.num_heads=2", "model.moe.expert_hidden_size=20", "model.init_std=0.2"]
-    batch = ["batch.global_batch_tokens=48", "batch.total_tokens=96", "batch.micro_batch_size=2"]
+    batch = ["batch.global_batch_tokens=48", "budget.tokens=96", "batch.micro_batch_size=2"]
     return load([*shape, *batch, "tokenizer=pretrained", "tokenizer.path=unused", *overrides])
 
 
