@@ -32,6 +32,7 @@ LEVELS = {
     "data": 1,
     "batching": 1,
     "budget": 1,
+    "spikes": 1,
     "allocator": 1,
     "arithmetic": 1,
     "faults": 1,
