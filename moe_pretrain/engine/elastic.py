@@ -134,6 +134,7 @@ class ElasticGradients:
         copies = {
             name: _Keep.apply(self._anchor, parameter.detach(), partial(self._own[sender].__setitem__, id(parameter)))
             for name, parameter in experts.named_parameters()
+            if parameter.requires_grad
         }
         return lambda *arguments: functional_call(experts, copies, arguments)
 

@@ -23,8 +23,8 @@ CASES = (
     ("router=top_k", *WITH_ALL_PARTS, "model.recompute=full", "engine.gradient_clipping=0.5"),
     ("router=top_p", "router.load_balance_level=micro_batch"),
     ("router=loss_free", "engine.gradient_clipping=0.0"),
-    # Odd sizes: rows of the travelling gate begin at other alignments on other topologies.
-    ("router=autonomy", "router.gate_rank=7", "model.moe.expert_width_multiple=1"),
+    # Odd sizes and few rows per expert: rows of the travelling gate begin at other alignments on other topologies.
+    ("router=autonomy", *WITH_ALL_PARTS, "router.gate_rank=7", "model.moe.expert_width_multiple=1"),
 )
 TOPOLOGIES: list[Topology] = [(1, 1, 0), (1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 2, 0), (4, 4, 1)]
 STEPS = 3
