@@ -112,9 +112,9 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 class Board:
     """Shows a sweep that runs: on a terminal the table, drawn again and again; elsewhere a line for what changes."""
 
-    def __init__(self, sweep: Path, stream: TextStream = sys.stderr):
+    def __init__(self, sweep: Path, stream: TextStream | None = None):
         """Show nothing yet, and of what is so already only its changes."""
-        self._sweep, self._stream = sweep, stream
+        self._sweep, self._stream = sweep, stream or sys.stderr
         self._drawn = 0
         self._last_read = -_SECONDS_BETWEEN_READS
         self._jobs = {job.job.name: job for job in read_progress(sweep)}

@@ -78,11 +78,11 @@ def test_a_killed_sweep_goes_on(home: Path, call: Call):
     jobs = children_of(driver)
     driver.kill()
     driver.communicate()
-    deadline = time.monotonic() + 20
-    while any(is_alive(pid) for pid in jobs) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while "2 stopped" not in (status := call("sweep-status", "outputs/grid")[1]) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert "4 jobs: 2 finished, 2 stopped" in status
     assert len(jobs) == 2 and not any(is_alive(pid) for pid in jobs), "jobs die with their driver"
-    assert "4 jobs: 2 finished, 2 stopped" in call("sweep-status", "outputs/grid")[1]
 
     code, out, err = run(home, *WORDS, *GRID)
     assert code == 0 and "4 jobs: 4 finished" in out, out + err
@@ -106,8 +106,8 @@ def test_a_sweep_grows_and_marks_what_fails(home: Path, call: Call):
     """More values, of which one cannot work, which only the run finds out: what there is is kept under its name."""
     (home / "short.jsonl").write_text('{"text": "a few words"}\n' * 2)
     before = file_of(home, NAMES[0], "metrics.jsonl").read_bytes()
-    code, out, _ = call(*WORDS, "seed=1", "data.paths=[corpus.jsonl],[short.jsonl]", "sweep.name=grid")
-    assert code == 1 and "5 jobs: 4 finished, 1 failed" in out
+    code, out, err = call(*WORDS, "seed=1", "data.paths=[corpus.jsonl],[short.jsonl]", "sweep.name=grid")
+    assert code == 1 and "5 jobs: 4 finished, 1 failed" in out, out + err
     (line,) = [line for line in out.splitlines() if " failed  " in line]
     assert line.split()[0].startswith("data.paths=-short.jsonl-") and "leaves no validation document" in line
     assert file_of(home, NAMES[0], "metrics.jsonl").read_bytes() == before
