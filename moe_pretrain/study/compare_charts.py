@@ -19,7 +19,7 @@ from moe_pretrain.metrics.console import short_duration
 from moe_pretrain.metrics.rows import Row
 from moe_pretrain.study import compare_measures as measures
 from moe_pretrain.study.compare_runs import RunRecord, Variant
-from moe_pretrain.study.compare_statistics import CONFIDENCE, PairedDifference, student_t_quantile
+from moe_pretrain.study.compare_statistics import CONFIDENCE, Difference, student_t_quantile
 from moe_pretrain.study.figures import BLUE, GREY, ORANGE, chart, column, finish
 
 MAX_POINTS = 300
@@ -133,7 +133,7 @@ def _look_at_the_end(axes: Axes, bands: Sequence[Band]) -> None:
         axes.set_ylim(min(late) - margin, max(late) + margin)
 
 
-def difference_drawing(paired: Mapping[str, PairedDifference], reference: str, unit: str) -> Draw:
+def difference_drawing(paired: Mapping[str, Difference], reference: str, unit: str) -> Draw:
     """Each variant's paired difference to the reference as a point with its interval; left of 0 is better."""
 
     def draw(axes: Axes) -> None:

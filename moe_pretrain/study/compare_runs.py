@@ -45,6 +45,7 @@ class RunRecord:
             killed. ``unreadable``: a file of it is missing or broken.
         problem: Why it is unreadable, failed or diverged; else empty.
         is_complete: Whether it made all its steps, diverged or not.
+        folder: Where it is.
     """
 
     name: str
@@ -56,6 +57,7 @@ class RunRecord:
     state: State
     problem: str
     is_complete: bool
+    folder: Path
 
     @property
     def seed(self) -> int:
@@ -158,6 +160,7 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
         state="unreadable" if problems else state,
         problem="; ".join(problems) or problem,
         is_complete=_last_word(rows)[0] == "finished" and not problems,
+        folder=folder,
     )
 
 
