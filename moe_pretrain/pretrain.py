@@ -118,7 +118,7 @@ def _train(
         enter,
     )
 
-    run = Run(config, plan, size, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
+    run = Run(config, plan, size, dtype, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
     run.resume()
     try:
         code = run.loop()

@@ -16,6 +16,7 @@ from moe_pretrain.checkpoint.compatibility import changes
 from moe_pretrain.checkpoint.manifest import complete_names, step_of
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.data.packing import MicroBatch
+from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import NonFiniteError, TrainEngine
 from moe_pretrain.engine.results import StepResult
 from moe_pretrain.evaluation import Evaluator
@@ -46,6 +47,7 @@ class Run:
         config: Config,
         plan: BatchPlan,
         size: ModelSize,
+        dtype: Dtype,
         meter: Meter,
         corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
@@ -63,6 +65,7 @@ class Run:
             config: The run's configuration.
             plan: Its batches.
             size: Its model's size.
+            dtype: What it computes in.
             meter: What counts what it spends, and says when it is over.
             corpus: What it trains on.
             evaluation_sets: Further validation sets by name.
@@ -93,7 +96,7 @@ class Run:
         self.health = RouterHealth(layers, config.metrics.router_health_steps)
         if mesh.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_facts(config, size, corpus, mesh)
+            write_facts(config, size, dtype, corpus, mesh)
         self.saver = store.Saver(
             engine, self.folder / store.CHECKPOINTS, config.checkpoint, config.parallel.timeout_seconds, faults
         )

@@ -43,6 +43,9 @@ MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
 """Name -> label, measure of one run, format. Layer numbers are means over layers and the last fifth of the run."""
 
 
+_MAX_NAMED = 5
+
+
 def _last(cumulated: np.ndarray, per_token_of: RunRecord | None = None) -> float | None:
     """The end of a cumulated sum, divided by a run's tokens if one is given; None if it was not recorded."""
     if not len(cumulated) or np.isnan(cumulated[-1]):
@@ -171,9 +174,10 @@ def _samples(
         samples[variant.name] = Sample(losses[variant.name], resampled, rows.pop() if len(rows) == 1 else "")
     found = damaged
     if missing:
+        everywhere = "" if documents else "all "
         found.append(
-            f"{len(missing)} runs have no losses by document ({', '.join(missing)}): intervals of their variants are "
-            "over seeds alone, as if no other validation text could have been chosen."
+            f"{everywhere}{len(missing)} runs have no losses by document ({_few(missing)}): intervals of their "
+            "variants are over seeds alone, as if no other validation text could have been chosen."
         )
     if len({sample.rows for sample in samples.values() if sample.resampled}) > 1:
         found.append("VALIDATION ROWS DIFFER between variants: their texts are not paired.")
@@ -181,6 +185,12 @@ def _samples(
     if 0 < fewest < FEW_DOCUMENTS:
         found.append(f"Only {fewest} documents in the validation rows: raise evaluation.max_rows.")
     return samples, fewest, found
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names, and how many more."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _warn_of_seeds(
@@ -262,9 +272,12 @@ def _warn_of_runs(
         if repeated:
             found.append(f"{variant.name}: {', '.join(repeated)} repeat a seed and are not counted.")
     seeds = set().union(*losses.values())
+    without: dict[str, list[str]] = {}
     for name, values in losses.items():
         if missing := sorted(seeds - values.keys()):
-            found.append(f"{name}: no finished run of seed {', '.join(map(str, missing))}; pairs leave it out.")
+            without.setdefault(", ".join(map(str, missing)), []).append(name)
+    for missing_seeds, names in without.items():
+        found.append(f"No finished run of seed {missing_seeds}: {', '.join(names)}; pairs leave it out.")
     if len(seeds) < 2:
         found.append("Fewer than two seeds: nothing can be tested.")
     return found

@@ -215,6 +215,11 @@ class Ranked:
     equals: list[str]
 
 
+def errors_to_win(pairs: int, seeds: int) -> float:
+    """Standard errors by which two variants must differ for the first place that is won among ``pairs`` pairs."""
+    return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, seeds - 1)
+
+
 def rank(samples: Mapping[str, Sample]) -> list[Ranked]:
     """Order variants by mean loss; a place is only won by a test.
 
