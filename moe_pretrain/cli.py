@@ -179,6 +179,18 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _wandb(arguments: list[str]) -> int:
+    """Write wandb's offline files of all runs below a folder anew, and print how to upload them."""
+    from moe_pretrain.metrics.wandb_sink import write_offline
+    from moe_pretrain.study.wandb_runs import wandb_runs
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain wandb FOLDER")
+    for folder in write_offline(wandb_runs(Path(arguments[0]), print)):
+        print(f"wandb sync {folder}")
+    return 0
+
+
 def _plan(words: list[str]) -> int:
     """Print what a run would cost."""
     from moe_pretrain.study.plan import describe, split_assumptions
@@ -260,6 +272,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "inspect": (_inspect, "CHECKPOINT: what it holds and where it comes from, and whether its checksums are right"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
     "compare": (_compare, "FOLDER [--reference VARIANT]: all runs below a folder, variant against variant"),
+    "wandb": (_wandb, "FOLDER: wandb's offline files of all runs below it, written anew from their metrics"),
     "specialise": (_specialise, "RUN_FOLDER: information between a run's experts and what their tokens are, in bits"),
 }
 """Command -> (function of the remaining words, one line of help)."""

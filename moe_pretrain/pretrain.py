@@ -122,8 +122,11 @@ def _train(
     run.resume()
     try:
         code = run.loop()
-    finally:
+    except BaseException:
         run.close()
+        run.metrics.close()  # else wandb would not have what led to this
+        raise
+    run.close()
     run.finish(code)
     return code
 
