@@ -505,7 +505,7 @@ class Run:
             return  # stopped before the first row: there is nothing to report yet
         try:
             report = write_report(self.folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return self.say(f"the report could not be written: {error}")
         summary = summarise(self.folder)
         if code == FINISHED:

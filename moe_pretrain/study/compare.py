@@ -29,16 +29,20 @@ _VALIDATION_KEYS = (
 """What decides which tokens are validated on, and what they see."""
 
 MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
-    "experts_per_token": ("Experts per token", lambda run: measures.at_end(run, "experts_per_token"), ".3g"),
+    "experts_per_token": ("Experts per token", lambda run: measures.at_end(run.train, "experts_per_token"), ".3g"),
     "flops_per_token": ("FLOPs per token", lambda run: _last(measures.training_flops(run.train), run), ".3g"),
     "training_flops": ("Training FLOPs", lambda run: _last(measures.training_flops(run.train)), ".3g"),
     "training_seconds": ("Seconds in steps", lambda run: _last(measures.training_seconds(run.train)), ".4g"),
     "tokens_per_second": ("Tokens per second", lambda run: measures.median(run, "train/tokens_per_second"), ",.0f"),
     "model_flops_utilization": ("MFU", lambda run: measures.median(run, "train/model_flops_utilization"), ".1%"),
-    "load_max_over_mean": ("Busiest expert / mean", lambda run: measures.at_end(run, "load_max_over_mean"), ".3f"),
-    "router_entropy": ("Router entropy, nats", lambda run: measures.at_end(run, "router_entropy"), ".3f"),
-    "dead_experts": ("Dead experts per layer", lambda run: measures.at_end(run, "dead_experts"), ".3g"),
-    "dropped_share": ("Routes dropped", lambda run: measures.at_end(run, "dropped_share"), ".1%"),
+    "load_max_over_mean": (
+        "Busiest expert / mean",
+        lambda run: measures.at_end(run.train, "load_max_over_mean"),
+        ".3f",
+    ),
+    "router_entropy": ("Router entropy, nats", lambda run: measures.at_end(run.train, "router_entropy"), ".3f"),
+    "dead_experts": ("Dead experts per layer", lambda run: measures.at_end(run.train, "dead_experts"), ".3g"),
+    "dropped_share": ("Routes dropped", lambda run: measures.at_end(run.train, "dropped_share"), ".1%"),
 }
 """Name -> label, measure of one run, format. Layer numbers are means over layers and the last fifth of the run."""
 

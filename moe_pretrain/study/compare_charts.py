@@ -241,7 +241,8 @@ def balance_chart(
         (balance, value, colors[variant.name])
         for variant in variants
         for run in variant.counted
-        if (balance := measures.at_end(run, "load_max_over_mean")) is not None and (value := loss(run)) is not None
+        if (balance := measures.at_end(run.train, "load_max_over_mean")) is not None
+        and (value := loss(run)) is not None
     ]
     title = "Balance against quality, one point per run"
 

@@ -9,6 +9,7 @@ from moe_pretrain.study.compare import Comparison, compare
 from moe_pretrain.study.compare_measures import Incident, incidents
 from moe_pretrain.study.compare_runs import differences, show
 from moe_pretrain.study.figures import chart, write_png
+from moe_pretrain.study.findings import COST_NOTE, INFORMATION_NOTE
 from moe_pretrain.study.page import charts, folded, legend, page, section, table, warnings, write_whole
 
 _MAX_INCIDENTS = 200
@@ -59,7 +60,7 @@ def _page(
         chart(f"loss-{name}", f"Validation against {name}", draw)
         for name, draw in zip(draws.X_AXES, losses, strict=True)
     ]
-    wrong = {run.name: each for run in found.runs if (each := incidents(run))}
+    wrong = {run.name: each for run in found.runs if (each := incidents(run.train, run.events))}
     band_note = (
         "Mean over seeds; dashed: runs that did not finish, one by one. Of more than "
         f"{draws.MAX_COLORED} variants the best are coloured. "
@@ -73,14 +74,6 @@ def _page(
     drift_note = "Share of the same validation tokens whose set of experts is not that of the validation before."
     drift = draws.layer_charts(
         variants, colors, "routing_drift", "Routing drift between validations", lambda run: run.validation
-    )
-    information_note = (
-        "Normalised mutual information of a token's expert of the largest weight and its class, 0 to 1, mean over "
-        "layers; in brackets with classes dealt out at random. Only what is above that is specialisation."
-    )
-    cost_note = (
-        "Counted, not timed: forward, one token, one MoE layer, at the measured experts per token. Bytes are read and "
-        "written in memory; those of the exchange leave a rank and come back."
     )
     certificate_note = "What moe-pretrain certify found for one run of each variant, shrunk."
     sections = [
@@ -98,8 +91,8 @@ def _page(
         charts("Balance", [key, *balance] if balance else [], layer_note),
         charts("Routing drift", [key, *drift] if drift else [], drift_note),
         section("Measured", table(*tables.measures_table(variants)), "Means over seeds; layers over the last fifth."),
-        section("Cost by part of a MoE layer", table(*tables.layer_costs(found)), cost_note),
-        section("Specialisation", table(*tables.specialisation(found)), information_note),
+        section("Cost by part of a MoE layer", table(*tables.layer_costs(found)), COST_NOTE),
+        section("Specialisation", table(*tables.specialisation(found)), INFORMATION_NOTE),
         section("Certificate", table(*tables.certificates(found)), certificate_note),
         charts("Incidents", draws.incident_chart(wrong), layout="single"),
         _incident_table(wrong),

@@ -12,6 +12,7 @@ import yaml
 from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_page
 
 from moe_pretrain.cli import main
+from moe_pretrain.metrics.probe import Probe, ProbeFiles
 from moe_pretrain.study.compare import compare
 from moe_pretrain.study.compare_charts import band
 from moe_pretrain.study.compare_measures import incidents, training_flops, training_seconds
@@ -19,6 +20,7 @@ from moe_pretrain.study.compare_page import write_comparison
 from moe_pretrain.study.compare_runs import find_runs
 
 STEPS, TOKENS, EXPERTS, LAYERS = 100, 1000, 8, 2
+DOCUMENT_LOSSES = tuple(np.linspace(-0.5, 0.5, 20))
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Planted:
     bytes_per_token: float = 4.0
     experts_per_token: float = 2.0
     token_hash: str = ""
+    by_document: tuple[float, ...] | None = DOCUMENT_LOSSES  # what each adds to the loss; None for no file
+    facts: dict = field(default_factory=dict)
 
     def rows(self) -> list[dict]:
         rows = []
@@ -64,7 +68,9 @@ class Planted:
             rows.append(row)
             if step % 20 == 0:
                 bits = loss / math.log(2) / self.bytes_per_token
-                rows.append({"kind": "validation", **base, "validation/loss": loss, "validation/bits_per_byte": bits})
+                row = {"validation/loss": loss, "validation/bits_per_byte": bits}
+                drift = {f"moe/layer_{layer:02d}/routing_drift": 10 / step for layer in range(LAYERS)}
+                rows.append({"kind": "validation", **base, **row, **drift})
         if self.end:
             rows.append({"kind": "event", **base, "event": self.end[0], "message": self.end[1]})
         return rows
@@ -85,10 +91,31 @@ class Planted:
             part, _, name = key.partition(".")
             config.setdefault(part, {})[name] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        facts = {"corpus_fingerprint": self.fingerprint, "versions": {"torch": "2.13"}, "device": "cpu"}
+        facts = {"corpus_fingerprint": self.fingerprint, "versions": {"torch": "2.13"}, "device": "cpu", **self.facts}
         (folder / "summary.json").write_text(json.dumps(facts))
+        self.write_probe(folder)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows()))
         return folder
+
+    def write_probe(self, folder: Path) -> None:
+        """Two pieces of 50 tokens for each document, at the last validation."""
+        losses = [row for row in self.rows() if row["kind"] == "validation"]
+        if not losses or self.by_document is None:
+            return
+        document = np.repeat(np.arange(len(self.by_document)), 2)
+        added = np.array(self.by_document)[document]
+        probe = Probe(
+            step=losses[-1]["step"],
+            fingerprint=self.fingerprint,
+            share=np.ones(1),
+            set_index=np.zeros(len(document), dtype=np.int64),
+            document=document,
+            tokens=np.full(len(document), 50),
+            loss=50 * (losses[-1]["validation/loss"] + added - added.mean()),
+            layer=np.arange(LAYERS),
+            routes=np.zeros((LAYERS, 5), dtype=np.int64),
+        )
+        ProbeFiles(folder).write(probe)
 
 
 TOP_P = {"name": "top_p", "threshold": 0.4}
@@ -171,7 +198,7 @@ def test_a_missing_seed_is_said_and_left_out_of_pairs(tmp_path: Path):
     assert found.paired["top_p"].seeds == [1, 3]
     assert found.paired["top_p"].difference.mean == pytest.approx(0.05)
     assert found.losses["top_p"].keys() == {1, 3}
-    assert any("top_p: no finished run of seed 2" in line for line in found.warnings)
+    assert any("No finished run of seed 2: top_p;" in line for line in found.warnings)
     assert any("1 of 9 runs unfinished: top_p-2" in line for line in found.warnings)
 
 
@@ -275,10 +302,13 @@ def test_variants_are_named_by_what_differs(tmp_path: Path):
     Planted("c", 3.0, router=TOP_P, other={"metrics.log_every_steps": 7}).write(tmp_path)
     Planted("d", 3.0, 2, router=TOP_P, other={"checkpoint.every_steps": 7}).write(tmp_path)
     names = [variant.name for variant in compare(tmp_path).variants]
-    assert names == ["top_k router.top_k=1", "top_k router.top_k=2", "top_p"]
-    assert compare(tmp_path).reference == "top_k router.top_k=1"
-    with pytest.raises(ValueError, match="--reference='top' must be one of the variants: 'top_k router.top_k=1', "):
+    assert names == ["top_k top_k=1", "top_k top_k=2", "top_p"]
+    assert compare(tmp_path).reference == "top_k top_k=1"
+    assert compare(tmp_path, "_k=2").reference == "top_k top_k=2"
+    with pytest.raises(ValueError, match="--reference='top' must be a part of one name only, of 'top_k top_k=1', "):
         compare(tmp_path, "top")
+    with pytest.raises(ValueError, match="--reference='x' must be one of the variants, or a part of one name: 'top_k "):
+        compare(tmp_path, "x")
 
 
 def test_a_band_is_the_mean_and_interval_at_common_steps():
@@ -289,10 +319,15 @@ def test_a_band_is_the_mean_and_interval_at_common_steps():
     assert band([{1: (0.0, 0.0)}, {2: (0.0, 0.0)}]) is None and band([]) is None
 
 
+def found_incidents(root: Path) -> list:
+    (run,) = find_runs(root)
+    return incidents(run.train, run.events)
+
+
 def test_incidents_are_found_where_they_were_planted(tmp_path: Path):
     planted = Planted("a", 3.0, steps=200)
     folder = planted.write(tmp_path)
-    assert incidents(find_runs(tmp_path)[0]) == []
+    assert found_incidents(tmp_path) == []
     rows = planted.rows()
     for row in rows:
         if row["kind"] == "train" and row["step"] in (120, 121):
@@ -302,7 +337,7 @@ def test_incidents_are_found_where_they_were_planted(tmp_path: Path):
     event = {"step": 150, "tokens": 150 * TOKENS, "seconds": 0, "attempt": 0}
     rows.append({"kind": "event", **event, "event": "non_finite", "message": "NaN in train/gradient_norm"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = incidents(find_runs(tmp_path)[0])
+    found = found_incidents(tmp_path)
     assert [(each.kind, each.first["step"], each.last["step"]) for each in found] == [
         ("collapse", 60, 70),
         ("spike", 120, 121),
@@ -344,6 +379,7 @@ def test_page_has_every_chart_and_loads_nothing(sweep: Path):
         "Entropy of a token's routing (nats)",
         "Experts without a token",
         "Balance against quality, one point per run",
+        "Routing drift between validations",
     ]
     assert_loads_nothing(sweep / "compare.html")
     first = (sweep / "compare.html").read_bytes()
@@ -380,7 +416,7 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys):
     plant_sweep(tmp_path)
     assert main(["compare", str(tmp_path), "--reference", "autonomy"]) == 0
     out = capsys.readouterr().out
-    assert "Difference to autonomy" in out and out.endswith(f"{tmp_path / 'compare.html'}\n")
+    assert "Difference: to autonomy" in out and out.endswith(f"{tmp_path / 'compare.html'}\n")
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
         "compare.html",
         "compare.md",
