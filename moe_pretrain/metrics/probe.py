@@ -166,7 +166,7 @@ def put_together(step: int, parts: Mapping[str, Part], shares: Mapping[str, floa
         tokens=joined("tokens"),
         loss=joined("loss"),
         layer=layer,
-        routes=np.concatenate([each.reshape(len(layer), -1) for each in routes], axis=1),
+        routes=np.concatenate([each.reshape(len(layer), each.shape[1] * each.shape[2]) for each in routes], axis=1),
     )
 
 

@@ -176,6 +176,8 @@ def _share_below(value: float, mean: np.ndarray, error: np.ndarray, degrees: int
 
 def _quantile(share: float, mean: np.ndarray, error: np.ndarray, degrees: int) -> float:
     """The value that ``mean + error T`` is below with probability ``share``."""
+    if len(mean) == 1:
+        return float(mean[0] + math.copysign(student_t_quantile(abs(2 * share - 1), degrees), share - 0.5) * error[0])
     reach = student_t_quantile(1 - 1e-6, degrees) * float(error.max())
     low, high = float(mean.min()) - reach, float(mean.max()) + reach
     close = 1e-12 * (high - low)

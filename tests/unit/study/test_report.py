@@ -145,6 +145,7 @@ def test_page_has_every_chart(finished_run):
         "Mean entropy of a token's routing (nats)",
         "Experts without a token",
         "Share of routes dropped",
+        "Experts per token",
         "load balance, weight 0.01",
         "router z, weight 0.001",
         "weighted sum, as added to the loss",
