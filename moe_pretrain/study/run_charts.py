@@ -124,7 +124,7 @@ def router_charts(train: Sequence[Row], validation: Sequence[Row]) -> tuple[list
         "dead_experts": "Experts without a token",
         "dropped_share": "Share of routes dropped",
         "experts_per_token": "Experts per token",
-        "routing_drift": "Tokens whose experts changed since the validation before",
+        "routing_drift": "Routing drift between validations",
     }
     rows_of = {name: validation if name == "routing_drift" else train for name in titles}
     layers = {name: metric_layers(rows_of[name], name) for name in titles}
