@@ -5,7 +5,8 @@ Only this file imports wandb.
 Online, rows are sent as they are written; a resumed run first sends what a killed attempt could not, and
 leaves out what wandb has. Offline, nothing is sent while the run goes on: wandb's offline files lose their last rows
 to a SIGKILL and begin anew with every resume: the files are written from ``metrics.jsonl`` when the run ends or stops,
-or later with ``moe-pretrain wandb RUN``, always whole and in the place of those before.
+or later with ``moe-pretrain wandb RUN``, always whole and in the place of those before. That also mends what wandb
+online cannot: after a rewind it keeps the steps of the course that was left.
 """
 
 import shutil
@@ -96,7 +97,7 @@ class WandbSink:
         try:
             say(f"wandb: online, {self._run.url}")
             self._run.define_metric("*", step_metric="step")
-            self._known_steps = self._run.starting_step  # wandb has the rows of all steps below
+            self._known_steps = self._run.starting_step  # wandb has the rows of all steps below, and takes none of them
             _remove_offline(run)  # this run has all that they have
         except Exception as error:
             self._turn_off(error)
@@ -116,6 +117,7 @@ class WandbSink:
             return
         try:
             self._run.log(reduce_layers(row), step=row["step"])
+            self._known_steps = row["step"]
         except Exception as error:
             self._turn_off(error)
 

@@ -200,6 +200,18 @@ def test_a_resumed_run_has_every_step_once(tmp_path, wandb, lost):
     assert trained == list(range(9 - lost, 11)), "sent again what was lost, and nothing that was not"
 
 
+def test_a_rewind_does_not_send_steps_that_go_back(tmp_path, wandb):
+    fake = wandb(api_key="key")
+    metrics = writer(tmp_path, wandb="auto")
+    for step in range(1, 9):
+        metrics.write(train_row(step))
+    metrics.resume(5)
+    for step in range(6, 11):
+        metrics.write(train_row(step))
+    metrics.close()
+    assert list(fake.rows) == list(range(1, 11)) and fake.logged == sorted(fake.logged)
+
+
 def test_rows_are_reduced_and_layers_are_one_table(tmp_path, wandb):
     fake = wandb(api_key="key")
     metrics = writer(tmp_path, wandb="auto")
