@@ -252,7 +252,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from unit.metrics.test_wandb import train_row, writer
+from unit.metrics.test_wandb_sink import train_row, writer
 metrics = writer(Path({folder!r}), wandb="offline")
 metrics.resume({kept})
 for step in range({kept} + 1, {last} + 1):
