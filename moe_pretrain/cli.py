@@ -148,18 +148,25 @@ def _verify(overrides: list[str]) -> int:
     return verify(config, device_type, dtype, print if launched_rank() == 0 else lambda line: None)
 
 
-def _certify(overrides: list[str]) -> int:
-    """Print the certificate of the configured router; on several ranks ``verify`` is part of it."""
+def _certify(words: list[str]) -> int:
+    """Print the certificate of a router; on several ranks ``verify`` is part of it. That of a run is kept with it."""
     from moe_pretrain.config import load
+    from moe_pretrain.facts import commit, versions
     from moe_pretrain.launch import run_workers
     from moe_pretrain.pretrain import check
-    from moe_pretrain.study.certify import certify
+    from moe_pretrain.study.certify import CERTIFICATE, certify
 
+    folder = Path(words[0]) if len(words) == 1 and "=" not in words[0] else None
+    if folder is not None and not (folder / OVERRIDES_FILE).exists():
+        raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
+    overrides = words if folder is None else (folder / OVERRIDES_FILE).read_text().splitlines()
     config = load(overrides)
     processes = config.parallel.processes
     check(config, processes)
     on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
-    return certify(config, on_ranks, partial(print, flush=True))  # in order with what the workers print
+    write = None if folder is None else folder / CERTIFICATE
+    code = commit() or f"moe_pretrain {versions()['moe_pretrain']}"
+    return certify(config, on_ranks, partial(print, flush=True), write, code)  # in order with what the workers print
 
 
 def _report(arguments: list[str]) -> int:
@@ -169,6 +176,18 @@ def _report(arguments: list[str]) -> int:
     if len(arguments) != 1:
         raise ValueError("usage: moe-pretrain report RUN_FOLDER")
     print(write_report(Path(arguments[0])))
+    return 0
+
+
+def _wandb(arguments: list[str]) -> int:
+    """Write wandb's offline files of all runs below a folder anew, and print how to upload them."""
+    from moe_pretrain.metrics.wandb_sink import write_offline
+    from moe_pretrain.study.wandb_runs import wandb_runs
+
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain wandb FOLDER")
+    for folder in write_offline(wandb_runs(Path(arguments[0]), print)):
+        print(f"wandb sync {folder}")
     return 0
 
 
@@ -248,11 +267,12 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),
     "certify": (
         _certify,
-        "one routing scheme, or your own with router_file=PATH: a table of what it must do, PASS or FAIL",
+        "one scheme, your own with router_file=PATH, or a RUN_FOLDER's: a table of what it must do, PASS or FAIL",
     ),
     "inspect": (_inspect, "CHECKPOINT: what it holds and where it comes from, and whether its checksums are right"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
     "compare": (_compare, "FOLDER [--reference VARIANT]: all runs below a folder, variant against variant"),
+    "wandb": (_wandb, "FOLDER: wandb's offline files of all runs below it, written anew from their metrics"),
     "specialise": (_specialise, "RUN_FOLDER: information between a run's experts and what their tokens are, in bits"),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -1,12 +1,14 @@
 """Validation during training, which a signal may cut short."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import Config
 from moe_pretrain.data.packing import MicroBatch
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.metrics.probe import Collector, Part, Probe, put_together
 from moe_pretrain.metrics.rows import Row
 from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row
 from moe_pretrain.run_data import Corpus
@@ -14,6 +16,13 @@ from moe_pretrain.signals import StopRequest
 
 _OWN = ""
 """Stands for the corpus that is trained on, among names of sets, which are never empty."""
+
+
+class Validation(NamedTuple):
+    """What one validation found: its metrics row, and its own corpus's losses and routes piece by piece."""
+
+    row: Row
+    probe: Probe
 
 
 class Evaluator:
@@ -32,7 +41,7 @@ class Evaluator:
         self._config, self._plan, self._engine, self._stop, self._enter = config, plan, engine, stop, enter
         self._corpus, self._sets = corpus, sets
 
-    def evaluate(self, step: int) -> Row | None:
+    def evaluate(self, step: int) -> Validation | None:
         """Losses on every set; None if a signal was agreed on in between. Every rank must call it.
 
         Args:
@@ -42,23 +51,34 @@ class Evaluator:
         readers = dict(self._sets)  # among them, a mixture's sources
         if not isinstance(corpus, data.TokenizedMixture):
             readers[_OWN] = corpus.validation
-        losses = {}
+        shares = corpus.shares if isinstance(corpus, data.TokenizedMixture) else {_OWN: 1.0}
+        losses: dict[str, float] = {}
+        parts: dict[str, Part] = {}
         for name, reader in readers.items():
-            loss = self._loss_on(reader, step)
+            collector = self._collector(reader)
+            loss = self._loss_on(reader, step, collector if name in shares else None)
             if loss is None:
                 return None
             losses[name] = loss
+            if name in shares:
+                parts[name] = collector.gather()
         sizes = {name: _bytes_per_token(reader) for name, reader in readers.items()}
         if isinstance(corpus, data.TokenizedMixture):
-            row = mixed_evaluation_row(losses, sizes, corpus.shares)
+            row = mixed_evaluation_row(losses, sizes, shares)
         else:
             row = evaluation_row(losses.pop(_OWN), sizes[_OWN])
         for name, loss in losses.items():
             own = evaluation_row(loss, sizes[name])
             row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
-        return row
+        layers = [layer.router.layer for layer in self._engine.model.moe_layers()]
+        return Validation(row, put_together(step, parts, shares, layers))
 
-    def _loss_on(self, reader: data.ShardReader, step: int) -> float | None:
+    def _collector(self, reader: data.ShardReader) -> Collector:
+        length, layers = self._config.model.sequence_length, self._engine.model.moe_layers()
+        num_rows = min(data.count_rows(reader, length), self._config.evaluation.max_rows)
+        return Collector(reader.document_ends, length, num_rows, layers[0].num_experts if layers else 0)
+
+    def _loss_on(self, reader: data.ShardReader, step: int, collector: Collector | None) -> float | None:
         """Mean nats per token of one set."""
         mesh, packing = self._engine.mesh, self._config.packing
         batches = data.validation_batches(
@@ -72,7 +92,8 @@ class Evaluator:
             packing.reset_positions,
         )
         was_stopped: list[int] = []
-        evaluation = self._engine.evaluate(self._until_stopped(batches, step, was_stopped))
+        watched = self._until_stopped(batches, step, was_stopped)
+        evaluation = self._engine.evaluate(watched, *([] if collector is None else [collector.add]))
         return None if was_stopped else evaluation.loss
 
     def _until_stopped(self, batches: Iterable[MicroBatch], step: int, was_stopped: list[int]) -> Iterator[MicroBatch]:

@@ -2,18 +2,24 @@
 
 import json
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import yaml
 
 from moe_pretrain.config import Config, to_values
+from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.run_data import Corpus
+from moe_pretrain.study.layer_cost import layer_cost
+
+_GIT_SECONDS = 10.0
 
 
-def write_facts(config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
+def write_facts(config: Config, size: ModelSize, dtype: Dtype, corpus: Corpus, mesh: Mesh) -> None:
     """Write ``config.yaml`` and ``summary.json`` into the run's folder."""
     folder = config.run.folder
     values = json.loads(json.dumps(to_values(config)))
@@ -26,7 +32,10 @@ def write_facts(config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> 
         "unigram_entropy": corpus.unigram_entropy,
         "corpus_fingerprint": corpus.fingerprint,
         "versions": versions(),
+        "commit": commit(),
         "device": device,
+        "dtype": dtype,
+        "moe_layer_cost": layer_cost(config, dtype, size),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (folder / "summary.json").write_text(json.dumps(facts, indent=2))
@@ -36,3 +45,22 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
     packages = ("moe_pretrain", "torch", "deepspeed", "transformers", "datasets")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def commit() -> str | None:
+    """Commit of the checkout that the package runs from, ``+changes`` if files differ from it; None without one."""
+    file = Path(__file__).resolve()
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(file.parent), *words], capture_output=True, text=True, timeout=_GIT_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An environment inside somebody's repository is not a checkout of this one: there git does not know the file.
+    if git("ls-files", "--error-unmatch", file.name) is None or (head := git("rev-parse", "HEAD")) is None:
+        return None
+    return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -118,12 +118,15 @@ def _train(
         enter,
     )
 
-    run = Run(config, plan, size, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
+    run = Run(config, plan, size, dtype, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
     run.resume()
     try:
         code = run.loop()
-    finally:
+    except BaseException:
         run.close()
+        run.metrics.close()  # else wandb would not have what led to this
+        raise
+    run.close()
     run.finish(code)
     return code
 

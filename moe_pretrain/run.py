@@ -13,13 +13,16 @@ from moe_pretrain.batching import BatchPlan
 from moe_pretrain.budget import Meter
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.compatibility import changes
+from moe_pretrain.checkpoint.manifest import complete_names, step_of
 from moe_pretrain.config import Config, ConfigError, to_values
 from moe_pretrain.data.packing import MicroBatch
+from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import NonFiniteError, TrainEngine
 from moe_pretrain.engine.results import StepResult
 from moe_pretrain.evaluation import Evaluator
 from moe_pretrain.facts import versions, write_facts
 from moe_pretrain.faults import Faults
+from moe_pretrain.metrics.probe import Probe, ProbeFiles, routing_drift
 from moe_pretrain.metrics.router_health import RouterHealth
 from moe_pretrain.metrics.rows import read_rows
 from moe_pretrain.metrics.sinks import MetricsWriter
@@ -44,6 +47,7 @@ class Run:
         config: Config,
         plan: BatchPlan,
         size: ModelSize,
+        dtype: Dtype,
         meter: Meter,
         corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
@@ -61,6 +65,7 @@ class Run:
             config: The run's configuration.
             plan: Its batches.
             size: Its model's size.
+            dtype: What it computes in.
             meter: What counts what it spends, and says when it is over.
             corpus: What it trains on.
             evaluation_sets: Further validation sets by name.
@@ -77,6 +82,7 @@ class Run:
         self.stop, self.enter, self.loader, self.faults, self.meter = stop, enter, loader, faults, meter
         self.exhaustion = loader.exhaustion_steps()
         self.corpus_facts = data.corpus_facts(config.data, corpus)
+        self.probes = ProbeFiles(self.folder)
         self.evaluator = Evaluator(config, plan, corpus, evaluation_sets, engine, stop, enter)
         self.step = 0
         self.token_hash = 0
@@ -90,7 +96,7 @@ class Run:
         self.health = RouterHealth(layers, config.metrics.router_health_steps)
         if mesh.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_facts(config, size, corpus, mesh)
+            write_facts(config, size, dtype, corpus, mesh)
         self.saver = store.Saver(
             engine, self.folder / store.CHECKPOINTS, config.checkpoint, config.parallel.timeout_seconds, faults
         )
@@ -123,7 +129,7 @@ class Run:
             raise ConfigError(f"checkpoint.resume=never, but {found[0]} exists; choose another run.name")
         if found is None:
             self._leave_course(-1)
-            self.metrics.resume(0)
+            self._forget_after(0)
             self._report_damage(warnings)
             self.say(f"starting {self.folder}")
             if self.config.checkpoint.warm_start is not None:
@@ -160,7 +166,7 @@ class Run:
         self.saved_step, self.validation_loss = self.step, state.get("validation_loss")
         self.spikes.restore(state.get("spikes"))
         self.meter.restore(self.step, state.get("flops"), state.get("train_seconds"))
-        self.metrics.resume(self.step)
+        self._forget_after(self.step)
 
     def _leave_course(self, step: int) -> None:
         """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""
@@ -185,6 +191,12 @@ class Run:
             if names:
                 words.append(f"{said}: {', '.join(names)}")
         self._event("warm_start", "; ".join(words))
+
+    def _forget_after(self, step: int) -> None:
+        """Go on from ``step``: what was written down of later steps is of no use."""
+        self.metrics.resume(step)
+        if self.mesh.is_main:
+            self.probes.remove_after(step)
 
     def _report_damage(self, warnings: list[str]) -> None:
         for warning in warnings:
@@ -392,12 +404,29 @@ class Run:
     def evaluate(self) -> bool:
         """Validate on every set and write a row; False if a signal came in between, and nothing is written."""
         with self.stopwatch.paused():
-            row = self.evaluator.evaluate(self.step)
-        if row is None:
-            return False
-        self.validation_loss = row["validation/loss"]
-        self.metrics.write({"step": self.step, "tokens": self.tokens, **row})
+            found = self.evaluator.evaluate(self.step)
+            if found is None:
+                return False
+            drift = self._keep_probe(found.probe) if self.mesh.is_main else {}
+        self.validation_loss = found.row["validation/loss"]
+        self.metrics.write({"step": self.step, "tokens": self.tokens, **found.row, **drift})
         return True
+
+    def _keep_probe(self, probe: Probe) -> dict[str, float]:
+        """Write the probe beside the run's others; the drift of routes since the one before, for the metrics."""
+        drift: dict[int, float] = {}
+        try:
+            before = self.probes.newest(self.step - 1)
+            if before is not None:
+                drift = routing_drift(before, probe)
+                if before.fingerprint != probe.fingerprint:
+                    self._event("probe_changed", f"the validation rows are not those of step {before.step}: no drift")
+            self.probes.write(probe)
+            checkpoints = complete_names(self.folder / store.CHECKPOINTS)
+            self.probes.remove_before(step_of(checkpoints[-1]) or 0 if checkpoints else 0)
+        except (OSError, ValueError) as error:
+            self._event("probe_failed", f"losses by document and routes are not complete: {error}")
+        return {f"moe/layer_{layer:02d}/routing_drift": share for layer, share in drift.items()}
 
     def save(self, wait: bool) -> None:
         """Begin a checkpoint of this step, once the one before is complete; ``wait`` for this one too."""
@@ -476,7 +505,7 @@ class Run:
             return  # stopped before the first row: there is nothing to report yet
         try:
             report = write_report(self.folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return self.say(f"the report could not be written: {error}")
         summary = summarise(self.folder)
         if code == FINISHED:

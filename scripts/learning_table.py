@@ -54,7 +54,7 @@ VARIANTS = {
     "autonomy_top_p": ["router=autonomy_top_p"],
     "autonomy_expert_choice": ["router=autonomy_expert_choice"],
 }
-REFERENCE = "top_k router.load_balance_weight=0.01 router.router_z_weight=0.001"
+REFERENCE = "top_k load_balance_weight=0.01"
 """What `compare` calls the variant `top_k` beside the one without a balance loss."""
 
 

@@ -22,7 +22,8 @@ from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
 from moe_pretrain.engine.results import Evaluation, StepResult, StepSums
 from moe_pretrain.engine.sickness import first_non_finite, inject_sickness
 from moe_pretrain.faults import NO_FAULTS, Faults
-from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.decoder import DecoderLM, recorded_routings
+from moe_pretrain.moe.types import Routing
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
 
@@ -210,21 +211,34 @@ class TrainEngine:
         return own_norm if own_norm is not None else float(self.deepspeed.get_global_grad_norm())
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatch]) -> Evaluation:
-        """Mean cross-entropy over validation micro-batches; every rank must bring the same number of them."""
+    def evaluate(
+        self,
+        batches: Iterable[MicroBatch],
+        note: Callable[[MicroBatch, Tensor, list[Routing]], None] = lambda batch, losses, routings: None,
+    ) -> Evaluation:
+        """Mean cross-entropy over validation micro-batches; every rank must bring the same number of them.
+
+        Args:
+            batches: On any device.
+            note: Called for each batch with the nats of its positions ``[batch, sequence]``, 0 where not counted, and
+                what the routers decided, bottom up.
+        """
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         each = [total.clone()]
         for batch in batches:
             batch = batch.to(self.mesh.device)
-            output = self.model(
-                batch.input_ids,
-                batch.labels,
-                batch.document_ids,
-                batch.position_ids,
-                routing_context(batch, self.seed, 0),
-            )
-            each.append(torch.stack([output.loss_sum.double(), (batch.labels != IGNORE_INDEX).sum().double()]))
+            with recorded_routings(self.model) as routings:
+                losses = self.model.token_losses(
+                    batch.input_ids,
+                    batch.labels,
+                    batch.document_ids,
+                    batch.position_ids,
+                    routing_context(batch, self.seed, 0),
+                )
+            note(batch, losses, routings)
+            counted = (batch.labels != IGNORE_INDEX).sum()
+            each.append(torch.stack([losses.sum(dtype=torch.float64), counted.double()]))
             total += each[-1]
         if self._elastic is None:
             dist.all_reduce(total)

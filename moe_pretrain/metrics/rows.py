@@ -16,13 +16,14 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
 _LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
+MAX_TABLE_STEPS = 200
 _SCALAR_GROUPS = ("train/", "aux/", "validation/", "data/")
 
 
@@ -177,10 +178,11 @@ def reduce_layers(row: Row) -> Row:
         row: A train or validation row, with any number of layers.
 
     Returns:
-        ``step``, ``tokens`` and the ``train/``, ``aux/``, ``validation/`` and ``data/`` numbers as they are;
+        ``step``, ``tokens``, ``seconds`` where known, and the ``train/``, ``aux/``, ``validation/`` and ``data/``
+        numbers as they are;
         each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers.
     """
-    reduced = {"step": row["step"], "tokens": row["tokens"]}
+    reduced: Row = {name: row[name] for name in ("step", "tokens", "seconds") if name in row}
     over_layers: dict[str, list[float]] = {}
     for key, value in row.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -193,3 +195,30 @@ def reduce_layers(row: Row) -> Row:
         reduced[f"moe/mean/{name}"] = sum(values) / len(values)
         reduced[f"moe/max/{name}"] = max(values)
     return reduced
+
+
+def layer_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
+    """The per-layer numbers of train and validation rows as one table.
+
+    Args:
+        rows: Of a run, in order.
+
+    Returns:
+        Columns ``step``, ``layer`` and the names of the numbers; a line for each step and layer, at most
+        ``MAX_TABLE_STEPS`` steps evenly spread, the last among them. None where a layer has no such number.
+    """
+    by_step: dict[int, dict[tuple[int, str], Any]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if (match := _LAYER_KEY.fullmatch(key)) and not isinstance(value, list):
+                layer = int(key.partition("/layer_")[2].partition("/")[0])
+                by_step.setdefault(row["step"], {})[layer, match.group(1)] = value
+    stride = max(1, -(-len(by_step) // MAX_TABLE_STEPS))
+    steps = sorted(by_step)[::-1][::stride][::-1]
+    names = sorted({name for step in steps for _, name in by_step[step]})
+    lines = [
+        [step, layer, *(by_step[step].get((layer, name)) for name in names)]
+        for step in steps
+        for layer in sorted({layer for layer, _ in by_step[step]})
+    ]
+    return ["step", "layer", *names], lines

@@ -1,18 +1,15 @@
-"""Where metric rows go: the run's JSONL file, the console, and wandb. Only this file imports wandb."""
+"""Where metric rows go: the run's JSONL file, the console, and wandb."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 
 from moe_pretrain.metrics.console import ConsoleSink
-from moe_pretrain.metrics.rows import JsonlSink, Row, read_rows, reduce_layers, replace_non_finite
-from moe_pretrain.metrics.wandb_start import choose_mode, netrc_key, run_id
-
-_WANDB_INIT_SECONDS = 30.0
-_WANDB_FINISH_SECONDS = 120.0
+from moe_pretrain.metrics.rows import JsonlSink, Row, read_rows, replace_non_finite
+from moe_pretrain.metrics.wandb_sink import WandbRun, WandbSink
 
 
 @dataclass(frozen=True)
@@ -26,6 +23,8 @@ class MetricsConfig:
         progress: Show a progress bar when stderr is a terminal.
         wandb: "auto" is online for a user who is logged in and has a network, else offline.
         wandb_project: Project that the run appears under.
+        wandb_group: Group of the run; None for the name of the folder that its folder is in, so that runs side by side
+            are a group.
     """
 
     log_every_steps: int
@@ -33,6 +32,7 @@ class MetricsConfig:
     progress: bool
     wandb: Literal["auto", "online", "offline", "off"]
     wandb_project: str
+    wandb_group: str | None
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
@@ -41,112 +41,11 @@ class MetricsConfig:
                 raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
 
 
-class WandbSink:
-    """Sends reduced rows to wandb. Never prompts, and an error turns it off instead of the run.
-
-    After a resume the steps since the checkpoint are sent again; wandb keeps both versions.
-    """
-
-    def __init__(
-        self,
-        config: MetricsConfig,
-        run_dir: Path,
-        run_name: str,
-        resolved_config: dict[str, Any],
-        say: Callable[[str], None],
-    ):
-        """Start, or continue, the wandb run of this run folder.
-
-        Args:
-            config: Its ``wandb`` is not "off".
-            run_dir: Run folder; wandb's files and ``wandb_id.txt`` live in it.
-            run_name: Name shown by wandb.
-            resolved_config: Shown by wandb as the run's configuration.
-            say: Prints one line for the user.
-
-        Raises:
-            ValueError: "online" was asked for and nobody is logged in.
-        """
-        self._say = say
-        self._run: Any = None
-        try:
-            import wandb  # here: it takes a second, and "off" must work without it
-
-            settings = wandb.setup(wandb.Settings(silent=True)).settings
-            api_key = settings.api_key or netrc_key(settings.base_url)
-        except Exception as error:
-            return self._turn_off(error)
-        logged_in = bool(api_key or settings.identity_token_file)
-        mode, reason = choose_mode(config.wandb, logged_in, settings.base_url)
-        options: dict[str, Any] = {
-            "project": config.wandb_project,
-            "name": run_name,
-            "id": run_id(run_dir / "wandb_id.txt"),
-            "dir": str(run_dir),
-            "config": resolved_config,
-        }
-        try:
-            if mode == "online":
-                # The key is handed over so that wandb has no reason to ask for one.
-                self._run, reason = _try_online(wandb, options, api_key)
-            if self._run is None:
-                self._run = wandb.init(mode="offline", settings=_settings(wandb), **options)
-                folder = self._run.settings.sync_dir
-                say(f"wandb: offline ({reason}); upload later with: wandb sync {folder}")
-            else:
-                say(f"wandb: online, {self._run.url}")
-            self._run.define_metric("*", step_metric="step")
-        except Exception as error:
-            self._turn_off(error)
-
-    def _turn_off(self, error: Exception) -> None:
-        self._run = None
-        self._say(f"wandb: off for the rest of this run ({_one_line(error)})")
-
-    def write(self, row: Row) -> None:
-        """Send the reduced row; events are not sent."""
-        if self._run is None or row["kind"] == "event":
-            return
-        try:
-            self._run.log(reduce_layers(row))
-        except Exception as error:
-            self._turn_off(error)
-
-    def close(self) -> None:
-        """Wait for the upload, within a limit."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._turn_off(error)
-
-
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-def _settings(wandb: Any, **more: Any) -> Any:
-    return wandb.Settings(
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        init_timeout=_WANDB_INIT_SECONDS,
-        finish_timeout=_WANDB_FINISH_SECONDS,
-        **more,
-    )
-
-
-def _try_online(wandb: Any, options: dict[str, Any], api_key: str | None) -> tuple[Any, str]:
-    """Return the started run and "", or None and why the server refused."""
-    key = {"api_key": api_key} if api_key else {}
-    try:
-        settings = _settings(wandb, **key)
-        return wandb.init(mode="online", resume="allow", settings=settings, **options), ""
-    except Exception as error:
-        wandb.teardown()  # else the failed start keeps the run id in use
-        return None, _one_line(error)
+def wandb_run(
+    run_dir: Path, project: str, group: str | None, run_name: str, resolved_config: Mapping[str, Any]
+) -> WandbRun:
+    """What wandb knows a run by, from its folder and configuration."""
+    return WandbRun(run_dir, project, group or run_dir.resolve().parent.name, run_name, resolved_config)
 
 
 class MetricsWriter:
@@ -183,7 +82,8 @@ class MetricsWriter:
         self._must_resume = bool(read_rows(path))
         self._wandb = None
         if config.wandb != "off":
-            self._wandb = WandbSink(config, run_dir, run_name, resolved_config, self._console.say)
+            described = wandb_run(run_dir, config.wandb_project, config.wandb_group, run_name, resolved_config)
+            self._wandb = WandbSink(config.wandb, described, self._console.say)
 
     def resume(self, step: int) -> None:
         """Continue the metrics of an earlier attempt. Call it before the first row.
@@ -202,6 +102,8 @@ class MetricsWriter:
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._must_resume = False
         self._start = monotonic()
+        if self._wandb is not None:
+            self._wandb.catch_up(kept)
 
     def expect(self, total_steps: int) -> None:
         """The run comes to another number of steps than was thought."""

@@ -1,7 +1,9 @@
 """A Llama-style decoder whose feed-forward networks are mixtures of experts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,11 +12,11 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention import Attention, document_mask
 from moe_pretrain.model.block import Block, Recompute
-from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, rotary_table
+from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, rotary_table, token_losses
 from moe_pretrain.moe import RouterConfig, build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, RoutingContext
+from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, Routing, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,22 @@ class DecoderLM(nn.Module):
         return [output.use for output in outputs]
 
     @torch.no_grad()
+    def token_losses(
+        self,
+        input_ids: Int[Tensor, "batch sequence"],
+        labels: Int[Tensor, "batch sequence"],
+        document_ids: Int[Tensor, "batch sequence"],
+        position_ids: Int[Tensor, "batch sequence"],
+        context: RoutingContext,
+    ) -> Float[Tensor, "batch sequence"]:
+        """Cross-entropy of each position, nats, float32, 0 where not counted; arguments as for ``forward``."""
+        hidden, _ = self._trunk(input_ids, document_ids, position_ids, context)
+        losses = token_losses(
+            self.norm(hidden).flatten(0, 1), self.head_weight, labels.flatten(), self.config.cross_entropy_chunk_tokens
+        )
+        return losses.view_as(labels)
+
+    @torch.no_grad()
     def logits(
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
     ) -> Float[Tensor, "batch sequence vocab"]:
@@ -203,3 +221,19 @@ class DecoderLM(nn.Module):
             if output is not None:
                 outputs.append(output)
         return hidden, outputs
+
+
+@contextmanager
+def recorded_routings(model: DecoderLM) -> Iterator[list[Routing]]:
+    """What the routers decide while this is entered, bottom up in each forward pass."""
+    found: list[Routing] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], routing: Routing) -> None:
+        found.append(routing)
+
+    handles = [layer.router.register_forward_hook(note) for layer in model.moe_layers()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -73,6 +73,24 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens, needs_grad)
 
 
+@torch.no_grad()
+def token_losses(
+    hidden: Float[Tensor, "tokens hidden"],
+    head_weight: Float[Tensor, "vocab hidden"],
+    labels: Int[Tensor, "tokens"],
+    chunk_tokens: int,
+) -> Float[Tensor, "tokens"]:
+    """What ``chunked_cross_entropy`` sums: nats of each position, float32, 0 where not counted; no gradient."""
+    parts = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    losses = [
+        functional.cross_entropy(
+            functional.linear(part, head_weight).float(), target, ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        for part, target in parts
+    ]
+    return torch.cat(losses)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -5,14 +5,20 @@ property is tested stands in the docstring of its function, in ``certify_routes`
 on) or ``certify_learning`` (losses, gradients, recomputation, state).
 """
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from moe_pretrain.config import Config
 from moe_pretrain.study.certify_learning import LEARNING
 from moe_pretrain.study.certify_routes import ROUTES
 from moe_pretrain.study.certify_subject import Broken, DeclaredNonCausal, NotApplicable, Subject
+from moe_pretrain.study.page import write_whole
+
+CERTIFICATE = "certificate.json"
+"""A run folder's certificate: ``{"code": ..., "rows": [{"property", "verdict", "detail"}]}``."""
 
 Verdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
 
@@ -58,7 +64,13 @@ def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> Row
         return Row(name, "FAIL", f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def certify(config: Config, verify_on_ranks: Callable[[], int] | None, say: Callable[[str], None]) -> int:
+def certify(
+    config: Config,
+    verify_on_ranks: Callable[[], int] | None,
+    say: Callable[[str], None],
+    write: Path | None = None,
+    code: str = "",
+) -> int:
     """Print the certificate of ``config``'s router.
 
     Args:
@@ -66,6 +78,8 @@ def certify(config: Config, verify_on_ranks: Callable[[], int] | None, say: Call
         verify_on_ranks: Runs ``verify`` on ``config`` in worker processes and returns its exit code; None when
             ``config`` asks for one process.
         say: Prints a line.
+        write: Where to keep it as JSON, if anywhere.
+        code: Which code was tried, for that file.
 
     Returns:
         Exit code: 0 if no row is ``FAIL``.
@@ -89,6 +103,9 @@ def certify(config: Config, verify_on_ranks: Callable[[], int] | None, say: Call
         row = Row(name, "PASS" if same else "FAIL", f"verify on {ranks} ranks, expert parallel {size}: see above")
     rows.append(row)
     say(f"  {row}")
+    if write is not None:
+        write_whole(write, json.dumps({"code": code, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        say(f"written: {write}")
     failed = sum(row.verdict == "FAIL" for row in rows)
     say("certified" if not failed else f"not certified: {failed} of {len(rows)} properties fail")
     return int(failed > 0)

@@ -13,7 +13,8 @@ import numpy as np
 
 from moe_pretrain.study import compare_measures as measures
 from moe_pretrain.study.compare_runs import RunRecord, Variant, differences, find_runs, group, unnamed_differences
-from moe_pretrain.study.compare_statistics import PairedDifference, Ranked, paired_difference, rank
+from moe_pretrain.study.compare_statistics import Difference, Ranked, Sample, difference, rank
+from moe_pretrain.study.compare_texts import FEW_DOCUMENTS, last_probe, num_documents, resampled_losses
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
@@ -28,18 +29,25 @@ _VALIDATION_KEYS = (
 """What decides which tokens are validated on, and what they see."""
 
 MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
-    "experts_per_token": ("Experts per token", lambda run: measures.at_end(run, "experts_per_token"), ".3g"),
+    "experts_per_token": ("Experts per token", lambda run: measures.at_end(run.train, "experts_per_token"), ".3g"),
     "flops_per_token": ("FLOPs per token", lambda run: _last(measures.training_flops(run.train), run), ".3g"),
     "training_flops": ("Training FLOPs", lambda run: _last(measures.training_flops(run.train)), ".3g"),
     "training_seconds": ("Seconds in steps", lambda run: _last(measures.training_seconds(run.train)), ".4g"),
     "tokens_per_second": ("Tokens per second", lambda run: measures.median(run, "train/tokens_per_second"), ",.0f"),
     "model_flops_utilization": ("MFU", lambda run: measures.median(run, "train/model_flops_utilization"), ".1%"),
-    "load_max_over_mean": ("Busiest expert / mean", lambda run: measures.at_end(run, "load_max_over_mean"), ".3f"),
-    "router_entropy": ("Router entropy, nats", lambda run: measures.at_end(run, "router_entropy"), ".3f"),
-    "dead_experts": ("Dead experts per layer", lambda run: measures.at_end(run, "dead_experts"), ".3g"),
-    "dropped_share": ("Routes dropped", lambda run: measures.at_end(run, "dropped_share"), ".1%"),
+    "load_max_over_mean": (
+        "Busiest expert / mean",
+        lambda run: measures.at_end(run.train, "load_max_over_mean"),
+        ".3f",
+    ),
+    "router_entropy": ("Router entropy, nats", lambda run: measures.at_end(run.train, "router_entropy"), ".3f"),
+    "dead_experts": ("Dead experts per layer", lambda run: measures.at_end(run.train, "dead_experts"), ".3g"),
+    "dropped_share": ("Routes dropped", lambda run: measures.at_end(run.train, "dropped_share"), ".1%"),
 }
 """Name -> label, measure of one run, format. Layer numbers are means over layers and the last fifth of the run."""
+
+
+_MAX_NAMED = 5
 
 
 def _last(cumulated: np.ndarray, per_token_of: RunRecord | None = None) -> float | None:
@@ -59,6 +67,7 @@ class Comparison:
         reference: Name of the variant that the others are compared to.
         key: What is compared: ``LOSS``, or ``BITS`` when tokenizers or corpora differ.
         losses: Variant -> seed -> final ``key``.
+        documents: Documents of the validation set that the intervals are over; 0 where they are over seeds alone.
         paired: Variant -> its difference to the reference.
         ranking: Variants with a loss, best first.
         warnings: Everything that makes the comparison less than it seems.
@@ -69,7 +78,8 @@ class Comparison:
     reference: str
     key: str
     losses: dict[str, dict[int, float]]
-    paired: dict[str, PairedDifference]
+    documents: int
+    paired: dict[str, Difference]
     ranking: list[Ranked]
     warnings: list[str]
 
@@ -92,11 +102,11 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
 
     Args:
         root: Folder with run folders, at any depth.
-        reference: Name of a variant; None for the one that is named, or whose name begins with, ``top_k``, else the
-            first.
+        reference: Name of a variant, or a part of one name only; None for the one that is named, or whose name begins
+            with, ``top_k``, else the first.
 
     Raises:
-        ValueError: There are no runs, or no variant of that name.
+        ValueError: There are no runs, or not one variant of that name.
     """
     runs = find_runs(root)
     variants = group(runs)
@@ -109,26 +119,92 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     tokenizers_differ = any(key.startswith("tokenizer.") for key in differences([each.values for each in variants]))
     key = BITS if len(corpora) > 1 or tokenizers_differ else LOSS
     losses = {variant.name: variant.by_seed(lambda run: run.final(key)) for variant in variants}
-    paired = {name: paired_difference(values, losses[chosen]) for name, values in losses.items()}
+    samples, documents, cautions = _samples(variants, losses, key)
+    paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
     return Comparison(
         runs=runs,
         variants=variants,
         reference=chosen,
         key=key,
         losses=losses,
+        documents=documents,
         paired=paired,
-        ranking=rank(losses),
-        warnings=[*_warn_of_data(variants, key), *_warn_of_runs(runs, variants, losses)],
+        ranking=rank(samples),
+        warnings=[
+            *_warn_of_data(variants, key),
+            *cautions,
+            *_warn_of_runs(runs, variants, losses),
+            *_warn_of_seeds(paired, losses, chosen),
+        ],
     )
 
 
 def _choose_reference(names: Sequence[str], asked: str | None) -> str:
     if asked is not None:
-        if asked not in names:
-            raise ValueError(f"--reference={asked!r} must be one of the variants: {', '.join(map(repr, names))}")
-        return asked
+        found = [name for name in names if name == asked] or [name for name in names if asked in name]
+        if len(found) != 1:
+            wanted = "a part of one name only, of" if found else "one of the variants, or a part of one name:"
+            listed = ", ".join(map(repr, found or names))
+            raise ValueError(f"--reference={asked!r} must be {wanted} {listed}")
+        return found[0]
     begins = [name for name in names if "top_k" in name.split(" ")]
     return "top_k" if "top_k" in names else (begins or list(names))[0]
+
+
+def _samples(
+    variants: Sequence[Variant], losses: Mapping[str, Mapping[int, float]], key: str
+) -> tuple[dict[str, Sample], int, list[str]]:
+    """Losses with what resampled documents make of them, the number of documents, and what is missing."""
+    if key == BITS:
+        without = {name: Sample(values) for name, values in losses.items()}
+        return without, 0, ["NO TEXTS ARE PAIRED: tokens of other corpora or tokenizers have no counterpart."]
+    samples, documents, missing, damaged = {}, set(), [], []
+    for variant in variants:
+        resampled, rows = {}, set()
+        for run in variant.counted:
+            if run.seed not in losses[variant.name]:
+                continue
+            try:
+                probe = last_probe(run)
+            except ValueError as error:
+                damaged.append(f"Not used: {error}")
+                probe = None
+            if probe is None:
+                missing.append(run.name)
+                continue
+            resampled[run.seed] = resampled_losses(probe)
+            rows.add(probe.fingerprint)
+            documents.add(num_documents(probe))
+        samples[variant.name] = Sample(losses[variant.name], resampled, rows.pop() if len(rows) == 1 else "")
+    found = damaged
+    if missing:
+        everywhere = "" if documents else "all "
+        found.append(
+            f"{everywhere}{len(missing)} runs have no losses by document ({_few(missing)}): intervals of their "
+            "variants are over seeds alone, as if no other validation text could have been chosen."
+        )
+    if len({sample.rows for sample in samples.values() if sample.resampled}) > 1:
+        found.append("VALIDATION ROWS DIFFER between variants: their texts are not paired.")
+    fewest = min(documents, default=0)
+    if 0 < fewest < FEW_DOCUMENTS:
+        found.append(f"Only {fewest} documents in the validation rows: raise evaluation.max_rows.")
+    return samples, fewest, found
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names, and how many more."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _warn_of_seeds(
+    paired: Mapping[str, Difference], losses: Mapping[str, Mapping[int, float]], reference: str
+) -> list[str]:
+    """Variants that could not be compared seed by seed."""
+    others = [name for name, found in paired.items() if name != reference and not found.is_paired]
+    if not others:
+        return []
+    return [f"NOT PAIRED: {', '.join(others)} and {reference} share fewer than two seeds: means over all seeds differ."]
 
 
 def _warn_of_data(variants: Sequence[Variant], key: str) -> list[str]:
@@ -200,9 +276,12 @@ def _warn_of_runs(
         if repeated:
             found.append(f"{variant.name}: {', '.join(repeated)} repeat a seed and are not counted.")
     seeds = set().union(*losses.values())
+    without: dict[str, list[str]] = {}
     for name, values in losses.items():
         if missing := sorted(seeds - values.keys()):
-            found.append(f"{name}: no finished run of seed {', '.join(map(str, missing))}; pairs leave it out.")
+            without.setdefault(", ".join(map(str, missing)), []).append(name)
+    for missing_seeds, names in without.items():
+        found.append(f"No finished run of seed {missing_seeds}: {', '.join(names)}; pairs leave it out.")
     if len(seeds) < 2:
         found.append("Fewer than two seeds: nothing can be tested.")
     return found

@@ -19,8 +19,8 @@ from moe_pretrain.metrics.console import short_duration
 from moe_pretrain.metrics.rows import Row
 from moe_pretrain.study import compare_measures as measures
 from moe_pretrain.study.compare_runs import RunRecord, Variant
-from moe_pretrain.study.compare_statistics import CONFIDENCE, PairedDifference, student_t_quantile
-from moe_pretrain.study.figures import BLUE, GREY, ORANGE, chart, column, finish
+from moe_pretrain.study.compare_statistics import CONFIDENCE, Difference, Estimate, student_t_quantile
+from moe_pretrain.study.figures import BLUE, GREY, ORANGE, chart, column, finish, plain
 
 MAX_POINTS = 300
 
@@ -37,11 +37,38 @@ X_AXES: dict[str, tuple[str, Axis, Formatter | None]] = {
 """What a loss can be drawn against."""
 
 
-def variant_colors(variants: Sequence[Variant]) -> dict[str, str]:
-    """A colour for every variant, by name."""
-    palette = matplotlib.colormaps["tab10" if len(variants) <= 10 else "turbo"]
-    spots = range(len(variants)) if len(variants) <= 10 else np.linspace(0, 1, len(variants))
-    return {variant.name: to_hex(palette(spot)) for variant, spot in zip(variants, spots, strict=True)}
+MAX_COLORED = 8
+OTHERS = "#c4c8ce"
+MAX_BANDS = 4
+"""With more bands than this one sees none."""
+
+
+def variant_colors(variants: Sequence[Variant], best_first: Sequence[str], reference: str) -> dict[str, str]:
+    """A colour for every variant, by name, in the order of ``best_first``.
+
+    With more than ``MAX_COLORED`` the reference and the best have one each and all others are ``OTHERS``: more colours
+    than that cannot be told apart.
+    """
+    names = [*best_first, *(variant.name for variant in variants if variant.name not in best_first)]
+    colored = names
+    if len(names) > MAX_COLORED:
+        colored = [reference, *(name for name in names if name != reference)][:MAX_COLORED]
+        colored = [name for name in names if name in colored]
+    palette = [to_hex(color) for color in matplotlib.colormaps["Dark2"].colors]  # type: ignore[attr-defined]
+    shades = dict(zip(colored, palette, strict=False))
+    return {name: shades.get(name, OTHERS) for name in names}
+
+
+def has_bands(colors: Mapping[str, str]) -> bool:
+    """Whether intervals over seeds are drawn."""
+    return len(colors) <= MAX_BANDS
+
+
+def legend_colors(colors: Mapping[str, str]) -> dict[str, str]:
+    """What a legend shows of ``variant_colors``: the others as one."""
+    rest = [name for name, color in colors.items() if color == OTHERS]
+    shown = {name: color for name, color in colors.items() if color != OTHERS}
+    return shown | ({f"{len(rest)} others": OTHERS} if rest else {})
 
 
 @dataclass(frozen=True)
@@ -66,9 +93,8 @@ def validation_curve(run: RunRecord, key: str, axis: Axis) -> Curve:
     return {int(step): (float(at), float(value)) for step, at, value in points}
 
 
-def layers_curve(run: RunRecord, name: str) -> Curve:
+def layers_curve(rows: Sequence[Row], name: str) -> Curve:
     """Mean over layers of a layer number against tokens, at most ``MAX_POINTS`` points, each the mean of its rows."""
-    rows = run.train
     by_layer = measures.of_layers(rows, name)
     if not by_layer.size:
         return {}
@@ -105,7 +131,7 @@ def loss_drawings(variants: Sequence[Variant], colors: Mapping[str, str], key: s
                 found = band([validation_curve(run, key, axis) for run in counted])
                 if found is not None:
                     bands.append(found)
-                    _draw_band(axes, found, colors[variant.name], variant.name)
+                    _draw_band(axes, found, colors[variant.name], has_bands(colors))
                 for run in variant.runs:
                     if run not in counted and run.validation and run.train:
                         x, y = zip(*validation_curve(run, key, axis).values(), strict=True)
@@ -119,10 +145,12 @@ def loss_drawings(variants: Sequence[Variant], colors: Mapping[str, str], key: s
     return [against(*of) for of in X_AXES.values()]
 
 
-def _draw_band(axes: Axes, found: Band, color: str, label: str) -> None:
+def _draw_band(axes: Axes, found: Band, color: str, with_band: bool) -> None:
     marker = "o" if len(found.x) <= 30 else ""
-    axes.plot(found.x, found.mean, color=color, label=label.replace("$", r"\$"), marker=marker, ms=3)
-    axes.fill_between(found.x, found.low, found.high, color=color, alpha=0.15, lw=0)
+    is_other = color == OTHERS
+    axes.plot(found.x, found.mean, color=color, marker="" if is_other else marker, ms=3, zorder=1 if is_other else 2)
+    if with_band:
+        axes.fill_between(found.x, found.low, found.high, color=color, alpha=0.13, lw=0)
 
 
 def _look_at_the_end(axes: Axes, bands: Sequence[Band]) -> None:
@@ -133,35 +161,54 @@ def _look_at_the_end(axes: Axes, bands: Sequence[Band]) -> None:
         axes.set_ylim(min(late) - margin, max(late) + margin)
 
 
-def difference_drawing(paired: Mapping[str, PairedDifference], reference: str, unit: str) -> Draw:
+def difference_drawing(paired: Mapping[str, Difference], reference: str, unit: str) -> Draw:
     """Each variant's paired difference to the reference as a point with its interval; left of 0 is better."""
 
     def draw(axes: Axes) -> None:
-        names = [name for name, found in paired.items() if found.difference is not None and name != reference]
+        there = {name: found.difference for name, found in paired.items() if found.difference is not None}
+        names = sorted((name for name in there if name != reference), key=lambda name: there[name].mean)
         axes.axvline(0, color=GREY, lw=0.8)
         for place, name in enumerate(names):
-            found = paired[name].difference
-            assert found is not None
+            found = there[name]
             color = {"better": BLUE, "worse": ORANGE}.get(paired[name].verdict, GREY)
             if math.isfinite(found.low):
                 axes.plot([found.low, found.high], [place, place], color=color, lw=2)
             axes.plot(found.mean, place, "o", color=color, ms=5)
-        axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
+        _look_at_most([there[name] for name in names], axes)
+        axes.set_yticks(range(len(names)), [plain(name) for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
-        finish(axes, f"Difference to {reference}, 95%", unit, FuncFormatter(lambda value, _: f"{value:g}"))
+        finish(axes, "Difference to the reference, 95%", unit, FuncFormatter(lambda value, _: f"{value:g}"))
 
     return draw
 
 
-def layer_charts(variants: Sequence[Variant], colors: Mapping[str, str], name: str, title: str) -> list[str]:
-    """A layer number, mean over layers, against tokens; nothing where no variant has it."""
-    bands = {variant.name: band([layers_curve(run, name) for run in variant.counted]) for variant in variants}
+def _look_at_most(found: Sequence[Estimate], axes: Axes) -> None:
+    """Show every mean, 0, and intervals of up to twice the median width."""
+    widths = [each.high - each.low for each in found if math.isfinite(each.low)]
+    if widths:
+        half = float(np.median(widths))
+        ends = [0.0] + [max(each.low, each.mean - half) for each in found if math.isfinite(each.low)]
+        ends += [min(each.high, each.mean + half) for each in found if math.isfinite(each.low)]
+        ends += [each.mean for each in found]
+        margin = 0.04 * (max(ends) - min(ends)) or 1e-3
+        axes.set_xlim(min(ends) - margin, max(ends) + margin)
+
+
+def layer_charts(
+    variants: Sequence[Variant],
+    colors: Mapping[str, str],
+    name: str,
+    title: str,
+    rows_of: Callable[[RunRecord], Sequence[Row]] = lambda run: run.train,
+) -> list[str]:
+    """A layer number of train, or other, rows, mean over layers, against tokens; nothing where no variant has it."""
+    bands = {variant.name: band([layers_curve(rows_of(run), name) for run in variant.counted]) for variant in variants}
 
     def draw(axes: Axes) -> None:
         for variant, found in bands.items():
             if found is not None:
-                _draw_band(axes, found, colors[variant], variant)
+                _draw_band(axes, found, colors[variant], has_bands(colors))
         finish(axes, title, "tokens")
 
     return [chart(f"layers-{name}", title, draw)] if any(found is not None for found in bands.values()) else []
@@ -178,7 +225,8 @@ def experts_by_layer_chart(variants: Sequence[Variant], colors: Mapping[str, str
 
     def draw(axes: Axes) -> None:
         for name, values in found.items():
-            axes.plot(list(values), list(values.values()), "o-", color=colors[name], ms=4)
+            zorder = 1 if colors[name] == OTHERS else 2
+            axes.plot(list(values), list(values.values()), "o-", color=colors[name], ms=4, zorder=zorder)
         finish(axes, title, "layer", FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
@@ -193,7 +241,8 @@ def balance_chart(
         (balance, value, colors[variant.name])
         for variant in variants
         for run in variant.counted
-        if (balance := measures.at_end(run, "load_max_over_mean")) is not None and (value := loss(run)) is not None
+        if (balance := measures.at_end(run.train, "load_max_over_mean")) is not None
+        and (value := loss(run)) is not None
     ]
     title = "Balance against quality, one point per run"
 
@@ -222,7 +271,7 @@ def incident_chart(found: Mapping[str, Sequence[measures.Incident]]) -> list[str
                 labelled.add(each.kind)
                 span = [each.first["tokens"], each.last["tokens"]]
                 axes.plot(span, [place, place], marker=marker, color=color, ms=5, label=label)
-        axes.set_yticks(range(len(found)), [name.replace("$", r"\$") for name in found])
+        axes.set_yticks(range(len(found)), [plain(name) for name in found])
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.legend()
         finish(axes, title, "tokens")

@@ -37,9 +37,9 @@ def end_of(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["tokens"] > (1 - END_SHARE) * rows[-1]["tokens"]]
 
 
-def at_end(run: RunRecord, name: str) -> float | None:
-    """Mean of a layer number over layers and the end of the run; None if it was not recorded."""
-    return mean_or_none(of_layers(end_of(run.train), name))
+def at_end(train: Sequence[Row], name: str) -> float | None:
+    """Mean of a layer number over layers and the end of a run; None if it was not recorded."""
+    return mean_or_none(of_layers(end_of(train), name)) if train else None
 
 
 def layers_at_end(run: RunRecord, name: str) -> dict[int, float]:
@@ -102,14 +102,12 @@ class Incident:
     detail: str
 
 
-def incidents(run: RunRecord) -> list[Incident]:
-    """Spikes, collapses and numbers that were not finite, in order of their steps."""
+def incidents(train: Sequence[Row], events: Sequence[Row]) -> list[Incident]:
+    """Spikes, collapses and numbers that were not finite in a run's rows, in order of their steps."""
     non_finite = [
-        Incident("non-finite", row, row, row["message"])
-        for row in run.events
-        if row["event"] in ("non_finite", "diverged")
+        Incident("non-finite", row, row, row["message"]) for row in events if row["event"] in ("non_finite", "diverged")
     ]
-    found = [*_spikes(run.train), *_collapses(run.train), *non_finite]
+    found = [*_spikes(train), *_collapses(train), *non_finite]
     return sorted(found, key=lambda each: each.first["step"])
 
 

@@ -45,6 +45,7 @@ class RunRecord:
             killed. ``unreadable``: a file of it is missing or broken.
         problem: Why it is unreadable, failed or diverged; else empty.
         is_complete: Whether it made all its steps, diverged or not.
+        folder: Where it is.
     """
 
     name: str
@@ -56,6 +57,7 @@ class RunRecord:
     state: State
     problem: str
     is_complete: bool
+    folder: Path
 
     @property
     def seed(self) -> int:
@@ -158,6 +160,7 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
         state="unreadable" if problems else state,
         problem="; ".join(problems) or problem,
         is_complete=_last_word(rows)[0] == "finished" and not problems,
+        folder=folder,
     )
 
 
@@ -240,17 +243,40 @@ _HEADS = ("model.name", "router.name")
 
 
 def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Size and scheme where they differ, then every key that differs between variants of the same size and scheme."""
-    heads = [key for key in _HEADS if key in differences(values)]
+    """Size and scheme where they differ, then what tells variants of the same size and scheme apart."""
+    differing = differences(values)
+    leaves = [_leaf(key) for key in differing]
+    heads = [key for key in _HEADS if key in differing]
     kin: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for each in values:
         kin.setdefault(tuple(show(each, key) for key in heads), []).append(each)
     names = []
     for each in values:
         head = tuple(show(each, key) for key in heads)
-        rest = [f"{key}={show(each, key)}" for key in differences(kin[head]) if key in each]
+        rest = [
+            f"{_leaf(key) if leaves.count(_leaf(key)) == 1 else key}={show(each, key)}"
+            for key in _telling(kin[head])
+            if key in each
+        ]
         names.append(" ".join([*head, *rest]) or show(each, "router.name"))
     return names
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _telling(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fewest of the differing keys, taken one by one where they tell most, that tell all ``values`` apart."""
+    differing = differences(values)
+    chosen: list[str] = []
+
+    def kinds(keys: Sequence[str]) -> int:
+        return len({tuple(show(each, key) for key in keys) for each in values})
+
+    while kinds(chosen) < len(values) and len(chosen) < len(differing):
+        chosen.append(max((key for key in differing if key not in chosen), key=lambda key: kinds([*chosen, key])))
+    return [key for key in differing if key in chosen]
 
 
 def unnamed_differences(variants: Sequence[Variant]) -> list[str]:
@@ -262,4 +288,4 @@ def unnamed_differences(variants: Sequence[Variant]) -> list[str]:
     differing = differences([variant.values for variant in variants])
     told = tuple(key.partition(".")[0] + "." for key in _HEADS if key in differing)
     shown = {word.partition("=")[0] for variant in variants for word in variant.name.split(" ")}
-    return [key for key in differing if key not in shown and not key.startswith(told)]
+    return [key for key in differing if not {key, _leaf(key)} & shown and not key.startswith(told)]

@@ -1,39 +1,53 @@
-"""Means, intervals and tests over seeds. Student's t from its closed forms, so nothing beyond the standard library."""
+"""Means, intervals and tests over seeds and texts. Student's t from its closed forms, with numpy alone.
+
+Two things are left to chance in a difference between variants: the seed, of which there are few, and the text of the
+validation set. Texts are resampled (a bootstrap of whole documents, which runs of the same rows share); in each
+resample the seeds' differences have a mean ``m`` and a standard error ``e``, and the true difference is ``m + e T``,
+``T`` Student's t of the seeds' degrees of freedom. The interval is that of the mixture over resamples. Without
+documents it is the paired t-interval over seeds; without differences between seeds it is the bootstrap's percentile
+interval over documents. A bootstrap of three seeds would call one in four pairs of identical variants different.
+
+Axis names:
+    resamples  of the documents of the validation set
+    seeds      that a comparison rests on
+"""
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import fmean, stdev
 from typing import Literal
+
+import numpy as np
 
 CONFIDENCE = 0.95
 
 Verdict = Literal["reference", "better", "worse", "not distinguishable", "not tested"]
 
 
-def student_t_within(t: float, degrees: int) -> float:
-    """Probability that Student's t with ``degrees`` of freedom lies in ``[-t, t]``.
+def student_t_within(t: float | np.ndarray, degrees: int) -> np.ndarray | np.float64:
+    """Probability that Student's t with ``degrees`` of freedom lies in ``[-t, t]``, for each ``t``, at least 0.
 
     Source:
         Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd) and 26.7.4 (even degrees).
     """
     if degrees < 1:
         raise ValueError(f"degrees={degrees} must be at least 1")
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine = math.cos(angle)
+    angle = np.arctan(np.asarray(t) / math.sqrt(degrees))
+    cosine = np.cos(angle)
     if degrees % 2:
-        total, term = 0.0, cosine
+        total, term = np.zeros_like(cosine), cosine
         for k in range(1, degrees - 1, 2):
-            total += term
-            term *= cosine**2 * (k + 1) / (k + 2)
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    total, term = 0.0, 1.0
+            total = total + term
+            term = term * cosine**2 * (k + 1) / (k + 2)
+        return 2 / math.pi * (angle + np.sin(angle) * total)
+    total, term = np.zeros_like(cosine), np.ones_like(cosine)
     for k in range(0, degrees, 2):
-        total += term
-        term *= cosine**2 * (k + 1) / (k + 2)
-    return math.sin(angle) * total
+        total = total + term
+        term = term * cosine**2 * (k + 1) / (k + 2)
+    return np.sin(angle) * total
 
 
 @functools.cache
@@ -71,16 +85,35 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """A variant minus another, seed by seed.
+class Sample:
+    """What is known of one variant's loss.
 
     Attributes:
-        seeds: Seeds that both have.
-        difference: Mean and interval of the differences; None without common seeds.
-        p_value: Of the two-sided paired t-test; None with fewer than two common seeds.
+        losses: Seed -> final loss.
+        resampled: Seed -> the same over resampled documents [resamples]; empty where losses by document are missing.
+        rows: Says which rows ``resampled`` is of; only resamples of the same rows go together.
+    """
+
+    losses: Mapping[int, float]
+    resampled: Mapping[int, np.ndarray] = field(default_factory=dict)
+    rows: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant minus another.
+
+    Attributes:
+        seeds: Seeds that it rests on: those that both have, or all of both where it is not paired.
+        is_paired: Whether runs were compared seed by seed.
+        over_texts: Whether the interval holds what other documents could have made of it.
+        difference: Mean and interval; None where there is nothing to subtract.
+        p_value: Two-sided; None with fewer than two seeds.
     """
 
     seeds: list[int]
+    is_paired: bool
+    over_texts: bool
     difference: Estimate | None
     p_value: float | None
 
@@ -94,17 +127,63 @@ class PairedDifference:
         return "worse" if self.difference.mean > 0 else "better"
 
 
-def paired_difference(values: Mapping[int, float], others: Mapping[int, float]) -> PairedDifference:
-    """``values - others`` over the seeds that both have, which share data order and initial weights."""
-    seeds = sorted(values.keys() & others.keys())
-    differences = [values[seed] - others[seed] for seed in seeds]
-    found = estimate(differences)
-    if found is None or found.count < 2:
-        return PairedDifference(seeds, found, None)
-    spread = stdev(differences) / math.sqrt(len(seeds))
-    if spread == 0:
-        return PairedDifference(seeds, found, 1.0 if found.mean == 0 else 0.0)
-    return PairedDifference(seeds, found, 1 - student_t_within(abs(found.mean) / spread, len(seeds) - 1))
+def difference(of: Sample, to: Sample) -> Difference:
+    """``of - to``: seed by seed where both have two seeds or more in common, else of the means over all seeds.
+
+    The unpaired standard error is Welch's, with the degrees of freedom of the smaller sample, which is conservative.
+    """
+    common = sorted(of.losses.keys() & to.losses.keys())
+    is_paired = len(common) >= 2 or min(len(of.losses), len(to.losses)) < 2
+    seeds = common if is_paired else sorted(of.losses.keys() | to.losses.keys())
+    sides = [(sample, common if is_paired else sorted(sample.losses)) for sample in (of, to)]
+    point = _mean_and_error([np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired)
+    over_texts = of.rows == to.rows != "" and all(s in sample.resampled for sample, own in sides for s in own)
+    if not seeds:
+        return Difference([], True, False, None, None)
+    mean = float(point[0][0])
+    if len(seeds) < 2:
+        return Difference(seeds, True, False, Estimate(mean, math.nan, math.nan, 1), None)
+    if over_texts:
+        drawn = _mean_and_error(
+            [np.stack([sample.resampled[s] for s in own], axis=1) for sample, own in sides], is_paired
+        )
+    else:
+        drawn = point
+    degrees = min(len(own) for _, own in sides) - 1
+    below = _share_below(0.0, *drawn, degrees)
+    tail = (1 - CONFIDENCE) / 2
+    found = Estimate(mean, _quantile(tail, *drawn, degrees), _quantile(1 - tail, *drawn, degrees), len(seeds))
+    return Difference(seeds, is_paired, over_texts, found, min(1.0, 2 * min(below, 1 - below)))
+
+
+def _mean_and_error(losses: Sequence[np.ndarray], is_paired: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean difference and its standard error over seeds, each [resamples]; of two sides' losses [resamples, seeds]."""
+    of, to = losses
+    if of.shape[1] < 2 or to.shape[1] < 2:
+        return np.array([of.mean() - to.mean() if of.size and to.size else math.nan]), np.array([math.nan])
+    samples = [of - to] if is_paired else [of, to]
+    squares = [each.var(axis=1, ddof=1) / each.shape[1] for each in samples]
+    return of.mean(axis=1) - to.mean(axis=1), np.sqrt(np.sum(squares, axis=0))
+
+
+def _share_below(value: float, mean: np.ndarray, error: np.ndarray, degrees: int) -> float:
+    """Probability that ``mean + error T`` is below ``value``, half of it where it is ``value``; mean over resamples."""
+    gap = value - mean
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 0, gap / error, np.where(gap == 0, 0.0, np.sign(gap) * np.inf))
+    return float((0.5 + 0.5 * np.sign(t) * student_t_within(np.abs(t), degrees)).mean())
+
+
+def _quantile(share: float, mean: np.ndarray, error: np.ndarray, degrees: int) -> float:
+    """The value that ``mean + error T`` is below with probability ``share``."""
+    if len(mean) == 1:
+        return float(mean[0] + math.copysign(student_t_quantile(abs(2 * share - 1), degrees), share - 0.5) * error[0])
+    reach = student_t_quantile(1 - 1e-6, degrees) * float(error.max())
+    low, high = float(mean.min()) - reach, float(mean.max()) + reach
+    close = 1e-12 * (high - low)
+    while high - low > close and (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if _share_below(middle, mean, error, degrees) < share else (low, middle)
+    return (low + high) / 2
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -138,14 +217,19 @@ class Ranked:
     equals: list[str]
 
 
-def rank(losses: Mapping[str, Mapping[int, float]]) -> list[Ranked]:
+def errors_to_win(pairs: int, seeds: int) -> float:
+    """Standard errors by which two variants must differ for the first place that is won among ``pairs`` pairs."""
+    return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, seeds - 1)
+
+
+def rank(samples: Mapping[str, Sample]) -> list[Ranked]:
     """Order variants by mean loss; a place is only won by a test.
 
-    The test of two variants is the two-sided paired t-test over their common seeds at 5%, with Holm's correction for
-    the number of pairs. Variants without a loss are left out.
+    The test of two variants is that of ``difference`` at 5%, with Holm's correction for the number of pairs. Variants
+    without a loss are left out.
     """
-    means = {name: found for name, values in losses.items() if (found := estimate(list(values.values())))}
-    pairs = {(a, b): paired_difference(losses[a], losses[b]) for a, b in combinations(means, 2)}
+    means = {name: found for name, each in samples.items() if (found := estimate(list(each.losses.values())))}
+    pairs = {(a, b): difference(samples[a], samples[b]) for a, b in combinations(means, 2)}
     tested = {pair: found for pair, found in pairs.items() if found.p_value is not None}
     corrected = dict(zip(tested, holm([found.p_value or 0.0 for found in tested.values()]), strict=True))
     better: dict[str, set[str]] = {name: set() for name in means}

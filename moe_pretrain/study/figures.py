@@ -9,7 +9,7 @@ Axis names:
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, PercentFormatter
 
 from moe_pretrain.metrics.console import short_number
@@ -145,13 +146,29 @@ def chart(name: str, title: str, draw: Callable[[Axes], None], size: tuple[float
         return _to_svg(figure, name, title)
 
 
-def write_png(path: Path, draws: Sequence[Callable[[Axes], None]], size: tuple[float, float]) -> None:
-    """Write a picture with what each of ``draws`` puts on axes of its own, side by side; ``size`` is in inches."""
+def write_png(
+    path: Path, draws: Sequence[Callable[[Axes], None]], size: tuple[float, float], colors: Mapping[str, str]
+) -> None:
+    """Write a picture with what each of ``draws`` puts on axes of its own, side by side.
+
+    Args:
+        path: Where.
+        draws: Fill the axes.
+        size: Width and height in inches.
+        colors: The legend below them: label to colour.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         for axes, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
             draw(axes)
+        handles = [Line2D([], [], color=color, lw=3, label=plain(label)) for label, color in colors.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
         figure.savefig(path, dpi=160)
+
+
+def plain(label: str) -> str:
+    """A label whose dollars are dollars and no mathematics."""
+    return label.replace("$", r"\$")
 
 
 def _format_y(axes: Axes, y_format: str, from_zero: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 _STYLE = """
 body { margin: 0; background: #f3f4f6; color: #1c1f24; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 20px 14px 40px; }
+main { max-width: 1160px; margin: 0 auto; padding: 20px 14px 40px; }
 h1 { font-size: 24px; margin: 6px 0 2px; overflow-wrap: anywhere; }
 h2 { font-size: 16px; margin: 0 0 8px; }
 p { margin: 0 0 8px; color: #555; }
@@ -29,6 +29,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-top: 1px solid #eceef1;
   vertical-align: top; white-space: nowrap; }
 td:last-child { white-space: normal; min-width: 220px; overflow-wrap: anywhere; }
+@media (max-width: 640px) { td:nth-child(2) { white-space: normal; min-width: 96px; overflow-wrap: anywhere; } }
 pre { overflow-x: auto; font-size: 12.5px; margin: 10px 0 0; }
 .warning { background: #fff4e5; border-color: #e0a050; }
 .warning ul { margin: 0; padding-left: 20px; overflow-wrap: anywhere; }

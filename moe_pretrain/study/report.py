@@ -1,6 +1,7 @@
 """One run as one self-contained HTML page, readable while the run goes on."""
 
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import yaml
 
 from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.metrics.rows import Row, read_rows
-from moe_pretrain.study import run_charts
+from moe_pretrain.study import findings, run_charts
+from moe_pretrain.study.compare_charts import incident_chart
+from moe_pretrain.study.compare_measures import at_end, incidents
 from moe_pretrain.study.figures import column
+from moe_pretrain.study.findings import COST_NOTE, INFORMATION_NOTE
 from moe_pretrain.study.page import charts, facts, folded, legend, page, section, table, write_whole
 
 _MAX_EVENTS = 200
@@ -37,6 +41,12 @@ def load_rows(run_dir: Path) -> dict[str, list[Row]]:
 def _read_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def recorded_facts(run_dir: Path) -> dict[str, Any]:
+    """``summary.json``, or nothing."""
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _lookup(config: dict[str, Any], *paths: str) -> Any:
@@ -72,8 +82,7 @@ def summarise(run_dir: Path, rows: dict[str, list[Row]] | None = None) -> dict[s
     """
     rows = rows or load_rows(run_dir)
     config = _read_config(run_dir)
-    summary_path = run_dir / "summary.json"
-    recorded = json.loads(summary_path.read_text()) if summary_path.exists() else {}
+    recorded = recorded_facts(run_dir)
     train, validation = rows["train"], rows["validation"]
     everything = [row for kind in rows.values() for row in kind]
     last, last_validation = train[-1], validation[-1] if validation else {}
@@ -101,6 +110,7 @@ def summarise(run_dir: Path, rows: dict[str, list[Row]] | None = None) -> dict[s
         "device": recorded.get("device"),
         "corpus_fingerprint": recorded.get("corpus_fingerprint"),
         "versions": recorded.get("versions") or {},
+        "commit": recorded.get("commit"),
     }
 
 
@@ -141,6 +151,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "Resumes": number("resumes", "d"),
         "Device": word("device"),
         "Corpus fingerprint": word("corpus_fingerprint"),
+        "Commit": word("commit"),
         "Versions": versions or _UNKNOWN,
     }
 
@@ -160,7 +171,7 @@ def _event_table(events: list[Row]) -> str:
 def _chart_sections(rows: dict[str, list[Row]], unigram_entropy: float | None) -> list[str]:
     train = rows["train"]
     loss = run_charts.loss_charts(train, rows["validation"], rows["event"], unigram_entropy)
-    router, colors = run_charts.router_charts(train)
+    router, colors = run_charts.router_charts(train, rows["validation"])
     load_note = (
         "Experts from top to bottom, steps from left to right. The colour is an expert's share of"
         " the routes times the number of experts: blue gets too few tokens, red too many."
@@ -175,6 +186,44 @@ def _chart_sections(rows: dict[str, list[Row]], unigram_entropy: float | None) -
         charts("Optimiser", run_charts.optimizer_charts(train)),
         charts("Throughput", run_charts.throughput_charts(train)),
     ]
+
+
+def _incident_section(name: str, rows: dict[str, list[Row]]) -> str:
+    found = incidents(rows["train"], rows["event"])
+    if not found:
+        return section("Incidents", "<p>No spike, no collapsed layer, no number that was not finite.</p>")
+    lines = [(each.kind, f"{each.first['step']:,d}", f"{each.last['step']:,d}", each.detail) for each in found]
+    header = ("What", "First step", "Last step", "Detail")
+    body = f'<div class="single">{incident_chart({name: found})[0]}</div>{table(header, lines[:_MAX_EVENTS])}'
+    return section("Incidents", body, f"The first {_MAX_EVENTS} of {len(found)}." * (len(found) > _MAX_EVENTS))
+
+
+def _finding_sections(run_dir: Path, rows: dict[str, list[Row]], recorded: dict[str, Any]) -> list[str]:
+    """What is counted of the layer, and what ``specialise`` and ``certify`` have found; nothing for a dense model."""
+    experts = at_end(rows["train"], "experts_per_token")
+    if experts is None:
+        return []
+    cost = findings.cost_cells(recorded, experts)
+    certificate = findings.certificate(run_dir)
+    information = findings.normalised_information(run_dir)
+    sections = []
+    if cost:
+        sections.append(section("Cost by part of a MoE layer", table(list(cost), [list(cost.values())]), COST_NOTE))
+    if information is None:
+        sections.append(
+            section("Specialisation", f"<p>Not measured: moe-pretrain specialise {escape(str(run_dir))}</p>")
+        )
+    else:
+        lines = [[kind, findings.information_cell(pairs)] for kind, pairs in information.items()]
+        sections.append(section("Specialisation", table(("By", "Normalised information"), lines), INFORMATION_NOTE))
+    if certificate is None:
+        sections.append(section("Certificate", f"<p>None: moe-pretrain certify {escape(str(run_dir))}</p>"))
+    else:
+        note = f"{certificate.outcome}. Code: {certificate.code[:12]}."
+        sections.append(
+            section("Certificate", table(("Does not simply pass",), [[x] for x in certificate.others]), note)
+        )
+    return sections
 
 
 def write_report(run_dir: Path) -> Path:
@@ -194,6 +243,8 @@ def write_report(run_dir: Path) -> Path:
     sections = [
         section("Key facts", facts(_facts(summary))),
         *_chart_sections(rows, summary["unigram_entropy"]),
+        _incident_section(str(summary["run_name"]), rows),
+        *_finding_sections(run_dir, rows, recorded_facts(run_dir)),
         _event_table(rows["event"]),
     ]
     config_path = run_dir / "config.yaml"

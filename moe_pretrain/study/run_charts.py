@@ -116,21 +116,28 @@ def layer_colors(layers: Sequence[str]) -> dict[str, str]:
     return {layer: to_hex(shade) for layer, shade in zip(layers, shades, strict=True)}
 
 
-def router_charts(train: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
-    """How even and how decided the routing is, a line per layer; and the colour of each layer."""
+def router_charts(train: Sequence[Row], validation: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
+    """How even, decided and steady the routing is, a line per layer; and the colour of each layer."""
     titles = {
         "load_max_over_mean": "Busiest expert over the mean (1 = even)",
         "router_entropy": "Mean entropy of a token's routing (nats)",
         "dead_experts": "Experts without a token",
         "dropped_share": "Share of routes dropped",
+        "experts_per_token": "Experts per token",
+        "routing_drift": "Routing drift between validations",
     }
-    layers = {name: metric_layers(train, name) for name in titles}
+    rows_of = {name: validation if name == "routing_drift" else train for name in titles}
+    layers = {name: metric_layers(rows_of[name], name) for name in titles}
     colors = layer_colors(sorted({layer for found in layers.values() for layer in found}, key=int))
     charts = []
     for name, title in titles.items():
-        curves = [Curve(train, f"moe/layer_{layer}/{name}", colors[layer]) for layer in layers[name]]
+        marker = "o" if name == "routing_drift" else ""
+        curves = [
+            Curve(rows_of[name], f"moe/layer_{layer}/{name}", colors[layer], marker=marker) for layer in layers[name]
+        ]
         if curves:
-            y_format = {"dead_experts": "integer", "dropped_share": "percent"}.get(name, "")
+            percent = dict.fromkeys(("dropped_share", "routing_drift"), "percent")
+            y_format = ({"dead_experts": "integer"} | percent).get(name, "")
             from_zero = bool(y_format)
             chart = line_chart(f"router-{name}", title, curves, from_zero=from_zero, y_format=y_format)
             charts.append(chart)

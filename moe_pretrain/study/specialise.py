@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_pretrain.batching import plan_batches
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config import Config, ConfigError, load_router_file, validate
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader, validation_batches
 from moe_pretrain.engine.context import routing_context
-from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.types import ExpertShard, Routing
+from moe_pretrain.model.decoder import DecoderLM, recorded_routings
+from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.study.specialisation import Specialisation, Tally, gate_of, most_frequent_classes
 
 NUM_CLASSES = 64
@@ -125,18 +125,9 @@ def _batches(config: Config, readers: dict[str, ShardReader]) -> Iterator[tuple[
 
 def _gates(model: DecoderLM, batch: MicroBatch, seed: int) -> list[Tensor]:
     """``[tokens, experts]`` of every MoE layer, on the CPU."""
-    gates: list[Tensor] = []
-
-    def note(module: nn.Module, inputs: tuple, routing: Routing) -> None:
-        gates.append(gate_of(routing, batch.labels.numel(), model.config.moe.num_experts).cpu())
-
-    handles = [layer.router.register_forward_hook(note) for layer in model.moe_layers()]
-    try:
+    with recorded_routings(model) as routings:
         model.routes(batch.input_ids, batch.document_ids, batch.position_ids, routing_context(batch, seed, 0))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return gates
+    return [gate_of(routing, batch.labels.numel(), model.config.moe.num_experts).cpu() for routing in routings]
 
 
 def _table(layers: list[int], rows: list[Specialisation]) -> Iterator[str]:

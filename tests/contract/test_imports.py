@@ -44,7 +44,7 @@ CONFINED = {
     "deepspeed": {"engine/engine.py", "parallel/deepspeed_moe.py"},
     "hydra": {"config.py", "cli.py", "sweep/"},
     "omegaconf": {"config.py", "cli.py", "sweep/"},
-    "wandb": {"metrics/sinks.py"},
+    "wandb": {"metrics/wandb_sink.py"},
     "torch.distributed": {
         "pretrain.py",
         "launch.py",

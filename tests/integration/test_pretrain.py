@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.runs import STEPS, TINY, rows_of, run, start, train_words, wait_for_step
 
+from moe_pretrain.metrics.probe import ProbeFiles
+
 
 def files_of_step(home: Path, name: str, step: int) -> dict:
     manifest = home / "outputs" / name / "checkpoints" / f"step_{step:08d}" / "manifest.json"
@@ -27,7 +29,15 @@ def straight(home: Path) -> Path:
 def test_a_run_folder_holds_all_of_a_run(straight: Path):
     folder = straight / "outputs" / "straight"
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "overrides.txt", "metrics.jsonl", "summary.json", "report.html", "checkpoints"} <= names
+    assert {
+        "config.yaml",
+        "overrides.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "checkpoints",
+        "probe",
+    } <= names
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         f"step_{step:08d}" for step in (4, 8, 12)
     ]
@@ -83,6 +93,24 @@ def test_kill_and_resume_on_another_topology(straight: Path):
     assert [row["data/token_hash"] for row in ours] == [row["data/token_hash"] for row in theirs]
     for left, right in zip(ours, theirs, strict=True):
         assert left["train/loss"] == pytest.approx(right["train/loss"], rel=2e-4)
+    probes = [ProbeFiles(straight / "outputs" / name).newest(STEPS) for name in ("killed", "straight")]
+    validations = [rows_of(straight, name, "validation") for name in ("killed", "straight")]
+    for probe, rows in zip(probes, validations, strict=True):
+        assert probe is not None and probe.step == STEPS
+        assert probe.mean_loss == pytest.approx(rows[-1]["validation/loss"], rel=1e-6)
+    assert probes[0].fingerprint == probes[1].fingerprint
+    for layer in range(2):
+        drift = [rows[-1][f"moe/layer_{layer:02d}/routing_drift"] for rows in validations]
+        assert 0 < drift[1] <= 1 and drift[0] == pytest.approx(drift[1], abs=0.02), "since step 6, of both runs"
+
+
+def test_a_dense_run_has_losses_by_document_and_no_routes(straight: Path):
+    code, _, err = run(straight, *train_words("dense", "router=dense", "batch.total_tokens=2048"))
+    assert code == 0, err
+    probe = ProbeFiles(straight / "outputs" / "dense").newest(2)
+    assert probe is not None and probe.routes.size == 0
+    (row,) = rows_of(straight, "dense", "validation")
+    assert probe.mean_loss == pytest.approx(row["validation/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

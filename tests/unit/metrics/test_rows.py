@@ -101,6 +101,7 @@ def test_reduction_over_layers():
     assert reduced == {
         "step": 7,
         "tokens": 70,
+        "seconds": 3.5,
         "train/loss": 2.5,
         "aux/router_z_loss": 3.0,
         "moe/mean/dead_experts": 2.5,

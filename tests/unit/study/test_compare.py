@@ -3,13 +3,11 @@
 import csv
 import json
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_page
+from helpers.planted import AUTONOMY_DIFFERS_BY, BASE, STEPS, TOKENS, TOP_P, Planted, plant_sweep
 
 from moe_pretrain.cli import main
 from moe_pretrain.study.compare import compare
@@ -17,94 +15,6 @@ from moe_pretrain.study.compare_charts import band
 from moe_pretrain.study.compare_measures import incidents, training_flops, training_seconds
 from moe_pretrain.study.compare_page import write_comparison
 from moe_pretrain.study.compare_runs import find_runs
-
-STEPS, TOKENS, EXPERTS, LAYERS = 100, 1000, 8, 2
-
-
-@dataclass
-class Planted:
-    """A run folder to be written; ``loss`` is that of its last validation."""
-
-    name: str
-    loss: float
-    seed: int = 1
-    router: dict = field(default_factory=lambda: {"name": "top_k", "top_k": 2})
-    other: dict = field(default_factory=dict)
-    steps: int = STEPS
-    end: tuple[str, str] | None = ("finished", "after 100 steps")
-    fingerprint: str = "corpus"
-    bytes_per_token: float = 4.0
-    experts_per_token: float = 2.0
-    token_hash: str = ""
-
-    def rows(self) -> list[dict]:
-        rows = []
-        for step in range(1, self.steps + 1):
-            base = {"step": step, "tokens": step * TOKENS, "seconds": step * 0.6, "attempt": 0}
-            loss = self.loss + 3 * math.exp(-6 * step / STEPS) - 3 * math.exp(-6)
-            row = {
-                "kind": "train",
-                **base,
-                "train/loss": loss,
-                "train/tokens_per_second": 2000.0 + step,
-                "train/step_seconds": 0.5,
-                "train/flops_per_token": 1e6 * (1 + self.experts_per_token),
-                "data/token_hash": self.token_hash or f"{self.seed}-{step}",
-            }
-            for layer in range(LAYERS):
-                share = np.linspace(1, 1.5, EXPERTS)
-                share /= share.sum()
-                row |= {
-                    f"moe/layer_{layer:02d}/expert_share": share.tolist(),
-                    f"moe/layer_{layer:02d}/load_max_over_mean": share.max() * EXPERTS + layer,
-                    f"moe/layer_{layer:02d}/experts_per_token": self.experts_per_token + layer,
-                    f"moe/layer_{layer:02d}/router_entropy": 1.5,
-                    f"moe/layer_{layer:02d}/dead_experts": float(step <= 85),
-                }
-            rows.append(row)
-            if step % 20 == 0:
-                bits = loss / math.log(2) / self.bytes_per_token
-                rows.append({"kind": "validation", **base, "validation/loss": loss, "validation/bits_per_byte": bits})
-        if self.end:
-            rows.append({"kind": "event", **base, "event": self.end[0], "message": self.end[1]})
-        return rows
-
-    def write(self, root: Path) -> Path:
-        folder = root / self.name
-        folder.mkdir(parents=True)
-        config = {
-            "seed": self.seed,
-            "run": {"name": self.name, "output_dir": str(root)},
-            "model": {"name": "tiny", "sequence_length": 10},
-            "router": self.router,
-            "batch": {"global_batch_tokens": TOKENS, "total_tokens": STEPS * TOKENS},
-            "optimizer": {"learning_rate": 0.001},
-            "metrics": {"log_every_steps": 1},
-        }
-        for key, value in self.other.items():
-            part, _, name = key.partition(".")
-            config.setdefault(part, {})[name] = value
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        facts = {"corpus_fingerprint": self.fingerprint, "versions": {"torch": "2.13"}, "device": "cpu"}
-        (folder / "summary.json").write_text(json.dumps(facts))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows()))
-        return folder
-
-
-TOP_P = {"name": "top_p", "threshold": 0.4}
-AUTONOMY = {"name": "autonomy", "gate_rank": 32}
-BASE = {1: 3.00, 2: 3.10, 3: 2.95}  # what the seed does to the loss
-TOP_P_IS_WORSE_BY = {1: 0.049, 2: 0.050, 3: 0.051}
-AUTONOMY_DIFFERS_BY = {1: 0.01, 2: -0.02, 3: 0.015}
-
-
-def plant_sweep(root: Path) -> Path:
-    """Three schemes, three seeds: ``top_p`` is worse, ``autonomy`` is not distinguishable from ``top_k``."""
-    for seed, loss in BASE.items():
-        Planted(f"top_k-{seed}", loss, seed).write(root)
-        Planted(f"top_p-{seed}", loss + TOP_P_IS_WORSE_BY[seed], seed, TOP_P, experts_per_token=3.0).write(root)
-        Planted(f"deep/autonomy-{seed}", loss + AUTONOMY_DIFFERS_BY[seed], seed, AUTONOMY).write(root)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +81,7 @@ def test_a_missing_seed_is_said_and_left_out_of_pairs(tmp_path: Path):
     assert found.paired["top_p"].seeds == [1, 3]
     assert found.paired["top_p"].difference.mean == pytest.approx(0.05)
     assert found.losses["top_p"].keys() == {1, 3}
-    assert any("top_p: no finished run of seed 2" in line for line in found.warnings)
+    assert any("No finished run of seed 2: top_p;" in line for line in found.warnings)
     assert any("1 of 9 runs unfinished: top_p-2" in line for line in found.warnings)
 
 
@@ -275,10 +185,13 @@ def test_variants_are_named_by_what_differs(tmp_path: Path):
     Planted("c", 3.0, router=TOP_P, other={"metrics.log_every_steps": 7}).write(tmp_path)
     Planted("d", 3.0, 2, router=TOP_P, other={"checkpoint.every_steps": 7}).write(tmp_path)
     names = [variant.name for variant in compare(tmp_path).variants]
-    assert names == ["top_k router.top_k=1", "top_k router.top_k=2", "top_p"]
-    assert compare(tmp_path).reference == "top_k router.top_k=1"
-    with pytest.raises(ValueError, match="--reference='top' must be one of the variants: 'top_k router.top_k=1', "):
+    assert names == ["top_k top_k=1", "top_k top_k=2", "top_p"]
+    assert compare(tmp_path).reference == "top_k top_k=1"
+    assert compare(tmp_path, "_k=2").reference == "top_k top_k=2"
+    with pytest.raises(ValueError, match="--reference='top' must be a part of one name only, of 'top_k top_k=1', "):
         compare(tmp_path, "top")
+    with pytest.raises(ValueError, match="--reference='x' must be one of the variants, or a part of one name: 'top_k "):
+        compare(tmp_path, "x")
 
 
 def test_a_band_is_the_mean_and_interval_at_common_steps():
@@ -289,10 +202,15 @@ def test_a_band_is_the_mean_and_interval_at_common_steps():
     assert band([{1: (0.0, 0.0)}, {2: (0.0, 0.0)}]) is None and band([]) is None
 
 
+def found_incidents(root: Path) -> list:
+    (run,) = find_runs(root)
+    return incidents(run.train, run.events)
+
+
 def test_incidents_are_found_where_they_were_planted(tmp_path: Path):
     planted = Planted("a", 3.0, steps=200)
     folder = planted.write(tmp_path)
-    assert incidents(find_runs(tmp_path)[0]) == []
+    assert found_incidents(tmp_path) == []
     rows = planted.rows()
     for row in rows:
         if row["kind"] == "train" and row["step"] in (120, 121):
@@ -302,7 +220,7 @@ def test_incidents_are_found_where_they_were_planted(tmp_path: Path):
     event = {"step": 150, "tokens": 150 * TOKENS, "seconds": 0, "attempt": 0}
     rows.append({"kind": "event", **event, "event": "non_finite", "message": "NaN in train/gradient_norm"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = incidents(find_runs(tmp_path)[0])
+    found = found_incidents(tmp_path)
     assert [(each.kind, each.first["step"], each.last["step"]) for each in found] == [
         ("collapse", 60, 70),
         ("spike", 120, 121),
@@ -344,6 +262,7 @@ def test_page_has_every_chart_and_loads_nothing(sweep: Path):
         "Entropy of a token's routing (nats)",
         "Experts without a token",
         "Balance against quality, one point per run",
+        "Routing drift between validations",
     ]
     assert_loads_nothing(sweep / "compare.html")
     first = (sweep / "compare.html").read_bytes()
@@ -380,7 +299,7 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys):
     plant_sweep(tmp_path)
     assert main(["compare", str(tmp_path), "--reference", "autonomy"]) == 0
     out = capsys.readouterr().out
-    assert "Difference to autonomy" in out and out.endswith(f"{tmp_path / 'compare.html'}\n")
+    assert "Difference: to autonomy" in out and out.endswith(f"{tmp_path / 'compare.html'}\n")
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
         "compare.html",
         "compare.md",

@@ -145,6 +145,7 @@ def test_page_has_every_chart(finished_run):
         "Mean entropy of a token's routing (nats)",
         "Experts without a token",
         "Share of routes dropped",
+        "Experts per token",
         "load balance, weight 0.01",
         "router z, weight 0.001",
         "weighted sum, as added to the loss",
@@ -193,6 +194,30 @@ def test_page_of_a_dense_run_says_that_there_is_no_router(tmp_path):
     reader = read_page(write_report(run_dir))
     assert reader.text.count("None recorded.") == 3
     assert len(reader.charts) == 4
+
+
+def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "validation":
+            row |= {f"moe/layer_{layer:02d}/routing_drift": 0.1 * layer for layer in range(LAYERS)}
+        elif row["step"] == 150 and row["kind"] == "train":
+            row["train/loss"] += 5
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = json.loads((run_dir / "summary.json").read_text())
+    facts |= {"commit": "c0ffee", "moe_layer_cost": {"experts": {"flops_per_route": 2e6}}}
+    (run_dir / "summary.json").write_text(json.dumps(facts))
+    passed = [{"property": "determinism", "verdict": "PASS", "detail": "same"}]
+    (run_dir / "certificate.json").write_text(json.dumps({"code": "abc", "rows": passed}))
+    reader = read_page(write_report(run_dir))
+    labels = [chart["aria-label"] for chart in reader.charts]
+    assert {"Routing drift between validations", "Spikes, collapses and numbers that were not finite"} <= set(labels)
+    table = reader.text[reader.text.index("First step") :]
+    assert table[table.index("spike") : table.index("spike") + 3] == ["spike", "150", "150"]
+    assert "4.00M FLOPs" in reader.text and "c0ffee" in reader.text
+    assert "certified; 1 pass, 0 do not apply or are declared. Code: abc." in reader.text
+    assert f"Not measured: moe-pretrain specialise {run_dir}" in reader.text
 
 
 def test_missing_run_is_one_clear_line(tmp_path):
