@@ -2,7 +2,9 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import yaml
@@ -11,6 +13,14 @@ from moe_pretrain.config import Config, to_values
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.run_data import Corpus
+from moe_pretrain.study.page import write_whole
+
+OVERRIDES_FILE = "overrides.txt"
+
+
+def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Write down what the run was started with, which the same name goes on with; other ranks may read it meanwhile."""
+    write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in overrides))
 
 
 def write_facts(config: Config, size: ModelSize, corpus: Corpus, mesh: Mesh) -> None:
