@@ -175,7 +175,7 @@ class Liveness:
         seconds = self._limit_polls * _POLL_SECONDS
         return (
             f"no answer for {seconds:.0f} s from the launcher's store at {self._store_name}: its host, or the "
-            f" network between it and {socket.gethostname()}, is silent ({self._problem}){rank_0}"
+            f"network between it and {socket.gethostname()}, is silent ({self._problem}){rank_0}"
         )
 
     def _describe_silent_ranks(self, before: list[Sign | None]) -> str:
