@@ -30,9 +30,9 @@ from pydoc_data.topics import topics
 
 REPOSITORY = Path(__file__).parents[1]
 SKIPPED = 77
-STEPS, CUT_AT, EVERY_STEPS = 160, 20, 5
-MARGIN_SECONDS = 10.0
-PATIENCE_SECONDS = 120.0
+STEPS, CUT_AT, EVERY_STEPS = 100, 20, 5
+MARGIN_SECONDS = 30.0
+PATIENCE_SECONDS = 240.0
 PORT = 29511
 TINY = [
     *("model.vocab_size=512", "model.sequence_length=64", "model.num_layers=2", "model.hidden_size=32"),

@@ -1,0 +1,103 @@
+"""Under torchrun: what its signals, its grace time, its death and its restarts do to a run (defect C35)."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.runs import rows_of, run, train_words, wait_for_step
+
+from moe_pretrain.checkpoint import store
+
+LONG = ["batch.total_tokens=100000000", "evaluation.every_steps=100000", "checkpoint.keep_best=0"]
+SPREAD = ["parallel.expert_parallel_size=2"]
+
+
+def torchrun(home: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """torchrun with two ranks of ``moe_pretrain``; its shutdown timeout is 2 s where it can be set (torch 2.12)."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    return subprocess.Popen(
+        [*launcher, "-m", "moe_pretrain", *words],
+        cwd=home,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return [int(word) for file in children for word in file.read_text().split()]
+
+
+def newest_step(home: Path, name: str) -> int:
+    warnings: list[str] = []
+    found = store.newest(home / "outputs" / name / "checkpoints", warnings.append)
+    assert found is not None and not warnings
+    return found[1]["state"]["step"]
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGTERM, ()), (signal.SIGUSR1, ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",))],
+    ids=["SIGTERM", "SIGUSR1"],
+)
+def test_a_signal_to_torchrun_saves_on_all_ranks(home: Path, number: signal.Signals, options: tuple[str, ...]):
+    name = f"torchrun-{number.name}"
+    process = torchrun(home, *train_words(name, *LONG, *SPREAD), options=options)
+    wait_for_step(home, name, 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1, "torchrun's own code: it says nothing about the run"
+    last = rows_of(home, name)[-1]["step"]
+    assert rows_of(home, name, "event")[-1]["event"] == "stopped", (out, err)
+    assert newest_step(home, name) == last and f"stopped at step {last}" in out
+
+
+def test_a_save_that_outlasts_torchruns_grace_leaves_the_last_good_checkpoint(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A rank is stopped in the middle of the last save; torchrun kills all."""
+    name = "torchrun-slow"
+    slow = ["fault.point=save.file_half", "fault.action=stop", "fault.step=5", "fault.num_steps=1000000"]
+    process = torchrun(home, *train_words(name, *LONG, *SPREAD, *slow, "fault.rank=1", "checkpoint.every_steps=4"))
+    wait_for_step(home, name, 4, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert newest_step(home, name) == 4
+    code, _, err = run(home, "train", f"run.name={name}", "fault.point=null", "batch.total_tokens=8192")
+    assert code == 0, err
+    assert [row["step"] for row in rows_of(home, name)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_ranks_die_with_torchrun(home: Path, number: signal.Signals):
+    """Both end torchrun without a word to its workers, which would train on."""
+    name = f"orphans-{number.name}"
+    process = torchrun(home, *train_words(name, *LONG, *SPREAD))
+    wait_for_step(home, name, 2, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.send_signal(number)
+    process.communicate(timeout=60)  # ends when the last process that writes to its pipes has ended
+    assert process.returncode == -number
+    assert not [worker for worker in workers if Path(f"/proc/{worker}/cmdline").exists()]
+    code, _, err = run(home, "train", f"run.name={name}", "batch.total_tokens=4096")
+    assert code == 0 and "in use" not in err, "and the next start need not wait"
+
+
+def test_torchrun_starts_the_ranks_again_and_the_run_goes_on(home: Path):
+    """A rank is stopped for ever once step 4 is saved; its alarm must not end the next attempt."""
+    name = "restarted"
+    stuck = ["fault.point=save.announced", "fault.action=stop", "fault.step=4", "fault.rank=1"]
+    words = train_words(name, *SPREAD, *stuck, "parallel.heartbeat_seconds=5")
+    process = torchrun(home, *words, options=("--max-restarts", "1"))
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "no sign of life for 5 s: rank 1 on" in err
+    rows = rows_of(home, name)
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["attempt"] == 1
