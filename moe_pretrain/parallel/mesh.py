@@ -166,7 +166,8 @@ def build_mesh(config: ParallelConfig, device_type: str, meeting: Meeting | None
         met = meeting or meet(config)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("default_pg", met.store),
+            # Else ranks that torchrun has started again find the addresses of those that are gone.
+            store=dist.PrefixStore(f"default_pg/{met.attempt}", met.store),
             rank=met.rank,
             world_size=met.world_size,
             timeout=timeout,
