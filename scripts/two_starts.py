@@ -5,7 +5,8 @@
 Each round starts a run twice at the same moment, on random topologies. One must train and the other be refused with a
 line that names the first. Then the first is killed with -9, in half of the rounds all but one stopped rank of it, an
 orphan, and the run is started a third time: it must wait for the orphan and go on once that one is gone. At the end
-every step was done exactly once, on the tokens of an undisturbed run, the newest checkpoint verifies and nothing half written is left.
+every step was done exactly once, on the tokens of an undisturbed run, the newest checkpoint verifies
+and nothing half written is left.
 """
 
 import argparse

@@ -1,13 +1,14 @@
 """Under torchrun: what its signals, its grace time, its death and its restarts do to a run (defect C35)."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from helpers.runs import rows_of, run, train_words, wait_for_step
 
 from moe_pretrain.checkpoint import store
@@ -35,12 +36,19 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(word) for file in children for word in file.read_text().split()]
 
 
-def is_alive(process: int) -> bool:
-    """Whether it runs; one that nobody has asked for its exit code does not."""
+def state(process: int) -> str:
+    """The kernel's letter for what a process does; X when there is none."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
-        return False
+        return "X"
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 def newest_step(home: Path, name: str) -> int:
@@ -62,9 +70,7 @@ def test_a_signal_to_torchrun_saves_on_all_ranks(home: Path):
     assert newest_step(home, name) == last and f"stopped at step {last}" in out
 
 
-def test_a_save_that_outlasts_torchruns_grace_leaves_the_last_good_checkpoint(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_save_that_outlasts_torchruns_grace_leaves_the_last_good_checkpoint(home: Path):
     """A rank is stopped in the middle of the last save; torchrun kills all."""
     name = "torchrun-slow"
     slow = ["fault.point=save.file_half", "fault.action=stop", "fault.step=5", "fault.num_steps=1000000"]
@@ -81,19 +87,23 @@ def test_a_save_that_outlasts_torchruns_grace_leaves_the_last_good_checkpoint(
 
 
 def test_ranks_die_with_torchrun(home: Path):
-    """SIGUSR1 ends torchrun, as SIGKILL does, without a word to its workers, which would train on."""
+    """SIGUSR1 ends torchrun, as SIGKILL does, without a word to its workers; stopped ones cannot end by themselves."""
     name = "orphans"
-    process = torchrun(home, *train_words(name, *LONG, *SPREAD))
-    wait_for_step(home, name, 2, process)
+    stuck = ["fault.point=train.update", "fault.action=stop", "fault.step=3", "fault.rank=-1"]
+    process = torchrun(home, *train_words(name, *LONG, *SPREAD, *stuck))
+    wait_for_step(home, name, 3, process)
     workers = workers_of(process)
     assert len(workers) == 2
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGUSR1
-    deadline = time.monotonic() + 30
-    while any(is_alive(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a rank has outlived torchrun"
-        time.sleep(0.05)
+    try:
+        wait_until(lambda: all(state(worker) == "T" for worker in workers), "the ranks have stopped")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == -signal.SIGUSR1
+        wait_until(lambda: all(state(worker) in "ZX" for worker in workers), "no rank outlives torchrun")
+    finally:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        process.communicate()
 
 
 def test_torchrun_starts_the_ranks_again_and_the_run_goes_on(home: Path):

@@ -66,13 +66,17 @@ def test_a_killed_owner_leaves_nothing_behind(tmp_path: Path):
 
 
 def test_a_rank_that_outlives_its_owner_keeps_others_out_while_it_lives(tmp_path: Path):
-    with owned(tmp_path, lambda line: None):
-        orphan, ready, _ = _start(tmp_path, joined)
-        assert ready.get(timeout=60) == "holds"
+    orphan, ready, _ = _start(tmp_path, joined)
+    assert ready.get(timeout=60) == "holds"
     with pytest.raises(RunInUse, match="ranks of that run which have not ended"), owned(tmp_path, lambda line: None):
         pass
     os.kill(orphan.pid, signal.SIGKILL)
     with owned(tmp_path, lambda line: None):
+        pass
+
+
+def test_ranks_join_their_owner(tmp_path: Path):
+    with owned(tmp_path, lambda line: None), joined(tmp_path), joined(tmp_path):
         pass
 
 
