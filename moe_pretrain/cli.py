@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from moe_pretrain.orphans import die_with_launcher
+
 USAGE_CODE = 2
 DAMAGED_CODE = 1
-OVERRIDES_FILE = "overrides.txt"
 MULTIRUN = ("--multirun", "-m")
 
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors that a user can cause are one line on stderr; ``--debug`` shows the traceback.
     """
+    die_with_launcher()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -58,8 +60,10 @@ def _usage() -> str:
 def _train(overrides: list[str]) -> int:
     """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
     from moe_pretrain.config import load
+    from moe_pretrain.facts import write_overrides
     from moe_pretrain.launch import run_workers
-    from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
+    from moe_pretrain.ownership import owned
+    from moe_pretrain.parallel.mesh import launched_world_size
     from moe_pretrain.pretrain import check, train
 
     if set(overrides) & set(MULTIRUN):
@@ -70,12 +74,11 @@ def _train(overrides: list[str]) -> int:
     config = load(overrides)
     launched = launched_world_size()
     check(config, launched or config.parallel.processes)
-    if launched_rank() == 0:
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        (config.run.folder / OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
     if launched is None and config.parallel.processes > 1:
-        return run_workers(["train", *overrides], config.parallel.processes)
-    return train(config)
+        with owned(config.run.folder, print):
+            write_overrides(config.run.folder, overrides)
+            return run_workers(["train", *overrides], config.parallel.processes)
+    return train(config, overrides)
 
 
 def _with_earlier_overrides(overrides: list[str]) -> list[str]:
@@ -84,6 +87,7 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
     from moe_pretrain.config import RENAMED, load
+    from moe_pretrain.facts import OVERRIDES_FILE
 
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
@@ -151,7 +155,7 @@ def _verify(overrides: list[str]) -> int:
 def _certify(words: list[str]) -> int:
     """Print the certificate of a router; on several ranks ``verify`` is part of it. That of a run is kept with it."""
     from moe_pretrain.config import load
-    from moe_pretrain.facts import commit, versions
+    from moe_pretrain.facts import OVERRIDES_FILE, commit, versions
     from moe_pretrain.launch import run_workers
     from moe_pretrain.pretrain import check
     from moe_pretrain.study.certify import CERTIFICATE, certify

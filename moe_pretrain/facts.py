@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,8 +16,15 @@ from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.run_data import Corpus
 from moe_pretrain.study.layer_cost import layer_cost
+from moe_pretrain.study.page import write_whole
 
+OVERRIDES_FILE = "overrides.txt"
 _GIT_SECONDS = 10.0
+
+
+def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Write down what the run was started with, which the same name goes on with; other ranks may read it meanwhile."""
+    write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in overrides))
 
 
 def write_facts(config: Config, size: ModelSize, dtype: Dtype, corpus: Corpus, mesh: Mesh) -> None:

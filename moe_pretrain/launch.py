@@ -6,7 +6,6 @@ for, workers die with their parent, and the exit code is the workers'. A worker 
 phase it was last seen in, and the others write their stacks.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from moe_pretrain.liveness import LOST_RANK, STACK_SIGNAL, last_seen
+from moe_pretrain.orphans import LAUNCHER
 from moe_pretrain.signals import HANDLED, INTERRUPTED
 
 _POLL_SECONDS = 0.1
@@ -42,6 +42,7 @@ def run_workers(arguments: list[str], processes: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
+        LAUNCHER: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
     }
     workers: list[subprocess.Popen[bytes]] = []
@@ -63,7 +64,6 @@ def run_workers(arguments: list[str], processes: int) -> int:
                     env=variables,
                     # Own sessions: a Ctrl-C reaches them once, through us.
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
                 )
             )
         code = _wait(workers, store, lambda: interrupts > 1)
@@ -109,12 +109,3 @@ def _signal_all(workers: list[subprocess.Popen[bytes]], number: int) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.send_signal(number)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so a killed launcher leaves no orphans (Linux)."""
-    try:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return  # not Linux: orphans are possible

@@ -3,9 +3,10 @@
 The only file that knows all others. ``train`` runs in every worker process; ``cli`` starts the workers.
 """
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from moe_pretrain.config import Config, ConfigError
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.facts import write_overrides
 from moe_pretrain.faults import Faults
 from moe_pretrain.liveness import Liveness
 from moe_pretrain.model.decoder import DecoderLM
@@ -28,38 +30,76 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe import ExpertShard, expert_gate, num_routed_experts
+from moe_pretrain.orphans import is_worker
+from moe_pretrain.ownership import RunInUse, joined, owned
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
-from moe_pretrain.parallel.mesh import Mesh, build_mesh, launched_world_size
+from moe_pretrain.parallel.mesh import Meeting, Mesh, build_mesh, launched_world_size, meet
 from moe_pretrain.run import Run
 from moe_pretrain.run_data import Corpora, describe_corpus, prepare_corpora, steps_until_exhausted
 from moe_pretrain.signals import STOPPED, StopRequest
 
+_CLAIM = "moe_pretrain/claim"
 TOKENS_COUNTED = 4_000_000
 """Tokens at the start of the run from which routers learn how often each id occurs."""
 
 
-def train(config: Config) -> int:
+def train(config: Config, overrides: Sequence[str] = ()) -> int:
     """Train ``config`` to its last step, going on from its newest checkpoint if there is one.
+
+    Args:
+        config: The whole of it.
+        overrides: The words it was made from, for the run's folder.
 
     Returns:
         Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint,
         ``signals.UNSAVED`` when its last checkpoint could not be written.
+
+    Raises:
+        RunInUse: The run's folder belongs to another run.
     """
     check(config, launched_world_size() or 1)
     device_type, dtype = resolve_device(config.engine)
     if device_type == "cpu":
         keep_freed_memory()
+    folder, parallel = config.run.folder, config.parallel
     # wandb's own logs stay in the run folder, like everything of a run.
-    os.environ.setdefault("WANDB_CACHE_DIR", str((config.run.folder / "wandb" / "cache").resolve()))
+    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").resolve()))
     with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
-        mesh = build_mesh(config.parallel, device_type)
-        say = print if mesh.is_main else _silent
-        with Liveness(mesh, config.run.folder, config.parallel.heartbeat_seconds) as liveness:
+        meeting = meet(parallel)
+        # Before the process group: its making can hang too.
+        with _claimed(folder, overrides, meeting), Liveness(meeting, folder, parallel.heartbeat_seconds) as liveness:
+            mesh = build_mesh(parallel, device_type, meeting)
+            say = print if mesh.is_main else _silent
             try:
                 return _train(config, dtype, mesh, stop, liveness, say)
             except StoppedEarly:
                 say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
                 return STOPPED
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, overrides: Sequence[str], meeting: Meeting) -> Iterator[None]:
+    """Hold the run's folder: the first rank for all, then each rank until it ends.
+
+    Raises:
+        RunInUse: Another run holds it; on every rank.
+    """
+    with contextlib.ExitStack() as held:
+        if meeting.rank == 0:
+            refusal = ""
+            try:
+                if not is_worker():  # else our launcher owns it
+                    held.enter_context(owned(folder, print))
+                    write_overrides(folder, overrides)
+            except Exception as error:
+                refusal = str(error) or repr(error)
+                raise
+            finally:
+                meeting.store.set(f"{_CLAIM}/{meeting.attempt}", refusal)
+        elif refusal := meeting.store.get(f"{_CLAIM}/{meeting.attempt}").decode():
+            raise RunInUse(refusal)
+        held.enter_context(joined(folder))
+        yield
 
 
 def _train(

@@ -7,12 +7,13 @@ NAME.partial    one that is being prepared, or was when its process was killed
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from moe_pretrain.locks import try_lock
 
 _PARTIAL = ".partial"
 _SECONDS_BETWEEN_TRIES = 0.5
@@ -52,20 +53,6 @@ def locked(folder: Path, report: Callable[[str], None]) -> Iterator[int]:
 
 def _lock_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
-
-
-def try_lock(path: Path) -> int | None:
-    """Handle of the locked file, or None if another has it (or has just removed it)."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The last holder removes the file: a lock on a file without a name keeps nobody out.
-        if os.stat(path).st_ino == os.fstat(handle).st_ino:
-            return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(handle)
-    return None
 
 
 def remove_stale(cache_dir: Path, report: Callable[[str], None]) -> None:

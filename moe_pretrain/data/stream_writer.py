@@ -4,7 +4,6 @@ A fresh interpreter without torch that sees no GPU, connected by a pipe; the ker
 which shards are read and works on the first one that is missing from there on. ``writer_process`` is its other end.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -33,6 +32,7 @@ from moe_pretrain.data.units import (
     shard_is_whole,
     write_unit,
 )
+from moe_pretrain.orphans import die_with
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,8 @@ def serve(connection: Connection, alive: Callable[[], None]) -> None:
 
 def main() -> None:
     """The process."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parent = os.getppid()
+    die_with(parent)
     os.putenv("CUDA_VISIBLE_DEVICES", "")
     os.putenv("TOKENIZERS_PARALLELISM", "true")
     os.putenv("RAYON_NUM_THREADS", sys.argv[2])

@@ -5,7 +5,6 @@ whose parent is gone, by whatever signal and however early, ends by itself and w
 lock until then.
 """
 
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,6 +22,7 @@ from moe_pretrain.data.corpora import CorpusConfig, one_line
 from moe_pretrain.data.sources import Unit
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained, load_tokenizer_file
 from moe_pretrain.data.units import UnitRecord, write_unit
+from moe_pretrain.orphans import die_with
 
 _SECONDS_BETWEEN_TICKS = 0.5
 _UNITS_AHEAD = 2  # handed to a worker before it asks: it never waits for the parent
@@ -156,11 +156,9 @@ def _receive(connection: Connection) -> tuple[Any, ...]:
 def main() -> None:
     """A worker: read the job, then units until the pipe closes."""
     # The kernel ends us with our parent (PR_SET_PDEATHSIG): a unit that the next attempt does too is not done twice.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # A parent that died before this line sent no signal, but its tasks are still in the pipe.
+    # One that died before this line sent no signal, but its tasks are still in the pipe.
     parent = int(sys.argv[2])
-    if os.getppid() != parent:
-        return
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one process is one core
     connection = Connection(int(sys.argv[1]))

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, init_deepspeed_communication
+from moe_pretrain.parallel.network import interface_towards
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,60 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks have met, before any of them can wait for another in a collective.
+
+    Attributes:
+        store: What they share: the launcher's store, or the one that rank 0 holds.
+        rank: Rank in the world.
+        world_size: Number of ranks.
+        attempt: How often torchrun has started the ranks again; they may meet at the same store.
+    """
+
+    store: dist.Store
+    rank: int
+    world_size: int
+    attempt: int = 0
+
+
+def meet(config: ParallelConfig) -> Meeting:
+    """Meet the other ranks, as the launcher's variables say; a process group that exists already is joined.
+
+    Raises:
+        ValueError: They cannot be reached.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        return Meeting(store, dist.get_rank(), dist.get_world_size(), attempt)
+    if launched_world_size() is None:
+        # One process by itself needs no port: a fixed or guessed one could be taken.
+        return Meeting(dist.HashStore(), 0, 1)
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        raise ValueError(f"MASTER_ADDR={host}, MASTER_PORT={port}: both must be set when RANK and WORLD_SIZE are")
+    # gloo takes the interface of this host's name, which on many machines is the loopback's, where nobody else is.
+    if (interface := interface_towards(host)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    try:
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timedelta(seconds=config.timeout_seconds))))
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"MASTER_ADDR={host}, MASTER_PORT={port}: the ranks did not meet there within "
+            f"parallel.timeout_seconds={config.timeout_seconds}: {reason}"
+        ) from None
+    return Meeting(store, rank, world_size, attempt)
+
+
+def build_mesh(config: ParallelConfig, device_type: str, meeting: Meeting | None = None) -> Mesh:
     """Join or create the process group and the expert groups.
 
     Args:
         config: Sizes, already checked against the world size.
         device_type: ``cuda`` or ``cpu``.
+        meeting: Where the ranks have met; by default they meet here.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
@@ -113,12 +163,16 @@ def build_mesh(config: ParallelConfig, device_type: str) -> Mesh:
     if not dist.is_initialized():
         timeout = timedelta(seconds=config.timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if launched_world_size() is None:
-            # One process by itself needs no port: a fixed or guessed one could be taken.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        met = meeting or meet(config)
+        dist.init_process_group(
+            backend,
+            # Else ranks that torchrun has started again find the addresses of those that are gone.
+            store=dist.PrefixStore(f"default_pg/{met.attempt}", met.store),
+            rank=met.rank,
+            world_size=met.world_size,
+            timeout=timeout,
+        )
+        os.environ.update(RANK=str(met.rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(met.world_size))
     init_deepspeed_communication(device_type, config.timeout_seconds)
     expert_group, expert_data_group = expert_groups(config.expert_parallel_size)
     return Mesh(

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
-from moe_pretrain.data.cache import try_lock
-from moe_pretrain.launch import die_with_parent
 from moe_pretrain.liveness import LOST_RANK
+from moe_pretrain.locks import try_lock
+from moe_pretrain.orphans import die_with_parent
 from moe_pretrain.signals import HANDLED, INTERRUPTED, STOPPED, UNSAVED
 from moe_pretrain.sweep.record import JOB_LOCK, LOG_FILE, Job, JobState, judge, written_state
 

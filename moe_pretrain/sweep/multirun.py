@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.config import ROOT_CONFIG, Config, ConfigError, config_folder
-from moe_pretrain.data.cache import try_lock
+from moe_pretrain.locks import try_lock
 from moe_pretrain.parallel.mesh import launched_world_size
 from moe_pretrain.signals import INTERRUPTED, STOPPED
 from moe_pretrain.sweep.launcher import LAUNCHER, SweepStopped, TrainJob, register

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_pretrain.data.cache import try_lock
+from moe_pretrain.locks import try_lock
 from moe_pretrain.study.compare_runs import find_runs
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]

@@ -57,7 +57,7 @@ def test_a_stopped_rank_ends_the_run_and_is_named(home: Path):
     words = fault("train.backward", "stop", 3, rank=1)
     code, _, err = run(home, *train_words("stuck", *TWO, *words, "parallel.heartbeat_seconds=4"))
     assert code == 69, err
-    assert "rank 1 is stuck or gone" in err and "step 3, phase train.backward" in err
+    assert "stuck or gone, no sign of life for 4 s: rank 1 on" in err and "step 3, phase train.backward" in err
     stacks = home / "outputs" / "stuck" / "stacks"
     for rank in (0, 1):
         text = (stacks / f"rank_{rank:05d}.txt").read_text()

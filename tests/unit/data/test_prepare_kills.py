@@ -10,6 +10,7 @@ import pytest
 from helpers.corpora import files
 
 from moe_pretrain.data import TokenizerConfig, cache, prepare, sources
+from moe_pretrain.locks import try_lock
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -55,7 +56,7 @@ def test_workers_that_start_after_their_parent_is_dead_write_nothing(config, tmp
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
 
     lock = killed.with_name(f".{killed.name}.lock")
-    assert cache.try_lock(lock) is None, "the workers are alive, so the next preparation must wait"
+    assert try_lock(lock) is None, "the workers are alive, so the next preparation must wait"
     partial = cache.partial_folder(killed)
     before = names(partial)
     go.touch()
