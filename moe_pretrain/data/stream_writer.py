@@ -259,8 +259,6 @@ def main() -> None:
     os.putenv("CUDA_VISIBLE_DEVICES", "")
     os.putenv("TOKENIZERS_PARALLELISM", "true")
     os.putenv("RAYON_NUM_THREADS", sys.argv[2])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # sent to all of a job's processes: the run still wants its shards
 
     def alive() -> None:
         if os.getppid() != parent:
