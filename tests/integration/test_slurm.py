@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import slurm
-from helpers.runs import STEPS, files_of_step, rows_of, run, train_words
+from helpers.runs import STEPS, files_of_step, rows_of, start, train_words
 
 pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
 TRAIN = slurm.ROOT / "scripts" / "slurm" / "train.sbatch"
@@ -39,12 +39,15 @@ def wait_until_stopped(cluster: slurm.Cluster, number: str, ranks: int) -> None:
     slurm.wait_until(lambda: len(cluster.stopped(number)) == ranks, 90, lambda: cluster.log(number))
 
 
-def wait_for_signal(cluster: slurm.Cluster, home: Path, name: str, number: str, is_over: Callable[[], bool]) -> None:
-    """Wait until SLURM has woken the stopped ranks of a job, and for ``is_over``.
+def tell(
+    cluster: slurm.Cluster, home: Path, name: str, number: str, words: list[str], is_over: Callable[[], bool]
+) -> str:
+    """Call ``words``, by which SLURM signals the stopped ranks of a job, and wait for ``is_over``; what they print.
 
-    It sends SIGCONT a moment before the signal, and the ranks may come to the next stop in between.
+    SLURM sends SIGCONT a moment before the signal, and the ranks may come to the next stop in between.
     """
     rows = len(rows_of(home, name))
+    said = cluster.call(home, *words)
 
     def look() -> bool:
         if len(rows_of(home, name)) > rows:
@@ -52,6 +55,7 @@ def wait_for_signal(cluster: slurm.Cluster, home: Path, name: str, number: str, 
         return is_over()
 
     slurm.wait_until(look, 120, lambda: f"{cluster.job(number)}\n{cluster.log(number)}")
+    return said
 
 
 def stops(home: Path, name: str) -> list[tuple[int, str]]:
@@ -66,19 +70,20 @@ def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_
     expert_parallel = "parallel.expert_parallel_size=2"
     number = train(cluster, home, "told", ["--nodes=2", "--ntasks-per-node=1"], expert_parallel, *stop_in(3, 4, 5, 6))
     wait_until_stopped(cluster, number, ranks=2)
-    urgent = cluster.submit(home, "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:")
-    wait_for_signal(cluster, home, "told", number, lambda: cluster.is_in(number, "PENDING", Restarts="1"))
+    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:"]
+    winner = tell(cluster, home, "told", number, urgent, lambda: cluster.is_in(number, "PENDING", Restarts="1"))
     assert [message for _, message in stops(home, "told")] == ["by SIGUSR1, checkpoint written"]
-    cluster.wait(urgent, "COMPLETED")
+    cluster.wait(winner, "COMPLETED")
 
     cluster.start_now(number)
     wait_until_stopped(cluster, number, ranks=2)
-    cluster.call(home, "scontrol", "update", f"jobid={number}", "TimeLimit=2")  # which is looked at twice a minute
-    code, _, err = run(home, *train_words("alone", "parallel.processes=2", expert_parallel))
-    assert code == 0, err
-    wait_for_signal(cluster, home, "told", number, lambda: cluster.is_in(number, "PENDING", Restarts="2"))
+    alone = start(home, *train_words("alone", "parallel.processes=2", expert_parallel))
+    limit = ["scontrol", "update", f"jobid={number}", "TimeLimit=2"]  # SLURM looks at it twice a minute
+    tell(cluster, home, "told", number, limit, lambda: cluster.is_in(number, "PENDING", Restarts="2"))
     (first, _), (second, message) = stops(home, "told")
     assert first < second and message == "by SIGUSR1, checkpoint written"
+    out, err = alone.communicate(timeout=100)
+    assert alone.returncode == 0, out + err
 
     cluster.call(home, "scontrol", "update", f"jobid={number}", "TimeLimit=60")
     cluster.start_now(number)
@@ -98,8 +103,7 @@ def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_
 def test_a_cancelled_run_saves_and_is_not_queued_again(cluster: slurm.Cluster, home: Path):
     number = train(cluster, home, "cancelled", ["--ntasks-per-node=1"], *stop_in(2, 3))
     wait_until_stopped(cluster, number, ranks=1)
-    cluster.call(home, "scancel", number)
-    wait_for_signal(cluster, home, "cancelled", number, lambda: not cluster.processes(number))
+    tell(cluster, home, "cancelled", number, ["scancel", number], lambda: not cluster.processes(number))
     cluster.wait(number, "CANCELLED", Restarts="0")
     ((step, message),) = stops(home, "cancelled")
     assert message == "by SIGTERM, checkpoint written" and files_of_step(home, "cancelled", step)
