@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,9 +73,47 @@ class Cluster:
         """Whether a job is in ``state`` and ``fields`` have their values."""
         return {"JobState": state, **fields}.items() <= self.job(number).items()
 
-    def wait(self, number: str, state: str, **fields: str) -> None:
-        """Wait until ``is_in``."""
-        wait_until(lambda: self.is_in(number, state, **fields), 90, lambda: f"{self.job(number)}\n{self.log(number)}")
+    def wait(self, number: str, state: str, wake: bool = False, **fields: str) -> None:
+        """Wait until ``is_in``; if asked to, wake what SIGSTOP stops meanwhile."""
+
+        def look() -> bool:
+            if wake:
+                self.wake(number)
+            return self.is_in(number, state, **fields)
+
+        wait_until(look, 120, lambda: self._describe(number))
+
+    def wait_until_stopped(self, number: str, ranks: int) -> None:
+        """Wait until that many ranks of a job are stopped."""
+        wait_until(lambda: len(self.stopped(number)) == ranks, 120, lambda: self._describe(number))
+
+    def tell(self, number: str, words: list[str], rows: Callable[[], Sized], is_over: Callable[[], bool]) -> str:
+        """Call ``words``, by which SLURM signals the stopped ranks of a job, and wait for ``is_over``.
+
+        SLURM sends SIGCONT a moment before the signal, and the ranks may come to the next stop in between.
+
+        Args:
+            number: The job.
+            words: A command.
+            rows: The rows of its run, which say whether it has been woken.
+            is_over: What is waited for.
+
+        Returns:
+            What the command prints.
+        """
+        before = len(rows())
+        said = self.call(self.folder, *words)
+
+        def look() -> bool:
+            if len(rows()) > before:
+                self.wake(number)
+            return is_over()
+
+        wait_until(look, 120, lambda: self._describe(number))
+        return said
+
+    def _describe(self, number: str) -> str:
+        return f"{self.job(number)}\n{self.log(number)}"
 
     def log(self, number: str) -> str:
         """What a job has printed so far."""
@@ -106,14 +144,20 @@ class Cluster:
 
     def processes(self, number: str) -> list[int]:
         """Ids of the processes of a job."""
-        found = []
+        found, mark = [], f"SLURM_JOB_ID={self.job(number)['JobId']}".encode()
         for place in Path("/proc").glob("[0-9]*"):
             try:
-                if f"SLURM_JOB_ID={number}".encode() in (place / "environ").read_bytes().split(b"\0"):
+                if mark in (place / "environ").read_bytes().split(b"\0"):
                     found.append(int(place.name))
             except OSError:
                 continue  # it has ended
         return found
+
+
+def stop_in(*steps: int) -> list[str]:
+    """Overrides that stop every rank in each of the steps, which follow each other, until a signal comes."""
+    fault = {"point": "train.update", "action": "stop", "rank": -1, "step": steps[0], "num_steps": len(steps)}
+    return [f"fault.{name}={value}" for name, value in fault.items()]
 
 
 def _is_stopped(process: int) -> bool:

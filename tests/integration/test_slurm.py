@@ -1,7 +1,7 @@
 """Runs under a real SLURM of two nodes on this machine: signals, saving, queueing again, resuming."""
 
 import subprocess
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,49 +13,10 @@ TRAIN = slurm.ROOT / "scripts" / "slurm" / "train.sbatch"
 NO_GPU = ["--gpus-per-node=0", "--cpus-per-task=1"]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
-    folder = tmp_path_factory.mktemp("slurm")
-    done = slurm.control("start", folder, "2")
-    assert done.returncode == 0, done.stderr
-    yield slurm.Cluster(folder)
-    assert slurm.control("stop", folder).returncode == 0
-
-
 def train(cluster: slurm.Cluster, home: Path, name: str, flags: list[str], *words: str) -> str:
     """Submit a run; the job's number."""
     flags = [*NO_GPU, *flags, f"--output={name}.log", "--time=60", "--signal=USR1@120"]
     return cluster.submit(home, *flags, str(TRAIN), *train_words(name, "checkpoint.every_steps=1000", *words)[1:])
-
-
-def stop_in(*steps: int) -> list[str]:
-    """Overrides that stop every rank in each of the steps, which follow each other, until a signal comes."""
-    fault = {"point": "train.update", "action": "stop", "rank": -1, "step": steps[0], "num_steps": len(steps)}
-    return [f"fault.{name}={value}" for name, value in fault.items()]
-
-
-def wait_until_stopped(cluster: slurm.Cluster, number: str, ranks: int) -> None:
-    """Wait until that many ranks of a job are stopped."""
-    slurm.wait_until(lambda: len(cluster.stopped(number)) == ranks, 90, lambda: cluster.log(number))
-
-
-def tell(
-    cluster: slurm.Cluster, home: Path, name: str, number: str, words: list[str], is_over: Callable[[], bool]
-) -> str:
-    """Call ``words``, by which SLURM signals the stopped ranks of a job, and wait for ``is_over``; what they print.
-
-    SLURM sends SIGCONT a moment before the signal, and the ranks may come to the next stop in between.
-    """
-    rows = len(rows_of(home, name))
-    said = cluster.call(home, *words)
-
-    def look() -> bool:
-        if len(rows_of(home, name)) > rows:
-            cluster.wake(number)
-        return is_over()
-
-    slurm.wait_until(look, 120, lambda: f"{cluster.job(number)}\n{cluster.log(number)}")
-    return said
 
 
 def stops(home: Path, name: str) -> list[tuple[int, str]]:
@@ -68,18 +29,21 @@ def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_
 ) -> None:
     """On two nodes, expert parallel: preempted, then out of time, then left alone."""
     expert_parallel = "parallel.expert_parallel_size=2"
-    number = train(cluster, home, "told", ["--nodes=2", "--ntasks-per-node=1"], expert_parallel, *stop_in(3, 4, 5, 6))
-    wait_until_stopped(cluster, number, ranks=2)
+    number = train(
+        cluster, home, "told", ["--nodes=2", "--ntasks-per-node=1"], expert_parallel, *slurm.stop_in(3, 4, 5, 6)
+    )
+    cluster.wait_until_stopped(number, ranks=2)
+    rows = partial(rows_of, home, "told")
     urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:"]
-    winner = tell(cluster, home, "told", number, urgent, lambda: cluster.is_in(number, "PENDING", Restarts="1"))
+    winner = cluster.tell(number, urgent, rows, lambda: cluster.is_in(number, "PENDING", Restarts="1"))
     assert [message for _, message in stops(home, "told")] == ["by SIGUSR1, checkpoint written"]
     cluster.wait(winner, "COMPLETED")
 
     cluster.start_now(number)
-    wait_until_stopped(cluster, number, ranks=2)
+    cluster.wait_until_stopped(number, ranks=2)
     alone = start(home, *train_words("alone", "parallel.processes=2", expert_parallel))
     limit = ["scontrol", "update", f"jobid={number}", "TimeLimit=2"]  # SLURM looks at it twice a minute
-    tell(cluster, home, "told", number, limit, lambda: cluster.is_in(number, "PENDING", Restarts="2"))
+    cluster.tell(number, limit, rows, lambda: cluster.is_in(number, "PENDING", Restarts="2"))
     (first, _), (second, message) = stops(home, "told")
     assert first < second and message == "by SIGUSR1, checkpoint written"
     out, err = alone.communicate(timeout=100)
@@ -87,9 +51,7 @@ def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_
 
     cluster.call(home, "scontrol", "update", f"jobid={number}", "TimeLimit=60")
     cluster.start_now(number)
-    slurm.wait_until(
-        lambda: cluster.wake(number) or cluster.is_in(number, "COMPLETED"), 120, lambda: cluster.log(number)
-    )
+    cluster.wait(number, "COMPLETED", wake=True)
     ours, theirs = rows_of(home, "told"), rows_of(home, "alone")
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1)), "no step is missing or twice"
     assert {row["attempt"] for row in ours} == {0, 1, 2}
@@ -101,9 +63,10 @@ def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_
 
 
 def test_a_cancelled_run_saves_and_is_not_queued_again(cluster: slurm.Cluster, home: Path):
-    number = train(cluster, home, "cancelled", ["--ntasks-per-node=1"], *stop_in(2, 3))
-    wait_until_stopped(cluster, number, ranks=1)
-    tell(cluster, home, "cancelled", number, ["scancel", number], lambda: not cluster.processes(number))
+    number = train(cluster, home, "cancelled", ["--ntasks-per-node=1"], *slurm.stop_in(2, 3))
+    cluster.wait_until_stopped(number, ranks=1)
+    rows = partial(rows_of, home, "cancelled")
+    cluster.tell(number, ["scancel", number], rows, lambda: not cluster.processes(number))
     cluster.wait(number, "CANCELLED", Restarts="0")
     ((step, message),) = stops(home, "cancelled")
     assert message == "by SIGTERM, checkpoint written" and files_of_step(home, "cancelled", step)
