@@ -1,5 +1,7 @@
 """Runs under a real SLURM of two nodes on this machine: signals, saving, queueing again, resuming."""
 
+import os
+import signal
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -97,6 +99,15 @@ def test_ranks_over_nodes(cluster: slurm.Cluster, stub: Path):
     ]
 
 
+def test_every_rank_has_its_cores(cluster: slurm.Cluster, stub: Path):
+    (stub / "stub.sh").write_text('(scontrol show step "$SLURM_JOB_ID.$SLURM_STEP_ID"; echo $OMP_NUM_THREADS) >cores')
+    flags = ["--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=2", "--output=log"]
+    number = cluster.submit(stub, *flags, "--export=PATH", str(TRAIN))
+    cluster.wait(number, "COMPLETED")
+    said = (stub / "cores").read_text().split()
+    assert "TresPerTask=cpu:2" in said and said[-1] == "2"
+
+
 @pytest.mark.parametrize(
     "body,state,code",
     [
@@ -125,7 +136,8 @@ def test_one_rank_that_ends_early_does_not_end_the_others(cluster: slurm.Cluster
     cluster.call(stub, "scancel", number)
 
 
-def test_the_cluster_starts_once_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory):
+@pytest.mark.parametrize("crashed", [False, True])
+def test_the_cluster_starts_once_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, crashed: bool):
     folder = tmp_path_factory.mktemp("own")
     assert slurm.control("status", folder).returncode == 3
     first = slurm.control("start", folder)
@@ -137,7 +149,11 @@ def test_the_cluster_starts_once_and_leaves_nothing(tmp_path_factory: pytest.Tem
     cluster = slurm.Cluster(folder)
     number = cluster.submit(folder, "--output=/dev/null", "--wrap", 'trap : TERM; srun bash -c "trap : TERM; sleep 99"')
     cluster.wait(number, "RUNNING")
-    assert processes_of(folder)
+    slurm.wait_until(lambda: len(cluster.processes(number)) >= 4, 30, lambda: "shell, srun, shell, sleep")
+    if crashed:
+        for daemon in ("slurmctld", "slurmd-node1"):
+            os.kill(int((folder / f"{daemon}.pid").read_text()), signal.SIGKILL)
+        assert slurm.control("status", folder).returncode == 3
     assert slurm.control("stop", folder).returncode == 0
     assert not processes_of(folder)
     assert slurm.control("status", folder).returncode == 3
