@@ -6,7 +6,6 @@ which shards are read and works on the first one that is missing from there on. 
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -259,8 +258,6 @@ def main() -> None:
     os.putenv("CUDA_VISIBLE_DEVICES", "")
     os.putenv("TOKENIZERS_PARALLELISM", "true")
     os.putenv("RAYON_NUM_THREADS", sys.argv[2])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # sent to all of a job's processes: the run still wants its shards
 
     def alive() -> None:
         if os.getppid() != parent:

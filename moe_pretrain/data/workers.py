@@ -8,7 +8,6 @@ lock until then.
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moe_pretrain.data.corpora import CorpusConfig, one_line
+from moe_pretrain.data.helpers import start_helper
 from moe_pretrain.data.sources import Unit
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained, load_tokenizer_file
 from moe_pretrain.data.units import UnitRecord, write_unit
@@ -126,19 +126,15 @@ def run_in_processes(
     finally:
         for process, connection in workers:
             connection.close()
-            process.terminate()
+            process.kill()
         for process, _ in workers:
             process.wait()
 
 
 def _start_worker(job: Job, lock: int) -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = multiprocessing.Pipe()
-    program = f"import sys; sys.path[:] = {sys.path!r}; from moe_pretrain.data.workers import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(theirs.fileno()), str(os.getpid())],
-        pass_fds=[theirs.fileno(), lock],
-        stdin=subprocess.DEVNULL,
-    )
+    words = [str(theirs.fileno()), str(os.getpid())]
+    process = start_helper("moe_pretrain.data.workers", words, [theirs.fileno(), lock])
     theirs.close()
     ours.send(job)
     return process, ours
@@ -159,7 +155,6 @@ def main() -> None:
     # One that died before this line sent no signal, but its tasks are still in the pipe.
     parent = int(sys.argv[2])
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one process is one core
     connection = Connection(int(sys.argv[1]))
     try:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+from moe_pretrain.data.helpers import start_helper
 from moe_pretrain.data.hub import Place
 from moe_pretrain.data.stream_writer import Demand, Job
 
@@ -93,12 +93,8 @@ class WriterProcess:
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = Pipe()
-        program = f"import sys; sys.path[:] = {sys.path!r}; from moe_pretrain.data.stream_writer import main; main()"
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(theirs.fileno()), str(self._job.threads)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
+        words = [str(theirs.fileno()), str(self._job.threads)]
+        process = start_helper("moe_pretrain.data.stream_writer", words, [theirs.fileno()])
         ours.send(self._job)  # before our copy of its end is closed: it may have died already
         theirs.close()
         return process, ours

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
+from typing import Protocol
 
 from moe_pretrain.liveness import LOST_RANK
 from moe_pretrain.locks import try_lock
@@ -34,6 +35,13 @@ _REASON_LENGTH = 300
 
 class RunsElsewhere(ValueError):
     """Another process has the job."""
+
+
+class Signalled(Protocol):
+    """What signals are passed on to."""
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on, if it still runs."""
 
 
 class RunningJob:
@@ -127,7 +135,7 @@ def run_job(job: Job, environment: Mapping[str, str] | None = None, program: Ite
 
 
 @contextmanager
-def passed_on(jobs: Callable[[], Iterable[RunningJob]]) -> Iterator[list[int]]:
+def passed_on(jobs: Callable[[], Iterable[Signalled]]) -> Iterator[list[int]]:
     """Context in which a signal that stops a run is passed on to the jobs that run at that moment.
 
     A second SIGINT kills them.

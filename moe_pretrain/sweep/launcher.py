@@ -1,11 +1,13 @@
 """Hydra's launcher for this machine, and the function that any other launcher of Hydra's calls for a job.
 
-Hydra takes plugins from a package ``hydra_plugins`` only; ``register`` enters this one under such a name by hand.
+Hydra takes plugins from a package ``hydra_plugins`` only; ``register`` enters ours under such a name by hand.
 """
 
 import math
 import signal
 import time
+import warnings
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +29,7 @@ from moe_pretrain.sweep.status import Board
 
 LAUNCHER = "processes"
 """Its name: ``hydra/launcher=processes``, the default."""
-_TARGET = "hydra_plugins.moe_pretrain.ProcessLauncher"
+_PLUGINS = "hydra_plugins.moe_pretrain"
 _POLL_SECONDS = 0.2
 
 
@@ -56,39 +58,57 @@ class TrainJob:
         return objective(run_job(job) if must_run(state, self.sweep.settings.retry) else state)
 
 
-class ProcessLauncher(Launcher):
-    """Runs the jobs of a batch on this machine, ``sweep.parallel`` at a time."""
-
-    def __init__(self, program: Sequence[str] = PROGRAM):
-        self._program = program
+class SweepLauncher(Launcher):
+    """What all launchers of a sweep share: jobs are planned before any of them starts, and their results looked up."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Learn which sweep it is."""
         assert isinstance(task_function, TrainJob)
-        self._sweep = task_function.sweep
-        self._board = Board(self._sweep.folder)
+        self.sweep = task_function.sweep
+        self.board = Board(self.sweep.folder)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run what is left to do of the jobs, once all of them are checked.
 
         Raises:
             ValueError: A job is wrong; one line that names it, and none is started.
-            SweepStopped: A signal came; the jobs that ran have saved and ended.
+            SweepStopped: A signal came.
         """
-        jobs = self._sweep.plan(job_overrides)
-        run_jobs(jobs, self._sweep, self._board, self._program)
+        jobs = self.sweep.plan(job_overrides)
+        self.run(jobs)
         return [
             JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=objective(look(job.folder)))
             for words, job in zip(job_overrides, jobs, strict=True)
         ]
 
+    @abstractmethod
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run what is left to do of ``jobs``, and wait for it."""
+
+
+class ProcessLauncher(SweepLauncher):
+    """Runs the jobs of a batch on this machine, ``sweep.parallel`` at a time."""
+
+    def __init__(self, program: Sequence[str] = PROGRAM):
+        self._program = program
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run what is left to do of ``jobs``; when a signal comes, those that run save and end."""
+        run_jobs(jobs, self.sweep, self.board, self._program)
+
 
 def register() -> None:
     """Tell Hydra of the launcher; may be called again."""
+    from moe_pretrain.sweep.slurm import SlurmLauncher
+
+    # Our values for submitit_slurm are of the plugin's types, which is what we want.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore")
     plugins = Plugins.instance()
-    plugins.register(ProcessLauncher)
-    plugins.class_name_to_class[_TARGET] = ProcessLauncher
-    ConfigStore.instance().store(LAUNCHER, {"_target_": _TARGET}, group="hydra/launcher", provider="moe_pretrain")
+    for launcher in (ProcessLauncher, SlurmLauncher):
+        plugins.register(launcher)
+        plugins.class_name_to_class[f"{_PLUGINS}.{launcher.__name__}"] = launcher
+    target = {"_target_": f"{_PLUGINS}.{ProcessLauncher.__name__}"}
+    ConfigStore.instance().store(LAUNCHER, target, group="hydra/launcher", provider="moe_pretrain")
 
 
 def must_run(state: JobState, retry: str) -> bool:

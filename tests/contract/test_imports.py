@@ -107,7 +107,7 @@ def test_package_is_confined(package: str):
 def test_environment_is_read_in_two_places_only():
     allowed = {
         *("pretrain.py", "launch.py", "orphans.py", "parallel/mesh.py", "metrics/wandb_start.py", "arithmetic.py"),
-        *("sweep/job.py", "sweep/shares.py"),
+        *("sweep/job.py", "sweep/shares.py", "sweep/slurm.py", "sweep/slurm_task.py"),
     }
     for path in FILES:
         name = str(path.relative_to(PACKAGE))

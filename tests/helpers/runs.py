@@ -59,6 +59,12 @@ def rows_of(home: Path, name: str, kind: str = "train") -> list[dict]:
     return [row for row in rows if row["kind"] == kind]
 
 
+def files_of_step(home: Path, name: str, step: int) -> dict:
+    """Names, sizes and hashes of the files of a checkpoint."""
+    manifest = home / "outputs" / name / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+    return json.loads(manifest.read_text())["files"]
+
+
 def wait_for_step(home: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:

@@ -1,10 +1,12 @@
-"""A working folder for runs."""
+"""A working folder for runs, and a cluster."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from helpers import slurm
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +16,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
     (folder / "corpus.jsonl").write_text(rows)
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
+    """A SLURM of two nodes."""
+    folder = tmp_path_factory.mktemp("slurm")
+    done = slurm.control("start", folder, "2")
+    assert done.returncode == 0, done.stderr
+    yield slurm.Cluster(folder)
+    assert slurm.control("stop", folder).returncode == 0

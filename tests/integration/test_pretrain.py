@@ -1,19 +1,13 @@
 """The program as a user runs it: processes, signals, files."""
 
-import json
 import re
 import signal
 from pathlib import Path
 
 import pytest
-from helpers.runs import STEPS, TINY, rows_of, run, start, train_words, wait_for_step
+from helpers.runs import STEPS, TINY, files_of_step, rows_of, run, start, train_words, wait_for_step
 
 from moe_pretrain.metrics.probe import ProbeFiles
-
-
-def files_of_step(home: Path, name: str, step: int) -> dict:
-    manifest = home / "outputs" / name / "checkpoints" / f"step_{step:08d}" / "manifest.json"
-    return json.loads(manifest.read_text())["files"]
 
 
 @pytest.fixture(scope="module")
