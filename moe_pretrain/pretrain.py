@@ -29,7 +29,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import ExpertShard, expert_gate, num_routed_experts
+from moe_pretrain.moe import ExpertShard, num_routed_experts, width_problems
 from moe_pretrain.orphans import is_worker
 from moe_pretrain.ownership import RunInUse, joined, owned
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
@@ -251,18 +251,8 @@ def check(config: Config, world_size: int) -> None:
     if config.engine.determinism == "elastic":
         check_elastic(config.model, config.router, config.batch, plan, world_size, device, dtype)
     if device == "cuda" and dtype == "bfloat16":
-        widths = {"model.hidden_size": config.model.hidden_size}
-        rank = expert_gate(moe, config.router)
-        if rank is None:
-            widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
-        else:
-            name = "model.moe.gate_rank" if moe.gate_rank else "router.gate_rank"
-            widths |= {name: rank, "model.moe.expert_width_multiple": moe.expert_width_multiple}
-        for name, width in widths.items():
-            if width % 8:
-                raise ValueError(
-                    f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes"
-                )
+        for problem in width_problems(moe, config.router, config.model.hidden_size):
+            raise ValueError(problem)
 
 
 def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:

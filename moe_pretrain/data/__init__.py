@@ -27,6 +27,7 @@ from moe_pretrain.data.preparation import (
     check_prepared,
     prepare,
     prepare_evaluation_set,
+    prepared_tokens,
 )
 from moe_pretrain.data.shard_writer import ShardWriter, write_manifest
 from moe_pretrain.data.shards import ShardReader
@@ -74,6 +75,7 @@ __all__ = [
     "prepare",
     "prepare_evaluation_set",
     "prepare_mixture",
+    "prepared_tokens",
     "rank_positions",
     "validation_batches",
     "wrap_to_int64",

@@ -187,6 +187,23 @@ def check_prepared(
     return prepared
 
 
+def prepared_tokens(
+    corpus: CorpusConfig, tokenizer: TokenizerConfig, cache_dir: Path, tokens_needed: int | None
+) -> int | None:
+    """Training tokens of a corpus that is in the cache; None if it is not, or it would take a network to tell.
+
+    Raises:
+        ValueError: As in ``prepare``.
+    """
+    pretrained = None
+    if tokenizer.kind == "pretrained":
+        if not Path(str(tokenizer.path)).is_file():
+            return None
+        pretrained = load_pretrained(tokenizer)
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
+    return ShardReader(folder / SIDES[0]).num_tokens if is_complete(folder, SIDES) else None
+
+
 def check_evaluation_set(
     name: str,
     corpus: CorpusConfig,

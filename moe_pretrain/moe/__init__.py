@@ -149,6 +149,23 @@ def with_expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int, wi
     return replace(moe, expert_hidden_size=full_width(hidden_size, width, rank), expert_width_multiple=multiple)
 
 
+def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> list[str]:
+    """Widths that grouped products in bfloat16 on a GPU refuse, each with the nearest that they take."""
+    widths = {"model.hidden_size": hidden_size}
+    rank = expert_gate(moe, router)
+    if rank is None:
+        widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
+    else:
+        name = "model.moe.gate_rank" if moe.gate_rank else "router.gate_rank"
+        widths |= {name: rank, "model.moe.expert_width_multiple": moe.expert_width_multiple}
+    return [
+        f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes; nearest: "
+        + " or ".join(str(value) for value in (width // 8 * 8, width // 8 * 8 + 8) if value)
+        for name, width in widths.items()
+        if width % 8
+    ]
+
+
 def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked."""
     of_router = getattr(router, "gate_rank", None)

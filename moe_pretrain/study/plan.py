@@ -1,8 +1,11 @@
 """What a run would cost, before anything is started: parameters, FLOPs, memory, traffic, time; and what fits where."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
+from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan, plan_batches
 from moe_pretrain.config import Config, config_folder, load
 from moe_pretrain.engine.deepspeed_config import Dtype
@@ -10,7 +13,7 @@ from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.matching import describe_match
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import num_routed_experts
+from moe_pretrain.moe import num_routed_experts, width_problems
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.study.plan_memory import BYTES, Memory, local_parameters, memory_per_rank, routes_of_rank
 
@@ -80,7 +83,7 @@ def target(config: Config) -> tuple[str, Dtype]:
 
 
 def problems(config: Config) -> list[str]:
-    """Every way in which batch and experts do not divide, each with the nearest values that work."""
+    """Every way in which batch, experts and widths do not divide, each with the nearest values that work."""
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
         lambda: plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps),
@@ -92,7 +95,20 @@ def problems(config: Config) -> list[str]:
             check()
         except ValueError as error:
             found.append(str(error))
+    if target(config) == ("cuda", "bfloat16"):
+        found += width_problems(config.model.moe, config.router, config.model.hidden_size)
     return found
+
+
+def epochs(config: Config, tokens: int) -> str:
+    """How often ``tokens`` tokens go through the corpus, if that is in the cache."""
+    known = None
+    if not isinstance(config.data, data.MixtureConfig) and not config.streaming.applies_to(config.data):
+        cache = Path(config.run.cache_dir)
+        known = data.prepared_tokens(config.data, config.tokenizer, cache, config.num_tokens)
+    if known is None:
+        return "epochs: unknown until the corpus is prepared"
+    return f"{tokens / known:.2f} epochs over {known:,} training tokens"
 
 
 def flops_by_part(size: ModelSize) -> dict[str, float]:
@@ -103,9 +119,12 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "dense networks and shared experts": 2.0 * size.dense_ffn,
         "routers": 2.0 * size.routers,
         "routed experts": 2.0 * size.active_experts,
+        "experts that are only asked": 2.0 * size.scoring,
+        "attention that a router measures": size.attention_statistic_flops,
         "output head": 2.0 * size.head_matmul,
     }
-    return parts | {"other": size.forward_flops_per_token - sum(parts.values())}
+    assert math.isclose(sum(parts.values()), size.forward_flops_per_token)
+    return parts
 
 
 def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
@@ -179,6 +198,7 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     say(
         f"{plan.num_steps:,} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
         f"{plan.micro_batch_size} rows on each of {ranks} ranks), {short_number(tokens)} tokens"
+        f"{config.budget.describe()}; {epochs(config, tokens)}"
     )
     memory = memory_per_rank(config, device, dtype, plan, ranks, assumed.worst_load)
     stage, recompute = config.engine.zero_stage, config.model.recompute
@@ -206,7 +226,8 @@ def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
     for name, value in flops_by_part(size).items():
         if value:
             share = value / size.forward_flops_per_token
-            say(f"  {name:<34}{short_number(value):>8} forward{short_number(2 * value):>8} backward{share:>7.1%}")
+            backward = 0.0 if name == "attention that a router measures" else 2 * value
+            say(f"  {name:<34}{short_number(value):>8} forward{short_number(backward):>8} backward{share:>7.1%}")
 
 
 def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> None:

@@ -66,6 +66,7 @@ class Memory:
         weights: In the engine's dtype; routers in float32.
         optimizer: Moments and, under ZeRO, float32 master weights.
         carried: Gradients that are there when backward begins.
+        stale: Those of the micro-batch before, which are there until backward begins.
         gradients: Gradients at their most, while the last micro-batch's are reduced.
         buckets: DeepSpeed's buffer for reducing gradients, there throughout backward.
         copies: Copies of gradients while they are reduced or cast.
@@ -80,6 +81,7 @@ class Memory:
     weights: float
     optimizer: float
     carried: float
+    stale: float
     gradients: float
     buckets: float
     copies: float
@@ -92,7 +94,8 @@ class Memory:
     @property
     def total(self) -> float:
         """The peak: where backward begins, or where it ends and activations have given way to gradients."""
-        begins = self.carried + self.activations + max(self.recomputed + self.working, self.logits) + self.exchange
+        layer = self.recomputed + max(self.working, self.exchange)  # rows travel before and after an expert works
+        begins = self.carried + self.activations + max(layer, self.logits + self.stale)
         return self.weights + self.optimizer + self.buckets + max(begins, self.gradients + self.copies)
 
 
@@ -117,6 +120,10 @@ def memory_per_rank(
         weights=weight_bytes(parameters, dtype),
         optimizer=optimizer_bytes(parameters, owned, zero_stage),
         carried=_carried_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
+        # ``BF16_Optimizer`` clears the last bfloat16 gradients when the next backward begins.
+        stale=weight_bytes(parameters, dtype)
+        if (dtype, zero_stage) == ("bfloat16", 1) and plan.accumulation > 1
+        else 0,
         gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
         buckets=_bucket_bytes(config.engine, dtype),
         copies=_copied_bytes(parameters, dtype, zero_stage),
@@ -258,7 +265,9 @@ class _Layers:
         asking = self.asked_rows * (self.row + 2 * 4 * width) + 2 * self.tokens * 4 * width
         asking -= self.rows * 2 * self.size * width
         weights = 3 * self.size * local * self.model.hidden_size * width
-        return weights + max(experts, asking if self.asked else 0.0)
+        # The inside of attention is made again when the experts are done, in the room of what they held.
+        again = 0.0 if self.model.recompute == "none" else self._attention() - self.tokens * self.row
+        return max(0.0, weights + max(experts, asking if self.asked else 0.0) - again)
 
     @property
     def exchange(self) -> float:

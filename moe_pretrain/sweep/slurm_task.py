@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from moe_pretrain.launch import die_with_parent
+from moe_pretrain.orphans import die_with_parent
 from moe_pretrain.signals import STOPPED
 from moe_pretrain.sweep.job import PROGRAM, passed_on, run_job
 from moe_pretrain.sweep.record import Job

@@ -54,7 +54,7 @@ def test_measured_flops_are_summed_over_attempts_and_topologies(home: Path):
 
 def test_seconds_end_a_run_with_all_that_an_end_has(home: Path):
     two = ["parallel.processes=2", "budget.seconds=0.001"]
-    words = train_words("seconds", *two, "router=autonomy", "router.gate_rank=8", "budget.match=active_params")
+    words = train_words("seconds", *two, "router=autonomy", "router.gate_rank=16", "budget.match=active_params")
     code, out, err = run(home, *words)
     assert code == 0, err
     solved = load([word for word in words[1:] if not word.startswith("data")]).model.moe

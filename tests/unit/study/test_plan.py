@@ -15,6 +15,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.types import ExpertShard, RoutingContext, float32_parameters
+from moe_pretrain.run_data import prepare_corpora
 from moe_pretrain.study.plan import extra_forward, flops_by_part, problems, traffic
 from moe_pretrain.study.plan_memory import local_parameters, memory_per_rank
 
@@ -44,7 +45,24 @@ ROUTERS = {
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
     "hash": ["router=hash"],
+    "learned hash": ["router=hash", "router.weights=learned"],
     "loss_free": ["router=loss_free"],
+    "quantile": ["router=quantile"],
+    "sinkhorn": ["router=sinkhorn"],
+    "large router, noise": ["router=top_k", "router.projection_size=40", "router.jitter=0.1"],
+    "expert_choice": ["router=expert_choice"],
+    "autonomy, recomputed": ["router=autonomy", "router.gate_rank=16", "router.gate_activation=recomputed"],
+    "autonomy_expert_choice": ["router=autonomy_expert_choice", "router.gate_rank=16"],
+    "attentive": ["router=attentive", "router.num_candidates=3"],
+    "attentive_dense": ["router=attentive_dense"],
+    "attentive_dense, similarity": ["router=attentive_dense", "router.similarity_weight=0.1"],
+    "attentive_low_rank": ["router=attentive_low_rank", "router.gate_rank=16"],
+    # Half of a new router's experts are on.
+    "relu": ["router=relu"],
+    # Those that decide how many experts are made to decide what the plan is told.
+    "attention_importance": ["router=attention_importance", "router.min_experts=2", "router.max_experts=2"],
+    "expert_threshold": ["router=expert_threshold", "router.initial_threshold=1e-3", "router.target_experts=4"],
+    "autonomy_top_p": ["router=autonomy_top_p", "router.gate_rank=16", "router.threshold=1"],
     # At threshold 1 every token takes all experts, as the plan is told.
     "top_p": ["router=top_p", "router.threshold=1", "router.expected_experts=4"],
 }
@@ -87,7 +105,9 @@ def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, reco
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
-    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.02 if router == "top_k" else 0.1)
+    # A table has no scores, of which the plan has an estimate.
+    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.08 if router == "hash" else 0.06)
+    assert router != "top_k" or planned == pytest.approx(saved_bytes(config, dtype), rel=0.02)
 
 
 def test_a_recomputed_block_is_what_recomputation_saved():
@@ -162,6 +182,31 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
     assert held["peak"] == pytest.approx(memory.total, rel=0.1), memory
 
 
+PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_dense", "attentive_low_rank"]
+PEAKS += ["autonomy", "autonomy_top_p", "autonomy_expert_choice", "attention_importance", "factorised"]
+
+
+@pytest.mark.parametrize("router", PEAKS)
+def test_the_peak_of_every_kind_of_scheme_is_within_a_tenth(router: str):
+    """Many tokens and few parameters: what is saved, and what a layer's backward pass holds beside it."""
+    overrides = [
+        *SMALL,
+        *ROUTERS[router],
+        "batch.micro_batch_size=16",
+        "batch.global_batch_tokens=1024",
+        "engine.dtype=float32",
+        "engine.check_every_steps=0",
+        "engine.reduce_bucket_elements=100000",
+    ]
+    config = load(overrides)
+    plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
+    memory = memory_per_rank(config, "cpu", "float32", plan, 1, 1.0)
+    (held,) = run_on_ranks(held_by_an_engine, 1, overrides)
+    print(f"{router}: {memory.total / held['peak']:.3f} of the peak")
+    assert memory.activations > 0.5 * memory.total
+    assert held["peak"] == pytest.approx(memory.total, rel=0.1), memory
+
+
 @pytest.mark.parametrize(
     ("dtype", "stage", "recompute"),
     [
@@ -209,8 +254,11 @@ def test_flops_by_part_are_all_flops(router: str):
     config = load([*SMALL, *ROUTERS[router]])
     size = model_size(config.model, config.router)
     parts = flops_by_part(size)
-    assert parts.pop("other") == 0
     assert sum(parts.values()) == size.forward_flops_per_token
+    asked = {"attentive": 3, "attentive_dense": 4, "attentive_dense, similarity": 4}.get(router, 0)
+    assert parts["experts that are only asked"] == 3 * asked * 2 * 2 * 64 * 128
+    measured = 3 * 64 * 64 if router == "attention_importance" else 0
+    assert parts["attention that a router measures"] == measured
     assert parts["output head"] == 2 * 512 * 64
     assert parts["attention scores"] == 2 * 3 * 64 * 64
 
@@ -260,6 +308,28 @@ def test_what_does_not_divide_is_said_with_the_nearest_values(capsys):
     assert main(["plan", *words]) == 1
     out = capsys.readouterr().out
     assert out.count("DOES NOT DIVIDE") == 2 and "757M parameters" in out and "memory" not in out
+
+
+def test_widths_that_a_gpu_refuses_are_said_with_the_nearest_values():
+    words = ["model=700m", "router=autonomy", "router.gate_rank=100", "model.moe.expert_width_multiple=4"]
+    found = problems(load(words))
+    assert len(found) == 2 and "router.gate_rank=100" in found[0] and found[0].endswith("nearest: 96 or 104")
+    assert found[1].startswith("model.moe.expert_width_multiple=4") and found[1].endswith("nearest: 8")
+    assert problems(load([*words, "engine.device=cpu"])) == []
+
+
+def test_epochs_are_said_when_the_corpus_is_prepared(tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "document {n} of a text that is prepared"}}\n' for n in range(3000)))
+    words = ["data=files", f"data.paths=[{text}]", f"run.output_dir={tmp_path}", "tokenizer.vocab_size=300"]
+    words += ["run.prepare_workers=1", "data.validation_fraction=0.1"]
+    assert main(["plan", *words]) == 0
+    assert "epochs: unknown until the corpus is prepared" in capsys.readouterr().out
+    config = load(words)
+    corpus, _ = prepare_corpora(config, lambda line: None)
+    assert main(["plan", *words]) == 0
+    expected = f"{config.budget.tokens / corpus.train.num_tokens:.2f} epochs over {corpus.train.num_tokens:,} training"
+    assert expected in capsys.readouterr().out
 
 
 def test_the_command_describes_a_run(capsys):
