@@ -99,7 +99,7 @@ def test_kill_and_resume_on_another_topology(straight: Path):
 
 
 def test_a_dense_run_has_losses_by_document_and_no_routes(straight: Path):
-    code, _, err = run(straight, *train_words("dense", "router=dense", "batch.total_tokens=2048"))
+    code, _, err = run(straight, *train_words("dense", "router=dense", "budget.tokens=2048"))
     assert code == 0, err
     probe = ProbeFiles(straight / "outputs" / "dense").newest(2)
     assert probe is not None and probe.routes.size == 0
