@@ -176,7 +176,7 @@ def test_failed_online_start_falls_back_to_offline(tmp_path, wandb, capsys):
     assert "wandb: offline (no answer)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize("lost", [0, 3, 6])
 def test_a_resumed_run_has_every_step_once(tmp_path, wandb, lost):
     """Killed at step 8 with a checkpoint of step 5; the last ``lost`` rows never reached the server."""
     fake = wandb(api_key="key")

@@ -76,6 +76,11 @@ def test_without_common_seeds_means_are_compared():
     half = 12.7062 * math.sqrt(1 / 3 + 0.5 / 2)
     assert found.difference is not None
     assert (found.difference.low, found.difference.high) == pytest.approx((-3.5 - half, -3.5 + half), abs=1e-3)
+    # As many of both: what stands at the same place is still no pair, though the differences are all 4.
+    same = over_seeds({1: 1.0, 2: 2.0, 3: 3.0}, {7: 5.0, 8: 6.0, 9: 7.0})
+    half = 4.302653 * math.sqrt(1 / 3 + 1 / 3)
+    assert same.difference is not None
+    assert (same.difference.low, same.difference.high) == pytest.approx((-4 - half, -4 + half), abs=1e-5)
     assert over_seeds({1: 1.0, 2: 2.0}, {7: 5.0}).verdict == "not tested"
 
 
