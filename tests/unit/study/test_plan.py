@@ -280,6 +280,8 @@ def test_recomputation_and_counting_ahead_are_charged():
     assert extra(one, "model.recompute=full") == attention + parts["routed experts"]
     assert extra(two) == forward - parts["output head"]
     assert extra(two, "router.load_balance_level=sequence") == 0
+    asked = 3 * 4 * 2 * 2 * 64 * 128  # the first layers of all experts, which recomputation runs again
+    assert extra(one, "router=attentive_dense", "model.recompute=full") == attention + parts["routed experts"] + asked
 
 
 def test_traffic_is_the_formula_written_out():
