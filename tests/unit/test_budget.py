@@ -117,10 +117,12 @@ def test_seconds_end_a_run_before_its_schedule_and_it_says_so():
     meter.charge(1.0, 0.6)
     assert meter.is_over and meter.is_spent
     assert "step 4 of 10, NOT AT ITS END" in meter.describe_end() and "2.4 s" in meter.describe_end()
-    whole = Meter(replace(OF_TOKENS, seconds=2.0), 100, 1.0)
+    whole = Meter(replace(OF_TOKENS, seconds=2.5), 100, 1.0)
     for _ in range(10):
-        whole.charge(1.0, 0.2)
-    assert whole.describe_end() == "after 10 steps", "a run that reaches its planned end has not been cut"
+        whole.charge(1.0, 0.25)
+    assert whole.seconds == 2.5 and whole.describe_end() == "after 10 steps", (
+        "a run that reaches its planned end has not been cut"
+    )
 
 
 def test_data_that_ends_ends_the_run_but_spends_no_budget():
