@@ -131,7 +131,9 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
     parts = flops_by_part(size)
     attention = parts["attention projections"] + parts["attention scores"]
-    networks = parts["routed experts"] + parts["dense networks and shared experts"]
+    networks = (
+        parts["routed experts"] + parts["experts that are only asked"] + parts["dense networks and shared experts"]
+    )
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
     return again + ahead

@@ -10,8 +10,8 @@ from moe_pretrain.budget import BudgetConfig, Meter
 from moe_pretrain.config import load
 from moe_pretrain.model.size import model_size
 
-OF_TOKENS = BudgetConfig(tokens=1000, flops=None, seconds=None)
-OF_FLOPS = BudgetConfig(tokens=None, flops=1e6, seconds=None)
+OF_TOKENS = load(["budget.tokens=1000"]).budget
+OF_FLOPS = replace(OF_TOKENS, tokens=None, flops=1e6)
 SCHEDULES = [
     load([f"schedule={name}", "schedule.warmup_steps=4"]).schedule for name in ("cosine", "warmup_stable_decay")
 ]
@@ -90,7 +90,7 @@ def test_equal_steps_have_the_schedule_of_a_budget_of_tokens():
 
 
 def test_a_resume_at_any_step_goes_on_with_the_sum():
-    costs, config = uneven(1), BudgetConfig(tokens=None, flops=2e7, seconds=70.0)
+    costs, config = uneven(1), replace(OF_FLOPS, flops=2e7, seconds=70.0)
     straight = Meter(config, 100, 1000.0)
     while not straight.is_over:
         resumed = Meter(config, 100, 1000.0)
@@ -117,10 +117,12 @@ def test_seconds_end_a_run_before_its_schedule_and_it_says_so():
     meter.charge(1.0, 0.6)
     assert meter.is_over and meter.is_spent
     assert "step 4 of 10, NOT AT ITS END" in meter.describe_end() and "2.4 s" in meter.describe_end()
-    whole = Meter(replace(OF_TOKENS, seconds=2.0), 100, 1.0)
+    whole = Meter(replace(OF_TOKENS, seconds=2.5), 100, 1.0)
     for _ in range(10):
-        whole.charge(1.0, 0.2)
-    assert whole.describe_end() == "after 10 steps", "a run that reaches its planned end has not been cut"
+        whole.charge(1.0, 0.25)
+    assert whole.seconds == 2.5 and whole.describe_end() == "after 10 steps", (
+        "a run that reaches its planned end has not been cut"
+    )
 
 
 def test_data_that_ends_ends_the_run_but_spends_no_budget():

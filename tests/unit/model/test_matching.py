@@ -182,6 +182,9 @@ class WideConfig:
     # Twice the experts of the reference's two, at half the width.
     assert config.model.moe.expert_hidden_size == 128 and config.router_file == str(file)
     assert model_size(config.model, config.router).active_parameters == pytest.approx(1578112, rel=0.01)
+    # The reference has none of the file's fields, and may have another model.
+    other = load([*words, 'budget.reference=["model.moe.expert_hidden_size=512"]'])
+    assert other.model.moe.expert_hidden_size == 256
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, reco
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
-    # A table has no scores, of which the plan has an estimate.
-    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.08 if router == "hash" else 0.06)
-    assert router != "top_k" or planned == pytest.approx(saved_bytes(config, dtype), rel=0.02)
+    # What recomputation leaves is little, and what a table keeps, which has no scores, is less than is estimated.
+    tolerance = 0.025 if recompute == "none" else 0.08 if router == "hash" else 0.06
+    assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.02 if router == "top_k" else tolerance)
 
 
 def test_a_recomputed_block_is_what_recomputation_saved():
@@ -280,6 +280,8 @@ def test_recomputation_and_counting_ahead_are_charged():
     assert extra(one, "model.recompute=full") == attention + parts["routed experts"]
     assert extra(two) == forward - parts["output head"]
     assert extra(two, "router.load_balance_level=sequence") == 0
+    asked = 3 * 4 * 2 * 2 * 64 * 128  # the first layers of all experts, which recomputation runs again
+    assert extra(one, "router=attentive_dense", "model.recompute=full") == attention + parts["routed experts"] + asked
 
 
 def test_traffic_is_the_formula_written_out():
