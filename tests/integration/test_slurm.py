@@ -17,7 +17,7 @@ NO_GPU = ["--gpus-per-node=0", "--cpus-per-task=1"]
 
 def train(cluster: slurm.Cluster, home: Path, name: str, flags: list[str], *words: str) -> str:
     """Submit a run; the job's number."""
-    flags = [*NO_GPU, *flags, f"--output={name}.log", "--time=60", "--signal=USR1@120"]
+    flags = [*NO_GPU, *flags, f"--output={name}.log", "--time=60"]
     return cluster.submit(home, *flags, str(TRAIN), *train_words(name, "checkpoint.every_steps=1000", *words)[1:])
 
 
