@@ -50,7 +50,7 @@ class TrainJob:
     def __getstate__(self) -> dict[str, Sweep]:
         return {"sweep": replace(self.sweep, _checked={}, _planned={})}  # each job needs only itself
 
-    def __call__(self, config: DictConfig) -> float | None:
+    def __call__(self, config: DictConfig) -> float:
         """Run the job that Hydra's launcher has composed, as processes of its own, and wait for it."""
         words = HydraConfig.get().overrides.task
         (job,) = self.sweep.plan([words[len(self.sweep.fixed) :]])
@@ -120,11 +120,9 @@ def must_run(state: JobState, retry: str) -> bool:
     return state.state in ("waiting", "stopped")
 
 
-def objective(state: JobState) -> float | None:
-    """What a search minimises: the last validation loss; the worst there is if it diverged, None if there is none."""
-    if state.state == "diverged" and state.validation_loss is None:
-        return math.inf
-    return state.validation_loss
+def objective(state: JobState) -> float:
+    """What a search minimises: the last validation loss, or infinity where there is none: a trial to keep away from."""
+    return math.inf if state.validation_loss is None else state.validation_loss
 
 
 def run_jobs(jobs: Sequence[Job], sweep: Sweep, board: Board, program: Sequence[str] = PROGRAM) -> None:

@@ -105,6 +105,9 @@ def _multirun(hydra: Hydra, words: Sequence[str]) -> int:
         except SweepStopped as stopped:
             _summarise(folder)
             return INTERRUPTED if stopped.is_killed else STOPPED
+        except ValueError:  # a trial of a search is wrong
+            _summarise(folder)
+            raise
         return _summarise(folder)
 
 
@@ -155,7 +158,7 @@ def _compose(hydra: Hydra, command: Command, config: Config, folder: Path) -> Di
     }
     if "hydra/sweeper=optuna" in command.hydra:
         # Trials are looked up by their values, so the same ones must be proposed when the sweep is started again.
-        ours |= {"hydra.sweeper.n_jobs": str(config.sweep.parallel), "hydra.sweeper.max_failure_rate": "1.0"}
+        ours["hydra.sweeper.n_jobs"] = str(config.sweep.parallel)
         if not any(word in command.hydra for word in _SEEDLESS_SAMPLERS):
             ours["hydra.sweeper.sampler.seed"] = "0"
     own = [*(f"{key}={value}" for key, value in ours.items() if key not in asked), *command.hydra]

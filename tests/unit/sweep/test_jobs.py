@@ -13,7 +13,7 @@ import pytest
 
 from moe_pretrain.config import load
 from moe_pretrain.sweep import job as job_module
-from moe_pretrain.sweep import launcher
+from moe_pretrain.sweep import launcher, status
 from moe_pretrain.sweep.job import RunningJob, RunsElsewhere, run_job
 from moe_pretrain.sweep.launcher import SweepStopped, objective, run_jobs
 from moe_pretrain.sweep.plan import Sweep
@@ -73,7 +73,7 @@ def test_bad_jobs_are_marked_and_do_not_stop_the_others(sweep: Sweeping):
     jobs = read_progress(sweep.folder)
     assert describe_sweep(jobs) == "5 jobs: 1 finished, 1 stopped, 2 failed, 1 diverged"
     objectives = [objective(job.state) for job in jobs]
-    assert objectives == [None, math.inf, None, None, 3.5]
+    assert objectives == [math.inf, math.inf, math.inf, math.inf, 3.5]
     for seed, reason in zip(BAD, reasons, strict=True):
         (line,) = [line for line in sweep.said.getvalue().splitlines() if line.startswith(f"seed={seed}  ")][-1:]
         assert reason in line and sweep.states()[seed] in line
@@ -179,6 +179,21 @@ def test_a_low_terminal_shows_what_matters(sweep: Sweeping):
     assert len(fitting(jobs, 5)) == 5 and "more" not in "".join(fitting(jobs, 5))
     lines = fitting(jobs, 4)
     assert [line.split()[0] for line in lines] == ["seed=1", "seed=2", "seed=3", "..."] and "2 more" in lines[-1]
+
+
+def test_a_terminal_shows_the_table_in_place(sweep: Sweeping, monkeypatch: pytest.MonkeyPatch):
+    """What was drawn is drawn over: each drawing first goes up as many lines as it has."""
+    monkeypatch.setattr(sweep.said, "isatty", lambda: True)
+    monkeypatch.setenv("LINES", "30")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(status, "_SECONDS_BETWEEN_READS", 0.0)
+    sweep.go({1: "finish", 2: "refuse"})
+    first, *others = sweep.said.getvalue().split("\033[3A")
+    assert len(others) > 1 and "\033[3A" not in first
+    for drawing in (first, *others):
+        lines = drawing.removesuffix("\033[J").splitlines()
+        assert len(lines) == 3 and all(len(line.removeprefix("\033[2K")) < 40 for line in lines)
+    assert "2 jobs: 1 finished, 1 failed" in others[-1]
 
 
 def test_a_folder_that_is_no_sweep_is_named(tmp_path: Path):

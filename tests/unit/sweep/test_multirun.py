@@ -114,12 +114,22 @@ def test_a_search_goes_on_with_its_finished_trials(home: Path, capsys: pytest.Ca
 
 
 @needs_optuna
-def test_bad_trials_do_not_end_a_search(home: Path):
+def test_bad_trials_do_not_end_a_search(home: Path, capsys: pytest.CaptureFixture[str]):
     words = ["hydra/sweeper=optuna", "seed=range(1,5)", "hydra/sweeper/sampler=grid", "sweep.name=search"]
     folder = home / "outputs" / "search"
     folder.mkdir(parents=True)
     (folder / "behaviour.json").write_text(json.dumps({"seed=1": "diverge", "seed=2": "fail"}))
     assert multirun(*words, "hydra.sweeper.n_trials=9") == 1
+    assert "4 jobs: 2 finished, 1 failed, 1 diverged" in capsys.readouterr().out
     states = {path.parent.name: json.loads(path.read_text())["state"] for path in folder.glob("*/job_state.json")}
     assert states == {"seed=1": "diverged", "seed=2": "failed", "seed=3": "finished", "seed=4": "finished"}
     assert "best_value: 3.5" in (folder / "optimization_results.yaml").read_text()
+
+
+@needs_optuna
+def test_a_wrong_trial_ends_a_search_after_saying_what_there_is(home: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "router.top_k=2,9", "sweep.name=search"]
+    assert multirun(*words, "hydra.sweeper.n_trials=2") == 2
+    out, err = capsys.readouterr()
+    assert "job router.top_k=9: router.top_k=9 must be at most" in err
+    assert out.count("outputs/search: ") == 2 and "router.top_k=9" not in out
