@@ -72,7 +72,7 @@ class Liveness:
         self._count = 0
         self._failure: str | None = None
         self._heard = _Heard()
-        self._problem = "no answer"
+        self._problem = ""
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -80,7 +80,8 @@ class Liveness:
         """Publish that this rank has come to ``phase`` of ``step``."""
         self._where = (phase, step)
         if self._threads:
-            self._publish()
+            with contextlib.suppress(Exception):  # ``_watch`` decides when a silent store is the end
+                self._publish()
 
     @property
     def where(self) -> str:
@@ -139,7 +140,7 @@ class Liveness:
                     _read(self._store, 0),
                 )
             except Exception as error:
-                self._problem = " ".join(str(error).split())[:200]
+                self._problem = f" ({' '.join(str(error).split())[:200]})"
         try:
             self._publish(ended=True)
         except Exception:
@@ -175,7 +176,7 @@ class Liveness:
         seconds = self._limit_polls * _POLL_SECONDS
         return (
             f"no answer for {seconds:.0f} s from the launcher's store at {self._store_name}: its host, or the "
-            f"network between it and {socket.gethostname()}, is silent ({self._problem}){rank_0}"
+            f"network between it and {socket.gethostname()}, is silent{self._problem}{rank_0}"
         )
 
     def _describe_silent_ranks(self, before: list[Sign | None]) -> str:
