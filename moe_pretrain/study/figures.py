@@ -27,6 +27,9 @@ from moe_pretrain.metrics.rows import Row
 
 MAX_POINTS = 2000
 
+_LEGEND_INCHES, _LEGEND_INCHES_OF_LETTER = 0.6, 0.075
+"""Width of a legend's line and gaps, and of a letter."""
+
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d1662a", "#2e8b57", "#777777"
 _IDLE_ZEROS = re.compile(r"\.0+(?=[kMBT])|(?<=\.\d)0(?=[kMBT])")
 _COUNT = FuncFormatter(lambda value, _: _IDLE_ZEROS.sub("", short_number(value)))
@@ -162,7 +165,9 @@ def write_png(
         for axes, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
             draw(axes)
         handles = [Line2D([], [], color=color, lw=3, label=plain(label)) for label, color in colors.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+        longest = max(map(len, colors), default=0)
+        columns = int(size[0] / (_LEGEND_INCHES + _LEGEND_INCHES_OF_LETTER * longest))
+        figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(columns, len(handles))))
         figure.savefig(path, dpi=160)
 
 
