@@ -55,6 +55,7 @@ class SlurmLauncher(SweepLauncher):
             SweepStopped: A signal came; SLURM keeps the jobs.
         """
         self._check(jobs)
+        jobs = list({job.folder: job for job in jobs}.values())
         queue = queued()
         numbers = {job.folder: number for job in jobs if (number := _number_of(job.folder)) in queue}
         left = [job for job in jobs if job.folder not in numbers and self._is_left(job)]

@@ -27,7 +27,7 @@ def stops(home: Path, name: str) -> list[tuple[int, str]]:
 
 
 def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_one(
-    cluster: slurm.Cluster, home: Path
+    cluster: slurm.Cluster, home: Path, request: pytest.FixtureRequest
 ) -> None:
     """On two nodes, expert parallel: preempted, then out of time, then left alone."""
     expert_parallel = "parallel.expert_parallel_size=2"
@@ -44,6 +44,7 @@ def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_
     cluster.start_now(number)
     cluster.wait_until_stopped(number, ranks=2)
     alone = start(home, *train_words("alone", "parallel.processes=2", expert_parallel))
+    request.addfinalizer(alone.kill)
     limit = ["scontrol", "update", f"jobid={number}", "TimeLimit=2"]  # SLURM looks at it twice a minute
     cluster.tell(number, limit, rows, lambda: cluster.is_in(number, "PENDING", Restarts="2"))
     (first, _), (second, message) = stops(home, "told")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.mi
 TWO_RANKS = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
 JOBS = ["seed=0", "seed=1"]
 COMMAND = ["train", "--multirun", *TINY, "data=files", "data.paths=[corpus.jsonl]", *TWO_RANKS]
-COMMAND += ["checkpoint.every_steps=1000", "seed=0,1", "sweep.name=grid", "hydra/launcher=submitit_slurm"]
+COMMAND += ["checkpoint.every_steps=1000", "seed=0,1,1", "sweep.name=grid", "hydra/launcher=submitit_slurm"]
 COMMAND += ["hydra.launcher.gpus_per_node=0", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
 COMMAND += ["hydra.launcher.cpus_per_task=2"]  # all of a node's: one job at a time
 
@@ -31,10 +31,13 @@ def read(home: Path, job: str, file: str) -> dict:
     return json.loads((home / "outputs" / "grid" / job / file).read_text())
 
 
-def test_a_sweep_survives_preemption_and_the_death_of_its_driver(on_cluster: slurm.Cluster, home: Path):
+def test_a_sweep_survives_preemption_and_the_death_of_its_driver(
+    on_cluster: slurm.Cluster, home: Path, request: pytest.FixtureRequest
+):
     cluster, command = on_cluster, [*COMMAND, *slurm.stop_in(3, 4, 5)]
     folders = [home / "outputs" / "grid" / job for job in JOBS]
     driver = start(home, *command)
+    request.addfinalizer(driver.kill)
     slurm.wait_until(
         lambda: all((folder / "slurm_job.json").exists() for folder in folders) or driver.poll() is not None,
         120,
@@ -42,11 +45,13 @@ def test_a_sweep_survives_preemption_and_the_death_of_its_driver(on_cluster: slu
     )
     assert driver.poll() is None, driver.communicate()
     first, second = (read(home, job, "slurm_job.json")["number"] for job in JOBS)
+    assert len(cluster.call(home, "squeue", "--noheader", "--array").splitlines()) == 2, "one for each run"
     cluster.wait_until_stopped(first, ranks=2)
     driver.kill()
     driver.communicate()
 
     driver = start(home, *command)
+    request.addfinalizer(driver.kill)
     urgent = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:"]
     cluster.tell(
         first, urgent, lambda: rows_of(home, f"grid/{JOBS[0]}"), lambda: cluster.is_in(first, "PENDING", Restarts="1")
