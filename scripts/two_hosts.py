@@ -37,7 +37,7 @@ PORT = 29511
 TINY = [
     *("model.vocab_size=512", "model.sequence_length=64", "model.num_layers=2", "model.hidden_size=32"),
     *("model.moe.num_experts=4", "model.moe.expert_hidden_size=32", "data=files", "data.paths=[corpus.jsonl]"),
-    *("data.validation_fraction=0.1", "batch.global_batch_tokens=1024", f"batch.total_tokens={STEPS * 1024}"),
+    *("data.validation_fraction=0.1", "batch.global_batch_tokens=1024", f"budget.tokens={STEPS * 1024}"),
     *("schedule.warmup_steps=2", "evaluation.max_rows=16", "evaluation.every_steps=1000", "engine.device=cpu"),
     *(f"checkpoint.every_steps={EVERY_STEPS}", "metrics.log_every_steps=1", "metrics.wandb=off"),
     "run.prepare_workers=1",
@@ -209,7 +209,11 @@ def main() -> None:
     spread = [f"parallel.expert_parallel_size={ranks}", "run.name=two-hosts"]
     with working_folder() as home, Hosts() as hosts:
         straight = [sys.executable, "-m", "moe_pretrain", "train", *words, "run.name=straight"]
-        subprocess.run(straight, cwd=home, env=_environment(), check=True, capture_output=True, timeout=600)
+        undisturbed = subprocess.run(
+            straight, cwd=home, env=_environment(), capture_output=True, text=True, timeout=600
+        )
+        if undisturbed.returncode:
+            raise SystemExit(f"FAILED: the undisturbed run ended with {undisturbed.returncode}: {undisturbed.stderr}")
 
         attempt = Attempt(hosts, home, "first", options.launch, options.ranks_per_host, [*words, *spread])
         try:

@@ -13,7 +13,7 @@ from helpers.runs import rows_of, run, train_words, wait_for_step
 
 from moe_pretrain.checkpoint import store
 
-LONG = ["batch.total_tokens=100000000", "evaluation.every_steps=100000", "checkpoint.keep_best=0"]
+LONG = ["budget.tokens=100000000", "evaluation.every_steps=100000", "checkpoint.keep_best=0"]
 SPREAD = ["parallel.expert_parallel_size=2"]
 ALONE = "parallel.expert_parallel_size=1"
 
@@ -81,7 +81,7 @@ def test_a_save_that_outlasts_torchruns_grace_leaves_the_last_good_checkpoint(ho
     process.communicate(timeout=100)
     assert process.returncode != 0
     assert newest_step(home, name) == 4
-    code, _, err = run(home, "train", f"run.name={name}", "fault.point=null", "batch.total_tokens=8192", ALONE)
+    code, _, err = run(home, "train", f"run.name={name}", "fault.point=null", "budget.tokens=8192", ALONE)
     assert code == 0, err
     assert [row["step"] for row in rows_of(home, name)] == list(range(1, 9))
 

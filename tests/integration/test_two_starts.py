@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import rows_of, run, start, train_words, wait_for_step
 
-LONG = ["batch.total_tokens=100000000", "checkpoint.every_steps=1000", "evaluation.every_steps=100000"]
+LONG = ["budget.tokens=100000000", "checkpoint.every_steps=1000", "evaluation.every_steps=100000"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -32,6 +32,6 @@ def test_of_two_starts_at_once_one_trains_and_the_other_is_refused(home: Path, p
     owner.communicate()
     rows = rows_of(home, name)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and {row["attempt"] for row in rows} == {0}
-    code, _, err = run(home, "train", f"run.name={name}", "batch.total_tokens=2048")
+    code, _, err = run(home, "train", f"run.name={name}", "budget.tokens=2048")
     assert code == 0, err
     assert rows_of(home, name)[-1]["attempt"] == 1
