@@ -52,7 +52,7 @@ def test_jobs_are_written_down_and_found_again(tmp_path: Path):
         config = load(job.words)
         assert (config.model.name, config.router.name, config.seed) == ("small", router, 1)
         assert config.run.folder == job.folder and config.run.cache_dir == "cache" and config.sweep.name == "s"
-        assert config.batch.num_steps == job.num_steps
+        assert config.num_steps == job.num_steps
     again = read_jobs(tmp_path / "s")
     assert [(job.name, job.number, job.words) for job in again] == [(job.name, job.number, job.words) for job in jobs]
 
