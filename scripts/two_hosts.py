@@ -244,7 +244,7 @@ def main() -> None:
             if named not in lines[0] or f"rank 0 on {hosts.names[0]} was last seen at step " not in lines[1]:
                 fail(f"the silent side is not named: {lines}", attempt)
             done = rows_of(home, "two-hosts")[-1]["step"]
-            print(f"cable cut after step {done}; both sides had ended after {sum(seconds):.0f} s, with {codes}:")
+            print(f"cable cut after step {done}; both sides had named the other after {sum(seconds):.0f} s; exit codes {codes}:")
             for name, line in zip(hosts.names, lines, strict=True):
                 print(f"  {name}: {line}")
 
