@@ -9,8 +9,8 @@ code other than 0 and a line that names the other; the same command then goes on
 step has read the tokens of a run that nobody disturbed.
 
 ``--launch`` is how the ranks start: with the variables RANK, WORLD_SIZE, MASTER_ADDR; with torchrun and a fixed master;
-with torchrun and a rendezvous (``c10d``), whose agent on the second host waits a minute or more for the first one after
-its workers have ended, and is killed here.
+with torchrun and a rendezvous (``c10d``), whose agent on the second host still waits for the first one minutes after its
+workers have ended, and is killed here.
 """
 
 import argparse
@@ -244,7 +244,7 @@ def main() -> None:
             if named not in lines[0] or f"rank 0 on {hosts.names[0]} was last seen at step " not in lines[1]:
                 fail(f"the silent side is not named: {lines}", attempt)
             done = rows_of(home, "two-hosts")[-1]["step"]
-            print(f"cable cut after step {done}; both sides had named the other after {sum(seconds):.0f} s; exit codes {codes}:")
+            print(f"cable cut after step {done}; in {sum(seconds):.0f} s both had named the other; exit codes {codes}:")
             for name, line in zip(hosts.names, lines, strict=True):
                 print(f"  {name}: {line}")
 
