@@ -9,8 +9,8 @@ code other than 0 and a line that names the other; the same command then goes on
 step has read the tokens of a run that nobody disturbed.
 
 ``--launch`` is how the ranks start: with the variables RANK, WORLD_SIZE, MASTER_ADDR; with torchrun and a fixed master;
-with torchrun and a rendezvous (``c10d``), whose agent on the second host still waits for the first one minutes after its
-workers have ended, and is killed here.
+with torchrun and a rendezvous (``c10d``), whose agent on the second host still waits for the first one minutes after
+its workers have ended, and is killed here.
 """
 
 import argparse

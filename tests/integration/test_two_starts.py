@@ -16,8 +16,13 @@ def test_of_two_starts_at_once_one_trains_and_the_other_is_refused(home: Path, p
     words = train_words(name, *LONG, f"parallel.processes={processes}", f"parallel.expert_parallel_size={processes}")
     marks = [f"metrics.router_health_steps={number}" for number in (101, 102)]
     started = {mark: start(home, *words, mark) for mark in marks}
-    while all(process.poll() is None for process in started.values()):
+    deadline = time.monotonic() + 100
+    while all(process.poll() is None for process in started.values()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    if all(process.poll() is None for process in started.values()):
+        for process in started.values():
+            process.kill()
+        pytest.fail("both starts train on one folder")
     ((loser, refused),) = [(mark, process) for mark, process in started.items() if process.poll() is not None]
     ((winner, owner),) = [(mark, process) for mark, process in started.items() if mark != loser]
     _, err = refused.communicate(timeout=60)
