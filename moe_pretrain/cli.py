@@ -1,5 +1,6 @@
 """The table of commands. ``moe-pretrain COMMAND [OVERRIDES]``; every command takes the same Hydra overrides."""
 
+import io
 import logging
 import sys
 import warnings
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help") or words[0] not in COMMANDS:
         print(_usage(), file=sys.stderr if words and words[0] not in ("-h", "--help") else sys.stdout)
         return 0 if words and words[0] in ("-h", "--help") else USAGE_CODE
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once, and loses none to a kill
     # DeepSpeed reports its settings while it is imported and built; the user sees our progress instead.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
