@@ -112,6 +112,23 @@ def test_a_run_may_end_with_its_source(server):
     assert (home / "outputs" / "ends" / "checkpoints" / f"step_{steps:08d}").is_dir()
 
 
+def test_a_spike_in_a_stream_ends_the_run_and_the_next_start_leaves_its_rows_out(server):
+    home, address, _ = server
+    spikes = ["spike.window_steps=4", "spike.deviations=2", "spike.rewind=true"]
+    clean = home / "outputs" / "clean"
+    clean.mkdir(parents=True)
+    (clean / "rewinds.json").write_text(json.dumps([{"step": 0, "first": 9, "stop": 10}]))
+    code, _, err = run(home, *words(address, "clean", *spikes))
+    assert code == 0, err
+    poison = ["fault.point=train.rows", "fault.action=poison", "fault.step=9"]
+    code, out, err = run(home, *words(address, "poisoned", *spikes, *poison))
+    assert code == 75 and "the same command goes on" in out, err
+    code, _, err = run(home, *words(address, "poisoned", *spikes, *poison))
+    assert code == 0, err
+    hashes = [[row["data/token_hash"] for row in rows_of(home, name)] for name in ("poisoned", "clean")]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == STEPS
+
+
 def test_a_source_that_is_not_there_is_one_line(server):
     home, address, _ = server
     code, _, err = run(home, *words(address, "nothing", f"data.files=[{address}9.jsonl]"))
