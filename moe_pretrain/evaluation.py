@@ -3,14 +3,19 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from torch import Tensor
+
 from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan
 from moe_pretrain.config import Config
 from moe_pretrain.data.packing import MicroBatch
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.metrics.part_times import part_time_row
 from moe_pretrain.metrics.probe import Collector, Part, Probe, put_together
 from moe_pretrain.metrics.rows import Row
 from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row
+from moe_pretrain.moe.parts import PartClock, time_source
+from moe_pretrain.moe.types import Routing
 from moe_pretrain.run_data import Corpus
 from moe_pretrain.signals import StopRequest
 
@@ -19,7 +24,10 @@ _OWN = ""
 
 
 class Validation(NamedTuple):
-    """What one validation found: its metrics row, and its own corpus's losses and routes piece by piece."""
+    """What one validation found: its metrics row, and its own corpus's losses and routes piece by piece.
+
+    The row has the time of the parts of the MoE layers too, measured on the own corpus.
+    """
 
     row: Row
     probe: Probe
@@ -54,9 +62,10 @@ class Evaluator:
         shares = corpus.shares if isinstance(corpus, data.TokenizedMixture) else {_OWN: 1.0}
         losses: dict[str, float] = {}
         parts: dict[str, Part] = {}
+        clock = PartClock(time_source(self._engine.mesh.device.type))
         for name, reader in readers.items():
             collector = self._collector(reader)
-            loss = self._loss_on(reader, step, collector if name in shares else None)
+            loss = self._loss_on(reader, step, (collector, clock) if name in shares else None)
             if loss is None:
                 return None
             losses[name] = loss
@@ -71,15 +80,17 @@ class Evaluator:
             own = evaluation_row(loss, sizes[name])
             row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
         layers = [layer.router.layer for layer in self._engine.model.moe_layers()]
-        return Validation(row, put_together(step, parts, shares, layers))
+        return Validation(row | part_time_row(clock.batches), put_together(step, parts, shares, layers))
 
     def _collector(self, reader: data.ShardReader) -> Collector:
         length, layers = self._config.model.sequence_length, self._engine.model.moe_layers()
         num_rows = min(data.count_rows(reader, length), self._config.evaluation.max_rows)
         return Collector(reader.document_ends, length, num_rows, layers[0].num_experts if layers else 0)
 
-    def _loss_on(self, reader: data.ShardReader, step: int, collector: Collector | None) -> float | None:
-        """Mean nats per token of one set."""
+    def _loss_on(
+        self, reader: data.ShardReader, step: int, observers: tuple[Collector, PartClock] | None
+    ) -> float | None:
+        """Mean nats per token of one set, whose batches the ``observers`` see."""
         mesh, packing = self._engine.mesh, self._config.packing
         batches = data.validation_batches(
             reader,
@@ -93,7 +104,18 @@ class Evaluator:
         )
         was_stopped: list[int] = []
         watched = self._until_stopped(batches, step, was_stopped)
-        evaluation = self._engine.evaluate(watched, *([] if collector is None else [collector.add]))
+        if observers is None:
+            evaluation = self._engine.evaluate(watched)
+        else:
+            collector, clock = observers
+            num_layers = len(self._engine.model.moe_layers())
+
+            def note(batch: MicroBatch, losses: Tensor, routings: list[Routing]) -> None:
+                collector.add(batch, losses, routings)  # copies to the host, so that the clock has nothing to wait for
+                clock.end_batch(batch.labels.numel() * num_layers)
+
+            with clock:
+                evaluation = self._engine.evaluate(watched, note)
         return None if was_stopped else evaluation.loss
 
     def _until_stopped(self, batches: Iterable[MicroBatch], step: int, was_stopped: list[int]) -> Iterator[MicroBatch]:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.model.layers import apply_rotary
+from moe_pretrain.moe.parts import part
 from moe_pretrain.moe.types import AttentionStatistic
 
 
@@ -120,4 +121,7 @@ class Attention(nn.Module):
         query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         attended = attend(query, key, value, mask)
         output = functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight)
-        return output, None if statistic is None else attention_statistic(statistic, query, key, mask.first_key)
+        if statistic is None:
+            return output, None
+        with part("router"):
+            return output, attention_statistic(statistic, query, key, mask.first_key)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_pretrain.moe.parts import part
 from moe_pretrain.moe.types import Exchange, Experts, Routing, RowOrder
 
 
@@ -123,42 +124,53 @@ def run_experts(
         ``sum over a token's routes of weight * expert(hidden)``, ``[tokens, hidden]``, and the result of
         ``meanwhile``.
     """
-    counts = _count(routing.expert_index, num_experts)
-    route_of_row, order = order_by(
-        routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts
-    )
-    weight = routing.weight[route_of_row]
-    payload = None if routing.payload is None else routing.payload[route_of_row]
+    with part("permute"):
+        counts = _count(routing.expert_index, num_experts)
+        route_of_row, order = order_by(
+            routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts
+        )
+        weight = routing.weight[route_of_row]
+        payload = None if routing.payload is None else routing.payload[route_of_row]
     if exchange is None:
         other = meanwhile() if meanwhile else None
-        return experts(hidden, weight, order, payload), other
+        with part("experts"):
+            return experts(hidden, weight, order, payload), other
 
-    received_counts, send, receive = _exchange_sizes(counts, exchange)
-    rows = _Gather.apply(hidden, order)
-    travelling = [rows, weight[:, None]] if payload is None else [rows, weight[:, None], payload]
-    pending = exchange.start(travelling, send, receive)
+    with part("exchange"):
+        received_counts, send, receive = _exchange_sizes(counts, exchange)
+    with part("permute"):
+        rows = _Gather.apply(hidden, order)
+    with part("exchange"):
+        travelling = [rows, weight[:, None]] if payload is None else [rows, weight[:, None], payload]
+        pending = exchange.start(travelling, send, receive)
     other = meanwhile() if meanwhile else None
-    received = pending.wait()
+    with part("exchange"):
+        received = pending.wait()
 
-    if experts_of_sender is None:
-        output = _run_received(experts, received, received_counts)
-    else:
-        blocks = zip(*(part.split(receive) for part in received), strict=True)
-        outputs = [
-            _run_received(experts_of_sender(sender), block, received_counts[sender : sender + 1])
-            for sender, block in enumerate(blocks)
-        ]
-        output = torch.cat(outputs)
-    (returned,) = exchange.start([output], receive, send).wait()
-    return _Sum.apply(returned, order), other
+    with part("experts"):
+        if experts_of_sender is None:
+            output = _run_received(experts, received, received_counts)
+        else:
+            blocks = zip(*(tensor.split(receive) for tensor in received), strict=True)
+            outputs = [
+                _run_received(experts_of_sender(sender), block, received_counts[sender : sender + 1])
+                for sender, block in enumerate(blocks)
+            ]
+            output = torch.cat(outputs)
+    with part("exchange"):
+        (returned,) = exchange.start([output], receive, send).wait()
+    with part("combine"):
+        return _Sum.apply(returned, order), other
 
 
 def _run_received(experts: Experts, received: Sequence[Tensor], counts: Int[Tensor, "ranks local_experts"]) -> Tensor:
     """Weighted expert outputs of rows as they came, with their weights and perhaps payloads, from ``ranks`` senders."""
     sources, weight, *payload = received
-    row_of_received, order = _order_received(counts, sources.shape[0])
-    local_payload = payload[0][row_of_received] if payload else None
-    return experts(sources, weight[:, 0][row_of_received], order, local_payload)
+    with part("permute"):
+        row_of_received, order = _order_received(counts, sources.shape[0])
+        local_weight = weight[:, 0][row_of_received]
+        local_payload = payload[0][row_of_received] if payload else None
+    return experts(sources, local_weight, order, local_payload)
 
 
 def score_routes(

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.parts import part
 from moe_pretrain.moe.types import Exchange, Experts, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
 
 
@@ -93,7 +94,8 @@ class MoELayer(nn.Module):
         """
         if self.router.needs_expert_scores:
             context = replace(context, score_routes=self._score_routes(recompute_experts))
-        routing: Routing = self.router(hidden, context)
+        with part("router"):
+            routing: Routing = self.router(hidden, context)
         arguments = hidden, routing.weight, routing.payload, routing
         if recompute_experts:
             output = checkpoint(self._experts_of, *arguments, use_reentrant=False)
@@ -113,7 +115,6 @@ class MoELayer(nn.Module):
 
     def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
         """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""
-        shared = self.shared_experts
         arguments = self.router.expert_arguments(self.experts.expert_ids)
         routed = replace(routing, weight=weight, payload=payload)
         output, shared_output = run_experts(
@@ -122,7 +123,14 @@ class MoELayer(nn.Module):
             self.num_experts,
             partial(self.experts, **arguments),
             self.exchange,
-            meanwhile=None if shared is None else lambda: shared(hidden),
+            meanwhile=None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden),
             experts_of_sender=self.experts_of_sender,
         )
-        return output if shared_output is None else output + shared_output
+        if shared_output is None:
+            return output
+        with part("combine"):
+            return output + shared_output
+
+    def _run_shared(self, shared_experts: SwiGLU, hidden: Tensor) -> Tensor:
+        with part("shared_experts"):
+            return shared_experts(hidden)

@@ -13,7 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from moe_pretrain.metrics.part_times import read_part_times
 from moe_pretrain.metrics.rows import Row
+from moe_pretrain.moe.parts import Part
 from moe_pretrain.study.compare_runs import RunRecord
 from moe_pretrain.study.figures import column
 from moe_pretrain.study.run_charts import metric_layers
@@ -58,6 +60,11 @@ def median(run: RunRecord, key: str) -> float | None:
     """Median of a number over all train rows; None if it was not recorded."""
     values = column(run.train, key)
     return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
+def part_times(run: RunRecord) -> dict[Part, float]:
+    """Microseconds of each part of a MoE layer for one token, at the end of a run; empty where not measured."""
+    return read_part_times(run.validation[-1]) if run.is_complete and run.validation else {}
 
 
 def training_flops(rows: Sequence[Row]) -> np.ndarray:

@@ -9,7 +9,7 @@ from moe_pretrain.study.compare import Comparison, compare
 from moe_pretrain.study.compare_measures import Incident, incidents
 from moe_pretrain.study.compare_runs import differences, show
 from moe_pretrain.study.figures import chart, write_png
-from moe_pretrain.study.findings import COST_NOTE, INFORMATION_NOTE
+from moe_pretrain.study.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
 from moe_pretrain.study.page import charts, folded, legend, page, section, table, warnings, write_whole
 
 _MAX_INCIDENTS = 200
@@ -91,6 +91,7 @@ def _page(
         charts("Balance", [key, *balance] if balance else [], layer_note),
         charts("Routing drift", [key, *drift] if drift else [], drift_note),
         section("Measured", table(*tables.measures_table(variants)), "Means over seeds; layers over the last fifth."),
+        section("Time by part of a MoE layer", table(*tables.layer_times(found)), TIME_NOTE),
         section("Cost by part of a MoE layer", table(*tables.layer_costs(found)), COST_NOTE),
         section("Specialisation", table(*tables.specialisation(found)), INFORMATION_NOTE),
         section("Certificate", table(*tables.certificates(found)), certificate_note),

@@ -4,12 +4,15 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
 from moe_pretrain.metrics.console import short_number
+from moe_pretrain.moe.parts import PARTS, Part
 from moe_pretrain.study import findings
 from moe_pretrain.study.compare import MEASURES, Comparison
+from moe_pretrain.study.compare_measures import part_times
 from moe_pretrain.study.compare_runs import MISSING, RunRecord, Variant, differences
 from moe_pretrain.study.compare_statistics import Estimate, Ranked, errors_to_win
 from moe_pretrain.study.compare_texts import RESAMPLES
@@ -114,7 +117,8 @@ def variant_rows(found: Comparison) -> list[Record]:
         row |= {"p_value": paired.p_value, "over_texts": paired.over_texts}
         row |= {"verdict": "reference" if variant.name == found.reference else paired.verdict}
         row |= {"indistinguishable_from": "; ".join(place.equals) if place else None}
-        rows.append(row | {name: _mean(variant, name) for name in MEASURES})
+        row |= {name: _mean(variant, name) for name in MEASURES}
+        rows.append(row | _part_columns(variant.counted))
     return rows
 
 
@@ -129,8 +133,21 @@ def run_rows(found: Comparison) -> list[Record]:
         row |= {name: run.last.get(name) for name in ("step", "tokens", "attempt")}
         row |= {key.replace("/", "_"): run.final(key) for key in ("validation/loss", "validation/bits_per_byte")}
         row |= {name: measure(run) for name, (_, measure, _) in MEASURES.items()}
+        row |= _part_columns([run])
         rows.append(row | {key: run.values.get(key) for key in differing})
     return rows
+
+
+def _measured_times(runs: Sequence[RunRecord]) -> list[dict[Part, float]]:
+    return [times for run in runs if (times := part_times(run))]
+
+
+def _part_columns(runs: Sequence[RunRecord]) -> Record:
+    """Mean microseconds of each part of a MoE layer, and of the whole."""
+    found = _measured_times(runs)
+    columns = {name: fmean(times[name] for times in found) if found else None for name in PARTS}
+    whole = fmean(sum(times.values()) for times in found) if found else None
+    return {f"{name}_microseconds_per_token": value for name, value in [*columns.items(), ("moe_layer", whole)]}
 
 
 def csv_text(rows: Sequence[Record]) -> str:
@@ -245,6 +262,18 @@ def specialisation(found: Comparison) -> Table:
             remark = f"run: moe-pretrain specialise {variant.runs[0].folder}"
         lines.append([variant.name, *cells, remark])
     return ("Variant", *(f"By {name}" for name in names), "Remark"), lines
+
+
+def layer_times(found: Comparison) -> Table:
+    """What the parts of one MoE layer take per token, as measured."""
+    lines = []
+    for variant in found.variants:
+        times = _measured_times(variant.counted)
+        remark = "" if len(times) == len(variant.counted) > 0 else f"{len(times)} of {len(variant.runs)} runs measured"
+        if variant.values.get("router.name") == "dense":
+            remark = "no routing"
+        lines.append([variant.name, *findings.time_cells(times).values(), remark])
+    return ("Variant", *findings.time_cells([]), "Remark"), lines
 
 
 def layer_costs(found: Comparison) -> Table:

@@ -1,21 +1,30 @@
 """What commands have found out about a run and left in its folder, for the pages: certificate, specialisation, cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from moe_pretrain.metrics.console import short_number
+from moe_pretrain.moe.parts import PARTS, Part
 from moe_pretrain.study.certify import CERTIFICATE
+from moe_pretrain.study.compare_runs import MISSING
 from moe_pretrain.study.layer_cost import per_token
 from moe_pretrain.study.specialise import RESULT
 
 INFORMATION_NOTE = (
     "Normalised mutual information of a token's expert of the largest weight and its class, 0 to 1, mean over layers; "
     "in brackets with classes dealt out at random. Only what is above that is specialisation."
+)
+TIME_NOTE = (
+    "Measured: microseconds of one rank for one token in one MoE layer, forward, in the last validation: the median "
+    "over its batches, mean over layers and ranks; of several seeds the mean, with their standard deviation (sd). "
+    "The router's time holds experts that it asks, the exchange's the waiting for other ranks, the experts' share the "
+    "shared ones. Only times of equal devices, as many of them, with nothing else running, can be compared."
 )
 COST_NOTE = (
     "Counted, not timed: forward, one token, one MoE layer, at the measured experts per token. Bytes are read and "
@@ -106,6 +115,30 @@ def information_cell(pairs: list[tuple[float, float]]) -> str:
     """Mean over layers with its shuffled baseline."""
     mean, shuffled = np.mean(pairs, axis=0)
     return f"{mean:.3f} (shuffled {shuffled:.3f})"
+
+
+def time_cells(runs: Sequence[Mapping[Part, float]]) -> dict[str, str]:
+    """Part of a MoE layer -> its microseconds in words, then their total and the experts' share of it.
+
+    Args:
+        runs: Microseconds of every part, one entry for each seed; all parts are MISSING without any.
+    """
+    titles = {name: name.replace("_", " ") for name in PARTS}
+    totals = [sum(run.values()) for run in runs]
+    shares = [(run["experts"] + run["shared_experts"]) / total for run, total in zip(runs, totals, strict=True)]
+    cells = {title: _mean_and_deviation([run[name] for run in runs]) for name, title in titles.items()}
+    return cells | {
+        "total": _mean_and_deviation(totals),
+        "experts' share": f"{fmean(shares):.0%}" if shares else MISSING,
+    }
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    if not any(values):
+        return "none"
+    return f"{fmean(values):.3g}" + (f" (sd {stdev(values):.2g})" if len(values) > 1 else "")
 
 
 def cost_cells(facts: Mapping[str, Any], experts_per_token: float | None) -> dict[str, str]:

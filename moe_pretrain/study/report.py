@@ -9,12 +9,13 @@ import numpy as np
 import yaml
 
 from moe_pretrain.metrics.console import short_duration, short_number
+from moe_pretrain.metrics.part_times import read_part_times
 from moe_pretrain.metrics.rows import Row, read_rows
 from moe_pretrain.study import findings, run_charts
 from moe_pretrain.study.compare_charts import incident_chart
 from moe_pretrain.study.compare_measures import at_end, incidents
 from moe_pretrain.study.figures import column
-from moe_pretrain.study.findings import COST_NOTE, INFORMATION_NOTE
+from moe_pretrain.study.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
 from moe_pretrain.study.page import charts, facts, folded, legend, page, section, table, write_whole
 
 _MAX_EVENTS = 200
@@ -199,14 +200,15 @@ def _incident_section(name: str, rows: dict[str, list[Row]]) -> str:
 
 
 def _finding_sections(run_dir: Path, rows: dict[str, list[Row]], recorded: dict[str, Any]) -> list[str]:
-    """What is counted of the layer, and what ``specialise`` and ``certify`` have found; nothing for a dense model."""
+    """Time and cost of the layer, and what ``specialise`` and ``certify`` have found; nothing for a dense model."""
     experts = at_end(rows["train"], "experts_per_token")
     if experts is None:
         return []
     cost = findings.cost_cells(recorded, experts)
     certificate = findings.certificate(run_dir)
     information = findings.normalised_information(run_dir)
-    sections = []
+    times = findings.time_cells([found for row in rows["validation"][-1:] if (found := read_part_times(row))])
+    sections = [section("Time by part of a MoE layer", table(list(times), [list(times.values())]), TIME_NOTE)]
     if cost:
         sections.append(section("Cost by part of a MoE layer", table(list(cost), [list(cost.values())]), COST_NOTE))
     if information is None:

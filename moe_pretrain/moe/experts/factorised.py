@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.dispatch import sum_rows
-from moe_pretrain.moe.experts.grouped import join, row_blocks
+from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.experts.swiglu import activate, activation_gradients
+from moe_pretrain.moe.parts import part
 from moe_pretrain.moe.types import ExpertShard, RowOrder
 
 
@@ -74,9 +75,7 @@ class _DownProjection(torch.autograd.Function):
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         ctx.save_for_backward(sources, down_weight)
         ctx.order, ctx.blocks = order, blocks
-        return join(
-            [block.times(sources.index_select(0, order.source_of_row[block.rows]), down_weight) for block in blocks]
-        )
+        return join([block.times(take_rows(sources, order, block), down_weight) for block in blocks])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -108,14 +107,15 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, outputs = [], []
         for block in blocks:
-            rows = sources.index_select(0, order.source_of_row[block.rows])
             gate = block.times(payload[block.rows], up_weight)
-            before = torch.cat([gate, block.times(rows, in_weight)], dim=1)
+            value = block.times(take_rows(sources, order, block), in_weight)
+            before = torch.cat([gate, value], dim=1)
             befores.append(before)
             outputs.append(block.times(activate(before), out_weight))
         ctx.save_for_backward(sources, weight, payload, up_weight, in_weight, out_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
-        return sum_rows(join(outputs), order, weight)
+        with part("combine"):
+            return sum_rows(join(outputs), order, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

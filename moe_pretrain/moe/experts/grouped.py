@@ -18,6 +18,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.parts import part
+from moe_pretrain.moe.types import RowOrder
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -107,6 +110,12 @@ def row_blocks(rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype
         ExpertRows(expert, slice(end - size, end), len(sizes))
         for expert, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
+
+
+def take_rows(sources: Tensor, order: RowOrder, block: ExpertRows | AllRows) -> Tensor:
+    """The source row of each row of ``block``."""
+    with part("permute"):
+        return sources.index_select(0, order.source_of_row[block.rows])
 
 
 def join(parts: list[Tensor]) -> Tensor:

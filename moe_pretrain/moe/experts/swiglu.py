@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.dispatch import sum_rows
-from moe_pretrain.moe.experts.grouped import join, one_kernel_on_cuda, row_blocks
+from moe_pretrain.moe.experts.grouped import join, one_kernel_on_cuda, row_blocks, take_rows
+from moe_pretrain.moe.parts import part
 from moe_pretrain.moe.types import ExpertShard, RowOrder
 
 
@@ -106,13 +107,13 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, outputs = [], []
         for block in blocks:
-            rows = sources.index_select(0, order.source_of_row[block.rows])
-            before = block.times(rows, in_weight)
+            before = block.times(take_rows(sources, order, block), in_weight)
             befores.append(before)
             outputs.append(block.times(activate(before), out_weight))
         ctx.save_for_backward(sources, weight, in_weight, out_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
-        return sum_rows(join(outputs), order, weight)
+        with part("combine"):
+            return sum_rows(join(outputs), order, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
