@@ -180,7 +180,8 @@ def reduce_layers(row: Row) -> Row:
     Returns:
         ``step``, ``tokens``, ``seconds`` where known, and the ``train/``, ``aux/``, ``validation/`` and ``data/``
         numbers as they are;
-        each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers.
+        each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers. Lists, hashes and the times of
+        the layers' parts stay in the file.
     """
     reduced: Row = {name: row[name] for name in ("step", "tokens", "seconds") if name in row}
     over_layers: dict[str, list[float]] = {}

@@ -18,7 +18,7 @@ import time
 from contextlib import nullcontext
 from contextvars import ContextVar, Token
 from itertools import pairwise
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ Part = Literal["router", "permute", "exchange", "experts", "shared_experts", "co
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
+@runtime_checkable
 class TimeSource(Protocol):
     """Takes moments, and later says how far apart they are."""
 
@@ -54,13 +55,13 @@ class CudaTime:
     A stream that waits for the host to launch work counts as busy with the part that it is in.
     """
 
-    def now(self) -> torch.cuda.Event:
-        """This moment."""
+    def now(self) -> Any:
+        """This moment, an event."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, moments: list[torch.cuda.Event]) -> list[float]:
+    def seconds(self, moments: list[Any]) -> list[float]:
         """Time between moments; waits for the last one."""
         moments[-1].synchronize()
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(moments)]

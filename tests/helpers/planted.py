@@ -31,6 +31,7 @@ class Planted:
     token_hash: str = ""
     by_document: tuple[float, ...] | None = DOCUMENT_LOSSES  # what each adds to the loss; None for no file
     facts: dict = field(default_factory=dict)
+    microseconds: dict[str, float] = field(default_factory=dict)  # of the parts of a MoE layer, at the end
 
     def rows(self) -> list[dict]:
         rows = []
@@ -61,7 +62,10 @@ class Planted:
                 bits = loss / math.log(2) / self.bytes_per_token
                 row = {"validation/loss": loss, "validation/bits_per_byte": bits}
                 drift = {f"moe/layer_{layer:02d}/routing_drift": 10 / step for layer in range(LAYERS)}
-                rows.append({"kind": "validation", **base, **row, **drift})
+                times = {
+                    f"moe/{name}_microseconds_per_token": step / STEPS * t for name, t in self.microseconds.items()
+                }
+                rows.append({"kind": "validation", **base, **row, **drift, **times})
         if self.end:
             rows.append({"kind": "event", **base, "event": self.end[0], "message": self.end[1]})
         return rows

@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from helpers.pages import read_page
 from helpers.runs import STEPS, TINY, files_of_step, rows_of, run, start, train_words, wait_for_step
 
+from moe_pretrain.metrics.part_times import read_part_times
 from moe_pretrain.metrics.probe import ProbeFiles
 
 
@@ -60,7 +62,12 @@ def test_metrics_are_complete_and_the_loss_falls(straight: Path):
         assert len(share) == 4 and sum(share) == pytest.approx(1)
         assert last[f"moe/layer_{layer:02d}/experts_per_token"] == 2
         assert last[f"moe/layer_{layer:02d}/load_max_over_mean"] == pytest.approx(max(share) * 4)
-    assert len(rows_of(straight, "straight", "validation")) == 2
+    validations = rows_of(straight, "straight", "validation")
+    assert len(validations) == 2
+    for row in validations:
+        times = read_part_times(row)
+        assert {name for name, each in times.items() if each > 0} == {"router", "permute", "experts", "combine"}
+        assert times["exchange"] == times["shared_experts"] == 0, "there are none"
     assert rows_of(straight, "straight", "event")[-1]["event"] == "finished"
 
 
@@ -104,6 +111,7 @@ def test_a_dense_run_has_losses_by_document_and_no_routes(straight: Path):
     probe = ProbeFiles(straight / "outputs" / "dense").newest(2)
     assert probe is not None and probe.routes.size == 0
     (row,) = rows_of(straight, "dense", "validation")
+    assert not any(key.startswith("moe/") for key in row)
     assert probe.mean_loss == pytest.approx(row["validation/loss"], rel=1e-6)
 
 
@@ -129,7 +137,10 @@ def test_signal_saves_and_the_same_command_goes_on(straight: Path, number: signa
 
 def test_report_command(straight: Path):
     code, out, _ = run(straight, "report", "outputs/straight")
-    assert code == 0 and Path(straight, out.strip()).read_text().startswith("<!")
+    page = read_page(straight / out.strip())
+    times = page.text[page.text.index("Time by part of a MoE layer") :]
+    row = rows_of(straight, "straight", "validation")[-1]
+    assert code == 0 and times[times.index("total") + 2] == f"{row['moe/router_microseconds_per_token']:.3g}"
 
 
 MISTAKES = [

@@ -1,5 +1,6 @@
 """A sweep as a user runs it: processes, kills, files."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from helpers.runs import TINY, run, start
 
 from moe_pretrain.cli import main
+from moe_pretrain.moe.parts import PARTS
 
 WORDS = ["train", "--multirun", *TINY, "data=files", "data.paths=[corpus.jsonl]"]
 WORDS += ["checkpoint.every_steps=2", "checkpoint.asynchronous=false"]
@@ -100,6 +102,9 @@ def test_a_killed_sweep_goes_on(home: Path, call: Call):
     assert len(list((home / "outputs" / "cache").glob("files-*"))) == 1, "tokenised once"
     code, out, err = call("compare", "outputs/grid")
     assert code == 0 and "| top_k |" in out and "| top_p |" in out and out.count("2 of 2") == 2, out + err
+    for row in csv.DictReader((home / "outputs" / "grid" / "compare.csv").open()):
+        parts = [float(row[f"{name}_microseconds_per_token"]) for name in PARTS]
+        assert float(row["moe_layer_microseconds_per_token"]) == pytest.approx(sum(parts)) and parts[0] > 0
 
 
 def test_a_sweep_grows_and_marks_what_fails(home: Path, call: Call):

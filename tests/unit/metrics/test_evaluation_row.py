@@ -6,6 +6,7 @@ import pytest
 
 from moe_pretrain.metrics.rows import reduce_layers
 from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row
+from moe_pretrain.moe.parts import PARTS
 
 
 def test_bits_per_byte_by_hand():
@@ -29,8 +30,9 @@ def test_a_mixture_with_a_source_without_text_has_no_bits_per_byte():
     assert row["validation/loss"] == pytest.approx(1.25) and "validation/bits_per_byte" not in row
 
 
-def test_dashboards_see_the_sources_and_not_the_hash():
+def test_dashboards_see_the_sources_and_not_the_hash_nor_six_times():
     row = {"step": 1, "tokens": 2, "data/code/epochs": 0.5, "data/token_hash": "00ff"}
+    row |= {f"moe/{name}_microseconds_per_token": 1.0 for name in PARTS}
     assert reduce_layers(row) == {"step": 1, "tokens": 2, "data/code/epochs": 0.5}
 
 

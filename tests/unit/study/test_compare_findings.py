@@ -13,6 +13,7 @@ from moe_pretrain.metrics.probe import ProbeFiles
 from moe_pretrain.study.compare import compare
 from moe_pretrain.study.compare_charts import MAX_COLORED, OTHERS, legend_colors, variant_colors
 from moe_pretrain.study.compare_page import write_comparison
+from moe_pretrain.study.compare_tables import layer_times
 
 DENSE = {"name": "dense"}
 
@@ -145,6 +146,54 @@ def test_what_other_commands_found_is_on_the_page(tmp_path: Path):
     cost = text[text.index("Cost by part of a MoE layer") :]
     assert "1.00k FLOPs" in cost and "5.00M FLOPs" in cost and "8 bytes" in cost
     assert any("c0ffee" in cell for cell in text)
+
+
+def test_the_time_of_the_parts_is_on_the_page_and_in_the_tables_of_numbers(tmp_path: Path):
+    """Of the last validation; mean and standard deviation over the seeds 1, 2 and 3."""
+    for seed, loss in BASE.items():
+        times = {
+            "router": 1.0,
+            "permute": 0.5,
+            "exchange": 0.0,
+            "experts": 5.0 + seed,
+            "shared_experts": 0.5,
+            "combine": 1.0,
+        }
+        Planted(f"a-{seed}", loss, seed, microseconds=times).write(tmp_path)
+        Planted(f"b-{seed}", loss, seed, TOP_P, microseconds=times if seed == 2 else {}).write(tmp_path)
+        Planted(f"c-{seed}", loss, seed, AUTONOMY).write(tmp_path)
+        Planted(f"d-{seed}", loss, seed, DENSE).write(tmp_path)
+    header, lines = layer_times(compare(tmp_path))
+    assert header == (
+        *("Variant", "router", "permute", "exchange", "experts", "shared experts", "combine", "total"),
+        *("experts' share", "Remark"),
+    )
+    share = f"{(6.5 / 9 + 7.5 / 10 + 8.5 / 11) / 3:.0%}"
+    of_seeds = ["1 (sd 0)", "0.5 (sd 0)", "none", "7 (sd 1)", "0.5 (sd 0)", "1 (sd 0)", "10 (sd 1)", share, ""]
+    of_one = ["1", "0.5", "none", "7", "0.5", "1", "10", "75%", "1 of 3 runs measured"]
+    assert lines == [
+        ["top_k", *of_seeds],
+        ["top_p", *of_one],
+        ["autonomy", *["-"] * 8, "0 of 3 runs measured"],
+        ["dense", *["-"] * 8, "no routing"],
+    ]
+    page, _ = write_comparison(tmp_path)
+    text = read_page(page).text
+    at = text.index("Time by part of a MoE layer") + 2  # after the note
+    shown = text[at : text.index("Cost by part of a MoE layer")]
+    assert shown == [cell for line in (header, *lines) for cell in line if cell]
+    rows = {row["variant"]: row for row in csv.DictReader((tmp_path / "compare.csv").open())}
+    assert (
+        float(rows["top_k"]["experts_microseconds_per_token"]),
+        float(rows["top_k"]["exchange_microseconds_per_token"]),
+    ) == (7, 0)
+    assert (
+        float(rows["top_k"]["moe_layer_microseconds_per_token"]),
+        rows["dense"]["moe_layer_microseconds_per_token"],
+    ) == (10, "")
+    runs = {row["run"]: row for row in csv.DictReader((tmp_path / "compare_runs.csv").open())}
+    assert [float(runs[f"a-{seed}"]["moe_layer_microseconds_per_token"]) for seed in BASE] == [9, 10, 11]
+    assert runs["b-1"]["router_microseconds_per_token"] == ""
 
 
 def test_csv_says_what_the_intervals_are_over(tmp_path: Path):

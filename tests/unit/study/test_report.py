@@ -9,6 +9,7 @@ import pytest
 import yaml
 from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_page
 
+from moe_pretrain.moe.parts import PARTS
 from moe_pretrain.study import figures, run_charts
 from moe_pretrain.study.report import summarise, write_report
 
@@ -202,6 +203,7 @@ def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
     for row in rows:
         if row["kind"] == "validation":
             row |= {f"moe/layer_{layer:02d}/routing_drift": 0.1 * layer for layer in range(LAYERS)}
+            row |= {f"moe/{name}_microseconds_per_token": row["step"] / STEPS for name in PARTS}
         elif row["step"] == 150 and row["kind"] == "train":
             row["train/loss"] += 5
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -215,6 +217,9 @@ def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
     assert {"Routing drift between validations", "Spikes, collapses and numbers that were not finite"} <= set(labels)
     table = reader.text[reader.text.index("First step") :]
     assert table[table.index("spike") : table.index("spike") + 3] == ["spike", "150", "150"]
+    times = reader.text[reader.text.index("Time by part of a MoE layer") + 2 :]
+    parts = ["router", "permute", "exchange", "experts", "shared experts", "combine"]
+    assert times[:16] == [*parts, "total", "experts' share", *["1"] * 6, "6", "33%"], "of the last validation"
     assert "4.00M FLOPs" in reader.text and "c0ffee" in reader.text
     assert "certified; 1 pass, 0 do not apply or are declared. Code: abc." in reader.text
     assert f"Not measured: moe-pretrain specialise {run_dir}" in reader.text
