@@ -178,6 +178,12 @@ def test_rows_are_copied_in_permute_and_combine(scheme: str, exchanged: bool):
     assert measure(layer, Operations("index_select")) == expected
 
 
+@pytest.mark.parametrize("scheme", ["top_k", "autonomy"])
+def test_what_the_shared_experts_say_is_added_in_combine(scheme: str):
+    times = measure(make_layer(scheme), Operations("add"))
+    assert times.pop("combine") == 1 and times.keys() <= {"router"}
+
+
 @pytest.mark.parametrize("by_sender", [False, True])
 @pytest.mark.parametrize("scheme", EXPERT_PRODUCTS)
 def test_the_exchange_is_of_routes_and_one_to_ask_is_the_routers(scheme: str, by_sender: bool):
