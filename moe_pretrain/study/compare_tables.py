@@ -265,15 +265,17 @@ def specialisation(found: Comparison) -> Table:
 
 
 def layer_times(found: Comparison) -> Table:
-    """What the parts of one MoE layer take per token, as measured."""
+    """What the parts of one MoE layer take per token, as measured; the last cell says so where runs have no times."""
     lines = []
     for variant in found.variants:
         times = _measured_times(variant.counted)
-        remark = "" if len(times) == len(variant.counted) > 0 else f"{len(times)} of {len(variant.runs)} runs measured"
+        *cells, share = findings.time_cells(times).values()
         if variant.values.get("router.name") == "dense":
-            remark = "no routing"
-        lines.append([variant.name, *findings.time_cells(times).values(), remark])
-    return ("Variant", *findings.time_cells([]), "Remark"), lines
+            share = "no routing"
+        elif len(times) < max(1, len(variant.counted)):
+            share += f" ({len(times)} of {len(variant.counted)} finished runs have times)"
+        lines.append([variant.name, *cells, share])
+    return ("Variant", *findings.time_cells([])), lines
 
 
 def layer_costs(found: Comparison) -> Table:

@@ -16,6 +16,7 @@ from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.moe.dispatch import order_by
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.parts import PARTS, PartClock, time_source
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingContext
 from moe_pretrain.parallel.mesh import build_mesh
@@ -150,6 +151,28 @@ def test_layer_never_waits_for_the_device(recompute: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_parts_of_a_layer_are_timed_without_waiting_for_the_device() -> None:
+    torch.use_deterministic_algorithms(False)
+    layer, context = make_layer()
+    hidden = normal(TOKENS, HIDDEN)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with PartClock(time_source(DEVICE)) as clock, torch.no_grad():
+        layer(hidden, context, False)  # compiles kernels, which may synchronise
+        clock.end_batch(1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            begin.record()
+            layer(hidden, context, False)
+            end.record()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        clock.end_batch(1)
+    torch.cuda.synchronize()
+    times = clock.batches[1]
+    assert {name for name, seconds in times.items() if seconds > 0} == {*PARTS} - {"exchange"}
+    assert sum(times.values()) <= begin.elapsed_time(end) / 1e3 * 1.001
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
