@@ -4,5 +4,6 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment "[dev]"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Two at a time, whole files each: most tests are one process, and files share the runs that they make.
-exec python -m pytest -m "not gpu and not slow" -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+# Whole files each: files share the runs that they make. One more than two cores carry, for some tests mostly wait; long
+# ones come first, in the order of tests/conftest.py.
+exec python -m pytest -m "not gpu and not slow" -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

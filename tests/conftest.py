@@ -19,9 +19,14 @@ def _seeded() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+_LONG_FIRST = ("integration", "distributed")
+"""Folders of the files that take longest: begun last, one of them would run alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    items.sort(key=lambda item: not set(_LONG_FIRST) & set(item.path.parts))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -13,8 +13,9 @@ import numpy as np
 
 from moe_pretrain.study import compare_measures as measures
 from moe_pretrain.study.compare_runs import RunRecord, Variant, differences, find_runs, group, unnamed_differences
-from moe_pretrain.study.compare_statistics import Difference, Ranked, Sample, difference, rank
+from moe_pretrain.study.compare_statistics import Difference, Ranked, Sample, difference, rank, shared_prior
 from moe_pretrain.study.compare_texts import FEW_DOCUMENTS, last_probe, num_documents, resampled_losses
+from moe_pretrain.study.variance_prior import VariancePrior
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
@@ -68,6 +69,7 @@ class Comparison:
         key: What is compared: ``LOSS``, or ``BITS`` when tokenizers or corpora differ.
         losses: Variant -> seed -> final ``key``.
         documents: Documents of the validation set that the intervals are over; 0 where they are over seeds alone.
+        prior: What all pairs tell of the variance between seeds.
         paired: Variant -> its difference to the reference.
         ranking: Variants with a loss, best first.
         warnings: Everything that makes the comparison less than it seems.
@@ -79,6 +81,7 @@ class Comparison:
     key: str
     losses: dict[str, dict[int, float]]
     documents: int
+    prior: VariancePrior
     paired: dict[str, Difference]
     ranking: list[Ranked]
     warnings: list[str]
@@ -120,7 +123,8 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     key = BITS if len(corpora) > 1 or tokenizers_differ else LOSS
     losses = {variant.name: variant.by_seed(lambda run: run.final(key)) for variant in variants}
     samples, documents, cautions = _samples(variants, losses, key)
-    paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
+    prior = shared_prior(samples)
+    paired = {name: difference(sample, samples[chosen], prior) for name, sample in samples.items()}
     return Comparison(
         runs=runs,
         variants=variants,
@@ -128,8 +132,9 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         key=key,
         losses=losses,
         documents=documents,
+        prior=prior,
         paired=paired,
-        ranking=rank(samples),
+        ranking=rank(samples, prior),
         warnings=[
             *_warn_of_data(variants, key),
             *cautions,

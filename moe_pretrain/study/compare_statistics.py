@@ -6,6 +6,7 @@ resample the seeds' differences have a mean ``m`` and a standard error ``e``, an
 ``T`` Student's t of the seeds' degrees of freedom. The interval is that of the mixture over resamples. Without
 documents it is the paired t-interval over seeds; without differences between seeds it is the bootstrap's percentile
 interval over documents. A bootstrap of three seeds would call one in four pairs of identical variants different.
+Where there are several pairs, each one's variance between seeds is moderated by that of all (``variance_prior``).
 
 Axis names:
     resamples  of the documents of the validation set
@@ -21,6 +22,8 @@ from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
+
+from moe_pretrain.study.variance_prior import NO_PRIOR, VariancePrior, fit
 
 CONFIDENCE = 0.95
 
@@ -127,16 +130,36 @@ class Difference:
         return "worse" if self.difference.mean > 0 else "better"
 
 
-def difference(of: Sample, to: Sample) -> Difference:
+def shared_prior(samples: Mapping[str, Sample]) -> VariancePrior:
+    """What all pairs that have two seeds or more in common tell of the variance of one pair's differences."""
+    pairs = [
+        [of.losses[seed] - to.losses[seed] for seed in of.losses.keys() & to.losses.keys()]
+        for of, to in combinations(samples.values(), 2)
+    ]
+    pairs = [each for each in pairs if len(each) >= 2 and np.ptp(each) > 0]
+    seeds = max(map(len, pairs), default=0)
+    others = len({tuple(sorted(sample.losses.items())) for sample in samples.values()}) - 2  # twins add no knowledge
+    return fit([stdev(each) ** 2 for each in pairs], [len(each) - 1 for each in pairs], others * (seeds - 1))
+
+
+def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Difference:
     """``of - to``: seed by seed where both have two seeds or more in common, else of the means over all seeds.
 
     The unpaired standard error is Welch's, with the degrees of freedom of the smaller sample, which is conservative.
+
+    Args:
+        of: A variant.
+        to: Another.
+        prior: What other pairs tell of the variance between seeds; for pairs that are compared seed by seed and are
+            not the same on all of them.
     """
     common = sorted(of.losses.keys() & to.losses.keys())
     is_paired = len(common) >= 2 or min(len(of.losses), len(to.losses)) < 2
     seeds = common if is_paired else sorted(of.losses.keys() | to.losses.keys())
     sides = [(sample, common if is_paired else sorted(sample.losses)) for sample in (of, to)]
-    point = _mean_and_error([np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired)
+    if not is_paired or all(of.losses[seed] == to.losses[seed] for seed in common):
+        prior = NO_PRIOR
+    point = _mean_and_error([np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired, prior)
     over_texts = of.rows == to.rows != "" and all(s in sample.resampled for sample, own in sides for s in own)
     if not seeds:
         return Difference([], True, False, None, None)
@@ -145,24 +168,26 @@ def difference(of: Sample, to: Sample) -> Difference:
         return Difference(seeds, True, False, Estimate(mean, math.nan, math.nan, 1), None)
     if over_texts:
         drawn = _mean_and_error(
-            [np.stack([sample.resampled[s] for s in own], axis=1) for sample, own in sides], is_paired
+            [np.stack([sample.resampled[s] for s in own], axis=1) for sample, own in sides], is_paired, prior
         )
     else:
         drawn = point
-    degrees = min(len(own) for _, own in sides) - 1
+    degrees = min(len(own) for _, own in sides) - 1 + prior.degrees
     below = _share_below(0.0, *drawn, degrees)
     tail = (1 - CONFIDENCE) / 2
     found = Estimate(mean, _quantile(tail, *drawn, degrees), _quantile(1 - tail, *drawn, degrees), len(seeds))
     return Difference(seeds, is_paired, over_texts, found, min(1.0, 2 * min(below, 1 - below)))
 
 
-def _mean_and_error(losses: Sequence[np.ndarray], is_paired: bool) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_error(
+    losses: Sequence[np.ndarray], is_paired: bool, prior: VariancePrior
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean difference and its standard error over seeds, each [resamples]; of two sides' losses [resamples, seeds]."""
     of, to = losses
     if of.shape[1] < 2 or to.shape[1] < 2:
         return np.array([of.mean() - to.mean() if of.size and to.size else math.nan]), np.array([math.nan])
     samples = [of - to] if is_paired else [of, to]
-    squares = [each.var(axis=1, ddof=1) / each.shape[1] for each in samples]
+    squares = [prior.moderate(each.var(axis=1, ddof=1), each.shape[1] - 1) / each.shape[1] for each in samples]
     return of.mean(axis=1) - to.mean(axis=1), np.sqrt(np.sum(squares, axis=0))
 
 
@@ -216,20 +241,25 @@ class Ranked:
     rank: int
     equals: list[str]
 
+    @property
+    def last_rank(self) -> int:
+        """The place it has if all that it cannot be told from are better."""
+        return self.rank + len(self.equals)
 
-def errors_to_win(pairs: int, seeds: int) -> float:
-    """Standard errors by which two variants must differ for the first place that is won among ``pairs`` pairs."""
-    return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, seeds - 1)
+
+def errors_to_win(pairs: int, degrees: int) -> float:
+    """Standard errors, of ``degrees`` of freedom, by which the first of ``pairs`` pairs to win a place must differ."""
+    return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, degrees)
 
 
-def rank(samples: Mapping[str, Sample]) -> list[Ranked]:
+def rank(samples: Mapping[str, Sample], prior: VariancePrior) -> list[Ranked]:
     """Order variants by mean loss; a place is only won by a test.
 
     The test of two variants is that of ``difference`` at 5%, with Holm's correction for the number of pairs. Variants
     without a loss are left out.
     """
     means = {name: found for name, each in samples.items() if (found := estimate(list(each.losses.values())))}
-    pairs = {(a, b): difference(samples[a], samples[b]) for a, b in combinations(means, 2)}
+    pairs = {(a, b): difference(samples[a], samples[b], prior) for a, b in combinations(means, 2)}
     tested = {pair: found for pair, found in pairs.items() if found.p_value is not None}
     corrected = dict(zip(tested, holm([found.p_value or 0.0 for found in tested.values()]), strict=True))
     better: dict[str, set[str]] = {name: set() for name in means}

@@ -32,19 +32,23 @@ def markdown(found: Comparison) -> str:
 
 def method(found: Comparison) -> str:
     """What the numbers are and how differences are tested."""
-    pairs = len(found.ranking) * (len(found.ranking) - 1) // 2
     texts = (
         f"in {RESAMPLES} resamples of the {found.documents} documents of the validation rows, whose losses per token "
         "are paired too"
         if found.documents
         else "over seeds alone"
     )
+    moderated = (
+        f" The variance between seeds is moderated by that of all pairs, which counts as {found.prior.degrees} more "
+        "degrees of freedom (Smyth 2004)."
+        if found.prior.degrees
+        else ""
+    )
     return (
         "Validation: at the end of the run, mean over seeds with its 95% t-interval. Difference: to "
         f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with its 95% interval: "
-        f"Student's t over the seeds' differences {texts}. Not distinguishable when that holds 0. Rank: one more than "
-        f"the number of variants that are better by that test at 5%, Holm-corrected for {pairs} "
-        f"pair{'s' * (pairs != 1)}."
+        f"Student's t over the seeds' differences {texts}.{moderated} Not distinguishable when that holds 0. Rank: the "
+        f"places it may have by that test at 5%, Holm-corrected for {_count_pairs(found)}."
     )
 
 
@@ -61,7 +65,7 @@ def answer(found: Comparison) -> Table:
         is_reference = name == found.reference
         lines.append(
             [
-                str(place.rank) if place else MISSING,
+                _place(place) if place else MISSING,
                 name,
                 "reference" if is_reference else found.paired[name].verdict,
                 _interval(place.estimate if place else None),
@@ -71,6 +75,15 @@ def answer(found: Comparison) -> Table:
             ]
         )
     return header, lines
+
+
+def _place(ranked: Ranked) -> str:
+    return f"{ranked.rank} to {ranked.last_rank}" if ranked.equals else str(ranked.rank)
+
+
+def _count_pairs(found: Comparison) -> str:
+    pairs = math.comb(len(found.ranking), 2)
+    return f"{pairs} pair{'s' * (pairs != 1)}"
 
 
 def _finished(variant: Variant) -> str:
@@ -110,7 +123,8 @@ def variant_rows(found: Comparison) -> list[Record]:
         place, paired = ranked.get(variant.name), found.paired[variant.name]
         means = (("loss", place.estimate if place else None), ("difference", paired.difference))
         row: Record = {"variant": variant.name, "unit": found.unit, "runs": len(variant.runs)}
-        row |= {"counted": len(found.losses[variant.name]), "rank": place.rank if place else None}
+        row |= {"counted": len(found.losses[variant.name]), "rank": place and place.rank}
+        row |= {"last_rank": place and place.last_rank}
         for name, value in means:
             row |= {f"{name}_{end}": value and getattr(value, end) for end in ("mean", "low", "high")}
         row |= {"reference": found.reference, "pairs": len(paired.seeds) if paired.is_paired else 0}
@@ -170,19 +184,20 @@ def ranking(found: Comparison) -> Table:
         return ", ".join(of.equals) or "none"
 
     return ("Rank", "Variant", "Not distinguishable from"), [
-        [str(each.rank), each.name, equals(each)] for each in found.ranking
+        [_place(each), each.name, equals(each)] for each in found.ranking
     ]
 
 
 def power(found: Comparison) -> str:
     """How much is needed to win a place."""
-    pairs = len(found.ranking) * (len(found.ranking) - 1) // 2
+    pairs = math.comb(len(found.ranking), 2)
     seeds = max((each.estimate.count for each in found.ranking), default=0)
     if not pairs or seeds < 2:
         return ""
+    errors = errors_to_win(pairs, seeds - 1 + found.prior.degrees)
     return (
-        f"With {seeds} seeds and {pairs} pairs the first place is won by a difference of "
-        f"{errors_to_win(pairs, seeds):.1f} standard errors; more seeds or fewer variants lower that."
+        f"With {seeds} seeds and {_count_pairs(found)} the first place is won by a difference of {errors:.1f} standard "
+        "errors; more seeds or fewer variants lower that."
     )
 
 

@@ -1,11 +1,19 @@
 """The program as a user runs it: a process in a folder, and what it leaves there."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+from helpers.program_server import Poll, Start
 
 STEPS = 12
 TINY = [
@@ -29,22 +37,84 @@ TINY = [
 ]
 
 
-def start(home: Path, *words: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "moe_pretrain", *words],
-        cwd=home,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+class Program:
+    """The program in a process of its own, forked where its imports are done; what `subprocess.Popen` can, of it."""
+
+    def __init__(self, home: Path, words: tuple[str, ...]):
+        self._folder = tempfile.TemporaryDirectory()
+        self._output, self._errors = (Path(self._folder.name) / name for name in ("output", "errors"))
+        self._output.touch()
+        self._errors.touch()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.pid = _ask(Start(words, str(home), environment, str(self._output), str(self._errors)))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask(Poll(self.pid))
+        return self.returncode
+
+    def wait(self, timeout: float = 200.0) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise subprocess.TimeoutExpired(
+                    "moe_pretrain", timeout, self._output.read_text(), self._errors.read_text()
+                )
+            time.sleep(0.01)
+        return code
+
+    def communicate(self, timeout: float = 200.0) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._output.read_text(), self._errors.read_text()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _ask(request: Start | Poll) -> Any:
+    server = _server()
+    server.send(request)
+    return server.recv()
+
+
+@functools.cache
+def _server() -> Connection:
+    """The other end of ``program_server``, which ends with this process."""
+    ours, theirs = Pipe()
+    code = f"from helpers.program_server import serve_forever; serve_forever({theirs.fileno()})"
+    tests = Path(__file__).parent.parent
+    paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.Popen([sys.executable, "-c", code], env=environment, pass_fds=[theirs.fileno()])
+    theirs.close()
+    return ours
+
+
+def start(home: Path, *words: str) -> Program:
+    """Start the program in ``home``."""
+    return Program(home, words)
 
 
 def run(home: Path, *words: str) -> tuple[int, str, str]:
-    process = start(home, *words)
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+    """Run the program in ``home`` to its end: exit code, standard output and errors."""
+    program = start(home, *words)
+    out, err = program.communicate()
+    assert program.returncode is not None
+    return program.returncode, out, err
+
+
+def run_python(home: Path, *words: str) -> tuple[int, str, str]:
+    """`run` in a new interpreter, which takes seconds: for what imports may print, or change."""
+    command = [sys.executable, "-m", "moe_pretrain", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=home, env=environment, text=True, capture_output=True, timeout=200)
+    return done.returncode, done.stdout, done.stderr
 
 
 def train_words(name: str, *more: str) -> list[str]:
@@ -65,7 +135,7 @@ def files_of_step(home: Path, name: str, step: int) -> dict:
     return json.loads(manifest.read_text())["files"]
 
 
-def wait_for_step(home: Path, name: str, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(home: Path, name: str, step: int, process: "Program | subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         if any(row["step"] >= step for row in rows_of(home, name)):

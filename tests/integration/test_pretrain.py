@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.pages import read_page
-from helpers.runs import STEPS, TINY, files_of_step, rows_of, run, start, train_words, wait_for_step
+from helpers.runs import STEPS, TINY, files_of_step, rows_of, run, run_python, start, train_words, wait_for_step
 
 from moe_pretrain.metrics.part_times import read_part_times
 from moe_pretrain.metrics.probe import ProbeFiles
@@ -15,7 +15,7 @@ from moe_pretrain.metrics.probe import ProbeFiles
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Path:
     """A run without interruption, on one process."""
-    code, out, err = run(home, *train_words("straight"))
+    code, out, err = run_python(home, *train_words("straight"))
     assert code == 0, err
     assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram entropy", out)
     assert "NOT CAUSAL" not in out
@@ -161,7 +161,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("words,fragment", MISTAKES, ids=lambda value: str(value)[:60])
 def test_mistakes_are_one_line_and_an_exit_code(straight: Path, words: list[str], fragment: str):
-    code, _, err = run(straight, *words)
+    code, _, err = run_python(straight, *words)
     assert code == 2
     assert fragment in err and "Traceback" not in err
     if fragment != "usage:":

@@ -3,13 +3,12 @@
 import csv
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.runs import TINY, run, start
+from helpers.runs import TINY, Program, run, start
 
 from moe_pretrain.cli import main
 from moe_pretrain.moe.parts import PARTS
@@ -48,7 +47,7 @@ def steps_of(home: Path, name: str, sweep: str = "grid") -> int:
     return max((row["step"] for row in rows_of(home, name, sweep)), default=0)
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(is_so: Callable[[], bool], process: Program) -> None:
     deadline = time.monotonic() + 150
     while not is_so():
         assert process.poll() is None, process.communicate()
@@ -56,7 +55,7 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> Non
         time.sleep(0.05)
 
 
-def children_of(process: subprocess.Popen[str]) -> list[int]:
+def children_of(process: Program) -> list[int]:
     return [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 

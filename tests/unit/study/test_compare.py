@@ -234,7 +234,7 @@ def test_the_tables_hold_the_raw_numbers(sweep: Path):
     assert rows.keys() == {"top_k", "top_p", "autonomy"}
     row = rows["top_p"]
     assert float(row["loss_mean"]) == pytest.approx(sum(BASE.values()) / 3 + 0.05)
-    assert (row["rank"], row["verdict"], row["counted"], row["pairs"]) == ("2", "worse", "3", "3")
+    assert (row["rank"], row["last_rank"], row["verdict"], row["counted"]) == ("2", "3", "worse", "3")
     # Layers have 3 and 4 experts per token, loads of 1.2 and 2.2; a dead expert until step 85 of the last 20 rows.
     assert float(row["experts_per_token"]) == pytest.approx(3.5)
     assert float(row["load_max_over_mean"]) == pytest.approx(1.2 + 0.5)
@@ -246,7 +246,7 @@ def test_the_tables_hold_the_raw_numbers(sweep: Path):
     assert len(runs) == 9
     assert float(runs["deep/autonomy-2"]["validation_loss"]) == pytest.approx(BASE[2] + AUTONOMY_DIFFERS_BY[2])
     table = (sweep / "compare.md").read_text()
-    assert "| 2 | top_p | worse | 3.0667 [" in table and "| 3 of 3 | 3.5 | 4e+06 |" in table
+    assert "| 2 to 3 | top_p | worse | 3.0667 [" in table and "| 3 of 3 | 3.5 | 4e+06 |" in table
 
 
 def test_page_has_every_chart_and_loads_nothing(sweep: Path):
