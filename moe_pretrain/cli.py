@@ -62,7 +62,7 @@ def _usage() -> str:
 
 def _train(overrides: list[str]) -> int:
     """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
-    from moe_pretrain.config import load
+    from moe_pretrain.config_loading import load
     from moe_pretrain.facts import write_overrides
     from moe_pretrain.launch import run_workers
     from moe_pretrain.ownership import owned
@@ -89,7 +89,8 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
-    from moe_pretrain.config import RENAMED, load
+    from moe_pretrain.config_composing import RENAMED
+    from moe_pretrain.config_loading import load
     from moe_pretrain.facts import OVERRIDES_FILE
 
     if any(word.startswith("sweep.name=") for word in overrides):
@@ -119,7 +120,7 @@ def _sweep_status(arguments: list[str]) -> int:
 
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
-    from moe_pretrain.config import load
+    from moe_pretrain.config_loading import load
     from moe_pretrain.data import StreamedCorpus
     from moe_pretrain.run_data import check_corpora, prepare_corpora
 
@@ -140,7 +141,7 @@ def _prepare(words: list[str]) -> int:
 
 def _verify(overrides: list[str]) -> int:
     """Compare a small twin of the configuration with the oracle, here or in workers of our own."""
-    from moe_pretrain.config import load
+    from moe_pretrain.config_loading import load
     from moe_pretrain.launch import run_workers
     from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
     from moe_pretrain.pretrain import check, resolve_device
@@ -157,7 +158,7 @@ def _verify(overrides: list[str]) -> int:
 
 def _certify(words: list[str]) -> int:
     """Print the certificate of a router; on several ranks ``verify`` is part of it. That of a run is kept with it."""
-    from moe_pretrain.config import load
+    from moe_pretrain.config_loading import load
     from moe_pretrain.facts import OVERRIDES_FILE, commit, versions
     from moe_pretrain.launch import run_workers
     from moe_pretrain.pretrain import check

@@ -1,24 +1,16 @@
-"""The root configuration: what Hydra composes, turned into frozen dataclasses or one line of complaint.
+"""The root configuration: frozen dataclasses that hold everything that decides a run.
 
 Values live in ``configs/*.yaml``; names, types, constraints and documentation live in the dataclasses beside the code
 that reads them. Every value must be in a YAML file and every YAML key must be a field, so neither can go stale.
+``config_loading`` makes a ``Config`` of them.
 """
 
 import dataclasses
-import difflib
-import importlib.util
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.batching import BatchConfig
 from moe_pretrain.budget import BudgetConfig
@@ -37,16 +29,11 @@ from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
 from moe_pretrain.faults import FaultConfig
 from moe_pretrain.metrics.sinks import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.model.matching import match
-from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.model.size import model_size
 from moe_pretrain.moe import ShippedRouterConfig, check_gate
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.mesh import ParallelConfig
 from moe_pretrain.spikes import SpikeConfig
-
-ROOT_CONFIG = "pretrain"
-RENAMED = {"batch.total_tokens": "budget.tokens"}
-"""Fields by their names in earlier releases."""
 
 
 class ConfigError(ValueError):
@@ -158,7 +145,7 @@ class Config:
     Attributes:
         seed: Seed of the weights, of the order of the data and of routing noise, in [0, 2**31).
         router_file: A python file with a routing scheme of the user's own, which takes the place of ``router=NAME``;
-            None for the shipped ones. See ``load_router_file``.
+            None for the shipped ones. See ``config_loading.load_router_file``.
     """
 
     seed: int
@@ -234,234 +221,6 @@ class Config:
         return self.budget.tokens or self.num_steps * self.batch.global_batch_tokens
 
 
-def config_folder() -> Path:
-    """The YAML files: inside an installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def load(overrides: Sequence[str] = ()) -> Config:
-    """Compose the YAML files with Hydra ``overrides``, validate, and solve ``budget.match`` if it is set.
-
-    ``router_file=PATH`` puts a scheme of the user's own in the place of the ``router`` group: its fields start from
-    the defaults of its dataclass, and ``router.FIELD=VALUE`` overrides them as ever.
-
-    Raises:
-        ConfigError: A typo, a wrong type, another variant's field, or a value out of range.
-    """
-    file = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("router_file=")), None)
-    if file in (None, "null"):
-        values = compose_values(overrides)
-        return _matched(validate(values), values, overrides)
-    assert file is not None
-    chosen = [word for word in overrides if word.startswith("router=")]
-    if chosen:
-        raise ConfigError(f"{chosen[0]} and router_file={file} are two schemes: give one of them")
-    router = load_router_file(file)
-    name = router.__dataclass_fields__["name"].default
-    others = [word for word in overrides if not word.startswith("router_file=")]
-    words = [f"++{word}" if word.startswith("router.") else word for word in others]
-    values = compose_values(["~router", f"+router.name={name}", *words])
-    return _matched(validate({**values, "router_file": file}, router), values, others)
-
-
-def _matched(config: Config, values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """``config``, and where ``budget.match`` is set with what it asks for solved.
-
-    Raises:
-        ConfigError: The reference is wrong, or nothing satisfies it.
-    """
-    budget = config.budget
-    if budget.matched is not None:
-        raise ConfigError("budget.matched must be null: budget.match fills it in")
-    if budget.match is None:
-        return config
-    try:
-        reference = _reference_size(values, overrides, budget.reference)
-        model, router, matched = match(config.model, config.router, reference, budget)
-        # A class of its own holds a user's own router, so the new one is made of the same.
-        return dataclasses.replace(
-            config, model=model, router=router, budget=dataclasses.replace(budget, matched=matched)
-        )
-    except ConfigError as error:
-        raise ConfigError(f"budget.reference: {error}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: Sequence[str]) -> ModelSize:
-    """Size of the model of ``values`` with the overrides ``words`` of it, and their router."""
-    of_model = [word for word in words if word.startswith("model")]
-    of_router = [word for word in words if word.startswith("router")]
-    own = [word for word in overrides if not word.lstrip("+~").startswith("router")]
-    model = compose_values([*own, *of_model])["model"] if of_model else values["model"]
-    router = compose_values(of_router)["router"]
-    config = validate({**values, "model": model, "router": router, "budget": {**values["budget"], "match": None}})
-    return model_size(config.model, config.router)
-
-
-def load_router_file(file: str) -> type[Any]:
-    """The configuration class of a routing scheme in a user's own file, anywhere outside the package.
-
-    The file defines one frozen dataclass with a default for every field, ``name: Literal["..."]`` among them, that
-    satisfies ``moe.RouterFileConfig``; its ``build`` returns the scheme's ``Router``.
-
-    Raises:
-        ConfigError: The file cannot be imported, or does not define that.
-    """
-    module_name = f"router_file_{Path(file).stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise ConfigError(f"router_file={file} must be a python file that exists")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where dataclasses and pydantic look up the file's annotations
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"router_file={file}: {type(error).__name__}: {error}") from error
-    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module_name]
-    routers = [value for value in own if "name" in getattr(value, "__dataclass_fields__", {})]
-    if len(routers) != 1:
-        found = ", ".join(value.__name__ for value in routers) or "none"
-        raise ConfigError(f"router_file={file} must define one dataclass with a field 'name'; it has {found}")
-    (router,) = routers
-    where = f"router_file={file}: {router.__name__}"
-    for field in dataclasses.fields(router):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{field.name} must have a default")
-    for name in ("build", "check_num_experts", "mean_experts_per_token"):
-        if not hasattr(router, name):
-            raise ConfigError(f"{where} must have {name}; see RouterFileConfig in moe_pretrain/moe/__init__.py")
-    shipped = {path.stem for path in (config_folder() / "router").glob("*.yaml")}
-    if router.__dataclass_fields__["name"].default in shipped:
-        raise ConfigError(f"{where}.name must not be that of a shipped scheme: {', '.join(sorted(shipped))}")
-    return router
-
-
-def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed values as plain dictionaries, interpolations resolved."""
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            composed = compose(ROOT_CONFIG, overrides=list(overrides))
-            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Config:
-    """Turn composed values into dataclasses.
-
-    Args:
-        values: What the YAML files and overrides come to.
-        router: The class of the ``router`` part when it is the user's own, from ``load_router_file``.
-
-    Raises:
-        ConfigError: Something is wrong; the first complaint, in one line.
-    """
-    root: type[Config] = Config
-    variants = {"router", "data", "schedule"}
-    if router is not None:
-        root = dataclasses.make_dataclass("Config", [("router", router)], bases=(Config,), frozen=True)
-        variants.remove("router")
-    try:
-        config = pydantic.TypeAdapter(root).validate_python(dict(values))
-    except pydantic.ValidationError as error:
-        raise ConfigError(_first_complaint(error, variants)) from error
-    _refuse_unknown(config, values, "")
-    return config
-
-
 def to_values(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain values, for the run folder."""
     return dataclasses.asdict(config)
-
-
-def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str:
-    first = error.errors()[0]
-    # In a union, pydantic's location names the variant behind the field; the user's path does not.
-    location = [str(part) for part in first["loc"]]
-    if len(location) > 1 and location[0] in variants:
-        del location[1]
-    is_named_corpus = location[:2] in (["evaluation", "sets"], ["data", "sources"]) and len(location) > 3
-    if is_named_corpus:
-        del location[3]
-    if first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
-        # A corpus calls itself data, wherever it stands.
-        return f"{'.'.join(location[:3])}.{text.removeprefix('data.')}" if is_named_corpus else text
-    path = ".".join(location)
-    if first["type"] == "missing":
-        return f"{path} is missing: it must be given"
-    return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _refuse_unknown(part: Any, values: Any, path: str) -> None:
-    """Raise if ``values`` has a key that is not a field of the dataclass ``part``, or of one inside it."""
-    if isinstance(part, dict):
-        for name, member in part.items():
-            _refuse_unknown(member, values[name], f"{path}{name}.")
-    elif isinstance(part, tuple):
-        for number, (member, value) in enumerate(zip(part, values, strict=True)):
-            _refuse_unknown(member, value, f"{path}{number}.")
-    elif dataclasses.is_dataclass(part):
-        fields = {field.name for field in dataclasses.fields(part)}
-        for key, value in values.items():
-            if key not in fields:
-                kind = type(part).__name__
-                raise ConfigError(f"{path}{key}={value!r} is not a field of {kind}{_suggest(key, fields)}")
-            _refuse_unknown(getattr(part, key), value, f"{path}{key}.")
-
-
-def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One line out of Hydra's several, with the nearest name where a key or a choice is unknown."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is missing: it must be given"
-    if "--multirun" in str(error):
-        several = str(error).splitlines()[0].partition("'")[2].removesuffix("'")
-        return f"{several} lists several values: --multirun makes a run for each; quote what is one text with a comma"
-    for override in overrides:
-        if (key := override.partition("=")[0]) in RENAMED:
-            return f"{override}: {key} is called {RENAMED[key]}"
-    choices = []
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        folder = config_folder() / key.partition("@")[0]
-        if key and folder.is_dir():
-            names = {path.stem for path in folder.glob("*.yaml")}
-            if value not in names:
-                return f"{key}={value} is not a choice{_suggest(value, names)}"
-            choices.append(override)
-    fields = _fields_of(choices)
-    for override in overrides:
-        key = override.partition("=")[0]
-        if override in choices or override.startswith(("+", "~")) or not key:
-            continue
-        known = fields
-        for depth, part in enumerate(parts := key.split(".")):
-            if not isinstance(known, dict) or part not in known:
-                where = ".".join(parts[:depth]) or "the configuration"
-                if known == {}:  # names of the user's own
-                    return f"{override}: {where} has no {part!r} yet; write +{override}"
-                names = set(known) if isinstance(known, dict) else set()
-                return f"{override}: {part!r} is not a field of {where}{_suggest(part, names)}"
-            known = known[part]
-    text = " ".join(str(error).split())
-    return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
-
-
-def _fields_of(choices: Sequence[str]) -> Any:
-    """The composed fields of what is chosen from the groups, whatever values are set or missing."""
-    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-        try:
-            composed = compose(ROOT_CONFIG, overrides=list(choices))
-        except (HydraException, OmegaConfBaseException):  # put at a place that does not exist
-            composed = compose(ROOT_CONFIG)
-    return OmegaConf.to_container(composed)

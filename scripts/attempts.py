@@ -28,7 +28,7 @@ import torch.distributed as dist  # noqa: E402
 
 from moe_pretrain.checkpoint import store  # noqa: E402
 from moe_pretrain.checkpoint.restoring import Reader  # noqa: E402
-from moe_pretrain.config import load  # noqa: E402
+from moe_pretrain.config_loading import load  # noqa: E402
 from moe_pretrain.metrics.rows import Row, read_rows  # noqa: E402
 from moe_pretrain.pretrain import train  # noqa: E402
 from moe_pretrain.run_data import prepare_corpora  # noqa: E402

@@ -24,7 +24,8 @@ from moe_pretrain.batching import plan_batches
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.layout import MOMENTS, pieces
-from moe_pretrain.config import Config, load
+from moe_pretrain.config import Config
+from moe_pretrain.config_loading import load
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise

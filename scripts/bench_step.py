@@ -19,7 +19,8 @@ from torch import nn
 
 from moe_pretrain.allocator import keep_freed_memory
 from moe_pretrain.batching import BatchPlan, plan_batches
-from moe_pretrain.config import Config, load
+from moe_pretrain.config import Config
+from moe_pretrain.config_loading import load
 from moe_pretrain.data.packing import MicroBatch, build_micro_batch
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.metrics.throughput import model_flops_utilization, peak_flops_per_second

@@ -8,7 +8,8 @@ Every cell is asked of the scheme on the spot, on one process and, with `verify`
 import subprocess
 import sys
 
-from moe_pretrain.config import config_folder, load
+from moe_pretrain.config_composing import config_folder
+from moe_pretrain.config_loading import load
 from moe_pretrain.study.certify import Row, examine
 
 COLUMNS = {

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from moe_pretrain import data
 from moe_pretrain.batching import BatchPlan, plan_batches
-from moe_pretrain.config import Config, config_folder, load
+from moe_pretrain.config import Config
+from moe_pretrain.config_composing import config_folder
+from moe_pretrain.config_loading import load
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.model.block import Recompute

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from moe_pretrain.batching import plan_batches
 from moe_pretrain.checkpoint import store
-from moe_pretrain.config import Config, ConfigError, load_router_file, validate
+from moe_pretrain.config import Config, ConfigError
+from moe_pretrain.config_composing import validate
+from moe_pretrain.config_loading import load_router_file
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader, validation_batches
 from moe_pretrain.engine.context import routing_context
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings

@@ -20,7 +20,8 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_pretrain.config import ROOT_CONFIG, Config, ConfigError, config_folder
+from moe_pretrain.config import Config, ConfigError
+from moe_pretrain.config_composing import ROOT_CONFIG, config_folder
 from moe_pretrain.locks import try_lock
 from moe_pretrain.parallel.mesh import launched_world_size
 from moe_pretrain.signals import INTERRUPTED, STOPPED

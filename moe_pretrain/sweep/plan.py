@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.config import Config, SweepConfig, load, to_values
+from moe_pretrain.config import Config, SweepConfig, to_values
+from moe_pretrain.config_loading import load
 from moe_pretrain.pretrain import check
 from moe_pretrain.study.compare_runs import differences, flatten, show
 from moe_pretrain.sweep.names import job_name, quoted

@@ -2,7 +2,9 @@
 
 import torch
 
-from moe_pretrain.config import Config, config_folder, load
+from moe_pretrain.config import Config
+from moe_pretrain.config_composing import config_folder
+from moe_pretrain.config_loading import load
 from moe_pretrain.data.packing import MicroBatch
 from moe_pretrain.engine.context import routing_context
 from moe_pretrain.moe.types import RoutingContext, StepUse

@@ -8,7 +8,7 @@ import yaml
 from helpers.runs import rows_of, run, train_words
 
 from moe_pretrain.cli import _with_earlier_overrides
-from moe_pretrain.config import load
+from moe_pretrain.config_loading import load
 from moe_pretrain.facts import OVERRIDES_FILE
 from moe_pretrain.model.size import model_size
 

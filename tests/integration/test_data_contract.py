@@ -18,7 +18,7 @@ from helpers.processes import RanksFailed, run_on_ranks
 from helpers.turns import plain_loop
 
 from moe_pretrain import pretrain
-from moe_pretrain.config import load
+from moe_pretrain.config_loading import load
 from moe_pretrain.data import RowOrder
 from moe_pretrain.data.positions import seed_of
 from moe_pretrain.data.rows import count_rows

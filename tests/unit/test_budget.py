@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from moe_pretrain.budget import BudgetConfig, Meter
-from moe_pretrain.config import load
+from moe_pretrain.config_loading import load
 from moe_pretrain.model.size import model_size
 
 OF_TOKENS = load(["budget.tokens=1000"]).budget

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.spikes import Rewind, Rewinds, SpikeConfig, SpikeDetector
 
 CONFIG = SpikeConfig(window_steps=5, deviations=4.0, nats=0.5, rewind=True, skip_steps=1, max_rewinds=3)

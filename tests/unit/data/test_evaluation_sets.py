@@ -6,7 +6,8 @@ import pytest
 from helpers.corpora import files
 
 from moe_pretrain import cli
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.data import TokenizerConfig, preparation, prepare, prepare_evaluation_set
 
 TOKENIZER = TokenizerConfig("train", 300, None)

@@ -7,7 +7,8 @@ import pytest
 from helpers.corpora import files, write_shards
 from helpers.turns import plain_loop
 
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.data import (
     BuiltinCorpusConfig,
     MixedShards,

@@ -141,7 +141,8 @@ def test_bad_files_are_one_line_with_file_and_place(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("words", [[], ["tokenizer=pretrained", "tokenizer.path=x"]])
 def test_tokens_need_their_tokenizer(words):
-    from moe_pretrain.config import ConfigError, load
+    from moe_pretrain.config import ConfigError
+    from moe_pretrain.config_loading import load
 
     overrides = ["data=tokens", "data.paths=[a.npy]", *words]
     if words:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from moe_pretrain.cli import main
-from moe_pretrain.config import Config, ConfigError, config_folder, load, to_values, validate
+from moe_pretrain.config import Config, ConfigError, to_values
+from moe_pretrain.config_composing import config_folder, validate
+from moe_pretrain.config_loading import load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.matching import describe_match, measures
 from moe_pretrain.model.size import model_size

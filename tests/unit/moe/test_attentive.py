@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts

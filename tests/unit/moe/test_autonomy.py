@@ -9,7 +9,8 @@ from helpers.builders import step_use
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size

@@ -10,7 +10,8 @@ from helpers.builders import tiny
 from helpers.routing import by_token, make_context
 from torch import Tensor
 
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter, sinkhorn
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 

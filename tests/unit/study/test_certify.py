@@ -10,7 +10,9 @@ import yaml
 from helpers.processes import run_on_ranks
 
 from moe_pretrain import cli, launch
-from moe_pretrain.config import Config, ConfigError, config_folder, load
+from moe_pretrain.config import Config, ConfigError
+from moe_pretrain.config_composing import config_folder
+from moe_pretrain.config_loading import load
 from moe_pretrain.pretrain import train
 from moe_pretrain.study import certify as certificate
 from moe_pretrain.study.certify import Row, examine

@@ -10,7 +10,7 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain.batching import plan_batches
 from moe_pretrain.cli import main
-from moe_pretrain.config import load
+from moe_pretrain.config_loading import load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size

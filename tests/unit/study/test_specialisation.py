@@ -11,7 +11,8 @@ from helpers.corpora import write_shards
 from torch import Tensor
 
 from moe_pretrain import cli
-from moe_pretrain.config import Config, ConfigError, load, to_values
+from moe_pretrain.config import Config, ConfigError, to_values
+from moe_pretrain.config_loading import load
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_pretrain.config import load
+from moe_pretrain.config_loading import load
 from moe_pretrain.sweep import job as job_module
 from moe_pretrain.sweep import launcher, status
 from moe_pretrain.sweep.job import RunningJob, RunsElsewhere, run_job

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moe_pretrain.config import ConfigError, load
+from moe_pretrain.config import ConfigError
+from moe_pretrain.config_loading import load
 from moe_pretrain.sweep.multirun import parse
 from moe_pretrain.sweep.plan import Sweep
 from moe_pretrain.sweep.record import JobState, read_jobs
