@@ -159,16 +159,7 @@ def _train(
     )
 
     run = Run(config, plan, size, dtype, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
-    run.resume()
-    try:
-        code = run.loop()
-    except BaseException:
-        run.close()
-        run.metrics.close()  # else wandb would not have what led to this
-        raise
-    run.close()
-    run.finish(code)
-    return code
+    return run.train()
 
 
 class StoppedEarly(Exception):
