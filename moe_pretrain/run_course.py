@@ -51,12 +51,11 @@ class Course:
         """Go on from the newest good checkpoint, or begin, as ``checkpoint.resume`` asks.
 
         Raises:
-            ConfigError: What is found is not what is asked for, or is of another run.
+            ConfigError: What is found is not what is asked for, is of another run, or is damaged.
         """
         policy = self._config.checkpoint.resume
         warnings: list[str] = []
-        is_main = self._mesh.is_main
-        self._progress.rewinds = Rewinds(self._mesh.share(Rewinds.read(self._folder).taken if is_main else None))
+        self._progress.rewinds = self._read_rewinds()
         found = self._newest(warnings.append)
         if found is None and policy == "must":
             raise ConfigError(
@@ -99,6 +98,19 @@ class Course:
             "data are left out",
         )
         return True
+
+    def _read_rewinds(self) -> Rewinds:
+        """The record in the run's folder, as the main rank reads it; one that is damaged is refused on every rank."""
+        rewinds, complaint = Rewinds(), ""
+        if self._mesh.is_main:
+            try:
+                rewinds = Rewinds.read(self._folder)
+            except ValueError as error:
+                complaint = str(error)
+        taken, complaint = self._mesh.share((rewinds.taken, complaint))
+        if complaint:
+            raise ConfigError(complaint)
+        return Rewinds(taken)
 
     def _newest(self, warn: Callable[[str], None], latest: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
         """The newest good checkpoint on the run's course, of ``latest`` steps at most."""

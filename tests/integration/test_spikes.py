@@ -91,3 +91,14 @@ def test_without_a_checkpoint_before_the_rows_training_goes_on(clean: Path) -> N
     assert code == 0, err
     events = [row["event"] for row in rows_of(clean, "nowhere", "event")]
     assert "not_rewound" in events and "rewound" not in events
+
+
+def test_a_damaged_record_ends_every_rank_in_one_line(clean: Path) -> None:
+    """Only the main rank reads it: the other one must hear of it and not wait."""
+    record(clean, "damaged", [{"step": 8, "first": 9}])
+    words = train_words("damaged", *SPIKES, "parallel.processes=2", "parallel.expert_parallel_size=2")
+    code, _, err = run(clean, *words)
+    assert code == 2, err
+    said = [line for line in err.splitlines() if "rewinds.json: damaged: entry 1" in line and "delete it" in line]
+    assert len(said) == 2 and "Traceback" not in err, err
+    assert not checkpoints(clean, "damaged").exists(), "nothing was trained"

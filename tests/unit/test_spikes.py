@@ -76,6 +76,33 @@ def test_checkpoints_of_a_course_that_was_left_are_not_accepted(tmp_path: Path) 
     assert Rewinds.read(tmp_path / "elsewhere").taken == []
 
 
+@pytest.mark.parametrize(
+    "content,complaint",
+    [
+        (b"", "Expecting value"),
+        (b"[{", "Expecting property name"),
+        (b"\xff\xfe\xfd", "can't decode byte"),
+        (b"{}", "{} must be a list"),
+        (b'["step"]', "entry 1, 'step', must have the fields step, first, stop"),
+        (b'[{"step": 4, "first": 7, "stop": 8}, {"step": 0, "first": 1}]', "entry 2, "),
+        (b'[{"step": 0, "first": 1, "stop": 2, "more": 3}]', "must have the fields step, first, stop"),
+        (b'[{"step": 0, "first": "1", "stop": 2}]', "entry 1: first='1' must be a whole number of at least 0"),
+        (b'[{"step": 0, "first": 1.0, "stop": 2}]', "entry 1: first=1.0 must be a whole number"),
+        (b'[{"step": true, "first": 1, "stop": 2}]', "entry 1: step=True must be a whole number"),
+        (b'[{"step": -1, "first": 1, "stop": 2}]', "entry 1: step=-1 must be a whole number of at least 0"),
+        (b'[{"step": 0, "first": 2, "stop": 2}]', "entry 1: stop=2 must be more than first=2"),
+    ],
+)
+def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path: Path, content: bytes, complaint: str) -> None:
+    path = tmp_path / "rewinds.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        Rewinds.read(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: damaged: ") and complaint in message and "delete it" in message
+    assert "\n" not in message and len(message) < 400
+
+
 @pytest.mark.parametrize("override", ["window_steps=1", "skip_steps=0", "max_rewinds=0", "deviations=0", "nats=-1"])
 def test_values_out_of_range_are_one_line(override: str) -> None:
     with pytest.raises(ConfigError, match=f"spike.{override.split('=')[0]}="):
