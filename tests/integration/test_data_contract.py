@@ -32,7 +32,7 @@ TINY = [
     "batch.micro_batch_size=1", f"budget.tokens={STEPS * ROWS * SEQUENCE}", "schedule.warmup_steps=2",
     "checkpoint.every_steps=2", "evaluation.every_steps=1000", "evaluation.max_rows=4", "metrics.log_every_steps=1",
     "metrics.wandb=off", "tokenizer.vocab_size=400", f"seed={SEED}", "run.name=run", "run.prepare_workers=1",
-    "engine.device=cpu",
+    "engine.device=cpu", "checkpoint.asynchronous=false",
 ]  # fmt: skip
 PLAIN = ["data=files", "data.paths=[a.jsonl]", "data.validation_fraction=0.2"]
 # The small source is read several times, and the weights change on the way.
