@@ -157,22 +157,46 @@ def _verify(overrides: list[str]) -> int:
 
 
 def _certify(words: list[str]) -> int:
-    """Print the certificate of a router; on several ranks ``verify`` is part of it. That of a run is kept with it."""
+    """Print the certificate of a router, or write those of runs into their folders."""
+    from moe_pretrain.facts import OVERRIDES_FILE
+    from moe_pretrain.study.certify import CERTIFICATE
+
+    if len(words) != 1 or "=" in words[0]:
+        return _certify_one(words, None)
+
+    def certify_run(folder: Path) -> int:
+        if not (folder / OVERRIDES_FILE).exists():
+            raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
+        return _certify_one((folder / OVERRIDES_FILE).read_text().splitlines(), folder / CERTIFICATE)
+
+    return _for_one_of_each_variant(Path(words[0]), certify_run)
+
+
+def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> int:
+    """Call ``command`` with the folder of a run, or of a run of each variant below it; the worst exit code."""
+    from moe_pretrain.study.compare_runs import one_of_each_variant
+
+    runs = one_of_each_variant(folder)
+    worst = 0
+    for run in runs:
+        if len(runs) > 1:
+            print(f"== {run}", flush=True)
+        worst = max(worst, command(run))
+    return worst
+
+
+def _certify_one(overrides: list[str], write: Path | None) -> int:
+    """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
     from moe_pretrain.config_loading import load
-    from moe_pretrain.facts import OVERRIDES_FILE, commit, versions
+    from moe_pretrain.facts import commit, versions
     from moe_pretrain.launch import run_workers
     from moe_pretrain.pretrain import check
-    from moe_pretrain.study.certify import CERTIFICATE, certify
+    from moe_pretrain.study.certify import certify
 
-    folder = Path(words[0]) if len(words) == 1 and "=" not in words[0] else None
-    if folder is not None and not (folder / OVERRIDES_FILE).exists():
-        raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
-    overrides = words if folder is None else (folder / OVERRIDES_FILE).read_text().splitlines()
     config = load(overrides)
     processes = config.parallel.processes
     check(config, processes)
     on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
-    write = None if folder is None else folder / CERTIFICATE
     code = commit() or f"moe_pretrain {versions()['moe_pretrain']}"
     return certify(config, on_ranks, partial(print, flush=True), write, code)  # in order with what the workers print
 
@@ -244,15 +268,19 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _specialise(arguments: list[str]) -> int:
+    """Say what the experts of a run, or of a run of each variant, specialise in."""
+    if len(arguments) != 1:
+        raise ValueError("usage: moe-pretrain specialise FOLDER")
+    return _for_one_of_each_variant(Path(arguments[0]), _specialise_one)
+
+
+def _specialise_one(folder: Path) -> int:
     """Say what a run's experts specialise in."""
     from moe_pretrain.data import TokenizedMixture
     from moe_pretrain.pretrain import resolve_device
     from moe_pretrain.run_data import prepare_corpora
     from moe_pretrain.study.specialise import read_run, specialise
 
-    if len(arguments) != 1:
-        raise ValueError("usage: moe-pretrain specialise RUN_FOLDER")
-    folder = Path(arguments[0])
     config = read_run(folder)
     corpus, sets = prepare_corpora(config, print)
     if not isinstance(corpus, TokenizedMixture):  # a mixture's sources are among the sets by name
@@ -275,12 +303,15 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "verify": (_verify, "compare the training step of this configuration, shrunk, with a one-process oracle"),
     "certify": (
         _certify,
-        "one scheme, your own with router_file=PATH, or a RUN_FOLDER's: a table of what it must do, PASS or FAIL",
+        "one scheme, your own with router_file=PATH, or those of the runs in FOLDER: what it must do, PASS or FAIL",
     ),
     "inspect": (_inspect, "CHECKPOINT: what it holds and where it comes from, and whether its checksums are right"),
     "report": (_report, "RUN_FOLDER: one run as a self-contained HTML page"),
     "compare": (_compare, "FOLDER [--reference VARIANT]: all runs below a folder, variant against variant"),
     "wandb": (_wandb, "FOLDER: wandb's offline files of all runs below it, written anew from their metrics"),
-    "specialise": (_specialise, "RUN_FOLDER: information between a run's experts and what their tokens are, in bits"),
+    "specialise": (
+        _specialise,
+        "FOLDER: information between experts and what their tokens are, in bits; one run of each variant",
+    ),
 }
 """Command -> (function of the remaining words, one line of help)."""

@@ -75,7 +75,8 @@ def _page(
     drift = draws.layer_charts(
         variants, colors, "routing_drift", "Routing drift between validations", lambda run: run.validation
     )
-    certificate_note = "What moe-pretrain certify found for one run of each variant, shrunk."
+    certificate_note = "What moe-pretrain certify found, shrunk; of this folder it certifies one run of each variant."
+    information_note = INFORMATION_NOTE + " Of this folder moe-pretrain specialise measures one run of each variant."
     sections = [
         warnings("Read this first", found.warnings),
         section("Which is better", table(*tables.answer(found)), tables.method(found)),
@@ -93,7 +94,7 @@ def _page(
         section("Measured", table(*tables.measures_table(variants)), "Means over seeds; layers over the last fifth."),
         section("Time by part of a MoE layer", table(*tables.layer_times(found)), TIME_NOTE),
         section("Cost by part of a MoE layer", table(*tables.layer_costs(found)), COST_NOTE),
-        section("Specialisation", table(*tables.specialisation(found)), INFORMATION_NOTE),
+        section("Specialisation", table(*tables.specialisation(found)), information_note),
         section("Certificate", table(*tables.certificates(found)), certificate_note),
         charts("Incidents", draws.incident_chart(wrong), layout="single"),
         _incident_table(wrong),

@@ -130,6 +130,20 @@ def find_runs(root: Path) -> list[RunRecord]:
     return sorted(found, key=lambda run: run.name)
 
 
+def one_of_each_variant(root: Path) -> list[Path]:
+    """Folder of the first complete run of each variant below ``root`` that routes; of ``root`` if that is a run.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if root.is_dir() and RUN_FILES & {path.name for path in root.iterdir()}:
+        return [root]
+    variants = [each for each in group(find_runs(root)) if each.values.get("router.name") != "dense" and each.counted]
+    if not variants:
+        raise ValueError(f"FOLDER={root} must be a run, or have complete runs of models with routing below it")
+    return [variant.counted[0].folder for variant in variants]
+
+
 def _read_run(folder: Path, root: Path) -> RunRecord:
     problems, values, facts, rows = [], {}, {}, []
     try:

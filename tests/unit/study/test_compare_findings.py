@@ -9,6 +9,7 @@ import pytest
 from helpers.pages import read_page
 from helpers.planted import AUTONOMY, BASE, DOCUMENT_LOSSES, TOP_P, Planted, plant_sweep
 
+from moe_pretrain import cli
 from moe_pretrain.metrics.probe import ProbeFiles
 from moe_pretrain.study.compare import compare
 from moe_pretrain.study.compare_charts import MAX_COLORED, OTHERS, legend_colors, variant_colors
@@ -201,3 +202,29 @@ def test_csv_says_what_the_intervals_are_over(tmp_path: Path):
     write_comparison(tmp_path)
     rows = {row["variant"]: row for row in csv.DictReader((tmp_path / "compare.csv").open())}
     assert {row["over_texts"] for row in rows.values()} == {"True"}
+
+
+def test_commands_of_a_sweep_take_one_complete_run_of_each_variant_that_routes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A folder of runs is certified variant by variant; the exit code is the worst."""
+    runs = {"a-1": {}, "a-2": {}, "b-1": {"router": TOP_P}, "b-2": {"router": TOP_P}, "c-1": {"router": DENSE}}
+    for place, (name, fields) in enumerate(runs.items()):
+        Planted(name, 3.0, 1 + place % 2, **fields, end=None if name == "b-1" else ("finished", "")).write(tmp_path)
+        (tmp_path / name / "overrides.txt").write_text(f"run.name={name}\n")
+    certified = []
+
+    def certify_one(overrides: list[str], write: Path | None) -> int:
+        certified.append((overrides, write))
+        return int(overrides == ["run.name=b-2"])
+
+    monkeypatch.setattr(cli, "_certify_one", certify_one)
+    assert cli.main(["certify", str(tmp_path)]) == 1
+    assert certified == [([f"run.name={name}"], tmp_path / name / "certificate.json") for name in ("a-1", "b-2")]
+    assert capsys.readouterr().out.splitlines() == [f"== {tmp_path / 'a-1'}", f"== {tmp_path / 'b-2'}"]
+    assert cli.main(["certify", str(tmp_path / "b-1")]) == 0 and certified[-1][0] == ["run.name=b-1"], "a run itself"
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "nowhere"):
+        assert cli.main(["specialise", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"FOLDER={folder} must" in line
