@@ -161,7 +161,7 @@ def _certify(words: list[str]) -> int:
     from moe_pretrain.facts import OVERRIDES_FILE
     from moe_pretrain.study.certify import CERTIFICATE
 
-    if len(words) != 1 or "=" in words[0]:
+    if len(words) != 1 or ("=" in words[0] and not Path(words[0]).is_dir()):
         return _certify_one(words, None)
 
     def certify_run(folder: Path) -> int:
@@ -173,15 +173,26 @@ def _certify(words: list[str]) -> int:
 
 
 def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> int:
-    """Call ``command`` with the folder of a run, or of a run of each variant below it; the worst exit code."""
+    """Call ``command`` with the folder of a run, or of a run of each variant below it; the worst exit code.
+
+    What a user can mend in one run keeps nobody from the next.
+    """
     from moe_pretrain.study.compare_runs import one_of_each_variant
 
     runs = one_of_each_variant(folder)
+    if len(runs) == 1:
+        return command(runs[0])
     worst = 0
     for run in runs:
-        if len(runs) > 1:
-            print(f"== {run}", flush=True)
-        worst = max(worst, command(run))
+        print(f"== {run}", flush=True)
+        try:
+            code = command(run)
+        except Exception as error:
+            if not _is_users(error):
+                raise
+            print(" ".join(str(error).split()), file=sys.stderr)
+            code = USAGE_CODE
+        worst = max(worst, code)
     return worst
 
 

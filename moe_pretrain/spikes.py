@@ -124,7 +124,7 @@ class Rewinds:
             return cls()
         try:
             return cls(_parse(json.loads(path.read_bytes())))
-        except ValueError as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(
                 f"{path}: damaged: {error}; restore what it held from the events 'rewound' in metrics.jsonl, or delete "
                 "it: then only what the newest checkpoint leaves out is left out"

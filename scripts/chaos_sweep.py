@@ -10,6 +10,7 @@ differences and the order are computed again here from `metrics.jsonl`.
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import random
@@ -76,7 +77,7 @@ class Sweep:
 def kill_at_random(sweep: Sweep, generator: random.Random, kills_left: int) -> str:
     """Start the sweep and kill it somewhere on its way; in words, what was hit and when."""
     total, before = len(ROUTERS) * len(SEEDS) * sweep.steps, sweep.steps_done()
-    target = before + generator.randrange((total - before) * 9 // 10 // kills_left)
+    target = before + generator.randrange(max(1, (total - before) * 9 // 10 // kills_left))
     process = sweep.start()
     while sweep.steps_done() <= target:
         if process.poll() is not None:
@@ -85,7 +86,8 @@ def kill_at_random(sweep: Sweep, generator: random.Random, kills_left: int) -> s
     time.sleep(generator.random())
     victims = descendants(process.pid) if generator.random() < 0.5 else []
     if victims:
-        os.kill(generator.choice(victims), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(generator.choice(victims), signal.SIGKILL)
         time.sleep(2 * generator.random())
     process.kill()
     process.wait()
@@ -116,7 +118,7 @@ def check_runs(sweep: Sweep, kept: dict[str, list[Row]]) -> str:
         read.setdefault(seed_of(name), set()).add(tuple(row["data/token_hash"] for row in train))
     if len(found) != len(ROUTERS) * len(SEEDS) or any(len(hashes) > 1 for hashes in read.values()):
         raise SystemExit(f"FAILED: {len(found)} runs, of one seed {[len(hashes) for hashes in read.values()]} data")
-    if any(found[name] != rows for name, rows in kept.items()):
+    if any(found.get(name) != rows for name, rows in kept.items()):
         raise SystemExit("FAILED: a finished run was touched")
     resumed = sum(row.get("event") == "resumed" for rows in found.values() for row in rows)
     return f"{len(found)} runs of {sweep.steps} steps, each step once; {len(kept)} kept, {resumed} times one went on"
@@ -141,6 +143,8 @@ def check_answer(sweeps: list[Sweep]) -> str:
         name = variant_of[f"{sweep}/seed={SEEDS[0]}"]
         if answer[name]["verdict"] != verdict:
             raise SystemExit(f"FAILED: {name} must be {verdict}; compare says {answer[name]['verdict']}")
+    if answer[name]["rank"] != str(len(answer)):
+        raise SystemExit(f"FAILED: {name} must be last; its place is {answer[name]['rank']}")
     means = {name: fmean(own.values()) for name, own in losses.items()}
     by_page = [line.split(" | ")[1] for line in (outputs / "compare.md").read_text().splitlines()[2:] if " | " in line]
     if [means[name] for name in by_page] != sorted(means.values()):  # twins may stand either way

@@ -13,9 +13,8 @@ import numpy as np
 
 from moe_pretrain.study import compare_measures as measures
 from moe_pretrain.study.compare_runs import RunRecord, Variant, differences, find_runs, group, unnamed_differences
-from moe_pretrain.study.compare_statistics import Difference, Ranked, Sample, difference, rank, shared_prior
+from moe_pretrain.study.compare_statistics import Difference, Ranking, Sample, difference, rank
 from moe_pretrain.study.compare_texts import FEW_DOCUMENTS, last_probe, num_documents, resampled_losses
-from moe_pretrain.study.variance_prior import VariancePrior
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
@@ -69,9 +68,8 @@ class Comparison:
         key: What is compared: ``LOSS``, or ``BITS`` when tokenizers or corpora differ.
         losses: Variant -> seed -> final ``key``.
         documents: Documents of the validation set that the intervals are over; 0 where they are over seeds alone.
-        prior: What all pairs tell of the variance between seeds.
         paired: Variant -> its difference to the reference.
-        ranking: Variants with a loss, best first.
+        ranking: The places of variants with a loss.
         warnings: Everything that makes the comparison less than it seems.
     """
 
@@ -81,9 +79,8 @@ class Comparison:
     key: str
     losses: dict[str, dict[int, float]]
     documents: int
-    prior: VariancePrior
     paired: dict[str, Difference]
-    ranking: list[Ranked]
+    ranking: Ranking
     warnings: list[str]
 
     @property
@@ -123,8 +120,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     key = BITS if len(corpora) > 1 or tokenizers_differ else LOSS
     losses = {variant.name: variant.by_seed(lambda run: run.final(key)) for variant in variants}
     samples, documents, cautions = _samples(variants, losses, key)
-    prior = shared_prior(samples)
-    paired = {name: difference(sample, samples[chosen], prior) for name, sample in samples.items()}
+    paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
     return Comparison(
         runs=runs,
         variants=variants,
@@ -132,9 +128,8 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         key=key,
         losses=losses,
         documents=documents,
-        prior=prior,
         paired=paired,
-        ranking=rank(samples, prior),
+        ranking=rank(samples),
         warnings=[
             *_warn_of_data(variants, key),
             *cautions,

@@ -29,7 +29,7 @@ def write_comparison(root: Path, reference: str | None = None) -> tuple[Path, st
         ValueError: There are no runs, or no variant named ``reference``.
     """
     found = compare(root, reference)
-    colors = draws.variant_colors(found.variants, [each.name for each in found.ranking], found.reference)
+    colors = draws.variant_colors(found.variants, [each.name for each in found.ranking.places], found.reference)
     losses = draws.loss_drawings(found.variants, colors, found.key, found.unit)
     difference = draws.difference_drawing(found.paired, found.reference, found.unit)
     text = tables.markdown(found)

@@ -6,7 +6,8 @@ resample the seeds' differences have a mean ``m`` and a standard error ``e``, an
 ``T`` Student's t of the seeds' degrees of freedom. The interval is that of the mixture over resamples. Without
 documents it is the paired t-interval over seeds; without differences between seeds it is the bootstrap's percentile
 interval over documents. A bootstrap of three seeds would call one in four pairs of identical variants different.
-Where there are several pairs, each one's variance between seeds is moderated by that of all (``variance_prior``).
+The ranking, which tests all pairs at once, moderates each one's variance between seeds by that of all
+(``variance_prior``); a single difference does not, for the interval of one noisy variant would be too narrow.
 
 Axis names:
     resamples  of the documents of the validation set
@@ -130,16 +131,31 @@ class Difference:
         return "worse" if self.difference.mean > 0 else "better"
 
 
+TWINS_DIFFER_BY = 1e-3
+"""Variants whose differences spread by less than this share of the median pair's differ by rounding alone."""
+FEWEST_SEEDS = 3
+"""Two seeds tell too little of how alike pairs vary."""
+
+
 def shared_prior(samples: Mapping[str, Sample]) -> VariancePrior:
-    """What all pairs that have two seeds or more in common tell of the variance of one pair's differences."""
-    pairs = [
-        [of.losses[seed] - to.losses[seed] for seed in of.losses.keys() & to.losses.keys()]
-        for of, to in combinations(samples.values(), 2)
-    ]
-    pairs = [each for each in pairs if len(each) >= 2 and np.ptp(each) > 0]
-    seeds = max(map(len, pairs), default=0)
-    others = len({tuple(sorted(sample.losses.items())) for sample in samples.values()}) - 2  # twins add no knowledge
-    return fit([stdev(each) ** 2 for each in pairs], [len(each) - 1 for each in pairs], others * (seeds - 1))
+    """What all pairs that have ``FEWEST_SEEDS`` in common tell of the variance of one pair's differences.
+
+    Of twins one is taken: the other adds no knowledge, and their own difference is of another kind.
+    """
+    apart = {
+        (a, b): [samples[a].losses[seed] - samples[b].losses[seed] for seed in common]
+        for a, b in combinations(samples, 2)
+        if len(common := samples[a].losses.keys() & samples[b].losses.keys()) >= FEWEST_SEEDS
+    }
+    spread = {pair: stdev(values) for pair, values in apart.items()}
+    least = TWINS_DIFFER_BY * float(np.median(list(spread.values()))) if spread else 0.0
+    taken: list[str] = []
+    for name in samples:
+        if all(spread.get((other, name), math.inf) > least for other in taken):
+            taken.append(name)
+    pairs = [pair for pair in apart if set(pair) <= set(taken)]
+    degrees = sorted(len(samples[name].losses) - 1 for name in {name for pair in pairs for name in pair})
+    return fit([spread[pair] ** 2 for pair in pairs], [len(apart[pair]) - 1 for pair in pairs], sum(degrees[:-2]))
 
 
 def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Difference:
@@ -150,14 +166,13 @@ def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Diffe
     Args:
         of: A variant.
         to: Another.
-        prior: What other pairs tell of the variance between seeds; for pairs that are compared seed by seed and are
-            not the same on all of them.
+        prior: What other pairs tell of the variance between seeds, where variants are compared seed by seed.
     """
     common = sorted(of.losses.keys() & to.losses.keys())
     is_paired = len(common) >= 2 or min(len(of.losses), len(to.losses)) < 2
     seeds = common if is_paired else sorted(of.losses.keys() | to.losses.keys())
     sides = [(sample, common if is_paired else sorted(sample.losses)) for sample in (of, to)]
-    if not is_paired or all(of.losses[seed] == to.losses[seed] for seed in common):
+    if not is_paired:
         prior = NO_PRIOR
     point = _mean_and_error([np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired, prior)
     over_texts = of.rows == to.rows != "" and all(s in sample.resampled for sample, own in sides for s in own)
@@ -247,17 +262,30 @@ class Ranked:
         return self.rank + len(self.equals)
 
 
-def errors_to_win(pairs: int, degrees: int) -> float:
-    """Standard errors, of ``degrees`` of freedom, by which the first of ``pairs`` pairs to win a place must differ."""
-    return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, degrees)
+@dataclass(frozen=True)
+class Ranking:
+    """Which variants are better, by tests of all pairs at once.
+
+    Attributes:
+        places: Of the variants with a loss, best first.
+        prior: What moderates the variance between seeds.
+        pairs: Pairs that were tested.
+        needed: The difference that wins a place in the median pair, before texts widen it; None without tested pairs.
+    """
+
+    places: list[Ranked]
+    prior: VariancePrior
+    pairs: int
+    needed: float | None
 
 
-def rank(samples: Mapping[str, Sample], prior: VariancePrior) -> list[Ranked]:
+def rank(samples: Mapping[str, Sample]) -> Ranking:
     """Order variants by mean loss; a place is only won by a test.
 
-    The test of two variants is that of ``difference`` at 5%, with Holm's correction for the number of pairs. Variants
-    without a loss are left out.
+    The test of two variants is that of ``difference`` with the ``shared_prior``, at 5%, with Holm's correction for the
+    number of pairs. Variants without a loss are left out.
     """
+    prior = shared_prior(samples)
     means = {name: found for name, each in samples.items() if (found := estimate(list(each.losses.values())))}
     pairs = {(a, b): difference(samples[a], samples[b], prior) for a, b in combinations(means, 2)}
     tested = {pair: found for pair, found in pairs.items() if found.p_value is not None}
@@ -273,7 +301,21 @@ def rank(samples: Mapping[str, Sample], prior: VariancePrior) -> list[Ranked]:
         else:
             better[a].add(b)
     ordered = sorted(means, key=lambda name: means[name].mean)
-    return [
+    places = [
         Ranked(name, means[name], 1 + len(better[name]), [other for other in ordered if other in equals[name]])
         for name in ordered
     ]
+    needed = [
+        _difference_to_win(samples[a], samples[b], prior, len(tested))
+        for (a, b), found in tested.items()
+        if found.is_paired
+    ]
+    return Ranking(places, prior, len(tested), float(np.median(needed)) if needed else None)
+
+
+def _difference_to_win(of: Sample, to: Sample, prior: VariancePrior, pairs: int) -> float:
+    """What the first of ``pairs`` pairs to win a place must differ by, if it is this one."""
+    apart = np.array([[of.losses[seed] - to.losses[seed] for seed in of.losses.keys() & to.losses.keys()]])
+    degrees = apart.shape[1] - 1 + prior.degrees
+    error = _mean_and_error([apart, np.zeros_like(apart)], True, prior)[1]
+    return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, degrees) * float(error[0])

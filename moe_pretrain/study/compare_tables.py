@@ -14,7 +14,7 @@ from moe_pretrain.study import findings
 from moe_pretrain.study.compare import MEASURES, Comparison
 from moe_pretrain.study.compare_measures import part_times
 from moe_pretrain.study.compare_runs import MISSING, RunRecord, Variant, differences
-from moe_pretrain.study.compare_statistics import Estimate, Ranked, errors_to_win
+from moe_pretrain.study.compare_statistics import Estimate, Ranked
 from moe_pretrain.study.compare_texts import RESAMPLES
 
 Table = tuple[Sequence[str], list[list[str]]]
@@ -38,17 +38,18 @@ def method(found: Comparison) -> str:
         if found.documents
         else "over seeds alone"
     )
+    prior = found.ranking.prior.degrees
     moderated = (
-        f" The variance between seeds is moderated by that of all pairs, which counts as {found.prior.degrees} more "
-        "degrees of freedom (Smyth 2004)."
-        if found.prior.degrees
+        ", with the variance between seeds moderated by that of all pairs, which counts as "
+        f"{prior} more degree{'s' * (prior != 1)} of freedom (Smyth 2004; with one far noisier variant 5% may be 8%)"
+        if prior
         else ""
     )
     return (
         "Validation: at the end of the run, mean over seeds with its 95% t-interval. Difference: to "
         f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with its 95% interval: "
-        f"Student's t over the seeds' differences {texts}.{moderated} Not distinguishable when that holds 0. Rank: the "
-        f"places it may have by that test at 5%, Holm-corrected for {_count_pairs(found)}."
+        f"Student's t over the seeds' differences {texts}. Not distinguishable when that holds 0. Rank: the places it "
+        f"may have by the same test of all pairs at 5%, Holm-corrected for {_count_pairs(found)}{moderated}."
     )
 
 
@@ -58,7 +59,7 @@ def answer(found: Comparison) -> Table:
     shown = ("experts_per_token", "flops_per_token", "tokens_per_second")
     header += [MEASURES[name][0] for name in shown]
     by_name = {variant.name: variant for variant in found.variants}
-    ranked = {each.name: each for each in found.ranking}
+    ranked = {each.name: each for each in found.ranking.places}
     lines = []
     for name in [*ranked, *(name for name in by_name if name not in ranked)]:
         variant, place = by_name[name], ranked.get(name)
@@ -82,8 +83,8 @@ def _place(ranked: Ranked) -> str:
 
 
 def _count_pairs(found: Comparison) -> str:
-    pairs = math.comb(len(found.ranking), 2)
-    return f"{pairs} pair{'s' * (pairs != 1)}"
+    pairs = found.ranking.pairs
+    return f"{pairs} tested pair{'s' * (pairs != 1)}"
 
 
 def _finished(variant: Variant) -> str:
@@ -117,7 +118,7 @@ Record = dict[str, object]
 
 def variant_rows(found: Comparison) -> list[Record]:
     """``compare.csv``: a row for each variant."""
-    ranked = {each.name: each for each in found.ranking}
+    ranked = {each.name: each for each in found.ranking.places}
     rows: list[Record] = []
     for variant in found.variants:
         place, paired = ranked.get(variant.name), found.paired[variant.name]
@@ -175,7 +176,7 @@ def csv_text(rows: Sequence[Record]) -> str:
 
 def ranking(found: Comparison) -> Table:
     """Places, and what could not be told apart."""
-    names = [each.name for each in found.ranking]
+    names = [each.name for each in found.ranking.places]
 
     def equals(of: Ranked) -> str:
         told = [name for name in names if name != of.name and name not in of.equals]
@@ -184,20 +185,18 @@ def ranking(found: Comparison) -> Table:
         return ", ".join(of.equals) or "none"
 
     return ("Rank", "Variant", "Not distinguishable from"), [
-        [_place(each), each.name, equals(each)] for each in found.ranking
+        [_place(each), each.name, equals(each)] for each in found.ranking.places
     ]
 
 
 def power(found: Comparison) -> str:
     """How much is needed to win a place."""
-    pairs = math.comb(len(found.ranking), 2)
-    seeds = max((each.estimate.count for each in found.ranking), default=0)
-    if not pairs or seeds < 2:
+    needed = found.ranking.needed
+    if needed is None:
         return ""
-    errors = errors_to_win(pairs, seeds - 1 + found.prior.degrees)
     return (
-        f"With {seeds} seeds and {_count_pairs(found)} the first place is won by a difference of {errors:.1f} standard "
-        "errors; more seeds or fewer variants lower that."
+        f"By the seeds alone, among {_count_pairs(found)} a place is won by a difference of {needed:.2g} {found.unit} "
+        "in the median pair; more seeds or fewer variants lower that."
     )
 
 

@@ -24,7 +24,8 @@ TIME_NOTE = (
     "Measured: microseconds of one rank for one token in one MoE layer, forward, in the last validation: the median "
     "over its batches, mean over layers and ranks; of several seeds the mean, with their standard deviation (sd). "
     "The router's time holds experts that it asks, the exchange's the waiting for other ranks, the experts' share the "
-    "shared ones. Only times of equal devices, as many of them, with nothing else running, can be compared."
+    "shared ones. What a scheme does in training alone (Sinkhorn's iterations, the experts' choice, jitter) is not in "
+    "it. Only times of equal devices, as many of them, with nothing else running, can be compared."
 )
 COST_NOTE = (
     "Counted, not timed: forward, one token, one MoE layer, at the measured experts per token. Bytes are read and "

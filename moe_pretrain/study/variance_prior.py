@@ -8,8 +8,9 @@ Source:
     Smyth 2004, Linear models and empirical Bayes methods for assessing differential expression, section 6. Its prior
     degrees of freedom are whole and at most ``MOST_DEGREES``: pairs share variants, so they are alike more than
     independent ones would be, and one noisy variant among quiet ones would win places by chance. In simulations of
-    identical variants (3 to 15, 3 and 5 seeds; equal spreads, spreads e-fold apart, one five times as noisy) a place
-    is then won in at most 8% of the sweeps, where one variance for all pairs gives up to 24%.
+    identical variants (3 to 15, 3 and 5 seeds; equal spreads, spreads e-fold apart, one five or ten times as noisy) a
+    place is then won in at most 8% of the sweeps, where one variance for all pairs gives up to 24%. That is under
+    Holm's correction: a single test of a noisy variant against a quiet one errs three times as often as it says.
 """
 
 import math

@@ -1,8 +1,15 @@
 """What a run, a sweep and a report import, late or not, for processes that are forked from this one."""
 
+import gc
 import importlib
+import logging
+import os
 
-import helpers.rank_preload  # noqa: F401
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: programs share two cores
 
-for late in ("pretrain", "launch", "sweep.multirun", "sweep.job", "study.compare_page", "study.report"):
-    importlib.import_module(f"moe_pretrain.{late}")
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+OURS = ("pretrain", "launch", "sweep.multirun", "sweep.job", "study.compare_page", "study.report")
+THEIRS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx")
+for late in (*(f"moe_pretrain.{name}" for name in OURS), *THEIRS):
+    importlib.import_module(late)
+gc.freeze()

@@ -1,6 +1,7 @@
 """A process that has done the program's slow imports and forks it: ``python -c`` of ``serve_forever``.
 
-What it forks is the program in all but its start: own process, signals, exit code, environment, folder and output.
+What it forks is the program in all but its start: own process, signals, exit code, environment, folder and output. What
+imports print or change is not seen, and the seed of Python's hashes is that of the server; ``run_python`` is for that.
 """
 
 import os

@@ -32,7 +32,7 @@ def test_a_planted_worse_variant_is_found_worse_and_an_equal_one_is_not_distingu
         "top_p": "worse",
         "autonomy": "not distinguishable",
     }
-    assert [(each.name, each.rank, each.equals) for each in found.ranking] == [
+    assert [(each.name, each.rank, each.equals) for each in found.ranking.places] == [
         ("top_k", 1, ["autonomy"]),
         ("autonomy", 1, ["top_k", "top_p"]),
         ("top_p", 2, ["autonomy"]),
@@ -44,7 +44,7 @@ def test_a_planted_worse_variant_is_found_worse_and_an_equal_one_is_not_distingu
 def test_the_numbers_are_those_of_the_formulas(sweep: Path):
     """By hand from the planted losses: t at 2 degrees of freedom is 4.30265 (any table)."""
     found = compare(sweep)
-    place = {each.name: each for each in found.ranking}["top_k"]
+    place = {each.name: each for each in found.ranking.places}["top_k"]
     losses = list(BASE.values())
     mean = sum(losses) / 3
     half = 4.302653 * math.sqrt(sum((loss - mean) ** 2 for loss in losses) / 2) / math.sqrt(3)
@@ -90,7 +90,7 @@ def test_one_seed_is_not_tested(tmp_path: Path):
     Planted("b", 9.0, router=TOP_P).write(tmp_path)
     found = compare(tmp_path)
     assert found.paired["top_p"].verdict == "not tested"
-    assert [each.rank for each in found.ranking] == [1, 1]
+    assert [each.rank for each in found.ranking.places] == [1, 1]
     assert any("Fewer than two seeds" in line for line in found.warnings)
 
 

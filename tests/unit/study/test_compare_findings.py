@@ -14,9 +14,10 @@ from moe_pretrain.metrics.probe import ProbeFiles
 from moe_pretrain.study.compare import compare
 from moe_pretrain.study.compare_charts import MAX_COLORED, OTHERS, legend_colors, variant_colors
 from moe_pretrain.study.compare_page import write_comparison
-from moe_pretrain.study.compare_tables import layer_times
+from moe_pretrain.study.compare_tables import layer_times, power
 
 DENSE = {"name": "dense"}
+ROUTER_NAMES = ["top_k", "top_p", "autonomy", "quantile", "loss_free", "hash"]
 
 
 def test_what_rests_on_a_few_documents_is_not_distinguishable(tmp_path: Path):
@@ -30,7 +31,7 @@ def test_what_rests_on_a_few_documents_is_not_distinguishable(tmp_path: Path):
     assert found.documents == 20 and found.warnings == []
     assert (found.paired["top_p"].verdict, found.paired["autonomy"].verdict) == ("not distinguishable", "worse")
     assert all(each.over_texts for each in found.paired.values())
-    places = {each.name: (each.rank, each.equals) for each in found.ranking}
+    places = {each.name: (each.rank, each.equals) for each in found.ranking.places}
     assert places["autonomy"] == (2, ["top_p"]) and places["top_p"] == (1, ["top_k", "autonomy"])
     assert found.paired["top_p"].difference.mean == pytest.approx(0.1002), "the raw difference of the validations"
 
@@ -97,7 +98,7 @@ def test_of_many_variants_the_best_and_the_reference_are_coloured(tmp_path: Path
             width = {"name": "top_k", "top_k": 2, "width": number}
             Planted(f"{number}-{seed}", 3.0 + number / 10, seed, width).write(tmp_path)
     found = compare(tmp_path, "width=11")
-    ordered = [each.name for each in found.ranking]
+    ordered = [each.name for each in found.ranking.places]
     colors = variant_colors(found.variants, ordered, found.reference)
     coloured = [name for name, color in colors.items() if color != OTHERS]
     assert coloured == [*ordered[: MAX_COLORED - 1], "width=11"]
@@ -208,7 +209,9 @@ def test_commands_of_a_sweep_take_one_complete_run_of_each_variant_that_routes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     """A folder of runs is certified variant by variant; the exit code is the worst."""
-    runs = {"a-1": {}, "a-2": {}, "b-1": {"router": TOP_P}, "b-2": {"router": TOP_P}, "c-1": {"router": DENSE}}
+    names = ["router=a,seed=1", "router=a,seed=2", "b-1", "b-2", "c-1", "d-1"]
+    routers = [{}, {}, {"router": TOP_P}, {"router": TOP_P}, {"router": DENSE}, {"router": AUTONOMY}]
+    runs = dict(zip(names, routers, strict=True))
     for place, (name, fields) in enumerate(runs.items()):
         Planted(name, 3.0, 1 + place % 2, **fields, end=None if name == "b-1" else ("finished", "")).write(tmp_path)
         (tmp_path / name / "overrides.txt").write_text(f"run.name={name}\n")
@@ -216,15 +219,47 @@ def test_commands_of_a_sweep_take_one_complete_run_of_each_variant_that_routes(
 
     def certify_one(overrides: list[str], write: Path | None) -> int:
         certified.append((overrides, write))
-        return int(overrides == ["run.name=b-2"])
+        if overrides == ["run.name=b-2"]:
+            raise ValueError("b-2 is broken")
+        return 0
 
     monkeypatch.setattr(cli, "_certify_one", certify_one)
-    assert cli.main(["certify", str(tmp_path)]) == 1
-    assert certified == [([f"run.name={name}"], tmp_path / name / "certificate.json") for name in ("a-1", "b-2")]
-    assert capsys.readouterr().out.splitlines() == [f"== {tmp_path / 'a-1'}", f"== {tmp_path / 'b-2'}"]
+    assert cli.main(["certify", str(tmp_path)]) == 2
+    tried = ["b-2", "d-1", "router=a,seed=1"]
+    assert certified == [([f"run.name={name}"], tmp_path / name / "certificate.json") for name in tried]
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [f"== {tmp_path / name}" for name in tried]
+    assert told.err.splitlines() == ["b-2 is broken"]
+    assert cli.main(["certify", str(tmp_path / tried[2])]) == 0 and certified[-1][0] == ["run.name=router=a,seed=1"]
     assert cli.main(["certify", str(tmp_path / "b-1")]) == 0 and certified[-1][0] == ["run.name=b-1"], "a run itself"
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "nowhere"):
         assert cli.main(["specialise", str(folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"FOLDER={folder} must" in line
+
+
+def test_places_are_won_with_what_all_pairs_tell_and_verdicts_without(tmp_path: Path):
+    """Six variants of three seeds, of which only the worse one has a place of its own; a noisy one is as it was."""
+    noise = np.random.default_rng(3).normal(0, 0.01, (6, 3))
+    for place, name in enumerate(ROUTER_NAMES):
+        for seed, loss in BASE.items():
+            own = loss + float(noise[place, seed - 1]) + 0.15 * (name == "hash")
+            Planted(f"{name}-{seed}", own, seed, {"name": name}).write(tmp_path)
+    _, text = write_comparison(tmp_path)
+    found = compare(tmp_path)
+    prior, places = found.ranking.prior, {each.name: (each.rank, each.last_rank) for each in found.ranking.places}
+    assert prior.degrees > 0 and all(each.over_texts for each in found.paired.values())
+    assert places == {name: (6, 6) if name == "hash" else (1, 5) for name in ROUTER_NAMES}
+    assert "| 6 | hash | worse |" in text and "| 1 to 5 | top_p |" in text
+    moderated = f"moderated by that of all pairs, which counts as {prior.degrees} more degree"
+    assert f"Holm-corrected for 15 tested pairs, with the variance between seeds {moderated}" in text
+    needed = found.ranking.needed
+    assert needed is not None and 0.02 < needed < 0.15
+    assert f"among 15 tested pairs a place is won by a difference of {needed:.2g} nats per token" in power(found)
+    apart = [found.losses["hash"][seed] - found.losses["top_k"][seed] for seed in BASE]
+    half = 4.302653 * float(np.std(apart, ddof=1)) / 3**0.5  # t of two degrees of freedom
+    worse = found.paired["hash"].difference
+    assert worse is not None and (worse.low, worse.high) == pytest.approx(
+        (np.mean(apart) - half, np.mean(apart) + half)
+    )

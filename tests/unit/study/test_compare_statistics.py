@@ -1,6 +1,7 @@
 """Student's t and the tests over seeds against tables, integrals and formulas written out."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,11 +9,9 @@ import pytest
 from moe_pretrain.metrics.probe import Probe
 from moe_pretrain.study.compare_statistics import (
     Difference,
-    Estimate,
     Ranked,
     Sample,
     difference,
-    errors_to_win,
     estimate,
     holm,
     rank,
@@ -29,8 +28,7 @@ def over_seeds(of: dict[int, float], to: dict[int, float]) -> Difference:
 
 
 def ranked(losses: dict[str, dict[int, float]]) -> list[Ranked]:
-    samples = {name: Sample(values) for name, values in losses.items()}
-    return rank(samples, shared_prior(samples))
+    return rank({name: Sample(values) for name, values in losses.items()}).places
 
 
 @pytest.mark.parametrize(
@@ -155,17 +153,41 @@ def test_a_scheme_that_is_better_by_ten_standard_deviations_is_the_first():
     assert right > 0.9 and wrong <= 0.08
 
 
-def test_a_twin_adds_no_knowledge_and_two_variants_know_of_their_own_seeds_alone():
+SIX = {
+    name: Sample(dict(enumerate(np.random.default_rng(place).normal(3, 0.1, 3)))) for place, name in enumerate("abcdef")
+}
+
+
+def test_what_pairs_tell_of_the_variance_between_seeds():
+    """Twins, also by rounding, variants of one seed and those without runs add nothing; two seeds tell nothing."""
+    prior = shared_prior(SIX)
+    assert prior.degrees == 3
+    twins = {
+        f"{name}, again": Sample({seed: loss + 1e-7 * seed for seed, loss in SIX[name].losses.items()})
+        for name in "abc"
+    }
+    nothing = {"one seed": Sample({1: 2.0}), "no run": Sample({})}
+    assert shared_prior(SIX | twins | nothing) == prior
+    three = {name: SIX[name] for name in "abc"}
+    assert shared_prior(three).degrees <= 2
+    assert shared_prior(three | {"one seed": Sample({1: 2.0}), "no run": Sample({})}) == shared_prior(three)
+    two = {name: SIX[name] for name in "ab"}
+    assert shared_prior(two) == NO_PRIOR == shared_prior(two | {"a, again": SIX["a"]})
+    of_two_seeds = {str(rise): Sample({0: 3.0, 1: 3.0 + rise}) for rise in (0.0, 1.0, 2.5, -1.2, 4.0, -3.0)}
+    assert shared_prior(of_two_seeds) == NO_PRIOR, "though they vary alike"
+
+
+def test_a_moderated_difference_is_the_formula_written_out():
     a, b = Sample({1: 3.0, 2: 3.3, 3: 3.1}), Sample({1: 3.1, 2: 3.1, 3: 3.3})
-    assert shared_prior({"a": a, "b": b}) == NO_PRIOR == shared_prior({"a": a, "b": b, "twin": a})
-    prior = VariancePrior(4, 1.0)
-    twin = difference(a, Sample(dict(a.losses)), prior)
-    assert twin.verdict == "not distinguishable" and twin.difference == Estimate(0.0, 0.0, 0.0, 3)
-    found = difference(b, a, prior)
+    found = difference(b, a, VariancePrior(4, 1.0))
     variance = (4 * 1.0 + 2 * np.var([0.1, -0.2, 0.2], ddof=1)) / 6
     half = 2.446912 * math.sqrt(variance / 3)  # t of 6 degrees of freedom, any table
     assert found.difference is not None
     assert (found.difference.low, found.difference.high) == pytest.approx((0.1 / 3 - half, 0.1 / 3 + half), abs=1e-6)
+    resampled = [Sample(own.losses, {k: np.full(50, loss) for k, loss in own.losses.items()}, "rows") for own in (b, a)]
+    over_texts = difference(*resampled, VariancePrior(4, 1.0))
+    assert over_texts.over_texts and over_texts.difference is not None
+    assert over_texts.difference.low == pytest.approx(found.difference.low, abs=1e-6), "texts that do not matter"
 
 
 def test_ranks_count_what_is_better_by_test():
@@ -185,10 +207,27 @@ def test_ranks_count_what_is_better_by_test():
     ]
 
 
-def test_a_place_among_many_pairs_needs_many_errors():
-    assert errors_to_win(1, 2) == pytest.approx(4.3027, abs=1e-4)
-    # Two degrees of freedom: P(|T| > t) = 1 - t / sqrt(2 + t^2) = 0.05 / 10.
-    assert errors_to_win(10, 2) == pytest.approx(0.995 * math.sqrt(2 / (1 - 0.995**2)), abs=1e-6)
+def test_the_difference_that_wins_a_place():
+    """Two degrees of freedom: P(|T| > t) = 1 - t / sqrt(2 + t^2). Pairs that are not tested do not count."""
+    pair = {"a": {1: 3.0, 2: 3.3, 3: 3.1}, "b": {1: 3.1, 2: 3.1, 3: 3.3}}
+    error = math.sqrt(np.var([0.1, -0.2, 0.2], ddof=1) / 3)
+    found = rank({name: Sample(losses) for name, losses in pair.items()})
+    assert (found.pairs, found.needed) == (1, pytest.approx(4.302653 * error, rel=1e-6))
+    alone = rank({name: Sample(losses) for name, losses in (pair | {"c": {1: 2.0}, "d": {}}).items()})
+    assert (alone.pairs, alone.needed) == (found.pairs, found.needed)
+    assert rank({"a": Sample({1: 3.0}), "b": Sample({1: 3.1})}).needed is None
+    many = rank(SIX)
+    degrees = 2 + many.prior.degrees
+    share = student_t_within(
+        many.needed / float(np.median([moderated_error(a, b) for a, b in combinations(SIX, 2)])), degrees
+    )
+    assert many.pairs == 15 and share == pytest.approx(1 - 0.05 / 15, abs=2e-3)
+
+
+def moderated_error(a: str, b: str) -> float:
+    prior = shared_prior(SIX)
+    apart = [SIX[a].losses[seed] - SIX[b].losses[seed] for seed in range(3)]
+    return math.sqrt((prior.degrees * prior.variance + 2 * np.var(apart, ddof=1)) / (prior.degrees + 2) / 3)
 
 
 # Over documents too
