@@ -5,7 +5,8 @@ Outside ``sweep/`` the only file that knows Hydra.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,17 @@ def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Conf
         root = dataclasses.make_dataclass("Config", [("router", router)], bases=(Config,), frozen=True)
         variants.remove("router")
     try:
-        config = pydantic.TypeAdapter(root).validate_python(dict(values))
+        config = _validator(root)(dict(values))  # type: ignore[arg-type]  # a class is hashable
     except pydantic.ValidationError as error:
         raise ConfigError(_first_complaint(error, variants)) from error
     _refuse_unknown(config, values, "")
     return config
+
+
+@functools.lru_cache(maxsize=8)  # a router file makes a class of its own
+def _validator(root: Any) -> Callable[[dict[str, Any]], Any]:
+    """What makes a ``root``; to make it takes longer than to use it."""
+    return pydantic.TypeAdapter(root).validate_python
 
 
 def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str:

@@ -79,10 +79,12 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_inter
     """Wait for all; once one has failed the others get ``_GRACE_SECONDS`` to end by themselves."""
     failed = 0
     deadline = float("inf")
-    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-        ended = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.poll() is not None}
-        if not failed and any(ended.values()):
-            rank, failed = next((rank, code) for rank, code in ended.items() if code)
+    while time.monotonic() < deadline:
+        is_over = all(worker.poll() is not None for worker in workers)
+        codes = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.returncode}
+        if codes and not failed:
+            # One that was killed before those that then missed it.
+            rank, failed = min(codes.items(), key=lambda found: found[1] > 0)
             deadline = time.monotonic() + _GRACE_SECONDS
             if failed < 0 and not is_interrupted():
                 name = signal.Signals(-failed).name
@@ -91,8 +93,9 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_inter
             if failed < 0 or failed == LOST_RANK:
                 _write_stacks(workers)
                 break
+        if is_over:
+            break
         time.sleep(_POLL_SECONDS)
-    failed = failed or next((worker.returncode for worker in workers if worker.returncode), 0)
     return failed if failed >= 0 else 128 - failed
 
 

@@ -1,6 +1,9 @@
 """Shapes in annotations are checked while tests run; everything is seeded and deterministic."""
 
+import copy
+import functools
 import logging
+from collections.abc import Iterator
 
 import helpers.typechecker  # noqa: F401  # the hook below looks it up by name
 import pytest
@@ -9,6 +12,18 @@ from jaxtyping import install_import_hook
 # Before anything of ours is imported: the hook checks every annotated shape at run time.
 install_import_hook("moe_pretrain", "helpers.typechecker.check")
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _composed_once() -> Iterator[None]:
+    """Hydra takes a tenth of a second to compose, and hundreds of tests load the same overrides."""
+    from moe_pretrain import config_loading
+
+    compose = config_loading.compose_values
+    composed = functools.cache(lambda overrides: compose(list(overrides)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_loading, "compose_values", lambda overrides: copy.deepcopy(composed(tuple(overrides))))
+        yield
 
 
 @pytest.fixture(autouse=True)

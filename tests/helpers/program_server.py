@@ -1,13 +1,16 @@
 """A process that has done the program's slow imports and forks it: ``python -c`` of ``serve_forever``.
 
 What it forks is the program in all but its start: own process, signals, exit code, environment, folder and output. What
-imports print or change is not seen, and the seed of Python's hashes is that of the server; ``run_python`` is for that.
+imports print or change is not seen, and the seed of Python's hashes is that of the server; ``run_python`` is for that,
+and for a rank's own start, as the tests of torchrun, SLURM and sweeps have it.
 """
 
 import os
 import random
 import signal
 import sys
+import traceback
+import types
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -66,7 +69,55 @@ def _become(request: Start) -> None:
         os.dup2(file, descriptor)
         os.close(file)
     random.seed()
-    sys.argv = ["moe_pretrain", *request.words]
+    from moe_pretrain import launch
     from moe_pretrain.cli import main
 
+    launch.subprocess = types.SimpleNamespace(Popen=ForkedWorker)  # type: ignore[assignment]
+    sys.argv = ["moe_pretrain", *request.words]
     sys.exit(main())
+
+
+class ForkedWorker:
+    """What the launcher asks of ``subprocess.Popen`` for a rank, forked from the launcher: imports are done."""
+
+    def __init__(self, command: list[str], env: dict[str, str], start_new_session: bool):
+        assert command[:3] == [sys.executable, "-m", "moe_pretrain"] and start_new_session
+        self.returncode: int | None = None
+        self._process = os.fork()
+        if self._process == 0:
+            self._run(command[3:], env)
+
+    def _run(self, words: list[str], env: dict[str, str]) -> None:
+        from moe_pretrain.cli import main
+        from moe_pretrain.signals import HANDLED
+
+        code = 1
+        try:
+            os.setsid()
+            os.closerange(3, 1024)  # as an exec would: the launcher's store among them
+            for number in HANDLED:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            random.seed()
+            sys.argv = ["moe_pretrain", *words]
+            code = main()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # not through the launcher's frames, which would kill the others
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self._process, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._process, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
