@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from moe_pretrain.orphans import die_with_launcher
+from moe_pretrain.system.child_process import die_with_launcher
 
 USAGE_CODE = 2
 DAMAGED_CODE = 1
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _is_users(error: Exception) -> bool:
     """Whether the error is one that the user can mend, and so needs no traceback."""
     from moe_pretrain.checkpoint.store import CheckpointError
-    from moe_pretrain.engine.checks import SanityError
     from moe_pretrain.engine.engine import NonFiniteError
+    from moe_pretrain.engine.sanity import SanityError
 
     return isinstance(error, ValueError | CheckpointError | NonFiniteError | SanityError)
 
@@ -62,12 +62,12 @@ def _usage() -> str:
 
 def _train(overrides: list[str]) -> int:
     """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
-    from moe_pretrain.config_loading import load
-    from moe_pretrain.facts import write_overrides
-    from moe_pretrain.launch import run_workers
-    from moe_pretrain.ownership import owned
+    from moe_pretrain.config.load import load
+    from moe_pretrain.parallel.launcher import run_workers
     from moe_pretrain.parallel.mesh import launched_world_size
-    from moe_pretrain.pretrain import check, train
+    from moe_pretrain.run_folder.lock import owned
+    from moe_pretrain.run_folder.provenance import write_overrides
+    from moe_pretrain.train.build import check, train
 
     if set(overrides) & set(MULTIRUN):
         from moe_pretrain.sweep.multirun import multirun
@@ -89,9 +89,9 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
-    from moe_pretrain.config_composing import RENAMED
-    from moe_pretrain.config_loading import load
-    from moe_pretrain.facts import OVERRIDES_FILE
+    from moe_pretrain.config.compose import RENAMED
+    from moe_pretrain.config.load import load
+    from moe_pretrain.run_folder.provenance import OVERRIDES_FILE
 
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
@@ -120,9 +120,9 @@ def _sweep_status(arguments: list[str]) -> int:
 
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
-    from moe_pretrain.config_loading import load
+    from moe_pretrain.config.load import load
     from moe_pretrain.data import StreamedCorpus
-    from moe_pretrain.run_data import check_corpora, prepare_corpora
+    from moe_pretrain.train.corpora import check_corpora, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
     corpus, sets = check_corpora(config) if "--check" in words else prepare_corpora(config, print)
@@ -141,11 +141,11 @@ def _prepare(words: list[str]) -> int:
 
 def _verify(overrides: list[str]) -> int:
     """Compare a small twin of the configuration with the oracle, here or in workers of our own."""
-    from moe_pretrain.config_loading import load
-    from moe_pretrain.launch import run_workers
+    from moe_pretrain.config.load import load
+    from moe_pretrain.parallel.launcher import run_workers
     from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
-    from moe_pretrain.pretrain import check, resolve_device
-    from moe_pretrain.study.verify import verify
+    from moe_pretrain.train.build import check, resolve_device
+    from moe_pretrain.verify.verify import verify
 
     config = load(overrides)
     launched = launched_world_size()
@@ -158,8 +158,8 @@ def _verify(overrides: list[str]) -> int:
 
 def _certify(words: list[str]) -> int:
     """Print the certificate of a router, or write those of runs into their folders."""
-    from moe_pretrain.facts import OVERRIDES_FILE
-    from moe_pretrain.study.certify import CERTIFICATE
+    from moe_pretrain.run_folder.provenance import OVERRIDES_FILE
+    from moe_pretrain.verify.certificate.certify import CERTIFICATE
 
     if len(words) != 1 or ("=" in words[0] and not Path(words[0]).is_dir()):
         return _certify_one(words, None)
@@ -177,7 +177,7 @@ def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> in
 
     What a user can mend in one run keeps nobody from the next.
     """
-    from moe_pretrain.study.compare_runs import one_of_each_variant
+    from moe_pretrain.run_folder.record import one_of_each_variant
 
     runs = one_of_each_variant(folder)
     if len(runs) == 1:
@@ -198,11 +198,11 @@ def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> in
 
 def _certify_one(overrides: list[str], write: Path | None) -> int:
     """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
-    from moe_pretrain.config_loading import load
-    from moe_pretrain.facts import commit, versions
-    from moe_pretrain.launch import run_workers
-    from moe_pretrain.pretrain import check
-    from moe_pretrain.study.certify import certify
+    from moe_pretrain.config.load import load
+    from moe_pretrain.parallel.launcher import run_workers
+    from moe_pretrain.run_folder.provenance import commit, versions
+    from moe_pretrain.train.build import check
+    from moe_pretrain.verify.certificate.certify import certify
 
     config = load(overrides)
     processes = config.parallel.processes
@@ -214,7 +214,7 @@ def _certify_one(overrides: list[str], write: Path | None) -> int:
 
 def _report(arguments: list[str]) -> int:
     """Write a run's HTML page and print where it is."""
-    from moe_pretrain.study.report import write_report
+    from moe_pretrain.analysis.report import write_report
 
     if len(arguments) != 1:
         raise ValueError("usage: moe-pretrain report RUN_FOLDER")
@@ -224,8 +224,8 @@ def _report(arguments: list[str]) -> int:
 
 def _wandb(arguments: list[str]) -> int:
     """Write wandb's offline files of all runs below a folder anew, and print how to upload them."""
+    from moe_pretrain.metrics.wandb_runs import wandb_runs
     from moe_pretrain.metrics.wandb_sink import write_offline
-    from moe_pretrain.study.wandb_runs import wandb_runs
 
     if len(arguments) != 1:
         raise ValueError("usage: moe-pretrain wandb FOLDER")
@@ -236,7 +236,7 @@ def _wandb(arguments: list[str]) -> int:
 
 def _plan(words: list[str]) -> int:
     """Print what a run would cost."""
-    from moe_pretrain.study.plan import describe, split_assumptions
+    from moe_pretrain.plan.plan import describe, split_assumptions
 
     assumed, overrides = split_assumptions(words)
     return describe(overrides, assumed, print)
@@ -244,7 +244,7 @@ def _plan(words: list[str]) -> int:
 
 def _compare(arguments: list[str]) -> int:
     """Write the comparison of all runs below a folder, print its table and where it is."""
-    from moe_pretrain.study.compare_page import write_comparison
+    from moe_pretrain.analysis.compare.page import write_comparison
 
     folder, reference = _folder_and_reference(arguments)
     path, text = write_comparison(folder, reference)
@@ -287,10 +287,10 @@ def _specialise(arguments: list[str]) -> int:
 
 def _specialise_one(folder: Path) -> int:
     """Say what a run's experts specialise in."""
+    from moe_pretrain.analysis.specialisation import read_run, specialise
     from moe_pretrain.data import TokenizedMixture
-    from moe_pretrain.pretrain import resolve_device
-    from moe_pretrain.run_data import prepare_corpora
-    from moe_pretrain.study.specialise import read_run, specialise
+    from moe_pretrain.train.build import resolve_device
+    from moe_pretrain.train.corpora import prepare_corpora
 
     config = read_run(folder)
     corpus, sets = prepare_corpora(config, print)

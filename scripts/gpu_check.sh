@@ -33,13 +33,13 @@ row() {
 part 160 tests "$python" -m pytest -m gpu tests/gpu
 rows+=("GPU tests|$(tail -n 1 "$logs/tests.log")")
 
-part 60 layer "$python" scripts/bench_layer.py --tokens 16384 --rounds 40
+part 60 layer "$python" scripts/bench/bench_layer.py --tokens 16384 --rounds 40
 row "layer, 700m shape: ms" layer moe_pretrain 2
 row "layer: dense / ours" layer moe_pretrain 3
 row "layer: OLMoE grouped_mm / ours" layer "OLMoE grouped_mm" 4
 row "layer: DeepSpeed no drop / ours" layer "DeepSpeed MoE, no drop" 4
 
-part 90 step_700m "$python" scripts/bench_step.py --rounds 10 \
+part 90 step_700m "$python" scripts/bench/bench_step.py --rounds 10 \
     model=700m batch.micro_batch_size=16 batch.global_batch_tokens=32768
 row "step, 700m: tokens/s" step_700m moe_pretrain 3
 row "step, 700m: MFU" step_700m moe_pretrain 5
@@ -48,7 +48,7 @@ row "step, 700m: ours / transformers, tokens/s" step_700m "transformers Mixtral"
 
 # 4 billion parameters take 67 GiB before the first activation.
 if [ "$gib" -ge 100 ]; then
-    part 160 step_4b "$python" scripts/bench_step.py --rounds 5 --only moe_pretrain \
+    part 160 step_4b "$python" scripts/bench/bench_step.py --rounds 5 --only moe_pretrain \
         model=4b model.recompute=full batch.micro_batch_size=8 batch.global_batch_tokens=16384
     row "step, 4b, recompute full: tokens/s" step_4b moe_pretrain 3
     row "step, 4b, recompute full: MFU" step_4b moe_pretrain 5

@@ -3,4 +3,4 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment "[dev]"
 export OMP_NUM_THREADS=1
-exec python scripts/parity.py "$@"
+exec python scripts/tables/parity.py "$@"

@@ -17,7 +17,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= loggin
 @pytest.fixture(autouse=True, scope="session")
 def _composed_once() -> Iterator[None]:
     """Hydra takes a tenth of a second to compose, and hundreds of tests load the same overrides."""
-    from moe_pretrain import config_loading
+    from moe_pretrain.config import load as config_loading
 
     compose = config_loading.compose_values
     composed = functools.cache(lambda overrides: compose(list(overrides)))

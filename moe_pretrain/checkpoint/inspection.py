@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
 from moe_pretrain.checkpoint.manifest import (
     BUFFER,
     MANIFEST,
@@ -14,7 +14,7 @@ from moe_pretrain.checkpoint.manifest import (
     open_manifest,
     verify_files,
 )
-from moe_pretrain.checkpoint.restoring import Reader
+from moe_pretrain.checkpoint.restore import Reader
 
 _CHUNK_ELEMENTS = 1 << 24
 

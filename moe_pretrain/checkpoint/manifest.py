@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pydantic
 import xxhash
 
-from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
 
 FORMAT_VERSION = 1
 """Version 1: intervals of float32 weights and moments, buffers of any type, one file per rank."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moe_pretrain.checkpoint.background_save import Outcome, Saver
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import (
     CHECKPOINTS,
@@ -19,9 +20,8 @@ from moe_pretrain.checkpoint.manifest import (
     share,
     verify_files,
 )
-from moe_pretrain.checkpoint.restoring import WarmStart, load_model, restore, warm_start
-from moe_pretrain.checkpoint.saver import Outcome, Saver
-from moe_pretrain.checkpoint.writing import discard_after
+from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, warm_start
+from moe_pretrain.checkpoint.write import discard_after
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
 

@@ -9,7 +9,8 @@ What needs torch is imported when it is first asked for: the processes that toke
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moe_pretrain.data.corpora import (
+from moe_pretrain.data.corpus_changes import corpus_facts, explain_change
+from moe_pretrain.data.documents.config import (
     BuiltinCorpusConfig,
     CorpusConfig,
     Document,
@@ -17,11 +18,9 @@ from moe_pretrain.data.corpora import (
     HubCorpusConfig,
     TokensCorpusConfig,
 )
-from moe_pretrain.data.facts import corpus_facts, explain_change
-from moe_pretrain.data.mixture import DataConfig, MixedShards, MixtureConfig
-from moe_pretrain.data.mixture_preparation import RunLength, TokenizedMixture, check_mixture, prepare_mixture
-from moe_pretrain.data.order import RowOrder, rank_positions
-from moe_pretrain.data.preparation import (
+from moe_pretrain.data.documents.work_units import documents
+from moe_pretrain.data.prepare.mixture import RunLength, TokenizedMixture, check_mixture, prepare_mixture
+from moe_pretrain.data.prepare.prepare import (
     TokenizedCorpus,
     check_evaluation_set,
     check_prepared,
@@ -29,17 +28,18 @@ from moe_pretrain.data.preparation import (
     prepare_evaluation_set,
     prepared_tokens,
 )
-from moe_pretrain.data.shard_writer import ShardWriter, write_manifest
-from moe_pretrain.data.shards import ShardReader
-from moe_pretrain.data.sources import documents
-from moe_pretrain.data.stream_config import StreamingConfig
-from moe_pretrain.data.streamed import StreamedCorpus, open_stream
+from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
+from moe_pretrain.data.rows.permutation import RowOrder, rank_positions
+from moe_pretrain.data.shards.reader import ShardReader
+from moe_pretrain.data.shards.writer import ShardWriter, write_manifest
+from moe_pretrain.data.stream.config import StreamingConfig
+from moe_pretrain.data.stream.corpus import StreamedCorpus, open_stream
 from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig
 
 if TYPE_CHECKING:
     from moe_pretrain.data.loader import TrainLoader, validation_batches
-    from moe_pretrain.data.packing import IGNORE_INDEX, MicroBatch, wrap_to_int64
-    from moe_pretrain.data.rows import count_rows
+    from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to_int64
+    from moe_pretrain.data.rows.packing import count_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -83,12 +83,12 @@ __all__ = [
 ]
 
 _WITH_TORCH = {
-    "IGNORE_INDEX": "packing",
-    "MicroBatch": "packing",
+    "IGNORE_INDEX": "rows.micro_batch",
+    "MicroBatch": "rows.micro_batch",
     "TrainLoader": "loader",
-    "count_rows": "rows",
+    "count_rows": "rows.packing",
     "validation_batches": "loader",
-    "wrap_to_int64": "packing",
+    "wrap_to_int64": "rows.micro_batch",
 }
 
 

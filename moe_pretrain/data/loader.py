@@ -13,15 +13,15 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from moe_pretrain.allocator import keep_freed_memory
-from moe_pretrain.data.mixture import MixedShards
-from moe_pretrain.data.order import rank_positions
-from moe_pretrain.data.packing import PADDING_POSITION, MicroBatch, build_micro_batch, build_micro_batches
-from moe_pretrain.data.positions import Mixed, Positions, Shuffled, SourceUse
-from moe_pretrain.data.rows import BestFit, Concatenated, Rows
-from moe_pretrain.data.shards import ShardReader
-from moe_pretrain.data.stream_rows import StreamedRows
-from moe_pretrain.data.streaming import ShardStream
+from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch, build_micro_batches
+from moe_pretrain.data.rows.mixture import MixedShards
+from moe_pretrain.data.rows.packing import BestFit, Concatenated, Rows
+from moe_pretrain.data.rows.permutation import rank_positions
+from moe_pretrain.data.rows.positions import Mixed, Positions, Shuffled, SourceUse
+from moe_pretrain.data.shards.reader import ShardReader
+from moe_pretrain.data.stream.rows import StreamedRows
+from moe_pretrain.data.stream.shard_stream import ShardStream
+from moe_pretrain.system.cpu import keep_freed_memory
 
 PackingMethod = Literal["concatenate", "best_fit"]
 PACKINGS: dict[PackingMethod, Callable[[ShardReader, int], Rows]] = {"concatenate": Concatenated, "best_fit": BestFit}

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import tokenizers
 import xxhash
 
-from moe_pretrain.data.corpora import one_line
-from moe_pretrain.data.hub import require_network
+from moe_pretrain.data.documents.config import one_line
+from moe_pretrain.data.documents.hub import require_network
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.faults import Faults
 from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.system.faults import Faults
 
 
 @contextmanager

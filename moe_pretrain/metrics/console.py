@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from tqdm import tqdm
 
-from moe_pretrain.metrics.rows import Row
+from moe_pretrain.run_folder.metrics_file import Row
 
 
 @runtime_checkable

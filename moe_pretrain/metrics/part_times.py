@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_pretrain.metrics.rows import Row
-from moe_pretrain.moe.parts import PARTS, Part
+from moe_pretrain.moe.part_timer import PARTS, Part
+from moe_pretrain.run_folder.metrics_file import Row
 
 
 def part_time_row(batches: Sequence[Mapping[Part, float]]) -> Row:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.metrics.rows import Row, layer_table, read_rows, reduce_layers
 from moe_pretrain.metrics.wandb_start import choose_mode, netrc_key, run_id
+from moe_pretrain.run_folder.metrics_file import Row, layer_table, read_rows, reduce_layers
 
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.model.layers import apply_rotary
-from moe_pretrain.moe.parts import part
+from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import AttentionStatistic
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_pretrain.moe.parts import part
+from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import Exchange, Experts, Routing, RowOrder
 
 

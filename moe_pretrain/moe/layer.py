@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.parts import part
+from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import Exchange, Experts, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
 
 

@@ -11,7 +11,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, init_deepspeed_communication
-from moe_pretrain.parallel.network import interface_towards
+from moe_pretrain.parallel.rendezvous import interface_towards
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,15 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from moe_pretrain.sweep.job import PROGRAM, RunningJob, RunsElsewhere, passed_on, run_job
-from moe_pretrain.sweep.plan import Sweep
-from moe_pretrain.sweep.record import Job, JobState, correct, look
+from moe_pretrain.sweep.job_record import Job, JobState, correct, look
+from moe_pretrain.sweep.planned_jobs import Sweep
+from moe_pretrain.sweep.running_job import (
+    PROGRAM,
+    RunningJob,
+    RunsElsewhere,
+    passed_on,
+    run_job,
+)
 from moe_pretrain.sweep.shares import shares
 from moe_pretrain.sweep.status import Board
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from moe_pretrain.config import ConfigError
-from moe_pretrain.sweep.job import passed_on
+from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.sweep.job_record import Job, correct, read_json, write_json
 from moe_pretrain.sweep.launcher import SweepLauncher, SweepStopped, must_run
-from moe_pretrain.sweep.record import Job, correct, read_json, write_json
+from moe_pretrain.sweep.running_job import passed_on
 from moe_pretrain.sweep.slurm_task import SlurmTask
 
 SLURM_FILE = "slurm_job.json"

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from moe_pretrain.orphans import die_with_parent
-from moe_pretrain.signals import STOPPED
-from moe_pretrain.sweep.job import PROGRAM, passed_on, run_job
-from moe_pretrain.sweep.record import Job
+from moe_pretrain.sweep.job_record import Job
+from moe_pretrain.sweep.running_job import PROGRAM, passed_on, run_job
+from moe_pretrain.system.child_process import die_with_parent
+from moe_pretrain.system.stop_signals import STOPPED
 
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 """Below the ports that the kernel gives to connections."""

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_pretrain.metrics.console import TextStream, short_duration
-from moe_pretrain.sweep.record import STATES, SWEEP_FILE, Job, JobState, look, read_jobs
+from moe_pretrain.sweep.job_record import (
+    STATES,
+    SWEEP_FILE,
+    Job,
+    JobState,
+    look,
+    read_jobs,
+)
 
 _TAIL_BYTES = 400_000
 """How much of a growing metrics file is read: its last rows."""

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moe_pretrain.config import Config, ConfigError
-from moe_pretrain.config_composing import config_folder
-from moe_pretrain.config_loading import load
+from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.load import load
+from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard

@@ -16,13 +16,13 @@ from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 from packaging.version import Version
 
-from moe_pretrain.batching import plan_batches
-from moe_pretrain.checkpoint.layout import pieces
+from moe_pretrain.checkpoint.intervals import pieces
 from moe_pretrain.engine.deepspeed_config import deepspeed_config
 from moe_pretrain.parallel import deepspeed_moe
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.study.oracle import Oracle
-from moe_pretrain.study.verify import build_engine, own_micro_batches, random_batches, record
+from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.verify.oracle import Oracle
+from moe_pretrain.verify.verify import build_engine, own_micro_batches, random_batches, record
 
 RANKS = 2
 Result = dict[str, Any]

@@ -11,7 +11,7 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.layout import MOMENTS, pieces
+from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
 from moe_pretrain.engine.engine import TrainEngine
 
 POLICY = CheckpointConfig(

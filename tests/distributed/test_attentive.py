@@ -3,8 +3,8 @@
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 
-from moe_pretrain.config import Config
-from moe_pretrain.study.verify import verify
+from moe_pretrain.config.schema import Config
+from moe_pretrain.verify.verify import verify
 
 FORMS = {
     "attentive": ("router.num_candidates=3", "router.distillation_weight=0.5", "model.recompute=full"),

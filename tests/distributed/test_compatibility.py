@@ -13,10 +13,10 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.compatibility import changes
-from moe_pretrain.config import to_values
-from moe_pretrain.engine.checks import checksum
+from moe_pretrain.config.schema import to_values
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.sanity import checksum
+from moe_pretrain.train.compatibility import changes
 
 KEPT = Path(__file__).parents[1] / "data" / "checkpoint_v1"
 STEPS = 2

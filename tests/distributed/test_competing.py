@@ -15,13 +15,19 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.config import Config
+from moe_pretrain.config.schema import Config
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.study.oracle import Oracle
-from moe_pretrain.study.verify import build_engine as build_recorded_engine
-from moe_pretrain.study.verify import compare, own_micro_batches, random_batches, record, verify
+from moe_pretrain.verify.oracle import Oracle
+from moe_pretrain.verify.verify import build_engine as build_recorded_engine
+from moe_pretrain.verify.verify import (
+    compare,
+    own_micro_batches,
+    random_batches,
+    record,
+    verify,
+)
 
 LOUD = "router.initial_sparsity_weight=0.3"  # so that a wrong loss shows in the gradients
 CASES = [

@@ -11,8 +11,8 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.layout import WEIGHT
-from moe_pretrain.checkpoint.restoring import Reader
+from moe_pretrain.checkpoint.intervals import WEIGHT
+from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.engine.elastic import TreeSum, exact_sum
 
 Topology = tuple[int, int, int]

@@ -18,18 +18,18 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.batching import plan_batches
-from moe_pretrain.config import Config
-from moe_pretrain.data.packing import IGNORE_INDEX
-from moe_pretrain.engine.checks import SanityError, check_replicas, checksum
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX
+from moe_pretrain.engine.sanity import SanityError, check_replicas, checksum
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.types import RouterUse, Routing, RowOrder
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, is_expert
 from moe_pretrain.parallel.exchange import AllToAll
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.study.oracle import Oracle
-from moe_pretrain.study.verify import build_engine, own_micro_batches, random_batches, record
+from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.verify.oracle import Oracle
+from moe_pretrain.verify.verify import build_engine, own_micro_batches, random_batches, record
 
 RANKS = 4
 Result = dict[str, Any]

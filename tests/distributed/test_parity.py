@@ -6,7 +6,7 @@ Here a part of the product in which every pair of choices meets; ``scripts/parit
 import pytest
 from helpers.parity import TOPOLOGIES, Case, covering_cases, run_cases
 
-from moe_pretrain.study.verify import Comparison
+from moe_pretrain.verify.verify import Comparison
 
 Results = dict[Case, list[Comparison]]
 

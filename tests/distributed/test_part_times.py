@@ -12,11 +12,12 @@ from helpers.corpora import write_shards
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 
-from moe_pretrain import data, evaluation
-from moe_pretrain.batching import plan_batches
+from moe_pretrain import data
 from moe_pretrain.metrics.part_times import read_part_times
-from moe_pretrain.moe.parts import HostTime
-from moe_pretrain.signals import StopRequest
+from moe_pretrain.moe.part_timer import HostTime
+from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.system.stop_signals import StopRequest
+from moe_pretrain.train import evaluator as evaluation
 
 ROWS, MICRO_BATCH, LAYERS = 14, 2, 2
 BATCHES = 4  # of a rank, the last one with padding

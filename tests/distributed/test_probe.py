@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from moe_pretrain.data import ShardReader, validation_batches
 from moe_pretrain.engine.engine import TrainEngine
-from moe_pretrain.metrics import probe as probes
-from moe_pretrain.metrics.probe import Probe
+from moe_pretrain.metrics import probe_collector as probes
+from moe_pretrain.metrics.probe_collector import Probe
 from moe_pretrain.model.decoder import recorded_routings
 
 ROWS = 7  # with micro-batches of 2, ranks have padding rows

@@ -17,10 +17,10 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.config import Config
+from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.moe.types import MoEOutput, StepUse
-from moe_pretrain.study.verify import own_micro_batches, random_batches
+from moe_pretrain.verify.verify import own_micro_batches, random_batches
 
 SCHEMES = {
     "loss_free": ("router=loss_free",),

@@ -15,7 +15,7 @@ from helpers.processes import RanksFailed, run_on_ranks
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import folder_name
-from moe_pretrain.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
+from moe_pretrain.system.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
 
 KEEP = CheckpointConfig(
     every_steps=1, keep_last=2, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto", warm_start=None

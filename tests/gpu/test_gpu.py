@@ -10,18 +10,18 @@ from helpers.builders import tiny
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.batching import plan_batches
 from moe_pretrain.model.attention import attend, document_mask
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.moe.dispatch import order_by
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.parts import PARTS, PartClock, time_source
+from moe_pretrain.moe.part_timer import PARTS, PartClock, time_source
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingContext
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.study.oracle import Oracle
-from moe_pretrain.study.verify import build_engine, compare, random_batches, record
+from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.verify.oracle import Oracle
+from moe_pretrain.verify.verify import build_engine, compare, random_batches, record
 
 pytestmark = pytest.mark.gpu
 

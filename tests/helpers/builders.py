@@ -2,11 +2,11 @@
 
 import torch
 
-from moe_pretrain.config import Config
-from moe_pretrain.config_composing import config_folder
-from moe_pretrain.config_loading import load
-from moe_pretrain.data.packing import MicroBatch
-from moe_pretrain.engine.context import routing_context
+from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.load import load
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import MicroBatch
+from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.moe.types import RoutingContext, StepUse
 
 SEQUENCE = 12

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.layout import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.host_copy import Staged
+from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
 from moe_pretrain.checkpoint.manifest import MANIFEST, Interval, folder_name, self_hash
-from moe_pretrain.checkpoint.restoring import Reader
-from moe_pretrain.checkpoint.staging import Staged
-from moe_pretrain.checkpoint.writing import commit, make_work_folder, write_part
+from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.checkpoint.write import commit, make_work_folder, write_part
 
 KINDS = (WEIGHT, *MOMENTS)
 

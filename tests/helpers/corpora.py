@@ -1,7 +1,7 @@
 """Corpora and shards made of a few lines."""
 
 from moe_pretrain.data import FilesCorpusConfig, HubCorpusConfig, ShardReader, ShardWriter, write_manifest
-from moe_pretrain.data.shards import Origin
+from moe_pretrain.data.shards.reader import Origin
 
 
 def files(*paths, column="text", fraction=0.5, **changes):

@@ -2,14 +2,14 @@
 
 import torch
 
-from moe_pretrain.batching import plan_batches
-from moe_pretrain.config import Config
-from moe_pretrain.data.packing import MicroBatch, build_micro_batch
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import MicroBatch, build_micro_batch
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import build_mesh
+from moe_pretrain.schedule.batch_plan import plan_batches
 
 
 def build_engine(config: Config) -> TrainEngine:

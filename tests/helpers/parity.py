@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 from helpers.builders import NUM_STEPS, WITH_ALL_PARTS, tiny
 from helpers.processes import run_on_ranks
-from moe_pretrain.batching import plan_batches
-from moe_pretrain.config import Config
+from moe_pretrain.config.schema import Config
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.study.oracle import Oracle
-from moe_pretrain.study.verify import (
+from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.verify.oracle import Oracle
+from moe_pretrain.verify.verify import (
     Comparison,
     build_engine,
     compare,

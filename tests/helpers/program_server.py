@@ -69,8 +69,8 @@ def _become(request: Start) -> None:
         os.dup2(file, descriptor)
         os.close(file)
     random.seed()
-    from moe_pretrain import launch
     from moe_pretrain.cli import main
+    from moe_pretrain.parallel import launcher as launch
 
     launch.subprocess = types.SimpleNamespace(Popen=ForkedWorker)  # type: ignore[assignment]
     sys.argv = ["moe_pretrain", *request.words]
@@ -89,7 +89,7 @@ class ForkedWorker:
 
     def _run(self, words: list[str], env: dict[str, str]) -> None:
         from moe_pretrain.cli import main
-        from moe_pretrain.signals import HANDLED
+        from moe_pretrain.system.stop_signals import HANDLED
 
         code = 1
         try:

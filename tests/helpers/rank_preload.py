@@ -18,7 +18,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.simplefilter("ignore")
 # What DeepSpeed and torch import late, in the middle of the first engine: seconds, in every rank.
 for late in (
-    "moe_pretrain.study.verify",
+    "moe_pretrain.verify.verify",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch._dynamo",
     "torch._inductor.compile_fx",

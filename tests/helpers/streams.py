@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from moe_pretrain.data import StreamingConfig, TokenizerConfig
-from moe_pretrain.data.stream_writer import Job, ShardsAhead
-from moe_pretrain.data.streaming import ShardStream
+from moe_pretrain.data.stream.shard_stream import ShardStream
+from moe_pretrain.data.stream.writer import Job, ShardsAhead
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 

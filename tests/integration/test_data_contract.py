@@ -17,13 +17,13 @@ import xxhash
 from helpers.processes import RanksFailed, run_on_ranks
 from helpers.turns import plain_loop
 
-from moe_pretrain import pretrain
-from moe_pretrain.config_loading import load
+from moe_pretrain.config.load import load
 from moe_pretrain.data import RowOrder
-from moe_pretrain.data.positions import seed_of
-from moe_pretrain.data.rows import count_rows
+from moe_pretrain.data.rows.packing import count_rows
+from moe_pretrain.data.rows.positions import seed_of
 from moe_pretrain.engine.engine import TrainEngine
-from moe_pretrain.run_data import prepare_corpora
+from moe_pretrain.train import build as pretrain
+from moe_pretrain.train.corpora import prepare_corpora
 
 STEPS, ROWS, SEQUENCE, SEED = 13, 12, 32, 5
 TINY = [

@@ -11,7 +11,7 @@ import pytest
 from helpers.runs import TINY, Program, run, start
 
 from moe_pretrain.cli import main
-from moe_pretrain.moe.parts import PARTS
+from moe_pretrain.moe.part_timer import PARTS
 
 WORDS = ["train", "--multirun", *TINY, "data=files", "data.paths=[corpus.jsonl]"]
 WORDS += ["checkpoint.every_steps=2", "checkpoint.asynchronous=false"]

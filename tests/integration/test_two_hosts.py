@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "two_hosts.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "durability" / "two_hosts.py"
 SKIPPED = 77
 
 
 def test_a_cut_cable_ends_the_run_on_both_sides_and_a_restart_goes_on():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])}
     command = [sys.executable, str(SCRIPT), "--launch", "torchrun", "--ranks-per-host", "1"]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=600)
     if done.returncode == SKIPPED:

@@ -13,7 +13,7 @@ from moe_pretrain.engine import engine as engine_module
 from moe_pretrain.engine import objective
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import ExpertShard
-from moe_pretrain.study.verify import random_batches, shrink, verify
+from moe_pretrain.verify.verify import random_batches, shrink, verify
 
 
 def test_command_agrees_with_the_oracle() -> None:

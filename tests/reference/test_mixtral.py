@@ -3,7 +3,7 @@
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_pretrain.config_loading import load
+from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.types import ExpertShard, RoutingContext

@@ -8,16 +8,16 @@ import torch
 from helpers.builders import SEQUENCE, WITH_ALL_PARTS, context_of, tiny
 from torch import Tensor
 
-from moe_pretrain.config import Config
-from moe_pretrain.data.packing import MicroBatch
-from moe_pretrain.engine.checks import SanityError, check_optimizer_covers
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.optimizer import build_optimizer
+from moe_pretrain.engine.sanity import SanityError, check_optimizer_covers
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
-from moe_pretrain.study.verify import random_batches
+from moe_pretrain.verify.verify import random_batches
 
 
 def build(config: Config, shard: ExpertShard | None = None) -> DecoderLM:

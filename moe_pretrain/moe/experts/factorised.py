@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe_pretrain.moe.dispatch import sum_rows
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.experts.swiglu import activate, activation_gradients
-from moe_pretrain.moe.parts import part
+from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import ExpertShard, RowOrder
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.moe.parts import part
+from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import RowOrder
 
 _Arguments = ParamSpec("_Arguments")

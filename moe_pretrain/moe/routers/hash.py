@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.noise import counter_uniform
 from moe_pretrain.moe.routers.checks import check_within_experts
 from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.routers.top_k import scores_of

@@ -9,7 +9,7 @@ from helpers.checkpoints import no_fault, rewrite_manifest, write_checkpoint
 
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import complete_names, newest, step_of
-from moe_pretrain.checkpoint.writing import Retention
+from moe_pretrain.checkpoint.write import Retention
 
 
 def policy(keep_last: int, keep_every_steps: int | None = None, keep_best: int = 0) -> CheckpointConfig:

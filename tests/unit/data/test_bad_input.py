@@ -12,8 +12,8 @@ import pytest
 from helpers.corpora import files
 
 from moe_pretrain.data import TokenizerConfig, documents, prepare
-from moe_pretrain.data.corpora import LeftOut
-from moe_pretrain.data.sources import plan_units, unit_rows
+from moe_pretrain.data.documents.config import LeftOut
+from moe_pretrain.data.documents.work_units import plan_units, unit_rows
 
 BROKEN = "good \ufffd bytes"
 MUTILATED = 260

@@ -10,7 +10,7 @@ import torch
 from helpers.corpora import write_shards
 
 from moe_pretrain.data.loader import TrainLoader, validation_batches
-from moe_pretrain.data.packing import IGNORE_INDEX, wrap_to_int64
+from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, wrap_to_int64
 
 END = 0
 SEQUENCE = 7

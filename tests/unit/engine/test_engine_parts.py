@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moe_pretrain.config_loading import load
+from moe_pretrain.config.load import load
 from moe_pretrain.engine.deepspeed_config import EngineConfig, deepspeed_config
 from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizer import CosineScheduleConfig, WarmupStableDecayScheduleConfig, parameter_groups

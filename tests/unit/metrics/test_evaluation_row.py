@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from moe_pretrain.metrics.rows import reduce_layers
-from moe_pretrain.metrics.statistics import evaluation_row, mixed_evaluation_row
-from moe_pretrain.moe.parts import PARTS
+from moe_pretrain.metrics.step_rows import evaluation_row, mixed_evaluation_row
+from moe_pretrain.moe.part_timer import PARTS
+from moe_pretrain.run_folder.metrics_file import reduce_layers
 
 
 def test_bits_per_byte_by_hand():

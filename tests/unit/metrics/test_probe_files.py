@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_pretrain.data.packing import build_micro_batch
-from moe_pretrain.metrics import probe as probes
-from moe_pretrain.metrics.probe import Collector, Probe, ProbeFiles, routing_drift
+from moe_pretrain.data.rows.micro_batch import build_micro_batch
+from moe_pretrain.metrics import probe_collector as probes
+from moe_pretrain.metrics.probe_collector import Collector, Probe, ProbeFiles, routing_drift
 
 
 def make(step: int, fingerprint: str = "rows") -> Probe:

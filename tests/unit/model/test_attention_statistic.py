@@ -19,7 +19,7 @@ from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, MoEOutput, Routing, RoutingContext
-from moe_pretrain.study.oracle_statistic import statistic_of_matrices
+from moe_pretrain.verify.oracle_parts import statistic_of_matrices
 
 NAMES = get_args(AttentionStatistic)
 CAUSAL = [name for name in NAMES if name != "received"]

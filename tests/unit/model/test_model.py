@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_pretrain.config_loading import load
+from moe_pretrain.config.load import load
 from moe_pretrain.model.attention import _visible, attend, document_mask
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise

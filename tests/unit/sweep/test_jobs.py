@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_pretrain.config_loading import load
-from moe_pretrain.sweep import job as job_module
+from moe_pretrain.config.load import load
 from moe_pretrain.sweep import launcher, status
-from moe_pretrain.sweep.job import RunningJob, RunsElsewhere, run_job
+from moe_pretrain.sweep import running_job as job_module
+from moe_pretrain.sweep.job_record import Job, look, read_jobs, write_json
 from moe_pretrain.sweep.launcher import SweepStopped, objective, run_jobs
-from moe_pretrain.sweep.plan import Sweep
-from moe_pretrain.sweep.record import Job, look, read_jobs, write_json
+from moe_pretrain.sweep.planned_jobs import Sweep
+from moe_pretrain.sweep.running_job import RunningJob, RunsElsewhere, run_job
 from moe_pretrain.sweep.shares import divide, shares
 from moe_pretrain.sweep.status import Board, describe_sweep, fitting, read_progress
 

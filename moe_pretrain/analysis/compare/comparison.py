@@ -1,0 +1,300 @@
+"""Which variant is better, by how much, and can it be told? What the runs of a folder say, in numbers and warnings.
+
+Runs of one seed share data order and, by global expert id, initial weights, whatever their scheme; so variants are
+compared seed by seed, which takes out what the seed does to the loss.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from moe_pretrain.analysis import measures
+from moe_pretrain.analysis.compare.bootstrap import FEW_DOCUMENTS, last_probe, num_documents, resampled_losses
+from moe_pretrain.analysis.compare.statistics import (
+    Difference,
+    Ranking,
+    Sample,
+    difference,
+    rank,
+)
+from moe_pretrain.run_folder.record import (
+    RunRecord,
+    Variant,
+    differences,
+    find_runs,
+    group,
+    unnamed_differences,
+)
+
+LOSS, BITS = "validation/loss", "validation/bits_per_byte"
+UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
+
+_VALIDATION_KEYS = (
+    "model.sequence_length",
+    "evaluation.max_rows",
+    "packing.isolate_documents",
+    "packing.reset_positions",
+    "data.validation_fraction",
+)
+"""What decides which tokens are validated on, and what they see."""
+
+MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
+    "experts_per_token": ("Experts per token", lambda run: measures.at_end(run.train, "experts_per_token"), ".3g"),
+    "flops_per_token": ("FLOPs per token", lambda run: _last(measures.training_flops(run.train), run), ".3g"),
+    "training_flops": ("Training FLOPs", lambda run: _last(measures.training_flops(run.train)), ".3g"),
+    "training_seconds": ("Seconds in steps", lambda run: _last(measures.training_seconds(run.train)), ".4g"),
+    "tokens_per_second": ("Tokens per second", lambda run: measures.median(run, "train/tokens_per_second"), ",.0f"),
+    "model_flops_utilization": ("MFU", lambda run: measures.median(run, "train/model_flops_utilization"), ".1%"),
+    "load_max_over_mean": (
+        "Busiest expert / mean",
+        lambda run: measures.at_end(run.train, "load_max_over_mean"),
+        ".3f",
+    ),
+    "router_entropy": ("Router entropy, nats", lambda run: measures.at_end(run.train, "router_entropy"), ".3f"),
+    "dead_experts": ("Dead experts per layer", lambda run: measures.at_end(run.train, "dead_experts"), ".3g"),
+    "dropped_share": ("Routes dropped", lambda run: measures.at_end(run.train, "dropped_share"), ".1%"),
+}
+"""Name -> label, measure of one run, format. Layer numbers are means over layers and the last fifth of the run."""
+
+
+_MAX_NAMED = 5
+
+
+def _last(cumulated: np.ndarray, per_token_of: RunRecord | None = None) -> float | None:
+    """The end of a cumulated sum, divided by a run's tokens if one is given; None if it was not recorded."""
+    if not len(cumulated) or np.isnan(cumulated[-1]):
+        return None
+    return float(cumulated[-1]) / (per_token_of.last["tokens"] if per_token_of else 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the runs of a folder say.
+
+    Attributes:
+        runs: Every run, in any state.
+        variants: Runs of equal configuration.
+        reference: Name of the variant that the others are compared to.
+        key: What is compared: ``LOSS``, or ``BITS`` when tokenizers or corpora differ.
+        losses: Variant -> seed -> final ``key``.
+        documents: Documents of the validation set that the intervals are over; 0 where they are over seeds alone.
+        paired: Variant -> its difference to the reference.
+        ranking: The places of variants with a loss.
+        warnings: Everything that makes the comparison less than it seems.
+    """
+
+    runs: list[RunRecord]
+    variants: list[Variant]
+    reference: str
+    key: str
+    losses: dict[str, dict[int, float]]
+    documents: int
+    paired: dict[str, Difference]
+    ranking: Ranking
+    warnings: list[str]
+
+    @property
+    def unit(self) -> str:
+        """Unit of ``key``."""
+        return UNITS[self.key]
+
+    def loss(self, run: RunRecord) -> float | None:
+        """The number compared."""
+        return run.final(self.key)
+
+    def variant_of(self, run: RunRecord) -> Variant | None:
+        """The variant that ``run`` belongs to; None if its configuration cannot be read."""
+        return next((variant for variant in self.variants if run in variant.runs), None)
+
+
+def compare(root: Path, reference: str | None = None) -> Comparison:
+    """Read every run below ``root`` and compare its variants.
+
+    Args:
+        root: Folder with run folders, at any depth.
+        reference: Name of a variant, or a part of one name only; None for the one that is named, or whose name begins
+            with, ``top_k``, else the first.
+
+    Raises:
+        ValueError: There are no runs, or not one variant of that name.
+    """
+    runs = find_runs(root)
+    variants = group(runs)
+    if not variants:
+        raise ValueError(
+            f"FOLDER={root}: no run below it has a readable config.yaml; {runs[0].name}: {runs[0].problem}"
+        )
+    chosen = _choose_reference([variant.name for variant in variants], reference)
+    corpora = {run.facts.get("corpus_fingerprint") for variant in variants for run in variant.counted}
+    tokenizers_differ = any(key.startswith("tokenizer.") for key in differences([each.values for each in variants]))
+    key = BITS if len(corpora) > 1 or tokenizers_differ else LOSS
+    losses = {variant.name: variant.by_seed(lambda run: run.final(key)) for variant in variants}
+    samples, documents, cautions = _samples(variants, losses, key)
+    paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
+    return Comparison(
+        runs=runs,
+        variants=variants,
+        reference=chosen,
+        key=key,
+        losses=losses,
+        documents=documents,
+        paired=paired,
+        ranking=rank(samples),
+        warnings=[
+            *_warn_of_data(variants, key),
+            *cautions,
+            *_warn_of_runs(runs, variants, losses),
+            *_warn_of_seeds(paired, losses, chosen),
+        ],
+    )
+
+
+def _choose_reference(names: Sequence[str], asked: str | None) -> str:
+    if asked is not None:
+        found = [name for name in names if name == asked] or [name for name in names if asked in name]
+        if len(found) != 1:
+            wanted = "a part of one name only, of" if found else "one of the variants, or a part of one name:"
+            listed = ", ".join(map(repr, found or names))
+            raise ValueError(f"--reference={asked!r} must be {wanted} {listed}")
+        return found[0]
+    begins = [name for name in names if "top_k" in name.split(" ")]
+    return "top_k" if "top_k" in names else (begins or list(names))[0]
+
+
+def _samples(
+    variants: Sequence[Variant], losses: Mapping[str, Mapping[int, float]], key: str
+) -> tuple[dict[str, Sample], int, list[str]]:
+    """Losses with what resampled documents make of them, the number of documents, and what is missing."""
+    if key == BITS:
+        without = {name: Sample(values) for name, values in losses.items()}
+        return without, 0, ["NO TEXTS ARE PAIRED: tokens of other corpora or tokenizers have no counterpart."]
+    samples, documents, missing, damaged = {}, set(), [], []
+    for variant in variants:
+        resampled, rows = {}, set()
+        for run in variant.counted:
+            if run.seed not in losses[variant.name]:
+                continue
+            try:
+                probe = last_probe(run)
+            except ValueError as error:
+                damaged.append(f"Not used: {error}")
+                probe = None
+            if probe is None:
+                missing.append(run.name)
+                continue
+            resampled[run.seed] = resampled_losses(probe)
+            rows.add(probe.fingerprint)
+            documents.add(num_documents(probe))
+        samples[variant.name] = Sample(losses[variant.name], resampled, rows.pop() if len(rows) == 1 else "")
+    found = damaged
+    if missing:
+        everywhere = "" if documents else "all "
+        found.append(
+            f"{everywhere}{len(missing)} runs have no losses by document ({_few(missing)}): intervals of their "
+            "variants are over seeds alone, as if no other validation text could have been chosen."
+        )
+    if len({sample.rows for sample in samples.values() if sample.resampled}) > 1:
+        found.append("VALIDATION ROWS DIFFER between variants: their texts are not paired.")
+    fewest = min(documents, default=0)
+    if 0 < fewest < FEW_DOCUMENTS:
+        found.append(f"Only {fewest} documents in the validation rows: raise evaluation.max_rows.")
+    return samples, fewest, found
+
+
+def _few(names: Sequence[str]) -> str:
+    """Some names, and how many more."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _warn_of_seeds(
+    paired: Mapping[str, Difference], losses: Mapping[str, Mapping[int, float]], reference: str
+) -> list[str]:
+    """Variants that could not be compared seed by seed."""
+    others = [name for name, found in paired.items() if name != reference and not found.is_paired]
+    if not others:
+        return []
+    return [f"NOT PAIRED: {', '.join(others)} and {reference} share fewer than two seeds: means over all seeds differ."]
+
+
+def _warn_of_data(variants: Sequence[Variant], key: str) -> list[str]:
+    """What was not the same though it should be."""
+    found = []
+    counted = [run for variant in variants for run in variant.counted]
+    values = [variant.values for variant in variants]
+    if key == BITS:
+        found.append(
+            "TOKENIZERS OR CORPORA DIFFER: losses per token do not compare, so everything here is in bits per byte. "
+            "That compares only if the validation text is the same. " + _listed(variants, "corpus_fingerprint")
+        )
+    elif any(run.facts.get("corpus_fingerprint") is None for run in counted):
+        found.append("Runs do not say which corpus they read (summary.json has no corpus_fingerprint).")
+    validated = [name for name in _VALIDATION_KEYS if name in differences(values)]
+    if validated:
+        found.append(f"VALIDATION IS NOT THE SAME: {', '.join(validated)} differ, so losses are of other tokens.")
+    ends = {variant.name: sorted({run.last["tokens"] for run in variant.counted}) for variant in variants}
+    if len({tokens for each in ends.values() for tokens in each}) > 1:
+        told = ", ".join(f"{name}: {' and '.join(f'{n:,}' for n in each)}" for name, each in ends.items() if each)
+        found.append(f"UNEQUAL TOKENS: {told}. Final losses are of runs of different length.")
+    found += _warn_of_order(variants)
+    others = unnamed_differences(variants)
+    if others:
+        found.append(f"Variants also differ in {', '.join(others)}: see the table of differences.")
+    for fact, consequence in (("versions", ""), ("device", " Speeds do not compare.")):
+        if len({str(run.facts.get(fact)) for run in counted}) > 1:
+            found.append(f"Runs differ in their {fact}.{consequence} " + _listed(variants, fact))
+    return found
+
+
+def _listed(variants: Sequence[Variant], fact: str) -> str:
+    """A fact by variant: ``a: x; b: y or z``."""
+    by_name = {
+        variant.name: sorted({str(run.facts.get(fact, "not recorded")) for run in variant.counted})
+        for variant in variants
+    }
+    return "; ".join(f"{name}: {' or '.join(found)}" for name, found in by_name.items() if found)
+
+
+def _warn_of_order(variants: Sequence[Variant]) -> list[str]:
+    """Runs of one seed and length that did not consume the same tokens: they are no pairs."""
+    hashes = {
+        variant.name: {(run.seed, run.last["tokens"]): run.last.get("data/token_hash") for run in variant.counted}
+        for variant in variants
+    }
+    found = []
+    for (name, own), (other, theirs) in combinations(hashes.items(), 2):
+        seeds = [str(at[0]) for at in sorted(own.keys() & theirs.keys()) if own[at] != theirs[at]]
+        if seeds:
+            found.append(f"NOT PAIRED: {name} and {other} read different tokens with seed {', '.join(seeds)}.")
+    return found
+
+
+def _warn_of_runs(
+    runs: Sequence[RunRecord], variants: Sequence[Variant], losses: Mapping[str, Mapping[int, float]]
+) -> list[str]:
+    """Runs that are missing, not done, or there twice."""
+    found = []
+    for state in ("diverged", "failed", "unfinished", "unreadable"):
+        names = [run.name for run in runs if run.state == state]
+        if names:
+            found.append(f"{len(names)} of {len(runs)} runs {state}: {', '.join(names)}.")
+    for variant in variants:
+        silent = [run.name for run in variant.counted if run.seed not in losses[variant.name]]
+        if silent:
+            found.append(f"{variant.name}: no number to compare at the end of {', '.join(silent)}.")
+        repeated = [run.name for run in variant.runs if run.is_complete and run not in variant.counted]
+        if repeated:
+            found.append(f"{variant.name}: {', '.join(repeated)} repeat a seed and are not counted.")
+    seeds = set().union(*losses.values())
+    without: dict[str, list[str]] = {}
+    for name, values in losses.items():
+        if missing := sorted(seeds - values.keys()):
+            without.setdefault(", ".join(map(str, missing)), []).append(name)
+    for missing_seeds, names in without.items():
+        found.append(f"No finished run of seed {missing_seeds}: {', '.join(names)}; pairs leave it out.")
+    if len(seeds) < 2:
+        found.append("Fewer than two seeds: nothing can be tested.")
+    return found

@@ -1,0 +1,143 @@
+"""A comparison as files: a page, a picture, a Markdown table and two tables of numbers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe_pretrain.analysis.compare import charts as draws
+from moe_pretrain.analysis.compare import tables
+from moe_pretrain.analysis.compare.comparison import Comparison, compare
+from moe_pretrain.analysis.figures import chart, write_png
+from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
+from moe_pretrain.analysis.html import (
+    charts,
+    folded,
+    legend,
+    page,
+    section,
+    table,
+    warnings,
+    write_whole,
+)
+from moe_pretrain.analysis.measures import Incident, incidents
+from moe_pretrain.run_folder.record import differences, show
+
+_MAX_INCIDENTS = 200
+
+
+def write_comparison(root: Path, reference: str | None = None) -> tuple[Path, str]:
+    """Compare the runs below ``root`` and write ``compare.html``, ``.png``, ``.md``, ``.csv`` and ``compare_runs.csv``.
+
+    Args:
+        root: Folder with run folders, at any depth.
+        reference: See ``compare``.
+
+    Returns:
+        The page, which loads nothing else, and the Markdown text.
+
+    Raises:
+        ValueError: There are no runs, or no variant named ``reference``.
+    """
+    found = compare(root, reference)
+    colors = draws.variant_colors(found.variants, [each.name for each in found.ranking.places], found.reference)
+    losses = draws.loss_drawings(found.variants, colors, found.key, found.unit)
+    difference = draws.difference_drawing(found.paired, found.reference, found.unit)
+    text = tables.markdown(found)
+    write_whole(root / "compare.md", text)
+    write_whole(root / "compare.csv", tables.csv_text(tables.variant_rows(found)))
+    write_whole(root / "compare_runs.csv", tables.csv_text(tables.run_rows(found)))
+    height = max(4.2, 1.8 + 0.2 * len(found.variants))
+    write_png(root / "compare.png", [losses[0], losses[1], difference], (15, height), draws.legend_colors(colors))
+    write_whole(root / "compare.html", _page(root, found, colors, losses, difference))
+    return root / "compare.html", text
+
+
+def _page(
+    root: Path, found: Comparison, colors: Mapping[str, str], losses: Sequence[draws.Draw], difference: draws.Draw
+) -> str:
+    variants = found.variants
+    key = legend(draws.legend_colors(colors))
+    layer_titles = {
+        "experts_per_token": "Experts per token",
+        "load_max_over_mean": "Busiest expert over the mean (1 = even)",
+        "router_entropy": "Entropy of a token's routing (nats)",
+        "dead_experts": "Experts without a token",
+    }
+    by_layer = {name: draws.layer_charts(variants, colors, name, title) for name, title in layer_titles.items()}
+    experts = [*draws.experts_by_layer_chart(variants, colors), *by_layer.pop("experts_per_token")]
+    balance = [*sum(by_layer.values(), []), *draws.balance_chart(variants, colors, found.loss, found.unit)]
+    curves = [
+        chart(f"loss-{name}", f"Validation against {name}", draw)
+        for name, draw in zip(draws.X_AXES, losses, strict=True)
+    ]
+    wrong = {run.name: each for run in found.runs if (each := incidents(run.train, run.events))}
+    band_note = (
+        "Mean over seeds; dashed: runs that did not finish, one by one. Of more than "
+        f"{draws.MAX_COLORED} variants the best are coloured. "
+    )
+    if draws.has_bands(colors):
+        band_note += (
+            "Bands: 95% t-intervals over seeds. They hold what the seed does to all variants alike, the paired "
+            "differences above do not."
+        )
+    layer_note = "Means over layers and seeds" + (", with the 95% t-interval." if draws.has_bands(colors) else ".")
+    drift_note = "Share of the same validation tokens whose set of experts is not that of the validation before."
+    drift = draws.layer_charts(
+        variants, colors, "routing_drift", "Routing drift between validations", lambda run: run.validation
+    )
+    certificate_note = "What moe-pretrain certify found, shrunk; of this folder it certifies one run of each variant."
+    information_note = INFORMATION_NOTE + " Of this folder moe-pretrain specialise measures one run of each variant."
+    sections = [
+        warnings("Read this first", found.warnings),
+        section("Which is better", table(*tables.answer(found)), tables.method(found)),
+        section("Ranking", table(*tables.ranking(found)), tables.power(found)),
+        charts(
+            f"Paired differences to {found.reference}",
+            [chart("differences", "Paired differences", difference, (6, 1.3 + 0.22 * len(variants)))],
+            "Left of 0 is better. Grey: not distinguishable. Intervals far wider than most are cut.",
+            layout="single",
+        ),
+        charts("Validation loss", [key, *curves], band_note),
+        charts("Experts per token", [key, *experts] if experts else [], layer_note),
+        charts("Balance", [key, *balance] if balance else [], layer_note),
+        charts("Routing drift", [key, *drift] if drift else [], drift_note),
+        section("Measured", table(*tables.measures_table(variants)), "Means over seeds; layers over the last fifth."),
+        section("Time by part of a MoE layer", table(*tables.layer_times(found)), TIME_NOTE),
+        section("Cost by part of a MoE layer", table(*tables.layer_costs(found)), COST_NOTE),
+        section("Specialisation", table(*tables.specialisation(found)), information_note),
+        section("Certificate", table(*tables.certificates(found)), certificate_note),
+        charts("Incidents", draws.incident_chart(wrong), layout="single"),
+        _incident_table(wrong),
+        section("Runs", table(*tables.runs_table(found))),
+        *_configurations(found),
+    ]
+    subtitle = f"{len(found.runs)} runs of {len(variants)} variants, compared in {found.unit}."
+    return page(f"Comparison of {root.resolve().name}", subtitle, sections)
+
+
+def _incident_table(wrong: Mapping[str, Sequence[Incident]]) -> str:
+    lines = [
+        (name, each.kind, f"{each.first['step']:,d}", f"{each.last['step']:,d}", each.detail)
+        for name, found in wrong.items()
+        for each in found
+    ]
+    if not lines:
+        return ""
+    note = f"The first {_MAX_INCIDENTS} of {len(lines)}." if len(lines) > _MAX_INCIDENTS else ""
+    header = ("Run", "What", "First step", "Last step", "Detail")
+    return section("Incidents, run by run", table(header, lines[:_MAX_INCIDENTS]), note)
+
+
+def _configurations(found: Comparison) -> list[str]:
+    values = [variant.values for variant in found.variants]
+    differing = differences(values)
+    lines = [[key, *(show(each, key) for each in values)] for key in differing]
+    shared = "\n".join(f"{key}: {show(values[0], key)}" for key in values[0] if key not in differing)
+    made_with = {
+        title: "\n".join(dict.fromkeys(str(run.facts.get(fact, "not recorded")) for run in found.runs))
+        for title, fact in (("Versions", "versions"), ("Commit", "commit"))
+    }
+    return [
+        section("What differs", table(["Key", *(variant.name for variant in found.variants)], lines)),
+        folded("What all variants share", shared),
+        *(folded(title, text) for title, text in made_with.items()),
+    ]

@@ -1,0 +1,303 @@
+"""The tables of a comparison: lines of text for the page and Markdown, and rows of numbers for CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from moe_pretrain.analysis import findings
+from moe_pretrain.analysis.compare.bootstrap import RESAMPLES
+from moe_pretrain.analysis.compare.comparison import MEASURES, Comparison
+from moe_pretrain.analysis.compare.statistics import Estimate, Ranked
+from moe_pretrain.analysis.measures import part_times
+from moe_pretrain.metrics.console import short_number
+from moe_pretrain.moe.part_timer import PARTS, Part
+from moe_pretrain.run_folder.record import MISSING, RunRecord, Variant, differences
+
+Table = tuple[Sequence[str], list[list[str]]]
+"""Header and lines."""
+
+
+def markdown(found: Comparison) -> str:
+    """The main result as a Markdown table with what it rests on."""
+    header, lines = answer(found)
+    rows = [header, ["---"] * len(header), *lines]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    cautions = "".join(f"\n- {line}" for line in found.warnings)
+    return f"{text}\n\n{method(found)}\n" + (f"\nTo be aware of:\n{cautions}\n" if cautions else "")
+
+
+def method(found: Comparison) -> str:
+    """What the numbers are and how differences are tested."""
+    texts = (
+        f"in {RESAMPLES} resamples of the {found.documents} documents of the validation rows, whose losses per token "
+        "are paired too"
+        if found.documents
+        else "over seeds alone"
+    )
+    prior = found.ranking.prior.degrees
+    moderated = (
+        ", with the variance between seeds moderated by that of all pairs, which counts as "
+        f"{prior} more degree{'s' * (prior != 1)} of freedom (Smyth 2004; with one far noisier variant 5% may be 8%)"
+        if prior
+        else ""
+    )
+    return (
+        "Validation: at the end of the run, mean over seeds with its 95% t-interval. Difference: to "
+        f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with its 95% interval: "
+        f"Student's t over the seeds' differences {texts}. Not distinguishable when that holds 0. Rank: the places it "
+        f"may have by the same test of all pairs at 5%, Holm-corrected for {_count_pairs(found)}{moderated}."
+    )
+
+
+def answer(found: Comparison) -> Table:
+    """The table of the main result: header and lines, best variant first, those without a result last."""
+    header = ["Rank", "Variant", "Verdict", f"Validation, {found.unit}", "Difference", "Finished"]
+    shown = ("experts_per_token", "flops_per_token", "tokens_per_second")
+    header += [MEASURES[name][0] for name in shown]
+    by_name = {variant.name: variant for variant in found.variants}
+    ranked = {each.name: each for each in found.ranking.places}
+    lines = []
+    for name in [*ranked, *(name for name in by_name if name not in ranked)]:
+        variant, place = by_name[name], ranked.get(name)
+        is_reference = name == found.reference
+        lines.append(
+            [
+                _place(place) if place else MISSING,
+                name,
+                "reference" if is_reference else found.paired[name].verdict,
+                _interval(place.estimate if place else None),
+                MISSING if is_reference else _interval(found.paired[name].difference, "+"),
+                _finished(variant),
+                *(_measured(variant, measure) for measure in shown),
+            ]
+        )
+    return header, lines
+
+
+def _place(ranked: Ranked) -> str:
+    return f"{ranked.rank} to {ranked.last_rank}" if ranked.equals else str(ranked.rank)
+
+
+def _count_pairs(found: Comparison) -> str:
+    pairs = found.ranking.pairs
+    return f"{pairs} tested pair{'s' * (pairs != 1)}"
+
+
+def _finished(variant: Variant) -> str:
+    others = [run.state for run in variant.runs if run.state != "finished"]
+    text = f"{len(variant.counted)} of {len(variant.runs)}"
+    return text + (f" ({', '.join(f'{others.count(s)} {s}' for s in sorted(set(others)))})" if others else "")
+
+
+def _interval(value: Estimate | None, sign: str = "") -> str:
+    if value is None:
+        return MISSING
+    text = f"{value.mean:{sign}.4f}"
+    return text if math.isnan(value.low) else f"{text} [{value.low:{sign}.4f}, {value.high:{sign}.4f}]"
+
+
+def _mean(variant: Variant, measure: str) -> float | None:
+    values = variant.by_seed(MEASURES[measure][1])
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def _measured(variant: Variant, measure: str) -> str:
+    return _formatted(_mean(variant, measure), MEASURES[measure][2])
+
+
+def _formatted(value: float | None, spec: str) -> str:
+    return MISSING if value is None else format(value, spec)
+
+
+Record = dict[str, object]
+
+
+def variant_rows(found: Comparison) -> list[Record]:
+    """``compare.csv``: a row for each variant."""
+    ranked = {each.name: each for each in found.ranking.places}
+    rows: list[Record] = []
+    for variant in found.variants:
+        place, paired = ranked.get(variant.name), found.paired[variant.name]
+        means = (("loss", place.estimate if place else None), ("difference", paired.difference))
+        row: Record = {"variant": variant.name, "unit": found.unit, "runs": len(variant.runs)}
+        row |= {"counted": len(found.losses[variant.name]), "rank": place and place.rank}
+        row |= {"last_rank": place and place.last_rank}
+        for name, value in means:
+            row |= {f"{name}_{end}": value and getattr(value, end) for end in ("mean", "low", "high")}
+        row |= {"reference": found.reference, "pairs": len(paired.seeds) if paired.is_paired else 0}
+        row |= {"p_value": paired.p_value, "over_texts": paired.over_texts}
+        row |= {"verdict": "reference" if variant.name == found.reference else paired.verdict}
+        row |= {"indistinguishable_from": "; ".join(place.equals) if place else None}
+        row |= {name: _mean(variant, name) for name in MEASURES}
+        rows.append(row | _part_columns(variant.counted))
+    return rows
+
+
+def run_rows(found: Comparison) -> list[Record]:
+    """``compare_runs.csv``: a row for each run."""
+    differing = differences([run.values for run in found.runs if run.values])
+    rows: list[Record] = []
+    for run in found.runs:
+        variant = found.variant_of(run)
+        row: Record = {"run": run.name, "variant": variant.name if variant else None, "state": run.state}
+        row |= {"counted": bool(variant and run in variant.counted), "problem": run.problem}
+        row |= {name: run.last.get(name) for name in ("step", "tokens", "attempt")}
+        row |= {key.replace("/", "_"): run.final(key) for key in ("validation/loss", "validation/bits_per_byte")}
+        row |= {name: measure(run) for name, (_, measure, _) in MEASURES.items()}
+        row |= _part_columns([run])
+        rows.append(row | {key: run.values.get(key) for key in differing})
+    return rows
+
+
+def _measured_times(runs: Sequence[RunRecord]) -> list[dict[Part, float]]:
+    return [times for run in runs if (times := part_times(run))]
+
+
+def _part_columns(runs: Sequence[RunRecord]) -> Record:
+    """Mean microseconds of each part of a MoE layer, and of the whole."""
+    found = _measured_times(runs)
+    columns = {name: fmean(times[name] for times in found) if found else None for name in PARTS}
+    whole = fmean(sum(times.values()) for times in found) if found else None
+    return {f"{name}_microseconds_per_token": value for name, value in [*columns.items(), ("moe_layer", whole)]}
+
+
+def csv_text(rows: Sequence[Record]) -> str:
+    """Rows of equal keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def ranking(found: Comparison) -> Table:
+    """Places, and what could not be told apart."""
+    names = [each.name for each in found.ranking.places]
+
+    def equals(of: Ranked) -> str:
+        told = [name for name in names if name != of.name and name not in of.equals]
+        if len(told) < len(of.equals) and len(of.equals) > 2:
+            return "all others" + (f" but {', '.join(told)}" if told else "")
+        return ", ".join(of.equals) or "none"
+
+    return ("Rank", "Variant", "Not distinguishable from"), [
+        [_place(each), each.name, equals(each)] for each in found.ranking.places
+    ]
+
+
+def power(found: Comparison) -> str:
+    """How much is needed to win a place."""
+    needed = found.ranking.needed
+    if needed is None:
+        return ""
+    return (
+        f"By the seeds alone, among {_count_pairs(found)} a place is won by a difference of {needed:.2g} {found.unit} "
+        "in the median pair; more seeds or fewer variants lower that."
+    )
+
+
+def measures_table(variants: Sequence[Variant]) -> Table:
+    """``MEASURES`` that any variant has."""
+    shown = [name for name in MEASURES if any(_mean(variant, name) is not None for variant in variants)]
+    lines = [[variant.name, *(_measured(variant, name) for name in shown)] for variant in variants]
+    return ["Variant", *(MEASURES[name][0] for name in shown)], lines
+
+
+def runs_table(found: Comparison) -> Table:
+    """Every run, in any state."""
+    header = ("Run", "Variant", "Seed", "State", "Steps", "Tokens", found.unit, "Resumes", "Device", "Problem")
+    return header, [_run_line(found, run) for run in found.runs]
+
+
+def _run_line(found: Comparison, run: RunRecord) -> list[str]:
+    variant, planned = found.variant_of(run), run.planned_steps
+    counted = variant is not None and run in variant.counted
+    return [
+        run.name,
+        variant.name if variant else MISSING,
+        str(run.values.get("seed", MISSING)),
+        run.state + ("" if counted or not run.is_complete else ", seed repeated"),
+        f"{run.last.get('step', 0):,d}" + (f" of {planned:,d}" if planned else ""),
+        short_number(run.last.get("tokens", 0)),
+        _formatted(found.loss(run), ".4f"),
+        str(run.last.get("attempt", 0)),
+        str(run.facts.get("device", MISSING)),
+        run.problem,
+    ]
+
+
+def certificates(found: Comparison) -> Table:
+    """The certificate of each variant: of its first run that has one."""
+
+    def line(variant: Variant) -> list[str]:
+        if variant.values.get("router.name") == "dense":
+            return [variant.name, "no routing", MISSING, MISSING]
+        try:
+            known = next((each for run in variant.runs if (each := findings.certificate(run.folder))), None)
+        except ValueError as error:
+            return [variant.name, MISSING, MISSING, str(error)]
+        if known is None:
+            return [variant.name, "not certified", MISSING, f"run: moe-pretrain certify {variant.runs[0].folder}"]
+        return [variant.name, known.outcome, known.code[:12], "; ".join(known.others) or "everything passes"]
+
+    return ("Variant", "Outcome", "Code", "What does not simply pass"), [line(variant) for variant in found.variants]
+
+
+def specialisation(found: Comparison) -> Table:
+    """Normalised information between experts and classes of tokens, mean over layers and the seeds that have it."""
+    measured: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    problems: dict[str, str] = {}
+    for variant in found.variants:
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for run in variant.counted:
+            try:
+                known = findings.normalised_information(run.folder) or {}
+            except ValueError as error:
+                problems[variant.name] = str(error)
+                continue
+            for kind, layers in known.items():
+                kinds.setdefault(kind, []).extend(layers)
+        measured[variant.name] = kinds
+    names = list(dict.fromkeys(kind for kinds in measured.values() for kind in kinds))
+    lines = []
+    for variant in found.variants:
+        cells = [
+            findings.information_cell(pairs) if (pairs := measured[variant.name].get(name)) else MISSING
+            for name in names
+        ]
+        remark = problems.get(variant.name, "")
+        if variant.values.get("router.name") == "dense":
+            remark = "no routing"
+        elif not measured[variant.name] and not remark:
+            remark = f"run: moe-pretrain specialise {variant.runs[0].folder}"
+        lines.append([variant.name, *cells, remark])
+    return ("Variant", *(f"By {name}" for name in names), "Remark"), lines
+
+
+def layer_times(found: Comparison) -> Table:
+    """What the parts of one MoE layer take per token, as measured; the last cell says so where runs have no times."""
+    lines = []
+    for variant in found.variants:
+        times = _measured_times(variant.counted)
+        *cells, share = findings.time_cells(times).values()
+        if variant.values.get("router.name") == "dense":
+            share = "no routing"
+        elif len(times) < max(1, len(variant.counted)):
+            share += f" ({len(times)} of {len(variant.counted)} finished runs have times)"
+        lines.append([variant.name, *cells, share])
+    return ("Variant", *findings.time_cells([])), lines
+
+
+def layer_costs(found: Comparison) -> Table:
+    """What the parts of one MoE layer cost per token, at the experts per token that were measured."""
+    cells: dict[str, dict[str, str]] = {}
+    for variant in found.variants:
+        facts: dict[str, object] = next((run.facts for run in variant.counted if "moe_layer_cost" in run.facts), {})
+        cells[variant.name] = findings.cost_cells(facts, _mean(variant, "experts_per_token"))
+    parts = list(dict.fromkeys(part for each in cells.values() for part in each))
+    lines = [[name, *(each.get(part, MISSING) for part in parts)] for name, each in cells.items()]
+    return ("Variant", *parts), lines if parts else []

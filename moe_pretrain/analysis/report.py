@@ -1,0 +1,268 @@
+"""One run as one self-contained HTML page, readable while the run goes on."""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from moe_pretrain.analysis import findings, run_charts
+from moe_pretrain.analysis.compare.charts import incident_chart
+from moe_pretrain.analysis.figures import column
+from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
+from moe_pretrain.analysis.html import (
+    charts,
+    facts,
+    folded,
+    legend,
+    page,
+    section,
+    table,
+    write_whole,
+)
+from moe_pretrain.analysis.measures import at_end, incidents
+from moe_pretrain.metrics.console import short_duration, short_number
+from moe_pretrain.metrics.part_times import read_part_times
+from moe_pretrain.run_folder.metrics_file import Row, read_rows
+
+_MAX_EVENTS = 200
+_UNKNOWN = "not recorded"
+
+
+def load_rows(run_dir: Path) -> dict[str, list[Row]]:
+    """Read the metrics of a run, sorted by kind.
+
+    Raises:
+        ValueError: The folder has no ``metrics.jsonl``, or it has no train rows yet.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{run_dir} is not a run folder: it has no metrics.jsonl")
+    kinds: dict[str, list[Row]] = {"train": [], "validation": [], "event": []}
+    for row in read_rows(path):
+        kinds[row["kind"]].append(row)
+    if not kinds["train"]:
+        raise ValueError(f"{path} has no train rows yet: nothing to report")
+    return kinds
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def recorded_facts(run_dir: Path) -> dict[str, Any]:
+    """``summary.json``, or nothing."""
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _lookup(config: dict[str, Any], *paths: str) -> Any:
+    """Return the first of several dotted paths that leads to a scalar, else None."""
+    for path in paths:
+        value: Any = config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, dict | list):
+            return value
+    return None
+
+
+def _median(rows: list[Row], key: str) -> float | None:
+    values = column(rows, key)
+    values = values[~np.isnan(values)]
+    return float(np.median(values)) if len(values) else None
+
+
+def summarise(run_dir: Path, rows: dict[str, list[Row]] | None = None) -> dict[str, Any]:
+    """Collect the numbers that describe a run so far, for the page and the console.
+
+    Args:
+        run_dir: Run folder with ``metrics.jsonl``; ``config.yaml`` and ``summary.json`` add to it.
+        rows: What ``load_rows`` returned, when the caller has it already.
+
+    Returns:
+        Names and values; None for what is not recorded, or was not finite. Losses are in nats per
+        token, the final ones those of the last row of their kind.
+
+    Raises:
+        ValueError: The folder has no metrics, or no train rows yet.
+    """
+    rows = rows or load_rows(run_dir)
+    config = _read_config(run_dir)
+    recorded = recorded_facts(run_dir)
+    train, validation = rows["train"], rows["validation"]
+    everything = [row for kind in rows.values() for row in kind]
+    last, last_validation = train[-1], validation[-1] if validation else {}
+    validation_losses = [row["validation/loss"] for row in validation]
+    return {
+        "run_name": _lookup(config, "run.name") or run_dir.name,
+        "router": _lookup(config, "router", "router.name", "moe.router", "moe.router.name"),
+        "model": _lookup(config, "model", "model.name", "model.size"),
+        "total_parameters": recorded.get("total_parameters"),
+        "active_parameters": recorded.get("active_parameters"),
+        "flops_per_token": recorded.get("flops_per_token"),
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "final_train_loss": last["train/loss"],
+        "final_validation_loss": last_validation.get("validation/loss"),
+        "best_validation_loss": min((v for v in validation_losses if v is not None), default=None),
+        "final_perplexity": last_validation.get("validation/perplexity"),
+        "final_bits_per_byte": last_validation.get("validation/bits_per_byte"),
+        "unigram_entropy": recorded.get("unigram_entropy"),
+        "tokens_per_second_median": _median(train, "train/tokens_per_second"),
+        "model_flops_utilization_median": _median(train, "train/model_flops_utilization"),
+        "peak_memory_bytes": max((row.get("train/peak_memory_bytes") or 0 for row in train), default=0) or None,
+        "wall_seconds": max(row["seconds"] for row in everything),
+        "resumes": max(row["attempt"] for row in everything),
+        "device": recorded.get("device"),
+        "corpus_fingerprint": recorded.get("corpus_fingerprint"),
+        "versions": recorded.get("versions") or {},
+        "commit": recorded.get("commit"),
+    }
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, str]:
+    """Word the summary for the page: label to text."""
+
+    def number(key: str, spec: str = "") -> str:
+        value = summary[key]
+        if value is None:
+            return _UNKNOWN
+        return format(value, spec) if spec else short_number(value)
+
+    def word(key: str) -> str:
+        return str(summary[key] or _UNKNOWN)
+
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    loss = summary["final_train_loss"]  # every train row has one; null if it was NaN or infinite
+    memory = summary["peak_memory_bytes"]
+    return {
+        "Run": str(summary["run_name"]),
+        "Router": word("router"),
+        "Model": word("model"),
+        "Total parameters": number("total_parameters"),
+        "Active parameters": number("active_parameters"),
+        "FLOPs per token": number("flops_per_token"),
+        "Tokens": number("tokens"),
+        "Steps": number("steps", ",d"),
+        "Final train loss": "not finite" if loss is None else f"{loss:.4f}",
+        "Final validation loss": number("final_validation_loss", ".4f"),
+        "Best validation loss": number("best_validation_loss", ".4f"),
+        "Validation perplexity": number("final_perplexity", ".2f"),
+        "Bits per byte": number("final_bits_per_byte", ".4f"),
+        "Unigram entropy of the corpus": number("unigram_entropy", ".4f"),
+        "Tokens per second, median": number("tokens_per_second_median"),
+        "Model FLOPs utilisation, median": number("model_flops_utilization_median", ".1%"),
+        "Peak memory of one device": f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN,
+        "Wall time": short_duration(summary["wall_seconds"]),
+        "Resumes": number("resumes", "d"),
+        "Device": word("device"),
+        "Corpus fingerprint": word("corpus_fingerprint"),
+        "Commit": word("commit"),
+        "Versions": versions or _UNKNOWN,
+    }
+
+
+def _event_table(events: list[Row]) -> str:
+    if not events:
+        return section("Events", "<p>None so far.</p>")
+    note = f"The last {_MAX_EVENTS} of {len(events)}." if len(events) > _MAX_EVENTS else ""
+    lines = [
+        (short_duration(row["seconds"]), f"{row['step']:,d}", row["attempt"], row["event"], row["message"])
+        for row in reversed(events[-_MAX_EVENTS:])
+    ]
+    header = ("Wall time", "Step", "Attempt", "Event", "Message")
+    return section("Events, newest first", table(header, lines), note)
+
+
+def _chart_sections(rows: dict[str, list[Row]], unigram_entropy: float | None) -> list[str]:
+    train = rows["train"]
+    loss = run_charts.loss_charts(train, rows["validation"], rows["event"], unigram_entropy)
+    router, colors = run_charts.router_charts(train, rows["validation"])
+    load_note = (
+        "Experts from top to bottom, steps from left to right. The colour is an expert's share of"
+        " the routes times the number of experts: blue gets too few tokens, red too many."
+    )
+    if router:
+        router.insert(0, legend({f"layer {int(layer)}": color for layer, color in colors.items()}))
+    return [
+        charts("Loss", loss, layout="single"),
+        charts("Expert load", run_charts.expert_load_charts(train), load_note, layout="scroll"),
+        charts("Router, one line per layer", router),
+        charts("Auxiliary losses", run_charts.aux_loss_charts(train), "Unweighted, mean over layers."),
+        charts("Optimiser", run_charts.optimizer_charts(train)),
+        charts("Throughput", run_charts.throughput_charts(train)),
+    ]
+
+
+def _incident_section(name: str, rows: dict[str, list[Row]]) -> str:
+    found = incidents(rows["train"], rows["event"])
+    if not found:
+        return section("Incidents", "<p>No spike, no collapsed layer, no number that was not finite.</p>")
+    lines = [(each.kind, f"{each.first['step']:,d}", f"{each.last['step']:,d}", each.detail) for each in found]
+    header = ("What", "First step", "Last step", "Detail")
+    body = f'<div class="single">{incident_chart({name: found})[0]}</div>{table(header, lines[:_MAX_EVENTS])}'
+    return section("Incidents", body, f"The first {_MAX_EVENTS} of {len(found)}." * (len(found) > _MAX_EVENTS))
+
+
+def _finding_sections(run_dir: Path, rows: dict[str, list[Row]], recorded: dict[str, Any]) -> list[str]:
+    """Time and cost of the layer, and what ``specialise`` and ``certify`` have found; nothing for a dense model."""
+    experts = at_end(rows["train"], "experts_per_token")
+    if experts is None:
+        return []
+    cost = findings.cost_cells(recorded, experts)
+    certificate = findings.certificate(run_dir)
+    information = findings.normalised_information(run_dir)
+    times = findings.time_cells([found for row in rows["validation"][-1:] if (found := read_part_times(row))])
+    sections = [section("Time by part of a MoE layer", table(list(times), [list(times.values())]), TIME_NOTE)]
+    if cost:
+        sections.append(section("Cost by part of a MoE layer", table(list(cost), [list(cost.values())]), COST_NOTE))
+    if information is None:
+        sections.append(
+            section("Specialisation", f"<p>Not measured: moe-pretrain specialise {escape(str(run_dir))}</p>")
+        )
+    else:
+        lines = [[kind, findings.information_cell(pairs)] for kind, pairs in information.items()]
+        sections.append(section("Specialisation", table(("By", "Normalised information"), lines), INFORMATION_NOTE))
+    if certificate is None:
+        sections.append(section("Certificate", f"<p>None: moe-pretrain certify {escape(str(run_dir))}</p>"))
+    else:
+        note = f"{certificate.outcome}. Code: {certificate.code[:12]}."
+        sections.append(
+            section("Certificate", table(("Does not simply pass",), [[x] for x in certificate.others]), note)
+        )
+    return sections
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    Args:
+        run_dir: Run folder with ``metrics.jsonl``; the run may still be going on.
+
+    Returns:
+        The page: one file that loads nothing else.
+
+    Raises:
+        ValueError: The folder has no metrics, or no train rows yet.
+    """
+    rows = load_rows(run_dir)
+    summary = summarise(run_dir, rows)
+    sections = [
+        section("Key facts", facts(_facts(summary))),
+        *_chart_sections(rows, summary["unigram_entropy"]),
+        _incident_section(str(summary["run_name"]), rows),
+        *_finding_sections(run_dir, rows, recorded_facts(run_dir)),
+        _event_table(rows["event"]),
+    ]
+    config_path = run_dir / "config.yaml"
+    if config_path.exists():
+        sections.append(folded("Configuration", config_path.read_text()))
+    name = str(summary["run_name"])
+    text = page(name, f"Pretraining run, as of step {summary['steps']:,d}.", sections)
+    path = run_dir / "report.html"
+    write_whole(path, text)
+    return path

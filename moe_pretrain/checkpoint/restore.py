@@ -1,0 +1,197 @@
+"""A checkpoint into an engine, whatever topology either has."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_pretrain.checkpoint.intervals import (
+    MOMENTS,
+    WEIGHT,
+    global_shape,
+    global_start,
+    pieces,
+)
+from moe_pretrain.checkpoint.manifest import BUFFER, CheckpointError, Interval
+from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.model.decoder import DecoderLM
+
+ROUTER = ".router."
+"""What the names of routers' weights have in common, and no other."""
+
+
+@torch.no_grad()
+def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
+    """Load weights and optimizer state into ``engine``; every rank must call it.
+
+    Args:
+        engine: Whose state is replaced.
+        path: The checkpoint's folder.
+        manifest: Its manifest, verified.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model.
+    """
+    reader = Reader(path, manifest)
+    shapes = _global_shapes(engine)
+    _check_shapes(shapes, path, manifest)
+    _restore_weights(engine, reader, shapes.keys())
+    for name, buffer in engine.model.named_buffers():
+        buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
+    for piece in pieces(engine):
+        for kind in MOMENTS:
+            piece.moment(kind).copy_(reader.read(piece.name, kind, piece.start, piece.master.numel()))
+        piece.state["step"].fill_(manifest["adam_step"])
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What became of the weights of another run, by name.
+
+    Attributes:
+        loaded: Taken over.
+        fresh: Of this run's routers, which the other does not have, or has in another shape: as initialised.
+        left: Of the other's routers, which this run does not have, or has in another shape.
+    """
+
+    loaded: list[str]
+    fresh: list[str]
+    left: list[str]
+
+
+@torch.no_grad()
+def warm_start(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> WarmStart:
+    """Load the weights alone, of a run that may have another router; every rank must call it.
+
+    Everything outside the routers must be there in the same shape. Optimizer state and the routers' buffers stay as
+    they are.
+
+    Args:
+        engine: Whose weights are replaced; it must not have made a step.
+        path: The checkpoint's folder.
+        manifest: Its manifest, verified.
+
+    Raises:
+        CheckpointError: A weight outside the routers has no counterpart.
+    """
+    shapes, stored = _global_shapes(engine), manifest["shapes"]
+    found = WarmStart([], [], [])
+    for name in sorted(shapes.keys() | stored.keys()):
+        if shapes.get(name) == stored.get(name):
+            found.loaded.append(name)
+        elif ROUTER in name:
+            if name in shapes:
+                found.fresh.append(name)
+            if name in stored:
+                found.left.append(name)
+        else:
+            raise CheckpointError(
+                f"checkpoint.warm_start={path} has {name}={stored.get(name)}, this model has {shapes.get(name)}: only "
+                "the weights of routers may differ"
+            )
+    _restore_weights(engine, Reader(path, manifest), found.loaded)
+    return found
+
+
+def _restore_weights(engine: TrainEngine, reader: "Reader", names: Collection[str]) -> None:
+    for name, parameter in engine.model.named_parameters():
+        if name in names:
+            values = reader.read(name, WEIGHT, global_start(engine, parameter), parameter.numel())
+            # In a bfloat16 engine this rounds the master weight, which is what a training step does too.
+            parameter.copy_(values.view_as(parameter))
+    for piece in pieces(engine):
+        if piece.name in names:
+            piece.master.copy_(reader.read(piece.name, WEIGHT, piece.start, piece.master.numel()))
+
+
+def _global_shapes(engine: TrainEngine) -> dict[str, list[int]]:
+    return {name: global_shape(engine, parameter) for name, parameter in engine.model.named_parameters()}
+
+
+@torch.no_grad()
+def load_model(model: DecoderLM, path: Path, manifest: dict[str, Any]) -> None:
+    """Load weights and buffers into a whole model in one process, without an engine.
+
+    Raises:
+        CheckpointError: The checkpoint is not of this model.
+    """
+    reader = Reader(path, manifest)
+    parameters = dict(model.named_parameters())
+    _check_shapes({name: list(parameter.shape) for name, parameter in parameters.items()}, path, manifest)
+    for kind, tensors in ((WEIGHT, parameters), (BUFFER, dict(model.named_buffers()))):
+        for name, tensor in tensors.items():
+            stored = tensor.dtype if kind == BUFFER else torch.float32
+            tensor.copy_(reader.read(name, kind, 0, tensor.numel(), stored).view_as(tensor))
+
+
+def _check_shapes(shapes: dict[str, list[int]], path: Path, manifest: dict[str, Any]) -> None:
+    """Raise ``CheckpointError`` unless the model's parameters are the checkpoint's."""
+    for name in sorted(shapes.keys() | manifest["shapes"].keys()):
+        if shapes.get(name) != manifest["shapes"].get(name):
+            raise CheckpointError(
+                f"checkpoint {path} has {name}={manifest['shapes'].get(name)}, this model has {shapes.get(name)}"
+            )
+
+
+class Reader:
+    """Reads any interval of any array from the intervals on disk."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        """Open the files of a checkpoint whose manifest is verified.
+
+        Raises:
+            CheckpointError: A file is not what safetensors can read.
+        """
+        self._path = path
+        self._intervals: dict[tuple[str, str], list[Interval]] = {}
+        for fields in manifest["intervals"]:
+            interval = Interval(**fields)
+            self._intervals.setdefault((interval.tensor, interval.kind), []).append(interval)
+        self._files = {}
+        for file in manifest["files"]:
+            try:
+                self._files[file] = safe_open(path / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"checkpoint file {path / file} cannot be read: {error}") from error
+
+    def arrays(self) -> dict[tuple[str, str], list[Interval]]:
+        """The intervals of each (tensor, kind)."""
+        return self._intervals
+
+    def part(self, interval: Interval, first: int, stop: int) -> Tensor:
+        """Elements ``[first, stop)`` of one interval, counted from its own start.
+
+        Raises:
+            CheckpointError: Its file has no such interval, or another length of it.
+        """
+        try:
+            part = self._files[interval.file].get_slice(interval.key)
+            if part.get_shape() != [interval.length]:
+                raise SafetensorError(f"its shape is {part.get_shape()} and not [{interval.length}]")
+            return part[first:stop]
+        except SafetensorError as error:
+            raise CheckpointError(f"checkpoint file {self._path / interval.file}: {interval.key}: {error}") from error
+
+    def read(self, tensor: str, kind: str, start: int, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Elements ``[start, start + length)`` of an array.
+
+        Raises:
+            CheckpointError: The intervals on disk do not cover the range.
+        """
+        out = torch.empty(length, dtype=dtype)
+        covered = 0
+        for interval in self._intervals.get((tensor, kind), []):
+            first = max(start, interval.start)
+            stop = min(start + length, interval.start + interval.length)
+            if first < stop:
+                out[first - start : stop - start] = self.part(interval, first - interval.start, stop - interval.start)
+                covered += stop - first
+        if covered != length:
+            raise CheckpointError(
+                f"checkpoint {self._path} covers {covered} of {length} elements of {kind} of {tensor}"
+            )
+        return out

@@ -1,0 +1,1 @@
+"""The configuration: its schema, composing it, loading it, refusing it early."""

@@ -1,0 +1,226 @@
+"""The root configuration: frozen dataclasses that hold everything that decides a run.
+
+Values live in ``configs/*.yaml``; names, types, constraints and documentation live in the dataclasses beside the code
+that reads them. Every value must be in a YAML file and every YAML key must be a field, so neither can go stale.
+``config_loading`` makes a ``Config`` of them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from moe_pretrain.checkpoint.config import CheckpointConfig
+from moe_pretrain.data import (
+    CorpusConfig,
+    DataConfig,
+    HubCorpusConfig,
+    MixtureConfig,
+    StreamingConfig,
+    TokenizerConfig,
+    TokensCorpusConfig,
+)
+from moe_pretrain.engine.deepspeed_config import EngineConfig
+from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
+from moe_pretrain.metrics.writer import MetricsConfig
+from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.model.size import model_size
+from moe_pretrain.moe import ShippedRouterConfig, check_gate
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.parallel.mesh import ParallelConfig
+from moe_pretrain.schedule.batch_plan import BatchConfig
+from moe_pretrain.schedule.budget import BudgetConfig
+from moe_pretrain.schedule.loss_spikes import SpikeConfig
+from moe_pretrain.system.faults import FaultConfig
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; one line naming the field, the value and the constraint."""
+
+
+def _check_folder_name(field: str, name: str) -> None:
+    if not name or name in (".", "..") or "/" in name:
+        raise ValueError(f"{field}={name!r} must be a folder name without '/'")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives.
+
+    Attributes:
+        name: Name of the run's folder. The same name again resumes the run.
+        output_dir: Folder of all runs.
+        cache_dir: Folder of tokenised corpora, shared by runs.
+        prepare_workers: Processes that tokenise, or threads of the one process that tokenises a stream; None for one on
+            each core. Shards do not depend on it.
+    """
+
+    name: str
+    output_dir: str
+    cache_dir: str
+    prepare_workers: int | None
+
+    def __post_init__(self) -> None:
+        if self.prepare_workers is not None and self.prepare_workers < 1:
+            raise ValueError(f"run.prepare_workers={self.prepare_workers} must be at least 1, or null for every core")
+        _check_folder_name("run.name", self.name)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir) / self.name
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """How ``train --multirun`` runs its jobs: one for each combination of the values that overrides list.
+
+    Attributes:
+        name: Name of the sweep's folder in ``run.output_dir``; the same name again goes on with that sweep, or adds to
+            it. None for one made of what is swept and a hash of the command.
+        parallel: Jobs that run side by side on this machine, each with its share of the cores and GPUs.
+        retry: Which jobs that have ended without a result are started again by the same command: those that ``failed``,
+            ``all``, diverged ones too, or ``none``. Those that were stopped or killed always go on.
+    """
+
+    name: str | None
+    parallel: int
+    retry: Literal["none", "failed", "all"]
+
+    def __post_init__(self) -> None:
+        if self.parallel < 1:
+            raise ValueError(f"sweep.parallel={self.parallel} must be at least 1")
+        if self.name is not None:
+            _check_folder_name("sweep.name", self.name)
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How documents share a row.
+
+    Attributes:
+        method: ``concatenate`` cuts the stream of documents into rows and wastes nothing; ``best_fit`` keeps each
+            document that fits into a row whole and pads the rows. Validation rows are always ``concatenate``, so that
+            their loss compares.
+        isolate_documents: Documents of a row do not attend to each other, and the step from one document to the next is
+            not a target.
+        reset_positions: Positions start again at each document; False counts them through the row.
+    """
+
+    method: Literal["concatenate", "best_fit"]
+    isolate_documents: bool
+    reset_positions: bool
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training.
+
+    Attributes:
+        every_steps: Steps between validations; one is always made at the end.
+        max_rows: Rows of each validation set that are read, over all ranks.
+        sets: Further corpora by name, of which nothing is trained on, logged as ``validation/NAME/loss``. A choice of
+            the group ``data`` fills one in: ``+data@evaluation.sets.code=files evaluation.sets.code.paths=[a.jsonl]``.
+    """
+
+    every_steps: int
+    max_rows: int
+    sets: dict[str, Annotated[CorpusConfig, pydantic.Field(discriminator="source")]]
+
+    def __post_init__(self) -> None:
+        for name in self.sets:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"evaluation.sets: name {name!r} must be of letters, digits, - and _")
+        for name in ("every_steps", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Constraints between parts are checked here.
+
+    Attributes:
+        seed: Seed of the weights, of the order of the data and of routing noise, in [0, 2**31).
+        router_file: A python file with a routing scheme of the user's own, which takes the place of ``router=NAME``;
+            None for the shipped ones. See ``config_loading.load_router_file``.
+    """
+
+    seed: int
+    router_file: str | None
+    run: RunConfig
+    sweep: SweepConfig
+    model: ModelConfig
+    router: Annotated[ShippedRouterConfig, pydantic.Field(discriminator="name")]
+    data: Annotated[DataConfig, pydantic.Field(discriminator="source")]
+    streaming: StreamingConfig
+    tokenizer: TokenizerConfig
+    packing: PackingConfig
+    budget: BudgetConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: Annotated[ScheduleConfig, pydantic.Field(discriminator="name")]
+    engine: EngineConfig
+    spike: SpikeConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    metrics: MetricsConfig
+    fault: FaultConfig
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**31)")
+        if not isinstance(self.router, DenseConfig):
+            self.router.check_num_experts(self.model.moe.num_experts)
+            check_gate(self.model.moe, self.router, self.model.hidden_size)
+        sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}
+        if self.tokenizer.kind == "train" and any(isinstance(one, TokensCorpusConfig) for one in sources.values()):
+            raise ValueError(
+                "tokenizer.kind=train must be pretrained with data=tokens: name the tokenizer that made the tokens, "
+                "tokenizer=pretrained tokenizer.path=..."
+            )
+        if isinstance(self.data, MixtureConfig):
+            self.data.check_steps(self.num_steps)
+            if self.spike.rewind and self.data.when_exhausted != "repeat":
+                raise ValueError(
+                    f"spike.rewind=true must be false with data.when_exhausted={self.data.when_exhausted}: rows left "
+                    "out would move the end of the run"
+                )
+            for name in self.data.sources.keys() & self.evaluation.sets.keys():
+                raise ValueError(f"evaluation.sets.{name} must have another name than data.sources.{name}")
+        if self.streaming.applies_to(self.data):
+            if self.packing.method != "concatenate":
+                raise ValueError(
+                    f"packing.method={self.packing.method} must be concatenate for data that is streamed, or "
+                    "streaming.mode=never"
+                )
+            if isinstance(self.data, HubCorpusConfig) and self.data.max_tokens is not None:
+                raise ValueError(
+                    f"data.max_tokens={self.data.max_tokens} must be null for data that is streamed, or "
+                    "streaming.mode=never"
+                )
+        if self.tokenizer.kind == "train" and self.tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size} must be at most "
+                f"model.vocab_size={self.model.vocab_size}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; with ``budget.flops`` at the scheme's expected number of experts per token."""
+        # Only a budget of FLOPs needs them, and they take a model without storage to count.
+        flops = 0.0 if self.budget.flops is None else model_size(self.model, self.router).training_flops_per_token
+        return self.budget.planned_steps(self.batch.global_batch_tokens, flops)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the run needs, as ``num_steps``; the budget's own number of tokens if it is one of tokens."""
+        return self.budget.tokens or self.num_steps * self.batch.global_batch_tokens
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain values, for the run folder."""
+    return dataclasses.asdict(config)

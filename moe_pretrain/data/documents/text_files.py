@@ -1,0 +1,236 @@
+"""Local files to documents, whole or a piece of one: text, lines of JSON, parquet.
+
+A piece is decided by the file alone, so several processes can read one file: lines of JSON are cut by bytes
+(a line belongs to the piece in which it begins), parquet by row groups; text and gzip are never cut.
+"""
+
+import glob
+import gzip
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_pretrain.data.documents.config import (
+    LINES_ENDINGS,
+    Document,
+    FilesCorpusConfig,
+    LeftOut,
+    Row,
+    Utf8Policy,
+    checked_text,
+    one_line,
+    parse_object,
+    text_of,
+)
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one named thing that holds documents.
+
+    Attributes:
+        name: Path, or the name of a built-in document.
+        start: First byte (lines of JSON), row group (parquet) or token (token files).
+        stop: One past the last, or None for the end.
+        size_bytes: About how much there is to read: progress and the cutting of work need no more.
+    """
+
+    name: str
+    start: int
+    stop: int | None
+    size_bytes: int
+
+
+def corpus_files(config: FilesCorpusConfig) -> list[Path]:
+    """The files of a corpus, in order: see ``matching_files``."""
+    plain = (*config.text_endings, *LINES_ENDINGS)
+    return matching_files(config.paths, (*plain, *(f"{ending}.gz" for ending in plain), ".parquet"))
+
+
+def matching_files(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
+    """Absolute paths in the order of ``paths``, a pattern's matches sorted, none twice.
+
+    Raises:
+        ValueError: A file is missing, a pattern matches nothing, or a name has another ending.
+    """
+    found: dict[Path, None] = {}
+    for pattern in paths:
+        if Path(pattern).is_file():
+            matches = [pattern]
+        elif glob.has_magic(pattern):
+            matches = sorted(glob.glob(pattern, recursive=True))
+            matches = [match for match in matches if Path(match).is_file()]
+            if not matches:
+                raise ValueError(f"data.paths: pattern {pattern} matches no file")
+        elif Path(pattern).is_dir():
+            raise ValueError(f"data.paths: {pattern} is a folder, write a pattern: {pattern}/*{endings[0]}")
+        else:
+            raise ValueError(f"data.paths: {pattern} does not exist")
+        found.update((Path(match).absolute(), None) for match in matches)
+    for path in found:
+        if not path.name.lower().endswith(endings):
+            raise ValueError(f"data.paths: {path}: name must end in one of {' '.join(endings)}")
+    return list(found)
+
+
+def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[Piece]:
+    """The pieces of one file, each of about ``piece_bytes``.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    name, size = path.name.lower(), path.stat().st_size
+    if size <= piece_bytes or name.endswith((*config.text_endings, ".gz")):
+        return [Piece(str(path), 0, None, size)]
+    if name.endswith(".parquet"):
+        return _cut_parquet(path, piece_bytes)
+    starts = range(0, size, piece_bytes)
+    return [Piece(str(path), start, min(start + piece_bytes, size), min(piece_bytes, size - start)) for start in starts]
+
+
+def file_rows(piece: Piece, config: FilesCorpusConfig) -> Iterator[Row]:
+    """Rows of one piece. Whatever goes wrong becomes one line that names the place.
+
+    Text and lines of JSON are read here and not by ``datasets`` (5.2): its json reader fixes the
+    type of a column from the first part of a file and then turns numbers and dates into strings
+    without a word, it never names the line of a fault, and it decodes ``.gz`` by the locale.
+
+    Raises:
+        ValueError: The file cannot be read, or holds what ``config`` says to fail on.
+    """
+    path = Path(piece.name)
+    name = path.name.lower()
+    place = str(path)
+    try:
+        if path.stat().st_size == 0 and not name.endswith(config.text_endings):  # an empty text is a text
+            raise ValueError("the file is empty")
+        if name.removesuffix(".gz").endswith(config.text_endings):
+            with _open_bytes(path) as file:
+                yield _decoded(place, file.read(), config.invalid_utf8)
+        elif name.endswith(".parquet"):
+            for number, value in _parquet_values(path, config.text_column, piece):
+                place = f"{path}#{number}"
+                yield _value_row(place, value, config)
+        else:
+            for offset, number, line in _lines(path, piece):
+                place = f"{path}:{number}" if number else f"{path} at byte {offset}"
+                if line.strip():
+                    yield _json_row(place, line, config)
+    except Exception as error:  # pyarrow and gzip each have their own
+        if place.startswith(f"{path} at byte "):
+            place = f"{path}:{_line_number(path, int(place.rpartition(' ')[2]))}"
+        raise ValueError(f"data.paths: {place}: {one_line(error)}") from None
+
+
+def _decoded(place: str, data: bytes, policy: Utf8Policy) -> Row:
+    try:
+        return checked_text(place, data.decode(), policy)
+    except UnicodeDecodeError:
+        if policy == "fail":
+            raise
+    if policy == "skip":
+        return LeftOut(place, "invalid_utf8")
+    return Document(place, data.decode(errors="replace"), repaired=True)
+
+
+def _json_row(place: str, line: bytes, config: FilesCorpusConfig) -> Row:
+    text, repaired = _decode_line(line, config.invalid_utf8)
+    if text is None:
+        return LeftOut(place, "invalid_utf8")
+    try:
+        row = parse_object(text)
+    except ValueError:
+        if config.invalid_json == "fail":
+            raise
+        return LeftOut(place, "invalid_json")
+    return checked_text(place, text_of(row, config.text_column), config.invalid_utf8, repaired)
+
+
+def _decode_line(line: bytes, policy: Utf8Policy) -> tuple[str | None, bool]:
+    try:
+        return line.decode(), False
+    except UnicodeDecodeError:
+        if policy == "fail":
+            raise
+    return (None, False) if policy == "skip" else (line.decode(errors="replace"), True)
+
+
+def _value_row(place: str, value: object, config: FilesCorpusConfig) -> Row:
+    """A parquet value: strings arrive as bytes, for pyarrow itself does not say where they are broken."""
+    if isinstance(value, bytes):
+        return _decoded(place, value, config.invalid_utf8)
+    return checked_text(place, text_of({config.text_column: value}, config.text_column), config.invalid_utf8)
+
+
+def _open_bytes(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
+def _lines(path: Path, piece: Piece) -> Iterator[tuple[int, int, bytes]]:
+    """``(offset, number, line)`` of the lines that begin in the piece; 0 where the number is not known."""
+    with _open_bytes(path) as file:
+        offset, number = 0, 1
+        if piece.start:
+            # Up to the end of the line that begins before the piece; none is cut if one ends just there.
+            file.seek(piece.start - 1)
+            offset = piece.start - 1 + len(file.readline())
+            number = 0
+        for line in file:
+            if piece.stop is not None and offset >= piece.stop:
+                return
+            start, offset = offset, offset + len(line)
+            if start == 0:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            yield start, number, line
+            number += 1 if number else 0
+
+
+def _line_number(path: Path, offset: int) -> int:
+    """Number of the line that begins at a byte; only a fault asks for it."""
+    lines, remaining = 1, offset
+    with open(path, "rb") as file:
+        while remaining > 0 and (block := file.read(min(2**22, remaining))):
+            lines += block.count(b"\n")
+            remaining -= len(block)
+    return lines
+
+
+def _cut_parquet(path: Path, piece_bytes: int) -> list[Piece]:
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
+    except Exception as error:
+        raise ValueError(f"data.paths: {path}: {one_line(error)}") from None
+    pieces: list[Piece] = []
+    first, size = 0, 0
+    for index, group_bytes in enumerate(sizes):
+        size += group_bytes
+        if size >= piece_bytes or index == len(sizes) - 1:
+            pieces.append(Piece(str(path), first, index + 1, size))
+            first, size = index + 1, 0
+    return pieces
+
+
+def _parquet_values(path: Path, column: str, piece: Piece) -> Iterator[tuple[int, object]]:
+    """``(row number from 1, value)``."""
+    import pyarrow.parquet  # here and not above: it takes a while, and shards that are ready need none of it
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise ValueError(f"no column {column!r} (data.text_column), there is: {', '.join(names)}")
+        stop = file.metadata.num_row_groups if piece.stop is None else piece.stop
+        number = 1 + sum(file.metadata.row_group(index).num_rows for index in range(piece.start))
+        groups = list(range(piece.start, stop))
+        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False):
+            values = batch.column(0)
+            if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
+                values = values.cast(pyarrow.large_binary())
+            for value in values.to_pylist():
+                yield number, value
+                number += 1

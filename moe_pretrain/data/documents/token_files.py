@@ -1,0 +1,189 @@
+"""Files that already hold tokens: Megatron ``.bin`` with ``.idx``, numpy ``.npy``, flat ``.bin``.
+
+They are copied into our shards: documents found, ids checked, checksums made, validation held out, like any corpus.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_pretrain.data.documents.config import LeftOut, TokenDocument, TokensCorpusConfig, one_line
+from moe_pretrain.data.documents.text_files import Piece, matching_files
+
+TOKEN_ENDINGS = (".bin", ".npy")
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+# Codes of Megatron-LM's integer types; 6 and 7 are floats.
+_MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_TOKENS_PER_SCAN = 2**22
+
+
+@dataclass(frozen=True)
+class _Megatron:
+    """A Megatron index: documents are runs of sequences, sequences are ranges of the ``.bin`` file."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    pointers: np.ndarray
+    document_starts: np.ndarray
+
+    def document(self, number: int) -> tuple[int, np.ndarray]:
+        """Offset of its first token in the file, and its tokens."""
+        first, stop = self.document_starts[number : number + 2].tolist()
+        spans = [(self.pointers[i] // self.tokens.itemsize, self.lengths[i]) for i in range(first, stop)]
+        parts = [self.tokens[start : start + length] for start, length in spans]
+        offset = int(spans[0][0]) if spans else 0
+        return offset, parts[0] if len(parts) == 1 else np.concatenate([*parts, self.tokens[:0]])
+
+
+def token_files(config: TokensCorpusConfig) -> list[Path]:
+    """The files of a corpus of tokens, in order."""
+    return matching_files(config.paths, TOKEN_ENDINGS)
+
+
+def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> list[Piece]:
+    """The pieces of one file: ranges of documents (Megatron) or of tokens.
+
+    Raises:
+        ValueError: The file or its index cannot be read.
+    """
+    with _Named(path):
+        source = _open(path, config)
+        if isinstance(source, _Megatron):
+            item_bytes = source.tokens.itemsize
+            first_sequences = source.document_starts[:-1]
+            where = np.append(source.pointers, source.tokens.nbytes)[first_sequences]
+            size, count = source.tokens.nbytes, len(first_sequences)
+            cuts = np.searchsorted(where, np.arange(piece_bytes, size, piece_bytes)).tolist()
+        else:
+            item_bytes = source.itemsize
+            size, count = source.nbytes, len(source)
+            cuts = list(range(piece_bytes // item_bytes, count, max(1, piece_bytes // item_bytes)))
+        edges = sorted({0, *cuts, count})
+        share = size // max(1, len(edges) - 1)
+        return [Piece(str(path), one, two, share) for one, two in zip(edges, edges[1:], strict=False)]
+
+
+def token_rows(
+    pieces: tuple[Piece, ...], config: TokensCorpusConfig, vocab_size: int, end_of_document: int
+) -> Iterator[TokenDocument | LeftOut]:
+    """Documents of some pieces, without the end-of-document tokens that the files may have.
+
+    Raises:
+        ValueError: A file cannot be read, or a token is outside the vocabulary; names file and offset.
+    """
+    for piece in pieces:
+        path = Path(piece.name)
+        with _Named(path):
+            source = _open(path, config)
+            assert piece.stop is not None
+            found: Iterator[tuple[int, int, np.ndarray]]
+            if isinstance(source, _Megatron):
+                found = ((number, *source.document(number)) for number in range(piece.start, piece.stop))
+            else:
+                found = _flat_documents(source, piece.start, piece.stop, end_of_document)
+            for number, offset, tokens in found:
+                if len(tokens) and tokens[-1] == end_of_document:
+                    tokens = tokens[:-1]
+                _check_range(tokens, offset, vocab_size)
+                identity = f"{path}#{number}"
+                yield TokenDocument(identity, tokens) if len(tokens) else LeftOut(identity, "empty")
+
+
+class _Named:
+    """Whatever goes wrong inside becomes one line that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, Exception):
+            raise ValueError(f"data.paths: {self._path}: {one_line(error)}") from None
+
+
+def _open(path: Path, config: TokensCorpusConfig) -> np.ndarray | _Megatron:
+    index = path.with_suffix(".idx")
+    if path.suffix.lower() == ".npy":
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+            raise ValueError(f"must be one row of integers, is {tokens.dtype} {list(tokens.shape)}")
+        return np.asarray(tokens)
+    if index.is_file():
+        return _open_megatron(path, index)
+    return _map(path, np.dtype(config.flat_dtype).newbyteorder("<"))
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    size = path.stat().st_size
+    if not size:
+        raise ValueError("the file is empty")
+    if size % dtype.itemsize:
+        raise ValueError(f"{size} bytes are no whole number of {dtype.name} tokens (data.flat_dtype)")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def _open_megatron(path: Path, index: Path) -> _Megatron:
+    data = index.read_bytes()
+    header = len(_MEGATRON_MAGIC) + struct.calcsize("<QBQQ")
+    if len(data) < header or not data.startswith(_MEGATRON_MAGIC):
+        raise ValueError(f"{index.name} beside it is no Megatron index (MMIDIDX)")
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", data, len(_MEGATRON_MAGIC))
+    if version != 1 or code not in _MEGATRON_DTYPES:
+        raise ValueError(
+            f"{index.name}: version {version} and type code {code}, this program reads version 1, integers"
+        )
+    if len(data) < header + 12 * sequences + 8 * documents or documents < 2:
+        raise ValueError(f"{index.name}: damaged: {len(data)} bytes for {sequences} sequences, {documents} documents")
+    lengths = np.frombuffer(data, "<i4", sequences, header)
+    pointers = np.frombuffer(data, "<i8", sequences, header + 4 * sequences)
+    starts = np.frombuffer(data, "<i8", documents, header + 12 * sequences)
+    tokens = _map(path, np.dtype(_MEGATRON_DTYPES[code]))
+    ends = pointers + lengths.astype(np.int64) * tokens.itemsize
+    if (
+        np.any(np.diff(starts) < 0)
+        or starts[0] < 0
+        or starts[-1] > sequences
+        or np.any(lengths < 0)
+        or np.any(pointers < 0)
+        or np.any(pointers % tokens.itemsize)
+        or np.any(ends > tokens.nbytes)
+    ):
+        raise ValueError(f"{index.name}: damaged: it points outside the file's {len(tokens)} tokens")
+    return _Megatron(tokens, lengths, pointers, starts)
+
+
+def _flat_documents(
+    tokens: np.ndarray, start: int, stop: int, end_of_document: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """``(number, offset, tokens)`` of the documents that begin in ``[start, stop)``; their numbers are offsets."""
+    begin = start
+    if start and tokens[start - 1] != end_of_document:
+        begin = _next_end(tokens, start, end_of_document)
+    while begin < stop:
+        end = _next_end(tokens, begin, end_of_document)
+        yield begin, begin, tokens[begin:end]
+        begin = end
+
+
+def _next_end(tokens: np.ndarray, start: int, end_of_document: int) -> int:
+    """Offset after the next end-of-document token, or the end of the file."""
+    size = 256
+    while start < len(tokens):
+        found = np.flatnonzero(tokens[start : start + size] == end_of_document)
+        if found.size:
+            return start + int(found[0]) + 1
+        start, size = start + size, min(2 * size, _TOKENS_PER_SCAN)
+    return len(tokens)
+
+
+def _check_range(tokens: np.ndarray, offset: int, vocab_size: int) -> None:
+    if len(tokens) and (tokens.max() >= vocab_size or tokens.min() < 0):
+        place = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
+        raise ValueError(
+            f"token {offset + place}: id {tokens[place]} must be from 0 to {vocab_size - 1}, the tokenizer's last"
+        )

@@ -1,0 +1,252 @@
+"""A corpus as a list of work units, and a unit as rows: the same cut and the same rows on every machine.
+
+A unit is a run of neighbouring documents. Where it begins and ends follows from the corpus alone, never from
+the number of processes, so each can be tokenised anywhere and at any time, and together they are the corpus.
+"""
+
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from moe_pretrain.data.documents.config import (
+    BuiltinCorpusConfig,
+    CorpusConfig,
+    Document,
+    FilesCorpusConfig,
+    HubCorpusConfig,
+    LeftOut,
+    Row,
+    TokensCorpusConfig,
+    checked_text,
+    is_validation,
+)
+from moe_pretrain.data.documents.hub import START, Place, Retries, hub_batches
+from moe_pretrain.data.documents.text_files import Piece, corpus_files, cut_file, file_rows
+from moe_pretrain.data.documents.token_files import cut_token_file, token_files
+
+# Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
+# system's limit on mapped files (65,530) and for one resume record each.
+_SMALLEST_UNIT_BYTES = 4_000_000
+_MOST_UNITS = 2048
+_TOPICS = "pydoc_data.topics/"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a corpus that one process turns into one shard on each side.
+
+    Attributes:
+        index: Place in the corpus, from 0.
+        pieces: What to read, in order. A streamed corpus has none; its rows come with the unit.
+        rows: Rows of a streamed corpus.
+        end: Where a streamed corpus stands after them; None for others.
+    """
+
+    index: int
+    pieces: tuple[Piece, ...]
+    rows: tuple[Row, ...]
+    end: Place | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much there is to read."""
+        return sum(piece.size_bytes for piece in self.pieces)
+
+
+def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[Unit] | None:
+    """The units of a corpus, in order, or None for one that is streamed: see ``stream_units``.
+
+    Args:
+        config: The corpus.
+        smallest_bytes: About how much text a unit has at least; None for four million bytes.
+
+    Raises:
+        ValueError: A file is missing or cannot be read.
+    """
+    smallest_bytes = smallest_bytes or _SMALLEST_UNIT_BYTES
+    if isinstance(config, HubCorpusConfig):
+        return None
+    if isinstance(config, BuiltinCorpusConfig):
+        return _group([[piece] for piece in _builtin_pieces()], smallest_bytes)
+    files = token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
+    total_bytes = sum(path.stat().st_size for path in files)
+    unit_bytes = max(smallest_bytes, -(-total_bytes // _MOST_UNITS))
+    if isinstance(config, TokensCorpusConfig):
+        return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
+    return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
+
+
+def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
+    """The rows of one unit of text.
+
+    Raises:
+        ValueError: The source cannot be read; one line that names the place.
+    """
+    if not unit.pieces:
+        yield from unit.rows
+    for piece in unit.pieces:
+        if isinstance(config, BuiltinCorpusConfig):
+            yield _builtin_row(piece.name)
+        else:
+            assert isinstance(config, FilesCorpusConfig)
+            yield from file_rows(piece, config)
+
+
+def stream_units(
+    config: HubCorpusConfig,
+    start: Place,
+    units_done: int,
+    unit_bytes: int | None = None,
+    retries: Retries | None = None,
+) -> Iterator[Unit]:
+    """Units of a streamed corpus from where an earlier attempt came to.
+
+    Args:
+        config: The corpus.
+        start: Where it stood after the units that are done.
+        units_done: How many those are.
+        unit_bytes: About how much text a unit has; None for four million bytes.
+        retries: What to do when the network fails; None for nothing.
+
+    Raises:
+        ValueError: The source cannot be read.
+    """
+    retries = retries or Retries(0.0, lambda line: None)
+    batches = hub_batches(config, start, unit_bytes or _SMALLEST_UNIT_BYTES, retries)
+    for index, (rows, end) in enumerate(batches, start=units_done):
+        yield Unit(index, (), rows, end)
+
+
+def documents(config: CorpusConfig, retries: Retries | None = None) -> Iterator[Document]:
+    """All documents of a corpus, training and validation together, always in the same order.
+
+    A row whose text is empty is no document and is left out. ``retries``: see ``stream_units``.
+
+    Raises:
+        ValueError: The source cannot be read; one line that names the file, and the line or
+            row in it where there is one. Raised when the iterator reaches the fault.
+    """
+    units = plan_units(config)
+    if units is None:
+        assert isinstance(config, HubCorpusConfig)
+        rows = (row for unit in stream_units(config, START, 0, 1, retries) for row in unit.rows)
+    else:
+        rows = (row for unit in units for row in unit_rows(config, unit))
+    return (row for row in rows if isinstance(row, Document))
+
+
+def sample_texts(config: CorpusConfig, max_bytes: int, retries: Retries | None = None) -> Iterator[str]:
+    """Training texts for a tokenizer, ``max_bytes`` of them at most, always the same.
+
+    Local files take turns, so a corpus whose first file is large and of one kind does not
+    decide the vocabulary alone; other sources give their first documents.
+    """
+    if isinstance(config, FilesCorpusConfig):
+        files = corpus_files(config)
+        # 64 files open at once are enough for variety and few enough for any limit on handles.
+        every = -(-len(files) // 64)
+        rows = _in_turn([file_rows(Piece(str(path), 0, None, 0), config) for path in files[::every]])
+    else:
+        rows = documents(config, retries)
+    remaining_bytes = max_bytes
+    for document in rows:
+        if not is_validation(document.text, config.validation_fraction):
+            data = document.text.encode()[:remaining_bytes]
+            yield data.decode(errors="ignore")  # the cut may have split a character
+            remaining_bytes -= len(data)
+            if not remaining_bytes:
+                return
+
+
+def content_identity(config: CorpusConfig) -> str:
+    """A string that changes when the text behind a configuration does, without reading it.
+
+    The built-in corpus is known by the interpreter's files and their sizes, local files by
+    path, size and time of change. A hub dataset is known by its name alone.
+
+    Raises:
+        ValueError: A local file is missing or a glob pattern matches nothing.
+    """
+    if isinstance(config, BuiltinCorpusConfig):
+        return json.dumps([[piece.name, piece.size_bytes] for piece in _builtin_pieces()])
+    if isinstance(config, FilesCorpusConfig):
+        stats = [(path, path.stat()) for path in corpus_files(config)]
+        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    if isinstance(config, TokensCorpusConfig):
+        files = token_files(config)
+        files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
+        stats = [(path, path.stat()) for path in files]
+        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    return config.name  # and what else its configuration says
+
+
+def _group(files: list[list[Piece]], unit_bytes: int) -> list[Unit]:
+    """Neighbouring pieces together until a unit is full."""
+    units: list[Unit] = []
+    waiting: list[Piece] = []
+    size = 0
+    for piece in (piece for pieces in files for piece in pieces):
+        waiting.append(piece)
+        size += piece.size_bytes
+        if size >= unit_bytes:
+            units.append(Unit(len(units), tuple(waiting), ()))
+            waiting, size = [], 0
+    if waiting:
+        units.append(Unit(len(units), tuple(waiting), ()))
+    return units
+
+
+def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Document]:
+    while streams:
+        still_open = []
+        for stream in streams:
+            row = next((row for row in stream if isinstance(row, Document)), None)
+            if row is not None:
+                yield row
+                still_open.append(stream)
+        streams = still_open
+
+
+# ---------------------------------------------------------------- built-in
+
+_LEFT_OUT_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",  # its topics are documents of their own: the same text must not come twice
+}
+
+
+def _standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _standard_library_files() -> list[str]:
+    """Paths relative to the library, sorted; ``_sysconfigdata`` differs between builds."""
+    root = _standard_library()
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    return sorted(
+        name.as_posix()
+        for name in names
+        if not _LEFT_OUT_FOLDERS.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
+    )
+
+
+def _builtin_pieces() -> list[Piece]:
+    root = _standard_library()
+    modules = [Piece(name, 0, None, (root / name).stat().st_size) for name in _standard_library_files()]
+    return modules + [Piece(_TOPICS + name, 0, None, len(topics[name])) for name in sorted(topics)]
+
+
+def _builtin_row(name: str) -> Row:
+    identity = f"builtin:{name}"
+    if name.startswith(_TOPICS):
+        return checked_text(identity, topics[name.removeprefix(_TOPICS)], "skip")
+    try:
+        text = (_standard_library() / name).read_bytes().decode()
+    except UnicodeDecodeError:
+        return LeftOut(identity, "invalid_utf8")  # a few sources are in another encoding
+    return checked_text(identity, text, "skip")

@@ -1,0 +1,1 @@
+"""Text to shards, whole and ahead of training."""

@@ -1,0 +1,267 @@
+"""One attempt at writing a corpus' shards, which goes on from the attempts before it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe, version_and_licence
+from moe_pretrain.data.documents.hub import START, Place, Retries
+from moe_pretrain.data.documents.work_units import Unit, plan_units, sample_texts, stream_units
+from moe_pretrain.data.prepare import cache
+from moe_pretrain.data.prepare.progress_line import Progress
+from moe_pretrain.data.prepare.worker_pool import (
+    Job,
+    Task,
+    WriteError,
+    run_here,
+    run_in_processes,
+)
+from moe_pretrain.data.shards import reader as shards
+from moe_pretrain.data.shards.reader import Origin, ShardInfo
+from moe_pretrain.data.shards.unit_shards import (
+    NOTHING,
+    SIDES,
+    UNITS,
+    UnitRecord,
+    forget_unit,
+    read_records,
+    read_token_counts,
+    shard_is_whole,
+)
+from moe_pretrain.data.shards.writer import sync_folder, write_durably, write_manifest
+from moe_pretrain.data.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    TokenizerConfig,
+    load_pretrained,
+    load_tokenizer_file,
+    train_tokenizer,
+)
+
+COUNTS_FILE = "counts.json"
+_TOKENIZER_SAMPLE_BYTES = 20_000_000
+
+
+def is_complete(folder: Path, sides: tuple[str, ...]) -> bool:
+    """Whether a prepared corpus has all its files."""
+    return all(shards.is_complete(folder / side) for side in sides) and (folder / COUNTS_FILE).is_file()
+
+
+def build(preparation: "Preparation") -> None:
+    """Do the work unless it is done, or another process does it meanwhile."""
+    folder, sides, report = preparation.folder, preparation.sides, preparation.report
+    if not is_complete(folder, sides):
+        with cache.locked(folder, report) as lock:
+            cache.remove_stale(folder.parent, report)
+            if not is_complete(folder, sides):
+                preparation.lock = lock
+                preparation.run()
+    if cache.was_cut_off(folder):
+        with contextlib.suppress(ValueError, OSError), cache.locked(folder, report):  # it may be read-only
+            shutil.rmtree(folder / UNITS, ignore_errors=True)
+
+
+def make_tokenizer(
+    corpus: CorpusConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    report: Callable[[str], None],
+    retries: Retries | None = None,
+) -> Tokenizer:
+    """Load the tokenizer, or learn it from the first 20 MB of training documents and leave it in ``folder``.
+
+    Local files take turns in those 20 MB; a stream gives what comes first. ``retries``: see ``sources.stream_units``.
+
+    Raises:
+        ValueError: It cannot be loaded, or the source cannot be read.
+    """
+    if config.kind == "pretrained":
+        return load_pretrained(config)
+    file = folder / TOKENIZER_FILE
+    if not file.exists():
+        report(f"training a {config.vocab_size}-token tokenizer ({describe(corpus)})")
+        half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
+        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, half_written)
+        half_written.rename(file)
+    return load_tokenizer_file(file)
+
+
+class Preparation:
+    """One attempt at preparing a corpus.
+
+    Args:
+        folder: Where the corpus will be; the work is done beside it.
+        corpus: Where the text comes from.
+        tokenizer: Which tokenizer.
+        pretrained: That tokenizer, where it exists before the corpus.
+        max_tokens: Training tokens at which a stream ends; None for all there are.
+        sides: ``SIDES``, or the first alone for a corpus of which nothing is held out.
+        workers: Processes; None for one on each core.
+        report: Called with progress lines.
+
+    Attributes:
+        lock: Handle of the corpus' lock, which the workers keep too; set by ``build``.
+    """
+
+    lock: int
+
+    def __init__(
+        self,
+        folder: Path,
+        corpus: CorpusConfig,
+        tokenizer: TokenizerConfig,
+        pretrained: Tokenizer | None,
+        max_tokens: int | None,
+        sides: tuple[str, ...],
+        workers: int | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self.folder, self.sides, self.report = folder, sides, report
+        self._partial = cache.partial_folder(folder)
+        self._corpus, self._tokenizer_config, self._pretrained = corpus, tokenizer, pretrained
+        self._max_tokens, self._workers = max_tokens, workers or len(os.sched_getaffinity(0))
+        self._records: dict[int, UnitRecord] = {}
+
+    def run(self) -> None:
+        """Write what is missing, then give the folder its name.
+
+        Raises:
+            ValueError: The source, the tokenizer or the disk cannot be used; one line.
+        """
+        for side in (*self.sides, UNITS):
+            (self._partial / side).mkdir(parents=True, exist_ok=True)
+        cache.remove_leftovers(self._partial)
+        try:
+            units = plan_units(self._corpus)
+            tokenizer = self._pretrained or make_tokenizer(
+                self._corpus, self._tokenizer_config, self._partial, self.report
+            )
+            self._records = self._good_records(2 if tokenizer.vocab_size <= 65536 else 4)
+            if self._records:
+                self.report(f"going on with {len(self._records)} finished shards in {self._partial}")
+            if units is None:
+                self._do_stream(tokenizer)
+            else:
+                self._do_units(tokenizer, units)
+            self._finish(tokenizer)
+        except WriteError:
+            raise
+        except OSError as error:
+            raise ValueError(f"{self._partial}: {error.strerror}; the same command goes on from there") from None
+        except ValueError:
+            # The text must change before this can succeed, and then it is another corpus.
+            if not isinstance(self._corpus, HubCorpusConfig):
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+    def _good_records(self, token_bytes: int) -> dict[int, UnitRecord]:
+        """Records whose shards are there."""
+        good = {}
+        for index, record in read_records(self._partial).items():
+            shards_of = zip(SIDES, record.shards, strict=True)
+            if all(shard_is_whole(self._partial, side, shard, token_bytes) for side, shard in shards_of):
+                good[index] = record
+            else:
+                forget_unit(self._partial, index)
+        return good
+
+    def _do_units(self, tokenizer: Tokenizer, units: list[Unit]) -> None:
+        missing = [unit for unit in units if unit.index not in self._records]
+        sizes = {unit.index: unit.size_bytes for unit in missing}
+        progress = Progress(self.report, sizes, None, 0)
+        for record in self._run(tokenizer, iter((unit, None) for unit in missing), len(missing), progress):
+            self._records[record.index] = record
+        progress.say()
+
+    def _do_stream(self, tokenizer: Tokenizer) -> None:
+        """Units of a stream, until it ends or the limit is reached: then the last unit is cut at it."""
+        corpus = self._corpus
+        assert isinstance(corpus, HubCorpusConfig)
+        limit = float("inf") if self._max_tokens is None else self._max_tokens
+        settled, place, tokens = 0, START, 0  # units in order, without a gap and below the limit
+
+        def settle() -> bool:
+            nonlocal settled, place, tokens
+            while (record := self._records.get(settled)) and tokens + record.train_tokens < limit:
+                settled, place = settled + 1, record.end or Place(place.rows + record.counts.read, None)
+                tokens += record.train_tokens
+                waiting.pop(record.index, None)
+            return record is not None  # enough tokens
+
+        waiting: dict[int, Unit] = {}
+        enough = settle()
+        if enough and self._records[settled].limited:
+            return
+
+        def tasks() -> Iterator[Task]:
+            for unit in stream_units(corpus, place, settled):
+                waiting[unit.index] = unit
+                if enough:
+                    return
+                if unit.index not in self._records:
+                    yield unit, None
+
+        progress = Progress(self.report, None, self._max_tokens, tokens)
+        for record in self._run(tokenizer, tasks(), self._workers, progress):
+            self._records[record.index] = record
+            enough = settle()
+        if enough:
+            if settled not in waiting:
+                waiting[settled] = next(stream_units(corpus, place, settled))
+            for index in [index for index in self._records if index > settled]:
+                del self._records[index]
+                forget_unit(self._partial, index)
+            last: Task = (waiting[settled], int(limit) - tokens)
+            # In place: should this attempt end here, the next finds the whole unit and cuts it again.
+            for record in self._run(tokenizer, iter([last]), 1, progress):
+                self._records[record.index] = record
+        progress.say()
+
+    def _run(self, tokenizer: Tokenizer, tasks: Iterator[Task], most: int, progress: Progress) -> Iterator[UnitRecord]:
+        fraction = self._corpus.validation_fraction if self.sides == SIDES else 0.0
+        job = Job(self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint)
+        processes = min(self._workers, most)
+        if processes <= 1:
+            records = run_here(job, tokenizer, tasks, progress.advance)
+        else:
+            records = run_in_processes(job, tasks, processes, progress.advance, self.lock)
+        for record in records:
+            progress.finish(record)
+            yield record
+
+    def _finish(self, tokenizer: Tokenizer) -> None:
+        """Write the manifests and give the folder its name."""
+        corpus = self._corpus
+        records = [record for _, record in sorted(self._records.items())]
+        counts = sum((record.counts for record in records), NOTHING)
+        found = counts.train + counts.validation
+        for side, number in (("training", counts.train), ("validation", counts.validation)):
+            if not found:
+                raise ValueError(f"data: no document with text in {describe(corpus)} ({counts.read} rows read)")
+            if not number and self.sides == SIDES:
+                raise ValueError(
+                    f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "
+                    f"document of the {found} in {describe(corpus)}"
+                )
+        origin = Origin(describe(corpus), *version_and_licence(corpus))
+        token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for record in records:
+            token_counts += read_token_counts(self._partial, record.index)
+        for number, side in enumerate(self.sides):
+            infos: list[ShardInfo] = [shard for record in records if (shard := record.shards[number])]
+            write_manifest(
+                self._partial / side, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
+            )
+        write_durably(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
+        sync_folder(self._partial)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)  # published folders are complete: somebody removed files from it
+        self._partial.rename(self.folder)
+        sync_folder(self.folder.parent)
+        shutil.rmtree(self.folder / UNITS, ignore_errors=True)

@@ -1,0 +1,184 @@
+"""``prepare_mixture``: every source of a mixture in the cache, in the tokens of one tokenizer."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from moe_pretrain.data.documents.config import version_and_licence
+from moe_pretrain.data.documents.work_units import content_identity, sample_texts
+from moe_pretrain.data.prepare import cache
+from moe_pretrain.data.prepare.prepare import TokenizedCorpus, check_prepared, naming, prepare
+from moe_pretrain.data.rows.mixture import MixedShards, MixtureConfig
+from moe_pretrain.data.shards.writer import sync_folder
+from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, train_tokenizer
+
+_TOKENIZER_SAMPLE_BYTES = 20_000_000  # of all sources together, the same from each
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How much a run reads.
+
+    Attributes:
+        num_steps: Its steps.
+        rows_per_step: Rows of one step over all ranks.
+        sequence_length: Input positions of a row.
+    """
+
+    num_steps: int
+    rows_per_step: int
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class TokenizedMixture:
+    """A mixture ready to train on: what ``TokenizedCorpus`` is for one corpus.
+
+    Attributes:
+        sources: The corpora by name.
+        config: How they take turns.
+        shares: Share of each source in the rows of the whole planned run.
+        tokenizer_file: Where the tokenizer is, if it was learnt from the sources.
+    """
+
+    sources: Mapping[str, TokenizedCorpus]
+    config: MixtureConfig
+    shares: Mapping[str, float]
+    tokenizer_file: Path
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the sources are in the cache."""
+        return [folder for source in self.sources.values() for folder in source.folders]
+
+    @property
+    def train(self) -> MixedShards:
+        """Tokens to train on."""
+        return MixedShards({name: source.train for name, source in self.sources.items()}, self.config)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one tokenizer of all sources."""
+        return next(iter(self.sources.values())).tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the sources' fingerprints and names."""
+        facts = sorted((name, source.fingerprint) for name, source in self.sources.items())
+        return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Loss of a model that knows the source and how often each token occurs in it, nats per token of the run."""
+        return sum(self.shares[name] * source.unigram_entropy for name, source in self.sources.items())
+
+    def describe_counts(self) -> str:
+        """Documents and tokens in and out of every source."""
+        return "\n".join(f"{name}: {source.describe_counts()}" for name, source in self.sources.items())
+
+
+def prepare_mixture(
+    config: MixtureConfig,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    run: RunLength,
+    workers: int | None,
+    progress: Callable[[str], None] | None,
+) -> TokenizedMixture:
+    """Find or make the shards of every source: see ``prepare``.
+
+    A tokenizer that is to be learnt is learnt first, from the same amount of text of each source, and kept in a folder
+    of the cache that is named by what decides it.
+
+    Raises:
+        ValueError: A source, the tokenizer or the cached shards cannot be used; one line that names the source.
+    """
+    report = progress or (lambda line: None)
+    if tokenizer.kind == "train":
+        _build_tokenizer(config, tokenizer, cache_dir, report)
+
+    def open_source(name: str, shared: TokenizerConfig, tokens_needed: int) -> TokenizedCorpus:
+        return prepare(
+            config.sources[name],
+            shared,
+            cache_dir,
+            tokens_needed,
+            workers,
+            lambda line: report(f"{name}: {line}"),
+        )
+
+    return _open(config, tokenizer, cache_dir, run, open_source)
+
+
+def check_mixture(
+    config: MixtureConfig, tokenizer: TokenizerConfig, cache_dir: Path, run: RunLength
+) -> TokenizedMixture:
+    """Compare every checksum of every source.
+
+    Raises:
+        ValueError: A source is not prepared, or a shard is damaged; the line names both.
+    """
+    if tokenizer.kind == "train" and not (file := _tokenizer_file(config, tokenizer, cache_dir)).is_file():
+        raise ValueError(f"{file}: this mixture is not prepared")
+
+    def open_source(name: str, shared: TokenizerConfig, tokens_needed: int) -> TokenizedCorpus:
+        return check_prepared(config.sources[name], shared, cache_dir, tokens_needed)
+
+    return _open(config, tokenizer, cache_dir, run, open_source)
+
+
+def _open(
+    config: MixtureConfig,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    run: RunLength,
+    open_source: Callable[[str, TokenizerConfig, int], TokenizedCorpus],
+) -> TokenizedMixture:
+    file = _tokenizer_file(config, tokenizer, cache_dir)
+    shared = tokenizer if tokenizer.kind == "pretrained" else TokenizerConfig("pretrained", 0, str(file))
+    rows = config.turns(run.rows_per_step).counts(run.num_steps * run.rows_per_step)
+    sources, shares = {}, {}
+    for name, number in zip(sorted(config.sources), rows, strict=True):
+        with naming(f"data.sources.{name}"):
+            # At least one row, and the last row's last target.
+            sources[name] = open_source(name, shared, max(1, number) * run.sequence_length + 1)
+        shares[name] = number / sum(rows)
+    return TokenizedMixture(sources, config, shares, file)
+
+
+def _build_tokenizer(
+    config: MixtureConfig, tokenizer: TokenizerConfig, cache_dir: Path, report: Callable[[str], None]
+) -> None:
+    file = _tokenizer_file(config, tokenizer, cache_dir)
+    if file.is_file():
+        return
+    with cache.locked(file.parent, report):
+        if file.is_file():
+            return
+        report(f"training a {tokenizer.vocab_size}-token tokenizer ({', '.join(sorted(config.sources))})")
+        partial = cache.partial_folder(file.parent)
+        partial.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(_sample_texts(config), tokenizer.vocab_size, partial / TOKENIZER_FILE)
+        sync_folder(partial)
+        partial.rename(file.parent)
+        sync_folder(cache_dir)
+
+
+def _tokenizer_file(config: MixtureConfig, tokenizer: TokenizerConfig, cache_dir: Path) -> Path:
+    """Where a learnt tokenizer is, by a hash of what decides it."""
+    facts = [asdict(tokenizer)]
+    for name, source in sorted(config.sources.items()):
+        with naming(f"data.sources.{name}"):
+            identity = [content_identity(source), version_and_licence(source)]
+            facts.append({"name": name, "corpus": asdict(source), "content": identity})
+    return cache_dir / f"tokenizer-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}" / TOKENIZER_FILE
+
+
+def _sample_texts(config: MixtureConfig) -> Iterator[str]:
+    each = _TOKENIZER_SAMPLE_BYTES // len(config.sources)
+    for name, source in sorted(config.sources.items()):
+        with naming(f"data.sources.{name}"):
+            yield from sample_texts(source, each)

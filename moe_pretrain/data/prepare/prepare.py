@@ -1,0 +1,293 @@
+"""``prepare``: find a corpus' token shards in the cache, or write them there."""
+
+import contextlib
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import xxhash
+
+from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig
+from moe_pretrain.data.documents.work_units import content_identity
+from moe_pretrain.data.prepare.attempt import COUNTS_FILE, Preparation, build, is_complete
+from moe_pretrain.data.shards import reader as shards
+from moe_pretrain.data.shards.reader import ShardReader
+from moe_pretrain.data.shards.unit_shards import SIDES, Counts
+from moe_pretrain.data.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    TokenizerConfig,
+    load_pretrained,
+    load_tokenizer_file,
+)
+
+_VERIFIED_BYTES = 2**31  # checksums of smaller corpora are compared at every start: a second at most
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """A corpus ready to train on.
+
+    Attributes:
+        train: Tokens to train on.
+        validation: Tokens held out.
+        tokenizer: What made them.
+        fingerprint: Hash of all tokens and of the tokenizer; a run's data is a function of it.
+        unigram_entropy: Entropy of the training tokens' frequencies, nats per token. A model
+            whose loss is not below it has learnt nothing from context.
+        counts: Documents in and out.
+    """
+
+    train: ShardReader
+    validation: ShardReader
+    tokenizer: Tokenizer
+    fingerprint: str
+    unigram_entropy: float
+    counts: Counts
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where it is in the cache."""
+        return [self.train.folder.parent]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where the tokenizer is, if it was learnt from this corpus."""
+        return self.folders[0] / TOKENIZER_FILE
+
+    def describe_size(self) -> str:
+        """How much there is, in a few words."""
+        return f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
+
+    def describe_counts(self) -> str:
+        """Documents and tokens in and out, in one line whose numbers add up."""
+        counts = self.counts
+        left_out = "".join(
+            f" + {number:,} {words}"
+            for number, words in (
+                (counts.empty, "empty"),
+                (counts.invalid_utf8, "not UTF-8"),
+                (counts.invalid_json, "not JSON"),
+            )
+            if number
+        )
+        repaired = f" ({counts.repaired:,} with bytes replaced)" if counts.repaired else ""
+        tokens = self.train.num_tokens + self.validation.num_tokens
+        return (
+            f"documents: {counts.read:,} read = {counts.train:,} training + {counts.validation:,} validation"
+            f"{left_out}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
+            f"{self.validation.num_tokens:,} validation, ends of documents among them"
+        )
+
+
+@runtime_checkable
+class TrainedOn(Protocol):
+    """What an evaluation set must know of the corpus, or the mixture, that is trained on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where that is, if it was learnt."""
+
+
+def prepare(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    tokens_needed: int | None,
+    workers: int | None,
+    progress: Callable[[str], None] | None,
+) -> TokenizedCorpus:
+    """Find the corpus' token shards in the cache, or tokenise the text and put them there.
+
+    The folder is named by a hash of everything that decides its content, so a second call opens it
+    at once. It appears under its name only when it is complete; of several processes that ask for it
+    one works and the others wait. A killed one leaves its finished shards, and the next goes on from there.
+
+    Args:
+        corpus: Where the text comes from.
+        tokenizer: Which tokenizer.
+        cache_dir: Folder of prepared corpora; made if missing.
+        tokens_needed: Training tokens that the run will read. Only a hub corpus looks at it:
+            it stops there, unless ``corpus.max_tokens`` says where to stop.
+        workers: Processes that tokenise; None for one on each core. The result does not depend on it.
+        progress: Called with a short line about once a second while there is work to do.
+
+    Raises:
+        ValueError: The source, the tokenizer or the cached shards cannot be used; one line.
+    """
+    report = progress or (lambda line: None)
+    max_tokens = _max_tokens(corpus, tokens_needed)
+    pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
+    build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
+    return _open(folder, pretrained)
+
+
+def prepare_evaluation_set(
+    name: str,
+    corpus: CorpusConfig,
+    trained_on: TrainedOn,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    tokens_needed: int,
+    workers: int | None,
+    progress: Callable[[str], None] | None,
+) -> ShardReader:
+    """A corpus that is only evaluated on, all of it, in the tokens of the one that is trained on.
+
+    Args:
+        name: Name of the set, for errors.
+        corpus: Where the text comes from; its ``validation_fraction`` has no meaning here.
+        trained_on: The training corpus.
+        tokenizer: Its tokenizer's configuration.
+        cache_dir: As in ``prepare``.
+        tokens_needed: As in ``prepare``.
+        workers: As in ``prepare``.
+        progress: As in ``prepare``.
+
+    Raises:
+        ValueError: As in ``prepare``; the line names the set.
+    """
+    if tokenizer.kind == "train":
+        tokenizer = TokenizerConfig("pretrained", 0, str(trained_on.tokenizer_file))
+    report = progress or (lambda line: None)
+    max_tokens = _max_tokens(corpus, tokens_needed)
+    with naming(f"evaluation.sets.{name}"):
+        pretrained = trained_on.tokenizer
+        folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
+        build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES[:1], workers, report))
+        return _open_sides(folder, SIDES[:1])[0]
+
+
+def check_prepared(
+    corpus: CorpusConfig, tokenizer: TokenizerConfig, cache_dir: Path, tokens_needed: int | None
+) -> TokenizedCorpus:
+    """Compare every checksum of a corpus that is prepared.
+
+    Raises:
+        ValueError: It is not prepared, or a shard is damaged; the line names it.
+    """
+    pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
+    _require_complete(folder, SIDES)
+    prepared = _open(folder, pretrained)
+    prepared.train.verify()
+    prepared.validation.verify()
+    return prepared
+
+
+def prepared_tokens(
+    corpus: CorpusConfig, tokenizer: TokenizerConfig, cache_dir: Path, tokens_needed: int | None
+) -> int | None:
+    """Training tokens of a corpus that is in the cache; None if it is not, or it would take a network to tell.
+
+    Raises:
+        ValueError: As in ``prepare``.
+    """
+    pretrained = None
+    if tokenizer.kind == "pretrained":
+        if not Path(str(tokenizer.path)).is_file():
+            return None
+        pretrained = load_pretrained(tokenizer)
+    folder = cache_dir / folder_name(corpus, tokenizer, pretrained, _max_tokens(corpus, tokens_needed), SIDES)
+    return ShardReader(folder / SIDES[0]).num_tokens if is_complete(folder, SIDES) else None
+
+
+def check_evaluation_set(
+    name: str,
+    corpus: CorpusConfig,
+    trained_on: TrainedOn,
+    tokenizer: TokenizerConfig,
+    cache_dir: Path,
+    tokens_needed: int,
+) -> ShardReader:
+    """Compare every checksum of a set that ``prepare_evaluation_set`` has made.
+
+    Raises:
+        ValueError: As in ``check_prepared``; the line names the set.
+    """
+    with naming(f"evaluation.sets.{name}"):
+        max_tokens = _max_tokens(corpus, tokens_needed)
+        folder = cache_dir / folder_name(corpus, tokenizer, trained_on.tokenizer, max_tokens, SIDES[:1])
+        _require_complete(folder, SIDES[:1])
+        reader = ShardReader(folder / SIDES[0])
+        reader.verify()
+        return reader
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Put the place in the configuration before a complaint about what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def _require_complete(folder: Path, sides: tuple[str, ...]) -> None:
+    if not is_complete(folder, sides):
+        raise ValueError(f"{folder}: this corpus is not prepared")
+
+
+def _max_tokens(corpus: CorpusConfig, tokens_needed: int | None) -> int | None:
+    if not isinstance(corpus, HubCorpusConfig):
+        return None
+    return tokens_needed if corpus.max_tokens is None else corpus.max_tokens
+
+
+def folder_name(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    pretrained: Tokenizer | None,
+    max_tokens: int | None,
+    sides: tuple[str, ...],
+    **more: Any,
+) -> str:
+    """Name of a corpus' folder: a hash of everything that decides its content."""
+    facts = {
+        "format_version": shards.FORMAT_VERSION,
+        "corpus": dataclasses.asdict(corpus),
+        "content": content_identity(corpus),
+        "python": platform.python_version() if corpus.source == "builtin" else None,
+        "tokenizer": pretrained.fingerprint if pretrained else dataclasses.asdict(tokenizer),
+        "max_tokens": max_tokens,
+        "sides": sides,
+        **more,
+    }
+    digest = xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
+    return f"{corpus.source}-{digest}"
+
+
+def _open_sides(folder: Path, sides: tuple[str, ...]) -> list[ShardReader]:
+    """Readers of the sides; small corpora are compared with their checksums."""
+    readers = [ShardReader(folder / side) for side in sides]
+    if 4 * sum(reader.num_tokens for reader in readers) < _VERIFIED_BYTES:
+        for reader in readers:
+            reader.verify()
+    return readers
+
+
+def _open(folder: Path, pretrained: Tokenizer | None) -> TokenizedCorpus:
+    train, validation = _open_sides(folder, SIDES)
+    tokenizer = pretrained or load_tokenizer_file(folder / TOKENIZER_FILE)
+    if tokenizer.fingerprint != train.manifest.tokenizer_fingerprint:
+        raise ValueError(
+            f"{folder}: the tokenizer now cuts text differently than when the shards were "
+            "written (another version of tokenizers?); delete the folder to write them again"
+        )
+    return TokenizedCorpus(
+        train=train,
+        validation=validation,
+        tokenizer=tokenizer,
+        fingerprint=xxhash.xxh3_128_hexdigest((train.fingerprint + validation.fingerprint).encode()),
+        unigram_entropy=train.manifest.unigram_entropy_nats,
+        counts=Counts(**json.loads((folder / COUNTS_FILE).read_bytes())),
+    )

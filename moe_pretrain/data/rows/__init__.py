@@ -1,0 +1,1 @@
+"""Which tokens make row n of the run."""

@@ -1,0 +1,223 @@
+"""One work unit to one training and one validation shard, with a record that says it is done.
+
+The record is written last: a unit with a record is never done again, one without is done from its start. Since a
+unit's contents follow from the corpus alone, so does everything written here.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_pretrain.data.documents.config import (
+    CorpusConfig,
+    Document,
+    LeftOut,
+    Row,
+    TokenDocument,
+    TokensCorpusConfig,
+    is_validation,
+)
+from moe_pretrain.data.documents.hub import Place
+from moe_pretrain.data.documents.token_files import token_rows
+from moe_pretrain.data.documents.work_units import Unit, unit_rows
+from moe_pretrain.data.shards.reader import ShardInfo
+from moe_pretrain.data.shards.writer import ShardWriter, write_durably
+from moe_pretrain.data.tokenizer import Tokenizer
+
+SIDES = ("train", "validation")
+UNITS = "units"  # folder of the records, beside those of the sides
+_BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at once: enough for all its threads
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Documents in and out; ``read`` is the sum of all that follow it but ``repaired``.
+
+    Attributes:
+        read: Rows of the source.
+        empty: Left out because their text is empty.
+        invalid_utf8: Left out because their text is not UTF-8.
+        invalid_json: Left out because their line is no JSON object.
+        train: Documents to train on.
+        validation: Documents held out.
+        repaired: Of the last two, those in which bytes that are not UTF-8 were replaced.
+    """
+
+    read: int
+    empty: int
+    invalid_utf8: int
+    invalid_json: int
+    train: int
+    validation: int
+    repaired: int
+
+    def __add__(self, other: "Counts") -> "Counts":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Counts(*(one + two for one, two in zip(mine, theirs, strict=True)))
+
+
+NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What became of one unit.
+
+    Attributes:
+        index: The unit's.
+        shards: Shard of each of ``SIDES``; None where no document fell on that side.
+        counts: Documents in and out.
+        limited: Whether the unit was cut short, because the corpus had enough tokens.
+        end: Where a streamed source stood after it; None for others.
+    """
+
+    index: int
+    shards: tuple[ShardInfo | None, ShardInfo | None]
+    counts: Counts
+    limited: bool
+    end: Place | None
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens on the training side."""
+        return self.shards[0].tokens if self.shards[0] else 0
+
+
+# Tokens and bytes of text since the last call.
+Tick = Callable[[int, int], None]
+
+
+def write_unit(
+    folder: Path,
+    config: CorpusConfig,
+    validation_fraction: float,
+    unit: Unit,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    tick: Tick,
+) -> UnitRecord:
+    """Tokenise one unit.
+
+    Args:
+        folder: Folder of the corpus being prepared.
+        config: The corpus.
+        validation_fraction: Share of documents held out, in [0, 1).
+        unit: The unit.
+        tokenizer: The tokenizer.
+        max_tokens: Stop with the document that brings the training side there; None for no end.
+        tick: Called after every batch of documents.
+
+    Raises:
+        ValueError: The source cannot be used.
+        OSError: The disk is full.
+    """
+    train, validation = (
+        ShardWriter(folder / side, unit.index, tokenizer.vocab_size, tokenizer.end_of_document) for side in SIDES
+    )
+    counted = {field.name: 0 for field in dataclasses.fields(Counts)}
+    limited = False
+    try:
+        for batch in _batches(_rows(config, unit, tokenizer)):
+            texts = [row.text for row in batch if isinstance(row, Document)]
+            before = train.num_tokens + validation.num_tokens
+            tokens = iter(tokenizer.encode_batch(texts))
+            for row in batch:
+                counted["read"] += 1
+                if isinstance(row, LeftOut):
+                    counted[row.reason] += 1
+                    continue
+                if isinstance(row, TokenDocument):
+                    held_out = is_validation(row.tokens, validation_fraction)
+                    (validation if held_out else train).add(row.tokens, 0)
+                    continue
+                held_out = is_validation(row.text, validation_fraction)
+                (validation if held_out else train).add(next(tokens), len(row.text.encode()))
+                counted["repaired"] += row.repaired
+                limited = max_tokens is not None and train.num_tokens >= max_tokens
+                if limited:
+                    break
+            tick(train.num_tokens + validation.num_tokens - before, sum(map(len, texts)))
+            if limited:
+                break
+        counted |= {"train": train.num_documents, "validation": validation.num_documents}
+        shards = (train.close(), validation.close())
+    finally:
+        train.abort()
+        validation.abort()
+    record = UnitRecord(unit.index, shards, Counts(**counted), limited, unit.end)
+    (folder / UNITS).mkdir(exist_ok=True)
+    write_durably(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
+    write_durably(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
+    return record
+
+
+def read_records(folder: Path) -> dict[int, UnitRecord]:
+    """The records of the units that are done."""
+    records = [read_record(path) for path in (folder / UNITS).glob("unit-*.json")]
+    return {record.index: record for record in records}
+
+
+def record_path(folder: Path, index: int) -> Path:
+    """Where a unit's record is once the unit is done."""
+    return folder / UNITS / f"unit-{index:05d}.json"
+
+
+def read_record(path: Path) -> UnitRecord:
+    """One record."""
+    values: dict[str, Any] = json.loads(path.read_bytes())
+    train, validation = (ShardInfo(**shard) if shard else None for shard in values["shards"])
+    end = Place(**values["end"]) if values.get("end") else None
+    return UnitRecord(values["index"], (train, validation), Counts(**values["counts"]), values["limited"], end)
+
+
+def shard_is_whole(folder: Path, side: str, shard: ShardInfo | None, token_bytes: int) -> bool:
+    """Whether a shard that a record lists is there; a machine that lost power may keep one without the other."""
+    if shard is None:
+        return True
+    path = folder / side / f"{shard.name}.bin"
+    return path.is_file() and path.stat().st_size == shard.tokens * token_bytes
+
+
+def read_token_counts(folder: Path, index: int) -> np.ndarray:
+    """int64 [vocab_size], how often each token stands in a unit's training shard."""
+    return np.frombuffer(zlib.decompress((folder / UNITS / f"unit-{index:05d}.counts").read_bytes()), dtype=np.int64)
+
+
+def forget_unit(folder: Path, index: int) -> None:
+    """Undo a unit: the record first, so that there is never a record without its shards."""
+    record_path(folder, index).unlink(missing_ok=True)
+    (folder / UNITS / f"unit-{index:05d}.counts").unlink(missing_ok=True)
+    forget_shards(folder, index, SIDES)
+
+
+def forget_shards(folder: Path, index: int, sides: tuple[str, ...]) -> None:
+    """Remove a unit's shards of some sides."""
+    for side in sides:
+        for ending in ("bin", "idx"):
+            (folder / side / f"shard-{index:05d}.{ending}").unlink(missing_ok=True)
+
+
+def _rows(config: CorpusConfig, unit: Unit, tokenizer: Tokenizer) -> Iterator[Row]:
+    if isinstance(config, TokensCorpusConfig):
+        return token_rows(unit.pieces, config, tokenizer.vocab_size, tokenizer.end_of_document)
+    return unit_rows(config, unit)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text) if isinstance(row, Document) else 1
+        characters += len(row.tokens) if isinstance(row, TokenDocument) else 0
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,245 @@
+"""Writing token shards: each file appears under its name only when it is whole and on the disk.
+
+Files are written under a temporary name, flushed to the disk and renamed, so a file with its own name is never
+half written, and a folder is complete when its manifest, which is written last, is there.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from moe_pretrain.data.shards.reader import (
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    MANIFEST_NAME,
+    Manifest,
+    Origin,
+    ShardInfo,
+)
+
+_TOKENS_PER_WRITE = 2**20
+
+
+class ShardWriter:
+    """Writes one shard, one document after the other. ``write_manifest`` makes shards a folder that can be read.
+
+    Args:
+        folder: Where to write; made if missing. Files of the same name are replaced.
+        number: Number of the shard; the stream is the shards by rising number.
+        vocab_size: Number of tokens of the tokenizer.
+        end_of_document: Token put after each document.
+
+    Attributes:
+        num_tokens: Tokens so far, ends of documents among them.
+        num_documents: Documents so far.
+        token_counts: int64 [vocab_size], how often each token was written; complete after ``close``.
+    """
+
+    def __init__(self, folder: Path, number: int, vocab_size: int, end_of_document: int) -> None:
+        if not 0 <= end_of_document < vocab_size:
+            raise ValueError(f"end_of_document={end_of_document} must be below vocab_size={vocab_size}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.num_tokens = 0
+        self.token_counts = np.zeros(vocab_size, dtype=np.int64)
+        self._folder = folder
+        self._name = f"shard-{number:05d}"
+        self._vocab_size = vocab_size
+        self._end_of_document = end_of_document
+        self._dtype = _token_dtype(vocab_size)
+        self._text_bytes = 0
+        self._document_ends: list[int] = []
+        self._bin: _DurableFile | None = None
+        # Documents not yet written; small documents are far cheaper to handle many at a time.
+        self._waiting: list[np.ndarray] = []
+        self._waiting_tokens = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far."""
+        return len(self._document_ends)
+
+    def add(self, token_ids: Sequence[int] | np.ndarray, text_bytes: int) -> None:
+        """Append one document.
+
+        Args:
+            token_ids: Tokens of the text, without the end-of-document token.
+            text_bytes: Length of the text in UTF-8; 0 where there was no text, only tokens.
+
+        Raises:
+            ValueError: A token is not in ``[0, vocab_size)``.
+        """
+        tokens = np.empty(len(token_ids) + 1, dtype=np.int64)
+        tokens[:-1] = token_ids
+        tokens[-1] = self._end_of_document
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise ValueError(
+                f"document {self.num_documents}: token ids from {tokens.min()} to "
+                f"{tokens.max()} must be from 0 to vocab_size-1={self._vocab_size - 1}"
+            )
+        self._waiting.append(tokens)
+        self._waiting_tokens += len(tokens)
+        self.num_tokens += len(tokens)
+        self._text_bytes += text_bytes
+        self._document_ends.append(self.num_tokens)
+        if self._waiting_tokens >= _TOKENS_PER_WRITE:
+            self._write_waiting()
+
+    def close(self) -> ShardInfo | None:
+        """Put the shard on the disk under its name; None, and no file, if it has no document."""
+        if not self._document_ends:
+            return None
+        self._write_waiting()
+        assert self._bin is not None
+        self._bin.commit()
+        with _DurableFile(self._folder / f"{self._name}.idx") as index:
+            index.write(np.array(self._document_ends, dtype=INDEX_DTYPE).tobytes())
+        return ShardInfo(
+            name=self._name,
+            tokens=self.num_tokens,
+            documents=self.num_documents,
+            text_bytes=self._text_bytes,
+            bin_xxh3=self._bin.checksum.hexdigest(),
+            idx_xxh3=index.checksum.hexdigest(),
+        )
+
+    def abort(self) -> None:
+        """Let go of open files after a failure; nothing has appeared under the shard's name."""
+        if self._bin is not None:
+            self._bin.abandon()
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        if self._bin is None:
+            self._bin = _DurableFile(self._folder / f"{self._name}.bin")
+        tokens = np.concatenate(self._waiting)
+        self.token_counts += np.bincount(tokens, minlength=self._vocab_size)
+        self._bin.write(tokens.astype(self._dtype).tobytes())
+        self._waiting = []
+        self._waiting_tokens = 0
+
+
+def write_manifest(
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    token_counts: np.ndarray,
+    end_of_document: int,
+    tokenizer_fingerprint: str,
+    origin: Origin,
+) -> Manifest:
+    """Make a folder of finished shards complete.
+
+    Args:
+        folder: Where the shards are.
+        shards: In stream order.
+        token_counts: int64 [vocab_size], over all shards.
+        end_of_document: Token after each document.
+        tokenizer_fingerprint: ``Tokenizer.fingerprint``.
+        origin: Where the text came from.
+
+    Raises:
+        ValueError: There is no shard.
+    """
+    manifest = make_manifest(folder, shards, token_counts, end_of_document, tokenizer_fingerprint, origin)
+    # The shards' names must be on the disk before the manifest that vouches for them.
+    sync_folder(folder)
+    write_durably(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    sync_folder(folder)
+    return manifest
+
+
+def make_manifest(
+    folder: Path,
+    shards: Sequence[ShardInfo],
+    token_counts: np.ndarray,
+    end_of_document: int,
+    tokenizer_fingerprint: str,
+    origin: Origin,
+) -> Manifest:
+    """What ``write_manifest`` writes, which has the arguments' meanings."""
+    if not shards:
+        raise ValueError(f"{folder}: no document was written")
+    vocab_size = len(token_counts)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        dtype=_token_dtype(vocab_size).name,
+        vocab_size=vocab_size,
+        end_of_document=end_of_document,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        source=origin.source,
+        version=origin.version,
+        licence=origin.licence,
+        shards=tuple(shards),
+        tokens=sum(shard.tokens for shard in shards),
+        documents=sum(shard.documents for shard in shards),
+        text_bytes=sum(shard.text_bytes for shard in shards),
+        unigram_entropy_nats=_entropy_nats(token_counts),
+    )
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file that appears under its name whole, on the disk, or not at all."""
+    with _DurableFile(path) as file:
+        file.write(data)
+
+
+class _DurableFile:
+    """A file that appears under its name only when it is whole and on the disk.
+
+    Attributes:
+        checksum: xxh3-128 of the bytes written so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Of several processes that write the same file each has its own; the contents are the same.
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit
+        self.checksum = xxhash.xxh3_128()
+
+    def __enter__(self) -> "_DurableFile":
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
+            self.commit()
+        else:
+            self.abandon()
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.checksum.update(data)
+
+    def commit(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.rename(self._path)
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+def _entropy_nats(counts: np.ndarray) -> float:
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

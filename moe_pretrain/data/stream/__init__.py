@@ -1,0 +1,1 @@
+"""Text to shards while training reads them."""

@@ -1,0 +1,91 @@
+"""One step's result to one metrics row."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from moe_pretrain.engine.step_result import StepResult
+from moe_pretrain.metrics.throughput import Window, model_flops_utilization
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.run_folder.metrics_file import Row
+
+
+def train_row(
+    result: StepResult,
+    model: DecoderLM,
+    window: Window,
+    learning_rate: float,
+    flops_per_token: float,
+    num_devices: int,
+    peak_flops: float | None,
+) -> Row:
+    """Named numbers of one logged step: losses, speed, and statistics of every MoE layer.
+
+    Args:
+        result: The step.
+        model: For the norms of the router weights.
+        window: Speed since the last row.
+        learning_rate: Of the step, in the optimizer's unit.
+        flops_per_token: Model FLOPs of training one token; active parameters only.
+        num_devices: Ranks.
+        peak_flops: FLOP/s of one device, or None where it is not known (CPU): then there is no MFU.
+    """
+    row: Row = {
+        "train/loss": result.loss,
+        "train/aux_loss": result.aux_loss,
+        "train/gradient_norm": result.gradient_norm,
+        "train/learning_rate": learning_rate,
+        "train/tokens_per_second": window.tokens_per_second,
+        "train/step_seconds": window.step_seconds,
+        "train/data_wait_share": window.data_wait_share,
+        "train/flops_per_token": flops_per_token,
+    }
+    if peak_flops is not None:
+        row["train/model_flops_utilization"] = model_flops_utilization(
+            flops_per_token, window.tokens_per_second, num_devices, peak_flops
+        )
+    if torch.cuda.is_available():
+        row["train/peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+    for name, value in result.aux.items():
+        row[f"aux/{name}_loss"] = value
+        row[f"aux/{name}_weight"] = result.aux_weights[name]
+    uses = result.layer_uses()
+    for index, layer in enumerate(model.moe_layers()):
+        routes = result.tokens_per_expert[index]
+        share = routes / routes.sum().clamp(min=1)
+        prefix = f"moe/layer_{layer.router.layer:02d}"
+        row[f"{prefix}/load_max_over_mean"] = float(share.max() * layer.num_experts)
+        row[f"{prefix}/router_entropy"] = result.router_entropy[index]
+        row[f"{prefix}/dead_experts"] = float((routes == 0).sum())
+        row[f"{prefix}/dropped_share"] = result.dropped_share[index]
+        row[f"{prefix}/experts_per_token"] = float(routes.sum()) / max(result.tokens, 1.0)
+        row[f"{prefix}/router_weight_norm"] = layer.router.weight_norm()
+        row[f"{prefix}/expert_share"] = share.tolist()
+        row |= {f"{prefix}/{name}": value for name, value in layer.router.metrics(uses[index]).items()}
+    return row
+
+
+def evaluation_row(loss: float, bytes_per_token: float | None) -> Row:
+    """Validation loss in nats per token, perplexity, and bits per byte, which compares across tokenizers.
+
+    Args:
+        loss: Nats per token.
+        bytes_per_token: Of the text behind the tokens; None for tokens that came without text, and then there are no
+            bits per byte.
+    """
+    row = {"validation/loss": loss, "validation/perplexity": math.exp(min(loss, 700.0))}
+    if bytes_per_token is not None:
+        row["validation/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return row
+
+
+def mixed_evaluation_row(
+    losses: Mapping[str, float], bytes_per_token: Mapping[str, float | None], shares: Mapping[str, float]
+) -> Row:
+    """``evaluation_row`` of text in which source s has the share ``shares[s]`` of the tokens; shares add up to 1."""
+    known = {name: value for name, value in bytes_per_token.items() if value is not None}
+    return evaluation_row(
+        sum(share * losses[name] for name, share in shares.items()),
+        sum(share * known[name] for name, share in shares.items()) if shares.keys() <= known.keys() else None,
+    )

@@ -1,0 +1,159 @@
+"""Where metric rows go: the run's JSONL file, the console, and wandb."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+from moe_pretrain.metrics.console import ConsoleSink
+from moe_pretrain.metrics.wandb_sink import WandbRun, WandbSink
+from moe_pretrain.run_folder.metrics_file import JsonlSink, Row, read_rows, replace_non_finite
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is logged, and where.
+
+    Attributes:
+        log_every_steps: Steps between two train rows, at least 1.
+        router_health_steps: Steps over which an expert without a token is called dead, and a router that uses hardly
+            more experts than each token does is called collapsed; at least 1.
+        progress: Show a progress bar when stderr is a terminal.
+        wandb: "auto" is online for a user who is logged in and has a network, else offline.
+        wandb_project: Project that the run appears under.
+        wandb_group: Group of the run; None for the name of the folder that its folder is in, so that runs side by side
+            are a group.
+    """
+
+    log_every_steps: int
+    router_health_steps: int
+    progress: bool
+    wandb: Literal["auto", "online", "offline", "off"]
+    wandb_project: str
+    wandb_group: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range."""
+        for name in ("log_every_steps", "router_health_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
+
+
+def wandb_run(
+    run_dir: Path, project: str, group: str | None, run_name: str, resolved_config: Mapping[str, Any]
+) -> WandbRun:
+    """What wandb knows a run by, from its folder and configuration."""
+    return WandbRun(run_dir, project, group or run_dir.resolve().parent.name, run_name, resolved_config)
+
+
+class MetricsWriter:
+    """The one object a run writes its metrics to. On every rank but the main one it does nothing."""
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        run_dir: Path,
+        total_steps: int,
+        run_name: str,
+        resolved_config: dict[str, Any],
+        is_main: bool,
+    ):
+        """Open the sinks; wall time counts from here.
+
+        Args:
+            config: What to log, and where.
+            run_dir: Existing run folder.
+            total_steps: Steps of the whole run, for the progress bar.
+            run_name: Name shown by wandb.
+            resolved_config: Sent to wandb.
+            is_main: True on exactly one rank.
+        """
+        self._is_main = is_main
+        if not is_main:
+            return
+        self._start = monotonic()
+        self._seconds_before = 0.0
+        self._attempt = 0
+        path = run_dir / "metrics.jsonl"
+        self._console = ConsoleSink(total_steps, config.log_every_steps, config.progress, sys.stderr)
+        self._jsonl = JsonlSink(path, self._console.say)
+        self._must_resume = bool(read_rows(path))
+        self._wandb = None
+        if config.wandb != "off":
+            described = wandb_run(run_dir, config.wandb_project, config.wandb_group, run_name, resolved_config)
+            self._wandb = WandbSink(config.wandb, described, self._console.say)
+
+    def resume(self, step: int) -> None:
+        """Continue the metrics of an earlier attempt. Call it before the first row.
+
+        Rows after ``step`` are removed, ``attempt`` goes up, and ``seconds`` goes on from the last
+        row kept. The caller then writes the event that says what was loaded.
+
+        Args:
+            step: Steps done in the loaded checkpoint; 0 when there is none to load.
+        """
+        if not self._is_main:
+            return
+        earlier = read_rows(self._jsonl.path)
+        kept = self._jsonl.truncate_after(step)
+        self._attempt = 1 + max((row["attempt"] for row in earlier), default=-1)
+        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._must_resume = False
+        self._start = monotonic()
+        if self._wandb is not None:
+            self._wandb.catch_up(kept)
+
+    def expect(self, total_steps: int) -> None:
+        """The run comes to another number of steps than was thought."""
+        if self._is_main:
+            self._console.expect(total_steps)
+
+    def write(self, row: Row) -> None:
+        """Write a train or validation row to every sink.
+
+        Numbers that are not finite become None, and an event "non_finite" names them.
+
+        Args:
+            row: ``step``, ``tokens`` and named numbers; ``kind``, ``seconds`` and ``attempt`` are
+                added here.
+        """
+        if not self._is_main:
+            return
+        is_validation = any(key.startswith("validation/") for key in row)
+        clean_row, bad_keys = replace_non_finite(row)
+        self._send("validation" if is_validation else "train", clean_row)
+        if bad_keys:
+            message = f"NaN or infinity in {', '.join(bad_keys)}; written as null"
+            self.event(row["step"], row["tokens"], "non_finite", message)
+
+    def event(self, step: int, tokens: int, name: str, message: str) -> None:
+        """Write an event row: short ``name``, one line of ``message``."""
+        if self._is_main:
+            body = {"step": step, "tokens": tokens, "event": name, "message": message}
+            self._send("event", body)
+
+    def _send(self, kind: str, body: Row) -> None:
+        if self._must_resume:
+            raise RuntimeError(f"{self._jsonl.path} has rows: call resume(step) before writing")
+        seconds = round(self._seconds_before + monotonic() - self._start, 3)
+        row = {"kind": kind, "seconds": seconds, "attempt": self._attempt, **body}
+        self._jsonl.write(row)
+        self._console.write(row)
+        if self._wandb is not None:
+            self._wandb.write(row)
+
+    def sync(self) -> None:
+        """Wait until every row so far is on the disk; call it before a checkpoint is committed."""
+        if self._is_main:
+            self._jsonl.sync()
+
+    def close(self) -> None:
+        """Close every sink."""
+        if not self._is_main:
+            return
+        self._console.close()
+        self._jsonl.close()
+        if self._wandb is not None:
+            self._wandb.close()

@@ -1,0 +1,184 @@
+"""What most routers share: balance and z losses, statistics; and float32 logits of one linear map with input noise."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
+
+JITTER_STREAM = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedRouterConfig:
+    """Fields of every router with a distribution over experts.
+
+    Attributes:
+        load_balance_weight: Coefficient of the load balance loss, >= 0.
+        load_balance_level: Tokens over which the share of routes is taken. ``global_batch`` and ``sequence`` do
+            not depend on the number of ranks nor the micro-batch size; ``micro_batch`` does.
+        router_z_weight: Coefficient of the router z-loss, >= 0.
+    """
+
+    load_balance_weight: float
+    load_balance_level: BalanceLevel
+    router_z_weight: float
+
+    def __post_init__(self) -> None:
+        for field in ("load_balance_weight", "router_z_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig(BalancedRouterConfig):
+    """Fields of every linear router, beside those of ``BalancedRouterConfig``.
+
+    Attributes:
+        jitter: Half width of the multiplicative noise on the router's input in training, in [0, 1).
+    """
+
+    jitter: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
+
+
+def routes_by_group(
+    token_index: Int[Tensor, "routes"],
+    expert_index: Int[Tensor, "routes"],
+    level: BalanceLevel,
+    num_experts: int,
+    context: RoutingContext,
+) -> Float[Tensor, "groups experts"]:
+    """Routes of this micro-batch's text to each expert: a row per sequence at that level, else one."""
+    num_groups = context.num_sequences if level == "sequence" else 1
+    group_of_route = token_index // (len(context.token_mask) // num_groups)
+    return count_routes(expert_index, context.token_mask[token_index], group_of_route, num_groups, num_experts)
+
+
+def balance_counts(
+    own: Float[Tensor, "groups experts"], level: BalanceLevel, layer: int, context: RoutingContext
+) -> Float[Tensor, "groups experts"]:
+    """``own`` from ``routes_by_group``; at the global level in training the routes of the whole global batch."""
+    if level == "global_batch" and context.sum_over_global_batch is not None:
+        return context.sum_over_global_batch(layer, own.sum(dim=0))[None]
+    return own
+
+
+def router_use(
+    tokens_per_expert: Float[Tensor, "experts"],
+    probs: Float[Tensor, "tokens experts"],
+    context: RoutingContext,
+    sums: Float[Tensor, "sums"] | None = None,
+) -> RouterUse:
+    """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
+    return RouterUse(
+        tokens_per_expert,
+        as_count(context.token_mask.sum()),
+        as_count((entropy * context.token_mask).sum()),
+        tokens_per_expert.new_zeros(()),
+        sums,
+    )
+
+
+class BalancedRouter(Router):
+    """Base of routers with a distribution over experts: makes losses and statistics of a decision."""
+
+    causal_in_training = True
+    causal_in_evaluation = True
+
+    def __init__(self, settings: BalancedRouterConfig, num_experts: int, layer: int):
+        super().__init__(layer)
+        self._settings = settings
+        self.num_experts = num_experts
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficients of the losses in ``Routing.aux``."""
+        settings = self._settings
+        return {"load_balance": settings.load_balance_weight, "router_z": settings.router_z_weight}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """Whether training needs ``RoutingContext.sum_over_global_batch``."""
+        return self._settings.load_balance_level == "global_batch" and self._settings.load_balance_weight > 0
+
+    def route(
+        self,
+        logits: Float[Tensor, "tokens experts"],
+        probs: Float[Tensor, "tokens experts"],
+        token_index: Int[Tensor, "routes"],
+        expert_index: Int[Tensor, "routes"],
+        weight: Float[Tensor, "routes"],
+        routes_per_token: int | None,
+        context: RoutingContext,
+        payload: Float[Tensor, "routes low"] | None = None,
+        sums: Float[Tensor, "sums"] | None = None,
+    ) -> Routing:
+        """Put a decision, its losses and its statistics together.
+
+        Args:
+            logits: For the z-loss.
+            probs: Distribution over experts for the balance loss and the entropy statistic; rows sum to 1.
+            token_index: Token of each route, ascending.
+            expert_index: Expert of each route.
+            weight: Weight of each route.
+            routes_per_token: See ``Routing``.
+            context: Of the micro-batch.
+            payload: See ``Routing``.
+            sums: See ``RouterUse``.
+        """
+        level = self._settings.load_balance_level
+        own = routes_by_group(token_index, expert_index, level, self.num_experts, context)
+        counts = balance_counts(own, level, self.layer, context)
+        return Routing(
+            token_index,
+            expert_index,
+            weight,
+            routes_per_token,
+            use=router_use(own.sum(dim=0), probs, context, sums),
+            aux={
+                "load_balance": load_balance_loss(probs, counts, context.token_mask),
+                "router_z": router_z_loss(logits, context.token_mask),
+            },
+            payload=payload,
+        )
+
+
+class LinearRouter(BalancedRouter):
+    """Base of routers whose logits are ``hidden @ weight.T``, or two such maps; a scheme decides what follows."""
+
+    def __init__(
+        self,
+        settings: LinearRouterConfig,
+        hidden_size: int,
+        num_experts: int,
+        layer: int,
+        projection_size: int | None = None,
+    ):
+        super().__init__(settings, num_experts, layer)
+        self._jitter = settings.jitter
+        self.projection = None if projection_size is None else nn.Parameter(torch.empty(projection_size, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, projection_size or hidden_size))
+
+    def logits(
+        self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
+    ) -> Float[Tensor, "tokens experts"]:
+        """Float32 logits; in training with the configured noise on the input."""
+        inputs = hidden
+        if self.training and self._jitter > 0:
+            keys = (context.seed, JITTER_STREAM, context.step, self.layer)
+            noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
+            inputs = hidden.float() * (1 + self._jitter * (2 * noise - 1))
+        if self.projection is not None:
+            inputs = router_logits(inputs, self.projection)
+        return router_logits(inputs, self.weight)

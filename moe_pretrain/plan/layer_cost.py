@@ -1,0 +1,51 @@
+"""What the parts of one MoE layer cost in a forward pass: counted from the configuration; ``moe.parts`` times them.
+
+Routes are charged by the number that a run was measured to have, so adaptive schemes pay for what they use. Bytes are
+what a part reads and writes in memory, or for the exchange what one rank sends and gets back.
+"""
+
+from collections.abc import Mapping
+
+from moe_pretrain.config.schema import Config
+from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.model.size import ModelSize
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.plan.memory import BYTES, routes_of_rank
+
+Cost = dict[str, dict[str, float]]
+"""Part -> ``flops_per_token``, ``flops_per_route``, ``bytes_per_token``, ``bytes_per_route``; what is missing is 0."""
+
+
+def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
+    """The parts of one MoE layer, forward; empty without one.
+
+    ``router`` holds all that is run to decide: its own products, those of experts that it asks, and a statistic of the
+    attention. ``permute`` copies rows into expert order, ``combine`` reads the experts' rows and sums them per token.
+    """
+    layers = len(config.model.moe_layers)
+    if not layers or isinstance(config.router, DenseConfig):
+        return {}
+    moe, row = config.model.moe, BYTES[dtype] * config.model.hidden_size
+    ranks = config.parallel.expert_parallel_size
+    one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
+    routes = config.model.sequence_length * config.router.mean_experts_per_token
+    asked = 2.0 * (size.routers + size.scoring) + size.attention_statistic_flops
+    return {
+        "router": {"flops_per_token": asked / layers},
+        "permute": {"bytes_per_route": 2.0 * row},
+        "exchange": {
+            "bytes_per_route": (ranks - 1) / ranks * (one_row.sent_bytes + one_row.returned_bytes) / routes,
+        },
+        "experts": {"flops_per_route": 2.0 * size.experts_per_route / layers},
+        "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
+        "combine": {"bytes_per_route": 1.0 * row, "bytes_per_token": 1.0 * row},
+    }
+
+
+def per_token(cost: Mapping[str, Mapping[str, float]], experts_per_token: float) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes of each part for one token that has ``experts_per_token`` routes."""
+
+    def total(part: Mapping[str, float], unit: str) -> float:
+        return part.get(f"{unit}_per_token", 0.0) + experts_per_token * part.get(f"{unit}_per_route", 0.0)
+
+    return {name: (total(part, "flops"), total(part, "bytes")) for name, part in cost.items()}

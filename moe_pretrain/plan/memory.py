@@ -1,0 +1,365 @@
+"""Bytes that training holds on one rank, by part, from the configuration alone.
+
+Weights, gradients and optimizer are DeepSpeed 0.19's as it was measured to allocate them; activations are what the
+modules of ``model`` and ``moe`` save for backward. Tests hold both to what a run on a CPU really keeps; what differs on
+a GPU is that its norm keeps its input alone. The exchange is counted at its peak, with ``worst_load`` times the mean
+number of rows on this rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_pretrain.config.schema import Config
+from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.moe import expert_gate, expert_width, scored_experts
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.types import ExpertShard, float32_parameters
+from moe_pretrain.schedule.batch_plan import BatchPlan
+
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+_STAGE_0_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class LocalParameters:
+    """Parameters that one rank holds.
+
+    Attributes:
+        dense: Replicated on every rank, in the engine's dtype.
+        kept: Replicated and always float32: routers.
+        expert: This rank's experts.
+        largest: The largest tensor.
+    """
+
+    dense: int
+    kept: int
+    expert: int
+    largest: int
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.dense + self.kept + self.expert
+
+    def owned(self, ranks: int, expert_parallel_size: int) -> float:
+        """Elements whose optimizer state is on this rank under ZeRO."""
+        return (self.dense + self.kept) / ranks + self.expert * expert_parallel_size / ranks
+
+
+def local_parameters(config: Config) -> LocalParameters:
+    """Count one rank's parameters on a model without storage."""
+    with torch.device("meta"):
+        model = DecoderLM(config.model, config.router, ExpertShard(0, config.parallel.expert_parallel_size))
+    kept = sum(parameter.numel() for parameter in float32_parameters(model))
+    expert = sum(p.numel() for layer in model.moe_layers() for p in layer.experts.parameters())
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return LocalParameters(sum(sizes) - kept - expert, kept, expert, max(sizes))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        weights: In the engine's dtype; routers in float32.
+        optimizer: Moments and, under ZeRO, float32 master weights.
+        carried: Gradients that are there when backward begins.
+        stale: Those of the micro-batch before, which are there until backward begins.
+        gradients: Gradients at their most, while the last micro-batch's are reduced.
+        buckets: DeepSpeed's buffer for reducing gradients, there throughout backward.
+        copies: Copies of gradients while they are reduced or cast.
+        activations: What is saved for backward of one micro-batch, the gradients that the loss makes in forward among
+            it.
+        recomputed: The inside of one block, made again in backward.
+        logits: One chunk's logits, and the float32 sum of the head's gradient.
+        working: What the backward pass of one MoE layer holds at a time beside what was saved for it.
+        exchange: Buffers of one layer's exchange between ranks, at the worst load.
+    """
+
+    weights: float
+    optimizer: float
+    carried: float
+    stale: float
+    gradients: float
+    buckets: float
+    copies: float
+    activations: float
+    recomputed: float
+    logits: float
+    working: float
+    exchange: float
+
+    @property
+    def total(self) -> float:
+        """The peak: where backward begins, or where it ends and activations have given way to gradients."""
+        layer = self.recomputed + max(self.working, self.exchange)  # rows travel before and after an expert works
+        begins = self.carried + self.activations + max(layer, self.logits + self.stale)
+        return self.weights + self.optimizer + self.buckets + max(begins, self.gradients + self.copies)
+
+
+def memory_per_rank(
+    config: Config, device: str, dtype: Dtype, plan: BatchPlan, ranks: int, worst_load: float
+) -> Memory:
+    """Estimate the peak of a training step on one rank.
+
+    Args:
+        config: The run.
+        device: ``cuda`` or ``cpu``.
+        dtype: The engine's, ``auto`` resolved.
+        plan: How the batch is cut over ``ranks``.
+        ranks: Number of ranks.
+        worst_load: Rows on this rank over the mean, with expert parallelism, >= 1.
+    """
+    parameters = local_parameters(config)
+    owned = parameters.owned(ranks, config.parallel.expert_parallel_size)
+    layers = _Layers(config, device, dtype, plan.micro_batch_size, worst_load)
+    zero_stage = config.engine.zero_stage
+    return Memory(
+        weights=weight_bytes(parameters, dtype),
+        optimizer=optimizer_bytes(parameters, owned, zero_stage),
+        carried=_carried_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
+        # ``BF16_Optimizer`` clears the last bfloat16 gradients when the next backward begins.
+        stale=weight_bytes(parameters, dtype)
+        if (dtype, zero_stage) == ("bfloat16", 1) and plan.accumulation > 1
+        else 0,
+        gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
+        buckets=_bucket_bytes(config.engine, dtype),
+        copies=_copied_bytes(parameters, dtype, zero_stage),
+        activations=layers.saved,
+        recomputed=layers.recomputed,
+        logits=layers.logits,
+        working=layers.working,
+        exchange=layers.exchange,
+    )
+
+
+def weight_bytes(parameters: LocalParameters, dtype: Dtype) -> float:
+    """Weights as the forward pass reads them."""
+    return BYTES[dtype] * (parameters.dense + parameters.expert) + 4 * parameters.kept
+
+
+def optimizer_bytes(parameters: LocalParameters, owned: float, zero_stage: int) -> float:
+    """AdamW's two moments and, where ZeRO copies them, float32 master weights, of the elements owned by this rank."""
+    return 8 * parameters.count if zero_stage == 0 else 12 * owned
+
+
+def _gradient_bytes(
+    parameters: LocalParameters, owned: float, dtype: Dtype, zero_stage: int, accumulation: int
+) -> float:
+    """Gradients at their most.
+
+    Stage 0 has one float32 gradient. Stage 1 in bfloat16 (DeepSpeed's ``BF16_Optimizer``) keeps whole float32 sums
+    beside the last backward's bfloat16 gradients; in float32 whole gradients and their owned part. Stage 2 copies the
+    owned part as it comes, as the optimizer wants it and, in float32 with accumulation, as a sum.
+    """
+    if zero_stage == 0:
+        return 4 * parameters.count
+    if zero_stage == 1:
+        return 4 * parameters.count + (weight_bytes(parameters, dtype) if dtype == "bfloat16" else 4 * owned)
+    return owned * (6 if dtype == "bfloat16" else 8 if accumulation == 1 else 12)
+
+
+def _carried_bytes(
+    parameters: LocalParameters, owned: float, dtype: Dtype, zero_stage: int, accumulation: int
+) -> float:
+    """Gradients that are there when backward begins.
+
+    Sums over the accumulation; at stage 2 also a buffer for the owned part, made with the first gradient; at stage 1 in
+    bfloat16 the float32 sums that ``BF16_Optimizer`` never frees.
+    """
+    if dtype == "bfloat16" and zero_stage == 1:
+        return 4 * parameters.count
+    sums = 0 if accumulation == 1 else 4 * (owned if zero_stage == 2 else parameters.count)
+    return sums + (BYTES[dtype] * owned if zero_stage == 2 else 0)
+
+
+def _bucket_bytes(engine: EngineConfig, dtype: Dtype) -> float:
+    """One bucket, whole however small the model; ``BF16_Optimizer`` and stage 0 have none."""
+    has_none = engine.zero_stage == 0 or (engine.zero_stage == 1 and dtype == "bfloat16")
+    return 0 if has_none else BYTES[dtype] * engine.reduce_bucket_elements
+
+
+def _copied_bytes(parameters: LocalParameters, dtype: Dtype, zero_stage: int) -> float:
+    """Stage 0 reduces up to 500M elements at once, whatever is configured; bfloat16 casts tensor by tensor."""
+    if zero_stage == 0:
+        return 4 * min(_STAGE_0_BUCKET, max(parameters.dense + parameters.kept, parameters.expert))
+    return 4 * parameters.largest if dtype == "bfloat16" else 0
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Bytes of one rank's routes in one layer and micro-batch: to the experts, and back."""
+
+    sent_bytes: float
+    returned_bytes: float
+
+
+def routes_of_rank(config: Config, dtype: Dtype, micro_batch_size: int) -> Routed:
+    """What one rank sends through one layer's exchange, to all ranks together."""
+    layers = _Layers(config, "cuda", dtype, micro_batch_size, 1.0)
+    return Routed(layers.routes * layers.message, layers.routes * layers.row)
+
+
+class _Layers:
+    """What the layers keep of one micro-batch, in bytes."""
+
+    def __init__(self, config: Config, device: str, dtype: Dtype, micro_batch_size: int, worst_load: float):
+        self.on_cpu = device == "cpu"
+        self.model, self.router, self.moe = config.model, config.router, config.model.moe
+        self.tokens = micro_batch_size * self.model.sequence_length
+        self.size = BYTES[dtype]
+        self.expert_parallel = config.parallel.expert_parallel_size
+        self.routes = self.tokens * (0 if isinstance(self.router, DenseConfig) else self.router.mean_experts_per_token)
+        # Without an exchange, rows are this rank's own routes.
+        self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
+        self.row = self.size * self.model.hidden_size
+        self.rank = expert_gate(self.moe, self.router) if self.routes else None
+        # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
+        self.asked = self.tokens * scored_experts(self.moe, self.router)
+        self.asked_rows = self.asked * (worst_load if self.expert_parallel > 1 else 1)
+
+    @property
+    def saved(self) -> float:
+        """Everything between the embedding and the loss that backward needs, without what it makes again."""
+        model = self.model
+        blocks = sum(self._block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers))
+        rotary = self.tokens * 4 * model.head_size
+        head = self.tokens * self.row + self.size * model.vocab_size * model.hidden_size
+        return blocks + rotary + self._norm() + head
+
+    @property
+    def recomputed(self) -> float:
+        """The largest difference that recomputation makes to a block."""
+        kinds = {self.model.moe.is_moe_layer(layer) for layer in range(self.model.num_layers)}
+        return max(self._block(kind, "none") - self._block(kind, self.model.recompute) for kind in kinds)
+
+    @property
+    def logits(self) -> float:
+        """A chunk of logits in float32, also in the engine's dtype, and the float32 sum of the head's gradient."""
+        model = self.model
+        chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
+        each = 4 + (self.size if self.size < 4 else 0)
+        return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * each
+
+    @property
+    def working(self) -> float:
+        """Temporaries of the experts' backward pass, or of the backward pass that asks them, and weight gradients.
+
+        All rows are one block on a GPU in bfloat16. Elsewhere each expert's are, and what the block before has left in
+        its variables is there until the next has made its own.
+        """
+        if not self.routes:
+            return 0.0
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        local = self.moe.num_experts // self.expert_parallel
+        if self.on_cpu or self.size > 2:
+            blocks, widths = local, 11 if self.rank else 8
+        else:
+            blocks, widths = 1, 6 if self.rank else 4
+        block = self.rows / blocks
+        experts = (self.rows - block) * self.row + block * (2 * self.row + widths * self.size * width)
+        # Gradients of the queries' factors are float32, joined, and summed over a token's experts; what the routed
+        # experts had saved is gone by then.
+        asking = self.asked_rows * (self.row + 2 * 4 * width) + 2 * self.tokens * 4 * width
+        asking -= self.rows * 2 * self.size * width
+        weights = 3 * self.size * local * self.model.hidden_size * width
+        # The inside of attention is made again when the experts are done, in the room of what they held.
+        again = 0.0 if self.model.recompute == "none" else self._attention() - self.tokens * self.row
+        return max(0.0, weights + max(experts, asking if self.asked else 0.0) - again)
+
+    @property
+    def exchange(self) -> float:
+        """Rows packed and sent, rows received and unpacked; those that backward keeps are activations.
+
+        Asking experts for their keys is an exchange of its own, of rows and queries, before the one with the routes.
+        """
+        if self.expert_parallel == 1 or not self.routes:
+            return 0.0
+        asking = (2 * self.asked + self.asked_rows) * (self.row + self._query)
+        return max(asking, 2 * self.routes * self.message + self.rows * (self.message + self.row))
+
+    @property
+    def message(self) -> float:
+        """Bytes of one travelling route: the row, its weight and what the scheme sends along."""
+        return self.row + 4 + self._payload
+
+    @property
+    def _payload(self) -> float:
+        """Bytes of what a scheme sends along with a route."""
+        of_router = getattr(self.router, "gate_rank", None)
+        travels = getattr(self.router, "gate_activation", "travels") == "travels"
+        return self.size * of_router if of_router and travels else 0
+
+    @property
+    def _query(self) -> int:
+        """Bytes of a token's query, float32, where experts are asked for keys."""
+        return 4 * getattr(self.router, "key_size", 0)
+
+    def _block(self, is_moe: bool, recompute: str) -> float:
+        """One block; ``selective`` drops the inside of attention, ``full`` that of the feed-forward network too."""
+        feed_forward = self._moe(recompute) if is_moe and self.routes else self._dense(is_moe, recompute)
+        return (self.tokens * self.row if recompute != "none" else self._attention()) + feed_forward
+
+    def _norm(self) -> float:
+        """Input of a norm and the inverse deviation of its rows; on a CPU in float32, with the normalised rows."""
+        return self.tokens * ((8 * self.model.hidden_size if self.on_cpu else self.row) + 4)
+
+    def _attention(self) -> float:
+        """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp."""
+        model = self.model
+        key_value = model.num_key_value_heads * model.head_size
+        heads = self.size * (model.hidden_size + 2 * key_value) + self.size * (model.hidden_size + key_value)
+        return self._norm() + self.tokens * (3 * self.row + heads + 4 * model.num_heads)
+
+    def _dense(self, is_moe: bool, recompute: str) -> float:
+        """Norm, its output, gate and up, the activated gate and the product."""
+        if recompute == "full":
+            return self.tokens * self.row
+        width = self.model.ffn_hidden_size
+        if is_moe:
+            assert isinstance(self.router, DenseConfig)
+            width = self.router.active_experts * self.moe.expert_hidden_size + self.moe.shared_width
+        return self._norm() + self.tokens * (self.row + 4 * self.size * width)
+
+    def _moe(self, recompute: str) -> float:
+        """Norm, its output, the routes, the experts' pre-activations; under expert parallelism the received rows."""
+        kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute)
+        if recompute == "full":
+            return kept + self.routes * self._payload
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        rows = self.rows * (2 * self.size * width + 4)
+        if self.expert_parallel > 1:
+            rows += self.rows * self.row
+        if self.rank is not None:
+            rows += self.rows * self.size * self.rank
+        return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width
+
+    def _routing(self) -> float:
+        """Scores and what the losses keep of them, the routes, and what the scheme keeps in float32 for each token."""
+        experts, router = self.moe.num_experts, self.router
+        own = 0
+        if self.rank is not None and getattr(router, "gate_rank", None):
+            own += experts * self.rank  # the low activations, whose norms or products are taken
+            own += self.rank if self._query else 0  # what they are multiplied with
+        own += getattr(router, "projection_size", None) or 0
+        # Noise is kept, and the input with it; the similarity loss keeps centred inputs.
+        own += self.model.hidden_size * (2 * (getattr(router, "jitter", 0) > 0))
+        own += self.model.hidden_size * (getattr(router, "similarity_weight", 0) > 0)
+        return self.tokens * (experts * 2 * 4 + 4 * own + self._query) + self.routes * (8 + 4 + 8 + 4)
+
+    def _asking(self, recompute: str) -> float:
+        """Where experts are asked for keys: their first layers, what these are multiplied with, scores and indices.
+
+        Recomputation keeps what came from other ranks.
+        """
+        if not self.asked:
+            return 0.0
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        came = self.asked_rows * (self.row + self._query) if self.expert_parallel > 1 else 0.0
+        kept = came + self.asked * (4 + 3 * 8)
+        if recompute == "full":
+            return kept
+        sources = self.asked_rows if self.expert_parallel > 1 else self.tokens
+        return kept + sources * 4 * width + self.asked_rows * 2 * self.size * width

@@ -1,0 +1,276 @@
+"""What a run would cost, before anything is started: parameters, FLOPs, memory, traffic, time; and what fits where."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from moe_pretrain import data
+from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.load import load
+from moe_pretrain.config.match_budget import describe_match
+from moe_pretrain.config.schema import Config
+from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.metrics.console import short_duration, short_number
+from moe_pretrain.model.block import Recompute
+from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.moe import num_routed_experts, width_problems
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.plan.memory import (
+    BYTES,
+    Memory,
+    local_parameters,
+    memory_per_rank,
+    routes_of_rank,
+)
+from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+
+GIB = 2**30
+USABLE = 0.92
+"""Share of a GPU's memory that training may fill; the rest goes to the driver, NCCL and fragmentation."""
+CHECKPOINT_BYTES = 12
+"""Per parameter: float32 weight and two moments."""
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the configuration does not say.
+
+    Attributes:
+        mfu: Share of the peak that model FLOPs reach, in (0, 1].
+        peak: FLOP/s of one device; 989e12 is the H100's dense bfloat16.
+        gpu_memory: GiB of one device.
+        worst_load: Rows on the busiest rank over the mean, under expert parallelism, >= 1.
+    """
+
+    mfu: float = 0.35
+    peak: float = 989e12
+    gpu_memory: float = 79.0
+    worst_load: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name, ok, constraint in (
+            ("mfu", 0 < self.mfu <= 1, "in (0, 1]"),
+            ("peak", self.peak > 0, "positive"),
+            ("gpu_memory", self.gpu_memory > 0, "positive"),
+            ("worst_load", self.worst_load >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be {constraint}")
+
+
+def split_assumptions(words: Sequence[str]) -> tuple[Assumptions, list[str]]:
+    """Take ``--mfu=0.4`` and its like out of the words of a command; the rest are overrides.
+
+    Raises:
+        ValueError: Not an assumption, or not a number.
+    """
+    names = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Assumptions)}
+    values, overrides = {}, []
+    for word in words:
+        option, _, text = word.partition("=")
+        if not word.startswith("--"):
+            overrides.append(word)
+        elif option not in names:
+            raise ValueError(f"{option} must be one of {', '.join(names)}")
+        else:
+            try:
+                values[names[option]] = float(text)
+            except ValueError as error:
+                raise ValueError(f"{option}={text!r} must be a number") from error
+    return Assumptions(**values), overrides
+
+
+def target(config: Config) -> tuple[str, Dtype]:
+    """Device and dtype planned for: a GPU in bfloat16 unless the configuration says otherwise, whatever is here."""
+    device = "cpu" if config.engine.device == "cpu" else "cuda"
+    if config.engine.dtype != "auto":
+        return device, config.engine.dtype
+    return device, "float32" if device == "cpu" else "bfloat16"
+
+
+def problems(config: Config) -> list[str]:
+    """Every way in which batch, experts and widths do not divide, each with the nearest values that work."""
+    ranks = config.parallel.processes
+    checks: list[Callable[[], object]] = [
+        lambda: plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps),
+        lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
+    ]
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            found.append(str(error))
+    if target(config) == ("cuda", "bfloat16"):
+        found += width_problems(config.model.moe, config.router, config.model.hidden_size)
+    return found
+
+
+def epochs(config: Config, tokens: int) -> str:
+    """How often ``tokens`` tokens go through the corpus, if that is in the cache."""
+    known = None
+    if not isinstance(config.data, data.MixtureConfig) and not config.streaming.applies_to(config.data):
+        cache = Path(config.run.cache_dir)
+        known = data.prepared_tokens(config.data, config.tokenizer, cache, config.num_tokens)
+    if known is None:
+        return "epochs: unknown until the corpus is prepared"
+    return f"{tokens / known:.2f} epochs over {known:,} training tokens"
+
+
+def flops_by_part(size: ModelSize) -> dict[str, float]:
+    """Forward FLOPs of one token by part; they sum to ``forward_flops_per_token``."""
+    parts = {
+        "attention projections": 2.0 * size.attention,
+        "attention scores": size.attention_score_flops,
+        "dense networks and shared experts": 2.0 * size.dense_ffn,
+        "routers": 2.0 * size.routers,
+        "routed experts": 2.0 * size.active_experts,
+        "experts that are only asked": 2.0 * size.scoring,
+        "attention that a router measures": size.attention_statistic_flops,
+        "output head": 2.0 * size.head_matmul,
+    }
+    assert math.isclose(sum(parts.values()), size.forward_flops_per_token)
+    return parts
+
+
+def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
+    """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
+    parts = flops_by_part(size)
+    attention = parts["attention projections"] + parts["attention scores"]
+    networks = (
+        parts["routed experts"] + parts["experts that are only asked"] + parts["dense networks and shared experts"]
+    )
+    again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
+    ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
+    return again + ahead
+
+
+def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
+    router = config.router
+    by_batch = getattr(router, "load_balance_level", None) == "global_batch"
+    return plan.accumulation > 1 and by_batch and getattr(router, "load_balance_weight", 0) > 0
+
+
+def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
+    """Bytes that one rank sends in a step, with ring algorithms and an even load."""
+    ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
+    parameters = local_parameters(config)
+    copies = ranks // expert_parallel  # of each expert
+    dense = parameters.dense + parameters.kept
+    shared = {ranks: dense, copies: 0}
+    shared[copies] += parameters.expert
+    ring = {count: (count - 1) / count * elements for count, elements in shared.items()}
+    weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
+    routed = routes_of_rank(config, dtype, plan.micro_batch_size)
+    passes = 2 + (config.model.recompute == "full") + _counts_ahead(config, plan)
+    layers = 0 if isinstance(config.router, DenseConfig) else len(config.model.moe_layers)
+    one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
+    return {
+        "gradients, all-reduce in float32": 2 * 4 * sum(ring.values()),
+        "weights, all-gather": weights,
+        "tokens to experts and back": passes * layers * plan.accumulation * one_way,
+    }
+
+
+def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> int:
+    """Print the plan of a configuration; starts nothing.
+
+    Returns:
+        Exit code: 0, or 1 when the configuration does not divide and only the model could be described.
+
+    Raises:
+        ValueError: The configuration is wrong.
+    """
+    config = load(overrides)
+    device, dtype = target(config)
+    size = model_size(config.model, config.router)
+    ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
+    say(
+        f"{config.model.name}, router={config.router.name}: {short_number(size.total_parameters)} parameters, "
+        f"{short_number(size.active_parameters)} active; checkpoint "
+        f"{_gib(CHECKPOINT_BYTES * size.total_parameters)}, {config.checkpoint.keep_last} kept"
+    )
+    for line in describe_match(config.model, config.router, config.budget):
+        say(line)
+    _say_flops(size, say)
+    found = problems(config)
+    for problem in found:
+        say(f"DOES NOT DIVIDE: {problem}")
+    if found:
+        return 1
+    plan = plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps)
+    extra = extra_forward(config, size, plan)
+    if extra:
+        say(f"  beside those, recomputed or run ahead: {short_number(extra)} FLOPs per token")
+    tokens = plan.num_steps * plan.tokens_per_step
+    say(
+        f"{plan.num_steps:,} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
+        f"{plan.micro_batch_size} rows on each of {ranks} ranks), {short_number(tokens)} tokens"
+        f"{config.budget.describe()}; {epochs(config, tokens)}"
+    )
+    memory = memory_per_rank(config, device, dtype, plan, ranks, assumed.worst_load)
+    stage, recompute = config.engine.zero_stage, config.model.recompute
+    say(
+        f"memory per rank, {device} {dtype}, {ranks} ranks, expert parallel {expert_parallel}, ZeRO {stage}, "
+        f"recompute {recompute}, exchange at {assumed.worst_load:g} times the mean load:"
+    )
+    for name, value in vars(memory).items():
+        say(f"  {name:<14}{_gib(value):>12}")
+    say(f"  {'peak':<14}{_gib(memory.total):>12}  {_verdict(memory, assumed)}; carried becomes gradients and copies")
+    say("bytes that a rank sends per step:")
+    for name, value in traffic(config, dtype, plan).items():
+        say(f"  {name:<34}{_gib(value):>12}")
+    seconds = tokens * size.training_flops_per_token / (ranks * assumed.peak * assumed.mfu)
+    say(
+        f"time at {assumed.mfu:.0%} of {assumed.peak:.3g} FLOP/s on each of {ranks} ranks: {short_duration(seconds)}, "
+        f"{seconds / plan.num_steps:.3g} s a step"
+    )
+    _say_sizes(overrides, assumed, say)
+    return 0
+
+
+def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
+    say(f"FLOPs per token: {short_number(size.training_flops_per_token)} (forward, and backward twice that)")
+    for name, value in flops_by_part(size).items():
+        if value:
+            share = value / size.forward_flops_per_token
+            backward = 0.0 if name == "attention that a router measures" else 2 * value
+            say(f"  {name:<34}{short_number(value):>8} forward{short_number(backward):>8} backward{share:>7.1%}")
+
+
+def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> None:
+    """Total memory of every shipped size with the same other overrides, by recomputation."""
+    say(f"sizes on {assumed.gpu_memory:g} GiB, of which {USABLE:.0%} are counted on; recompute:")
+    say(f"  {'model':<8}" + "".join(f"{name:>22}" for name in RECOMPUTE))
+    others = [word for word in overrides if not word.startswith("model=")]
+    sizes = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml") if path.stem != "base")
+    for name in sizes:
+        try:
+            config = load([*others, f"model={name}"])
+            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes, config.num_steps)
+        except ValueError as error:
+            say(f"  {name:<8}  {error}")
+            continue
+        cells = []
+        for recompute in RECOMPUTE:
+            changed = replace(config, model=replace(config.model, recompute=recompute))
+            memory = memory_per_rank(changed, *target(changed), plan, config.parallel.processes, assumed.worst_load)
+            cells.append(f"{_gib(memory.total)} {'fits' if _fits(memory, assumed) else 'no':>4}")
+        say(f"  {name:<8}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def _fits(memory: Memory, assumed: Assumptions) -> bool:
+    return memory.total <= USABLE * assumed.gpu_memory * GIB
+
+
+def _verdict(memory: Memory, assumed: Assumptions) -> str:
+    room = f"{USABLE:.0%} of {assumed.gpu_memory:g} GiB"
+    return f"fits in {room}" if _fits(memory, assumed) else f"DOES NOT FIT in {room}"
+
+
+def _gib(value: float) -> str:
+    if value < 0.01 * GIB:
+        return f"{value / 2**20:.2f} MiB"
+    return f"{value / GIB:.2f} GiB"

@@ -1,0 +1,1 @@
+"""The folder of a run: what is where, written and read."""

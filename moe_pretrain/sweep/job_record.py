@@ -1,0 +1,187 @@
+"""What a sweep's folder says of its jobs, readable from anywhere, true after a kill at any moment.
+
+SWEEP/sweep.json            the command
+SWEEP/.lock                 held by the process that drives the sweep
+SWEEP/JOB                   run folder of one job, and in it, beside what every run has:
+    job.json                what it is to do, written once, before any job starts
+    job_state.json          how far that came
+    .job.lock               held by the job's process, and so let go of whenever that dies
+    log.txt                 what its process printed
+
+What the run itself recorded wins over ``job_state.json``: that is written a moment later, or by a process that is dead.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_pretrain.run_folder.record import find_runs
+from moe_pretrain.system.file_lock import try_lock
+
+State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]
+STATES: tuple[State, ...] = ("waiting", "running", "finished", "stopped", "failed", "diverged")
+
+SWEEP_FILE = "sweep.json"
+SWEEP_LOCK = ".lock"
+JOB_FILE = "job.json"
+STATE_FILE = "job_state.json"
+JOB_LOCK = ".job.lock"
+LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        folder: Its run folder.
+        number: Its place among the sweep's jobs, from 0.
+        words: All its overrides; ``train`` with them is the job.
+        num_steps: Steps it is to make.
+        values: Its resolved configuration.
+    """
+
+    folder: Path
+    number: int
+    words: tuple[str, ...]
+    num_steps: int
+    values: dict[str, Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.folder.name
+
+    def write(self) -> None:
+        """Make the job's folder and say in it what is to be done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        facts = {"number": self.number, "words": self.words, "num_steps": self.num_steps, "values": self.values}
+        write_json(self.folder / JOB_FILE, facts)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How far a job came.
+
+    Attributes:
+        state: ``waiting``: never started. ``running``. ``finished``: made its last step. ``stopped``: by a signal,
+            goes on from its last checkpoint. ``failed``: ended by an error. ``diverged``: its loss did.
+        reason: Why it stopped, failed or diverged, in one line.
+        exit_code: Of its process; None before that ended.
+        attempts: How often it was started.
+        validation_loss: At its end, nats per token; None before, or where it is not finite.
+    """
+
+    state: State = "waiting"
+    reason: str = ""
+    exit_code: int | None = None
+    attempts: int = 0
+    validation_loss: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Put it into the job's folder."""
+        write_json(folder / STATE_FILE, asdict(self))
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """The jobs of a sweep in their order; none where there is no such folder.
+
+    Raises:
+        ValueError: A file of theirs is broken.
+    """
+    return sorted((read_job(path.parent) for path in sweep.glob(f"*/{JOB_FILE}")), key=lambda job: job.number)
+
+
+def read_job(folder: Path) -> Job:
+    """The job that a folder was made for."""
+    facts = read_json(folder / JOB_FILE)
+    return Job(folder, **{**facts, "words": tuple(facts["words"])})
+
+
+def written_state(folder: Path) -> JobState:
+    """What is written about a job, true or not."""
+    path = folder / STATE_FILE
+    return JobState(**read_json(path)) if path.exists() else JobState()
+
+
+def look(folder: Path) -> JobState:
+    """The state of a job: what is written about it, corrected by its lock and by what its run recorded since."""
+    written = written_state(folder)
+    if written.state == "finished":
+        return written
+    if is_running(folder):
+        return replace(written, state="running", reason="")
+    metrics, state = folder / METRICS_FILE, folder / STATE_FILE
+    if written.state != "running" and (not metrics.exists() or _written_at(metrics) <= _written_at(state)):
+        return written  # by somebody who saw the end of the run
+    return judge(folder, written)
+
+
+def correct(folder: Path) -> JobState:
+    """Look at a job, and write down what it is if what is written is no longer true."""
+    state = look(folder)
+    if state != written_state(folder) and state.state != "running":
+        state.write(folder)
+    return state
+
+
+def judge(folder: Path, otherwise: JobState) -> JobState:
+    """The state of a job that does not run: what the run's own rows tell, else what is written."""
+    if not (folder / METRICS_FILE).exists():
+        return _stale(otherwise)
+    (run,) = find_runs(folder)
+    if run.is_complete:
+        state: State = "diverged" if run.state == "diverged" else "finished"
+        return replace(otherwise, state=state, reason=run.problem, validation_loss=run.final("validation/loss"))
+    if run.state == "diverged" and otherwise.state in ("running", "failed"):
+        return replace(otherwise, state="diverged", reason=run.problem)
+    if run.state == "failed" and otherwise.state == "running":
+        return replace(otherwise, state="failed", reason=run.problem)
+    return _stale(otherwise)
+
+
+def _written_at(path: Path) -> int:
+    """When a file was last written; before everything if there is none."""
+    return path.stat().st_mtime_ns if path.exists() else -1
+
+
+def _stale(written: JobState) -> JobState:
+    """Whoever was to write the end of a running job is dead too."""
+    return replace(written, state="stopped", reason="killed") if written.state == "running" else written
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the job's lock."""
+    path = folder / JOB_LOCK
+    handle = try_lock(path) if path.exists() else None
+    if handle is not None:
+        os.close(handle)
+    return path.exists() and handle is None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a file so that a reader finds the old values or the new ones, after a power cut too."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(values, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of ``write_json``.
+
+    Raises:
+        ValueError: It is no such file any more.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}): delete it to go on") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is broken: delete it to go on")
+    return values

@@ -1,0 +1,140 @@
+"""From the overrides of a sweep's jobs to jobs that are checked, named and written down; nothing is started."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_pretrain.config.load import load
+from moe_pretrain.config.schema import Config, SweepConfig, to_values
+from moe_pretrain.run_folder.record import differences, flatten, show
+from moe_pretrain.sweep.job_record import STATE_FILE, Job, read_jobs
+from moe_pretrain.sweep.names import job_name, quoted
+from moe_pretrain.train.build import check
+
+_NOT_THE_JOB = (
+    *("run.", "sweep.", "metrics.", "checkpoint.", "fault.", "parallel."),
+    *("model.recompute.", "model.cross_entropy_chunk_tokens."),
+)
+"""Keys (or their beginnings) that may differ between two starts of one job: how it is run, not what comes out."""
+_SHOWN_DIFFERENCES = 3
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all jobs of a sweep share.
+
+    Attributes:
+        folder: Its folder.
+        fixed: Overrides of every job, in the user's words.
+        cache_dir: Folder of tokenised corpora; one for all.
+        settings: The block ``sweep`` of the configuration.
+    """
+
+    folder: Path
+    fixed: tuple[str, ...]
+    cache_dir: str
+    settings: SweepConfig
+    _checked: dict[tuple[str, ...], tuple[dict[str, Any], int]] = field(default_factory=dict, repr=False, compare=False)
+    _planned: dict[tuple[str, ...], Job] = field(default_factory=dict, repr=False, compare=False)
+
+    def check(self, swept: Sequence[str]) -> tuple[dict[str, Any], int]:
+        """Resolved configuration and number of steps of a job, if a run of it could start.
+
+        Args:
+            swept: Its swept overrides.
+
+        Raises:
+            ValueError: It could not; one line that names it.
+        """
+        key = tuple(swept)
+        if key not in self._checked:
+            config = load_job(self._words(key, job_name(key)), job_name(key))
+            self._checked[key] = json.loads(json.dumps(to_values(config))), config.num_steps
+        return self._checked[key]
+
+    def plan(self, batch: Sequence[Sequence[str]]) -> list[Job]:
+        """The jobs that stand for combinations of overrides, in the order of ``batch``; new ones get their folders.
+
+        A combination that is a job already, by its name or by its configuration, is that job: a sweep with more values
+        keeps what it has.
+
+        Args:
+            batch: The swept overrides of each job.
+
+        Raises:
+            ValueError: A combination is wrong, or has the name of a started job that was something else; one line that
+                names it. No folder is made then.
+        """
+        new = [swept for swept in dict.fromkeys(map(tuple, batch)) if swept not in self._planned]
+        if new:
+            for swept in new:
+                self.check(swept)
+            jobs = self._match(new, read_jobs(self.folder))
+            for job in jobs.values():
+                job.write()
+            self._planned.update(jobs)
+        return [self._planned[tuple(swept)] for swept in batch]
+
+    def _words(self, swept: tuple[str, ...], name: str) -> tuple[str, ...]:
+        place = {
+            "run.name": name,
+            "run.output_dir": str(self.folder),
+            "run.cache_dir": self.cache_dir,
+            "sweep.name": self.folder.name,
+        }
+        own = [word for word in self.fixed if word.partition("=")[0].lstrip("+") not in place]
+        return (*own, *swept, *(f"{key}={quoted(value)}" for key, value in place.items()))
+
+    def _match(self, new: Sequence[tuple[str, ...]], known: Sequence[Job]) -> dict[tuple[str, ...], Job]:
+        by_name = {job.name: job for job in known}
+        by_identity = {identity(job.values): job for job in reversed(known)}
+        number = 1 + max((job.number for job in known), default=-1)
+        jobs: dict[tuple[str, ...], Job] = {}
+        for swept in new:
+            name, (values, num_steps) = job_name(swept), self.check(swept)
+            namesake = by_name.get(name)
+            same = namesake if namesake and identity(namesake.values) == identity(values) else None
+            same = same or by_identity.get(identity(values))
+            if same is None and namesake is not None and (namesake.folder / STATE_FILE).exists():
+                raise ValueError(self._conflict(namesake, values))
+            old = same or namesake
+            place, at = (old.folder, old.number) if old else (self.folder / name, number)
+            job = Job(place, at, self._words(swept, place.name), num_steps, values)
+            jobs[swept] = by_name[job.name] = by_identity[identity(values)] = job
+            number += old is None
+        return jobs
+
+    def _conflict(self, started: Job, values: Mapping[str, Any]) -> str:
+        then, now = (what_it_is(each) for each in (started.values, values))
+        changed = [f"{key}={show(now, key)} (was {show(then, key)})" for key in differences([then, now])]
+        more = f" and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
+        return (
+            f"sweep.name={self.folder.name}: its job {started.name} was started with other settings: "
+            f"{', '.join(changed[:_SHOWN_DIFFERENCES])}{more}; give another sweep.name to start anew"
+        )
+
+
+def load_job(words: Sequence[str], name: str) -> Config:
+    """The configuration of a job, if a run of it could start.
+
+    Raises:
+        ValueError: It could not; one line that names it.
+    """
+    try:
+        config = load(words)
+        check(config, config.parallel.processes)
+    except ValueError as error:
+        raise ValueError(f"job {name}: {error}") from error
+    return config
+
+
+def what_it_is(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration, with dotted keys, that decides a job's result."""
+    return {key: value for key, value in flatten(values).items() if not f"{key}.".startswith(_NOT_THE_JOB)}
+
+
+def identity(values: Mapping[str, Any]) -> str:
+    """Equal for the same job, whatever it is called and however it is run."""
+    return json.dumps(what_it_is(values), sort_keys=True)

@@ -1,0 +1,289 @@
+"""The route of a run, read from top to bottom: build each part in order, then the loop.
+
+The only file that knows all others. ``train`` runs in every worker process; ``cli`` starts the workers.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_pretrain import data
+from moe_pretrain.checkpoint.store import locate
+from moe_pretrain.config.match_budget import describe_match
+from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
+from moe_pretrain.engine.elastic import check_elastic
+from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.moe import ExpertShard, num_routed_experts, width_problems
+from moe_pretrain.parallel.deepspeed_moe import prepare_experts
+from moe_pretrain.parallel.heartbeat import Liveness
+from moe_pretrain.parallel.mesh import Meeting, Mesh, build_mesh, launched_world_size, meet
+from moe_pretrain.run_folder.lock import RunInUse, joined, owned
+from moe_pretrain.run_folder.provenance import write_overrides
+from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.schedule.budget import Meter
+from moe_pretrain.system.child_process import is_worker
+from moe_pretrain.system.cpu import keep_freed_memory
+from moe_pretrain.system.faults import Faults
+from moe_pretrain.system.stop_signals import STOPPED, StopRequest
+from moe_pretrain.train.corpora import Corpora, describe_corpus, prepare_corpora, steps_until_exhausted
+from moe_pretrain.train.trainer import Run
+
+_CLAIM = "moe_pretrain/claim"
+TOKENS_COUNTED = 4_000_000
+"""Tokens at the start of the run from which routers learn how often each id occurs."""
+
+
+def train(config: Config, overrides: Sequence[str] = ()) -> int:
+    """Train ``config`` to its last step, going on from its newest checkpoint if there is one.
+
+    Args:
+        config: The whole of it.
+        overrides: The words it was made from, for the run's folder.
+
+    Returns:
+        Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint,
+        ``signals.UNSAVED`` when its last checkpoint could not be written.
+
+    Raises:
+        RunInUse: The run's folder belongs to another run.
+    """
+    check(config, launched_world_size() or 1)
+    device_type, dtype = resolve_device(config.engine)
+    if device_type == "cpu":
+        keep_freed_memory()
+    folder, parallel = config.run.folder, config.parallel
+    # wandb's own logs stay in the run folder, like everything of a run.
+    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").resolve()))
+    with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
+        meeting = meet(parallel)
+        # Before the process group: its making can hang too.
+        with _claimed(folder, overrides, meeting), Liveness(meeting, folder, parallel.heartbeat_seconds) as liveness:
+            mesh = build_mesh(parallel, device_type, meeting)
+            say = print if mesh.is_main else _silent
+            try:
+                return _train(config, dtype, mesh, stop, liveness, say)
+            except StoppedEarly:
+                say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
+                return STOPPED
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, overrides: Sequence[str], meeting: Meeting) -> Iterator[None]:
+    """Hold the run's folder: the first rank for all, then each rank until it ends.
+
+    Raises:
+        RunInUse: Another run holds it; on every rank.
+    """
+    with contextlib.ExitStack() as held:
+        if meeting.rank == 0:
+            refusal = ""
+            try:
+                if not is_worker():  # else our launcher owns it
+                    held.enter_context(owned(folder, print))
+                    write_overrides(folder, overrides)
+            except Exception as error:
+                refusal = str(error) or repr(error)
+                raise
+            finally:
+                meeting.store.set(f"{_CLAIM}/{meeting.attempt}", refusal)
+        elif refusal := meeting.store.get(f"{_CLAIM}/{meeting.attempt}").decode():
+            raise RunInUse(refusal)
+        held.enter_context(joined(folder))
+        yield
+
+
+def _train(
+    config: Config, dtype: Dtype, mesh: Mesh, stop: StopRequest, liveness: Liveness, say: Callable[[str], None]
+) -> int:
+    faults = Faults(config.fault, mesh.rank)
+
+    def enter(phase: str, step: int) -> None:
+        liveness.enter(phase, step)
+        faults.reach(phase, step)
+
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
+    size = model_size(config.model, config.router)
+    say(_describe_run(config, plan, size, mesh, dtype))
+    for line in describe_match(config.model, config.router, config.budget):
+        say(line)
+
+    corpus, evaluation_sets = _prepare_corpora(config, mesh, stop, say)
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
+        )
+    loader = data.TrainLoader(
+        corpus.train,
+        config.model.sequence_length,
+        plan.rows_per_step,
+        plan.micro_batch_size,
+        mesh.rank,
+        mesh.world_size,
+        config.seed,
+        config.packing.isolate_documents,
+        method=config.packing.method,
+        reset_positions=config.packing.reset_positions,
+    )
+    limit = steps_until_exhausted(config.data, loader)
+    meter = Meter(config.budget, plan.tokens_per_step, size.training_flops_per_token, limit)
+    plan = replace(plan, num_steps=meter.num_steps)
+    describe_corpus(corpus, plan, loader, say)
+
+    model = DecoderLM(config.model, config.router, mesh.shard)
+    initialise(model, config.seed)
+    _tell_token_counts(model, loader, plan, mesh)
+    if competition := _describe_competition(config.router.name, model):
+        say(competition)
+    prepare_experts(model, config.parallel.expert_parallel_size)
+    engine = TrainEngine(
+        model,
+        config.engine,
+        dtype,
+        config.optimizer,
+        lambda step: config.schedule.factor(step, meter.num_steps),
+        plan,
+        mesh,
+        config.seed,
+        faults,
+        enter,
+    )
+
+    run = Run(config, plan, size, dtype, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
+    return run.train()
+
+
+class StoppedEarly(Exception):
+    """A signal came before there was anything to save; raised on all ranks together."""
+
+
+def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callable[[str], None]) -> Corpora:
+    """Tokenise on the first rank, then open the result on all.
+
+    The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
+    look like a rank that hangs, and a signal to any of them ends it.
+
+    Raises:
+        StoppedEarly: A signal came.
+    """
+
+    def share(number: int) -> int:
+        """The run's number once the first rank has drawn it; 0 while that one is at work."""
+        shared = torch.tensor(number, device=mesh.device)
+        dist.all_reduce(shared)
+        if stop.agreed(mesh.device):
+            raise StoppedEarly
+        return int(shared)
+
+    if not mesh.is_main:
+        while not (number := share(0)):
+            pass
+        return prepare_corpora(config, say, False, number)
+    is_at_work = True
+
+    def report(line: str) -> None:
+        say(line)
+        if is_at_work:
+            share(0)
+
+    drawn = 1 + secrets.randbelow(2**31)
+    corpora = prepare_corpora(config, report, True, drawn)
+    is_at_work = False
+    share(drawn)
+    return corpora
+
+
+def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPlan, mesh: Mesh) -> None:
+    """Tell routers that ask how often each token id occurs in the first rows of the run, the same on any topology."""
+    routers = [layer.router for layer in model.moe_layers() if layer.router.needs_token_counts]
+    if not routers:
+        return
+    counts = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    # Of a stream only the first step is sure to be there.
+    steps = 1 if loader.num_rows is None else min(plan.num_steps, -(-TOKENS_COUNTED // plan.tokens_per_step))
+    for step in range(steps):
+        loader.reach(step)
+        for batch in loader.micro_batches(step):
+            counts += torch.bincount(batch.input_ids[batch.document_ids >= 0], minlength=len(counts))
+    counts = counts.to(mesh.device)
+    dist.all_reduce(counts)
+    for router in routers:
+        router.use_token_counts(counts)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Everything that can be refused before a process group or a corpus exists.
+
+    Raises:
+        ValueError: One line naming the field.
+    """
+    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
+    moe = config.model.moe
+    config.parallel.check(world_size, num_routed_experts(moe, config.router))
+    if config.checkpoint.warm_start is not None:
+        locate(Path(config.checkpoint.warm_start))
+    if config.optimizer.trainable == "routers":
+        with torch.device("meta"):
+            model = DecoderLM(config.model, config.router, ExpertShard())
+        if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
+            raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
+    device, dtype = resolve_device(config.engine)
+    if dtype == "bfloat16" and config.engine.zero_stage == 0:
+        raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
+    if config.engine.determinism == "elastic":
+        check_elastic(config.model, config.router, config.batch, plan, world_size, device, dtype)
+    if device == "cuda" and dtype == "bfloat16":
+        for problem in width_problems(moe, config.router, config.model.hidden_size):
+            raise ValueError(problem)
+
+
+def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
+    """``auto`` to what this machine has: a GPU with bfloat16, else the CPU with float32."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("engine.device=cuda must be auto or cpu: torch finds no CUDA device")
+    if config.dtype == "auto":
+        return device, "bfloat16" if device == "cuda" else "float32"
+    return device, config.dtype
+
+
+def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:
+    ranks = f"{mesh.world_size} rank{'s' if mesh.world_size > 1 else ''}"
+    return (
+        f"{config.run.name}: {size.total_parameters / 1e6:,.1f}M parameters, "
+        f"{size.active_parameters / 1e6:,.1f}M active; "
+        f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
+        f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
+        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage}){config.budget.describe()}"
+    )
+
+
+def _describe_competition(name: str, model: DecoderLM) -> str | None:
+    """A loud line for a scheme whose routes in training depend on later tokens; None for the others."""
+    routers = [layer.router for layer in model.moe_layers()]
+    if all(router.causal_in_training for router in routers):
+        return None
+    evaluation = (
+        "evaluation is causal: judge by the validation loss"
+        if all(router.causal_in_evaluation for router in routers)
+        else "so is evaluation: neither loss is that of a language model that generates"
+    )
+    return (
+        f"NOT CAUSAL IN TRAINING: with router={name} the tokens of a micro-batch compete, so a token's experts depend "
+        f"on later tokens, on other sequences and on the micro-batch's size; {evaluation}"
+    )
+
+
+def _silent(line: str) -> None:
+    """What ranks other than the first say."""

@@ -1,0 +1,1 @@
+"""One routing scheme, property by property."""

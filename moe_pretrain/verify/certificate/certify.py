@@ -1,0 +1,111 @@
+"""Is a routing scheme what it says? One scheme, shipped or a user's own, property by property.
+
+``certify`` builds a tiny model around the configured router in one process and prints one row per property. How a
+property is tested stands in the docstring of its function, in ``certify_routes`` (what a decision is and may depend
+on) or ``certify_learning`` (losses, gradients, recomputation, state).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from moe_pretrain.analysis.html import write_whole
+from moe_pretrain.config.schema import Config
+from moe_pretrain.verify.certificate.learning_properties import LEARNING
+from moe_pretrain.verify.certificate.route_properties import ROUTES
+from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
+
+CERTIFICATE = "certificate.json"
+"""A run folder's certificate: ``{"code": ..., "rows": [{"property", "verdict", "detail"}]}``."""
+
+Verdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the certificate.
+
+    Attributes:
+        property: What was asked.
+        verdict: The answer; only ``FAIL`` withholds the certificate.
+        detail: What was found, or why the question does not apply.
+    """
+
+    property: str
+    verdict: Verdict
+    detail: str
+
+    def __str__(self) -> str:
+        verdict = self.verdict if self.verdict in ("PASS", "FAIL") else f"{self.verdict}:"
+        return f"{self.property:<34} {verdict:<4} {self.detail}"
+
+
+def examine(config: Config) -> Iterator[Row]:
+    """Every property of ``config``'s router that one process can see."""
+    subject = Subject(config)
+    for name, question in (ROUTES | LEARNING).items():
+        yield _ask(name, question, subject)
+
+
+def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> Row:
+    try:
+        if not subject.model().moe_layers():
+            return Row(name, "not applicable", f"router={subject.config.router.name} routes nothing")
+        return Row(name, "PASS", question(subject))
+    except NotApplicable as reason:
+        return Row(name, "not applicable", str(reason))
+    except DeclaredNonCausal as found:
+        return Row(name, "declared non-causal", str(found))
+    except Broken as found:
+        return Row(name, "FAIL", str(found))
+    except Exception as error:  # a broken scheme may raise anything, and the other rows are still worth having
+        return Row(name, "FAIL", f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def certify(
+    config: Config,
+    verify_on_ranks: Callable[[], int] | None,
+    say: Callable[[str], None],
+    write: Path | None = None,
+    code: str = "",
+) -> int:
+    """Print the certificate of ``config``'s router.
+
+    Args:
+        config: Any configuration; its model is shrunk.
+        verify_on_ranks: Runs ``verify`` on ``config`` in worker processes and returns its exit code; None when
+            ``config`` asks for one process.
+        say: Prints a line.
+        write: Where to keep it as JSON, if anywhere.
+        code: Which code was tried, for that file.
+
+    Returns:
+        Exit code: 0 if no row is ``FAIL``.
+    """
+    source = config.router_file or "shipped"
+    model = Subject(config).config.model
+    say(
+        f"router={config.router.name} ({source}) in {len(model.moe_layers)} layers of {model.moe.num_experts} experts, "
+        "cpu, float32"
+    )
+    rows = []
+    for row in examine(config):
+        rows.append(row)
+        say(f"  {row}")
+    name = "gradient parity on ranks"
+    if verify_on_ranks is None:
+        row = Row(name, "not applicable", "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it")
+    else:
+        size, ranks = config.parallel.expert_parallel_size, config.parallel.processes
+        same = verify_on_ranks() == 0
+        row = Row(name, "PASS" if same else "FAIL", f"verify on {ranks} ranks, expert parallel {size}: see above")
+    rows.append(row)
+    say(f"  {row}")
+    if write is not None:
+        write_whole(write, json.dumps({"code": code, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        say(f"written: {write}")
+    failed = sum(row.verdict == "FAIL" for row in rows)
+    say("certified" if not failed else f"not certified: {failed} of {len(rows)} properties fail")
+    return int(failed > 0)

@@ -1,0 +1,341 @@
+"""Rows of the certificate: losses, gradients, recomputation and state. What a function raises: ``certify_routes``."""
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_pretrain.engine.objective import GlobalCounts
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.moe import RouterConfig
+from moe_pretrain.moe.types import Router, step_uses
+from moe_pretrain.verify.certificate.route_properties import check_routes
+from moe_pretrain.verify.certificate.subject import (
+    ROWS,
+    TOLERANCE,
+    Decision,
+    NotApplicable,
+    Pass,
+    Subject,
+    move_state,
+    relative,
+    require,
+    routers_of,
+    rows_of,
+)
+from moe_pretrain.verify.oracle import Oracle
+
+STATE_STEPS = 100
+ROUNDING = 1e-5
+"""A gradient that is a smaller part of the whole model's is zero but for rounding."""
+SURE_LOGIT = 30.0
+"""A logit at which float32's softmax and sigmoid are sure."""
+_WEIGHTS_OF_ONE = {"renormalised": "raw", "selected": "full"}
+"""Weights that a scheme may refuse for one expert per token -> what it has instead."""
+
+
+def _learns_from_lm_loss(subject: Subject, router: RouterConfig | None = None) -> str:
+    """Every router parameter gets a gradient from the cross-entropy alone (C5)."""
+    if subject.num_experts == 1:
+        raise NotApplicable("with one expert there is nothing to choose")
+    model = subject.model(router=router)
+    parameters = {
+        f"{layer}.{name}": parameter
+        for layer, module in enumerate(routers_of(model))
+        for name, parameter in module.named_parameters()
+    }
+    if not parameters:
+        raise NotApplicable("the router has no parameters")
+    seen = subject.run(model, subject.batch())
+    seen.output.loss_sum.backward()
+    norms = {name: float(_gradient(parameter).norm()) for name, parameter in parameters.items()}
+    whole = math.sqrt(sum(float(_gradient(parameter).square().sum()) for parameter in model.parameters()))
+    constant = all((decision.routing.weight == 1).all() for decision in seen.decisions)
+    why = ": every weight is 1, whatever the parameters are" if constant else ""
+    excused = routers_of(model)[0].without_lm_gradient
+    learnt = {name: norm for name, norm in norms.items() if name.partition(".")[2] not in excused}
+    for name, norm in norms.items():
+        require(math.isfinite(norm), f"that of {name} is not finite")
+        require(norm > ROUNDING * whole or name not in learnt, f"{name} gets none{why}")
+    reasons = "; ".join(f"not {name}: {reason}" for name, reason in excused.items())
+    if not learnt:
+        raise NotApplicable(reasons)
+    found = f"{min(learnt.values()) / whole:.0e} or more of the whole gradient's norm, in every layer"
+    return found + (", past weights that are always 1" if constant else "") + (f"; {reasons}" if reasons else "")
+
+
+def _learns_with_one_expert(subject: Subject) -> str:
+    """The same with ``top_k=1``, where a renormalised weight is always 1."""
+    router = subject.config.router
+    if "top_k" not in {field.name for field in fields(router)}:
+        raise NotApplicable("the scheme has no top_k")
+    changes: dict[str, Any] = {"top_k": 1}
+    weights, note = getattr(router, "weights", None), ""
+    try:
+        one = replace(router, **changes)
+    except ValueError as refusal:
+        if weights not in _WEIGHTS_OF_ONE:
+            raise NotApplicable(f"top_k=1 is refused: {refusal}") from refusal
+        changes["weights"] = _WEIGHTS_OF_ONE[weights]
+        note = f", weights={changes['weights']} ({weights} is always 1: refused)"
+        one = replace(router, **changes)
+    return _learns_from_lm_loss(subject, one) + note
+
+
+def _is_one_when_uniform(subject: Subject) -> str:
+    """The balance loss is 1, unweighted, at uniform probabilities (C15).
+
+    ``num_experts * sum_e(f_e * 1 / num_experts)`` is 1 for any shares ``f``, so it does not matter where ties go.
+    """
+    router, (hidden, context, _) = _balanced_router(subject)
+    with _parameters_set(router, torch.zeros_like):
+        routing = router(hidden, context)
+    entropy = float(routing.use.router_entropy / routing.use.tokens)
+    if abs(entropy - math.log(subject.num_experts)) > 1e-4:
+        raise NotApplicable(f"weights of zero do not make its probabilities uniform (entropy {entropy:.3f} nats)")
+    value = routing.aux["load_balance"].item()
+    require(abs(value - 1) <= 1e-6, f"{value:.6f} at uniform probabilities instead of 1")
+    return "1 at uniform probabilities (exact for any routes, so ties do not matter)"
+
+
+def _has_closed_form_when_collapsed(subject: Subject) -> str:
+    """The balance loss is ``num_experts / m * (share of routes to m experts)`` when those ``m`` surely get every token.
+
+    That is ``num_experts / top_k`` for top-k routing (C15). ``m`` is ``top_k``, or 1 for a scheme without it.
+    """
+    router, (hidden, context, _) = _balanced_router(subject)
+    num_experts, few = subject.num_experts, getattr(subject.config.router, "top_k", 1)
+    if not all(parameter.shape[0] == num_experts for parameter in router.parameters()):
+        raise NotApplicable("its parameters do not belong to one expert each, so they cannot be set to collapse")
+    for others in (-1.0, 0.0):  # a logit may be negative, a norm not
+
+        def collapsed(parameter: Tensor, others: float = others) -> Tensor:
+            level = torch.where(torch.arange(num_experts) < few, 1.0, others) * SURE_LOGIT / hidden.shape[1]
+            return level.view(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter)
+
+        with _parameters_set(router, collapsed):
+            routing = router(torch.ones_like(hidden), context)
+        entropy = float(routing.use.router_entropy / routing.use.tokens)
+        if abs(entropy - math.log(few)) <= 1e-3:
+            break
+    else:
+        raise NotApplicable(f"its probabilities do not collapse on {few} experts (entropy {entropy:.3f} nats)")
+    share = float(routing.use.tokens_per_expert[:few].sum() / routing.use.tokens_per_expert.sum())
+    expected, value = num_experts / few * share, routing.aux["load_balance"].item()
+    require(abs(value - expected) <= 1e-4 * expected, f"{value:.4f} when collapsed on {few} instead of {expected:.4f}")
+    verb = "has" if few == 1 else "have"
+    more = "" if share == 1 else f" and {share:.2f} of the routes"
+    return f"{value:.4f} when {few} of {num_experts} experts {verb} all probability{more}"
+
+
+def _balanced_router(subject: Subject) -> tuple[Router, Decision]:
+    """The first router and what it decided, if it has a balance loss."""
+    model = subject.model()
+    decision = subject.run(model, subject.batch()).decisions[0]
+    if "load_balance" not in decision.routing.aux:
+        names = ", ".join(sorted(decision.routing.aux)) or "none"
+        raise NotApplicable(f"the scheme has no load_balance loss; its aux losses: {names}")
+    return routers_of(model)[0], decision
+
+
+def _is_finite_at_ties(subject: Subject) -> str:
+    """Weights, losses and gradients are finite where probabilities tie, vanish or are sure (C21)."""
+    model = subject.model()
+    router, (hidden, context, _) = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
+    cases: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "equal logits": (torch.zeros_like, hidden),
+        "equal experts": (lambda parameter: torch.full_like(parameter, 0.1), hidden),
+        "equal tokens": (torch.clone, hidden[:1].expand_as(hidden)),
+        "hidden states of zero": (torch.clone, torch.zeros_like(hidden)),
+        "sure probabilities": (lambda parameter: parameter * 1e4, hidden),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for case, (change, given) in cases.items():
+        given = given.clone().requires_grad_()
+        with _parameters_set(router, change):
+            routing = router(given, context)
+            check_routes(Decision(given, context, routing), subject.num_experts)
+            upstream = torch.rand(routing.weight.shape, generator=generator)
+            total = (routing.weight * upstream).sum() + sum(routing.aux.values())
+            require(total.isfinite(), f"{case}: a weight or a loss is not finite")
+            wanted = [given, *router.parameters()]
+            gradients = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else []
+        for gradient in gradients:
+            require(gradient is None or gradient.isfinite().all(), f"{case}: a gradient is not finite")
+    return ", ".join(cases)
+
+
+def _survives_no_text(subject: Subject) -> str:
+    """A micro-batch of nothing but padding has finite losses and gradients and counts nothing (C7, C21)."""
+    batch = subject.batch(padding=range(ROWS))
+    model = subject.warm_model()
+    seen = subject.run(model, batch)
+    loss = subject.loss(model, seen, batch, GlobalCounts(labels=10, tokens=10))
+    for name, value in seen.output.aux.items():
+        require(value.isfinite(), f"the {name} loss is {value.item()}")
+    require(loss.isfinite(), f"the loss is {loss.item()}")
+    (loss + sum(seen.output.aux.values())).backward()
+    for name, parameter in model.named_parameters():
+        require(_gradient(parameter).isfinite().all(), f"the gradient of {name} is not finite")
+    require(not any(use.tokens_per_expert.any() for use in seen.output.uses), "padding is counted")
+    return "losses and gradients finite, no route counted"
+
+
+def _agrees_with_oracle(subject: Subject) -> str:
+    """Loss, aux losses and all gradients of a global batch are the oracle's, also when it is cut (C5, C6, C12)."""
+    batch = subject.batch(padding=(1,))
+    model = subject.model()
+    routers = routers_of(model)
+    halves = [rows_of(batch, slice(0, 2)), rows_of(batch, slice(2, None))]
+    # A scheme whose tokens compete routes each micro-batch in its own way, and the oracle sees the whole batch.
+    cuts = halves if all(router.causal_in_training for router in routers) else [batch]
+    with torch.no_grad():
+        ahead = [subject.run(model, cut).output.uses for cut in cuts]
+    totals = {
+        router.layer: torch.stack([uses[index].tokens_per_expert for uses in ahead]).sum(dim=0)
+        for index, router in enumerate(routers)
+    }
+    text = int((batch.document_ids >= 0).sum())
+    counts = GlobalCounts(labels=batch.num_valid_labels(), tokens=text)
+    loss, aux = 0.0, dict.fromkeys(routers[0].aux_weights, 0.0)
+    for cut in cuts:
+        seen = subject.run(model, cut, 0, lambda layer, own: totals[layer], text)
+        subject.loss(model, seen, cut, counts).backward()
+        loss += float(seen.output.loss_sum.detach()) / counts.labels
+        for name, value in seen.output.aux.items():
+            aux[name] += float(value.detach()) * int((cut.document_ids >= 0).sum()) / text
+    expected = Oracle(subject.config, 1).step(0, cuts)
+    errors = {"loss": relative(torch.tensor(loss), torch.tensor(expected.loss))}
+    errors |= {name: relative(torch.tensor(aux[name]), torch.tensor(expected.aux[name])) for name in aux}
+    for name, parameter in model.named_parameters():
+        errors[name] = relative(_gradient(parameter), expected.gradients[name])
+    worst = max(errors, key=lambda name: errors[name])
+    require(all(error <= TOLERANCE for error in errors.values()), f"{worst} differs by {errors[worst]:.0e}")
+    return f"{len(cuts)} micro-batches, {len(expected.gradients)} gradients, at most {errors[worst]:.0e} apart"
+
+
+def _names_losses(subject: Subject) -> str:
+    """Every aux loss is a float32 scalar with a coefficient, and every coefficient has its loss (C18)."""
+    model = subject.model()
+    decisions = subject.run(model, subject.batch()).decisions
+    for router, decision in zip(routers_of(model), decisions, strict=True):
+        aux = decision.routing.aux
+        require(
+            aux.keys() == router.aux_weights.keys(), f"losses {sorted(aux)}, coefficients {sorted(router.aux_weights)}"
+        )
+        for name, value in aux.items():
+            require(value.dtype == torch.float32 and value.ndim == 0, f"{name} is not a float32 scalar")
+            require(value.isfinite(), f"{name} is {value.item()}")
+    names = ", ".join(sorted(routers_of(model)[0].aux_weights))
+    return names or "none"
+
+
+def _survives_recompute(subject: Subject) -> str:
+    """Loss, gradients and counts are bitwise the same with every kind of recomputation (C14, C24)."""
+    batch = subject.batch()
+    results = {}
+    for recompute in ("none", "selective", "full"):
+        model = subject.model(recompute)
+        seen = subject.run(model, batch)
+        loss = subject.loss(model, seen, batch)
+        loss.backward()
+        counts = torch.stack([use.tokens_per_expert for use in seen.output.uses])
+        results[recompute] = {"loss": loss.detach(), "tokens_per_expert": counts}
+        results[recompute] |= {name: _gradient(parameter) for name, parameter in model.named_parameters()}
+        require(len(seen.decisions) == len(routers_of(model)), f"recompute={recompute} routes again in backward")
+    for recompute in ("selective", "full"):
+        for name, value in results["none"].items():
+            require(torch.equal(results[recompute][name], value), f"recompute={recompute} changes {name}")
+    return "none, selective and full agree bit for bit"
+
+
+def _keeps_state(subject: Subject) -> str:
+    """What ``after_step`` moves is in buffers, survives saving, and is moved by nothing else (C22, C33)."""
+    model, batch = subject.model(), subject.batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for training in (False, True):
+        seen = subject.run(model.train(training), batch)
+    require(not _moved(before, model), "a forward pass moves state")
+    unsaved = _unsaved(model)
+    _move(model, seen)
+    lost = [name for name, value in _unsaved(model).items() if unsaved.get(name) != value]
+    require(not lost, f"after_step moves {', '.join(lost)}, which is lost: it must be a persistent buffer")
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    loaded = subject.model()
+    loaded.load_state_dict(torch.load(saved, weights_only=True))
+    for when in ("after loading", "a step after loading"):
+        for training in (True, False):
+            ours, theirs = (subject.run(one.train(training), batch) for one in (model, loaded))
+            require(subject.has_same_bits(ours, theirs), f"routes differ {when}")
+        for one in (model, loaded):
+            move_state(one, seen)
+    names = sorted({name.rpartition(".")[2] for name in _moved(before, model)})
+    return f"{', '.join(names)}: the same routes after loading" if names else "after_step moves nothing"
+
+
+def _move(model: DecoderLM, seen: Pass) -> None:
+    """Many steps of uneven load, so that whatever moves has moved far enough to change routes."""
+    for layer, use in zip(model.moe_layers(), step_uses(seen.output.uses), strict=True):
+        load = torch.arange(layer.num_experts, 0, -1, dtype=torch.float64)
+        for _ in range(STATE_STEPS):
+            layer.router.after_step(replace(use, tokens_per_expert=load.clone(), tokens=int(load.sum())))
+
+
+def _moved(before: dict[str, Tensor], model: DecoderLM) -> list[str]:
+    return [name for name, value in model.state_dict().items() if not torch.equal(before[name], value)]
+
+
+def _unsaved(model: DecoderLM) -> dict[str, Any]:
+    """Values of the routers' numbers and tensors that ``state_dict`` does not have."""
+    found: dict[str, Any] = {}
+    for router in routers_of(model):
+        for path, module in router.named_modules():
+            for name, value in {**vars(module), **dict(module.named_buffers(recurse=False))}.items():
+                if name in module.state_dict() or name == "training":
+                    continue
+                if isinstance(value, Tensor):
+                    value = value.tolist()
+                if isinstance(value, int | float | list | tuple):
+                    found[f"{path}.{name}".lstrip(".")] = repr(value)
+    return found
+
+
+@contextmanager
+def _parameters_set(router: Router, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Every parameter replaced by ``change`` of it inside the block."""
+    kept = [parameter.detach().clone() for parameter in router.parameters()]
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(change(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(router.parameters(), kept, strict=True):
+                parameter.copy_(value)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+LEARNING: dict[str, Callable[[Subject], str]] = {
+    "router gradient from the LM loss": _learns_from_lm_loss,
+    "router gradient with top_k=1": _learns_with_one_expert,
+    "aux losses named": _names_losses,
+    "balance loss at uniform": _is_one_when_uniform,
+    "balance loss at collapse": _has_closed_form_when_collapsed,
+    "no text tokens": _survives_no_text,
+    "finite at ties": _is_finite_at_ties,
+    "recompute": _survives_recompute,
+    "state round trip": _keeps_state,
+    "gradient parity with the oracle": _agrees_with_oracle,
+}
+"""Name of the row -> the question behind it."""

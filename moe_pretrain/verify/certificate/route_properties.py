@@ -1,0 +1,244 @@
+"""Rows of the certificate: what a routing decision is, and what it may depend on.
+
+A function returns what it found, or raises ``Broken`` when the property does not hold, ``NotApplicable`` with the
+reason when the scheme cannot have it, ``DeclaredNonCausal`` when the scheme itself says that it looks at later tokens.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.moe.dispatch import run_experts, sum_rows
+from moe_pretrain.moe.types import RowOrder
+from moe_pretrain.verify.certificate.subject import (
+    ROWS,
+    TOLERANCE,
+    Broken,
+    Decision,
+    DeclaredNonCausal,
+    Subject,
+    relative,
+    require,
+    routers_of,
+    rows_of,
+    same_routes,
+)
+
+DRAWS = 2
+"""Replacements of the later tokens per cut."""
+
+
+def _is_causal(subject: Subject, training: bool) -> str:
+    """Replacing later tokens moves no earlier logit and no earlier route (C28).
+
+    The whole model is run, with rows cut at several positions and everything from there on replaced; then with the last
+    row replaced, which must not be seen by the rows before it either.
+    """
+    model = subject.warm_model().train(training)
+    batch = subject.batch(one_document=True)
+    logits, decisions = subject.logits(model, batch)
+    position, row = torch.arange(subject.sequence)[None], torch.arange(ROWS)[:, None]
+    cuts = sorted({1, subject.sequence // 3, 2 * subject.sequence // 3, subject.sequence - 1})
+    kept_parts = {f"position {cut}": (position < cut).expand(ROWS, -1) for cut in cuts}
+    kept_parts["the last row"] = (row < ROWS - 1).expand(-1, subject.sequence)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for where, kept in kept_parts.items():
+        for _ in range(DRAWS):
+            vocab = subject.config.model.vocab_size
+            other = torch.randint(1, vocab, kept.shape, generator=generator)
+            input_ids = torch.where(kept, batch.input_ids, (batch.input_ids + other) % vocab)
+            new_logits, new_decisions = subject.logits(model, replace(batch, input_ids=input_ids))
+            error = float((new_logits - logits)[kept].abs().max() / logits.abs().max())
+            worst = max(worst, error)
+            routes = zip(subject.tables(decisions), subject.tables(new_decisions), strict=True)
+            same = all(same_routes(ours[kept.flatten()], theirs[kept.flatten()]) for ours, theirs in routes)
+            if not (error <= TOLERANCE and same):
+                moved = f"tokens from {where} on move earlier " + (f"logits by {error:.0e}" if same else "routes")
+                _judge_dependence(model, training, moved)
+    return f"{len(cuts)} cuts, {len(kept_parts) * DRAWS} suffixes, earlier logits move by at most {worst:.0e}"
+
+
+def _is_cut_free(subject: Subject, training: bool) -> str:
+    """A row's routes do not depend on which rows share its micro-batch."""
+    model = subject.warm_model().train(training)
+    batch = subject.batch()
+    whole = subject.tables(subject.logits(model, batch)[1])
+    for cut in (1, 2):
+        parts = [
+            subject.tables(subject.logits(model, rows_of(batch, part))[1]) for part in (slice(cut), slice(cut, None))
+        ]
+        for layer, table in enumerate(whole):
+            joined = torch.cat([part[layer] for part in parts])
+            if not same_routes(joined, table):
+                _judge_dependence(model, training, f"routes change when {ROWS} rows become {cut} and {ROWS - cut}")
+    return "2 cuts of the batch"
+
+
+def _is_alone_the_same(subject: Subject) -> str:
+    """In evaluation a row by itself gets the logits and routes that it gets among others (C29)."""
+    model = subject.warm_model().eval()
+    batch = subject.batch()
+    logits, decisions = subject.logits(model, batch)
+    worst = 0.0
+    for row in range(ROWS):
+        alone, own = subject.logits(model, rows_of(batch, slice(row, row + 1)))
+        tokens = slice(row * subject.sequence, (row + 1) * subject.sequence)
+        error = float((alone[0] - logits[row]).abs().max() / logits.abs().max())
+        worst = max(worst, error)
+        pairs = zip(subject.tables(own), subject.tables(decisions), strict=True)
+        if not (error <= TOLERANCE and all(same_routes(ours, theirs[tokens]) for ours, theirs in pairs)):
+            _judge_dependence(model, False, f"row {row} by itself differs by {error:.0e}")
+    return f"logits differ by at most {worst:.0e}"
+
+
+def _judge_dependence(model: DecoderLM, training: bool, found: str) -> None:
+    """Raise as the scheme's own declaration says."""
+    name = "causal_in_training" if training else "causal_in_evaluation"
+    if all(getattr(router, name) for router in routers_of(model)):
+        raise Broken(f"{name} is declared, but {found}")
+    raise DeclaredNonCausal(found)
+
+
+def _ignores_padding(subject: Subject) -> str:
+    """What stands in a padding row, or whether there is one, changes no count, loss or route of text (C17)."""
+    batch = subject.batch(padding=(1,))
+    text = (batch.document_ids >= 0).flatten()
+    other_ids = torch.where(batch.document_ids < 0, (batch.input_ids + 1) % 7, batch.input_ids)
+    without = rows_of(batch, torch.tensor([row for row in range(ROWS) if row != 1]))
+    for training in (True, False):
+        model = subject.warm_model().train(training)
+        seen = subject.run(model, batch)
+        for what, other, tokens in (
+            ("the content of padding", replace(batch, input_ids=other_ids), text),
+            ("a padding row", without, slice(None)),
+        ):
+            changed = subject.run(model, other)
+            for ours, theirs in zip(seen.output.uses, changed.output.uses, strict=True):
+                for name in ("tokens_per_expert", "tokens", "dropped_routes"):
+                    require(torch.equal(getattr(ours, name), getattr(theirs, name)), f"{what} changes {name}")
+            for name, value in seen.output.aux.items():
+                require(relative(changed.output.aux[name], value) <= TOLERANCE, f"{what} changes the {name} loss")
+            require(relative(changed.output.loss_sum, seen.output.loss_sum) <= TOLERANCE, f"{what} changes the loss")
+            tables = zip(subject.tables(seen.decisions), subject.tables(changed.decisions), strict=True)
+            require(all(same_routes(a[text], b[tokens]) for a, b in tables), f"{what} changes routes of text")
+    return "counts, losses and routes of text, with and without a padding row"
+
+
+def _is_deterministic(subject: Subject) -> str:
+    """The same input routes the same again, whatever global random generators did in between."""
+    for training in (True, False):
+        model = subject.warm_model().train(training)
+        passes = []
+        for repeat in range(3):
+            random.seed(repeat)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(repeat)
+                passes.append(subject.run(model, subject.batch()))
+        for again in passes[1:]:
+            require(
+                subject.has_same_bits(passes[0], again), f"routes differ, {'training' if training else 'evaluation'}"
+            )
+    return "3 passes, bitwise, in training and evaluation"
+
+
+def _conserves_routes(subject: Subject) -> str:
+    """Routes are in token order, unique and in range; the counts are those of the routes of text (C27)."""
+    total = 0
+    for training in (True, False):
+        model = subject.warm_model().train(training)
+        for decision in subject.run(model, subject.batch(padding=(1,))).decisions:
+            check_routes(decision, subject.num_experts)
+            total += len(decision.routing.token_index)
+    return f"{total} routes, each once, in token order; counts equal the routes of text"
+
+
+def check_routes(decision: Decision, num_experts: int) -> None:
+    """Raise ``Broken`` if a decision contradicts what ``Routing`` promises."""
+    routing, use, text = decision.routing, decision.routing.use, decision.context.token_mask
+    token, expert, num_tokens = routing.token_index, routing.expert_index, len(decision.hidden)
+    for name, index, end in (("token_index", token, num_tokens), ("expert_index", expert, num_experts)):
+        require(((index >= 0) & (index < end)).all(), f"{name} is outside [0, {end})")
+    require((token.diff() >= 0).all(), "token_index is not ascending")
+    twice = len(token) - len((token * num_experts + expert).unique())
+    require(twice == 0, f"{twice} of {len(token)} routes are there twice")
+    require(routing.weight.isfinite().all(), "a weight is not finite")
+    if routing.routes_per_token is not None:
+        own = torch.bincount(token, minlength=num_tokens)
+        require((own == routing.routes_per_token).all(), f"routes_per_token={routing.routes_per_token} is not so")
+    counted = torch.bincount(expert[text[token]], minlength=num_experts).double()
+    require(torch.equal(use.tokens_per_expert, counted), "tokens_per_expert is not the number of routes of text")
+    require(use.tokens.item() == int(text.sum()), "RouterUse.tokens is not the number of text tokens")
+    highest = float(use.tokens) * math.log(num_experts) * (1 + 1e-6)
+    require(0 <= use.router_entropy <= highest, "router_entropy is outside [0, tokens * ln(num_experts)]")
+    require(not (use.tokens_per_expert.requires_grad or use.router_entropy.requires_grad), "RouterUse has a gradient")
+
+
+def _combines_identity(subject: Subject) -> str:
+    """Experts that return their input give ``sum over routes of weight * x`` (C27)."""
+    decisions = subject.run(subject.warm_model(), subject.batch()).decisions
+    worst = 0.0
+    for hidden, _, routing in decisions:
+        output, _ = run_experts(hidden, routing, subject.num_experts, _identity, None)
+        weighted = routing.weight.detach()[:, None] * hidden[routing.token_index]
+        worst = max(worst, relative(output, torch.zeros_like(hidden).index_add(0, routing.token_index, weighted)))
+    require(worst <= TOLERANCE, f"differs from the sum of weight * x by {worst:.0e}")
+    return f"equal to the sum of weight * x within {worst:.0e}"
+
+
+def _identity(sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
+    return sum_rows(sources[order.source_of_row], order, weight.detach())
+
+
+def _is_float32(subject: Subject) -> str:
+    """Weights, parameters and state are float32, and nothing on the way to the weights was rounded (C23).
+
+    Rounded logits show in two ways: a bfloat16 input routes otherwise than the same numbers in float32; and along a
+    line of almost equal tokens the weights move in steps.
+    """
+    model = subject.model().eval()
+    router = routers_of(model)[0]
+    for name, value in router.state_dict().items():
+        require(not value.is_floating_point() or value.dtype == torch.float32, f"{name} is {value.dtype}")
+    hidden, context, routing = subject.run(model, subject.batch()).decisions[0]
+    require(routing.weight.dtype == torch.float32, f"weights are {routing.weight.dtype}")
+    for name, loss in routing.aux.items():
+        require(loss.dtype == torch.float32, f"the {name} loss is {loss.dtype}")
+
+    def route(tokens: Tensor) -> Tensor:
+        return subject.table(Decision(tokens, context, router(tokens, context)))
+
+    line = hidden[0] + hidden[1] * 2e-5 * torch.arange(len(hidden))[:, None]
+    # A scheme with constant weights has few on any tokens, and nothing to be learnt from that.
+    various, along = (len(route(tokens).nan_to_num(-1.0).unique(dim=0)) for tokens in (hidden, line))
+    half = len(hidden) / 2
+    require(
+        various < half or along > half, f"{len(hidden)} almost equal tokens have {along} weights: logits are rounded"
+    )
+    if not router.keep_float32:
+        return "weights and state; keep_float32=False, so a bfloat16 engine rounds its parameters and their products"
+    rounded = hidden.bfloat16()
+    same = same_routes(route(rounded), route(rounded.float()))
+    require(same, "a bfloat16 input routes otherwise than the same numbers in float32")
+    return "weights, parameters and state; a bfloat16 input routes like the same numbers in float32"
+
+
+ROUTES: dict[str, Callable[[Subject], str]] = {
+    "causality in training": partial(_is_causal, training=True),
+    "causality in evaluation": partial(_is_causal, training=False),
+    "batch of one in evaluation": _is_alone_the_same,
+    "cut of the batch in training": partial(_is_cut_free, training=True),
+    "cut of the batch in evaluation": partial(_is_cut_free, training=False),
+    "padding ignored": _ignores_padding,
+    "determinism": _is_deterministic,
+    "conservation of routes": _conserves_routes,
+    "combine of identity experts": _combines_identity,
+    "float32 routing": _is_float32,
+}
+"""Name of the row -> the question behind it."""

@@ -1,0 +1,218 @@
+"""The tiny model on which ``certify`` tries a router: how to run it, watch its routers, and say what was found."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.engine.micro_batch import routing_context
+from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
+from moe_pretrain.model.block import Recompute
+from moe_pretrain.model.decoder import DecoderLM, LMOutput
+from moe_pretrain.model.init import initialise
+from moe_pretrain.moe import RouterConfig
+from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext, step_uses
+from moe_pretrain.verify.verify import shrink
+
+ROWS = 4
+WARM_STEPS = 3
+TOLERANCE = 2e-5
+"""Largest relative difference that float32 sums in another order may make."""
+
+
+class Broken(Exception):
+    """The property does not hold."""
+
+
+class NotApplicable(Exception):
+    """The property says nothing about this scheme; the message is the reason."""
+
+
+class DeclaredNonCausal(Exception):
+    """A token's route depends on other tokens, and the scheme says so."""
+
+
+def require(holds: bool | Tensor, complaint: str) -> None:
+    """Raise ``Broken`` with ``complaint`` unless ``holds``."""
+    if not holds:
+        raise Broken(complaint)
+
+
+class Decision(NamedTuple):
+    """One call of one router."""
+
+    hidden: Tensor
+    context: RoutingContext
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, with what every router saw and decided in it, bottom up."""
+
+    output: LMOutput
+    decisions: list[Decision]
+
+
+class Subject:
+    """``config``, shrunk as ``verify`` shrinks it, and what the properties do with it."""
+
+    def __init__(self, config: Config):
+        small = shrink(config, 1)
+        self.config = replace(small, model=replace(small.model, recompute="none"))
+        self.sequence = small.model.sequence_length
+        self.num_experts = small.model.moe.num_experts
+
+    def model(self, recompute: Recompute = "none", router: RouterConfig | None = None) -> DecoderLM:
+        """A model with the initial weights, in training mode; always the same ones."""
+        shape = replace(self.config.model, recompute=recompute)
+        model = DecoderLM(shape, router or self.config.router, ExpertShard())
+        initialise(model, self.config.seed)
+        return model
+
+    def warm_model(self) -> DecoderLM:
+        """A model whose routers have moved their state for a few steps."""
+        model = self.model()
+        model.load_state_dict(self._warm_state)
+        return model
+
+    @cached_property
+    def _warm_state(self) -> dict[str, Tensor]:
+        model = self.model()
+        for step in range(WARM_STEPS):
+            move_state(model, self.run(model, self.batch(seed=step), step))
+        return model.state_dict()
+
+    def batch(self, seed: int = 0, padding: Sequence[int] = (), one_document: bool = False) -> MicroBatch:
+        """``ROWS`` random rows of several documents each; those in ``padding`` are not text."""
+        random = np.random.default_rng(seed)
+        shape = (ROWS, self.sequence + 1)
+        tokens = random.integers(0, self.config.model.vocab_size, shape)
+        starts = random.random(shape) < (0.0 if one_document else 0.2)
+        starts[:, 0] = False
+        positions = np.arange(ROWS)
+        positions[list(padding)] = PADDING_POSITION
+        packing = self.config.packing
+        return build_micro_batch(tokens, starts, positions, packing.isolate_documents, packing.reset_positions)
+
+    def context(
+        self,
+        batch: MicroBatch,
+        step: int,
+        global_routes: Callable[[int, Tensor], Tensor] | None,
+        global_tokens: int | None = None,
+    ) -> RoutingContext:
+        """What the engine tells the routers of ``batch``; it is the global batch unless ``global_tokens`` differs."""
+        if global_tokens is None and global_routes is not None:
+            global_tokens = int((batch.document_ids >= 0).sum())
+        return routing_context(batch, self.config.seed, step, global_routes, global_tokens)
+
+    def run(
+        self,
+        model: DecoderLM,
+        batch: MicroBatch,
+        step: int = 0,
+        global_routes: Callable[[int, Tensor], Tensor] | None = None,
+        global_tokens: int | None = None,
+    ) -> Pass:
+        """Forward in the model's mode; in training ``batch`` is the global batch unless the last arguments differ."""
+        if model.training and global_routes is None:
+            global_routes = _own_counts
+        context = self.context(batch, step, global_routes, global_tokens)
+        with _watched(model) as decisions:
+            output = model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
+        return Pass(output, decisions)
+
+    def logits(self, model: DecoderLM, batch: MicroBatch) -> tuple[Tensor, list[Decision]]:
+        """Logits ``[batch, sequence, vocab]`` in the model's mode, and the routers' decisions."""
+        context = self.context(batch, 0, _own_counts if model.training else None)
+        with _watched(model) as decisions:
+            logits = model.logits(batch.input_ids, batch.document_ids, batch.position_ids, context)
+        return logits, decisions
+
+    def table(self, decision: Decision) -> Tensor:
+        """``[tokens, experts]``: the weight of each route, NaN where there is none."""
+        routing = decision.routing
+        table = torch.full((len(decision.hidden), self.num_experts), math.nan)
+        return table.index_put((routing.token_index, routing.expert_index), routing.weight.detach().float())
+
+    def tables(self, decisions: list[Decision]) -> list[Tensor]:
+        """The table of every router."""
+        return [self.table(decision) for decision in decisions]
+
+    def has_same_bits(self, ours: Pass, theirs: Pass) -> bool:
+        """Whether two passes route exactly alike."""
+        pairs = zip(self.tables(ours.decisions), self.tables(theirs.decisions), strict=True)
+        return all(same_routes(a, b, tolerance=0.0) for a, b in pairs)
+
+    def loss(self, model: DecoderLM, seen: Pass, batch: MicroBatch, totals: GlobalCounts | None = None) -> Tensor:
+        """The training loss with aux losses; ``batch`` is its share of ``totals``, by default all."""
+        tokens = int((batch.document_ids >= 0).sum())
+        own = GlobalCounts(labels=batch.num_valid_labels(), tokens=tokens)
+        return micro_batch_loss(seen.output, routers_of(model)[0].aux_weights, tokens, totals or own)
+
+
+def _own_counts(layer: int, tokens_per_expert: Tensor) -> Tensor:
+    return tokens_per_expert
+
+
+@contextmanager
+def _watched(model: DecoderLM) -> Iterator[list[Decision]]:
+    """Collect every router's decision in the block."""
+    decisions: list[Decision] = []
+
+    def note(module: torch.nn.Module, inputs: tuple, routing: Routing) -> None:
+        decisions.append(Decision(inputs[0].detach().clone(), inputs[1], routing))
+
+    handles = [router.register_forward_hook(note) for router in routers_of(model)]
+    try:
+        yield decisions
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def routers_of(model: DecoderLM) -> list[Router]:
+    """The routers, bottom up."""
+    return [layer.router for layer in model.moe_layers()]
+
+
+def move_state(model: DecoderLM, seen: Pass) -> None:
+    """What the engine does with the routers after an optimizer step."""
+    for router, use in zip(routers_of(model), step_uses(seen.output.uses), strict=True):
+        router.after_step(use)
+
+
+def rows_of(batch: MicroBatch, rows: slice | Tensor) -> MicroBatch:
+    """Some rows of a micro-batch."""
+    return MicroBatch(
+        batch.input_ids[rows],
+        batch.labels[rows],
+        batch.document_ids[rows],
+        batch.position_ids[rows],
+        batch.row_positions[rows],
+        token_hash=0,
+    )
+
+
+def same_routes(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether two route tables have the same routes and, up to ``tolerance``, the same weights."""
+    if not torch.equal(ours.isnan(), theirs.isnan()):
+        return False
+    return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True))
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """``|ours - theirs| / |theirs|``; what is zero must be zero, and NaN is infinitely far."""
+    difference, size = float((ours - theirs).detach().double().norm()), float(theirs.detach().double().norm())
+    if size == 0 or math.isnan(difference):
+        return 0.0 if difference == 0 else math.inf
+    return difference / size

@@ -1,0 +1,426 @@
+"""The oracle: a training step as one readable program in one process, to which every fast path is compared.
+
+float32, all experts local, plain loops over documents and experts, no DeepSpeed, no autograd function of ours. It
+shares the initialisation and the layout of the weights with the model, and nothing else: it reads parameters, it never
+calls the modules that hold them. The one exception is a router that it has no formula for: then it takes the router's
+own float32 ``Routing`` and checks everything around it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch
+from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.model.attention import Attention
+from moe_pretrain.model.block import Block
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.routers.top_k import TopKRouter
+from moe_pretrain.moe.types import (
+    AttentionStatistic,
+    ExpertShard,
+    Router,
+    RoutingContext,
+    StepUse,
+    float32_parameters,
+)
+from moe_pretrain.verify.oracle_parts import statistic_of_matrices
+
+JITTER_STREAM = 1
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Everything that must not depend on how a step was computed.
+
+    Attributes:
+        loss: Cross-entropy per counted token of the global batch.
+        aux: Each aux loss, unweighted, mean over MoE layers.
+        gradients: Gradient of every parameter before clipping, experts stacked over all global ids.
+        gradient_norm: Global norm of them.
+        weights: float32 weights after the update.
+        tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``.
+    """
+
+    loss: float
+    aux: dict[str, float]
+    gradients: dict[str, Tensor]
+    gradient_norm: float
+    weights: dict[str, Tensor]
+    tokens_per_expert: Tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
+
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    document_ids: Tensor
+    position_ids: Tensor
+    row_positions: Tensor
+    rows_per_micro_batch: list[int]
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums."""
+
+    hidden: Tensor
+    aux: dict[str, Tensor]
+    tokens_per_expert: Tensor
+    sums: Tensor
+
+
+class Oracle:
+    """Trains ``config`` from its initial weights, one global batch per call."""
+
+    def __init__(
+        self,
+        config: Config,
+        num_steps: int,
+        dtype: Dtype = "float32",
+        change_model: Callable[[DecoderLM], None] | None = None,
+    ):
+        """Start from the weights that every run of ``config`` starts from.
+
+        Args:
+            config: What the run under test uses; its topology does not matter here.
+            num_steps: Steps of the run, for the learning-rate schedule.
+            dtype: The run's. bfloat16 rounds the initial weights, which is what such a run's float32 master weights
+                start from; every computation stays float32.
+            change_model: Edits the initial weights.
+        """
+        self.config, self.num_steps = config, num_steps
+        self.model = DecoderLM(config.model, config.router, ExpertShard(0, 1))
+        initialise(self.model, config.seed)
+        if change_model is not None:
+            change_model(self.model)
+        if dtype == "bfloat16":
+            kept = {id(parameter) for parameter in float32_parameters(self.model)}
+            for parameter in self.model.parameters():
+                if id(parameter) not in kept:
+                    parameter.data = parameter.data.bfloat16().float()
+        self.weights = dict(self.model.named_parameters())
+        self._first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self._second = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+
+    def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepRecord:
+        """One optimizer step on the global batch that ``micro_batches``, in any order, make up."""
+        rows = _join(micro_batches)
+        hidden, layers = self._trunk(step, rows)
+        loss = self._cross_entropy(hidden, rows.labels)
+        names = layers[0].aux if layers else {}
+        aux = {name: torch.stack([layer.aux[name] for layer in layers]).mean() for name in names}
+        total = loss
+        for name, value in aux.items():
+            total = total + self.model.moe_layers()[0].router.aux_weights[name] * value
+        gradients = torch.autograd.grad(total, list(self.weights.values()), allow_unused=True)
+        by_name = {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True)
+        }
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
+        self._update(step, by_name, norm)
+        text_tokens = int((rows.document_ids >= 0).sum())
+        mean = sum(float(layer.tokens_per_expert.sum()) for layer in layers) / max(1, len(layers) * text_tokens)
+        for layer, result in zip(self.model.moe_layers(), layers, strict=True):
+            layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
+        return StepRecord(
+            loss.item(),
+            {name: value.item() for name, value in aux.items()},
+            by_name,
+            norm,
+            {name: weight.detach().clone() for name, weight in self.weights.items()},
+            torch.stack([layer.tokens_per_expert for layer in layers]) if layers else torch.zeros(0, 0),
+        )
+
+    @torch.no_grad()
+    def logits(self, micro_batch: MicroBatch) -> Tensor:
+        """Next-token logits ``[batch, sequence, vocab]`` in evaluation."""
+        self.model.eval()
+        hidden, _ = self._trunk(0, _join([micro_batch]))
+        self.model.train()
+        return hidden @ self.model.head_weight.T
+
+    def _trunk(self, step: int, rows: _Rows) -> tuple[Tensor, list[_Layer]]:
+        """Hidden states after the last norm, and every MoE layer's result."""
+        epsilon = self.config.model.norm_epsilon
+        hidden = self.model.embedding.weight[rows.input_ids]
+        layers = []
+        for block in self.model.blocks:
+            assert isinstance(block, Block)
+            normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
+            router = block.feed_forward.router if isinstance(block.feed_forward, MoELayer) else None
+            wanted = None if router is None else router.attention_statistic
+            attended, statistic = self._attention(normed, block.attention, rows, wanted)
+            hidden = hidden + attended
+            normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
+            if isinstance(block.feed_forward, MoELayer):
+                seen = replace(rows, attention=statistic)
+                layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
+                layers.append(layer)
+                hidden = hidden + layer.hidden.view_as(hidden)
+            else:
+                weights = block.feed_forward
+                hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
+        return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
+
+    def _attention(
+        self, normed: Tensor, attention: Attention, rows: _Rows, wanted: AttentionStatistic | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Explicit softmax over the earlier positions of the same document, one head at a time.
+
+        Also the statistic of it that the layer's router wants, ``[rows, sequence]``.
+        """
+        model = self.config.model
+        size, shared = model.head_size, model.num_heads // model.num_key_value_heads
+        num_query, num_key = model.num_heads * size, model.num_key_value_heads * size
+        projected = normed @ attention.qkv_weight.T
+        output, statistics = [], []
+        for row, documents, positions in zip(projected, rows.document_ids, rows.position_ids, strict=True):
+            query, key, value = row.split([num_query, num_key, num_key], dim=-1)
+            heads, matrices = [], []
+            for head in range(model.num_heads):
+                of_query = slice(head * size, (head + 1) * size)
+                of_key = slice(head // shared * size, (head // shared + 1) * size)
+                turned_query = _rotate(query[:, of_query], positions, model.rope_base)
+                turned_key = _rotate(key[:, of_key], positions, model.rope_base)
+                scores = turned_query @ turned_key.T / math.sqrt(size)
+                earlier = torch.ones_like(scores, dtype=torch.bool).tril()
+                visible = earlier & (documents[:, None] == documents[None, :])
+                matrices.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1))
+                heads.append(matrices[-1] @ value[:, of_key])
+            output.append(torch.cat(heads, dim=-1))
+            if wanted is not None:
+                statistics.append(statistic_of_matrices(wanted, matrices, documents))
+        return torch.stack(output) @ attention.out_weight.T, torch.stack(statistics) if statistics else None
+
+    def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
+        """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
+        text = (rows.document_ids >= 0).flatten()
+        length = rows.document_ids.shape[1]
+        # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
+        level = getattr(self.config.router, "load_balance_level", "")
+        by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
+        by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
+        cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
+        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
+        output = torch.zeros_like(hidden)
+        counts = torch.zeros(layer.num_experts, dtype=torch.float64)
+        sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
+        aux: dict[str, Tensor] = {}
+        first_row = 0
+        for num_rows in cuts:
+            part = slice(first_row * length, (first_row + num_rows) * length)
+            context = _context(self.config, rows, step, first_row, num_rows, global_routes, layer)
+            router = layer.router
+            if type(router) is TopKRouter:
+                routed, weight, cut_aux = self._top_k(hidden[part], router, context)
+            else:
+                routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
+                sums += cut_sums
+            for expert in range(layer.num_experts):
+                tokens = routed[:, expert].nonzero()[:, 0]
+                chosen = part.start + tokens
+                counts[expert] += float(text[chosen].sum())
+                result = _expert(layer, expert, hidden[chosen]) * weight[tokens, expert, None]
+                output = output.index_add(0, chosen, result)
+            share = float(text[part].sum()) / float(text.sum())
+            for name, value in cut_aux.items():
+                aux[name] = aux.get(name, torch.zeros(())) + share * value
+            first_row += num_rows
+        if layer.shared_experts is not None:
+            shared = layer.shared_experts
+            output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
+        return _Layer(output, aux, counts, sums)
+
+    @torch.no_grad()
+    def _routes_of_cuts(
+        self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows, cuts: Sequence[int]
+    ) -> Tensor | None:
+        """Routes per expert of the global batch where a router sees it in several cuts, else None."""
+        if len(cuts) == 1:
+            return None
+        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        length, first_row = rows.document_ids.shape[1], 0
+        for num_rows in cuts:
+            context = _context(self.config, rows, step, first_row, num_rows, total, layer)
+            part = slice(first_row * length, (first_row + num_rows) * length)
+            total += layer.router(hidden[part], context).use.tokens_per_expert
+            first_row += num_rows
+        return total
+
+    def _top_k(
+        self, hidden: Tensor, router: TopKRouter, context: RoutingContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Which (token, expert) pairs are routes, the weight of each, and the aux losses."""
+        config, num_experts = router.config, router.num_experts
+        if config.jitter and router.training:
+            keys = (context.seed, JITTER_STREAM, context.step, router.layer)
+            noise = counter_uniform(context.token_position, hidden.shape[1], *keys)
+            hidden = hidden * (1 + config.jitter * (2 * noise - 1))
+        if router.projection is not None:
+            hidden = hidden @ router.projection.T
+        logits = hidden @ router.weight.T
+        positive = {
+            "softmax": lambda: logits.softmax(dim=-1),
+            "sigmoid": lambda: 1 / (1 + (-logits).exp()),
+            "sqrt_softplus": lambda: (1 + logits.exp()).log() ** 0.5,
+        }
+        scores = positive[config.score]()
+        probs = scores / scores.sum(dim=-1, keepdim=True)
+        chosen = []
+        size = num_experts // config.num_groups
+        for row in scores.tolist():  # the highest first; of equal scores the lower expert or group
+            two_best = [sum(sorted(row[first : first + size])[-2:]) for first in range(0, num_experts, size)]
+            groups = sorted(range(config.num_groups), key=lambda group: (-two_best[group], group))
+            allowed = [e for e in range(num_experts) if e // size in groups[: config.groups_per_token]]
+            chosen.append(sorted(allowed, key=lambda expert: (-row[expert], expert))[: config.top_k])
+        routed = torch.zeros(scores.shape, dtype=torch.bool).scatter(1, torch.tensor(chosen), True)
+        weight = scores
+        if config.weights == "renormalised":
+            weight = scores / (scores * routed).sum(dim=-1, keepdim=True)
+        weight = weight * config.weight_scale
+        text = context.token_mask
+        num_groups = context.num_sequences if config.load_balance_level == "sequence" else 1
+        balance = torch.zeros(())
+        for group in torch.arange(len(text)).chunk(num_groups):
+            routes = routed[group][text[group]].sum(dim=0)
+            share = routes / routes.sum().clamp(min=1)
+            balance = balance + num_experts * (share * probs[group][text[group]]).sum()
+        num_text = text.sum().clamp(min=1)
+        squares = logits[text].exp().sum(dim=-1).log().square()
+        aux = {"load_balance": balance / num_text, "router_z": squares.sum() / num_text}
+        return routed, weight, aux
+
+    def _routing(
+        self, hidden: Tensor, router: Router, context: RoutingContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """The same from the router's own decision, for schemes without a formula here, and its own sums."""
+        routing = router(hidden, context)
+        routes = (routing.token_index, routing.expert_index)
+        empty = torch.zeros(hidden.shape[0], self.config.model.moe.num_experts)
+        return (
+            empty.bool().index_put(routes, torch.tensor(True)),
+            empty.index_put(routes, routing.weight),
+            routing.aux,
+            torch.zeros(router.num_sums, dtype=torch.float64) if routing.use.sums is None else routing.use.sums,
+        )
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean over counted positions, from all logits at once."""
+        counted = labels != IGNORE_INDEX
+        log_probs = (hidden[counted] @ self.model.head_weight.T).log_softmax(dim=-1)
+        return -log_probs.gather(1, labels[counted][:, None]).sum() / counted.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def _update(self, step: int, gradients: dict[str, Tensor], norm: float) -> None:
+        """Clip by the global norm, then AdamW with decay on matrices (Loshchilov and Hutter 2019, alg. 2)."""
+        config, clipping = self.config.optimizer, self.config.engine.gradient_clipping
+        scale = min(1.0, clipping / (norm + 1e-6)) if clipping else 1.0
+        rate = config.learning_rate * self.config.schedule.factor(step, self.num_steps)
+        count = step + 1
+        for name, weight in self.weights.items():
+            gradient = gradients[name] * scale
+            first, second = self._first[name], self._second[name]
+            first.mul_(config.beta1).add_(gradient * (1 - config.beta1))
+            second.mul_(config.beta2).add_(gradient**2 * (1 - config.beta2))
+            unbiased = first / (1 - config.beta1**count)
+            root = (second / (1 - config.beta2**count)).sqrt()
+            decay = config.weight_decay if weight.ndim >= 2 else 0.0
+            weight.copy_(weight - rate * decay * weight - rate * unbiased / (root + config.epsilon))
+
+
+def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
+    parts = ("input_ids", "labels", "document_ids", "position_ids", "row_positions")
+    joined = {part: torch.cat([getattr(batch, part) for batch in micro_batches]) for part in parts}
+    return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
+
+
+def _context(
+    config: Config,
+    rows: _Rows,
+    step: int,
+    first_row: int,
+    num_rows: int,
+    global_routes: Tensor | None,
+    layer: MoELayer,
+) -> RoutingContext:
+    """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
+    part = slice(first_row, first_row + num_rows)
+    length = rows.document_ids.shape[1]
+    return RoutingContext(
+        token_mask=(rows.document_ids[part] >= 0).flatten(),
+        token_position=(rows.row_positions[part, None] * length + torch.arange(length)).flatten(),
+        num_sequences=num_rows,
+        seed=config.seed,
+        step=step,
+        sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
+        global_tokens=int((rows.document_ids >= 0).sum()),
+        token_ids=rows.input_ids[part].flatten(),
+        attention=None if rows.attention is None else rows.attention[part].flatten(),
+        score_routes=partial(_score, layer) if layer.router.needs_expert_scores else None,
+    )
+
+
+def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return hidden / (hidden.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
+    """One expert's output; a factorised gate is computed from the input, never sent along."""
+    experts = layer.experts
+    if isinstance(experts, FactorisedExperts):
+        owner = layer.router if experts.down_weight is None else experts
+        down_weight = owner.down_weight
+        assert isinstance(down_weight, Tensor)
+        gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
+        value = hidden @ experts.in_weight[expert].T
+        return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
+    return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+
+
+def _score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+    """Every candidate's key, made from its activation, times the token's query."""
+    scores = torch.zeros(candidates.shape)
+    for expert in range(layer.num_experts):
+        routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
+        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
+        scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
+    return scores
+
+
+def _swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
+    return _inner(hidden, in_weight) @ out_weight.T
+
+
+def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
+    width = in_weight.shape[0] // 2
+    gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
+    return gate * torch.sigmoid(gate) * up
+
+
+def _rotate(heads: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Turn the pair (i, i + half) of each row by ``position * base ** (-i / half)``."""
+    half = heads.shape[1] // 2
+    turned = []
+    for pair in range(half):
+        angle = positions.float() * base ** (-pair / half)
+        cosine, sine = angle.cos(), angle.sin()
+        first, second = heads[:, pair], heads[:, pair + half]
+        turned.append((first * cosine - second * sine, second * cosine + first * sine))
+    return torch.stack([*(first for first, _ in turned), *(second for _, second in turned)], dim=-1)

@@ -1,0 +1,279 @@
+"""Does this configuration compute what it says? The training step against the oracle, quantity by quantity.
+
+The user's configuration is shrunk in width, depth, vocabulary and sequence; router, experts, expert parallel, ZeRO
+stage, precision, accumulation, clipping, recompute and packing stay. It trains a few steps on random packed batches
+under DeepSpeed on the ranks it asks for, and the same batches go through ``oracle.Oracle`` in one process.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_pretrain.checkpoint.intervals import global_shape, pieces
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.moe import expert_gate
+from moe_pretrain.parallel.deepspeed_moe import full_gradient, is_expert, prepare_experts
+from moe_pretrain.parallel.mesh import Mesh, build_mesh
+from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.verify.oracle import Oracle, StepRecord
+
+NUM_STEPS = 3
+SCALAR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.03}
+SCALE_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.2}
+TENSOR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.8}
+"""Largest relative errors of a number, of a tensor along the oracle's, and of a tensor in all directions.
+
+In float32 only the order of sums differs. In bfloat16 the run rounds and the oracle does not; a router's gradient is a
+small difference of large terms, and a rounded hidden state now and then goes to another expert. That noise has no
+direction, a wrong factor has one: so there the scale is what tells.
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of the run beside the oracle's.
+
+    Attributes:
+        quantity: What was compared.
+        worst: Name of the tensor, or step, that differs most.
+        error: Its relative error, Euclidean norm over Euclidean norm.
+        tolerance: The largest error that counts as the same.
+    """
+
+    quantity: str
+    worst: str
+    error: float
+    tolerance: float
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the run agrees with the oracle here."""
+        return self.error <= self.tolerance
+
+
+def shrink(config: Config, world_size: int) -> Config:
+    """The same configuration in the smallest shape that still has every one of its parts."""
+    model, moe = config.model, config.model.moe
+    plan = plan_batches(config.batch, model.sequence_length, world_size, config.num_steps)
+    leading = min(1, moe.num_leading_dense_layers)
+    heads_per_key_value = model.num_heads // model.num_key_value_heads
+    heads = heads_per_key_value * min(2, model.num_key_value_heads)
+    sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
+    tokens = sequence * micro_batch_size * plan.accumulation * world_size
+    small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
+    router: Any = config.router
+    rank = expert_gate(moe, router)
+    if rank is not None:
+        small_rank = min(heads * 4, rank)
+        if moe.gate_rank is None:
+            router = replace(router, gate_rank=small_rank)
+        else:
+            small_moe = replace(small_moe, gate_rank=small_rank)
+    small_model = replace(
+        model,
+        vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
+        sequence_length=sequence,
+        num_layers=min(model.num_layers, leading + moe.every_k_layers + 1),
+        hidden_size=heads * 8,
+        num_heads=heads,
+        num_key_value_heads=heads // heads_per_key_value,
+        ffn_hidden_size=28,
+        cross_entropy_chunk_tokens=5,
+        # Large enough that every part contributes visibly to the loss at this width.
+        init_std=0.2,
+        moe=small_moe,
+    )
+    return replace(
+        config,
+        model=small_model,
+        router=router,
+        tokenizer=replace(config.tokenizer, vocab_size=min(257, config.tokenizer.vocab_size)),
+        batch=replace(
+            config.batch,
+            micro_batch_size=micro_batch_size,
+            global_batch_tokens=tokens,
+        ),
+        budget=replace(config.budget, tokens=tokens * NUM_STEPS, flops=None),
+        # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
+        # almost zero is its sign, which rounding decides.
+        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-3, config.optimizer.epsilon)),
+        schedule=replace(config.schedule, warmup_steps=0),
+        engine=replace(config.engine, check_every_steps=1),
+    )
+
+
+def random_batches(config: Config, world_size: int, seed: int = 0) -> list[list[MicroBatch]]:
+    """All micro-batches of each of ``NUM_STEPS`` steps, in rank order: several documents per row, some rows padding.
+
+    Which row is padding is drawn too, so ranks and micro-batches have different numbers of counted labels.
+    """
+    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
+    length, size = config.model.sequence_length + 1, plan.micro_batch_size
+    random = np.random.default_rng(seed)
+    steps = []
+    for step in range(NUM_STEPS):
+        rows = plan.rows_per_step
+        tokens = random.integers(0, config.model.vocab_size, (rows, length))
+        starts = random.random((rows, length)) < random.random((rows, 1)) * 0.5
+        starts[:, 0] = False
+        positions = np.arange(rows) + step * rows
+        if rows > 1:
+            positions[random.permutation(rows)[: max(1, rows // 5)]] = PADDING_POSITION
+        cuts = [slice(first, first + size) for first in range(0, rows, size)]
+        packing = (config.packing.isolate_documents, config.packing.reset_positions)
+        steps.append([build_micro_batch(tokens[cut], starts[cut], positions[cut], *packing) for cut in cuts])
+    return steps
+
+
+class _RecordedEngine(TrainEngine):
+    """Keeps the gradients that an update is about to use."""
+
+    gradients: dict[str, Tensor]
+
+    def _update(self, step: int) -> float:
+        self.gradients = {
+            name: self.over_all_experts(parameter, full_gradient(parameter).float())
+            for name, parameter in self.model.named_parameters()
+        }
+        return super()._update(step)
+
+    def over_all_experts(self, parameter: Tensor, own: Tensor) -> Tensor:
+        """``own``, or for an expert parameter the experts of the whole group, on every rank."""
+        if not is_expert(parameter):
+            return own.clone()
+        parts = [torch.empty_like(own) for _ in range(self.mesh.shard.size)]
+        dist.all_gather(parts, own.contiguous(), group=self.mesh.expert_group)
+        return torch.cat(parts)
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """float32 weights over all experts, put together from the intervals that a checkpoint would hold."""
+        weights = {
+            name: torch.zeros(global_shape(self, parameter), device=self.mesh.device)
+            for name, parameter in self.model.named_parameters()
+        }
+        for piece in pieces(self):
+            if piece.is_saved_here:
+                flat = weights[piece.name].view(-1)
+                flat[piece.start : piece.start + piece.master.numel()] += piece.master.detach()
+        for name in weights:
+            dist.all_reduce(weights[name])
+        return weights
+
+
+def build_engine(
+    config: Config, dtype: Dtype, mesh: Mesh, change_model: Callable[[DecoderLM], None] | None = None
+) -> _RecordedEngine:
+    """The engine as ``pretrain.train`` builds it; ``change_model`` may edit the initial weights."""
+    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
+    model = DecoderLM(config.model, config.router, mesh.shard)
+    initialise(model, config.seed)
+    if change_model is not None:
+        change_model(model)
+    prepare_experts(model, config.parallel.expert_parallel_size)
+
+    def factor(step: int) -> float:
+        return config.schedule.factor(step, plan.num_steps)
+
+    return _RecordedEngine(model, config.engine, dtype, config.optimizer, factor, plan, mesh, config.seed)
+
+
+def own_micro_batches(batches: Sequence[MicroBatch], plan: BatchPlan, rank: int) -> list[MicroBatch]:
+    """This rank's share of a step's micro-batches."""
+    return list(batches[rank * plan.accumulation : (rank + 1) * plan.accumulation])
+
+
+def record(engine: _RecordedEngine, step: int, micro_batches: list[MicroBatch]) -> StepRecord:
+    """Train one step and collect what the oracle also returns; every rank must call it."""
+    result = engine.step(step, micro_batches)
+    return StepRecord(
+        loss=result.loss,
+        aux=result.aux,
+        gradients={name: gradient.cpu() for name, gradient in engine.gradients.items()},
+        gradient_norm=result.gradient_norm,
+        weights={name: weight.cpu() for name, weight in engine.master_weights().items()},
+        tokens_per_expert=result.tokens_per_expert,
+    )
+
+
+def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtype) -> list[Comparison]:
+    """One row per quantity, over the steps that both made."""
+    scalar, tensor = SCALAR_TOLERANCE[dtype], TENSOR_TOLERANCE[dtype]
+    rows = []
+    pairs = list(zip(run, oracle, strict=True))
+
+    def add(quantity: str, errors: dict[str, float], allowed: float) -> None:
+        # A NaN compares as smaller than everything; it must be the worst.
+        worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+        rows.append(Comparison(quantity, worst, errors[worst], allowed))
+
+    add("loss", {f"step {i}": _relative(a.loss, b.loss) for i, (a, b) in enumerate(pairs)}, scalar)
+    for name in oracle[0].aux:
+        errors = {f"step {i}": _relative(a.aux[name], b.aux[name]) for i, (a, b) in enumerate(pairs)}
+        add(f"aux {name}", errors, scalar)
+    norms = {f"step {i}": _relative(a.gradient_norm, b.gradient_norm) for i, (a, b) in enumerate(pairs)}
+    add("gradient norm", norms, scalar)
+    ours, theirs = pairs[0][0].gradients, pairs[0][1].gradients
+    scales = {name: _relative_scale(ours[name], gradient) for name, gradient in theirs.items()}
+    add("gradient scale", scales, SCALE_TOLERANCE[dtype])
+    # In bfloat16 the weights have drifted apart by rounding after the first update, and the gradients with them.
+    for step in sorted({0, len(pairs) - 1}) if dtype == "float32" else [0]:
+        ours, theirs = pairs[step][0].gradients, pairs[step][1].gradients
+        errors = {name: _relative(ours[name], gradient) for name, gradient in theirs.items()}
+        add(f"gradients of {step + 1}", errors, tensor)
+    for step in sorted({0, len(pairs) - 1}):
+        ours, theirs = pairs[step][0].weights, pairs[step][1].weights
+        add(f"weights after {step + 1}", {n: _relative(ours[n], w) for n, w in theirs.items()}, tensor)
+    counts = {f"step {i}": _relative(a.tokens_per_expert, b.tokens_per_expert) for i, (a, b) in enumerate(pairs)}
+    # Whole numbers: in float32 not one route may differ.
+    add("tokens per expert", counts, 0.0 if dtype == "float32" else tensor)
+    return rows
+
+
+def _relative(ours: Tensor | float, theirs: Tensor | float) -> float:
+    """``|ours - theirs| / |theirs|``; what is zero must be exactly zero."""
+    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
+    difference, size = float((ours - theirs).norm()), float(theirs.norm())
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return difference / size
+
+
+def _relative_scale(ours: Tensor, theirs: Tensor) -> float:
+    """How far ``ours`` along ``theirs`` is from 1; what is zero must be exactly zero."""
+    ours, theirs = ours.double(), theirs.double()
+    size = float(theirs.square().sum())
+    return abs(float((ours * theirs).sum()) / size - 1) if size else _relative(ours, theirs)
+
+
+def verify(config: Config, device_type: str, dtype: Dtype, say: Callable[[str], None]) -> int:
+    """Compare ``config`` on this process group with the oracle and print one row per quantity; the exit code."""
+    mesh = build_mesh(config.parallel, device_type)
+    small = shrink(config, mesh.world_size)
+    plan = plan_batches(small.batch, small.model.sequence_length, mesh.world_size, small.num_steps)
+    steps = random_batches(small, mesh.world_size)
+    engine = build_engine(small, dtype, mesh)
+    run = [record(engine, i, own_micro_batches(batches, plan, mesh.rank)) for i, batches in enumerate(steps)]
+    oracle = Oracle(small, plan.num_steps, dtype)  # on every rank, so that all end with the same exit code
+    rows = compare(run, [oracle.step(i, batches) for i, batches in enumerate(steps)], dtype)
+    clipped = sum(small.engine.gradient_clipping < record_.gradient_norm for record_ in run)
+    say(
+        f"{mesh.world_size} ranks, expert parallel {mesh.shard.size}, ZeRO {small.engine.zero_stage}, {dtype}, "
+        f"{plan.accumulation} micro-batches, recompute {small.model.recompute}; "
+        + (f"clipping bit in {clipped} of {len(run)} steps" if small.engine.gradient_clipping else "no clipping")
+    )
+    for row in rows:
+        verdict = "same" if row.is_same else f"DIFFERS most in {row.worst}"
+        say(f"  {row.quantity:<20} error {row.error:8.1e}  (at most {row.tolerance:.0e})  {verdict}")
+    different = sum(not row.is_same for row in rows)
+    say("the same as the oracle" if not different else f"{different} of {len(rows)} quantities differ")
+    return int(different > 0)

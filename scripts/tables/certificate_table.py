@@ -1,0 +1,75 @@
+"""Print the certificates of all shipped schemes as one Markdown table with notes, for the README.
+
+    python scripts/tables/certificate_table.py
+
+Every cell is asked of the scheme on the spot, on one process and, with `verify`, on two with experts spread over both.
+"""
+
+import subprocess
+import sys
+
+from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.load import load
+from moe_pretrain.verify.certificate.certify import Row, examine
+
+COLUMNS = {
+    "causal in training": ["causality in training"],
+    "causal in evaluation": ["causality in evaluation"],
+    "same in any batch": [
+        "batch of one in evaluation",
+        "cut of the batch in evaluation",
+        "cut of the batch in training",
+    ],
+    "padding, determinism": ["padding ignored", "determinism"],
+    "routes, combine": ["conservation of routes", "combine of identity experts"],
+    "float32": ["float32 routing"],
+    "LM gradient": ["router gradient from the LM loss"],
+    "... at k = 1": ["router gradient with top_k=1"],
+    "balance loss": ["balance loss at uniform", "balance loss at collapse"],
+    "no text, ties, recompute": ["no text tokens", "finite at ties", "recompute"],
+    "state": ["aux losses named", "state round trip"],
+    "gradients, 1 and 2 ranks": ["gradient parity with the oracle"],
+}
+
+
+def main() -> None:
+    notes: dict[str, int] = {}
+    print("| `router=` | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for file in sorted((config_folder() / "router").glob("*.yaml")):
+        if file.stem == "dense":
+            continue
+        overrides = [f"router={file.stem}"]
+        rows = {row.property: row for row in examine(load(overrides))}
+        left_out = rows.keys() - {name for names in COLUMNS.values() for name in names}
+        assert not left_out, f"rows without a column: {left_out}"
+        cells = {title: cell([rows[name] for name in names], notes) for title, names in COLUMNS.items()}
+        if not same_on_ranks(overrides):
+            cells["gradients, 1 and 2 ranks"] = "**FAIL**"
+        print(f"| `{file.stem}` | " + " | ".join(cells.values()) + " |", flush=True)
+    print()
+    for text, number in notes.items():
+        print(f"{number}. {text}")
+
+
+def cell(rows: list[Row], notes: dict[str, int]) -> str:
+    """`pass`, or numbers of the notes that say why not."""
+    if any(row.verdict == "FAIL" for row in rows):
+        return "**FAIL**"
+    marks = []
+    for row in rows:
+        if row.verdict != "PASS":
+            marks.append(str(notes.setdefault(f"{row.property}: {row.verdict}, {row.detail}", len(notes) + 1)))
+    passed = any(row.verdict == "PASS" for row in rows)
+    return " ".join([*(["pass"] if passed else []), *([f"({', '.join(marks)})"] if marks else [])])
+
+
+def same_on_ranks(overrides: list[str]) -> bool:
+    """Whether two ranks, experts spread over both, train like the oracle."""
+    words = [*overrides, "parallel.processes=2", "parallel.expert_parallel_size=2"]
+    done = subprocess.run([sys.executable, "-m", "moe_pretrain", "verify", *words], capture_output=True)
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The comparison of runs: planted differences are found, planted equality is called that, and nothing is dropped."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_page
+from helpers.planted import AUTONOMY_DIFFERS_BY, BASE, STEPS, TOKENS, TOP_P, Planted, plant_sweep
+
+from moe_pretrain.analysis.compare.charts import band
+from moe_pretrain.analysis.compare.comparison import compare
+from moe_pretrain.analysis.compare.page import write_comparison
+from moe_pretrain.analysis.measures import incidents, training_flops, training_seconds
+from moe_pretrain.cli import main
+from moe_pretrain.run_folder.record import find_runs
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = plant_sweep(tmp_path_factory.mktemp("sweeps") / "planted")
+    write_comparison(root)
+    return root
+
+
+def test_a_planted_worse_variant_is_found_worse_and_an_equal_one_is_not_distinguishable(sweep: Path):
+    found = compare(sweep)
+    assert found.reference == "top_k"
+    assert {name: each.verdict for name, each in found.paired.items()} == {
+        "top_k": "not distinguishable",
+        "top_p": "worse",
+        "autonomy": "not distinguishable",
+    }
+    assert [(each.name, each.rank, each.equals) for each in found.ranking.places] == [
+        ("top_k", 1, ["autonomy"]),
+        ("autonomy", 1, ["top_k", "top_p"]),
+        ("top_p", 2, ["autonomy"]),
+    ]
+    assert found.warnings == []
+    assert compare(sweep, "top_p").paired["top_k"].verdict == "better"
+
+
+def test_the_numbers_are_those_of_the_formulas(sweep: Path):
+    """By hand from the planted losses: t at 2 degrees of freedom is 4.30265 (any table)."""
+    found = compare(sweep)
+    place = {each.name: each for each in found.ranking.places}["top_k"]
+    losses = list(BASE.values())
+    mean = sum(losses) / 3
+    half = 4.302653 * math.sqrt(sum((loss - mean) ** 2 for loss in losses) / 2) / math.sqrt(3)
+    assert place.estimate.mean == pytest.approx(mean, abs=1e-9)
+    assert (place.estimate.low, place.estimate.high) == pytest.approx((mean - half, mean + half), abs=1e-6)
+    worse = found.paired["top_p"]
+    half = 4.302653 * 0.001 / math.sqrt(3)  # differences 0.049, 0.050, 0.051
+    assert worse.difference is not None
+    assert (worse.difference.low, worse.difference.high) == pytest.approx((0.05 - half, 0.05 + half), abs=1e-7)
+    # With 2 degrees of freedom the two-sided p-value is 1 - t / sqrt(2 + t^2).
+    t = 0.05 / (0.001 / math.sqrt(3))
+    assert worse.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
+
+
+def test_flops_are_charged_by_the_measured_experts(tmp_path: Path):
+    planted = Planted("a", 3.0)
+    folder = planted.write(tmp_path)
+    rows = planted.rows()
+    for row in rows:
+        if row["kind"] == "train" and row["step"] > 60:
+            row["train/flops_per_token"] = 7e6
+            row["train/step_seconds"] = 0.25
+    kept = [row for row in rows if row["kind"] != "train" or row["step"] % 20 == 0]  # logged every 20 steps
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (run,) = find_runs(tmp_path)
+    assert training_flops(run.train).tolist() == [6e10, 12e10, 18e10, 18e10 + 14e10, 18e10 + 28e10]
+    assert training_seconds(run.train).tolist() == [10, 20, 30, 35, 40]
+
+
+def test_a_missing_seed_is_said_and_left_out_of_pairs(tmp_path: Path):
+    plant_sweep(tmp_path)
+    (tmp_path / "top_p-2" / "metrics.jsonl").unlink()
+    found = compare(tmp_path)
+    assert found.paired["top_p"].seeds == [1, 3]
+    assert found.paired["top_p"].difference.mean == pytest.approx(0.05)
+    assert found.losses["top_p"].keys() == {1, 3}
+    assert any("No finished run of seed 2: top_p;" in line for line in found.warnings)
+    assert any("1 of 9 runs unfinished: top_p-2" in line for line in found.warnings)
+
+
+def test_one_seed_is_not_tested(tmp_path: Path):
+    Planted("a", 3.0).write(tmp_path)
+    Planted("b", 9.0, router=TOP_P).write(tmp_path)
+    found = compare(tmp_path)
+    assert found.paired["top_p"].verdict == "not tested"
+    assert [each.rank for each in found.ranking.places] == [1, 1]
+    assert any("Fewer than two seeds" in line for line in found.warnings)
+
+
+def break_runs(root: Path) -> dict[str, str]:
+    """Add a broken run of every kind; name -> state."""
+    new = {"seed": 4, "router": TOP_P}
+    Planted("crashed", 3.0, **new, steps=30, end=("failed", "disk <full>")).write(root)
+    Planted("going-on", 3.0, **new, steps=30, end=None).write(root)
+    Planted("stopped", 3.0, **new, steps=30, end=("stopped", "by SIGTERM")).write(root)
+    Planted("nan", 3.0, **new, steps=30, end=("diverged", "step 30: loss=nan")).write(root)
+    rising = Planted("rising", 3.0, **new).write(root)
+    rows = [json.loads(line) for line in (rising / "metrics.jsonl").read_text().splitlines()]
+    rows[-2]["validation/loss"] += 2.0
+    (rising / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torn = Planted("torn", 3.0, **new).write(root)
+    (torn / "metrics.jsonl").write_text("{]\n")
+    (root / "never-started").mkdir()
+    (root / "never-started" / "overrides.txt").write_text("router=top_p\n")
+    # A run that was finished and then made longer is not finished.
+    longer = Planted("longer", 3.0, **new).write(root)
+    with (longer / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**Planted("x", 3.0).rows()[0], "step": 101, "tokens": 101 * TOKENS}) + "\n")
+    states = {name: "unfinished" for name in ("going-on", "stopped", "longer")}
+    states |= {"crashed": "failed", "nan": "diverged", "rising": "diverged"}
+    return states | {"torn": "unreadable", "never-started": "unreadable"}
+
+
+def test_broken_runs_are_marked_and_never_dropped(tmp_path: Path):
+    plant_sweep(tmp_path)
+    states = break_runs(tmp_path)
+    found = compare(tmp_path)
+    assert {run.name: run.state for run in found.runs if run.name in states} == states
+    assert sum(run.state == "finished" for run in found.runs) == 9
+    # Only the run that reached its end is in the mean, diverged or not: leaving it out would flatter the scheme.
+    assert found.losses["top_p"].keys() == {1, 2, 3, 4}
+    page, text = write_comparison(tmp_path)
+    words = read_page(page).text
+    words = words[words.index("Runs") :]
+    for name, state in states.items():
+        assert name in words and words[words.index(name) : words.index(name) + 6].count(state) == 1, name
+    assert "disk <full>" in words
+    assert "4 of 10 (2 diverged, 1 failed, 3 unfinished, 1 unreadable)" in text
+    assert all(name in text for name in states)
+    rows = list(csv.DictReader((tmp_path / "compare_runs.csv").open()))
+    assert {row["run"]: row["state"] for row in rows if row["run"] in states} == states
+    assert [row["run"] for row in rows if row["state"] == "diverged" and row["counted"] == "True"] == ["rising"]
+
+
+def test_a_repeated_seed_counts_once(tmp_path: Path):
+    plant_sweep(tmp_path)
+    Planted("top_k-1-again", 9.0, 1).write(tmp_path)
+    found = compare(tmp_path)
+    assert found.losses["top_k"][1] == pytest.approx(BASE[1])
+    assert any("top_k-1-again repeat a seed" in line for line in found.warnings)
+
+
+def test_other_tokenizers_are_compared_by_bits_per_byte_and_loudly(tmp_path: Path):
+    for seed, loss in BASE.items():
+        Planted(f"a-{seed}", loss, seed, bytes_per_token=4.0).write(tmp_path)
+        # A higher loss of longer tokens: fewer bits per byte.
+        more = {"fingerprint": "other", "bytes_per_token": 5.0}
+        Planted(f"b-{seed}", loss + 0.3 + seed / 1000, seed, TOP_P, {"tokenizer.vocab_size": 99}, **more).write(
+            tmp_path
+        )
+    found = compare(tmp_path)
+    assert found.unit == "bits per byte"
+    assert found.paired["top_p"].verdict == "better"
+    assert found.losses["top_p"][1] == pytest.approx(3.301 / math.log(2) / 5)
+    assert found.warnings[0].startswith("TOKENIZERS OR CORPORA DIFFER")
+    assert "| Validation, bits per byte |" in write_comparison(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({"steps": 80}, "UNEQUAL TOKENS: top_k: 100,000, top_p: 80,000"),
+        ({"token_hash": "other"}, "NOT PAIRED: top_k and top_p read different tokens with seed 1, 2, 3"),
+        ({"other": {"optimizer.learning_rate": 0.01}}, "Variants also differ in optimizer.learning_rate"),
+        ({"other": {"evaluation.max_rows": 5}}, "VALIDATION IS NOT THE SAME: evaluation.max_rows"),
+    ],
+)
+def test_unfair_comparisons_are_said(tmp_path: Path, change: dict, warning: str):
+    for seed, loss in BASE.items():
+        Planted(f"a-{seed}", loss, seed).write(tmp_path)
+        Planted(f"b-{seed}", loss, seed, TOP_P, **change).write(tmp_path)
+    assert any(line.startswith(warning) for line in compare(tmp_path).warnings), compare(tmp_path).warnings
+
+
+def test_variants_are_named_by_what_differs(tmp_path: Path):
+    Planted("a", 3.0, router={"name": "top_k", "top_k": 1}).write(tmp_path)
+    Planted("b", 3.0, router={"name": "top_k", "top_k": 2}).write(tmp_path)
+    Planted("c", 3.0, router=TOP_P, other={"metrics.log_every_steps": 7}).write(tmp_path)
+    Planted("d", 3.0, 2, router=TOP_P, other={"checkpoint.every_steps": 7}).write(tmp_path)
+    names = [variant.name for variant in compare(tmp_path).variants]
+    assert names == ["top_k top_k=1", "top_k top_k=2", "top_p"]
+    assert compare(tmp_path).reference == "top_k top_k=1"
+    assert compare(tmp_path, "_k=2").reference == "top_k top_k=2"
+    with pytest.raises(ValueError, match="--reference='top' must be a part of one name only, of 'top_k top_k=1', "):
+        compare(tmp_path, "top")
+    with pytest.raises(ValueError, match="--reference='x' must be one of the variants, or a part of one name: 'top_k "):
+        compare(tmp_path, "x")
+
+
+def test_a_band_is_the_mean_and_interval_at_common_steps():
+    found = band([{1: (10.0, 1.0), 2: (20.0, 3.0)}, {2: (22.0, 4.0), 3: (30.0, 9.0)}, {2: (24.0, 8.0)}])
+    assert found is not None and (found.x.tolist(), found.mean.tolist()) == ([22.0], [5.0])
+    half = 4.302653 * math.sqrt((4 + 1 + 9) / 2) / math.sqrt(3)
+    assert (found.low[0], found.high[0]) == pytest.approx((5 - half, 5 + half), abs=1e-5)
+    assert band([{1: (0.0, 0.0)}, {2: (0.0, 0.0)}]) is None and band([]) is None
+
+
+def found_incidents(root: Path) -> list:
+    (run,) = find_runs(root)
+    return incidents(run.train, run.events)
+
+
+def test_incidents_are_found_where_they_were_planted(tmp_path: Path):
+    planted = Planted("a", 3.0, steps=200)
+    folder = planted.write(tmp_path)
+    assert found_incidents(tmp_path) == []
+    rows = planted.rows()
+    for row in rows:
+        if row["kind"] == "train" and row["step"] in (120, 121):
+            row["train/loss"] += 1.5
+        if row["kind"] == "train" and 60 <= row["step"] <= 70:
+            row["moe/layer_01/expert_share"] = [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    event = {"step": 150, "tokens": 150 * TOKENS, "seconds": 0, "attempt": 0}
+    rows.append({"kind": "event", **event, "event": "non_finite", "message": "NaN in train/gradient_norm"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = found_incidents(tmp_path)
+    assert [(each.kind, each.first["step"], each.last["step"]) for each in found] == [
+        ("collapse", 60, 70),
+        ("spike", 120, 121),
+        ("non-finite", 150, 150),
+    ]
+    assert found[0].detail == "layer 1" and found[1].detail == "1.49 nats above the median"
+
+
+def test_the_tables_hold_the_raw_numbers(sweep: Path):
+    rows = {row["variant"]: row for row in csv.DictReader((sweep / "compare.csv").open())}
+    assert rows.keys() == {"top_k", "top_p", "autonomy"}
+    row = rows["top_p"]
+    assert float(row["loss_mean"]) == pytest.approx(sum(BASE.values()) / 3 + 0.05)
+    assert (row["rank"], row["last_rank"], row["verdict"], row["counted"]) == ("2", "3", "worse", "3")
+    # Layers have 3 and 4 experts per token, loads of 1.2 and 2.2; a dead expert until step 85 of the last 20 rows.
+    assert float(row["experts_per_token"]) == pytest.approx(3.5)
+    assert float(row["load_max_over_mean"]) == pytest.approx(1.2 + 0.5)
+    assert float(row["dead_experts"]) == pytest.approx(5 / 20)
+    assert float(row["flops_per_token"]) == pytest.approx(4e6)
+    assert float(row["training_flops"]) == pytest.approx(4e6 * STEPS * TOKENS)
+    assert float(row["tokens_per_second"]) == 2050.5
+    runs = {row["run"]: row for row in csv.DictReader((sweep / "compare_runs.csv").open())}
+    assert len(runs) == 9
+    assert float(runs["deep/autonomy-2"]["validation_loss"]) == pytest.approx(BASE[2] + AUTONOMY_DIFFERS_BY[2])
+    table = (sweep / "compare.md").read_text()
+    assert "| 2 to 3 | top_p | worse | 3.0667 [" in table and "| 3 of 3 | 3.5 | 4e+06 |" in table
+
+
+def test_page_has_every_chart_and_loads_nothing(sweep: Path):
+    reader = read_page(sweep / "compare.html")
+    assert [chart["aria-label"] for chart in reader.charts] == [
+        "Paired differences",
+        "Validation against tokens",
+        "Validation against flops",
+        "Validation against seconds",
+        "Experts per token by layer, end of the run",
+        "Experts per token",
+        "Busiest expert over the mean (1 = even)",
+        "Entropy of a token's routing (nats)",
+        "Experts without a token",
+        "Balance against quality, one point per run",
+        "Routing drift between validations",
+    ]
+    assert_loads_nothing(sweep / "compare.html")
+    first = (sweep / "compare.html").read_bytes()
+    assert write_comparison(sweep)[0].read_bytes() == first
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_draws_in_a_browser(tmp_path: Path, width: int):
+    plant_sweep(tmp_path / "runs")
+    break_runs(tmp_path / "runs")
+    pixels = photograph(write_comparison(tmp_path / "runs")[0], tmp_path, width, height=4000)
+    orange = (pixels[..., 0] > 0.75) & (pixels[..., 1] < 0.6) & (pixels[..., 2] < 0.4)
+    assert orange.sum() > 100, "the worse variant's interval was not drawn"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["nowhere"], "FOLDER=nowhere must be a folder with runs below it"),
+        (["."], "must have runs below it"),
+        ([], "usage: moe-pretrain compare FOLDER [--reference VARIANT]"),
+        ([".", "--reference"], "usage: moe-pretrain compare"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, monkeypatch, capsys, words: list[str], complaint: str):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told and told.count("\n") == 1
+
+
+def test_the_command_prints_the_table(tmp_path: Path, capsys):
+    plant_sweep(tmp_path)
+    assert main(["compare", str(tmp_path), "--reference", "autonomy"]) == 0
+    out = capsys.readouterr().out
+    assert "Difference: to autonomy" in out and out.endswith(f"{tmp_path / 'compare.html'}\n")
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
+        "compare.html",
+        "compare.md",
+        "compare.png",
+        "compare.csv",
+        "compare_runs.csv",
+    }

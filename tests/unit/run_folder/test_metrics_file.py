@@ -1,0 +1,165 @@
+"""The JSONL file: what survives a crash and a resume, and how rows are cleaned and reduced."""
+
+import errno
+import json
+import math
+import shutil
+
+import pytest
+
+from moe_pretrain.metrics.console import short_duration, short_number
+from moe_pretrain.run_folder.metrics_file import JsonlSink, read_rows, reduce_layers, replace_non_finite
+
+
+def row(step, **more):
+    return {"kind": "train", "step": step, "tokens": step * 10, "seconds": step / 2, "attempt": 0, **more}
+
+
+def test_rows_are_readable_before_the_file_is_closed(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(row(1, text="two\nlines"))
+    assert read_rows(sink.path) == [row(1, text="two\nlines")]
+    assert sink.path.read_bytes().count(b"\n") == 1
+
+
+def test_truncate_removes_later_rows_of_every_kind_and_goes_on(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        sink.write(row(step))
+        sink.write({**row(step), "kind": "event", "event": "x", "message": ""})
+    kept = sink.truncate_after(3)
+    assert [(r["step"], r["kind"]) for r in kept] == [(s, k) for s in (1, 2, 3) for k in ("train", "event")]
+    sink.write(row(4, again=True))
+    sink.sync()
+    assert read_rows(sink.path) == [*kept, row(4, again=True)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("tail", [b'{"kind": "train", "st', b'{"kind": "train", "step": 3}', b"\x00\x00"])
+def test_torn_last_line_is_ignored_by_the_reader_and_dropped_by_the_writer(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write(row(1))
+    sink.close()
+    with path.open("ab") as file:
+        file.write(tail)
+    assert read_rows(path) == [row(1)]
+    sink = JsonlSink(path)
+    sink.write(row(2))
+    assert read_rows(path) == [row(1), row(2)]
+
+
+def test_truncate_drops_a_torn_last_line(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.write(row(1))
+    with sink.path.open("ab") as file:
+        file.write(b'{"step": 1')
+    assert sink.truncate_after(1) == [row(1)]
+    assert sink.path.read_bytes().endswith(b"}\n")
+
+
+def test_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(row(1)) + "\n???\n" + json.dumps(row(2)) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+        read_rows(path)
+
+
+def test_missing_file_has_no_rows(tmp_path):
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+
+
+def test_non_finite_values_become_null_and_are_named():
+    clean, bad = replace_non_finite(row(1, a=math.nan, b=-math.inf, c=[0.5, math.nan, math.inf], d=1.0))
+    assert (clean["a"], clean["b"], clean["c"], clean["d"]) == (None, None, [0.5, None, None], 1.0)
+    assert bad == ["a", "b", "c"]
+
+
+def test_non_finite_value_never_reaches_the_file(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="JSON"):
+        sink.write(row(1, a=math.nan))
+    assert sink.path.read_bytes() == b""
+
+
+def test_reduction_over_layers():
+    reduced = reduce_layers(
+        row(
+            7,
+            **{
+                "train/loss": 2.5,
+                "train/gradient_norm": None,
+                "aux/router_z_loss": 3.0,
+                "data/token_hash": "abc",
+                "moe/layer_01/dead_experts": 1,
+                "moe/layer_02/dead_experts": 4,
+                "moe/layer_11/dead_experts": None,
+                "moe/layer_01/expert_share": [0.5, 0.5],
+            },
+        )
+    )
+    assert reduced == {
+        "step": 7,
+        "tokens": 70,
+        "seconds": 3.5,
+        "train/loss": 2.5,
+        "aux/router_z_loss": 3.0,
+        "moe/mean/dead_experts": 2.5,
+        "moe/max/dead_experts": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (950, "950"), (999.6, "1.00k"), (12_345, "12.3k"), (1.2e6, "1.20M"), (999.9e6, "1.00B")],
+)
+def test_short_number(value, text):
+    assert short_number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (245, "4:05"), (7445, "2:04:05"), (266_645, "3d 02:04:05")])
+def test_short_duration(seconds, text):
+    assert short_duration(seconds) == text
+
+
+class FullDisk:
+    """A file on a disk that takes ``room`` more bytes."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self._file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+
+def test_rows_wait_while_the_disk_is_full_and_none_is_torn_or_lost(tmp_path):
+    heard = []
+    sink = JsonlSink(tmp_path / "metrics.jsonl", heard.append)
+    sink.write(row(1))
+    disk = sink._file = FullDisk(sink._file, room=10)
+    for step in (2, 3):
+        sink.write(row(step))
+    sink.sync()
+    assert read_rows(sink.path) == [row(1)]
+    assert len([line for line in heard if "kept in memory" in line and "No space left" in line]) == 1
+    disk.room = 10**6
+    sink.write(row(4))
+    assert read_rows(sink.path) == [row(1), row(2), row(3), row(4)]
+    assert heard[-1].endswith("complete")
+
+
+def test_a_deleted_file_is_written_anew_with_all_its_rows(tmp_path):
+    (tmp_path / "run").mkdir()
+    sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
+    sink.write(row(1))
+    shutil.rmtree(tmp_path / "run")
+    sink.write(row(2))
+    sink.close()
+    assert read_rows(sink.path) == [row(1), row(2)]

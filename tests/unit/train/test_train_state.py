@@ -1,0 +1,72 @@
+"""What a checkpoint keeps of how far a run has come, and what the next attempt takes over."""
+
+import json
+import math
+
+import pytest
+
+from moe_pretrain.config.load import load
+from moe_pretrain.schedule.budget import Meter
+from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
+from moe_pretrain.train.train_state import Progress
+
+TOKENS_PER_STEP = 100
+CONFIG = load(["budget.tokens=3000", "spike.window_steps=3", "spike.deviations=2"])
+LOSSES = [3.0, 3.1, 2.9, 3.0, 9.0, 9.1, 3.0, 2.9, 9.0, 3.0]
+
+
+def progress() -> Progress:
+    return Progress(CONFIG.spike, TOKENS_PER_STEP, Meter(CONFIG.budget, TOKENS_PER_STEP, 10.0))
+
+
+def step(run: Progress, loss: float) -> str | None:
+    run.advance(2**62 + run.step)
+    run.meter.charge(10.0 + run.step, 0.5)
+    return run.spikes.judge(loss)
+
+
+def test_a_run_that_stops_after_every_step_goes_on_as_one_that_never_stops() -> None:
+    whole, parts = progress(), progress()
+    whole.rewinds = parts.rewinds = Rewinds([Rewind(2, 3, 5)])
+    spikes = []
+    for loss in LOSSES:
+        spikes.append(step(whole, loss))
+        assert step(parts, loss) == spikes[-1]
+        whole.validation_loss = parts.validation_loss = loss
+        kept = json.loads(json.dumps(parts.state()))
+        parts = progress()
+        parts.restore(kept)
+        assert parts.saved_step == parts.step == whole.step and parts.data_step == whole.data_step
+        assert parts.validation_loss == loss
+        assert parts.state() == whole.state() == kept
+    assert [number for number, spike in enumerate(spikes) if spike] == [4, 8]
+    assert whole.tokens == 1000 and whole.data_step == 12
+    # 10 * 2**62 + 45, as a signed number of 64 bits
+    assert whole.token_hash == -(2**63) + 45
+
+
+def test_a_finished_step_has_no_validation_yet() -> None:
+    run = progress()
+    step(run, 3.0)
+    run.validation_loss = 2.5
+    step(run, 3.0)
+    assert run.validation_loss is None and run.state()["validation_loss"] is None
+    run.validation_loss = math.nan
+    assert run.state()["validation_loss"] is None, "JSON has no word for it"
+
+
+@pytest.mark.parametrize("known,kept,then", [(2, 1, 2), (1, 2, 2), (0, 2, 2), (2, 0, 2)])
+def test_rewinds_that_either_side_knows_of_stay_known(known: int, kept: int, then: int) -> None:
+    taken = [Rewind(8, 9, 10), Rewind(4, 7, 8)]
+    before, after = progress(), progress()
+    before.rewinds, after.rewinds = Rewinds(taken[:kept]), Rewinds(taken[:known])
+    after.restore(before.state())
+    assert after.rewinds.taken == taken[:then]
+
+
+def test_a_checkpoint_of_an_earlier_release_counts_as_expected() -> None:
+    run = progress()
+    run.restore({"step": 4, "token_hash": 7})
+    assert (run.step, run.saved_step, run.tokens, run.data_step, run.token_hash) == (4, 4, 400, 4, 7)
+    assert (run.meter.steps, run.meter.flops, run.meter.seconds) == (4, 4000, 0.0)
+    assert run.validation_loss is None and run.spikes.state() == progress().spikes.state()

@@ -1,0 +1,504 @@
+"""The certificate of a routing scheme: what ships passes, the README's example passes, and broken schemes do not."""
+
+import json
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.processes import run_on_ranks
+
+from moe_pretrain import cli
+from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.load import load
+from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.parallel import launcher as launch
+from moe_pretrain.train.build import train
+from moe_pretrain.verify.certificate import certify as certificate
+from moe_pretrain.verify.certificate.certify import Row, examine
+from moe_pretrain.verify.verify import verify
+
+# The README shows this file word for word.
+EXAMPLE = '''\
+"""A cosine router: every expert is a direction, and a token goes to the two that point most its way."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch.nn.functional import normalize
+
+from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
+from moe_pretrain.moe.types import BalanceLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineConfig(BalancedRouterConfig):
+    name: Literal["cosine"] = "cosine"
+    temperature: float = 0.1
+    load_balance_weight: float = 0.01
+    load_balance_level: BalanceLevel = "global_batch"
+    router_z_weight: float = 0.0
+
+    mean_experts_per_token: ClassVar[float] = 2.0
+
+    def check_num_experts(self, num_experts):
+        if num_experts < 2:
+            raise ValueError(f"model.moe.num_experts={num_experts} must be at least 2 for router=cosine")
+
+    def build(self, hidden_size, num_experts, layer):
+        return CosineRouter(self, hidden_size, num_experts, layer)
+
+
+class CosineRouter(BalancedRouter):
+    def __init__(self, config, hidden_size, num_experts, layer):
+        super().__init__(config, num_experts, layer)
+        self.temperature = config.temperature
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, hidden, context):
+        tokens, experts = normalize(hidden.float(), eps=1e-6), normalize(self.weight, eps=1e-6)
+        logits = tokens @ experts.t() / self.temperature
+        probs = logits.softmax(dim=1)
+        expert = probs.sort(dim=1, descending=True, stable=True).indices[:, :2]
+        weight = probs.gather(1, expert)
+        token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(2)
+        return self.route(logits, probs, token, expert.flatten(), weight.flatten(), 2, context)
+'''
+
+VARIANT = """\
+import random
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.types import BalanceLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantConfig(TopKRouterConfig):
+    name: Literal["variant"] = "variant"
+    top_k: int = 2
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    weights: Literal["renormalised", "raw"] = "raw"
+    weight_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    projection_size: int | None = None
+    jitter: float = 0.0
+    load_balance_weight: float = 0.01
+    load_balance_level: BalanceLevel = "global_batch"
+    router_z_weight: float = 0.001
+
+    def build(self, hidden_size, num_experts, layer):
+        return Variant(self, hidden_size, num_experts, layer)
+
+
+class Variant(TopKRouter):
+"""
+
+CAUSALITY = {"causality in training", "causality in evaluation"}
+CUTS = {"cut of the batch in training", "cut of the batch in evaluation", "batch of one in evaluation"}
+PARITY = "gradient parity with the oracle"
+OTHERS = "others"
+
+# What is wrong -> (the methods that do it, the rows that fail; with OTHERS, those at least).
+BROKEN = {
+    "centres logits over the batch, later tokens included": (
+        """
+        def logits(self, hidden, context):
+            logits = super().logits(hidden, context)
+            return logits - logits.mean(dim=0)
+        """,
+        {*CAUSALITY, *CUTS, "padding ignored", PARITY},
+    ),
+    "centres in training only": (
+        """
+        def logits(self, hidden, context):
+            logits = super().logits(hidden, context)
+            return logits - logits.mean(dim=0) if self.training else logits
+        """,
+        {"causality in training", "cut of the batch in training", "padding ignored", PARITY},
+    ),
+    "routes a token to one expert twice": (
+        """
+        def select(self, scores):
+            return super().select(scores)[:, :1].expand(-1, self.config.top_k)
+        """,
+        {"conservation of routes", "finite at ties", PARITY},
+    ),
+    "sorts routes by expert": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            order = routing.expert_index.argsort(stable=True)
+            token, expert, weight = routing.token_index, routing.expert_index, routing.weight
+            return replace(routing, token_index=token[order], expert_index=expert[order], weight=weight[order])
+        """,
+        {"conservation of routes", "combine of identity experts", OTHERS},
+    ),
+    "detaches the weights": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            return replace(routing, weight=routing.weight.detach())
+        """,
+        {"router gradient from the LM loss", "router gradient with top_k=1"},
+    ),
+    "has weights that are always 1": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            return replace(routing, weight=routing.weight / routing.weight.clamp(min=1e-20))
+        """,
+        {"router gradient from the LM loss", "router gradient with top_k=1"},
+    ),
+    "always has bfloat16 logits": (
+        """
+        def logits(self, hidden, context):
+            return (hidden.bfloat16() @ self.weight.bfloat16().t()).float()
+        """,
+        {"float32 routing", PARITY},
+    ),
+    "has bfloat16 logits in a bfloat16 engine": (
+        """
+        def logits(self, hidden, context):
+            return (hidden @ self.weight.to(hidden.dtype).t()).float()
+        """,
+        {"float32 routing"},
+    ),
+    "has bfloat16 weights": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            return replace(routing, weight=routing.weight.bfloat16())
+        """,
+        {"float32 routing", PARITY},
+    ),
+    "scales the balance loss by top_k": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            routing.aux["load_balance"] *= self.config.top_k
+            return routing
+        """,
+        {"balance loss at uniform", "balance loss at collapse"},
+    ),
+    "counts padding": (
+        """
+        def forward(self, hidden, context):
+            return super().forward(hidden, replace(context, token_mask=torch.ones_like(context.token_mask)))
+        """,
+        {"padding ignored", "conservation of routes", "no text tokens", PARITY},
+    ),
+    "divides by the number of text tokens": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            routing.aux["load_balance"] /= context.token_mask.sum() / context.token_mask.sum()
+            return routing
+        """,
+        {"no text tokens"},
+    ),
+    "chooses with Python's random numbers": (
+        """
+        def select(self, scores):
+            return (super().select(scores) + random.randrange(self.num_experts)) % self.num_experts
+        """,
+        {"determinism", "recompute", OTHERS},
+    ),
+    "keeps its state in an attribute": (
+        """
+        def select(self, scores):
+            return super().select(scores + getattr(self, "bias", 0.0))
+
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
+            self.bias = getattr(self, "bias", 0.0) + 0.01 * push
+        """,
+        {"state round trip"},
+    ),
+    "keeps its state where no attribute shows it": (
+        """
+        def select(self, scores):
+            return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0))
+
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
+            self.state["bias"] = self.state.get("bias", 0.0) + 0.01 * push
+        """,
+        {"state round trip"},
+    ),
+    "moves its state in every forward pass": (
+        """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, hidden, context):
+            self.passes += 1
+            return super().forward(hidden, context)
+        """,
+        {"state round trip"},
+    ),
+    "has a bfloat16 buffer": (
+        """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("bias", torch.zeros((), dtype=torch.bfloat16))
+        """,
+        {"float32 routing"},
+    ),
+    "divides by the spread of the logits": (
+        """
+        def logits(self, hidden, context):
+            logits = super().logits(hidden, context)
+            return logits / logits.std(dim=-1, keepdim=True)
+        """,
+        {"finite at ties", "balance loss at uniform"},
+    ),
+    "has a loss without coefficient": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            routing.aux["forgotten"] = routing.weight.mean()
+            return routing
+        """,
+        {"aux losses named", OTHERS},
+    ),
+}
+
+
+SMALL = ("engine.device=cpu", "model.num_layers=1", "model.moe.num_experts=6")
+
+
+def write(folder: Path, source: str) -> str:
+    """A router file with ``source``, as the override that chooses it."""
+    file = folder / "my_router.py"
+    file.write_text(source)
+    return f"router_file={file}"
+
+
+def variant(folder: Path, methods: str) -> str:
+    return write(folder, VARIANT + textwrap.indent(textwrap.dedent(methods), "    "))
+
+
+def failing(rows: Iterable[Row]) -> dict[str, str]:
+    return {row.property: row.detail for row in rows if row.verdict == "FAIL"}
+
+
+@pytest.mark.parametrize("wrong", BROKEN)
+def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
+    methods, expected = BROKEN[wrong]
+    found = set(failing(examine(load([variant(tmp_path, methods), *SMALL]))))
+    assert found >= expected - {OTHERS}
+    assert found == expected or OTHERS in expected
+
+
+COLLAPSE, STATE = "balance loss at collapse", "state round trip"
+TRAINING_CAUSALITY = "causality in training"
+
+# Overrides -> how some rows' details begin.
+SHIPPED: list[tuple[list[str], dict[str, str]]] = [
+    *(([f"router={file.stem}"], {}) for file in sorted((config_folder() / "router").glob("*.yaml"))),
+    (
+        ["router.score=sigmoid", "router.jitter=0.1", "router.load_balance_level=sequence"],
+        {COLLAPSE: "3.0000 when 2 of"},
+    ),
+    (
+        [
+            "router.top_k=1",
+            "router.weights=raw",
+            "router.load_balance_level=micro_batch",
+            "model.moe.num_shared_experts=1",
+        ],
+        {COLLAPSE: "6.0000 when 1 of 6 experts has", STATE: "after_step moves nothing"},
+    ),
+    (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=quantile", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (["router=expert_threshold", "router.initial_threshold=0.8"], {STATE: "ema_weight, threshold: "}),
+    (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
+    (["router=relu", "router.target_experts=1", "router.load_balance_level=sequence"], {STATE: "sparsity_weight: "}),
+    (
+        ["router=sinkhorn", "router.top_k=1", "router.score=sigmoid", "router.load_balance_weight=0.1"],
+        {TRAINING_CAUSALITY: "tokens from position 1 on move earlier routes", STATE: "after_step moves nothing"},
+    ),
+    (
+        ["router=expert_choice", "router.capacity_factor=1.3"],
+        {TRAINING_CAUSALITY: "tokens from position 1 on move", STATE: "steps, thresholds: "},
+    ),
+    (
+        ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
+        {COLLAPSE: "6.0000 when 1 of"},
+    ),
+    *(
+        (["router=attention_importance", f"router.importance={importance}", *more], {STATE: "scale: "})
+        for importance, *more in (
+            ("row_max", "router.target_experts=3", "router.controller_rate=0.05", "router.weights=renormalised"),
+            ("corrected_row_max", "router.target_experts=3", "router.controller_rate=0.05"),
+            ("entropy", "router.complement=true", "router.target_experts=3", "router.controller_rate=0.05"),
+            (
+                "predictor",
+                *("router.predictor_loss_weight=0.1", "router.target_experts=3", "router.controller_rate=0.05"),
+            ),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), SHIPPED, ids=lambda value: " ".join(value))
+def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) -> None:
+    rows = list(examine(load([*SMALL, *overrides])))
+    assert not failing(rows)
+    details = {row.property: row.detail for row in rows}
+    assert all(details.values())
+    for name, beginning in expected.items():
+        assert details[name].startswith(beginning)
+    noncausal = {row.property for row in rows if row.verdict == "declared non-causal"}
+    competes = overrides[0] in ("router=autonomy_expert_choice", "router=expert_choice", "router=sinkhorn")
+    assert noncausal == ({TRAINING_CAUSALITY, "cut of the batch in training"} if competes else set())
+    if overrides != ["router=dense"]:
+        assert sum(row.verdict == "PASS" for row in rows) >= 14
+
+
+def test_received_attention_is_a_declared_leak() -> None:
+    overrides = ["router=attention_importance", "router.importance=received", "router.allow_non_causal=true"]
+    rows = list(examine(load([*SMALL, *overrides])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "causality in evaluation"}
+
+
+def test_a_declared_leak_is_no_failure(tmp_path: Path) -> None:
+    methods = """
+        causal_in_training = False
+
+        def logits(self, hidden, context):
+            logits = super().logits(hidden, context)
+            text = context.token_mask[:, None]
+            return logits - (logits * text).sum(dim=0) / text.sum().clamp(min=1) if self.training else logits
+        """
+    rows = list(examine(load([variant(tmp_path, methods), *SMALL])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "cut of the batch in training"}
+
+
+def test_warmup_of_expert_threshold_is_declared() -> None:
+    rows = list(examine(load([*SMALL, "router=expert_threshold", "router.warmup_steps=1000"])))
+    assert not failing(rows)
+    declared = {row.property for row in rows if row.verdict == "declared non-causal"}
+    assert declared == {"causality in training", "cut of the batch in training"}
+
+
+def test_an_error_in_one_row_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = variant(tmp_path, "def after_step(self, use):\n    raise KeyError('lost')")
+    assert cli.main(["certify", file, *SMALL]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"router=variant ({file.removeprefix('router_file=')}) in 1 layers of 6 experts")
+    assert [line for line in lines if "state round trip" in line and "FAIL raised KeyError: 'lost'" in line]
+    assert [line for line in lines if "balance loss at uniform" in line and "PASS" in line]
+    assert lines[-1].startswith("not certified: ")
+
+
+@pytest.mark.parametrize(("code", "verdict"), [(0, "PASS"), (1, "FAIL")])
+def test_ranks_are_verified_in_workers(
+    code: int, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [write(tmp_path, EXAMPLE), *SMALL, "parallel.processes=2", "parallel.expert_parallel_size=2"]
+    started: list[tuple[list[str], int]] = []
+
+    def run_workers(arguments: list[str], processes: int) -> int:
+        started.append((arguments, processes))
+        return code
+
+    monkeypatch.setattr(launch, "run_workers", run_workers)
+    monkeypatch.setattr(certificate, "examine", lambda config: [Row("a property", "PASS", "found")])
+    assert cli.main(["certify", *overrides]) == code
+    assert started == [(["verify", *overrides], 2)]
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert f"{verdict} verify on 2 ranks, expert parallel 2" in row
+    assert last == ("certified" if code == 0 else "not certified: 1 of 2 properties fail")
+
+
+def _verify(overrides: list[str]) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return verify(load(overrides), "cpu", "float32", said.append), said
+
+
+def test_example_equals_the_oracle_on_two_ranks(tmp_path: Path) -> None:
+    overrides = [write(tmp_path, EXAMPLE), *SMALL, "parallel.processes=2", "parallel.expert_parallel_size=2"]
+    for code, said in run_on_ranks(_verify, 2, overrides):
+        assert code == 0, said
+
+
+def _train(overrides: list[str]) -> int:
+    return train(load(overrides))
+
+
+def test_example_trains(tmp_path: Path) -> None:
+    texts = [json.dumps({"text": f"{number} quick brown foxes jump over the lazy dog"}) for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    overrides = [
+        *(write(tmp_path, EXAMPLE), "router.temperature=0.2", *SMALL, "model.hidden_size=16", "model.num_heads=2"),
+        *("model.moe.expert_hidden_size=20", "model.ffn_hidden_size=28", "model.sequence_length=16"),
+        *("data=files", f"data.paths=[{tmp_path}/a.jsonl]", "data.validation_fraction=0.2"),
+        *("tokenizer.vocab_size=260", "model.vocab_size=260"),
+        *("batch.global_batch_tokens=64", "budget.tokens=192", "run.prepare_workers=1", "metrics.wandb=off"),
+        *("metrics.progress=false", f"run.output_dir={tmp_path}/runs", "evaluation.max_rows=4"),
+    ]
+    assert run_on_ranks(_train, 1, overrides) == [0]
+    values = yaml.safe_load((tmp_path / "runs" / "tiny-cosine" / "config.yaml").read_text())
+    assert values["router"]["temperature"] == 0.2 and values["router"]["name"] == "cosine"
+    assert values["router_file"] == str(tmp_path / "my_router.py")
+
+
+def test_fields_come_from_the_file_and_overrides(tmp_path: Path) -> None:
+    config = load([write(tmp_path, EXAMPLE), "router.router_z_weight=0.5"])
+    assert isinstance(config, Config)
+    assert (config.router.name, config.router.temperature, config.router.router_z_weight) == ("cosine", 0.1, 0.5)
+    assert config.run.name == "tiny-cosine"
+    assert load(["router_file=null"]) == load([])
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (
+            ("", ""),
+            ["router.temprature=1"],
+            "router.temprature=1 is not a field of CosineConfig; did you mean temperature?",
+        ),
+        (("", ""), ["router.temperature=hot"], "router.temperature='hot': input should be a valid number"),
+        (("", ""), ["router.router_z_weight=-2"], "router.router_z_weight=-2.0 must not be negative"),
+        (("", ""), ["router.load_balance_level=layer"], "router.load_balance_level='layer': input should be"),
+        (("", ""), ["model.moe.num_experts=1"], "model.moe.num_experts=1 must be at least 2"),
+        (("", ""), ["router=top_k"], "router=top_k and router_file="),
+        (("", ""), ["router.name=top_k"], "router.name='top_k': input should be 'cosine'"),
+        (("", ""), ["modle=tiny"], "'modle' is not a field of the configuration"),
+        (("", ""), ["router_file=nowhere.py"], "router_file=nowhere.py must be a python file that exists"),
+        (("import torch", "import torhc"), [], "ModuleNotFoundError: No module named 'torhc'"),
+        (("temperature: float = 0.1", "temperature: float"), [], "CosineConfig.temperature must have a default"),
+        (('"cosine"', '"top_k"'), [], "CosineConfig.name must not be that of a shipped scheme"),
+        (("def build", "def make"), [], "CosineConfig must have build"),
+        (("mean_experts_per_token", "mean"), [], "CosineConfig must have mean_experts_per_token"),
+        (
+            ("class CosineRouter", "@dataclass\nclass Two:\n    name: str\n\n\nclass CosineRouter"),
+            [],
+            "it has CosineConfig, Two",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], overrides: list[str], message: str) -> None:
+    file = write(tmp_path, EXAMPLE.replace(*change) if change[0] else EXAMPLE)
+    with pytest.raises(ConfigError) as caught:
+        load([file, *overrides])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_readme_shows_the_example_word_for_word():
+    readme = Path(__file__).parents[3] / "README.md"
+    assert f"```python\n{EXAMPLE}```" in readme.read_text()
