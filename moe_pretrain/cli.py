@@ -62,12 +62,14 @@ def _usage() -> str:
 
 def _train(overrides: list[str]) -> int:
     """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
+    from moe_pretrain.analysis.report import write_last_report
     from moe_pretrain.config.load import load
+    from moe_pretrain.config.preflight import check
     from moe_pretrain.parallel.launcher import run_workers
-    from moe_pretrain.parallel.mesh import launched_world_size
+    from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
     from moe_pretrain.run_folder.lock import owned
     from moe_pretrain.run_folder.provenance import write_overrides
-    from moe_pretrain.train.build import check, train
+    from moe_pretrain.train.build import train
 
     if set(overrides) & set(MULTIRUN):
         from moe_pretrain.sweep.multirun import multirun
@@ -81,7 +83,10 @@ def _train(overrides: list[str]) -> int:
         with owned(config.run.folder, print):
             write_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)
-    return train(config, overrides)
+    code = train(config, overrides)
+    if launched_rank() == 0:
+        write_last_report(config.run.folder, print)
+    return code
 
 
 def _with_earlier_overrides(overrides: list[str]) -> list[str]:
@@ -91,7 +96,7 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     """
     from moe_pretrain.config.compose import RENAMED
     from moe_pretrain.config.load import load
-    from moe_pretrain.run_folder.provenance import OVERRIDES_FILE
+    from moe_pretrain.run_folder.paths import OVERRIDES_FILE
 
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
@@ -142,9 +147,9 @@ def _prepare(words: list[str]) -> int:
 def _verify(overrides: list[str]) -> int:
     """Compare a small twin of the configuration with the oracle, here or in workers of our own."""
     from moe_pretrain.config.load import load
+    from moe_pretrain.config.preflight import check, resolve_device
     from moe_pretrain.parallel.launcher import run_workers
-    from moe_pretrain.parallel.mesh import launched_rank, launched_world_size
-    from moe_pretrain.train.build import check, resolve_device
+    from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
     from moe_pretrain.verify.verify import verify
 
     config = load(overrides)
@@ -158,8 +163,7 @@ def _verify(overrides: list[str]) -> int:
 
 def _certify(words: list[str]) -> int:
     """Print the certificate of a router, or write those of runs into their folders."""
-    from moe_pretrain.run_folder.provenance import OVERRIDES_FILE
-    from moe_pretrain.verify.certificate.certify import CERTIFICATE
+    from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
 
     if len(words) != 1 or ("=" in words[0] and not Path(words[0]).is_dir()):
         return _certify_one(words, None)
@@ -177,7 +181,7 @@ def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> in
 
     What a user can mend in one run keeps nobody from the next.
     """
-    from moe_pretrain.run_folder.record import one_of_each_variant
+    from moe_pretrain.analysis.compare.variants import one_of_each_variant
 
     runs = one_of_each_variant(folder)
     if len(runs) == 1:
@@ -199,9 +203,9 @@ def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> in
 def _certify_one(overrides: list[str], write: Path | None) -> int:
     """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
     from moe_pretrain.config.load import load
+    from moe_pretrain.config.preflight import check
     from moe_pretrain.parallel.launcher import run_workers
     from moe_pretrain.run_folder.provenance import commit, versions
-    from moe_pretrain.train.build import check
     from moe_pretrain.verify.certificate.certify import certify
 
     config = load(overrides)
@@ -224,8 +228,7 @@ def _report(arguments: list[str]) -> int:
 
 def _wandb(arguments: list[str]) -> int:
     """Write wandb's offline files of all runs below a folder anew, and print how to upload them."""
-    from moe_pretrain.metrics.wandb_runs import wandb_runs
-    from moe_pretrain.metrics.wandb_sink import write_offline
+    from moe_pretrain.metrics.wandb_sink import wandb_runs, write_offline
 
     if len(arguments) != 1:
         raise ValueError("usage: moe-pretrain wandb FOLDER")
@@ -287,9 +290,10 @@ def _specialise(arguments: list[str]) -> int:
 
 def _specialise_one(folder: Path) -> int:
     """Say what a run's experts specialise in."""
-    from moe_pretrain.analysis.specialisation import read_run, specialise
+    from moe_pretrain.analysis.specialisation import specialise
+    from moe_pretrain.config.load import read_run
+    from moe_pretrain.config.preflight import resolve_device
     from moe_pretrain.data import TokenizedMixture
-    from moe_pretrain.train.build import resolve_device
     from moe_pretrain.train.corpora import prepare_corpora
 
     config = read_run(folder)

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, PercentFormatter
 
-from moe_pretrain.metrics.console import short_number
-from moe_pretrain.run_folder.metrics_file import Row
+from moe_pretrain.run_folder.metrics_file import MetricsRow
+from moe_pretrain.system.words import short_number
 
 MAX_POINTS = 2000
 
@@ -51,7 +51,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def column(rows: Sequence[Row], key: str) -> np.ndarray:
+def column(rows: Sequence[MetricsRow], key: str) -> np.ndarray:
     """Return one number per row as float64; NaN where a row lacks it or holds null."""
     values = [row.get(key) for row in rows]
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
@@ -84,7 +84,7 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndar
 class Curve:
     """One line of a chart: a column of the rows against their tokens."""
 
-    rows: Sequence[Row]
+    rows: Sequence[MetricsRow]
     key: str
     color: str = BLUE
     label: str = ""

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moe_pretrain.analysis.specialisation import RESULT
-from moe_pretrain.metrics.console import short_number
-from moe_pretrain.moe.part_timer import PARTS, Part
+from moe_pretrain.moe.part_timer import PARTS, LayerPart
 from moe_pretrain.plan.layer_cost import per_token
+from moe_pretrain.run_folder.paths import CERTIFICATE, SPECIALISATION_FILE
 from moe_pretrain.run_folder.record import MISSING
-from moe_pretrain.verify.certificate.certify import CERTIFICATE
+from moe_pretrain.system.words import short_number
 
 INFORMATION_NOTE = (
     "Normalised mutual information of a token's expert of the largest weight and its class, 0 to 1, mean over layers; "
@@ -101,7 +100,7 @@ def normalised_information(folder: Path) -> dict[str, list[tuple[float, float]]]
     Raises:
         ValueError: The file is damaged.
     """
-    found = read_finding(folder / RESULT)
+    found = read_finding(folder / SPECIALISATION_FILE)
     if found is None:
         return None
 
@@ -118,7 +117,7 @@ def information_cell(pairs: list[tuple[float, float]]) -> str:
     return f"{mean:.3f} (shuffled {shuffled:.3f})"
 
 
-def time_cells(runs: Sequence[Mapping[Part, float]]) -> dict[str, str]:
+def time_cells(runs: Sequence[Mapping[LayerPart, float]]) -> dict[str, str]:
     """Part of a MoE layer -> its microseconds in words, then their total and the experts' share of it.
 
     Args:

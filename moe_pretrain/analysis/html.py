@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 _STYLE = """
 body { margin: 0; background: #f3f4f6; color: #1c1f24; font: 15px/1.5 system-ui, sans-serif; }
@@ -101,10 +100,3 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(subtitle)}</p>" + "\n".join(sections) + "</main></body></html>\n"
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one, never half of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -15,9 +15,9 @@ import numpy as np
 
 from moe_pretrain.analysis.figures import column
 from moe_pretrain.analysis.run_charts import metric_layers
-from moe_pretrain.metrics.part_times import read_part_times
-from moe_pretrain.moe.part_timer import Part
-from moe_pretrain.run_folder.metrics_file import Row
+from moe_pretrain.metrics.step_rows import read_part_times
+from moe_pretrain.moe.part_timer import LayerPart
+from moe_pretrain.run_folder.metrics_file import MetricsRow
 from moe_pretrain.run_folder.record import RunRecord
 
 END_SHARE = 0.2
@@ -28,18 +28,18 @@ COLLAPSED_RATIO = 1.5
 """A layer has collapsed when its load is worth at most this many times the experts that one token uses."""
 
 
-def of_layers(rows: Sequence[Row], name: str) -> np.ndarray:
+def of_layers(rows: Sequence[MetricsRow], name: str) -> np.ndarray:
     """One of the ``moe/layer_XX`` numbers: [points, layers], NaN where it is missing; the last row tells the layers."""
     layers = metric_layers(rows[-1:], name)
     return np.array([column(rows, f"moe/layer_{layer}/{name}") for layer in layers]).reshape(len(layers), len(rows)).T
 
 
-def end_of(rows: Sequence[Row]) -> list[Row]:
+def end_of(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     """The rows of the last ``END_SHARE`` of the tokens."""
     return [row for row in rows if row["tokens"] > (1 - END_SHARE) * rows[-1]["tokens"]]
 
 
-def at_end(train: Sequence[Row], name: str) -> float | None:
+def at_end(train: Sequence[MetricsRow], name: str) -> float | None:
     """Mean of a layer number over layers and the end of a run; None if it was not recorded."""
     return mean_or_none(of_layers(end_of(train), name)) if train else None
 
@@ -62,12 +62,12 @@ def median(run: RunRecord, key: str) -> float | None:
     return float(np.nanmedian(values)) if np.isfinite(values).any() else None
 
 
-def part_times(run: RunRecord) -> dict[Part, float]:
+def part_times(run: RunRecord) -> dict[LayerPart, float]:
     """Microseconds of each part of a MoE layer for one token, at the end of a run; empty where not measured."""
     return read_part_times(run.validation[-1]) if run.is_complete and run.validation else {}
 
 
-def training_flops(rows: Sequence[Row]) -> np.ndarray:
+def training_flops(rows: Sequence[MetricsRow]) -> np.ndarray:
     """FLOPs spent up to each row [points], as the run summed them over its steps.
 
     A run of an earlier release has no sums: each row's measured FLOPs per token hold for the tokens since the last.
@@ -78,7 +78,7 @@ def training_flops(rows: Sequence[Row]) -> np.ndarray:
     return np.cumsum(np.diff(tokens, prepend=0.0) * column(rows, "train/flops_per_token"))
 
 
-def training_seconds(rows: Sequence[Row]) -> np.ndarray:
+def training_seconds(rows: Sequence[MetricsRow]) -> np.ndarray:
     """Seconds in training steps up to each row [points]: no validation, no checkpoints, no lost work."""
     if rows and all("train/seconds_spent" in row for row in rows):
         return column(rows, "train/seconds_spent")
@@ -86,7 +86,7 @@ def training_seconds(rows: Sequence[Row]) -> np.ndarray:
     return np.cumsum(np.diff(steps, prepend=0.0) * column(rows, "train/step_seconds"))
 
 
-def tokens(rows: Sequence[Row]) -> np.ndarray:
+def tokens(rows: Sequence[MetricsRow]) -> np.ndarray:
     """Tokens up to each row [points]."""
     return column(rows, "tokens")
 
@@ -104,12 +104,12 @@ class Incident:
     """
 
     kind: Literal["spike", "collapse", "non-finite"]
-    first: Row
-    last: Row
+    first: MetricsRow
+    last: MetricsRow
     detail: str
 
 
-def incidents(train: Sequence[Row], events: Sequence[Row]) -> list[Incident]:
+def incidents(train: Sequence[MetricsRow], events: Sequence[MetricsRow]) -> list[Incident]:
     """Spikes, collapses and numbers that were not finite in a run's rows, in order of their steps."""
     non_finite = [
         Incident("non-finite", row, row, row["message"]) for row in events if row["event"] in ("non_finite", "diverged")
@@ -118,7 +118,7 @@ def incidents(train: Sequence[Row], events: Sequence[Row]) -> list[Incident]:
     return sorted(found, key=lambda each: each.first["step"])
 
 
-def _spikes(rows: Sequence[Row]) -> Iterator[Incident]:
+def _spikes(rows: Sequence[MetricsRow]) -> Iterator[Incident]:
     losses = column(rows, "train/loss")
     excess = np.full(len(losses), math.nan)
     for index in range(SPIKE_WINDOW, len(losses)):
@@ -135,14 +135,14 @@ def _spikes(rows: Sequence[Row]) -> Iterator[Incident]:
         )
 
 
-def _collapses(rows: Sequence[Row]) -> Iterator[Incident]:
+def _collapses(rows: Sequence[MetricsRow]) -> Iterator[Incident]:
     for layer in metric_layers(rows[-1:], "expert_share"):
         bad = np.array([_has_collapsed(row, layer) for row in rows])
         for stretch in _stretches(bad):
             yield Incident("collapse", rows[stretch[0]], rows[stretch[-1]], f"layer {int(layer)}")
 
 
-def _has_collapsed(row: Row, layer: str) -> bool:
+def _has_collapsed(row: MetricsRow, layer: str) -> bool:
     """Whether the load of a layer is worth few experts: by the exponential of its entropy, for at most half of them."""
     share = np.array(row.get(f"moe/layer_{layer}/expert_share") or [], dtype=np.float64)
     each = row.get(f"moe/layer_{layer}/experts_per_token")

@@ -1,62 +1,27 @@
 """One run as one self-contained HTML page, readable while the run goes on."""
 
-import json
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from moe_pretrain.analysis import findings, run_charts
 from moe_pretrain.analysis.compare.charts import incident_chart
 from moe_pretrain.analysis.figures import column
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
-from moe_pretrain.analysis.html import (
-    charts,
-    facts,
-    folded,
-    legend,
-    page,
-    section,
-    table,
-    write_whole,
-)
+from moe_pretrain.analysis.html import charts, facts, folded, legend, page, section, table
 from moe_pretrain.analysis.measures import at_end, incidents
-from moe_pretrain.metrics.console import short_duration, short_number
-from moe_pretrain.metrics.part_times import read_part_times
-from moe_pretrain.run_folder.metrics_file import Row, read_rows
+from moe_pretrain.metrics.step_rows import read_part_times
+from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
+from moe_pretrain.run_folder.paths import METRICS_FILE
+from moe_pretrain.run_folder.record import load_rows, read_config, recorded_facts
+from moe_pretrain.system.files import write_whole
+from moe_pretrain.system.words import short_duration, short_number
 
 _MAX_EVENTS = 200
 _UNKNOWN = "not recorded"
-
-
-def load_rows(run_dir: Path) -> dict[str, list[Row]]:
-    """Read the metrics of a run, sorted by kind.
-
-    Raises:
-        ValueError: The folder has no ``metrics.jsonl``, or it has no train rows yet.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        raise ValueError(f"{run_dir} is not a run folder: it has no metrics.jsonl")
-    kinds: dict[str, list[Row]] = {"train": [], "validation": [], "event": []}
-    for row in read_rows(path):
-        kinds[row["kind"]].append(row)
-    if not kinds["train"]:
-        raise ValueError(f"{path} has no train rows yet: nothing to report")
-    return kinds
-
-
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "config.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
-
-
-def recorded_facts(run_dir: Path) -> dict[str, Any]:
-    """``summary.json``, or nothing."""
-    path = run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _lookup(config: dict[str, Any], *paths: str) -> Any:
@@ -70,13 +35,13 @@ def _lookup(config: dict[str, Any], *paths: str) -> Any:
     return None
 
 
-def _median(rows: list[Row], key: str) -> float | None:
+def _median(rows: list[MetricsRow], key: str) -> float | None:
     values = column(rows, key)
     values = values[~np.isnan(values)]
     return float(np.median(values)) if len(values) else None
 
 
-def summarise(run_dir: Path, rows: dict[str, list[Row]] | None = None) -> dict[str, Any]:
+def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) -> dict[str, Any]:
     """Collect the numbers that describe a run so far, for the page and the console.
 
     Args:
@@ -91,7 +56,7 @@ def summarise(run_dir: Path, rows: dict[str, list[Row]] | None = None) -> dict[s
         ValueError: The folder has no metrics, or no train rows yet.
     """
     rows = rows or load_rows(run_dir)
-    config = _read_config(run_dir)
+    config = read_config(run_dir)
     recorded = recorded_facts(run_dir)
     train, validation = rows["train"], rows["validation"]
     everything = [row for kind in rows.values() for row in kind]
@@ -166,7 +131,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _event_table(events: list[Row]) -> str:
+def _event_table(events: list[MetricsRow]) -> str:
     if not events:
         return section("Events", "<p>None so far.</p>")
     note = f"The last {_MAX_EVENTS} of {len(events)}." if len(events) > _MAX_EVENTS else ""
@@ -178,7 +143,7 @@ def _event_table(events: list[Row]) -> str:
     return section("Events, newest first", table(header, lines), note)
 
 
-def _chart_sections(rows: dict[str, list[Row]], unigram_entropy: float | None) -> list[str]:
+def _chart_sections(rows: dict[str, list[MetricsRow]], unigram_entropy: float | None) -> list[str]:
     train = rows["train"]
     loss = run_charts.loss_charts(train, rows["validation"], rows["event"], unigram_entropy)
     router, colors = run_charts.router_charts(train, rows["validation"])
@@ -198,7 +163,7 @@ def _chart_sections(rows: dict[str, list[Row]], unigram_entropy: float | None) -
     ]
 
 
-def _incident_section(name: str, rows: dict[str, list[Row]]) -> str:
+def _incident_section(name: str, rows: dict[str, list[MetricsRow]]) -> str:
     found = incidents(rows["train"], rows["event"])
     if not found:
         return section("Incidents", "<p>No spike, no collapsed layer, no number that was not finite.</p>")
@@ -208,7 +173,7 @@ def _incident_section(name: str, rows: dict[str, list[Row]]) -> str:
     return section("Incidents", body, f"The first {_MAX_EVENTS} of {len(found)}." * (len(found) > _MAX_EVENTS))
 
 
-def _finding_sections(run_dir: Path, rows: dict[str, list[Row]], recorded: dict[str, Any]) -> list[str]:
+def _finding_sections(run_dir: Path, rows: dict[str, list[MetricsRow]], recorded: dict[str, Any]) -> list[str]:
     """Time and cost of the layer, and what ``specialise`` and ``certify`` have found; nothing for a dense model."""
     experts = at_end(rows["train"], "experts_per_token")
     if experts is None:
@@ -266,3 +231,14 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_whole(path, text)
     return path
+
+
+def write_last_report(folder: Path, say: Callable[[str], None]) -> None:
+    """Write the report of a run that has just ended and say where it is; a failure is a line, not the run's."""
+    if not any(row["kind"] == "train" for row in read_rows(folder / METRICS_FILE)):
+        return  # stopped before the first row: there is nothing to report yet
+    try:
+        report = write_report(folder)
+    except (OSError, ValueError) as error:
+        return say(f"the report could not be written: {error}")
+    say(f"report:     {report}")

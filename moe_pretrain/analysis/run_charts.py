@@ -16,15 +16,15 @@ from moe_pretrain.analysis.figures import (
     heat_maps,
     line_chart,
 )
-from moe_pretrain.run_folder.metrics_file import Row
+from moe_pretrain.run_folder.metrics_file import MetricsRow
 
 MAX_COLUMNS = 200
 
 
 def loss_charts(
-    train: Sequence[Row],
-    validation: Sequence[Row],
-    events: Sequence[Row],
+    train: Sequence[MetricsRow],
+    validation: Sequence[MetricsRow],
+    events: Sequence[MetricsRow],
     unigram_entropy: float | None,
 ) -> list[str]:
     """LM loss, with the loss of guessing by token frequency alone as a reference."""
@@ -44,7 +44,7 @@ def loss_charts(
     ]
 
 
-def optimizer_charts(train: Sequence[Row]) -> list[str]:
+def optimizer_charts(train: Sequence[MetricsRow]) -> list[str]:
     """Learning rate and gradient norm."""
     rate = [Curve(train, "train/learning_rate")]
     norm = [Curve(train, "train/gradient_norm")]
@@ -54,7 +54,7 @@ def optimizer_charts(train: Sequence[Row]) -> list[str]:
     ]
 
 
-def throughput_charts(train: Sequence[Row]) -> list[str]:
+def throughput_charts(train: Sequence[MetricsRow]) -> list[str]:
     """Tokens per second and, where it was measured, model FLOPs utilisation."""
     speed = [Curve(train, "train/tokens_per_second", GREEN)]
     charts = [line_chart("throughput", "Tokens per second", speed, from_zero=True, y_format="count")]
@@ -66,7 +66,7 @@ def throughput_charts(train: Sequence[Row]) -> list[str]:
     return charts
 
 
-def aux_loss_charts(train: Sequence[Row]) -> list[str]:
+def aux_loss_charts(train: Sequence[MetricsRow]) -> list[str]:
     """Each auxiliary loss, unweighted, and their weighted sum; nothing when there is none."""
     key = re.compile(r"aux/(\w+)_loss")
     names = sorted({match.group(1) for row in train for k in row if (match := key.fullmatch(k))})
@@ -82,14 +82,14 @@ def aux_loss_charts(train: Sequence[Row]) -> list[str]:
     return charts
 
 
-def metric_layers(train: Sequence[Row], name: str) -> list[str]:
+def metric_layers(train: Sequence[MetricsRow], name: str) -> list[str]:
     """List the two-digit layer numbers that have a metric of this name."""
     key = re.compile(rf"moe/layer_(\d+)/{name}")
     found = {match.group(1) for row in train for k in row if (match := key.fullmatch(k))}
     return sorted(found, key=int)
 
 
-def load_over_time(train: Sequence[Row], layer: str) -> HeatMap:
+def load_over_time(train: Sequence[MetricsRow], layer: str) -> HeatMap:
     """Average one layer's expert load into at most ``MAX_COLUMNS`` columns.
 
     Args:
@@ -109,7 +109,7 @@ def load_over_time(train: Sequence[Row], layer: str) -> HeatMap:
     return HeatMap(f"Layer {int(layer)}", load, first_step, max(last_step, first_step + 1))
 
 
-def expert_load_charts(train: Sequence[Row]) -> list[str]:
+def expert_load_charts(train: Sequence[MetricsRow]) -> list[str]:
     """One figure, a panel per MoE layer: which experts were used when. Nothing without shares."""
     maps = [load_over_time(train, layer) for layer in metric_layers(train, "expert_share")]
     if not maps:
@@ -124,7 +124,7 @@ def layer_colors(layers: Sequence[str]) -> dict[str, str]:
     return {layer: to_hex(shade) for layer, shade in zip(layers, shades, strict=True)}
 
 
-def router_charts(train: Sequence[Row], validation: Sequence[Row]) -> tuple[list[str], dict[str, str]]:
+def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow]) -> tuple[list[str], dict[str, str]]:
     """How even, decided and steady the routing is, a line per layer; and the colour of each layer."""
     titles = {
         "load_max_over_mean": "Busiest expert over the mean (1 = even)",

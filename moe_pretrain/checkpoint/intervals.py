@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedInterval:
     """An interval of one parameter's global array that this rank's optimizer owns.
 
     Attributes:
@@ -60,14 +60,14 @@ def global_start(engine: TrainEngine, parameter: Tensor) -> int:
     return engine.mesh.shard.rank * parameter.numel() if is_expert(parameter) else 0
 
 
-def pieces(engine: TrainEngine) -> Iterator[Piece]:
+def pieces(engine: TrainEngine) -> Iterator[OwnedInterval]:
     """Every interval this rank's optimizer owns, with optimizer states that exist even before the first step."""
     adamw = engine.adamw
     if engine.config.zero_stage == 0:
         for name, parameter in engine.model.named_parameters():
             expert = is_expert(parameter)
             group = engine.mesh.expert_data_group if expert else None
-            yield Piece(
+            yield OwnedInterval(
                 name,
                 global_start(engine, parameter),
                 parameter.data.view(-1),
@@ -81,7 +81,7 @@ def pieces(engine: TrainEngine) -> Iterator[Piece]:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by ZeRO; None: no part is here
         if mapping is None:
             continue
-        yield Piece(
+        yield OwnedInterval(
             name,
             global_start(engine, parameter) + mapping.lp_fragment_address.start,
             mapping.hp_fragment.data,

@@ -20,6 +20,7 @@ import pydantic
 import xxhash
 
 from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 FORMAT_VERSION = 1
 """Version 1: intervals of float32 weights and moments, buffers of any type, one file per rank."""
@@ -28,7 +29,6 @@ BUFFER = "buffer"
 """Kind of state that has no gradient: router biases, thresholds."""
 
 MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoints"
 TEMPORARY = ".tmp"
 _FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
 _FOLDER_NAME = re.compile(r"step_(\d{8,})")

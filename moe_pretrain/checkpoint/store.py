@@ -9,7 +9,6 @@ import torch.distributed as dist
 from moe_pretrain.checkpoint.background_save import Outcome, Saver
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import (
-    CHECKPOINTS,
     FORMAT_VERSION,
     CheckpointError,
     complete_names,
@@ -24,6 +23,7 @@ from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, warm
 from moe_pretrain.checkpoint.write import discard_after
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 __all__ = [
     "CHECKPOINTS",

@@ -27,6 +27,7 @@ from moe_pretrain.checkpoint.manifest import (
     self_hash,
     step_of,
 )
+from moe_pretrain.system.files import flush_folder
 
 Reach = Callable[[str], None]
 """Called with the name of every place that is passed; see ``faults``."""
@@ -127,15 +128,6 @@ def _free_name(path: Path) -> Path:
     while (free := path.with_name(f"{path.name}.{taken}{TEMPORARY}")).exists():
         taken += 1
     return free
-
-
-def flush_folder(path: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard_after(folder: Path, step: int) -> None:

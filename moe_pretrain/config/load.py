@@ -1,14 +1,15 @@
 """The configuration that a command's overrides ask for: routers of the user's own, and matched budgets."""
 
 import dataclasses
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.config.compose import compose_values, config_folder, validate
+import yaml
+
+from moe_pretrain.config.compose import compose_values, validate
 from moe_pretrain.config.match_budget import match
+from moe_pretrain.config.router_file import load_router_file
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.size import ModelSize, model_size
 
@@ -73,39 +74,18 @@ def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: 
     return model_size(config.model, config.router)
 
 
-def load_router_file(file: str) -> type[Any]:
-    """The configuration class of a routing scheme in a user's own file, anywhere outside the package.
-
-    The file defines one frozen dataclass with a default for every field, ``name: Literal["..."]`` among them, that
-    satisfies ``moe.RouterFileConfig``; its ``build`` returns the scheme's ``Router``.
+def read_run(folder: Path) -> Config:
+    """The configuration that the run in ``folder`` was last started with.
 
     Raises:
-        ConfigError: The file cannot be imported, or does not define that.
+        ConfigError: There is none, or its model routes nothing.
     """
-    module_name = f"router_file_{Path(file).stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise ConfigError(f"router_file={file} must be a python file that exists")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where dataclasses and pydantic look up the file's annotations
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"router_file={file}: {type(error).__name__}: {error}") from error
-    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module_name]
-    routers = [value for value in own if "name" in getattr(value, "__dataclass_fields__", {})]
-    if len(routers) != 1:
-        found = ", ".join(value.__name__ for value in routers) or "none"
-        raise ConfigError(f"router_file={file} must define one dataclass with a field 'name'; it has {found}")
-    (router,) = routers
-    where = f"router_file={file}: {router.__name__}"
-    for field in dataclasses.fields(router):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}.{field.name} must have a default")
-    for name in ("build", "check_num_experts", "mean_experts_per_token"):
-        if not hasattr(router, name):
-            raise ConfigError(f"{where} must have {name}; see RouterFileConfig in moe_pretrain/moe/__init__.py")
-    shipped = {path.stem for path in (config_folder() / "router").glob("*.yaml")}
-    if router.__dataclass_fields__["name"].default in shipped:
-        raise ConfigError(f"{where}.name must not be that of a shipped scheme: {', '.join(sorted(shipped))}")
-    return router
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    file = values["router_file"]
+    config = validate(values, None if file is None else load_router_file(file))
+    if config.router.name == "dense" or not config.model.moe_layers:
+        raise ConfigError(f"router={config.router.name} in {folder}: a model without routing has nothing to specialise")
+    return config

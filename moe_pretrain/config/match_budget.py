@@ -7,7 +7,8 @@ from typing import Any
 
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import RouterConfig, expert_width, scored_experts, with_expert_width
+from moe_pretrain.moe.build import expert_width, scored_experts, with_expert_width
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.schedule.budget import BudgetConfig, Matched, Measure
 

@@ -22,16 +22,19 @@ from moe_pretrain.data import (
     TokenizerConfig,
     TokensCorpusConfig,
 )
+from moe_pretrain.data.rows.packing import PackingConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
-from moe_pretrain.engine.optimizer import OptimizerConfig, ScheduleConfig
+from moe_pretrain.engine.optimizer import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe import ShippedRouterConfig, check_gate
+from moe_pretrain.moe.build import check_gate
+from moe_pretrain.moe.routers import ShippedRouterConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
-from moe_pretrain.parallel.mesh import ParallelConfig
+from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.schedule.batch_plan import BatchConfig
 from moe_pretrain.schedule.budget import BudgetConfig
+from moe_pretrain.schedule.learning_rate import ScheduleConfig
 from moe_pretrain.schedule.loss_spikes import SpikeConfig
 from moe_pretrain.system.faults import FaultConfig
 
@@ -94,24 +97,6 @@ class SweepConfig:
             raise ValueError(f"sweep.parallel={self.parallel} must be at least 1")
         if self.name is not None:
             _check_folder_name("sweep.name", self.name)
-
-
-@dataclass(frozen=True)
-class PackingConfig:
-    """How documents share a row.
-
-    Attributes:
-        method: ``concatenate`` cuts the stream of documents into rows and wastes nothing; ``best_fit`` keeps each
-            document that fits into a row whole and pads the rows. Validation rows are always ``concatenate``, so that
-            their loss compares.
-        isolate_documents: Documents of a row do not attend to each other, and the step from one document to the next is
-            not a target.
-        reset_positions: Positions start again at each document; False counts them through the row.
-    """
-
-    method: Literal["concatenate", "best_fit"]
-    isolate_documents: bool
-    reset_positions: bool
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from moe_pretrain.data.corpus_changes import corpus_facts, explain_change
 from moe_pretrain.data.documents.config import (
     BuiltinCorpusConfig,
     CorpusConfig,
-    Document,
     FilesCorpusConfig,
     HubCorpusConfig,
     TokensCorpusConfig,
 )
+from moe_pretrain.data.documents.document import Document
 from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare.mixture import RunLength, TokenizedMixture, check_mixture, prepare_mixture
 from moe_pretrain.data.prepare.prepare import (
@@ -29,7 +29,7 @@ from moe_pretrain.data.prepare.prepare import (
     prepared_tokens,
 )
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
-from moe_pretrain.data.rows.permutation import RowOrder, rank_positions
+from moe_pretrain.data.rows.permutation import RowPermutation, rank_positions
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.writer import ShardWriter, write_manifest
 from moe_pretrain.data.stream.config import StreamingConfig
@@ -52,7 +52,7 @@ __all__ = [
     "MicroBatch",
     "MixedShards",
     "MixtureConfig",
-    "RowOrder",
+    "RowPermutation",
     "RunLength",
     "ShardReader",
     "ShardWriter",

@@ -9,7 +9,7 @@ naming its next step.
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, bui
 from moe_pretrain.data.rows.mixture import MixedShards
 from moe_pretrain.data.rows.packing import BestFit, Concatenated, Rows
 from moe_pretrain.data.rows.permutation import rank_positions
-from moe_pretrain.data.rows.positions import Mixed, Positions, Shuffled, SourceUse
+from moe_pretrain.data.rows.positions import Mixed, PositionedRows, Shuffled, SourceUse, WholeRows
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.stream.rows import StreamedRows
 from moe_pretrain.data.stream.shard_stream import ShardStream
@@ -27,69 +27,6 @@ PackingMethod = Literal["concatenate", "best_fit"]
 PACKINGS: dict[PackingMethod, Callable[[ShardReader, int], Rows]] = {"concatenate": Concatenated, "best_fit": BestFit}
 _PREFETCHED_STEPS = 2
 _ROWS_AT_ONCE = 64  # enough to spread the cost of a numpy call, few enough for the processor's caches
-
-
-class PositionedRows(Protocol):
-    """What names the row at each position of a run.
-
-    Attributes:
-        num_rows: Rows in one epoch; None where that is not known yet.
-        waste: Share of the row positions that hold no token.
-    """
-
-    num_rows: int | None
-    waste: float
-
-    def reach(self, start: int, stop: int, cancelled: Callable[[], bool]) -> bool:
-        """Wait until positions ``[start, stop)`` can be read; False if the data ends before."""
-
-    def find(self, positions: np.ndarray) -> np.ndarray:
-        """Where the rows at int64 [positions] are, one entry each, for ``read``; cheaper for many at a time."""
-
-    def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """As ``rows.Rows.read``, of what ``find`` found, or of a part of it."""
-
-    def release(self, position: int) -> None:
-        """No rank reads a position below this one again."""
-
-    def cursor(self, position: int) -> dict[str, Any] | None:
-        """What a checkpoint keeps to go on at a position; None if the position is enough."""
-
-    def restore(self, cursor: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint; raises ValueError if it was made with other settings."""
-
-
-class WholeRows:
-    """The rows of a corpus, or of several that are mixed, that are there whole, for ever."""
-
-    def __init__(self, positions: Positions) -> None:
-        self.positions = positions
-        self.num_rows: int | None = positions.num_rows
-        self.waste = positions.waste
-
-    def reach(self, start: int, stop: int, cancelled: Callable[[], bool]) -> bool:
-        """See ``PositionedRows``."""
-        return True
-
-    def find(self, positions: np.ndarray) -> np.ndarray:
-        """See ``PositionedRows``."""
-        return self.positions.find(positions)
-
-    def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """See ``PositionedRows``."""
-        return self.positions.read(found)
-
-    def release(self, position: int) -> None:
-        """See ``PositionedRows``."""
-
-    def cursor(self, position: int) -> dict[str, Any] | None:
-        """See ``PositionedRows``."""
-        return None
-
-    def restore(self, cursor: dict[str, Any] | None) -> None:
-        """See ``PositionedRows``."""
-        if cursor is not None:
-            raise ValueError("streaming.mode: the checkpoint is of a run whose data was streamed; stream it here too")
 
 
 class TrainLoader:

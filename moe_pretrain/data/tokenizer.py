@@ -9,8 +9,12 @@ from typing import Any, Literal
 import tokenizers
 import xxhash
 
-from moe_pretrain.data.documents.config import one_line
-from moe_pretrain.data.documents.hub import require_network
+from moe_pretrain.data.documents.config import CorpusConfig, describe
+from moe_pretrain.data.documents.hub import Retries, require_network
+from moe_pretrain.data.documents.work_units import sample_texts
+from moe_pretrain.system.words import one_line
+
+_TOKENIZER_SAMPLE_BYTES = 20_000_000
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -220,3 +224,28 @@ def _checked_end_of_document(end_of_document: int | None, vocabulary: dict[str, 
     if end_of_document is None:
         raise ValueError(f"tokenizer.path={name}: needs an eos, bos or sep token to put between documents")
     return end_of_document
+
+
+def make_tokenizer(
+    corpus: CorpusConfig,
+    config: TokenizerConfig,
+    folder: Path,
+    report: Callable[[str], None],
+    retries: Retries | None = None,
+) -> Tokenizer:
+    """Load the tokenizer, or learn it from the first 20 MB of training documents and leave it in ``folder``.
+
+    Local files take turns in those 20 MB; a stream gives what comes first. ``retries``: see ``sources.stream_units``.
+
+    Raises:
+        ValueError: It cannot be loaded, or the source cannot be read.
+    """
+    if config.kind == "pretrained":
+        return load_pretrained(config)
+    file = folder / TOKENIZER_FILE
+    if not file.exists():
+        report(f"training a {config.vocab_size}-token tokenizer ({describe(corpus)})")
+        half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
+        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, half_written)
+        half_written.rename(file)
+    return load_tokenizer_file(file)

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.moe import RouterConfig, build_router
+from moe_pretrain.moe.build import build_router
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import Experts
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.exchange import AllToAll
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.schedule.batch_plan import BatchConfig, BatchPlan
-from moe_pretrain.system.arithmetic import fix_products
+from moe_pretrain.system.cpu import fix_products
 
 
 def check_elastic(

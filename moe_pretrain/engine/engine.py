@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to_int64
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.elastic import ElasticGradients, GradientCarrier, clip_scale, exact_sum
-from moe_pretrain.engine.micro_batch import routing_context
-from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
+from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
 from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
-from moe_pretrain.engine.sanity import check_optimizer_covers, check_replicas, every_parameter_gets_gradient
-from moe_pretrain.engine.sickness import first_non_finite, inject_sickness
+from moe_pretrain.engine.sanity import (
+    check_optimizer_covers,
+    check_replicas,
+    every_parameter_gets_gradient,
+    first_non_finite,
+    inject_sickness,
+)
 from moe_pretrain.engine.step_result import Evaluation, StepResult, StepSums
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.types import Routing

@@ -1,6 +1,5 @@
 """Parameter groups, AdamW and learning-rate schedules."""
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -44,73 +43,6 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.epsilon={self.epsilon} must be positive")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
-
-
-@dataclass(frozen=True)
-class CosineScheduleConfig:
-    """Linear warm-up, then a cosine down to a floor at the last step.
-
-    Attributes:
-        name: ``cosine``.
-        warmup_steps: Steps of the warm-up.
-        floor: Last learning rate as a fraction of the peak, in [0, 1].
-    """
-
-    name: Literal["cosine"]
-    warmup_steps: int
-    floor: float
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
-
-    def factor(self, step: int, num_steps: int) -> float:
-        """Learning rate of ``step`` (from 0) as a fraction of the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step + 1 - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass(frozen=True)
-class WarmupStableDecayScheduleConfig:
-    """Linear warm-up, constant, then a linear decay (MiniCPM, arXiv:2404.06395, sec. 4, with a linear tail).
-
-    Attributes:
-        name: ``warmup_stable_decay``.
-        warmup_steps: Steps of the warm-up.
-        decay_fraction: Share of the run that decays, at its end, in [0, 1].
-        floor: Last learning rate as a fraction of the peak, in [0, 1].
-    """
-
-    name: Literal["warmup_stable_decay"]
-    warmup_steps: int
-    decay_fraction: float
-    floor: float
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in [0, 1]")
-
-    def factor(self, step: int, num_steps: int) -> float:
-        """Learning rate of ``step`` (from 0) as a fraction of the peak."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        decay_steps = round(self.decay_fraction * num_steps)
-        into_decay = step + 1 - (num_steps - decay_steps)
-        if into_decay <= 0:
-            return 1.0
-        return 1.0 - (1 - self.floor) * min(1.0, into_decay / decay_steps)
-
-
-ScheduleConfig = CosineScheduleConfig | WarmupStableDecayScheduleConfig
-
-
-def _check_schedule(warmup_steps: int, floor: float) -> None:
-    if warmup_steps < 0:
-        raise ValueError(f"schedule.warmup_steps={warmup_steps} must not be negative")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"schedule.floor={floor} must be in [0, 1]")
 
 
 def decays(parameter: torch.Tensor) -> bool:

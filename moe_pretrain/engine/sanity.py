@@ -1,7 +1,9 @@
 """Cheap checks around the step that turn silent defects into an error naming the tensor and the step."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.system.faults import Faults
 
 _CHUNK = 1 << 22
 _BITS_DTYPE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -101,3 +104,59 @@ def checksum(tensor: Tensor) -> Tensor:
         odd = torch.arange(start, start + chunk.numel(), device=tensor.device) * 2 + 1
         total += (chunk * odd).sum()
     return total
+
+
+@contextmanager
+def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Within the block, note module outputs and parameter gradients that are not finite, in the order they come.
+
+    Slow, since it looks at every one: for the one step that is known to be sick.
+    """
+    found: list[str] = []
+
+    def watch_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple | list) else [output]
+            if any(isinstance(tensor, Tensor) and not tensor.isfinite().all() for tensor in tensors):
+                found.append(f"the output of {name or 'the model'}")
+
+        return look
+
+    def watch_gradient(name: str) -> Callable[[Tensor], None]:
+        def look(gradient: Tensor) -> None:
+            if not gradient.isfinite().all():
+                found.append(f"the gradient of {name}")
+
+        return look
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_hook(watch_output(name)).remove)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_hook(watch_gradient(name)).remove)
+        yield found
+
+
+@contextmanager
+def inject_sickness(model: DecoderLM, faults: Faults, step: int) -> Iterator[None]:
+    """Within the block, the faults ``train.gradient`` and ``train.router``, if due.
+
+    Raises:
+        ValueError: No parameter has ``fault.parameter`` in its name.
+    """
+    if faults.due("train.router", step):
+        for layer in model.moe_layers():
+            for parameter in layer.router.parameters():
+                parameter.data.zero_()  # all scores tie, so all tokens go to the same experts; the update undoes it
+    if not faults.due("train.gradient", step):
+        yield
+        return
+    parameters = [parameter for name, parameter in model.named_parameters() if faults.parameter in name]
+    if not parameters:
+        raise ValueError(f"fault.parameter={faults.parameter} must be part of a parameter's name")
+    handle = parameters[0].register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_pretrain.engine.objective import GlobalCounts
+from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.model.decoder import LMOutput
 from moe_pretrain.moe.types import StepUse
 

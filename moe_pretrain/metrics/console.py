@@ -5,7 +5,8 @@ from typing import Protocol, runtime_checkable
 
 from tqdm import tqdm
 
-from moe_pretrain.run_folder.metrics_file import Row
+from moe_pretrain.run_folder.metrics_file import MetricsRow
+from moe_pretrain.system.words import short_duration, short_number
 
 
 @runtime_checkable
@@ -49,7 +50,7 @@ class ConsoleSink:
         if self._bar is not None:
             self._bar.total = total_steps
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Show one row of any kind."""
         if row["kind"] == "event":
             self.say(f"[{row['event']}] step {row['step']}: {row['message']}")
@@ -67,7 +68,7 @@ class ConsoleSink:
         else:
             print(text, file=self._stream, flush=True)
 
-    def _update_bar(self, row: Row) -> None:
+    def _update_bar(self, row: MetricsRow) -> None:
         if self._bar is None:
             self._bar = tqdm(
                 total=self._total_steps,
@@ -80,7 +81,7 @@ class ConsoleSink:
         self._bar.n = row["step"]
         self._bar.refresh()
 
-    def _print_line(self, row: Row) -> None:
+    def _print_line(self, row: MetricsRow) -> None:
         now, step = monotonic(), row["step"]
         first = self._first_step is None
         if first:
@@ -102,38 +103,18 @@ class ConsoleSink:
             self._bar = None
 
 
-def short_number(value: float) -> str:
-    """Write a count with three digits and a unit: 950, 12.3k, 1.20M, 3.00B, 1.50T."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            scaled = value / size
-            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
-            return f"{scaled:.{digits}f}{unit}"
-    return f"{value:.0f}"
-
-
-def short_duration(seconds: float) -> str:
-    """Write a duration as ``4:05`` (minutes), ``2:04:05`` (hours) or ``3d 02:04:05``."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02d}:{minute:02d}:{second:02d}"
-    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
-
-
 def _number(value: float | None, digits: int) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
 
 
-def _speed_text(row: Row) -> str:
+def _speed_text(row: MetricsRow) -> str:
     parts = [f"loss {_number(row['train/loss'], 4)}"]
     if row.get("train/tokens_per_second") is not None:
         parts.append(f"{short_number(row['train/tokens_per_second'])} tokens/s")
     return " | ".join(parts)
 
 
-def _validation_text(row: Row) -> str:
+def _validation_text(row: MetricsRow) -> str:
     names = {"loss": 4, "perplexity": 2, "bits_per_byte": 4}
     known = [(name, digits) for name, digits in names.items() if f"validation/{name}" in row]
     return " | ".join(

@@ -1,14 +1,18 @@
 """One step's result to one metrics row."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moe_pretrain.engine.step_result import StepResult
 from moe_pretrain.metrics.throughput import Window, model_flops_utilization
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.run_folder.metrics_file import Row
+from moe_pretrain.moe.part_timer import PARTS, LayerPart
+from moe_pretrain.run_folder.metrics_file import MetricsRow
 
 
 def train_row(
@@ -19,7 +23,7 @@ def train_row(
     flops_per_token: float,
     num_devices: int,
     peak_flops: float | None,
-) -> Row:
+) -> MetricsRow:
     """Named numbers of one logged step: losses, speed, and statistics of every MoE layer.
 
     Args:
@@ -31,7 +35,7 @@ def train_row(
         num_devices: Ranks.
         peak_flops: FLOP/s of one device, or None where it is not known (CPU): then there is no MFU.
     """
-    row: Row = {
+    row: MetricsRow = {
         "train/loss": result.loss,
         "train/aux_loss": result.aux_loss,
         "train/gradient_norm": result.gradient_norm,
@@ -66,7 +70,7 @@ def train_row(
     return row
 
 
-def evaluation_row(loss: float, bytes_per_token: float | None) -> Row:
+def evaluation_row(loss: float, bytes_per_token: float | None) -> MetricsRow:
     """Validation loss in nats per token, perplexity, and bits per byte, which compares across tokenizers.
 
     Args:
@@ -82,10 +86,37 @@ def evaluation_row(loss: float, bytes_per_token: float | None) -> Row:
 
 def mixed_evaluation_row(
     losses: Mapping[str, float], bytes_per_token: Mapping[str, float | None], shares: Mapping[str, float]
-) -> Row:
+) -> MetricsRow:
     """``evaluation_row`` of text in which source s has the share ``shares[s]`` of the tokens; shares add up to 1."""
     known = {name: value for name, value in bytes_per_token.items() if value is not None}
     return evaluation_row(
         sum(share * losses[name] for name, share in shares.items()),
         sum(share * known[name] for name, share in shares.items()) if shares.keys() <= known.keys() else None,
     )
+
+
+def part_time_row(batches: Sequence[Mapping[LayerPart, float]]) -> MetricsRow:
+    """Reduce what every rank's ``PartClock`` has measured; every rank must call it.
+
+    The median over batches leaves out what was slow once: the first ones warm up, and a machine is disturbed at times.
+
+    Args:
+        batches: Seconds of each part per token and layer, of each batch of this rank.
+
+    Returns:
+        Microseconds of every part; nothing for a model without MoE layers.
+    """
+    own = {name: median(batch[name] for batch in batches) for name in PARTS} if batches else {}
+    everywhere: list[dict[LayerPart, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    return {_key(name): 1e6 * fmean(rank[name] for rank in everywhere) for name in own}
+
+
+def read_part_times(row: Mapping[str, Any]) -> dict[LayerPart, float]:
+    """Microseconds of every part from a validation row; empty where they were not measured."""
+    found = {name: row[_key(name)] for name in PARTS if row.get(_key(name)) is not None}
+    return found if len(found) == len(PARTS) else {}
+
+
+def _key(name: LayerPart) -> str:
+    return f"moe/{name}_microseconds_per_token"

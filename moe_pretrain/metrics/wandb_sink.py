@@ -9,14 +9,22 @@ or later with ``moe-pretrain wandb RUN``, always whole and in the place of those
 online cannot: after a rewind it keeps the steps of the course that was left.
 """
 
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moe_pretrain.metrics.wandb_start import choose_mode, netrc_key, run_id
-from moe_pretrain.run_folder.metrics_file import Row, layer_table, read_rows, reduce_layers
+from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
+from moe_pretrain.run_folder.record import find_runs
+
+_LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
+MAX_TABLE_STEPS = 200
+_SCALAR_GROUPS = ("train/", "aux/", "validation/", "data/")
 
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
@@ -106,12 +114,12 @@ class WandbSink:
         self._run, self._is_offline = None, False
         self._say(f"wandb: off for the rest of this run ({_one_line(error)})")
 
-    def catch_up(self, rows: Sequence[Row]) -> None:
+    def catch_up(self, rows: Sequence[MetricsRow]) -> None:
         """Send the rows of earlier attempts that wandb has not."""
         for row in rows:
             self.write(row)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Send the reduced row unless wandb has its step; events are not sent."""
         if self._run is None or row["kind"] == "event" or row["step"] < self._known_steps:
             return
@@ -164,7 +172,7 @@ def _write_offline(wandb: Any, run: WandbRun) -> Path:
     return folder
 
 
-def _log_layers(wandb: Any, run: Any, rows: Sequence[Row], at_least: int) -> None:
+def _log_layers(wandb: Any, run: Any, rows: Sequence[MetricsRow], at_least: int) -> None:
     """The numbers of every layer over the run as one table, in the row of the last step: no chart for each of them."""
     columns, lines = layer_table(rows)
     if lines:
@@ -204,3 +212,80 @@ def _try_online(wandb: Any, options: dict[str, Any], api_key: str | None) -> tup
     except Exception as error:
         wandb.teardown()  # else the failed start keeps the run id in use
         return None, _one_line(error)
+
+
+def reduce_layers(row: MetricsRow) -> MetricsRow:
+    """Shrink a row to what a dashboard can show: no lists, and no chart per layer.
+
+    Args:
+        row: A train or validation row, with any number of layers.
+
+    Returns:
+        ``step``, ``tokens``, ``seconds`` where known, and the ``train/``, ``aux/``, ``validation/`` and ``data/``
+        numbers as they are;
+        each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers. Lists, hashes and the times of
+        the layers' parts stay in the file.
+    """
+    reduced: MetricsRow = {name: row[name] for name in ("step", "tokens", "seconds") if name in row}
+    over_layers: dict[str, list[float]] = {}
+    for key, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if key.startswith(_SCALAR_GROUPS):
+            reduced[key] = value
+        elif match := _LAYER_KEY.fullmatch(key):
+            over_layers.setdefault(match.group(1), []).append(value)
+    for name, values in over_layers.items():
+        reduced[f"moe/mean/{name}"] = sum(values) / len(values)
+        reduced[f"moe/max/{name}"] = max(values)
+    return reduced
+
+
+def layer_table(rows: Sequence[MetricsRow]) -> tuple[list[str], list[list[Any]]]:
+    """The per-layer numbers of train and validation rows as one table.
+
+    Args:
+        rows: Of a run, in order.
+
+    Returns:
+        Columns ``step``, ``layer`` and the names of the numbers; a line for each step and layer, at most
+        ``MAX_TABLE_STEPS`` steps evenly spread, the last among them. None where a layer has no such number.
+    """
+    by_step: dict[int, dict[tuple[int, str], Any]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if (match := _LAYER_KEY.fullmatch(key)) and not isinstance(value, list):
+                layer = int(key.partition("/layer_")[2].partition("/")[0])
+                by_step.setdefault(row["step"], {})[layer, match.group(1)] = value
+    stride = max(1, -(-len(by_step) // MAX_TABLE_STEPS))
+    steps = sorted(by_step)[::-1][::stride][::-1]
+    names = sorted({name for step in steps for _, name in by_step[step]})
+    lines = [
+        [step, layer, *(by_step[step].get((layer, name)) for name in names)]
+        for step in steps
+        for layer in sorted({layer for layer, _ in by_step[step]})
+    ]
+    return ["step", "layer", *names], lines
+
+
+def wandb_run(
+    run_dir: Path, project: str, group: str | None, run_name: str, resolved_config: Mapping[str, Any]
+) -> WandbRun:
+    """What wandb knows a run by, from its folder and configuration."""
+    return WandbRun(run_dir, project, group or run_dir.resolve().parent.name, run_name, resolved_config)
+
+
+def wandb_runs(root: Path, say: Callable[[str], None]) -> Iterator[WandbRun]:
+    """Every run below ``root``, itself included, that has metrics; ``say`` hears of the others.
+
+    Raises:
+        ValueError: There is no run.
+    """
+    for run in find_runs(root):
+        if not run.values or not run.train:
+            say(f"left out: {run.name}: {run.problem or 'it has no train rows'}")
+            continue
+        config = yaml.safe_load((run.folder / "config.yaml").read_text())
+        metrics = config["metrics"]
+        name = config["run"]["name"]
+        yield wandb_run(run.folder, metrics["wandb_project"], metrics.get("wandb_group"), name, config)

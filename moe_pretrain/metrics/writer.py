@@ -1,15 +1,14 @@
 """Where metric rows go: the run's JSONL file, the console, and wandb."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 
 from moe_pretrain.metrics.console import ConsoleSink
-from moe_pretrain.metrics.wandb_sink import WandbRun, WandbSink
-from moe_pretrain.run_folder.metrics_file import JsonlSink, Row, read_rows, replace_non_finite
+from moe_pretrain.metrics.wandb_sink import WandbSink, wandb_run
+from moe_pretrain.run_folder.metrics_file import JsonlSink, MetricsRow, read_rows, replace_non_finite
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,6 @@ class MetricsConfig:
         for name in ("log_every_steps", "router_health_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
-
-
-def wandb_run(
-    run_dir: Path, project: str, group: str | None, run_name: str, resolved_config: Mapping[str, Any]
-) -> WandbRun:
-    """What wandb knows a run by, from its folder and configuration."""
-    return WandbRun(run_dir, project, group or run_dir.resolve().parent.name, run_name, resolved_config)
 
 
 class MetricsWriter:
@@ -110,7 +102,7 @@ class MetricsWriter:
         if self._is_main:
             self._console.expect(total_steps)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Write a train or validation row to every sink.
 
         Numbers that are not finite become None, and an event "non_finite" names them.
@@ -134,7 +126,7 @@ class MetricsWriter:
             body = {"step": step, "tokens": tokens, "event": name, "message": message}
             self._send("event", body)
 
-    def _send(self, kind: str, body: Row) -> None:
+    def _send(self, kind: str, body: MetricsRow) -> None:
         if self._must_resume:
             raise RuntimeError(f"{self._jsonl.path} has rows: call resume(step) before writing")
         seconds = round(self._seconds_before + monotonic() - self._start, 3)

@@ -13,9 +13,10 @@ from torch.nn import functional
 from moe_pretrain.model.attention import Attention, document_mask
 from moe_pretrain.model.block import Block, Recompute
 from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, rotary_table, token_losses
-from moe_pretrain.moe import RouterConfig, build_moe_layer
+from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, Routing, RoutingContext
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe import RouterConfig, build_router, dense_width, expert_gate, expert_width, scored_experts
+from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width, scored_experts
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.routers.dense import DenseConfig
 
 

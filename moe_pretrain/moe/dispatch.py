@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import Exchange, Experts, Routing, RowOrder
+from moe_pretrain.moe.types import Exchange, ExpertRowLayout, Experts, Routing
 
 
-def sum_rows(rows: Tensor, order: RowOrder, weight: Tensor | None = None) -> Tensor:
+def sum_rows(rows: Tensor, order: ExpertRowLayout, weight: Tensor | None = None) -> Tensor:
     """For each source the sum of its rows, each times its ``weight [rows]`` if given; float32 inside, no gradient.
 
     Without weights this is the adjoint of ``sources.index_select(0, order.source_of_row)``.
@@ -42,7 +42,7 @@ def sum_rows(rows: Tensor, order: RowOrder, weight: Tensor | None = None) -> Ten
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sources: Tensor, order: RowOrder) -> Tensor:
+    def forward(ctx: Any, sources: Tensor, order: ExpertRowLayout) -> Tensor:
         ctx.order = order
         return sources.index_select(0, order.source_of_row)
 
@@ -53,7 +53,7 @@ class _Gather(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: RowOrder) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: ExpertRowLayout) -> Tensor:
         ctx.order = order
         return sum_rows(rows, order)
 
@@ -68,7 +68,7 @@ def order_by(
     num_sources: int,
     routes_per_source: int | None,
     rows_per_expert: Int[Tensor, "local_experts"],
-) -> tuple[Int[Tensor, "routes"], RowOrder]:
+) -> tuple[Int[Tensor, "routes"], ExpertRowLayout]:
     """Sort routes by ``key``, stably, and say how to gather and sum them.
 
     Args:
@@ -79,7 +79,7 @@ def order_by(
         rows_per_expert: Number of routes of each key.
 
     Returns:
-        The permutation (route of each sorted row) and the ``RowOrder``.
+        The permutation (route of each sorted row) and the ``ExpertRowLayout``.
     """
     route_of_row = torch.argsort(key, stable=True)
     routes = key.shape[0]
@@ -94,7 +94,7 @@ def order_by(
         most = int(counts.max()) if num_sources else 0
         slots = row_of_route.new_full((num_sources, most), -1)
         slots[source, rank] = row_of_route
-    order = RowOrder(source[route_of_row], slots, routes_per_source is not None, rows_per_expert)
+    order = ExpertRowLayout(source[route_of_row], slots, routes_per_source is not None, rows_per_expert)
     return route_of_row, order
 
 
@@ -179,7 +179,7 @@ def score_routes(
     query: Float[Tensor, "tokens key"],
     key_weight: Float[Tensor, "key width"],
     num_experts: int,
-    score: Callable[[Tensor, Tensor, Tensor, RowOrder], Tensor],
+    score: Callable[[Tensor, Tensor, Tensor, ExpertRowLayout], Tensor],
     exchange: Exchange | None,
 ) -> Float[Tensor, "tokens slots"]:
     """``types.ScoreRoutes``: with experts on other ranks, token and query travel there and one number comes back.
@@ -225,7 +225,9 @@ def _exchange_sizes(counts: Int[Tensor, "experts"], exchange: Exchange) -> tuple
     return received_counts, [int(n) for n in sizes[0]], [int(n) for n in sizes[1]]
 
 
-def _order_received(received_counts: Int[Tensor, "ranks local_experts"], num_rows: int) -> tuple[Tensor, RowOrder]:
+def _order_received(
+    received_counts: Int[Tensor, "ranks local_experts"], num_rows: int
+) -> tuple[Tensor, ExpertRowLayout]:
     """Blocks arrive by sending rank, each sorted by expert: sort their rows by expert over all senders."""
     num_ranks, local_experts = received_counts.shape
     expert = torch.arange(local_experts, device=received_counts.device).repeat(num_ranks)

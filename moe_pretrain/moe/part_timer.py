@@ -22,8 +22,8 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
-Part = Literal["router", "permute", "exchange", "experts", "shared_experts", "combine"]
-PARTS: tuple[Part, ...] = get_args(Part)
+LayerPart = Literal["router", "permute", "exchange", "experts", "shared_experts", "combine"]
+PARTS: tuple[LayerPart, ...] = get_args(LayerPart)
 
 
 @runtime_checkable
@@ -82,11 +82,11 @@ class PartClock:
     """
 
     def __init__(self, source: TimeSource):
-        self.batches: list[dict[Part, float]] = []
+        self.batches: list[dict[LayerPart, float]] = []
         self.regions = {name: _Region(self, name) for name in PARTS}
         self._source = source
-        self._open: list[Part] = []
-        self._marks: list[tuple[Part | None, Any]] = []  # from each moment on, the part that runs
+        self._open: list[LayerPart] = []
+        self._marks: list[tuple[LayerPart | None, Any]] = []  # from each moment on, the part that runs
         self._before: Token[PartClock | None] | None = None
 
     def __enter__(self) -> "PartClock":
@@ -97,7 +97,7 @@ class PartClock:
         assert self._before is not None
         _CLOCK.reset(self._before)
 
-    def begin(self, name: Part) -> None:
+    def begin(self, name: LayerPart) -> None:
         """From now on it is this part."""
         self._open.append(name)
         self._marks.append((name, self._source.now()))
@@ -127,7 +127,7 @@ class PartClock:
 class _Region:
     """A part of the code, for ``with``; any number of times, and inside itself."""
 
-    def __init__(self, clock: PartClock, name: Part):
+    def __init__(self, clock: PartClock, name: LayerPart):
         self._clock, self._name = clock, name
 
     def __enter__(self) -> None:
@@ -141,7 +141,7 @@ _CLOCK: ContextVar[PartClock | None] = ContextVar("clock", default=None)
 _OFF = nullcontext()
 
 
-def part(name: Part) -> _Region | nullcontext[None]:
+def part(name: LayerPart) -> _Region | nullcontext[None]:
     """Mark a region of code as ``name``, for the clock that runs in this thread, if any."""
     clock = _CLOCK.get()
     return _OFF if clock is None else clock.regions[name]

@@ -268,12 +268,14 @@ class PendingRows(Protocol):
 class Experts(Protocol):
     """The experts of one rank."""
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: "RowOrder", payload: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, sources: Tensor, weight: Tensor, order: "ExpertRowLayout", payload: Tensor | None = None
+    ) -> Tensor:
         """Weighted expert outputs, summed back to ``[sources, hidden]``; ``weight`` and ``payload`` are per row."""
 
 
 @dataclass(frozen=True)
-class RowOrder:
+class ExpertRowLayout:
     """How source rows are laid out for the experts: a gather, and its adjoint sum.
 
     Attributes:

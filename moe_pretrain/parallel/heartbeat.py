@@ -24,15 +24,13 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from moe_pretrain.parallel.mesh import Meeting
-
-LOST_RANK = 69
-"""Exit code of ranks that ended because another one was stuck or gone: EX_UNAVAILABLE."""
+from moe_pretrain.parallel.rendezvous import Rendezvous
+from moe_pretrain.run_folder.paths import STACKS
+from moe_pretrain.system.exit_codes import LOST_RANK
 
 STACK_SIGNAL = signal.SIGUSR2
 """What makes a worker write the stacks of its threads."""
 
-STACKS = "stacks"
 _PREFIX = "moe_pretrain/liveness"
 _ALARM = "alarm"
 _POLL_SECONDS = 1.0
@@ -53,10 +51,10 @@ class _Heard:
     first: Sign | None = None
 
 
-class Liveness:
+class Heartbeat:
     """Context of one rank: publishes where it is, and watches the next rank."""
 
-    def __init__(self, meeting: Meeting, folder: Path, limit_seconds: float):
+    def __init__(self, meeting: Rendezvous, folder: Path, limit_seconds: float):
         """Nothing is watched yet.
 
         Args:
@@ -88,7 +86,7 @@ class Liveness:
         """Where this rank is, in words."""
         return _describe(*self._where)
 
-    def __enter__(self) -> "Liveness":
+    def __enter__(self) -> "Heartbeat":
         self._stack_file = self._open_stacks()
         faulthandler.register(STACK_SIGNAL, file=self._stack_file, all_threads=True)
         if self._world_size > 1:

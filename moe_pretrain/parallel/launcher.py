@@ -16,9 +16,10 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from moe_pretrain.parallel.heartbeat import LOST_RANK, STACK_SIGNAL, last_seen
+from moe_pretrain.parallel.heartbeat import STACK_SIGNAL, last_seen
 from moe_pretrain.system.child_process import LAUNCHER
-from moe_pretrain.system.stop_signals import HANDLED, INTERRUPTED
+from moe_pretrain.system.exit_codes import INTERRUPTED, LOST_RANK
+from moe_pretrain.system.stop_signals import HANDLED
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0

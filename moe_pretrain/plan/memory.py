@@ -13,7 +13,7 @@ import torch
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe import expert_gate, expert_width, scored_experts
+from moe_pretrain.moe.build import expert_gate, expert_width, scored_experts
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan

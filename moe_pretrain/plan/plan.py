@@ -11,10 +11,9 @@ from moe_pretrain.config.load import load
 from moe_pretrain.config.match_budget import describe_match
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
-from moe_pretrain.metrics.console import short_duration, short_number
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import num_routed_experts, width_problems
+from moe_pretrain.moe.build import num_routed_experts, width_problems
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.plan.memory import (
     BYTES,
@@ -24,6 +23,7 @@ from moe_pretrain.plan.memory import (
     routes_of_rank,
 )
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.system.words import short_duration, short_number
 
 GIB = 2**30
 USABLE = 0.92

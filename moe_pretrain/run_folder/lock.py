@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moe_pretrain.run_folder.paths import OWNER_FILE
 from moe_pretrain.system.file_lock import try_lock
 
-OWNER_FILE = "owner.lock"
 _WAIT_SECONDS = 5.0
 """How long a start waits for what is left of the last attempt, which may be dying."""
 _SECONDS_BETWEEN_TRIES = 0.1

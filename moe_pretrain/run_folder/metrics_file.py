@@ -14,20 +14,18 @@ finite is written as ``null`` (JSON has no NaN) and an event row "non_finite" sa
 import json
 import math
 import os
-import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+_TAIL_BYTES = 400_000
+"""How much of a growing metrics file is read: its last rows."""
 
-_LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
-MAX_TABLE_STEPS = 200
-_SCALAR_GROUPS = ("train/", "aux/", "validation/", "data/")
+MetricsRow = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[MetricsRow]:
     """Read a metrics file that may still be growing.
 
     Args:
@@ -81,7 +79,7 @@ class JsonlSink:
         self._length = content.rfind(b"\n") + 1
         self._file.truncate(self._length)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Append one row, whose numbers must be finite (see ``replace_non_finite``)."""
         refused_before = bool(self._waiting)
         self._waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
@@ -114,7 +112,7 @@ class JsonlSink:
         self._file.close()
         self._open()
 
-    def truncate_after(self, step: int) -> list[Row]:
+    def truncate_after(self, step: int) -> list[MetricsRow]:
         """Remove the rows of steps that a resumed run will do again, event rows too.
 
         Args:
@@ -148,7 +146,7 @@ class JsonlSink:
         self._file.close()
 
 
-def replace_non_finite(row: Row) -> tuple[Row, list[str]]:
+def replace_non_finite(row: MetricsRow) -> tuple[MetricsRow, list[str]]:
     """Make a row writable as JSON.
 
     Args:
@@ -171,55 +169,12 @@ def replace_non_finite(row: Row) -> tuple[Row, list[str]]:
     return {key: clean(key, value) for key, value in row.items()}, bad_keys
 
 
-def reduce_layers(row: Row) -> Row:
-    """Shrink a row to what a dashboard can show: no lists, and no chart per layer.
-
-    Args:
-        row: A train or validation row, with any number of layers.
-
-    Returns:
-        ``step``, ``tokens``, ``seconds`` where known, and the ``train/``, ``aux/``, ``validation/`` and ``data/``
-        numbers as they are;
-        each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers. Lists, hashes and the times of
-        the layers' parts stay in the file.
-    """
-    reduced: Row = {name: row[name] for name in ("step", "tokens", "seconds") if name in row}
-    over_layers: dict[str, list[float]] = {}
-    for key, value in row.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if key.startswith(_SCALAR_GROUPS):
-            reduced[key] = value
-        elif match := _LAYER_KEY.fullmatch(key):
-            over_layers.setdefault(match.group(1), []).append(value)
-    for name, values in over_layers.items():
-        reduced[f"moe/mean/{name}"] = sum(values) / len(values)
-        reduced[f"moe/max/{name}"] = max(values)
-    return reduced
-
-
-def layer_table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
-    """The per-layer numbers of train and validation rows as one table.
-
-    Args:
-        rows: Of a run, in order.
-
-    Returns:
-        Columns ``step``, ``layer`` and the names of the numbers; a line for each step and layer, at most
-        ``MAX_TABLE_STEPS`` steps evenly spread, the last among them. None where a layer has no such number.
-    """
-    by_step: dict[int, dict[tuple[int, str], Any]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if (match := _LAYER_KEY.fullmatch(key)) and not isinstance(value, list):
-                layer = int(key.partition("/layer_")[2].partition("/")[0])
-                by_step.setdefault(row["step"], {})[layer, match.group(1)] = value
-    stride = max(1, -(-len(by_step) // MAX_TABLE_STEPS))
-    steps = sorted(by_step)[::-1][::stride][::-1]
-    names = sorted({name for step in steps for _, name in by_step[step]})
-    lines = [
-        [step, layer, *(by_step[step].get((layer, name)) for name in names)]
-        for step in steps
-        for layer in sorted({layer for layer, _ in by_step[step]})
-    ]
-    return ["step", "layer", *names], lines
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows at the end of a file that may be growing."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, 2) - _TAIL_BYTES)
+        file.seek(start)
+        lines = file.read().split(b"\n")[1 if start else 0 : -1]
+    return [json.loads(line) for line in lines]

@@ -2,21 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from moe_pretrain.run_folder.metrics_file import Row, read_rows
+from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
+from moe_pretrain.run_folder.paths import RUN_FILES
 
 State = Literal["finished", "diverged", "failed", "unfinished", "unreadable"]
 
-RUN_FILES = {"config.yaml", "metrics.jsonl", "overrides.txt"}
-"""A folder with any of these is a run: one that broke before its first step must not vanish from the comparison."""
-NOT_THE_EXPERIMENT = ("seed", "run.", "sweep.", "metrics.", "checkpoint.", "fault.")
-"""Keys (or their beginnings) that do not make another variant: where a run lives, what it logs and saves."""
 DIVERGED_NATS = 0.5
 """A run whose last validation loss is this much above its best one is called diverged."""
 _LAST_STATE: dict[str, State] = {
@@ -51,9 +48,9 @@ class RunRecord:
     name: str
     values: dict[str, Any]
     facts: dict[str, Any]
-    train: list[Row]
-    validation: list[Row]
-    events: list[Row]
+    train: list[MetricsRow]
+    validation: list[MetricsRow]
+    events: list[MetricsRow]
     state: State
     problem: str
     is_complete: bool
@@ -65,7 +62,7 @@ class RunRecord:
         return self.values["seed"]
 
     @property
-    def last(self) -> Row:
+    def last(self) -> MetricsRow:
         """The last train row; empty before there is one."""
         return self.train[-1] if self.train else {}
 
@@ -81,34 +78,6 @@ class RunRecord:
     def final(self, key: str) -> float | None:
         """A number of the validation at the end; None if the run did not come to its end or it is not finite."""
         return self.validation[-1].get(key) if self.is_complete and self.validation else None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Runs that differ in nothing but their seeds.
-
-    Attributes:
-        name: What sets it apart from the other variants.
-        values: Configuration, without ``NOT_THE_EXPERIMENT``.
-        runs: All its runs, in any state.
-    """
-
-    name: str
-    values: dict[str, Any]
-    runs: list[RunRecord]
-
-    @property
-    def counted(self) -> list[RunRecord]:
-        """Complete runs, the first of each seed: the same seed again is no further evidence."""
-        first: dict[int, RunRecord] = {}
-        for run in self.runs:
-            if run.is_complete:
-                first.setdefault(run.seed, run)
-        return [first[seed] for seed in sorted(first)]
-
-    def by_seed(self, measure: Callable[[RunRecord], float | None]) -> dict[int, float]:
-        """``measure`` of the counted runs, those without left out."""
-        return {run.seed: value for run in self.counted if (value := measure(run)) is not None}
 
 
 def find_runs(root: Path) -> list[RunRecord]:
@@ -128,20 +97,6 @@ def find_runs(root: Path) -> list[RunRecord]:
     if not found:
         raise ValueError(f"FOLDER={root} must have runs below it: folders with config.yaml and metrics.jsonl")
     return sorted(found, key=lambda run: run.name)
-
-
-def one_of_each_variant(root: Path) -> list[Path]:
-    """Folder of the first complete run of each variant below ``root`` that routes; of ``root`` if that is a run.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if root.is_dir() and RUN_FILES & {path.name for path in root.iterdir()}:
-        return [root]
-    variants = [each for each in group(find_runs(root)) if each.values.get("router.name") != "dense" and each.counted]
-    if not variants:
-        raise ValueError(f"FOLDER={root} must be a run, or have complete runs of models with routing below it")
-    return [variant.counted[0].folder for variant in variants]
 
 
 def _read_run(folder: Path, root: Path) -> RunRecord:
@@ -181,7 +136,7 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
 _KINDS = ("train", "validation", "event")
 
 
-def _last_word(rows: Sequence[Row]) -> tuple[State, str]:
+def _last_word(rows: Sequence[MetricsRow]) -> tuple[State, str]:
     """The state that the event rows tell, and the message of the one that decides."""
     state: tuple[State, str] = ("unfinished", "")
     for row in rows:
@@ -192,7 +147,7 @@ def _last_word(rows: Sequence[Row]) -> tuple[State, str]:
     return state
 
 
-def _judge(rows: Sequence[Row]) -> tuple[State, str]:
+def _judge(rows: Sequence[MetricsRow]) -> tuple[State, str]:
     """State and problem of a run whose files could be read."""
     state, message = _last_word(rows)
     losses = [row["validation/loss"] for row in rows if row["kind"] == "validation"]
@@ -220,27 +175,6 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if not f"{key}.".startswith(_DROPPED)}
-
-
-_DROPPED = tuple(key if key.endswith(".") else f"{key}." for key in NOT_THE_EXPERIMENT)
-
-
-def group(runs: Iterable[RunRecord]) -> list[Variant]:
-    """Put runs of equal configuration together and name them by what differs, in order of their first run.
-
-    Runs without a readable configuration belong to no variant.
-    """
-    grouped: dict[str, tuple[dict[str, Any], list[RunRecord]]] = {}
-    for run in runs:
-        if run.values:
-            values = _experiment(run.values)
-            grouped.setdefault(json.dumps(values, sort_keys=True, default=str), (values, []))[1].append(run)
-    names = _names([values for values, _ in grouped.values()])
-    return [Variant(name, values, own) for name, (values, own) in zip(names, grouped.values(), strict=True)]
-
-
 def differences(values: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys that are not the same everywhere, in the order of the configuration."""
     keys = list(dict.fromkeys(key for each in values for key in each))
@@ -253,53 +187,30 @@ def show(values: Mapping[str, Any], key: str) -> str:
     return "null" if value is None else str(value)
 
 
-_HEADS = ("model.name", "router.name")
+def load_rows(run_dir: Path) -> dict[str, list[MetricsRow]]:
+    """Read the metrics of a run, sorted by kind.
 
-
-def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Size and scheme where they differ, then what tells variants of the same size and scheme apart."""
-    differing = differences(values)
-    leaves = [_leaf(key) for key in differing]
-    heads = [key for key in _HEADS if key in differing]
-    kin: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for each in values:
-        kin.setdefault(tuple(show(each, key) for key in heads), []).append(each)
-    names = []
-    for each in values:
-        head = tuple(show(each, key) for key in heads)
-        rest = [
-            f"{_leaf(key) if leaves.count(_leaf(key)) == 1 else key}={show(each, key)}"
-            for key in _telling(kin[head])
-            if key in each
-        ]
-        names.append(" ".join([*head, *rest]) or show(each, "router.name"))
-    return names
-
-
-def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _telling(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fewest of the differing keys, taken one by one where they tell most, that tell all ``values`` apart."""
-    differing = differences(values)
-    chosen: list[str] = []
-
-    def kinds(keys: Sequence[str]) -> int:
-        return len({tuple(show(each, key) for key in keys) for each in values})
-
-    while kinds(chosen) < len(values) and len(chosen) < len(differing):
-        chosen.append(max((key for key in differing if key not in chosen), key=lambda key: kinds([*chosen, key])))
-    return [key for key in differing if key in chosen]
-
-
-def unnamed_differences(variants: Sequence[Variant]) -> list[str]:
-    """Keys that differ between variants though neither their names nor the change of scheme or size tells so.
-
-    Where schemes differ, so do their own fields; where sizes differ, so does the model. Anything else, such as a
-    learning rate that changes together with the scheme, leaves open what made the difference.
+    Raises:
+        ValueError: The folder has no ``metrics.jsonl``, or it has no train rows yet.
     """
-    differing = differences([variant.values for variant in variants])
-    told = tuple(key.partition(".")[0] + "." for key in _HEADS if key in differing)
-    shown = {word.partition("=")[0] for variant in variants for word in variant.name.split(" ")}
-    return [key for key in differing if not {key, _leaf(key)} & shown and not key.startswith(told)]
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{run_dir} is not a run folder: it has no metrics.jsonl")
+    kinds: dict[str, list[MetricsRow]] = {"train": [], "validation": [], "event": []}
+    for row in read_rows(path):
+        kinds[row["kind"]].append(row)
+    if not kinds["train"]:
+        raise ValueError(f"{path} has no train rows yet: nothing to report")
+    return kinds
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that a run recorded; empty without one."""
+    path = run_dir / "config.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+def recorded_facts(run_dir: Path) -> dict[str, Any]:
+    """``summary.json``, or nothing."""
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}

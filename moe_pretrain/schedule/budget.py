@@ -34,8 +34,8 @@ class BudgetConfig:
         tokens: Tokens of the run, or None.
         flops: FLOPs of the run, or None. Each step is charged its tokens times the scheme's FLOPs per token, forward
             and backward, at the mean number of experts that its text tokens were measured to use; recomputation is not
-            counted. The learning-rate schedule follows what is spent: see ``Meter.num_steps``. A hub corpus that is
-            prepared whole ends at the tokens expected; ``data.max_tokens`` gives all schemes the same.
+            counted. The learning-rate schedule follows what is spent: see ``BudgetMeter.num_steps``. A hub corpus that
+            is prepared whole ends at the tokens expected; ``data.max_tokens`` gives all schemes the same.
         seconds: Seconds in training steps and in waiting for their data, over all attempts by the first rank's clock,
             or None. Start-up, validation and checkpoints are not counted, nor is work that was lost and done again. The
             schedule does not know this limit, so a run that meets it ends with a learning rate that has not come down.
@@ -98,7 +98,7 @@ def step_flops(tokens_per_step: int, flops_per_token: float) -> int:
     return round(tokens_per_step * flops_per_token)
 
 
-class Meter:
+class BudgetMeter:
     """What a run has spent and how long it will be: the same on every rank, and after a resume on any topology.
 
     ``limit`` is the number of steps after which the data ends, or None.

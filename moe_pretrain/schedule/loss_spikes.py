@@ -3,18 +3,12 @@
 The recipe is PaLM's (arXiv:2204.02311, sec. 5.1): go on from a checkpoint before the spike and skip the data around it.
 """
 
-import json
 import math
-import os
-import reprlib
 import statistics
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
-
-RECORD = "rewinds.json"
 
 
 @dataclass(frozen=True)
@@ -112,33 +106,6 @@ class Rewinds:
     def __init__(self, taken: Iterable[Rewind] = ()):
         self.taken = list(taken)
 
-    @classmethod
-    def read(cls, folder: Path) -> "Rewinds":
-        """Those recorded in a run's folder; none if it has no record.
-
-        Raises:
-            ValueError: The record is damaged; one line that says what to do.
-        """
-        path = folder / RECORD
-        if not path.exists():
-            return cls()
-        try:
-            return cls(_parse(json.loads(path.read_bytes())))
-        except (ValueError, OSError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: damaged: {error}; restore what it held from the events 'rewound' in metrics.jsonl, or delete "
-                "it: then only what the newest checkpoint leaves out is left out"
-            ) from error
-
-    def write(self, folder: Path) -> None:
-        """Record them, so that a kill right after cannot bring the left course back."""
-        work = folder / f"{RECORD}.tmp"
-        with work.open("w") as file:
-            json.dump(self.state(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        work.replace(folder / RECORD)
-
     def state(self) -> list[dict[str, int]]:
         """Plain values, for a checkpoint or the record."""
         return [asdict(one) for one in self.taken]
@@ -159,19 +126,3 @@ class Rewinds:
         """Whether a checkpoint with this state lies on the run's present course."""
         later = self.taken[len(state.get("rewinds", [])) :]
         return all(state["step"] <= one.step for one in later)
-
-
-def _parse(values: Any) -> list[Rewind]:
-    """The returns in what a record holds; raises ValueError if it holds anything else."""
-    if not isinstance(values, list):
-        raise ValueError(f"{reprlib.repr(values)} must be a list")
-    names = [field.name for field in fields(Rewind)]
-    for number, entry in enumerate(values, start=1):
-        if not isinstance(entry, dict) or entry.keys() != set(names):
-            raise ValueError(f"entry {number}, {reprlib.repr(entry)}, must have the fields {', '.join(names)}")
-        for name, value in entry.items():
-            if type(value) is not int or value < 0:
-                raise ValueError(f"entry {number}: {name}={reprlib.repr(value)} must be a whole number of at least 0")
-        if entry["stop"] <= entry["first"]:
-            raise ValueError(f"entry {number}: stop={entry['stop']} must be more than first={entry['first']}")
-    return [Rewind(**entry) for entry in values]

@@ -11,29 +11,25 @@ SWEEP/JOB                   run folder of one job, and in it, beside what every 
 What the run itself recorded wins over ``job_state.json``: that is written a moment later, or by a process that is dead.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_pretrain.run_folder.paths import JOB_FILE, JOB_LOCK, METRICS_FILE, STATE_FILE
 from moe_pretrain.run_folder.record import find_runs
 from moe_pretrain.system.file_lock import try_lock
+from moe_pretrain.system.files import read_json, write_json
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]
 STATES: tuple[State, ...] = ("waiting", "running", "finished", "stopped", "failed", "diverged")
 
 SWEEP_FILE = "sweep.json"
 SWEEP_LOCK = ".lock"
-JOB_FILE = "job.json"
-STATE_FILE = "job_state.json"
-JOB_LOCK = ".job.lock"
-LOG_FILE = "log.txt"
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class SweepJob:
     """One run of a sweep.
 
     Attributes:
@@ -86,7 +82,7 @@ class JobState:
         write_json(folder / STATE_FILE, asdict(self))
 
 
-def read_jobs(sweep: Path) -> list[Job]:
+def read_jobs(sweep: Path) -> list[SweepJob]:
     """The jobs of a sweep in their order; none where there is no such folder.
 
     Raises:
@@ -95,10 +91,10 @@ def read_jobs(sweep: Path) -> list[Job]:
     return sorted((read_job(path.parent) for path in sweep.glob(f"*/{JOB_FILE}")), key=lambda job: job.number)
 
 
-def read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> SweepJob:
     """The job that a folder was made for."""
     facts = read_json(folder / JOB_FILE)
-    return Job(folder, **{**facts, "words": tuple(facts["words"])})
+    return SweepJob(folder, **{**facts, "words": tuple(facts["words"])})
 
 
 def written_state(folder: Path) -> JobState:
@@ -160,28 +156,3 @@ def is_running(folder: Path) -> bool:
     if handle is not None:
         os.close(handle)
     return path.exists() and handle is None
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a file so that a reader finds the old values or the new ones, after a power cut too."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(values, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of ``write_json``.
-
-    Raises:
-        ValueError: It is no such file any more.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}): delete it to go on") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is broken: delete it to go on")
-    return values

@@ -4,24 +4,24 @@ Hydra takes plugins from a package ``hydra_plugins`` only; ``register`` enters o
 """
 
 import math
+import os
 import signal
 import time
-import warnings
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
-from hydra.core.config_store import ConfigStore
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from moe_pretrain.sweep.job_record import Job, JobState, correct, look
+from moe_pretrain.sweep.job_record import JobState, SweepJob, correct, look
 from moe_pretrain.sweep.planned_jobs import Sweep
 from moe_pretrain.sweep.running_job import (
     PROGRAM,
@@ -30,12 +30,8 @@ from moe_pretrain.sweep.running_job import (
     passed_on,
     run_job,
 )
-from moe_pretrain.sweep.shares import shares
 from moe_pretrain.sweep.status import Board
 
-LAUNCHER = "processes"
-"""Its name: ``hydra/launcher=processes``, the default."""
-_PLUGINS = "hydra_plugins.moe_pretrain"
 _POLL_SECONDS = 0.2
 
 
@@ -88,7 +84,7 @@ class SweepLauncher(Launcher):
         ]
 
     @abstractmethod
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[SweepJob]) -> None:
         """Run what is left to do of ``jobs``, and wait for it."""
 
 
@@ -98,23 +94,9 @@ class ProcessLauncher(SweepLauncher):
     def __init__(self, program: Sequence[str] = PROGRAM):
         self._program = program
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[SweepJob]) -> None:
         """Run what is left to do of ``jobs``; when a signal comes, those that run save and end."""
         run_jobs(jobs, self.sweep, self.board, self._program)
-
-
-def register() -> None:
-    """Tell Hydra of the launcher; may be called again."""
-    from moe_pretrain.sweep.slurm import SlurmLauncher
-
-    # Our values for submitit_slurm are of the plugin's types, which is what we want.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore")
-    plugins = Plugins.instance()
-    for launcher in (ProcessLauncher, SlurmLauncher):
-        plugins.register(launcher)
-        plugins.class_name_to_class[f"{_PLUGINS}.{launcher.__name__}"] = launcher
-    target = {"_target_": f"{_PLUGINS}.{ProcessLauncher.__name__}"}
-    ConfigStore.instance().store(LAUNCHER, target, group="hydra/launcher", provider="moe_pretrain")
 
 
 def must_run(state: JobState, retry: str) -> bool:
@@ -131,7 +113,7 @@ def objective(state: JobState) -> float:
     return math.inf if state.validation_loss is None else state.validation_loss
 
 
-def run_jobs(jobs: Sequence[Job], sweep: Sweep, board: Board, program: Sequence[str] = PROGRAM) -> None:
+def run_jobs(jobs: Sequence[SweepJob], sweep: Sweep, board: Board, program: Sequence[str] = PROGRAM) -> None:
     """Run what is left to do of ``jobs``; one that fails does not stop the others.
 
     Raises:
@@ -157,3 +139,42 @@ def run_jobs(jobs: Sequence[Job], sweep: Sweep, board: Board, program: Sequence[
         board.finish()
     if signals:
         raise SweepStopped(is_killed=signals.count(signal.SIGINT) > 1)
+
+
+def shares(parallel: int, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Variables for each of ``parallel`` places at which jobs run at the same time.
+
+    Args:
+        parallel: Number of places; a job that has the machine to itself needs no share.
+        jobs: The resolved configurations of the jobs that are to be run at them.
+
+    Raises:
+        ValueError: There are not enough GPUs.
+    """
+    if parallel == 1 or not jobs:
+        return [{} for _ in range(parallel)]
+    processes = max(values["parallel"]["processes"] for values in jobs)
+    uses_gpus = torch.cuda.is_available() and any(values["engine"]["device"] != "cpu" for values in jobs)
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (parallel * processes))))
+    gpus = divide(visible_gpus(), parallel, processes) if uses_gpus else [{} for _ in range(parallel)]
+    return [{"OMP_NUM_THREADS": threads, **each} for each in gpus]
+
+
+def visible_gpus() -> list[str]:
+    """Names of this process's GPUs, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def divide(gpus: Sequence[str], parallel: int, processes: int) -> list[dict[str, str]]:
+    """``processes`` GPUs for each of ``parallel`` places, none for two of them: they would slow each other down."""
+    if len(gpus) < parallel * processes:
+        raise ValueError(
+            f"sweep.parallel={parallel} must be at most {len(gpus) // processes}: runs of {processes} process"
+            f"{'es' if processes > 1 else ''} each, {len(gpus)} GPUs"
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place * processes : (place + 1) * processes])}
+        for place in range(parallel)
+    ]

@@ -22,14 +22,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_pretrain.config.compose import ROOT_CONFIG, config_folder
 from moe_pretrain.config.schema import Config, ConfigError
-from moe_pretrain.parallel.mesh import launched_world_size
-from moe_pretrain.sweep.job_record import SWEEP_FILE, SWEEP_LOCK, write_json
-from moe_pretrain.sweep.launcher import LAUNCHER, SweepStopped, TrainJob, register
-from moe_pretrain.sweep.names import job_name, quoted, sweep_name
-from moe_pretrain.sweep.planned_jobs import Sweep, load_job
+from moe_pretrain.parallel.rendezvous import launched_world_size
+from moe_pretrain.sweep.hydra_plugins import LAUNCHER, register
+from moe_pretrain.sweep.job_record import SWEEP_FILE, SWEEP_LOCK
+from moe_pretrain.sweep.launcher import SweepStopped, TrainJob
+from moe_pretrain.sweep.planned_jobs import Sweep, job_name, load_job, quoted, sweep_name
 from moe_pretrain.sweep.status import describe_sweep, read_progress, table
+from moe_pretrain.system.exit_codes import INTERRUPTED, STOPPED
 from moe_pretrain.system.file_lock import try_lock
-from moe_pretrain.system.stop_signals import INTERRUPTED, STOPPED
+from moe_pretrain.system.files import write_json
 
 NOT_ALL_FINISHED = 1
 """Exit code of a sweep in which a job failed or diverged."""

@@ -1,17 +1,27 @@
 """From the overrides of a sweep's jobs to jobs that are checked, named and written down; nothing is started."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import check
 from moe_pretrain.config.schema import Config, SweepConfig, to_values
+from moe_pretrain.run_folder.paths import STATE_FILE
 from moe_pretrain.run_folder.record import differences, flatten, show
-from moe_pretrain.sweep.job_record import STATE_FILE, Job, read_jobs
-from moe_pretrain.sweep.names import job_name, quoted
-from moe_pretrain.train.build import check
+from moe_pretrain.sweep.job_record import SweepJob, read_jobs
+
+MAX_BYTES = 120
+"""Longest name: file systems take 255 bytes, wandb 128 characters."""
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.=,@+-]+")
+NOT_THE_SWEEP = ("hydra.", "hydra/", "run.", "metrics.", "fault.", "checkpoint.", "parallel.", "sweep.")
+"""Beginnings of overrides that say how a sweep is run, not what it is."""
 
 _NOT_THE_JOB = (
     *("run.", "sweep.", "metrics.", "checkpoint.", "fault.", "parallel."),
@@ -37,7 +47,7 @@ class Sweep:
     cache_dir: str
     settings: SweepConfig
     _checked: dict[tuple[str, ...], tuple[dict[str, Any], int]] = field(default_factory=dict, repr=False, compare=False)
-    _planned: dict[tuple[str, ...], Job] = field(default_factory=dict, repr=False, compare=False)
+    _planned: dict[tuple[str, ...], SweepJob] = field(default_factory=dict, repr=False, compare=False)
 
     def check(self, swept: Sequence[str]) -> tuple[dict[str, Any], int]:
         """Resolved configuration and number of steps of a job, if a run of it could start.
@@ -54,7 +64,7 @@ class Sweep:
             self._checked[key] = json.loads(json.dumps(to_values(config))), config.num_steps
         return self._checked[key]
 
-    def plan(self, batch: Sequence[Sequence[str]]) -> list[Job]:
+    def plan(self, batch: Sequence[Sequence[str]]) -> list[SweepJob]:
         """The jobs that stand for combinations of overrides, in the order of ``batch``; new ones get their folders.
 
         A combination that is a job already, by its name or by its configuration, is that job: a sweep with more values
@@ -87,11 +97,11 @@ class Sweep:
         own = [word for word in self.fixed if word.partition("=")[0].lstrip("+") not in place]
         return (*own, *swept, *(f"{key}={quoted(value)}" for key, value in place.items()))
 
-    def _match(self, new: Sequence[tuple[str, ...]], known: Sequence[Job]) -> dict[tuple[str, ...], Job]:
+    def _match(self, new: Sequence[tuple[str, ...]], known: Sequence[SweepJob]) -> dict[tuple[str, ...], SweepJob]:
         by_name = {job.name: job for job in known}
         by_identity = {identity(job.values): job for job in reversed(known)}
         number = 1 + max((job.number for job in known), default=-1)
-        jobs: dict[tuple[str, ...], Job] = {}
+        jobs: dict[tuple[str, ...], SweepJob] = {}
         for swept in new:
             name, (values, num_steps) = job_name(swept), self.check(swept)
             namesake = by_name.get(name)
@@ -101,12 +111,12 @@ class Sweep:
                 raise ValueError(self._conflict(namesake, values))
             old = same or namesake
             place, at = (old.folder, old.number) if old else (self.folder / name, number)
-            job = Job(place, at, self._words(swept, place.name), num_steps, values)
+            job = SweepJob(place, at, self._words(swept, place.name), num_steps, values)
             jobs[swept] = by_name[job.name] = by_identity[identity(values)] = job
             number += old is None
         return jobs
 
-    def _conflict(self, started: Job, values: Mapping[str, Any]) -> str:
+    def _conflict(self, started: SweepJob, values: Mapping[str, Any]) -> str:
         then, now = (what_it_is(each) for each in (started.values, values))
         changed = [f"{key}={show(now, key)} (was {show(then, key)})" for key in differences([then, now])]
         more = f" and {len(changed) - _SHOWN_DIFFERENCES} more" if len(changed) > _SHOWN_DIFFERENCES else ""
@@ -138,3 +148,35 @@ def what_it_is(values: Mapping[str, Any]) -> dict[str, Any]:
 def identity(values: Mapping[str, Any]) -> str:
     """Equal for the same job, whatever it is called and however it is run."""
     return json.dumps(what_it_is(values), sort_keys=True)
+
+
+def job_name(swept: Sequence[str]) -> str:
+    """Folder of one run: its swept overrides, ``router=top_k,seed=1``.
+
+    What does not belong into a folder's name is replaced, and what is too long cut; a hash then tells such names apart.
+    """
+    return _folder_name(",".join(word.lstrip("+") for word in swept))
+
+
+def sweep_name(swept_keys: Iterable[str], words: Iterable[str]) -> str:
+    """Default name of a sweep: what is swept, and a hash of the command without what only says how to run it."""
+    keys = "-".join(key.lstrip("+") for key in swept_keys)
+    recipe = sorted(word for word in words if not word.lstrip("+~").startswith(NOT_THE_SWEEP))
+    return _folder_name(f"sweep-{keys}-{_digest(recipe)}")
+
+
+def quoted(value: str) -> str:
+    """A value of an override that Hydra takes as this very text."""
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def _folder_name(text: str) -> str:
+    name = _UNSAFE.sub("-", text)
+    if name == text and len(name) <= MAX_BYTES:
+        return name
+    ending = f"-{_digest([text])}"
+    return name[: MAX_BYTES - len(ending)] + ending
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]

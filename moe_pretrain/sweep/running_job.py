@@ -18,18 +18,12 @@ from dataclasses import replace
 from types import FrameType
 from typing import Protocol
 
-from moe_pretrain.parallel.heartbeat import LOST_RANK
-from moe_pretrain.sweep.job_record import (
-    JOB_LOCK,
-    LOG_FILE,
-    Job,
-    JobState,
-    judge,
-    written_state,
-)
+from moe_pretrain.run_folder.paths import JOB_LOCK, LOG_FILE
+from moe_pretrain.sweep.job_record import JobState, SweepJob, judge, written_state
 from moe_pretrain.system.child_process import die_with_parent
+from moe_pretrain.system.exit_codes import INTERRUPTED, LOST_RANK, STOPPED, UNSAVED
 from moe_pretrain.system.file_lock import try_lock
-from moe_pretrain.system.stop_signals import HANDLED, INTERRUPTED, STOPPED, UNSAVED
+from moe_pretrain.system.stop_signals import HANDLED
 
 PROGRAM = (sys.executable, "-m", "moe_pretrain", "train")
 """What a job's overrides are given to."""
@@ -54,7 +48,7 @@ class Signalled(Protocol):
 class RunningJob:
     """A job's process, from its start."""
 
-    def __init__(self, job: Job, environment: Mapping[str, str] | None = None, program: Iterable[str] = PROGRAM):
+    def __init__(self, job: SweepJob, environment: Mapping[str, str] | None = None, program: Iterable[str] = PROGRAM):
         """Start it.
 
         Args:
@@ -125,7 +119,7 @@ class RunningJob:
         return said.removeprefix("moe-pretrain train: ")[:_REASON_LENGTH]
 
 
-def run_job(job: Job, environment: Mapping[str, str] | None = None, program: Iterable[str] = PROGRAM) -> JobState:
+def run_job(job: SweepJob, environment: Mapping[str, str] | None = None, program: Iterable[str] = PROGRAM) -> JobState:
     """Run a job in a process of its own, pass on the signals that stop a run, and wait for it.
 
     To be called in the main thread.
@@ -165,7 +159,7 @@ def passed_on(jobs: Callable[[], Iterable[Signalled]]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _lock(job: Job) -> int:
+def _lock(job: SweepJob) -> int:
     deadline = time.monotonic() + _LOCK_SECONDS
     while (handle := try_lock(job.folder / JOB_LOCK)) is None:
         if time.monotonic() > deadline:

@@ -15,10 +15,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.sweep.job_record import Job, correct, read_json, write_json
+from moe_pretrain.sweep.job_record import SweepJob, correct
 from moe_pretrain.sweep.launcher import SweepLauncher, SweepStopped, must_run
 from moe_pretrain.sweep.running_job import passed_on
 from moe_pretrain.sweep.slurm_task import SlurmTask
+from moe_pretrain.system.files import read_json, write_json
 
 SLURM_FILE = "slurm_job.json"
 """In a job's folder: the number that SLURM gave it."""
@@ -47,7 +48,7 @@ class SlurmLauncher(SweepLauncher):
             for name, value in settings.items()
         }
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[SweepJob]) -> None:
         """Submit what is left to do of the jobs and is not submitted yet; wait until SLURM has none of them.
 
         Raises:
@@ -75,10 +76,10 @@ class SlurmLauncher(SweepLauncher):
             correct(job.folder)
         self.board.finish()
 
-    def _is_left(self, job: Job) -> bool:
+    def _is_left(self, job: SweepJob) -> bool:
         return must_run(correct(job.folder), self.sweep.settings.retry)
 
-    def _check(self, jobs: Sequence[Job]) -> None:
+    def _check(self, jobs: Sequence[SweepJob]) -> None:
         if self.sweep.settings.parallel != 1:
             raise ConfigError(
                 f"sweep.parallel={self.sweep.settings.parallel} has no effect on SLURM: hydra.launcher."
@@ -93,7 +94,7 @@ class SlurmLauncher(SweepLauncher):
                     f"hydra.launcher.tasks_per_node={tasks}"
                 )
 
-    def _submit(self, jobs: Sequence[Job]) -> set[str]:
+    def _submit(self, jobs: Sequence[SweepJob]) -> set[str]:
         """Submit the jobs, together if there are several; SLURM's numbers, written down."""
         if not jobs:
             return set()

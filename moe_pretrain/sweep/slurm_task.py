@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from moe_pretrain.sweep.job_record import Job
+from moe_pretrain.sweep.job_record import SweepJob
 from moe_pretrain.sweep.running_job import PROGRAM, passed_on, run_job
 from moe_pretrain.system.child_process import die_with_parent
-from moe_pretrain.system.stop_signals import STOPPED
+from moe_pretrain.system.exit_codes import STOPPED
 
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 """Below the ports that the kernel gives to connections."""
@@ -22,7 +22,7 @@ class SlurmTask:
     hears of no result; the batch script then queues the job again, and the same call goes on.
     """
 
-    def __init__(self, job: Job, program: Iterable[str] = PROGRAM):
+    def __init__(self, job: SweepJob, program: Iterable[str] = PROGRAM):
         self._job, self._program = job, tuple(program)
 
     def __call__(self) -> None:

@@ -1,6 +1,5 @@
 """How far the jobs of a sweep are, from its files alone: a line for each, on this terminal or on another one."""
 
-import json
 import shutil
 import sys
 import time
@@ -9,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.metrics.console import TextStream, short_duration
+from moe_pretrain.metrics.console import TextStream
+from moe_pretrain.run_folder.metrics_file import last_rows
 from moe_pretrain.sweep.job_record import (
     STATES,
     SWEEP_FILE,
-    Job,
     JobState,
+    SweepJob,
     look,
     read_jobs,
 )
+from moe_pretrain.system.words import short_duration
 
-_TAIL_BYTES = 400_000
-"""How much of a growing metrics file is read: its last rows."""
 _SECONDS_BETWEEN_READS = 1.0
 _SECONDS_BETWEEN_LINES = 60.0
 """Without a terminal, how long a job may go on before it is heard of again."""
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a job is.
 
     Attributes:
@@ -38,7 +37,7 @@ class Progress:
         eta_seconds: Until its last step at the pace of its last rows; None unless it runs.
     """
 
-    job: Job
+    job: SweepJob
     state: JobState
     step: int
     loss: str
@@ -53,7 +52,7 @@ class Progress:
         return "  ".join(part for part in [*parts, self.state.reason] if part)
 
 
-def read_progress(sweep: Path, before: Mapping[str, Progress] | None = None) -> list[Progress]:
+def read_progress(sweep: Path, before: Mapping[str, JobProgress] | None = None) -> list[JobProgress]:
     """Every job of a sweep, in order.
 
     Args:
@@ -68,24 +67,24 @@ def read_progress(sweep: Path, before: Mapping[str, Progress] | None = None) -> 
     return [_progress(job, (before or {}).get(job.name)) for job in read_jobs(sweep)]
 
 
-def describe_sweep(jobs: Sequence[Progress]) -> str:
+def describe_sweep(jobs: Sequence[JobProgress]) -> str:
     """How many jobs are in which state."""
     counts = {state: sum(job.state.state == state for job in jobs) for state in STATES}
     states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (f": {states}" if states else "")
 
 
-def table(jobs: Sequence[Progress]) -> list[str]:
+def table(jobs: Sequence[JobProgress]) -> list[str]:
     """A line for each job."""
     width = max((len(job.job.name) for job in jobs), default=0)
     return [job.describe(width) for job in jobs]
 
 
-def _progress(job: Job, before: Progress | None) -> Progress:
+def _progress(job: SweepJob, before: JobProgress | None) -> JobProgress:
     state = look(job.folder)
     if before is not None and before.state == state and state.state != "running":
         return before
-    rows = _last_rows(job.folder / "metrics.jsonl")
+    rows = last_rows(job.folder / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] != "event"]
     train = [row for row in rows if row["kind"] == "train" and row["attempt"] == rows[-1]["attempt"]]
     eta = None
@@ -93,7 +92,7 @@ def _progress(job: Job, before: Progress | None) -> Progress:
         first, last = train[0], train[-1]
         pace = (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])
         eta = pace * max(0, job.num_steps - last["step"])
-    return Progress(job, state, steps[-1]["step"] if steps else 0, _loss(steps), eta)
+    return JobProgress(job, state, steps[-1]["step"] if steps else 0, _loss(steps), eta)
 
 
 def _loss(rows: list[dict[str, Any]]) -> str:
@@ -103,17 +102,6 @@ def _loss(rows: list[dict[str, Any]]) -> str:
         if losses:
             return f"{name} loss " + ("not finite" if losses[-1] is None else f"{losses[-1]:.4f}")
     return ""
-
-
-def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows at the end of a file that may be growing."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        start = max(0, file.seek(0, 2) - _TAIL_BYTES)
-        file.seek(start)
-        lines = file.read().split(b"\n")[1 if start else 0 : -1]
-    return [json.loads(line) for line in lines]
 
 
 class Board:
@@ -144,7 +132,7 @@ class Board:
         self._last_read = -_SECONDS_BETWEEN_READS
         self.show()
 
-    def _draw(self, jobs: list[Progress]) -> None:
+    def _draw(self, jobs: list[JobProgress]) -> None:
         size = shutil.get_terminal_size()
         lines = [describe_sweep(jobs), *fitting(jobs, size.lines - 3)]
         up = f"\033[{self._drawn}A" if self._drawn else ""
@@ -162,7 +150,7 @@ class Board:
                 self._said[name] = (job.state.state, now)
 
 
-def fitting(jobs: Sequence[Progress], height: int) -> list[str]:
+def fitting(jobs: Sequence[JobProgress], height: int) -> list[str]:
     """The table; where a terminal is too low for it, the jobs that run, then those that need a look."""
     lines = table(jobs)
     if len(lines) <= height:

@@ -8,14 +8,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-STOPPED = 75
-"""Exit code of a run that a signal stopped after a checkpoint: EX_TEMPFAIL, start me again."""
-
-UNSAVED = 74
-"""Exit code of a run whose last checkpoint could not be written: EX_IOERR, mend the disk and start me again."""
-
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit code after a second SIGINT, which stops at once."""
+from moe_pretrain.system.exit_codes import INTERRUPTED
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

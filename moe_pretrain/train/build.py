@@ -14,27 +14,27 @@ import torch
 import torch.distributed as dist
 
 from moe_pretrain import data
-from moe_pretrain.checkpoint.store import locate
 from moe_pretrain.config.match_budget import describe_match
+from moe_pretrain.config.preflight import check, resolve_device
 from moe_pretrain.config.schema import Config, ConfigError
-from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
-from moe_pretrain.engine.elastic import check_elastic
+from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe import ExpertShard, num_routed_experts, width_problems
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
-from moe_pretrain.parallel.heartbeat import Liveness
-from moe_pretrain.parallel.mesh import Meeting, Mesh, build_mesh, launched_world_size, meet
+from moe_pretrain.parallel.heartbeat import Heartbeat
+from moe_pretrain.parallel.mesh import Mesh, build_mesh
+from moe_pretrain.parallel.rendezvous import Rendezvous, launched_world_size, meet
 from moe_pretrain.run_folder.lock import RunInUse, joined, owned
 from moe_pretrain.run_folder.provenance import write_overrides
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
-from moe_pretrain.schedule.budget import Meter
+from moe_pretrain.schedule.budget import BudgetMeter
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.cpu import keep_freed_memory
+from moe_pretrain.system.exit_codes import STOPPED
 from moe_pretrain.system.faults import Faults
-from moe_pretrain.system.stop_signals import STOPPED, StopRequest
+from moe_pretrain.system.stop_signals import StopRequest
 from moe_pretrain.train.corpora import Corpora, describe_corpus, prepare_corpora, steps_until_exhausted
 from moe_pretrain.train.trainer import Run
 
@@ -67,7 +67,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
         meeting = meet(parallel)
         # Before the process group: its making can hang too.
-        with _claimed(folder, overrides, meeting), Liveness(meeting, folder, parallel.heartbeat_seconds) as liveness:
+        with _claimed(folder, overrides, meeting), Heartbeat(meeting, folder, parallel.heartbeat_seconds) as liveness:
             mesh = build_mesh(parallel, device_type, meeting)
             say = print if mesh.is_main else _silent
             try:
@@ -78,7 +78,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, overrides: Sequence[str], meeting: Meeting) -> Iterator[None]:
+def _claimed(folder: Path, overrides: Sequence[str], meeting: Rendezvous) -> Iterator[None]:
     """Hold the run's folder: the first rank for all, then each rank until it ends.
 
     Raises:
@@ -103,7 +103,7 @@ def _claimed(folder: Path, overrides: Sequence[str], meeting: Meeting) -> Iterat
 
 
 def _train(
-    config: Config, dtype: Dtype, mesh: Mesh, stop: StopRequest, liveness: Liveness, say: Callable[[str], None]
+    config: Config, dtype: Dtype, mesh: Mesh, stop: StopRequest, liveness: Heartbeat, say: Callable[[str], None]
 ) -> int:
     faults = Faults(config.fault, mesh.rank)
 
@@ -135,7 +135,7 @@ def _train(
         reset_positions=config.packing.reset_positions,
     )
     limit = steps_until_exhausted(config.data, loader)
-    meter = Meter(config.budget, plan.tokens_per_step, size.training_flops_per_token, limit)
+    meter = BudgetMeter(config.budget, plan.tokens_per_step, size.training_flops_per_token, limit)
     plan = replace(plan, num_steps=meter.num_steps)
     describe_corpus(corpus, plan, loader, say)
 
@@ -218,44 +218,6 @@ def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPl
     dist.all_reduce(counts)
     for router in routers:
         router.use_token_counts(counts)
-
-
-def check(config: Config, world_size: int) -> None:
-    """Everything that can be refused before a process group or a corpus exists.
-
-    Raises:
-        ValueError: One line naming the field.
-    """
-    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
-    moe = config.model.moe
-    config.parallel.check(world_size, num_routed_experts(moe, config.router))
-    if config.checkpoint.warm_start is not None:
-        locate(Path(config.checkpoint.warm_start))
-    if config.optimizer.trainable == "routers":
-        with torch.device("meta"):
-            model = DecoderLM(config.model, config.router, ExpertShard())
-        if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
-            raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
-    device, dtype = resolve_device(config.engine)
-    if dtype == "bfloat16" and config.engine.zero_stage == 0:
-        raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
-    if config.engine.determinism == "elastic":
-        check_elastic(config.model, config.router, config.batch, plan, world_size, device, dtype)
-    if device == "cuda" and dtype == "bfloat16":
-        for problem in width_problems(moe, config.router, config.model.hidden_size):
-            raise ValueError(problem)
-
-
-def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
-    """``auto`` to what this machine has: a GPU with bfloat16, else the CPU with float32."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("engine.device=cuda must be auto or cpu: torch finds no CUDA device")
-    if config.dtype == "auto":
-        return device, "bfloat16" if device == "cuda" else "float32"
-    return device, config.dtype
 
 
 def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:

@@ -3,15 +3,10 @@
 from collections.abc import Callable
 
 from moe_pretrain import data
-from moe_pretrain.analysis.report import summarise, write_report
 from moe_pretrain.config.schema import Config
-from moe_pretrain.run_folder.metrics_file import read_rows
-from moe_pretrain.system.stop_signals import STOPPED, UNSAVED
+from moe_pretrain.system.exit_codes import FINISHED, STOPPED, UNSAVED
 from moe_pretrain.train.corpora import Corpus
 from moe_pretrain.train.train_state import Progress
-
-FINISHED = 0
-"""Exit code of a run whose last step and its validation are done and saved."""
 
 
 def say_end(
@@ -22,7 +17,7 @@ def say_end(
     progress: Progress,
     say: Callable[[str], None],
 ) -> None:
-    """Write the report and say how the run ended; on the main rank, once its metrics are closed.
+    """Say how the run ended; on the main rank, once its metrics are closed.
 
     Args:
         code: FINISHED, STOPPED or UNSAVED.
@@ -42,21 +37,13 @@ def say_end(
     if code == UNSAVED:
         saved = progress.saved_step or 0
         say(f"step {progress.step} could not be saved; the same command goes on from step {saved}")
-    if not any(row["kind"] == "train" for row in read_rows(folder / "metrics.jsonl")):
-        return  # stopped before the first row: there is nothing to report yet
-    try:
-        report = write_report(folder)
-    except (OSError, ValueError) as error:
-        return say(f"the report could not be written: {error}")
-    summary = summarise(folder)
     if code == FINISHED:
         say(
             f"done: {progress.step} steps, {progress.tokens:,} tokens; validation loss "
-            f"{summary['final_validation_loss']:.3f} nats/token, unigram entropy "
+            f"{progress.validation_loss:.3f} nats/token, unigram entropy "
             f"{corpus.unigram_entropy:.3f} nats/token"
         )
         say(f"spent: {progress.meter.describe_spending()}")
         if matched := config.budget.matched:
             share = progress.meter.flops / progress.tokens / matched.reference["flops_per_token"] - 1
             say(f"measured FLOPs per token against those of the reference of budget.match: {share:+.2%}")
-    say(f"report:     {report}")

@@ -9,12 +9,12 @@ from moe_pretrain import data
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.engine import TrainEngine
-from moe_pretrain.metrics.part_times import part_time_row
-from moe_pretrain.metrics.probe_collector import Collector, Part, Probe, put_together
-from moe_pretrain.metrics.step_rows import evaluation_row, mixed_evaluation_row
+from moe_pretrain.metrics.probe_collector import Collector
+from moe_pretrain.metrics.step_rows import evaluation_row, mixed_evaluation_row, part_time_row
 from moe_pretrain.moe.part_timer import PartClock, time_source
 from moe_pretrain.moe.types import Routing
-from moe_pretrain.run_folder.metrics_file import Row
+from moe_pretrain.run_folder.metrics_file import MetricsRow
+from moe_pretrain.run_folder.probe import Probe, ValidationPart, put_together
 from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.stop_signals import StopRequest
 from moe_pretrain.train.corpora import Corpus
@@ -29,7 +29,7 @@ class Validation(NamedTuple):
     The row has the time of the parts of the MoE layers too, measured on the own corpus.
     """
 
-    row: Row
+    row: MetricsRow
     probe: Probe
 
 
@@ -61,7 +61,7 @@ class Evaluator:
             readers[_OWN] = corpus.validation
         shares = corpus.shares if isinstance(corpus, data.TokenizedMixture) else {_OWN: 1.0}
         losses: dict[str, float] = {}
-        parts: dict[str, Part] = {}
+        parts: dict[str, ValidationPart] = {}
         clock = PartClock(time_source(self._engine.mesh.device.type))
         for name, reader in readers.items():
             collector = self._collector(reader)

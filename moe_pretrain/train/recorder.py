@@ -1,12 +1,25 @@
 """What a run writes down of itself step by step: metrics rows, events, probes."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.checkpoint.manifest import CHECKPOINTS, complete_names, step_of
-from moe_pretrain.metrics.probe_collector import Probe, ProbeFiles, routing_drift
+import torch
+import yaml
+
+from moe_pretrain.checkpoint.manifest import complete_names, step_of
+from moe_pretrain.config.schema import Config, to_values
+from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.metrics.writer import MetricsWriter
+from moe_pretrain.model.size import ModelSize
+from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.plan.layer_cost import layer_cost
+from moe_pretrain.run_folder.paths import CHECKPOINTS, SICK_STEPS
+from moe_pretrain.run_folder.probe import Probe, ProbeFiles, routing_drift
+from moe_pretrain.run_folder.provenance import commit, processor, versions
+from moe_pretrain.train.corpora import Corpus
 from moe_pretrain.train.train_state import Progress
 
 
@@ -68,3 +81,62 @@ class Journal:
     def close(self) -> None:
         """Close every sink."""
         self._metrics.close()
+
+
+def write_facts(config: Config, size: ModelSize, dtype: Dtype, corpus: Corpus, mesh: Mesh) -> None:
+    """Write ``config.yaml`` and ``summary.json`` into the run's folder."""
+    folder = config.run.folder
+    values = json.loads(json.dumps(to_values(config)))
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else processor()
+    facts = {
+        "total_parameters": size.total_parameters,
+        "active_parameters": size.active_parameters,
+        "flops_per_token": size.training_flops_per_token,
+        "planned_steps": config.num_steps,
+        "unigram_entropy": corpus.unigram_entropy,
+        "corpus_fingerprint": corpus.fingerprint,
+        "versions": versions(),
+        "commit": commit(),
+        "device": device,
+        "dtype": dtype,
+        "moe_layer_cost": layer_cost(config, dtype, size),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "summary.json").write_text(json.dumps(facts, indent=2))
+
+
+@dataclass(frozen=True)
+class SickRows:
+    """The notes of a run folder on sick steps.
+
+    Attributes:
+        folder: The run's folder.
+        rows_per_step: Rows of one step over all ranks.
+        corpus_fingerprint: Of what the rows are rows of.
+        is_main: Whether this rank writes.
+    """
+
+    folder: Path
+    rows_per_step: int
+    corpus_fingerprint: str
+    is_main: bool
+
+    def note(self, step: int, reason: str) -> str:
+        """Write down which rows ``step`` of the data has; in words, where."""
+        first = step * self.rows_per_step
+        rows = {"first_row": first, "last_row": first + self.rows_per_step - 1}
+        path = self.folder / SICK_STEPS / f"step_{step:08d}.json"
+        facts = {
+            "step": step,
+            "reason": reason,
+            **rows,
+            "corpus_fingerprint": self.corpus_fingerprint,
+            "replay": f"resume from a checkpoint of at most {step} steps: step {step} reads these rows again",
+        }
+        if self.is_main:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(facts, indent=2) + "\n")
+            except OSError as error:
+                return f"rows {first} to {rows['last_row']} of the run's order ({path} cannot be written: {error})"
+        return f"its rows are in {path}"

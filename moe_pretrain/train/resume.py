@@ -9,10 +9,10 @@ from moe_pretrain import data
 from moe_pretrain.checkpoint import store
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
-from moe_pretrain.train.recorder import Journal
+from moe_pretrain.train.recorder import Journal, SickRows
 from moe_pretrain.train.resume_rules import Identity
-from moe_pretrain.train.run_sick_rows import SickRows
 from moe_pretrain.train.train_state import Progress
 
 
@@ -89,7 +89,7 @@ class Course:
         path, manifest = found
         progress.rewinds = Rewinds([*progress.rewinds.taken, Rewind(manifest["state"]["step"], first, stop)])
         if self._mesh.is_main:
-            progress.rewinds.write(self._folder)
+            write_rewinds(self._folder, progress.rewinds)
         where = self._sick_rows.note(stop - 1, "spike")
         self._take_over(path, manifest)
         self._journal.event(
@@ -104,7 +104,7 @@ class Course:
         rewinds, complaint = Rewinds(), ""
         if self._mesh.is_main:
             try:
-                rewinds = Rewinds.read(self._folder)
+                rewinds = read_rewinds(self._folder)
             except ValueError as error:
                 complaint = str(error)
         taken, complaint = self._mesh.share((rewinds.taken, complaint))

@@ -1,13 +1,32 @@
 """What a checkpoint says of the run that wrote it, and what of it must be so in a run that goes on from it."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_pretrain import data
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.run_folder.provenance import versions
-from moe_pretrain.train.compatibility import changes
 from moe_pretrain.train.corpora import Corpus
+
+_MUST_STAY = (
+    "model",
+    "router",
+    "data",
+    "tokenizer",
+    "packing",
+    "seed",
+    "batch.global_batch_tokens",
+    "optimizer.trainable",
+    "checkpoint.warm_start",
+)
+"""Parts that decide what the weights mean, or which tokens a step reads."""
+_MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
+"""With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
+_MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
+"""Exceptions within them: they change speed and memory, not the run."""
+_ABSENT = object()
 
 
 class Identity:
@@ -59,3 +78,61 @@ class Identity:
                 f"checkpoint.warm_start={path} must be of this run's tokenizer {self._corpus.tokenizer.fingerprint}; "
                 f"it is of {tokenizer or 'an unknown one'}"
             )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Differences between two resolved configurations.
+
+    Attributes:
+        refused: What must stay as it was: ``NAME=NOW must stay THEN``.
+        allowed: What may differ, and does: ``NAME=NOW (was THEN)``.
+    """
+
+    refused: list[str]
+    allowed: list[str]
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
+    """Compare the configuration in a checkpoint with the one that goes on from it.
+
+    A field that only one of them has comes from another release: it is allowed and said, since nothing that was decided
+    then is contradicted.
+    """
+    found = Changes([], [])
+    elastic = all(config.get("engine", {}).get("determinism") == "elastic" for config in (then, now))
+    kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
+    for name, (before, after) in _differences("", then, json.loads(json.dumps(now))).items():
+        if _is_within(name, _SILENT):
+            continue
+        must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
+        if before is _ABSENT or after is _ABSENT:
+            absent = "not known then" if before is _ABSENT else f"was {_word(before)}, no longer exists"
+            found.allowed.append(f"{name}={_word(after)} ({absent})" if after is not _ABSENT else f"{name} ({absent})")
+        elif must_stay:
+            found.refused.append(f"{name}={_word(after)} must stay {_word(before)}")
+        else:
+            found.allowed.append(f"{name}={_word(after)} (was {_word(before)})")
+    return found
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _is_within(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name == part or name.startswith(part + ".") for part in parts)
+
+
+def _differences(name: str, then: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(then.keys() | now.keys()):
+            inner = f"{name}.{key}" if name else key
+            found.update(_differences(inner, then.get(key, _ABSENT), now.get(key, _ABSENT)))
+        return found
+    return {} if then == now else {name: (then, now)}
+
+
+_SILENT = ("run", "sweep", "metrics", "fault", "checkpoint.resume")
+"""Parts whose changes are no news to training."""

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from moe_pretrain import data
-from moe_pretrain.schedule.budget import Meter
+from moe_pretrain.schedule.budget import BudgetMeter
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds, SpikeConfig, SpikeDetector
 
 
@@ -21,7 +21,7 @@ class Progress:
         meter: What counts what is spent, and says when the run is over.
     """
 
-    def __init__(self, spike: SpikeConfig, tokens_per_step: int, meter: Meter):
+    def __init__(self, spike: SpikeConfig, tokens_per_step: int, meter: BudgetMeter):
         self.step, self.token_hash = 0, 0
         self.saved_step: int | None = None
         self.validation_loss: float | None = None

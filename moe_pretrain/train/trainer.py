@@ -17,18 +17,17 @@ from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
 from moe_pretrain.metrics.writer import MetricsWriter
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
-from moe_pretrain.run_folder.provenance import write_facts
 from moe_pretrain.schedule.batch_plan import BatchPlan
-from moe_pretrain.schedule.budget import Meter
+from moe_pretrain.schedule.budget import BudgetMeter
+from moe_pretrain.system.exit_codes import FINISHED, STOPPED, UNSAVED
 from moe_pretrain.system.faults import Faults
-from moe_pretrain.system.stop_signals import STOPPED, UNSAVED, StopRequest
+from moe_pretrain.system.stop_signals import StopRequest
 from moe_pretrain.train.corpora import Corpus
-from moe_pretrain.train.ending import FINISHED, say_end
+from moe_pretrain.train.ending import say_end
 from moe_pretrain.train.evaluator import Evaluator
-from moe_pretrain.train.recorder import Journal
+from moe_pretrain.train.recorder import Journal, SickRows, write_facts
 from moe_pretrain.train.resume import Course
 from moe_pretrain.train.resume_rules import Identity
-from moe_pretrain.train.run_sick_rows import SickRows
 from moe_pretrain.train.saving import Saving
 from moe_pretrain.train.train_state import Progress
 
@@ -42,7 +41,7 @@ class Run:
         plan: BatchPlan,
         size: ModelSize,
         dtype: Dtype,
-        meter: Meter,
+        meter: BudgetMeter,
         corpus: Corpus,
         evaluation_sets: dict[str, data.ShardReader],
         loader: data.TrainLoader,

@@ -22,7 +22,6 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
@@ -33,7 +32,7 @@ from moe_pretrain.moe.types import (
     StepUse,
     float32_parameters,
 )
-from moe_pretrain.verify.oracle_parts import statistic_of_matrices
+from moe_pretrain.verify.oracle_parts import rms_norm, rotate, run_expert, score, statistic_of_matrices, swiglu
 
 JITTER_STREAM = 1
 
@@ -163,12 +162,12 @@ class Oracle:
         layers = []
         for block in self.model.blocks:
             assert isinstance(block, Block)
-            normed = _rms_norm(hidden, block.attention_norm.weight, epsilon)
+            normed = rms_norm(hidden, block.attention_norm.weight, epsilon)
             router = block.feed_forward.router if isinstance(block.feed_forward, MoELayer) else None
             wanted = None if router is None else router.attention_statistic
             attended, statistic = self._attention(normed, block.attention, rows, wanted)
             hidden = hidden + attended
-            normed = _rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
+            normed = rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
                 seen = replace(rows, attention=statistic)
                 layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
@@ -176,8 +175,8 @@ class Oracle:
                 hidden = hidden + layer.hidden.view_as(hidden)
             else:
                 weights = block.feed_forward
-                hidden = hidden + _swiglu(normed, weights.in_weight, weights.out_weight)
-        return _rms_norm(hidden, self.model.norm.weight, epsilon), layers
+                hidden = hidden + swiglu(normed, weights.in_weight, weights.out_weight)
+        return rms_norm(hidden, self.model.norm.weight, epsilon), layers
 
     def _attention(
         self, normed: Tensor, attention: Attention, rows: _Rows, wanted: AttentionStatistic | None
@@ -197,8 +196,8 @@ class Oracle:
             for head in range(model.num_heads):
                 of_query = slice(head * size, (head + 1) * size)
                 of_key = slice(head // shared * size, (head // shared + 1) * size)
-                turned_query = _rotate(query[:, of_query], positions, model.rope_base)
-                turned_key = _rotate(key[:, of_key], positions, model.rope_base)
+                turned_query = rotate(query[:, of_query], positions, model.rope_base)
+                turned_key = rotate(key[:, of_key], positions, model.rope_base)
                 scores = turned_query @ turned_key.T / math.sqrt(size)
                 earlier = torch.ones_like(scores, dtype=torch.bool).tril()
                 visible = earlier & (documents[:, None] == documents[None, :])
@@ -237,7 +236,7 @@ class Oracle:
                 tokens = routed[:, expert].nonzero()[:, 0]
                 chosen = part.start + tokens
                 counts[expert] += float(text[chosen].sum())
-                result = _expert(layer, expert, hidden[chosen]) * weight[tokens, expert, None]
+                result = run_expert(layer, expert, hidden[chosen]) * weight[tokens, expert, None]
                 output = output.index_add(0, chosen, result)
             share = float(text[part].sum()) / float(text.sum())
             for name, value in cut_aux.items():
@@ -245,7 +244,7 @@ class Oracle:
             first_row += num_rows
         if layer.shared_experts is not None:
             shared = layer.shared_experts
-            output = output + _swiglu(hidden, shared.in_weight, shared.out_weight)
+            output = output + swiglu(hidden, shared.in_weight, shared.out_weight)
         return _Layer(output, aux, counts, sums)
 
     @torch.no_grad()
@@ -373,54 +372,5 @@ def _context(
         global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
-        score_routes=partial(_score, layer) if layer.router.needs_expert_scores else None,
+        score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
     )
-
-
-def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return hidden / (hidden.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
-
-
-def _expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
-    """One expert's output; a factorised gate is computed from the input, never sent along."""
-    experts = layer.experts
-    if isinstance(experts, FactorisedExperts):
-        owner = layer.router if experts.down_weight is None else experts
-        down_weight = owner.down_weight
-        assert isinstance(down_weight, Tensor)
-        gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
-        value = hidden @ experts.in_weight[expert].T
-        return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
-    return _swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
-
-
-def _score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
-    """Every candidate's key, made from its activation, times the token's query."""
-    scores = torch.zeros(candidates.shape)
-    for expert in range(layer.num_experts):
-        routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
-        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
-        scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
-    return scores
-
-
-def _swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
-    return _inner(hidden, in_weight) @ out_weight.T
-
-
-def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
-    width = in_weight.shape[0] // 2
-    gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
-    return gate * torch.sigmoid(gate) * up
-
-
-def _rotate(heads: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Turn the pair (i, i + half) of each row by ``position * base ** (-i / half)``."""
-    half = heads.shape[1] // 2
-    turned = []
-    for pair in range(half):
-        angle = positions.float() * base ** (-pair / half)
-        cosine, sine = angle.cos(), angle.sin()
-        first, second = heads[:, pair], heads[:, pair + half]
-        turned.append((first * cosine - second * sine, second * cosine + first * sine))
-    return torch.stack([*(first for first, _ in turned), *(second for _, second in turned)], dim=-1)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
 
 
@@ -51,3 +53,54 @@ def _of_row(name: AttentionStatistic, weights: list[float]) -> float:
     if len(weights) == 1:
         return 1.0
     return 1 + sum(weight * math.log(weight) for weight in weights if weight > 0) / math.log(len(weights))
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last axis, by its formula."""
+    return hidden / (hidden.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
+    """One expert's output; a factorised gate is computed from the input, never sent along."""
+    experts = layer.experts
+    if isinstance(experts, FactorisedExperts):
+        owner = layer.router if experts.down_weight is None else experts
+        down_weight = owner.down_weight
+        assert isinstance(down_weight, Tensor)
+        gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
+        value = hidden @ experts.in_weight[expert].T
+        return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
+    return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+
+
+def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+    """Every candidate's key, made from its activation, times the token's query."""
+    scores = torch.zeros(candidates.shape)
+    for expert in range(layer.num_experts):
+        routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
+        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
+        scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
+    return scores
+
+
+def swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
+    """SwiGLU with its gate and up halves stacked in ``in_weight [2 * width, hidden]``."""
+    return _inner(hidden, in_weight) @ out_weight.T
+
+
+def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
+    width = in_weight.shape[0] // 2
+    gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
+    return gate * torch.sigmoid(gate) * up
+
+
+def rotate(heads: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Turn the pair (i, i + half) of each row by ``position * base ** (-i / half)``."""
+    half = heads.shape[1] // 2
+    turned = []
+    for pair in range(half):
+        angle = positions.float() * base ** (-pair / half)
+        cosine, sine = angle.cos(), angle.sin()
+        first, second = heads[:, pair], heads[:, pair + half]
+        turned.append((first * cosine - second * sine, second * cosine + first * sine))
+    return torch.stack([*(first for first, _ in turned), *(second for _, second in turned)], dim=-1)

@@ -6,28 +6,25 @@ under DeepSpeed on the ranks it asks for, and the same batches go through ``orac
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_pretrain.checkpoint.intervals import global_shape, pieces
 from moe_pretrain.config.schema import Config
-from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe import expert_gate
 from moe_pretrain.parallel.deepspeed_moe import full_gradient, is_expert, prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 from moe_pretrain.verify.oracle import Oracle, StepRecord
+from moe_pretrain.verify.small_twin import random_batches, shrink
 
-NUM_STEPS = 3
 SCALAR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.03}
 SCALE_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.2}
 TENSOR_TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.8}
@@ -40,7 +37,7 @@ direction, a wrong factor has one: so there the scale is what tells.
 
 
 @dataclass(frozen=True)
-class Comparison:
+class QuantityCheck:
     """One quantity of the run beside the oracle's.
 
     Attributes:
@@ -59,80 +56,6 @@ class Comparison:
     def is_same(self) -> bool:
         """Whether the run agrees with the oracle here."""
         return self.error <= self.tolerance
-
-
-def shrink(config: Config, world_size: int) -> Config:
-    """The same configuration in the smallest shape that still has every one of its parts."""
-    model, moe = config.model, config.model.moe
-    plan = plan_batches(config.batch, model.sequence_length, world_size, config.num_steps)
-    leading = min(1, moe.num_leading_dense_layers)
-    heads_per_key_value = model.num_heads // model.num_key_value_heads
-    heads = heads_per_key_value * min(2, model.num_key_value_heads)
-    sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
-    tokens = sequence * micro_batch_size * plan.accumulation * world_size
-    small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
-    router: Any = config.router
-    rank = expert_gate(moe, router)
-    if rank is not None:
-        small_rank = min(heads * 4, rank)
-        if moe.gate_rank is None:
-            router = replace(router, gate_rank=small_rank)
-        else:
-            small_moe = replace(small_moe, gate_rank=small_rank)
-    small_model = replace(
-        model,
-        vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
-        sequence_length=sequence,
-        num_layers=min(model.num_layers, leading + moe.every_k_layers + 1),
-        hidden_size=heads * 8,
-        num_heads=heads,
-        num_key_value_heads=heads // heads_per_key_value,
-        ffn_hidden_size=28,
-        cross_entropy_chunk_tokens=5,
-        # Large enough that every part contributes visibly to the loss at this width.
-        init_std=0.2,
-        moe=small_moe,
-    )
-    return replace(
-        config,
-        model=small_model,
-        router=router,
-        tokenizer=replace(config.tokenizer, vocab_size=min(257, config.tokenizer.vocab_size)),
-        batch=replace(
-            config.batch,
-            micro_batch_size=micro_batch_size,
-            global_batch_tokens=tokens,
-        ),
-        budget=replace(config.budget, tokens=tokens * NUM_STEPS, flops=None),
-        # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
-        # almost zero is its sign, which rounding decides.
-        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-3, config.optimizer.epsilon)),
-        schedule=replace(config.schedule, warmup_steps=0),
-        engine=replace(config.engine, check_every_steps=1),
-    )
-
-
-def random_batches(config: Config, world_size: int, seed: int = 0) -> list[list[MicroBatch]]:
-    """All micro-batches of each of ``NUM_STEPS`` steps, in rank order: several documents per row, some rows padding.
-
-    Which row is padding is drawn too, so ranks and micro-batches have different numbers of counted labels.
-    """
-    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
-    length, size = config.model.sequence_length + 1, plan.micro_batch_size
-    random = np.random.default_rng(seed)
-    steps = []
-    for step in range(NUM_STEPS):
-        rows = plan.rows_per_step
-        tokens = random.integers(0, config.model.vocab_size, (rows, length))
-        starts = random.random((rows, length)) < random.random((rows, 1)) * 0.5
-        starts[:, 0] = False
-        positions = np.arange(rows) + step * rows
-        if rows > 1:
-            positions[random.permutation(rows)[: max(1, rows // 5)]] = PADDING_POSITION
-        cuts = [slice(first, first + size) for first in range(0, rows, size)]
-        packing = (config.packing.isolate_documents, config.packing.reset_positions)
-        steps.append([build_micro_batch(tokens[cut], starts[cut], positions[cut], *packing) for cut in cuts])
-    return steps
 
 
 class _RecordedEngine(TrainEngine):
@@ -205,7 +128,7 @@ def record(engine: _RecordedEngine, step: int, micro_batches: list[MicroBatch]) 
     )
 
 
-def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtype) -> list[Comparison]:
+def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtype) -> list[QuantityCheck]:
     """One row per quantity, over the steps that both made."""
     scalar, tensor = SCALAR_TOLERANCE[dtype], TENSOR_TOLERANCE[dtype]
     rows = []
@@ -214,7 +137,7 @@ def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtyp
     def add(quantity: str, errors: dict[str, float], allowed: float) -> None:
         # A NaN compares as smaller than everything; it must be the worst.
         worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-        rows.append(Comparison(quantity, worst, errors[worst], allowed))
+        rows.append(QuantityCheck(quantity, worst, errors[worst], allowed))
 
     add("loss", {f"step {i}": _relative(a.loss, b.loss) for i, (a, b) in enumerate(pairs)}, scalar)
     for name in oracle[0].aux:

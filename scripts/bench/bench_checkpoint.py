@@ -24,6 +24,7 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import resolve_device
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
@@ -31,7 +32,6 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
-from moe_pretrain.train.build import resolve_device
 
 THEORETICAL_BYTES = 12  # per parameter: float32 weight and two moments
 

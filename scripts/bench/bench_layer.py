@@ -173,7 +173,8 @@ def build_deepspeed(options: argparse.Namespace, layer: MoELayer, device: torch.
     """DeepSpeed's own layer without dropping, its experts the same SwiGLU as ours."""
     from deepspeed.moe.layer import MoE
 
-    from moe_pretrain.parallel.mesh import ParallelConfig, build_mesh
+    from moe_pretrain.parallel.config import ParallelConfig
+    from moe_pretrain.parallel.mesh import build_mesh
 
     build_mesh(ParallelConfig(1, 1, 600), device.type)
     block = MoE(

@@ -18,6 +18,7 @@ from bench_tools import device_name, interleave, print_table, ratio_of_medians
 from torch import nn
 
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import resolve_device
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch, build_micro_batch
 from moe_pretrain.engine.engine import TrainEngine
@@ -30,7 +31,6 @@ from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 from moe_pretrain.system.cpu import keep_freed_memory
-from moe_pretrain.train.build import resolve_device
 
 OURS, DENSE, PEER = "moe_pretrain", "dense twin", "transformers Mixtral"
 

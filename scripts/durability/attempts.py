@@ -29,7 +29,7 @@ import torch.distributed as dist
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.config.load import load
-from moe_pretrain.run_folder.metrics_file import Row, read_rows
+from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.train.build import train
 from moe_pretrain.train.corpora import prepare_corpora
 
@@ -111,7 +111,7 @@ class Run:
 
         return [_fork(lambda rank=rank: rank_body(rank), self.log) for rank in range(topology.ranks)]
 
-    def rows(self, kind: str = "train") -> list[Row]:
+    def rows(self, kind: str = "train") -> list[MetricsRow]:
         return [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == kind]
 
     def newest(self) -> tuple[Path, dict] | None:

@@ -23,7 +23,7 @@ from statistics import fmean
 
 from attempts import fresh_home, remove
 
-from moe_pretrain.run_folder.metrics_file import Row, read_rows
+from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 
 ROUTERS, SEEDS = ["top_k", "top_p", "loss_free", "hash", "autonomy"], [1, 2, 3]
 TOKENS_PER_STEP = 4096
@@ -63,14 +63,14 @@ class Sweep:
         if code := self.start().wait():
             raise SystemExit(f"FAILED: the sweep ended with {code}; see {self.log}")
 
-    def rows(self) -> dict[str, list[Row]]:
+    def rows(self) -> dict[str, list[MetricsRow]]:
         """Rows of each run that has any, by the run's name."""
         return {path.parent.name: read_rows(path) for path in sorted(self.folder.glob("*/metrics.jsonl"))}
 
     def steps_done(self) -> int:
         return sum(row["kind"] == "train" for rows in self.rows().values() for row in rows)
 
-    def finished(self) -> dict[str, list[Row]]:
+    def finished(self) -> dict[str, list[MetricsRow]]:
         return {name: rows for name, rows in self.rows().items() if rows and rows[-1].get("event") == "finished"}
 
 
@@ -107,7 +107,7 @@ def seed_of(run: str) -> int:
     return int(run.rpartition("seed=")[2])
 
 
-def check_runs(sweep: Sweep, kept: dict[str, list[Row]]) -> str:
+def check_runs(sweep: Sweep, kept: dict[str, list[MetricsRow]]) -> str:
     """Every run is whole, runs of one seed have read the same, and what had been finished is as it was."""
     found = sweep.rows()
     read: dict[int, set[tuple[str, ...]]] = {}
@@ -177,7 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     home, generator = fresh_home(options.folder), random.Random(options.seed)
     sweeps = [Sweep(home, name, options) for name in SWEEPS]
-    kept: dict[str, list[Row]] = {}
+    kept: dict[str, list[MetricsRow]] = {}
     for kill in range(options.kills):
         print(f"killed {kill_at_random(sweeps[0], generator, options.kills - kill)}", flush=True)
         kept |= sweeps[0].finished()

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from attempts import Run, Topology, fresh_home, import_everything, moment, remove, wait
 
-from moe_pretrain.system.stop_signals import HANDLED, INTERRUPTED, STOPPED
+from moe_pretrain.system.exit_codes import INTERRUPTED, STOPPED
+from moe_pretrain.system.stop_signals import HANDLED
 
 GRACE_SECONDS = 60.0
 TOPOLOGIES = [Topology(1, 1), Topology(2, 2), Topology(4, 2)]

@@ -10,7 +10,7 @@ import sys
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
-from moe_pretrain.verify.certificate.certify import Row, examine
+from moe_pretrain.verify.certificate.certify import PropertyResult, examine
 
 COLUMNS = {
     "causal in training": ["causality in training"],
@@ -52,7 +52,7 @@ def main() -> None:
         print(f"{number}. {text}")
 
 
-def cell(rows: list[Row], notes: dict[str, int]) -> str:
+def cell(rows: list[PropertyResult], notes: dict[str, int]) -> str:
     """`pass`, or numbers of the notes that say why not."""
     if any(row.verdict == "FAIL" for row in rows):
         return "**FAIL**"

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from moe_pretrain.run_folder.metrics_file import Row, read_rows
+from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 
 SHAPE = (
     *("model=tiny", "model.num_layers=4", "model.hidden_size=96", "model.moe.expert_hidden_size=192"),
@@ -166,7 +166,7 @@ class Runs:
         ]
 
 
-def cut(rows: list[Row], part: slice) -> list[Row]:
+def cut(rows: list[MetricsRow], part: slice) -> list[MetricsRow]:
     start, stop = (round(len(rows) * (bound or 0) / 100) for bound in (part.start, part.stop))
     return rows[start : max(stop, start + 1)]
 

@@ -22,7 +22,8 @@ from moe_pretrain.parallel import deepspeed_moe
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.verify import build_engine, own_micro_batches, random_batches, record
+from moe_pretrain.verify.small_twin import random_batches
+from moe_pretrain.verify.verify import build_engine, own_micro_batches, record
 
 RANKS = 2
 Result = dict[str, Any]

@@ -16,7 +16,7 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.config.schema import to_values
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.sanity import checksum
-from moe_pretrain.train.compatibility import changes
+from moe_pretrain.train.resume_rules import changes
 
 KEPT = Path(__file__).parents[1] / "data" / "checkpoint_v1"
 STEPS = 2

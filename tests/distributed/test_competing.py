@@ -20,14 +20,9 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.verify.oracle import Oracle
+from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import build_engine as build_recorded_engine
-from moe_pretrain.verify.verify import (
-    compare,
-    own_micro_batches,
-    random_batches,
-    record,
-    verify,
-)
+from moe_pretrain.verify.verify import compare, own_micro_batches, record, verify
 
 LOUD = "router.initial_sparsity_weight=0.3"  # so that a wrong loss shows in the gradients
 CASES = [

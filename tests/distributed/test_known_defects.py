@@ -23,13 +23,14 @@ from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX
 from moe_pretrain.engine.sanity import SanityError, check_replicas, checksum
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts
-from moe_pretrain.moe.types import RouterUse, Routing, RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout, RouterUse, Routing
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, is_expert
 from moe_pretrain.parallel.exchange import AllToAll
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.verify import build_engine, own_micro_batches, random_batches, record
+from moe_pretrain.verify.small_twin import random_batches
+from moe_pretrain.verify.verify import build_engine, own_micro_batches, record
 
 RANKS = 4
 Result = dict[str, Any]
@@ -349,7 +350,9 @@ class _Multiples:
     def __init__(self, first_expert: int):
         self.first_expert = first_expert
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None
+    ) -> Tensor:
         factor = torch.arange(len(order.rows_per_expert)) + self.first_expert + 1
         rows = sources[order.source_of_row] * (weight * factor.repeat_interleave(order.rows_per_expert))[:, None]
         return torch.zeros_like(sources).index_add(0, order.source_of_row, rows)

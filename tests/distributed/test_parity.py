@@ -6,9 +6,9 @@ Here a part of the product in which every pair of choices meets; ``scripts/parit
 import pytest
 from helpers.parity import TOPOLOGIES, Case, covering_cases, run_cases
 
-from moe_pretrain.verify.verify import Comparison
+from moe_pretrain.verify.verify import QuantityCheck
 
-Results = dict[Case, list[Comparison]]
+Results = dict[Case, list[QuantityCheck]]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 
 from moe_pretrain import data
-from moe_pretrain.metrics.part_times import read_part_times
+from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.moe.part_timer import HostTime
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.system.stop_signals import StopRequest

@@ -15,7 +15,8 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.moe.types import RoutingContext
-from moe_pretrain.verify.verify import own_micro_batches, random_batches
+from moe_pretrain.verify.small_twin import random_batches
+from moe_pretrain.verify.verify import own_micro_batches
 
 EXPERTS, TOP_K, BINS = 4, 2, 1000
 DECAY = 0.5

@@ -15,8 +15,8 @@ from torch.nn import functional
 from moe_pretrain.data import ShardReader, validation_batches
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.metrics import probe_collector as probes
-from moe_pretrain.metrics.probe_collector import Probe
 from moe_pretrain.model.decoder import recorded_routings
+from moe_pretrain.run_folder.probe import Probe, put_together, routing_drift
 
 ROWS = 7  # with micro-batches of 2, ranks have padding rows
 LENGTHS = (5, 30, 2, 17, 1, 40, 9)
@@ -40,7 +40,7 @@ def _probe(engine: TrainEngine, folder: str, step: int, isolate: bool) -> Probe:
             validation_batches(reader, SEQUENCE, 2, mesh.rank, mesh.world_size, ROWS, isolate), collector.add
         )
         parts[name] = collector.gather()
-    return probes.put_together(step, parts, SHARES, [0, 1])
+    return put_together(step, parts, SHARES, [0, 1])
 
 
 def _change_layer_1(engine: TrainEngine) -> None:
@@ -118,7 +118,7 @@ def test_equal_sets_have_equal_hashes_and_unequal_ones_do_not(found: dict[int, F
 
 def test_drift_is_the_share_of_tokens_whose_set_changed(found: dict[int, Found]):
     before, after = Probe(**found[1]["before"]), Probe(**found[1]["after"])
-    drift = probes.routing_drift(before, after)
+    drift = routing_drift(before, after)
     for layer in range(2):
         sets = [[one for part in found[1][time] for one in part["sets"][layer]] for time in ("loops", "moved")]
         changed = [one != other for one, other in zip(*sets, strict=True)]

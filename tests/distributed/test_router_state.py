@@ -20,7 +20,8 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.moe.types import MoEOutput, StepUse
-from moe_pretrain.verify.verify import own_micro_batches, random_batches
+from moe_pretrain.verify.small_twin import random_batches
+from moe_pretrain.verify.verify import own_micro_batches
 
 SCHEMES = {
     "loss_free": ("router=loss_free",),

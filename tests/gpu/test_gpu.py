@@ -21,7 +21,8 @@ from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingConte
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.verify import build_engine, compare, random_batches, record
+from moe_pretrain.verify.small_twin import random_batches
+from moe_pretrain.verify.verify import build_engine, compare, record
 
 pytestmark = pytest.mark.gpu
 

@@ -12,14 +12,8 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.verify import (
-    Comparison,
-    build_engine,
-    compare,
-    own_micro_batches,
-    random_batches,
-    record,
-)
+from moe_pretrain.verify.small_twin import random_batches
+from moe_pretrain.verify.verify import QuantityCheck, build_engine, compare, own_micro_batches, record
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 """(ranks, expert-parallel size)."""
@@ -99,16 +93,16 @@ def _pairs(case: Case) -> Iterator[tuple]:
     return itertools.combinations(enumerate(fields), 2)
 
 
-def run_cases(cases: Sequence[Case], timeout: float = 600.0) -> dict[Case, list[Comparison]]:
+def run_cases(cases: Sequence[Case], timeout: float = 600.0) -> dict[Case, list[QuantityCheck]]:
     """Run cases, all of one number of ranks in one start of processes."""
-    results: dict[Case, list[Comparison]] = {}
+    results: dict[Case, list[QuantityCheck]] = {}
     for ranks in sorted({case.ranks for case in cases}):
         own = [case for case in cases if case.ranks == ranks]
         results.update(zip(own, run_on_ranks(_compare_on_ranks, ranks, own, timeout=timeout)[0], strict=True))
     return results
 
 
-def _compare_on_ranks(cases: list[Case]) -> list[list[Comparison]]:
+def _compare_on_ranks(cases: list[Case]) -> list[list[QuantityCheck]]:
     results = []
     for case in cases:
         config = case.config()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from moe_pretrain.metrics.probe_collector import Probe, ProbeFiles
+from moe_pretrain.run_folder.probe import Probe, ProbeFiles
 
 STEPS, TOKENS, EXPERTS, LAYERS = 100, 1000, 8, 2
 DOCUMENT_LOSSES = tuple(np.linspace(-0.5, 0.5, 20))

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_pretrain.data import StreamingConfig, TokenizerConfig
 from moe_pretrain.data.stream.shard_stream import ShardStream
-from moe_pretrain.data.stream.writer import Job, ShardsAhead
+from moe_pretrain.data.stream.writer import ShardsAhead, StreamJob
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -33,7 +33,7 @@ class InlineWriter:
 
     def __init__(self, folder, corpus, config):
         self.lines, self.most_cached = [], 0
-        job = Job(folder, corpus, TOKENIZER, config, 1)
+        job = StreamJob(folder, corpus, TOKENIZER, config, 1)
         self.shards = ShardsAhead(job, lambda kind, text: self.lines.append((kind, text)), lambda: None)
         self._folder = folder
 

@@ -10,7 +10,7 @@ from helpers.runs import rows_of, run, train_words
 from moe_pretrain.cli import _with_earlier_overrides
 from moe_pretrain.config.load import load
 from moe_pretrain.model.size import model_size
-from moe_pretrain.run_folder.provenance import OVERRIDES_FILE
+from moe_pretrain.run_folder.paths import OVERRIDES_FILE
 
 TOKENS_PER_STEP = 1024
 ADAPTIVE = ["router=top_p", "router.threshold=0.6", "budget.tokens=null"]

@@ -18,7 +18,7 @@ from helpers.processes import RanksFailed, run_on_ranks
 from helpers.turns import plain_loop
 
 from moe_pretrain.config.load import load
-from moe_pretrain.data import RowOrder
+from moe_pretrain.data import RowPermutation
 from moe_pretrain.data.rows.packing import count_rows
 from moe_pretrain.data.rows.positions import seed_of
 from moe_pretrain.engine.engine import TrainEngine
@@ -101,7 +101,7 @@ def expected_rows(
     sources = [(corpus.train, SEED)]
     if len(phases[0][1]) > 1:
         sources = [(corpus.sources[name].train, seed_of(SEED, name)) for name in sorted(corpus.sources)]
-    orders = [RowOrder(count_rows(reader, SEQUENCE), seed, True) for reader, seed in sources]
+    orders = [RowPermutation(count_rows(reader, SEQUENCE), seed, True) for reader, seed in sources]
     served, total, rows, hashes = [0] * len(sources), 0, [], []
     for position, number in enumerate(plain_loop(phases, STEPS * ROWS).tolist()):
         _, row = orders[number].row(served[number])

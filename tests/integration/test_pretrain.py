@@ -8,8 +8,8 @@ import pytest
 from helpers.pages import read_page
 from helpers.runs import STEPS, TINY, files_of_step, rows_of, run, run_python, start, train_words, wait_for_step
 
-from moe_pretrain.metrics.part_times import read_part_times
-from moe_pretrain.metrics.probe_collector import ProbeFiles
+from moe_pretrain.metrics.step_rows import read_part_times
+from moe_pretrain.run_folder.probe import ProbeFiles
 
 
 @pytest.fixture(scope="module")

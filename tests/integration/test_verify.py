@@ -10,10 +10,11 @@ from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.engine import engine as engine_module
-from moe_pretrain.engine import objective
+from moe_pretrain.engine.micro_batch import micro_batch_loss
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import ExpertShard
-from moe_pretrain.verify.verify import random_batches, shrink, verify
+from moe_pretrain.verify.small_twin import random_batches, shrink
+from moe_pretrain.verify.verify import verify
 
 
 def test_command_agrees_with_the_oracle() -> None:
@@ -33,7 +34,7 @@ def _verify_with_broken_factor() -> tuple[int, list[str]]:
     config = tiny("parallel.processes=2", "parallel.expert_parallel_size=2")
 
     def doubled(output, aux_weights, tokens, counts):
-        return objective.micro_batch_loss(output, {n: 2 * w for n, w in aux_weights.items()}, tokens, counts)
+        return micro_batch_loss(output, {n: 2 * w for n, w in aux_weights.items()}, tokens, counts)
 
     engine_module.micro_batch_loss = doubled
     said: list[str] = []

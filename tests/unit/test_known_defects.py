@@ -17,7 +17,7 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
-from moe_pretrain.verify.verify import random_batches
+from moe_pretrain.verify.small_twin import random_batches
 
 
 def build(config: Config, shard: ExpertShard | None = None) -> DecoderLM:

@@ -7,7 +7,7 @@ Axis names:
 
 import numpy as np
 
-from moe_pretrain.metrics.probe_collector import Probe, ProbeFiles
+from moe_pretrain.run_folder.probe import Probe, ProbeFiles
 from moe_pretrain.run_folder.record import RunRecord
 
 RESAMPLES = 1000

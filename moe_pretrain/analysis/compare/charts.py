@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocato
 
 from moe_pretrain.analysis import measures
 from moe_pretrain.analysis.compare.statistics import CONFIDENCE, Difference, Estimate, student_t_quantile
+from moe_pretrain.analysis.compare.variants import Variant
 from moe_pretrain.analysis.figures import (
     BLUE,
     GREY,
@@ -26,14 +27,14 @@ from moe_pretrain.analysis.figures import (
     finish,
     plain,
 )
-from moe_pretrain.metrics.console import short_duration
-from moe_pretrain.run_folder.metrics_file import Row
-from moe_pretrain.run_folder.record import RunRecord, Variant
+from moe_pretrain.run_folder.metrics_file import MetricsRow
+from moe_pretrain.run_folder.record import RunRecord
+from moe_pretrain.system.words import short_duration
 
 MAX_POINTS = 300
 
 Draw = Callable[[Axes], None]
-Axis = Callable[[Sequence[Row]], np.ndarray]
+Axis = Callable[[Sequence[MetricsRow]], np.ndarray]
 """Positions of train rows on an x axis, [points]."""
 
 _DURATION = FuncFormatter(lambda value, _: short_duration(value))
@@ -101,7 +102,7 @@ def validation_curve(run: RunRecord, key: str, axis: Axis) -> Curve:
     return {int(step): (float(at), float(value)) for step, at, value in points}
 
 
-def layers_curve(rows: Sequence[Row], name: str) -> Curve:
+def layers_curve(rows: Sequence[MetricsRow], name: str) -> Curve:
     """Mean over layers of a layer number against tokens, at most ``MAX_POINTS`` points, each the mean of its rows."""
     by_layer = measures.of_layers(rows, name)
     if not by_layer.size:
@@ -208,7 +209,7 @@ def layer_charts(
     colors: Mapping[str, str],
     name: str,
     title: str,
-    rows_of: Callable[[RunRecord], Sequence[Row]] = lambda run: run.train,
+    rows_of: Callable[[RunRecord], Sequence[MetricsRow]] = lambda run: run.train,
 ) -> list[str]:
     """A layer number of train, or other, rows, mean over layers, against tokens; nothing where no variant has it."""
     bands = {variant.name: band([layers_curve(rows_of(run), name) for run in variant.counted]) for variant in variants}

@@ -20,14 +20,8 @@ from moe_pretrain.analysis.compare.statistics import (
     difference,
     rank,
 )
-from moe_pretrain.run_folder.record import (
-    RunRecord,
-    Variant,
-    differences,
-    find_runs,
-    group,
-    unnamed_differences,
-)
+from moe_pretrain.analysis.compare.variants import Variant, group, unnamed_differences
+from moe_pretrain.run_folder.record import RunRecord, differences, find_runs
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}

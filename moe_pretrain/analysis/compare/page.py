@@ -8,18 +8,10 @@ from moe_pretrain.analysis.compare import tables
 from moe_pretrain.analysis.compare.comparison import Comparison, compare
 from moe_pretrain.analysis.figures import chart, write_png
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
-from moe_pretrain.analysis.html import (
-    charts,
-    folded,
-    legend,
-    page,
-    section,
-    table,
-    warnings,
-    write_whole,
-)
+from moe_pretrain.analysis.html import charts, folded, legend, page, section, table, warnings
 from moe_pretrain.analysis.measures import Incident, incidents
 from moe_pretrain.run_folder.record import differences, show
+from moe_pretrain.system.files import write_whole
 
 _MAX_INCIDENTS = 200
 

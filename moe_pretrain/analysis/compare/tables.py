@@ -12,10 +12,11 @@ from moe_pretrain.analysis import findings
 from moe_pretrain.analysis.compare.bootstrap import RESAMPLES
 from moe_pretrain.analysis.compare.comparison import MEASURES, Comparison
 from moe_pretrain.analysis.compare.statistics import Estimate, Ranked
+from moe_pretrain.analysis.compare.variants import Variant
 from moe_pretrain.analysis.measures import part_times
-from moe_pretrain.metrics.console import short_number
-from moe_pretrain.moe.part_timer import PARTS, Part
-from moe_pretrain.run_folder.record import MISSING, RunRecord, Variant, differences
+from moe_pretrain.moe.part_timer import PARTS, LayerPart
+from moe_pretrain.run_folder.record import MISSING, RunRecord, differences
+from moe_pretrain.system.words import short_number
 
 Table = tuple[Sequence[str], list[list[str]]]
 """Header and lines."""
@@ -153,7 +154,7 @@ def run_rows(found: Comparison) -> list[Record]:
     return rows
 
 
-def _measured_times(runs: Sequence[RunRecord]) -> list[dict[Part, float]]:
+def _measured_times(runs: Sequence[RunRecord]) -> list[dict[LayerPart, float]]:
     return [times for run in runs if (times := part_times(run))]
 
 

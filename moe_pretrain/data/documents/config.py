@@ -1,12 +1,8 @@
 """Which corpora there are: their configurations, and what is known of one without reading it."""
 
-import json
 import platform
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
-import xxhash
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
@@ -140,56 +136,6 @@ class TokensCorpusConfig:
 CorpusConfig = BuiltinCorpusConfig | FilesCorpusConfig | HubCorpusConfig | TokensCorpusConfig
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text and where it stands.
-
-    Attributes:
-        identity: Place of the text, for people: ``path:line``, ``path#row`` or a name.
-        text: The text itself, never empty, always encodable as UTF-8.
-        repaired: Whether bytes that are not UTF-8 were replaced in it.
-    """
-
-    identity: str
-    text: str
-    repaired: bool = False
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A row of the source that is no document.
-
-    Attributes:
-        identity: As in ``Document``.
-        reason: Why; the counts are kept under these words.
-    """
-
-    identity: str
-    reason: Literal["empty", "invalid_utf8", "invalid_json"]
-
-
-@dataclass(frozen=True)
-class TokenDocument:
-    """A document of a corpus that is tokens already.
-
-    Attributes:
-        identity: As in ``Document``.
-        tokens: Integers [tokens], without an end-of-document token, never empty.
-    """
-
-    identity: str
-    tokens: np.ndarray
-
-
-Row = Document | TokenDocument | LeftOut
-
-
-def is_validation(content: str | np.ndarray, validation_fraction: float) -> bool:
-    """Whether a document is held out: the 64-bit hash of its text (or tokens) falls in the first part of the range."""
-    data = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
-    return xxhash.xxh3_64_intdigest(data) < validation_fraction * 2.0**64
-
-
 def describe(config: CorpusConfig) -> str:
     """A few words on where the text comes from, for the manifest and for progress lines."""
     if isinstance(config, BuiltinCorpusConfig):
@@ -206,63 +152,6 @@ def version_and_licence(config: CorpusConfig) -> tuple[str | None, str | None]:
     if isinstance(config, BuiltinCorpusConfig):
         return f"Python {platform.python_version()}", "PSF-2.0"
     return config.version, config.licence
-
-
-def one_line(reason: object) -> str:
-    """The text of an error without line breaks, cut at 200 characters."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def text_of(row: dict[str, object], column: str) -> str:
-    """The text of one row of a table.
-
-    Raises:
-        ValueError: There is no such column, or it does not hold a string.
-    """
-    if column not in row:
-        names = ", ".join(map(str, row))
-        raise ValueError(f"no column {column!r} (data.text_column), there is: {names}")
-    text = row[column]
-    if not isinstance(text, str):
-        raise ValueError(f"column {column!r} must be a string, got {one_line(repr(text))}")
-    return text
-
-
-def parse_object(line: str) -> dict[str, object]:
-    """One line of JSON.
-
-    Raises:
-        ValueError: It is not one JSON object.
-    """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-        raise ValueError(f"broken JSON: {one_line(error)}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"each line must be one JSON object, got {one_line(line)}")
-    return row
-
-
-def checked_text(identity: str, text: str, policy: Utf8Policy, repaired: bool = False) -> Row:
-    """A text as a row: empty ones are left out, those without a UTF-8 form are treated by ``policy``.
-
-    Raises:
-        ValueError: The text has a lone surrogate (JSON can write one) and the policy is ``fail``.
-    """
-    if not text:
-        return LeftOut(identity, "empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        if policy == "fail":
-            raise ValueError(f"text is not valid UTF-8: {one_line(error)}") from None
-        if policy == "skip":
-            return LeftOut(identity, "invalid_utf8")
-        text, repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
-    return Document(identity, text, repaired)
 
 
 def _check_fraction(validation_fraction: float) -> None:

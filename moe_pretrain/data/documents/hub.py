@@ -14,14 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moe_pretrain.data.documents.config import (
-    Document,
-    HubCorpusConfig,
-    Row,
-    checked_text,
-    one_line,
-    text_of,
-)
+from moe_pretrain.data.documents.config import HubCorpusConfig
+from moe_pretrain.data.documents.document import CorpusRow, Document, checked_text, text_of
+from moe_pretrain.system.words import one_line
 
 _LONGEST_WAIT_SECONDS = 60.0
 _NETWORK_PACKAGES = ("aiohttp", "http", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
@@ -75,7 +70,7 @@ class Retries:
 
 def hub_batches(
     config: HubCorpusConfig, start: Place, batch_bytes: int, retries: Retries
-) -> Iterator[tuple[tuple[Row, ...], Place]]:
+) -> Iterator[tuple[tuple[CorpusRow, ...], Place]]:
     """Rows from ``start`` on, about ``batch_bytes`` of text at a time, each batch with the place after it.
 
     Raises:
@@ -83,7 +78,7 @@ def hub_batches(
     """
     if config.files is None and start == START:
         require_network(f"data=hub data.name={config.name}", "use data=builtin or data=files")
-    rows: list[Row] = []
+    rows: list[CorpusRow] = []
     while True:
         rows, size = [], 0
         try:

@@ -11,24 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_pretrain.data.documents.config import (
-    LINES_ENDINGS,
-    Document,
-    FilesCorpusConfig,
-    LeftOut,
-    Row,
-    Utf8Policy,
-    checked_text,
-    one_line,
-    parse_object,
-    text_of,
-)
+from moe_pretrain.data.documents.config import LINES_ENDINGS, FilesCorpusConfig, Utf8Policy
+from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, checked_text, parse_object, text_of
+from moe_pretrain.system.words import one_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSlice:
     """A part of one named thing that holds documents.
 
     Attributes:
@@ -76,7 +67,7 @@ def matching_files(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Pat
     return list(found)
 
 
-def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[Piece]:
+def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[FileSlice]:
     """The pieces of one file, each of about ``piece_bytes``.
 
     Raises:
@@ -84,14 +75,16 @@ def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[Pi
     """
     name, size = path.name.lower(), path.stat().st_size
     if size <= piece_bytes or name.endswith((*config.text_endings, ".gz")):
-        return [Piece(str(path), 0, None, size)]
+        return [FileSlice(str(path), 0, None, size)]
     if name.endswith(".parquet"):
         return _cut_parquet(path, piece_bytes)
     starts = range(0, size, piece_bytes)
-    return [Piece(str(path), start, min(start + piece_bytes, size), min(piece_bytes, size - start)) for start in starts]
+    return [
+        FileSlice(str(path), start, min(start + piece_bytes, size), min(piece_bytes, size - start)) for start in starts
+    ]
 
 
-def file_rows(piece: Piece, config: FilesCorpusConfig) -> Iterator[Row]:
+def file_rows(piece: FileSlice, config: FilesCorpusConfig) -> Iterator[CorpusRow]:
     """Rows of one piece. Whatever goes wrong becomes one line that names the place.
 
     Text and lines of JSON are read here and not by ``datasets`` (5.2): its json reader fixes the
@@ -125,7 +118,7 @@ def file_rows(piece: Piece, config: FilesCorpusConfig) -> Iterator[Row]:
         raise ValueError(f"data.paths: {place}: {one_line(error)}") from None
 
 
-def _decoded(place: str, data: bytes, policy: Utf8Policy) -> Row:
+def _decoded(place: str, data: bytes, policy: Utf8Policy) -> CorpusRow:
     try:
         return checked_text(place, data.decode(), policy)
     except UnicodeDecodeError:
@@ -136,7 +129,7 @@ def _decoded(place: str, data: bytes, policy: Utf8Policy) -> Row:
     return Document(place, data.decode(errors="replace"), repaired=True)
 
 
-def _json_row(place: str, line: bytes, config: FilesCorpusConfig) -> Row:
+def _json_row(place: str, line: bytes, config: FilesCorpusConfig) -> CorpusRow:
     text, repaired = _decode_line(line, config.invalid_utf8)
     if text is None:
         return LeftOut(place, "invalid_utf8")
@@ -158,7 +151,7 @@ def _decode_line(line: bytes, policy: Utf8Policy) -> tuple[str | None, bool]:
     return (None, False) if policy == "skip" else (line.decode(errors="replace"), True)
 
 
-def _value_row(place: str, value: object, config: FilesCorpusConfig) -> Row:
+def _value_row(place: str, value: object, config: FilesCorpusConfig) -> CorpusRow:
     """A parquet value: strings arrive as bytes, for pyarrow itself does not say where they are broken."""
     if isinstance(value, bytes):
         return _decoded(place, value, config.invalid_utf8)
@@ -169,7 +162,7 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
-def _lines(path: Path, piece: Piece) -> Iterator[tuple[int, int, bytes]]:
+def _lines(path: Path, piece: FileSlice) -> Iterator[tuple[int, int, bytes]]:
     """``(offset, number, line)`` of the lines that begin in the piece; 0 where the number is not known."""
     with _open_bytes(path) as file:
         offset, number = 0, 1
@@ -198,7 +191,7 @@ def _line_number(path: Path, offset: int) -> int:
     return lines
 
 
-def _cut_parquet(path: Path, piece_bytes: int) -> list[Piece]:
+def _cut_parquet(path: Path, piece_bytes: int) -> list[FileSlice]:
     import pyarrow.parquet
 
     try:
@@ -206,17 +199,17 @@ def _cut_parquet(path: Path, piece_bytes: int) -> list[Piece]:
         sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
     except Exception as error:
         raise ValueError(f"data.paths: {path}: {one_line(error)}") from None
-    pieces: list[Piece] = []
+    pieces: list[FileSlice] = []
     first, size = 0, 0
     for index, group_bytes in enumerate(sizes):
         size += group_bytes
         if size >= piece_bytes or index == len(sizes) - 1:
-            pieces.append(Piece(str(path), first, index + 1, size))
+            pieces.append(FileSlice(str(path), first, index + 1, size))
             first, size = index + 1, 0
     return pieces
 
 
-def _parquet_values(path: Path, column: str, piece: Piece) -> Iterator[tuple[int, object]]:
+def _parquet_values(path: Path, column: str, piece: FileSlice) -> Iterator[tuple[int, object]]:
     """``(row number from 1, value)``."""
     import pyarrow.parquet  # here and not above: it takes a while, and shards that are ready need none of it
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_pretrain.data.documents.config import LeftOut, TokenDocument, TokensCorpusConfig, one_line
-from moe_pretrain.data.documents.text_files import Piece, matching_files
+from moe_pretrain.data.documents.config import TokensCorpusConfig
+from moe_pretrain.data.documents.document import LeftOut, TokenDocument
+from moe_pretrain.data.documents.text_files import FileSlice, matching_files
+from moe_pretrain.system.words import one_line
 
 TOKEN_ENDINGS = (".bin", ".npy")
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -43,7 +45,7 @@ def token_files(config: TokensCorpusConfig) -> list[Path]:
     return matching_files(config.paths, TOKEN_ENDINGS)
 
 
-def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> list[Piece]:
+def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> list[FileSlice]:
     """The pieces of one file: ranges of documents (Megatron) or of tokens.
 
     Raises:
@@ -63,11 +65,11 @@ def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> 
             cuts = list(range(piece_bytes // item_bytes, count, max(1, piece_bytes // item_bytes)))
         edges = sorted({0, *cuts, count})
         share = size // max(1, len(edges) - 1)
-        return [Piece(str(path), one, two, share) for one, two in zip(edges, edges[1:], strict=False)]
+        return [FileSlice(str(path), one, two, share) for one, two in zip(edges, edges[1:], strict=False)]
 
 
 def token_rows(
-    pieces: tuple[Piece, ...], config: TokensCorpusConfig, vocab_size: int, end_of_document: int
+    pieces: tuple[FileSlice, ...], config: TokensCorpusConfig, vocab_size: int, end_of_document: int
 ) -> Iterator[TokenDocument | LeftOut]:
     """Documents of some pieces, without the end-of-document tokens that the files may have.
 

@@ -5,33 +5,26 @@ the number of processes, so each can be tokenised anywhere and at any time, and 
 """
 
 import json
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from pydoc_data.topics import topics
 
+from moe_pretrain.data.documents.builtin import builtin_pieces, builtin_row
 from moe_pretrain.data.documents.config import (
     BuiltinCorpusConfig,
     CorpusConfig,
-    Document,
     FilesCorpusConfig,
     HubCorpusConfig,
-    LeftOut,
-    Row,
     TokensCorpusConfig,
-    checked_text,
-    is_validation,
 )
+from moe_pretrain.data.documents.document import CorpusRow, Document, is_validation
 from moe_pretrain.data.documents.hub import START, Place, Retries, hub_batches
-from moe_pretrain.data.documents.text_files import Piece, corpus_files, cut_file, file_rows
+from moe_pretrain.data.documents.text_files import FileSlice, corpus_files, cut_file, file_rows
 from moe_pretrain.data.documents.token_files import cut_token_file, token_files
 
 # Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
 # system's limit on mapped files (65,530) and for one resume record each.
 _SMALLEST_UNIT_BYTES = 4_000_000
 _MOST_UNITS = 2048
-_TOPICS = "pydoc_data.topics/"
 
 
 @dataclass(frozen=True)
@@ -46,8 +39,8 @@ class Unit:
     """
 
     index: int
-    pieces: tuple[Piece, ...]
-    rows: tuple[Row, ...]
+    pieces: tuple[FileSlice, ...]
+    rows: tuple[CorpusRow, ...]
     end: Place | None = None
 
     @property
@@ -70,7 +63,7 @@ def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[
     if isinstance(config, HubCorpusConfig):
         return None
     if isinstance(config, BuiltinCorpusConfig):
-        return _group([[piece] for piece in _builtin_pieces()], smallest_bytes)
+        return _group([[piece] for piece in builtin_pieces()], smallest_bytes)
     files = token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
     total_bytes = sum(path.stat().st_size for path in files)
     unit_bytes = max(smallest_bytes, -(-total_bytes // _MOST_UNITS))
@@ -79,7 +72,7 @@ def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[
     return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
 
 
-def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
+def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[CorpusRow]:
     """The rows of one unit of text.
 
     Raises:
@@ -89,7 +82,7 @@ def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[Row]:
         yield from unit.rows
     for piece in unit.pieces:
         if isinstance(config, BuiltinCorpusConfig):
-            yield _builtin_row(piece.name)
+            yield builtin_row(piece.name)
         else:
             assert isinstance(config, FilesCorpusConfig)
             yield from file_rows(piece, config)
@@ -148,7 +141,7 @@ def sample_texts(config: CorpusConfig, max_bytes: int, retries: Retries | None =
         files = corpus_files(config)
         # 64 files open at once are enough for variety and few enough for any limit on handles.
         every = -(-len(files) // 64)
-        rows = _in_turn([file_rows(Piece(str(path), 0, None, 0), config) for path in files[::every]])
+        rows = _in_turn([file_rows(FileSlice(str(path), 0, None, 0), config) for path in files[::every]])
     else:
         rows = documents(config, retries)
     remaining_bytes = max_bytes
@@ -171,7 +164,7 @@ def content_identity(config: CorpusConfig) -> str:
         ValueError: A local file is missing or a glob pattern matches nothing.
     """
     if isinstance(config, BuiltinCorpusConfig):
-        return json.dumps([[piece.name, piece.size_bytes] for piece in _builtin_pieces()])
+        return json.dumps([[piece.name, piece.size_bytes] for piece in builtin_pieces()])
     if isinstance(config, FilesCorpusConfig):
         stats = [(path, path.stat()) for path in corpus_files(config)]
         return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
@@ -183,10 +176,10 @@ def content_identity(config: CorpusConfig) -> str:
     return config.name  # and what else its configuration says
 
 
-def _group(files: list[list[Piece]], unit_bytes: int) -> list[Unit]:
+def _group(files: list[list[FileSlice]], unit_bytes: int) -> list[Unit]:
     """Neighbouring pieces together until a unit is full."""
     units: list[Unit] = []
-    waiting: list[Piece] = []
+    waiting: list[FileSlice] = []
     size = 0
     for piece in (piece for pieces in files for piece in pieces):
         waiting.append(piece)
@@ -199,7 +192,7 @@ def _group(files: list[list[Piece]], unit_bytes: int) -> list[Unit]:
     return units
 
 
-def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Document]:
+def _in_turn(streams: list[Iterator[CorpusRow]]) -> Iterator[Document]:
     while streams:
         still_open = []
         for stream in streams:
@@ -211,42 +204,3 @@ def _in_turn(streams: list[Iterator[Row]]) -> Iterator[Document]:
 
 
 # ---------------------------------------------------------------- built-in
-
-_LEFT_OUT_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "pydoc_data",  # its topics are documents of their own: the same text must not come twice
-}
-
-
-def _standard_library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _standard_library_files() -> list[str]:
-    """Paths relative to the library, sorted; ``_sysconfigdata`` differs between builds."""
-    root = _standard_library()
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    return sorted(
-        name.as_posix()
-        for name in names
-        if not _LEFT_OUT_FOLDERS.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
-    )
-
-
-def _builtin_pieces() -> list[Piece]:
-    root = _standard_library()
-    modules = [Piece(name, 0, None, (root / name).stat().st_size) for name in _standard_library_files()]
-    return modules + [Piece(_TOPICS + name, 0, None, len(topics[name])) for name in sorted(topics)]
-
-
-def _builtin_row(name: str) -> Row:
-    identity = f"builtin:{name}"
-    if name.startswith(_TOPICS):
-        return checked_text(identity, topics[name.removeprefix(_TOPICS)], "skip")
-    try:
-        text = (_standard_library() / name).read_bytes().decode()
-    except UnicodeDecodeError:
-        return LeftOut(identity, "invalid_utf8")  # a few sources are in another encoding
-    return checked_text(identity, text, "skip")

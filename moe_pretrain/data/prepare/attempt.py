@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe, version_and_licence
-from moe_pretrain.data.documents.hub import START, Place, Retries
-from moe_pretrain.data.documents.work_units import Unit, plan_units, sample_texts, stream_units
+from moe_pretrain.data.documents.hub import START, Place
+from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
 from moe_pretrain.data.prepare import cache
-from moe_pretrain.data.prepare.progress_line import Progress
+from moe_pretrain.data.prepare.progress_line import ProgressLine
 from moe_pretrain.data.prepare.worker_pool import (
-    Job,
     Task,
+    TokenizeJob,
     WriteError,
     run_here,
     run_in_processes,
@@ -34,18 +34,15 @@ from moe_pretrain.data.shards.unit_shards import (
     read_token_counts,
     shard_is_whole,
 )
-from moe_pretrain.data.shards.writer import sync_folder, write_durably, write_manifest
+from moe_pretrain.data.shards.writer import write_manifest
 from moe_pretrain.data.tokenizer import (
-    TOKENIZER_FILE,
     Tokenizer,
     TokenizerConfig,
-    load_pretrained,
-    load_tokenizer_file,
-    train_tokenizer,
+    make_tokenizer,
 )
+from moe_pretrain.system.files import sync_folder, write_durably
 
 COUNTS_FILE = "counts.json"
-_TOKENIZER_SAMPLE_BYTES = 20_000_000
 
 
 def is_complete(folder: Path, sides: tuple[str, ...]) -> bool:
@@ -65,31 +62,6 @@ def build(preparation: "Preparation") -> None:
     if cache.was_cut_off(folder):
         with contextlib.suppress(ValueError, OSError), cache.locked(folder, report):  # it may be read-only
             shutil.rmtree(folder / UNITS, ignore_errors=True)
-
-
-def make_tokenizer(
-    corpus: CorpusConfig,
-    config: TokenizerConfig,
-    folder: Path,
-    report: Callable[[str], None],
-    retries: Retries | None = None,
-) -> Tokenizer:
-    """Load the tokenizer, or learn it from the first 20 MB of training documents and leave it in ``folder``.
-
-    Local files take turns in those 20 MB; a stream gives what comes first. ``retries``: see ``sources.stream_units``.
-
-    Raises:
-        ValueError: It cannot be loaded, or the source cannot be read.
-    """
-    if config.kind == "pretrained":
-        return load_pretrained(config)
-    file = folder / TOKENIZER_FILE
-    if not file.exists():
-        report(f"training a {config.vocab_size}-token tokenizer ({describe(corpus)})")
-        half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
-        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, half_written)
-        half_written.rename(file)
-    return load_tokenizer_file(file)
 
 
 class Preparation:
@@ -174,7 +146,7 @@ class Preparation:
     def _do_units(self, tokenizer: Tokenizer, units: list[Unit]) -> None:
         missing = [unit for unit in units if unit.index not in self._records]
         sizes = {unit.index: unit.size_bytes for unit in missing}
-        progress = Progress(self.report, sizes, None, 0)
+        progress = ProgressLine(self.report, sizes, None, 0)
         for record in self._run(tokenizer, iter((unit, None) for unit in missing), len(missing), progress):
             self._records[record.index] = record
         progress.say()
@@ -207,7 +179,7 @@ class Preparation:
                 if unit.index not in self._records:
                     yield unit, None
 
-        progress = Progress(self.report, None, self._max_tokens, tokens)
+        progress = ProgressLine(self.report, None, self._max_tokens, tokens)
         for record in self._run(tokenizer, tasks(), self._workers, progress):
             self._records[record.index] = record
             enough = settle()
@@ -223,9 +195,11 @@ class Preparation:
                 self._records[record.index] = record
         progress.say()
 
-    def _run(self, tokenizer: Tokenizer, tasks: Iterator[Task], most: int, progress: Progress) -> Iterator[UnitRecord]:
+    def _run(
+        self, tokenizer: Tokenizer, tasks: Iterator[Task], most: int, progress: ProgressLine
+    ) -> Iterator[UnitRecord]:
         fraction = self._corpus.validation_fraction if self.sides == SIDES else 0.0
-        job = Job(self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint)
+        job = TokenizeJob(self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint)
         processes = min(self._workers, most)
         if processes <= 1:
             records = run_here(job, tokenizer, tasks, progress.advance)

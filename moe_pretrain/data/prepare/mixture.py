@@ -12,8 +12,8 @@ from moe_pretrain.data.documents.work_units import content_identity, sample_text
 from moe_pretrain.data.prepare import cache
 from moe_pretrain.data.prepare.prepare import TokenizedCorpus, check_prepared, naming, prepare
 from moe_pretrain.data.rows.mixture import MixedShards, MixtureConfig
-from moe_pretrain.data.shards.writer import sync_folder
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, train_tokenizer
+from moe_pretrain.system.files import sync_folder
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000  # of all sources together, the same from each
 

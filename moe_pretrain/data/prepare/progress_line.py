@@ -8,7 +8,7 @@ from moe_pretrain.data.shards.unit_shards import UnitRecord
 _SECONDS_BETWEEN_REPORTS = 1.0
 
 
-class Progress:
+class ProgressLine:
     """Lines with tokens so far, tokens per second and, where the size is known, what is left."""
 
     def __init__(

@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
-from moe_pretrain.data.documents.config import CorpusConfig, one_line
+from moe_pretrain.data.documents.config import CorpusConfig
 from moe_pretrain.data.documents.work_units import Unit
 from moe_pretrain.data.shards.unit_shards import UnitRecord, write_unit
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained, load_tokenizer_file
-from moe_pretrain.system.child_process import die_with
-from moe_pretrain.system.helpers import start_helper
+from moe_pretrain.system.child_process import die_with, start_helper
+from moe_pretrain.system.words import one_line
 
 _SECONDS_BETWEEN_TICKS = 0.5
 _UNITS_AHEAD = 2  # handed to a worker before it asks: it never waits for the parent
@@ -33,7 +33,7 @@ class WriteError(ValueError):
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizeJob:
     """What all units of one corpus have in common.
 
     Attributes:
@@ -68,10 +68,12 @@ class Job:
 # Unit, and the training tokens at which it is to be cut short.
 Task = tuple[Unit, int | None]
 # Index of the unit, tokens and characters since the last call.
-Report = Callable[[int, int, int], None]
+ReportProgress = Callable[[int, int, int], None]
 
 
-def run_here(job: Job, tokenizer: Tokenizer, tasks: Iterator[Task], report: Report) -> Iterator[UnitRecord]:
+def run_here(
+    job: TokenizeJob, tokenizer: Tokenizer, tasks: Iterator[Task], report: ReportProgress
+) -> Iterator[UnitRecord]:
     """Do the tasks in this process.
 
     Raises:
@@ -83,7 +85,7 @@ def run_here(job: Job, tokenizer: Tokenizer, tasks: Iterator[Task], report: Repo
 
 
 def run_in_processes(
-    job: Job, tasks: Iterator[Task], processes: int, report: Report, lock: int
+    job: TokenizeJob, tasks: Iterator[Task], processes: int, report: ReportProgress, lock: int
 ) -> Iterator[UnitRecord]:
     """Do the tasks in worker processes; records come as they are finished, in any order.
 
@@ -131,7 +133,7 @@ def run_in_processes(
             process.wait()
 
 
-def _start_worker(job: Job, lock: int) -> tuple[subprocess.Popen[bytes], Connection]:
+def _start_worker(job: TokenizeJob, lock: int) -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = multiprocessing.Pipe()
     words = [str(theirs.fileno()), str(os.getpid())]
     process = start_helper("moe_pretrain.data.prepare.worker_pool", words, [theirs.fileno(), lock])
@@ -158,7 +160,7 @@ def main() -> None:
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one process is one core
     connection = Connection(int(sys.argv[1]))
     try:
-        job: Job = connection.recv()
+        job: TokenizeJob = connection.recv()
         tokenizer: Tokenizer | None = None
         while True:
             unit, max_tokens = connection.recv()
@@ -192,7 +194,7 @@ def _tick_sender(connection: Connection, index: int, parent: int) -> Callable[[i
 
 
 def _do(
-    job: Job, unit: Unit, max_tokens: int | None, tokenizer: Tokenizer, tick: Callable[[int, int], None]
+    job: TokenizeJob, unit: Unit, max_tokens: int | None, tokenizer: Tokenizer, tick: Callable[[int, int], None]
 ) -> UnitRecord:
     try:
         return write_unit(job.folder, job.corpus, job.validation_fraction, unit, tokenizer, max_tokens, tick)

@@ -8,7 +8,8 @@ Axis names:
     pieces     whole documents, or parts of those that are longer than a row
 """
 
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -172,3 +173,21 @@ def _assign(lengths: np.ndarray, patterns: list[tuple[tuple[int, ...], int]]) ->
         order.append(np.stack(columns, axis=1).ravel())
         sizes.append(np.full(rows, len(held)))
     return np.concatenate(order), np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How documents share a row.
+
+    Attributes:
+        method: ``concatenate`` cuts the stream of documents into rows and wastes nothing; ``best_fit`` keeps each
+            document that fits into a row whole and pads the rows. Validation rows are always ``concatenate``, so that
+            their loss compares.
+        isolate_documents: Documents of a row do not attend to each other, and the step from one document to the next is
+            not a target.
+        reset_positions: Positions start again at each document; False counts them through the row.
+    """
+
+    method: Literal["concatenate", "best_fit"]
+    isolate_documents: bool
+    reset_positions: bool

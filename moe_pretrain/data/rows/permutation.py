@@ -17,7 +17,7 @@ _MAX_ROWS = 2**62  # beyond this the Feistel halves would not fit in 64 bits
 
 
 @dataclass(frozen=True)
-class RowOrder:
+class RowPermutation:
     """The order of the rows of one corpus.
 
     A Feistel network permutes ``[0, 4**half_bits)``, the smallest such range that holds all

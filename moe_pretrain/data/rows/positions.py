@@ -4,16 +4,16 @@ Axis names:
     positions   positions of the run, in the caller's order
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 
 from moe_pretrain.data.rows.interleave import Turns
 from moe_pretrain.data.rows.packing import Rows
-from moe_pretrain.data.rows.permutation import RowOrder
+from moe_pretrain.data.rows.permutation import RowPermutation
 
 
 @runtime_checkable
@@ -41,7 +41,7 @@ class Shuffled:
     def __init__(self, rows: Rows, seed: int, shuffle: bool) -> None:
         self.num_rows, self.waste = rows.num_rows, rows.waste
         self._rows = rows
-        self._order = RowOrder(rows.num_rows, seed, shuffle)
+        self._order = RowPermutation(rows.num_rows, seed, shuffle)
 
     def find(self, positions: np.ndarray) -> np.ndarray:
         """See ``Positions``."""
@@ -72,7 +72,7 @@ class Mixed:
         rows: The corpora by name.
         turns: Which of them serves a position; its sources are the names in sorted order.
         seed: Key of the orders; each source's own is made of it and the name.
-        shuffle: See ``RowOrder``.
+        shuffle: See ``RowPermutation``.
     """
 
     def __init__(self, rows: Mapping[str, Rows], turns: Turns, seed: int, shuffle: bool) -> None:
@@ -133,3 +133,66 @@ def _scatter(where: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> np.nda
     for places, part in zip(where, parts, strict=True):
         whole[places] = part
     return whole
+
+
+class PositionedRows(Protocol):
+    """What names the row at each position of a run.
+
+    Attributes:
+        num_rows: Rows in one epoch; None where that is not known yet.
+        waste: Share of the row positions that hold no token.
+    """
+
+    num_rows: int | None
+    waste: float
+
+    def reach(self, start: int, stop: int, cancelled: Callable[[], bool]) -> bool:
+        """Wait until positions ``[start, stop)`` can be read; False if the data ends before."""
+
+    def find(self, positions: np.ndarray) -> np.ndarray:
+        """Where the rows at int64 [positions] are, one entry each, for ``read``; cheaper for many at a time."""
+
+    def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """As ``rows.Rows.read``, of what ``find`` found, or of a part of it."""
+
+    def release(self, position: int) -> None:
+        """No rank reads a position below this one again."""
+
+    def cursor(self, position: int) -> dict[str, Any] | None:
+        """What a checkpoint keeps to go on at a position; None if the position is enough."""
+
+    def restore(self, cursor: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint; raises ValueError if it was made with other settings."""
+
+
+class WholeRows:
+    """The rows of a corpus, or of several that are mixed, that are there whole, for ever."""
+
+    def __init__(self, positions: Positions) -> None:
+        self.positions = positions
+        self.num_rows: int | None = positions.num_rows
+        self.waste = positions.waste
+
+    def reach(self, start: int, stop: int, cancelled: Callable[[], bool]) -> bool:
+        """See ``PositionedRows``."""
+        return True
+
+    def find(self, positions: np.ndarray) -> np.ndarray:
+        """See ``PositionedRows``."""
+        return self.positions.find(positions)
+
+    def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """See ``PositionedRows``."""
+        return self.positions.read(found)
+
+    def release(self, position: int) -> None:
+        """See ``PositionedRows``."""
+
+    def cursor(self, position: int) -> dict[str, Any] | None:
+        """See ``PositionedRows``."""
+        return None
+
+    def restore(self, cursor: dict[str, Any] | None) -> None:
+        """See ``PositionedRows``."""
+        if cursor is not None:
+            raise ValueError("streaming.mode: the checkpoint is of a run whose data was streamed; stream it here too")

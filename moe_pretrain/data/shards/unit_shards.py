@@ -14,21 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from moe_pretrain.data.documents.config import (
-    CorpusConfig,
-    Document,
-    LeftOut,
-    Row,
-    TokenDocument,
-    TokensCorpusConfig,
-    is_validation,
-)
+from moe_pretrain.data.documents.config import CorpusConfig, TokensCorpusConfig
+from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, TokenDocument, is_validation
 from moe_pretrain.data.documents.hub import Place
 from moe_pretrain.data.documents.token_files import token_rows
 from moe_pretrain.data.documents.work_units import Unit, unit_rows
 from moe_pretrain.data.shards.reader import ShardInfo
-from moe_pretrain.data.shards.writer import ShardWriter, write_durably
+from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.system.files import write_durably
 
 SIDES = ("train", "validation")
 UNITS = "units"  # folder of the records, beside those of the sides
@@ -203,14 +197,14 @@ def forget_shards(folder: Path, index: int, sides: tuple[str, ...]) -> None:
             (folder / side / f"shard-{index:05d}.{ending}").unlink(missing_ok=True)
 
 
-def _rows(config: CorpusConfig, unit: Unit, tokenizer: Tokenizer) -> Iterator[Row]:
+def _rows(config: CorpusConfig, unit: Unit, tokenizer: Tokenizer) -> Iterator[CorpusRow]:
     if isinstance(config, TokensCorpusConfig):
         return token_rows(unit.pieces, config, tokenizer.vocab_size, tokenizer.end_of_document)
     return unit_rows(config, unit)
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
+def _batches(rows: Iterator[CorpusRow]) -> Iterator[list[CorpusRow]]:
+    batch: list[CorpusRow] = []
     characters = 0
     for row in rows:
         batch.append(row)

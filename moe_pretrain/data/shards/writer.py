@@ -5,14 +5,11 @@ half written, and a folder is complete when its manifest, which is written last,
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
 from moe_pretrain.data.shards.reader import (
     FORMAT_VERSION,
@@ -22,6 +19,7 @@ from moe_pretrain.data.shards.reader import (
     Origin,
     ShardInfo,
 )
+from moe_pretrain.system.files import DurableFile, sync_folder, write_durably
 
 _TOKENS_PER_WRITE = 2**20
 
@@ -54,7 +52,7 @@ class ShardWriter:
         self._dtype = _token_dtype(vocab_size)
         self._text_bytes = 0
         self._document_ends: list[int] = []
-        self._bin: _DurableFile | None = None
+        self._bin: DurableFile | None = None
         # Documents not yet written; small documents are far cheaper to handle many at a time.
         self._waiting: list[np.ndarray] = []
         self._waiting_tokens = 0
@@ -97,7 +95,7 @@ class ShardWriter:
         self._write_waiting()
         assert self._bin is not None
         self._bin.commit()
-        with _DurableFile(self._folder / f"{self._name}.idx") as index:
+        with DurableFile(self._folder / f"{self._name}.idx") as index:
             index.write(np.array(self._document_ends, dtype=INDEX_DTYPE).tobytes())
         return ShardInfo(
             name=self._name,
@@ -117,7 +115,7 @@ class ShardWriter:
         if not self._waiting:
             return
         if self._bin is None:
-            self._bin = _DurableFile(self._folder / f"{self._name}.bin")
+            self._bin = DurableFile(self._folder / f"{self._name}.bin")
         tokens = np.concatenate(self._waiting)
         self.token_counts += np.bincount(tokens, minlength=self._vocab_size)
         self._bin.write(tokens.astype(self._dtype).tobytes())
@@ -183,50 +181,6 @@ def make_manifest(
     )
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file that appears under its name whole, on the disk, or not at all."""
-    with _DurableFile(path) as file:
-        file.write(data)
-
-
-class _DurableFile:
-    """A file that appears under its name only when it is whole and on the disk.
-
-    Attributes:
-        checksum: xxh3-128 of the bytes written so far.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # Of several processes that write the same file each has its own; the contents are the same.
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit
-        self.checksum = xxhash.xxh3_128()
-
-    def __enter__(self) -> "_DurableFile":
-        return self
-
-    def __exit__(self, error_type: object, *_: object) -> None:
-        if error_type is None:
-            self.commit()
-        else:
-            self.abandon()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self.checksum.update(data)
-
-    def commit(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.rename(self._path)
-
-    def abandon(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
 def _token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
@@ -234,12 +188,3 @@ def _token_dtype(vocab_size: int) -> np.dtype:
 def _entropy_nats(counts: np.ndarray) -> float:
     probabilities = counts[counts > 0] / counts.sum()
     return float(-(probabilities * np.log(probabilities)).sum())
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

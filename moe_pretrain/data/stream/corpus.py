@@ -11,7 +11,7 @@ from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
 from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.shard_stream import ShardStream
-from moe_pretrain.data.stream.writer import Job
+from moe_pretrain.data.stream.writer import StreamJob
 from moe_pretrain.data.stream.writer_process import WriterProcess
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained
 
@@ -110,7 +110,7 @@ def open_stream(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run.cache_dir={cache_dir}: {error.strerror}") from None
-        writer = WriterProcess(Job(folder, corpus, tokenizer, config, threads), report)
+        writer = WriterProcess(StreamJob(folder, corpus, tokenizer, config, threads), report)
     stream = ShardStream(folder, corpus, config, writer, report)
     atexit.register(stream.close)
     try:

@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_pretrain.data.documents.hub import Place
 from moe_pretrain.data.rows.micro_batch import mark_document_starts
-from moe_pretrain.data.rows.permutation import RowOrder
+from moe_pretrain.data.rows.permutation import RowPermutation
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.stream.shard_stream import ShardStream
 
@@ -260,7 +260,7 @@ class StreamedRows:
         rows, shards = windows.rows(window), windows.shards(window)
         offsets = positions - (0 if self.num_rows is None else epoch * self.num_rows) - rows.start
         # A key for each window: seeds are below 2**31.
-        order = RowOrder(len(rows), self._seed + window * 2**31, self._shuffle)
+        order = RowPermutation(len(rows), self._seed + window * 2**31, self._shuffle)
         key = (shards.start, shards.stop)
         if key not in self._readers:
             while len(self._readers) >= _OPEN_WINDOWS:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe, one_line
+from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe
 from moe_pretrain.data.documents.hub import START, Place, Retries
 from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
 from moe_pretrain.data.prepare import cache
-from moe_pretrain.data.prepare.attempt import make_tokenizer
 from moe_pretrain.data.shards.unit_shards import (
     SIDES,
     UNITS,
@@ -27,15 +26,16 @@ from moe_pretrain.data.shards.unit_shards import (
     shard_is_whole,
     write_unit,
 )
-from moe_pretrain.data.shards.writer import write_durably
 from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.shard_stream import END_FILE
-from moe_pretrain.data.tokenizer import TokenizerConfig
+from moe_pretrain.data.tokenizer import TokenizerConfig, make_tokenizer
 from moe_pretrain.system.child_process import die_with
+from moe_pretrain.system.files import write_durably
+from moe_pretrain.system.words import one_line
 
 
 @dataclass(frozen=True)
-class Job:
+class StreamJob:
     """What the process is to write.
 
     Attributes:
@@ -84,7 +84,7 @@ class ShardsAhead:
         ValueError: The source or the tokenizer cannot be used.
     """
 
-    def __init__(self, job: Job, send: Callable[[str, str], None], alive: Callable[[], None]) -> None:
+    def __init__(self, job: StreamJob, send: Callable[[str, str], None], alive: Callable[[], None]) -> None:
         self.demand = Demand()
         self._job, self._send, self._alive = job, send, alive
         for name in (*SIDES, UNITS):
@@ -233,7 +233,7 @@ class ShardsAhead:
 def serve(connection: Connection, alive: Callable[[], None]) -> None:
     """Read the job, then write what is demanded until the pipe closes or something cannot be mended."""
     try:
-        job: Job = connection.recv()
+        job: StreamJob = connection.recv()
         try:
             shards = ShardsAhead(job, lambda kind, text: connection.send((kind, text)), alive)
             while True:

@@ -8,17 +8,17 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from moe_pretrain.data.documents.hub import Place
-from moe_pretrain.data.stream.writer import Demand, Job
-from moe_pretrain.system.helpers import start_helper
+from moe_pretrain.data.stream.writer import Demand, StreamJob
+from moe_pretrain.system.child_process import start_helper
 
-Report = Callable[[str], None]
+ReportLine = Callable[[str], None]
 _MOST_DEATHS = 3  # of the process, with no shard finished between them
 
 
 class WriterProcess:
     """The process, from outside. See ``streaming.Writer``."""
 
-    def __init__(self, job: Job, report: Report) -> None:
+    def __init__(self, job: StreamJob, report: ReportLine) -> None:
         self.status = "the writer starts"
         self._job, self._report = job, report
         self._demand = Demand()

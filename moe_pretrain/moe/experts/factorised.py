@@ -10,7 +10,7 @@ from moe_pretrain.moe.dispatch import sum_rows
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.experts.swiglu import activate, activation_gradients
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import ExpertShard, RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
 
 def factorised_width(hidden_size: int, full_width: int, rank: int, multiple: int) -> int:
@@ -54,7 +54,7 @@ class FactorisedExperts(nn.Module):
         self,
         sources: Float[Tensor, "sources hidden"],
         weight: Float[Tensor, "rows"],
-        order: RowOrder,
+        order: ExpertRowLayout,
         payload: Float[Tensor, "rows rank"] | None = None,
         down_weight: Float[Tensor, "local_experts rank hidden"] | None = None,
     ) -> Float[Tensor, "sources hidden"]:
@@ -71,7 +71,7 @@ class _DownProjection(torch.autograd.Function):
     """``x W_down`` of every row by its expert."""
 
     @staticmethod
-    def forward(ctx: Any, sources: Tensor, down_weight: Tensor, order: RowOrder) -> Tensor:
+    def forward(ctx: Any, sources: Tensor, down_weight: Tensor, order: ExpertRowLayout) -> Tensor:
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         ctx.save_for_backward(sources, down_weight)
         ctx.order, ctx.blocks = order, blocks
@@ -80,7 +80,7 @@ class _DownProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         sources, down_weight = ctx.saved_tensors
-        order: RowOrder = ctx.order
+        order: ExpertRowLayout = ctx.order
         grad_down_weight, grad_inputs = None, []
         for block in ctx.blocks:
             grad_rows = grads[0][block.rows].contiguous()
@@ -102,7 +102,7 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
         up_weight: Tensor,
         in_weight: Tensor,
         out_weight: Tensor,
-        order: RowOrder,
+        order: ExpertRowLayout,
     ) -> Tensor:
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, outputs = [], []
@@ -120,7 +120,7 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sources, weight, payload, up_weight, in_weight, out_weight, *befores = ctx.saved_tensors
-        order: RowOrder = ctx.order
+        order: ExpertRowLayout = ctx.order
         grad_up_weight = grad_in_weight = grad_out_weight = None
         grad_weights, grad_payloads, grad_inputs = [], [], []
         for block, before in zip(ctx.blocks, befores, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -112,7 +112,7 @@ def row_blocks(rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype
     ]
 
 
-def take_rows(sources: Tensor, order: RowOrder, block: ExpertRows | AllRows) -> Tensor:
+def take_rows(sources: Tensor, order: ExpertRowLayout, block: ExpertRows | AllRows) -> Tensor:
     """The source row of each row of ``block``."""
     with part("permute"):
         return sources.index_select(0, order.source_of_row[block.rows])

@@ -10,7 +10,7 @@ from torch.nn import functional
 from moe_pretrain.moe.dispatch import sum_rows
 from moe_pretrain.moe.experts.grouped import join, one_kernel_on_cuda, row_blocks, take_rows
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import ExpertShard, RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
 
 class SwiGLU(nn.Module):
@@ -48,7 +48,7 @@ class SwiGLUExperts(nn.Module):
         self,
         sources: Float[Tensor, "sources hidden"],
         weight: Float[Tensor, "rows"],
-        order: RowOrder,
+        order: ExpertRowLayout,
         payload: None = None,
     ) -> Float[Tensor, "sources hidden"]:
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
@@ -59,7 +59,7 @@ class SwiGLUExperts(nn.Module):
         sources: Float[Tensor, "sources hidden"],
         query: Float[Tensor, "sources key"],
         key_weight: Float[Tensor, "key width"],
-        order: RowOrder,
+        order: ExpertRowLayout,
     ) -> Float[Tensor, "rows"]:
         """``query . (key_weight @ h)`` of each row, ``h`` the inner activation of its expert; float32.
 
@@ -102,7 +102,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sources: Tensor, weight: Tensor, in_weight: Tensor, out_weight: Tensor, order: RowOrder
+        ctx: Any, sources: Tensor, weight: Tensor, in_weight: Tensor, out_weight: Tensor, order: ExpertRowLayout
     ) -> Tensor:
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, outputs = [], []
@@ -118,7 +118,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sources, weight, in_weight, out_weight, *befores = ctx.saved_tensors
-        order: RowOrder = ctx.order
+        order: ExpertRowLayout = ctx.order
         grad_in_weight = grad_out_weight = None
         grad_weights, grad_inputs = [], []
         for block, before in zip(ctx.blocks, befores, strict=True):
@@ -146,7 +146,7 @@ class _ScoresFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sources: Tensor, factor: Tensor, in_weight: Tensor, order: RowOrder) -> Tensor:
+    def forward(ctx: Any, sources: Tensor, factor: Tensor, in_weight: Tensor, order: ExpertRowLayout) -> Tensor:
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, scores = [], []
         for block in blocks:
@@ -161,7 +161,7 @@ class _ScoresFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sources, factor, in_weight, *befores = ctx.saved_tensors
-        order: RowOrder = ctx.order
+        order: ExpertRowLayout = ctx.order
         grad_in_weight = None
         grad_factors, grad_inputs = [], []
         for block, before in zip(ctx.blocks, befores, strict=True):

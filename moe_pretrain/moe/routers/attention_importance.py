@@ -8,9 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.routers.checks import check_within_experts
-from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts, router_logits
 from moe_pretrain.moe.types import AttentionStatistic, Routing, RoutingContext, StepUse
 
 ROUNDING = 1e-5

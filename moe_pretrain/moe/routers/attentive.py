@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import distillation_loss, importance_loss, sample_similarity_loss
-from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig
-from moe_pretrain.moe.routers.checks import check_within_experts
-from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig, check_within_experts, router_logits
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
-from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig
-from moe_pretrain.moe.routers.checks import check_within_experts
+from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig, check_within_experts
 from moe_pretrain.moe.routers.expert_choice import ThresholdMean, check_expert_choice, choose_tokens
 from moe_pretrain.moe.routers.top_p import top_p_mask
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse

@@ -1,14 +1,15 @@
 """What most routers share: balance and z losses, statistics; and float32 logits of one linear map with input noise."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
-from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
 
 JITTER_STREAM = 1
@@ -182,3 +183,35 @@ class LinearRouter(BalancedRouter):
         if self.projection is not None:
             inputs = router_logits(inputs, self.projection)
         return router_logits(inputs, self.weight)
+
+
+def check_within_experts(config: object, num_experts: int, *fields: str) -> None:
+    """Raise ``ValueError`` if a field of ``config`` asks for more experts than the layer has; None asks for nothing."""
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and value > num_experts:
+            raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
+
+
+def router_logits(
+    hidden: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "experts hidden"]
+) -> Float[Tensor, "tokens experts"]:
+    """``hidden @ weight.T`` in float32 for any input dtype.
+
+    Autograd would keep ``hidden.float()``, a tenth of what the whole layer saves in bfloat16. Here the input is
+    kept as it came, which costs nothing because the experts keep it too, and is cast again in backward.
+    """
+    return _RouterLogits.apply(hidden, weight)
+
+
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return functional.linear(hidden.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        grad_hidden = grads[0].mm(weight.float()).to(hidden.dtype)
+        return grad_hidden, grads[0].t().mm(hidden.float()).to(weight.dtype)

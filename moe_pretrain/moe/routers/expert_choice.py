@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import router_use
-from moe_pretrain.moe.routers.checks import check_within_experts
-from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.routers.base import check_within_experts, router_logits, router_use
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
 
 

@@ -8,10 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import router_use
-from moe_pretrain.moe.routers.checks import check_within_experts
+from moe_pretrain.moe.routers.base import check_within_experts, router_logits, router_use
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
-from moe_pretrain.moe.routers.logits import router_logits
 from moe_pretrain.moe.routers.pooled_quantile import check_ema_decay, check_num_bins, count_in_bins, value_at
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse, as_count
 

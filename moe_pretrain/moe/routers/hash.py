@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.checks import check_within_experts
-from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.routers.base import check_within_experts, router_logits
 from moe_pretrain.moe.routers.top_k import scores_of
 from moe_pretrain.moe.types import Router, RouterUse, Routing, RoutingContext, as_count
 

@@ -8,9 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import sparsity_loss
-from moe_pretrain.moe.routers.base import balance_counts, router_use, routes_by_group
-from moe_pretrain.moe.routers.checks import check_within_experts
-from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.routers.base import (
+    balance_counts,
+    check_within_experts,
+    router_logits,
+    router_use,
+    routes_by_group,
+)
 from moe_pretrain.moe.types import BalanceLevel, Router, Routing, RoutingContext, StepUse, as_count
 
 

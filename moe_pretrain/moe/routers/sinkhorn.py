@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.routers.checks import check_within_experts
+from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 

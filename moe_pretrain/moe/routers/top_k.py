@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.routers.checks import check_within_experts
+from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]

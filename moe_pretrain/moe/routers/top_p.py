@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig
-from moe_pretrain.moe.routers.checks import check_within_experts
+from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 

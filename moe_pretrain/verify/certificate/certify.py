@@ -11,20 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_pretrain.analysis.html import write_whole
 from moe_pretrain.config.schema import Config
+from moe_pretrain.system.files import write_whole
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
 from moe_pretrain.verify.certificate.route_properties import ROUTES
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
 
-CERTIFICATE = "certificate.json"
-"""A run folder's certificate: ``{"code": ..., "rows": [{"property", "verdict", "detail"}]}``."""
-
-Verdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
+PropertyVerdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
 
 
 @dataclass(frozen=True)
-class Row:
+class PropertyResult:
     """One line of the certificate.
 
     Attributes:
@@ -34,7 +31,7 @@ class Row:
     """
 
     property: str
-    verdict: Verdict
+    verdict: PropertyVerdict
     detail: str
 
     def __str__(self) -> str:
@@ -42,26 +39,26 @@ class Row:
         return f"{self.property:<34} {verdict:<4} {self.detail}"
 
 
-def examine(config: Config) -> Iterator[Row]:
+def examine(config: Config) -> Iterator[PropertyResult]:
     """Every property of ``config``'s router that one process can see."""
     subject = Subject(config)
     for name, question in (ROUTES | LEARNING).items():
         yield _ask(name, question, subject)
 
 
-def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> Row:
+def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> PropertyResult:
     try:
         if not subject.model().moe_layers():
-            return Row(name, "not applicable", f"router={subject.config.router.name} routes nothing")
-        return Row(name, "PASS", question(subject))
+            return PropertyResult(name, "not applicable", f"router={subject.config.router.name} routes nothing")
+        return PropertyResult(name, "PASS", question(subject))
     except NotApplicable as reason:
-        return Row(name, "not applicable", str(reason))
+        return PropertyResult(name, "not applicable", str(reason))
     except DeclaredNonCausal as found:
-        return Row(name, "declared non-causal", str(found))
+        return PropertyResult(name, "declared non-causal", str(found))
     except Broken as found:
-        return Row(name, "FAIL", str(found))
+        return PropertyResult(name, "FAIL", str(found))
     except Exception as error:  # a broken scheme may raise anything, and the other rows are still worth having
-        return Row(name, "FAIL", f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return PropertyResult(name, "FAIL", f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def certify(
@@ -96,11 +93,15 @@ def certify(
         say(f"  {row}")
     name = "gradient parity on ranks"
     if verify_on_ranks is None:
-        row = Row(name, "not applicable", "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it")
+        row = PropertyResult(
+            name, "not applicable", "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it"
+        )
     else:
         size, ranks = config.parallel.expert_parallel_size, config.parallel.processes
         same = verify_on_ranks() == 0
-        row = Row(name, "PASS" if same else "FAIL", f"verify on {ranks} ranks, expert parallel {size}: see above")
+        row = PropertyResult(
+            name, "PASS" if same else "FAIL", f"verify on {ranks} ranks, expert parallel {size}: see above"
+        )
     rows.append(row)
     say(f"  {row}")
     if write is not None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_pretrain.engine.objective import GlobalCounts
+from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe import RouterConfig
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.types import Router, step_uses
 from moe_pretrain.verify.certificate.route_properties import check_routes
 from moe_pretrain.verify.certificate.subject import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts, sum_rows
-from moe_pretrain.moe.types import RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout
 from moe_pretrain.verify.certificate.subject import (
     ROWS,
     TOLERANCE,
@@ -192,7 +192,7 @@ def _combines_identity(subject: Subject) -> str:
     return f"equal to the sum of weight * x within {worst:.0e}"
 
 
-def _identity(sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
+def _identity(sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None) -> Tensor:
     return sum_rows(sources[order.source_of_row], order, weight.detach())
 
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
-from moe_pretrain.engine.micro_batch import routing_context
-from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
+from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe import RouterConfig
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext, step_uses
-from moe_pretrain.verify.verify import shrink
+from moe_pretrain.verify.small_twin import shrink
 
 ROWS = 4
 WARM_STEPS = 3

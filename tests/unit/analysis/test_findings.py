@@ -14,7 +14,7 @@ from moe_pretrain.analysis.compare.charts import MAX_COLORED, OTHERS, legend_col
 from moe_pretrain.analysis.compare.comparison import compare
 from moe_pretrain.analysis.compare.page import write_comparison
 from moe_pretrain.analysis.compare.tables import layer_times, power
-from moe_pretrain.metrics.probe_collector import ProbeFiles
+from moe_pretrain.run_folder.probe import ProbeFiles
 
 DENSE = {"name": "dense"}
 ROUTER_NAMES = ["top_k", "top_p", "autonomy", "quantile", "loss_free", "hash"]

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from moe_pretrain import cli
 from moe_pretrain.analysis import specialisation as command
-from moe_pretrain.analysis.specialisation import NUM_CLASSES, _batches, examine, read_run
-from moe_pretrain.analysis.specialisation_parts import (
+from moe_pretrain.analysis.specialisation import (
+    NUM_CLASSES,
     Tally,
+    _batches,
     entropy,
+    examine,
     gate_of,
     information,
     most_frequent_classes,
 )
-from moe_pretrain.config.load import load
+from moe_pretrain.config.load import load, read_run
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader
 from moe_pretrain.model.decoder import DecoderLM

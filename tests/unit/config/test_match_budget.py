@@ -15,7 +15,7 @@ from moe_pretrain.config.match_budget import describe_match, measures
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe import expert_width, scored_experts
+from moe_pretrain.moe.build import expert_width, scored_experts
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import ExpertShard
 

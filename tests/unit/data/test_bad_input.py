@@ -12,7 +12,7 @@ import pytest
 from helpers.corpora import files
 
 from moe_pretrain.data import TokenizerConfig, documents, prepare
-from moe_pretrain.data.documents.config import LeftOut
+from moe_pretrain.data.documents.document import LeftOut
 from moe_pretrain.data.documents.work_units import plan_units, unit_rows
 
 BROKEN = "good \ufffd bytes"

@@ -5,11 +5,12 @@ import torch
 
 from moe_pretrain.config.load import load
 from moe_pretrain.engine.deepspeed_config import EngineConfig, deepspeed_config
-from moe_pretrain.engine.objective import GlobalCounts, micro_batch_loss
-from moe_pretrain.engine.optimizer import CosineScheduleConfig, WarmupStableDecayScheduleConfig, parameter_groups
+from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss
+from moe_pretrain.engine.optimizer import parameter_groups
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.deepspeed_moe import is_expert, prepare_experts
+from moe_pretrain.schedule.learning_rate import CosineScheduleConfig, WarmupStableDecayScheduleConfig
 
 
 def test_cosine_schedule():

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from moe_pretrain.metrics.step_rows import evaluation_row, mixed_evaluation_row
+from moe_pretrain.metrics.wandb_sink import reduce_layers
 from moe_pretrain.moe.part_timer import PARTS
-from moe_pretrain.run_folder.metrics_file import reduce_layers
 
 
 def test_bits_per_byte_by_hand():

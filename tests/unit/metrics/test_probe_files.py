@@ -9,7 +9,8 @@ import torch
 
 from moe_pretrain.data.rows.micro_batch import build_micro_batch
 from moe_pretrain.metrics import probe_collector as probes
-from moe_pretrain.metrics.probe_collector import Collector, Probe, ProbeFiles, routing_drift
+from moe_pretrain.metrics.probe_collector import Collector
+from moe_pretrain.run_folder.probe import Probe, ProbeFiles, put_together, routing_drift
 
 
 def make(step: int, fingerprint: str = "rows") -> Probe:
@@ -89,7 +90,7 @@ def collect(monkeypatch: pytest.MonkeyPatch, tokens: np.ndarray, starts: np.ndar
     collector = Collector(np.array([6, 100]), 4, 2, 0)
     batch = build_micro_batch(tokens, starts, np.arange(2), isolate)
     collector.add(batch, torch.zeros(2, 4), [])
-    return probes.put_together(1, {"": collector.gather()}, {"": 1.0}, []).fingerprint
+    return put_together(1, {"": collector.gather()}, {"": 1.0}, []).fingerprint
 
 
 def test_the_fingerprint_is_of_tokens_and_of_what_counts(monkeypatch: pytest.MonkeyPatch):

@@ -7,13 +7,14 @@ from helpers.builders import tiny
 from moe_pretrain.engine.engine import StepResult
 from moe_pretrain.metrics.step_rows import train_row
 from moe_pretrain.metrics.throughput import Window
+from moe_pretrain.metrics.wandb_sink import reduce_layers
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.types import ExpertShard
-from moe_pretrain.run_folder.metrics_file import Row, reduce_layers
+from moe_pretrain.run_folder.metrics_file import MetricsRow
 
 
-def row_of(scheme: str, **state: list[float]) -> Row:
+def row_of(scheme: str, **state: list[float]) -> MetricsRow:
     """A step of 10 tokens in which expert e of 4 got e routes in the first layer, and one in the second."""
     config = tiny(f"router={scheme}")
     model = DecoderLM(config.model, config.router, ExpertShard())

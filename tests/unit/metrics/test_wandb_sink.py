@@ -13,8 +13,9 @@ from helpers.wandb_files import configuration, history, offline_folders, records
 
 from moe_pretrain.cli import main
 from moe_pretrain.metrics import wandb_sink, wandb_start
+from moe_pretrain.metrics.wandb_sink import reduce_layers
 from moe_pretrain.metrics.writer import MetricsConfig, MetricsWriter
-from moe_pretrain.run_folder.metrics_file import read_rows, reduce_layers
+from moe_pretrain.run_folder.metrics_file import read_rows
 
 CONFIG = {"seed": 1, "router": {"name": "top_k", "top_k": 2}, "evaluation": {"sets": {}}}
 

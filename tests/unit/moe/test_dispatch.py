@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.moe.dispatch import order_by, run_experts, sum_rows
-from moe_pretrain.moe.types import RouterUse, Routing, RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout, RouterUse, Routing
 
 EXPERTS, HIDDEN = 5, 3
 
@@ -28,7 +28,7 @@ def flatten(experts_of_token: list[list[int]]) -> tuple[Tensor, Tensor]:
     return flat[:, 0], flat[:, 1]
 
 
-def make_order(experts_of_token: list[list[int]], routes_per_token: int | None) -> tuple[Tensor, RowOrder]:
+def make_order(experts_of_token: list[list[int]], routes_per_token: int | None) -> tuple[Tensor, ExpertRowLayout]:
     token, expert = flatten(experts_of_token)
     counts = torch.bincount(expert, minlength=EXPERTS)
     return order_by(expert, token, len(experts_of_token), routes_per_token, counts)
@@ -68,15 +68,15 @@ def test_sum_is_the_adjoint_of_the_gather(
 
 def test_sum_ignores_rows_behind_missing_slots() -> None:
     """A source with fewer routes reads some row for its empty slot; whatever is there must not leak."""
-    order = RowOrder(torch.tensor([0, 1, 1]), torch.tensor([[0, -1], [1, 2]]), False, torch.tensor([3]))
+    order = ExpertRowLayout(torch.tensor([0, 1, 1]), torch.tensor([[0, -1], [1, 2]]), False, torch.tensor([3]))
     rows = torch.tensor([[torch.inf], [1.0], [2.0]])
     assert sum_rows(rows, order)[1].item() == 3.0
-    swapped = RowOrder(torch.tensor([1, 0, 0]), torch.tensor([[1, 2], [0, -1]]), False, torch.tensor([3]))
+    swapped = ExpertRowLayout(torch.tensor([1, 0, 0]), torch.tensor([[1, 2], [0, -1]]), False, torch.tensor([3]))
     assert sum_rows(rows.flip(0), swapped)[1].item() == 2.0
 
 
 def test_sum_accumulates_in_float32() -> None:
-    order = RowOrder(torch.zeros(4, dtype=torch.int64), torch.arange(4)[None], True, torch.tensor([4]))
+    order = ExpertRowLayout(torch.zeros(4, dtype=torch.int64), torch.arange(4)[None], True, torch.tensor([4]))
     rows = torch.tensor([[256.0], [1.0], [1.0], [-256.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
     assert sum_rows(rows, order).item() == 2.0
 
@@ -87,7 +87,9 @@ class IdentityExperts:
     def __init__(self) -> None:
         self.rows_per_expert: list[int] = []
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None
+    ) -> Tensor:
         self.rows_per_expert = order.rows_per_expert.tolist()
         scaled = weight[:, None] * sources[order.source_of_row]
         return torch.zeros_like(sources).index_add(0, order.source_of_row, scaled)

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.experts.grouped import AllRows, row_blocks
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.types import ExpertShard, RowOrder
+from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
 HIDDEN, WIDTH = 8, 24  # multiples of 8, which grouped_mm wants; different, so that a swap fails
 
@@ -21,13 +21,13 @@ LAYOUTS = {
 }
 
 
-def make_order(experts_of_source: list[list[int]], num_experts: int) -> tuple[RowOrder, list[int]]:
+def make_order(experts_of_source: list[list[int]], num_experts: int) -> tuple[ExpertRowLayout, list[int]]:
     """The order of these routes, made by hand, and each row's expert."""
     rows = sorted((expert, source) for source, experts in enumerate(experts_of_source) for expert in experts)
     slots = max(map(len, experts_of_source), default=0)
     sources = range(len(experts_of_source))
     rows_of_source = [[row for row, (_, s) in enumerate(rows) if s == source] for source in sources]
-    order = RowOrder(
+    order = ExpertRowLayout(
         source_of_row=torch.tensor([source for _, source in rows], dtype=torch.int64),
         rows_of_source=torch.tensor(
             [own + [-1] * (slots - len(own)) for own in rows_of_source], dtype=torch.int64
@@ -46,7 +46,12 @@ def make_experts(dtype: torch.dtype = torch.float32, num_experts: int = 4) -> Sw
 
 
 def loop(
-    sources: Tensor, weight: Tensor, in_weight: Tensor, out_weight: Tensor, order: RowOrder, expert_of_row: list[int]
+    sources: Tensor,
+    weight: Tensor,
+    in_weight: Tensor,
+    out_weight: Tensor,
+    order: ExpertRowLayout,
+    expert_of_row: list[int],
 ) -> Tensor:
     """One row at a time, straight from the formula."""
     output = torch.zeros_like(sources)
@@ -191,7 +196,12 @@ def test_outer_of_an_empty_expert_is_exactly_zero(path: str) -> None:
 
 
 def score_loop(
-    sources: Tensor, query: Tensor, key_weight: Tensor, in_weight: Tensor, order: RowOrder, expert_of_row: list[int]
+    sources: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    in_weight: Tensor,
+    order: ExpertRowLayout,
+    expert_of_row: list[int],
 ) -> Tensor:
     """One row at a time: the query times the key that is made of the expert's activation."""
     scores = [sources.sum()[None][:0]]

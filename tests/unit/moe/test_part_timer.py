@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_pretrain.model.attention import Attention, document_mask
 from moe_pretrain.model.layers import rotary_table
-from moe_pretrain.moe import ExpertShard, build_moe_layer
+from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.part_timer import (
     PARTS,
@@ -22,6 +22,7 @@ from moe_pretrain.moe.part_timer import (
     part,
     time_source,
 )
+from moe_pretrain.moe.types import ExpertShard
 
 TOKENS, HIDDEN, EXPERTS = 10, 16, 4
 

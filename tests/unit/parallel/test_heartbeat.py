@@ -6,28 +6,28 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moe_pretrain.parallel.heartbeat import Liveness
-from moe_pretrain.parallel.mesh import Meeting, ParallelConfig, meet
-from moe_pretrain.parallel.rendezvous import interface_towards
+from moe_pretrain.parallel.config import ParallelConfig
+from moe_pretrain.parallel.heartbeat import Heartbeat
+from moe_pretrain.parallel.rendezvous import Rendezvous, interface_towards, meet
 
 PLACE = {"phase": "train.step", "step": 7, "ended": False, "failure": None}
 
 
 @pytest.fixture
-def watcher(tmp_path: Path) -> Liveness:
+def watcher(tmp_path: Path) -> Heartbeat:
     """Rank 0 of 5, which watches rank 1; ranks 2 and 3 are on another host, and 4 has finished."""
-    watcher = Liveness(Meeting(dist.HashStore(), 0, 5), tmp_path, limit_seconds=10.0)
+    watcher = Heartbeat(Rendezvous(dist.HashStore(), 0, 5), tmp_path, limit_seconds=10.0)
     watcher._store = dist.HashStore()
     for rank, host in enumerate(("host-a", "host-a", "host-b", "host-b", "host-b")):
         publish(watcher, rank, {"host": host, "count": 1, **PLACE, "ended": rank == 4})
     return watcher
 
 
-def publish(watcher: Liveness, rank: int, sign: dict) -> None:
+def publish(watcher: Heartbeat, rank: int, sign: dict) -> None:
     watcher._store.set(f"rank_{rank}", json.dumps(sign))
 
 
-def test_all_silent_ranks_are_named_by_host(watcher: Liveness):
+def test_all_silent_ranks_are_named_by_host(watcher: Heartbeat):
     before = watcher._read_all()
     publish(watcher, 1, {"host": "host-a", "count": 2, **PLACE})
     assert watcher._describe_silent_ranks(before) == (
@@ -35,7 +35,7 @@ def test_all_silent_ranks_are_named_by_host(watcher: Liveness):
     )
 
 
-def test_a_rank_that_failed_is_named_with_its_failure(watcher: Liveness):
+def test_a_rank_that_failed_is_named_with_its_failure(watcher: Heartbeat):
     for rank in (2, 3):
         publish(watcher, rank, {"host": "host-b", "count": 2, **PLACE})
     publish(watcher, 1, {"host": "host-a", "count": 1, **PLACE, "ended": True, "failure": "OutOfMemoryError: no"})
@@ -47,7 +47,7 @@ def test_a_rank_that_failed_is_named_with_its_failure(watcher: Liveness):
     )
 
 
-def test_a_broken_store_does_not_end_a_step(watcher: Liveness, monkeypatch: pytest.MonkeyPatch):
+def test_a_broken_store_does_not_end_a_step(watcher: Heartbeat, monkeypatch: pytest.MonkeyPatch):
     def fail(*words: object) -> None:
         raise dist.DistNetworkError("Broken pipe")
 

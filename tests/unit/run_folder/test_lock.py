@@ -13,6 +13,7 @@ import pytest
 
 from moe_pretrain.run_folder import lock as ownership
 from moe_pretrain.run_folder.lock import RunInUse, joined, owned
+from moe_pretrain.run_folder.paths import OWNER_FILE
 
 fork = multiprocessing.get_context("fork")
 
@@ -62,7 +63,7 @@ def test_a_killed_owner_leaves_nothing_behind(tmp_path: Path):
     assert ready.get(timeout=60) == "holds"
     os.kill(process.pid, signal.SIGKILL)
     with owned(tmp_path, lambda line: None):
-        assert f"process {os.getpid()} on" in (tmp_path / ownership.OWNER_FILE).read_text()
+        assert f"process {os.getpid()} on" in (tmp_path / OWNER_FILE).read_text()
 
 
 def test_a_rank_that_outlives_its_owner_keeps_others_out_while_it_lives(tmp_path: Path):
@@ -101,7 +102,7 @@ def test_a_start_that_gets_in_between_the_two_locks_is_the_owner(tmp_path: Path,
     def flock(handle: int, operation: int) -> None:
         if operation & fcntl.LOCK_SH and not others:
             real(handle, fcntl.LOCK_UN)
-            others.append(os.open(tmp_path / ownership.OWNER_FILE, os.O_RDWR))
+            others.append(os.open(tmp_path / OWNER_FILE, os.O_RDWR))
             real(others[0], fcntl.LOCK_EX)
         real(handle, operation)
 

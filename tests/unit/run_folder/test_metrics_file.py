@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 
-from moe_pretrain.metrics.console import short_duration, short_number
-from moe_pretrain.run_folder.metrics_file import JsonlSink, read_rows, reduce_layers, replace_non_finite
+from moe_pretrain.metrics.wandb_sink import reduce_layers
+from moe_pretrain.run_folder.metrics_file import JsonlSink, read_rows, replace_non_finite
+from moe_pretrain.system.words import short_duration, short_number
 
 
 def row(step, **more):

@@ -8,7 +8,7 @@ import pytest
 
 from moe_pretrain.config.load import load
 from moe_pretrain.model.size import model_size
-from moe_pretrain.schedule.budget import BudgetConfig, Meter
+from moe_pretrain.schedule.budget import BudgetConfig, BudgetMeter
 
 OF_TOKENS = load(["budget.tokens=1000"]).budget
 OF_FLOPS = replace(OF_TOKENS, tokens=None, flops=1e6)
@@ -31,7 +31,7 @@ SCHEDULES = [
 )
 def test_the_last_step_is_the_one_that_reaches_the_budget(config: BudgetConfig, flops_per_token: float, steps: int):
     assert config.planned_steps(100, flops_per_token) == steps
-    meter = Meter(config, 100, flops_per_token)
+    meter = BudgetMeter(config, 100, flops_per_token)
     for done in range(steps):
         assert (meter.steps, meter.is_over, meter.num_steps) == (done, False, steps)
         meter.charge(flops_per_token, 1.0)
@@ -48,7 +48,7 @@ def uneven(seed: int) -> list[float]:
 @pytest.mark.parametrize("seed", range(5))
 def test_uneven_steps_end_at_the_first_that_reaches_the_budget(seed: int):
     costs, config = uneven(seed), replace(OF_FLOPS, flops=2e7)
-    meter, spent, last = Meter(config, 100, 1000.0), 0, 0
+    meter, spent, last = BudgetMeter(config, 100, 1000.0), 0, 0
     for cost in costs:
         if spent >= config.flops:
             break
@@ -63,7 +63,7 @@ def test_uneven_steps_end_at_the_first_that_reaches_the_budget(seed: int):
 def test_the_schedule_follows_the_share_that_is_spent(seed: int, schedule):
     """Its progress is that share to the step; warm-up goes by steps, and the last step is at the schedule's end."""
     costs, config = uneven(seed), replace(OF_FLOPS, flops=2e7)
-    meter, factors = Meter(config, 100, 1000.0), []
+    meter, factors = BudgetMeter(config, 100, 1000.0), []
     while not meter.is_over:
         if meter.steps:
             share = Fraction(meter.flops) / round(config.flops)
@@ -79,8 +79,8 @@ def test_the_schedule_follows_the_share_that_is_spent(seed: int, schedule):
 
 def test_equal_steps_have_the_schedule_of_a_budget_of_tokens():
     flops, tokens = (
-        Meter(replace(OF_FLOPS, flops=1.05e7), 100, 1000.0),
-        Meter(replace(OF_TOKENS, tokens=10500), 100, 1.0),
+        BudgetMeter(replace(OF_FLOPS, flops=1.05e7), 100, 1000.0),
+        BudgetMeter(replace(OF_TOKENS, tokens=10500), 100, 1.0),
     )
     while not flops.is_over:
         assert flops.num_steps == tokens.num_steps == 105
@@ -91,9 +91,9 @@ def test_equal_steps_have_the_schedule_of_a_budget_of_tokens():
 
 def test_a_resume_at_any_step_goes_on_with_the_sum():
     costs, config = uneven(1), replace(OF_FLOPS, flops=2e7, seconds=70.0)
-    straight = Meter(config, 100, 1000.0)
+    straight = BudgetMeter(config, 100, 1000.0)
     while not straight.is_over:
-        resumed = Meter(config, 100, 1000.0)
+        resumed = BudgetMeter(config, 100, 1000.0)
         resumed.restore(straight.steps, straight.flops, straight.seconds)
         assert resumed.num_steps == straight.num_steps
         for meter in (straight, resumed):
@@ -104,20 +104,20 @@ def test_a_resume_at_any_step_goes_on_with_the_sum():
 
 
 def test_a_checkpoint_that_does_not_say_is_taken_as_expected():
-    meter = Meter(OF_FLOPS, 100, 1000.0)
+    meter = BudgetMeter(OF_FLOPS, 100, 1000.0)
     meter.restore(4, None, None)
     assert (meter.flops, meter.seconds) == (400_000, 0.0)
 
 
 def test_seconds_end_a_run_before_its_schedule_and_it_says_so():
-    meter = Meter(replace(OF_TOKENS, seconds=2.0), 100, 1.0)
+    meter = BudgetMeter(replace(OF_TOKENS, seconds=2.0), 100, 1.0)
     for _ in range(3):
         meter.charge(1.0, 0.6)
     assert not meter.is_over and meter.num_steps == 10
     meter.charge(1.0, 0.6)
     assert meter.is_over and meter.is_spent
     assert "step 4 of 10, NOT AT ITS END" in meter.describe_end() and "2.4 s" in meter.describe_end()
-    whole = Meter(replace(OF_TOKENS, seconds=2.5), 100, 1.0)
+    whole = BudgetMeter(replace(OF_TOKENS, seconds=2.5), 100, 1.0)
     for _ in range(10):
         whole.charge(1.0, 0.25)
     assert whole.seconds == 2.5 and whole.describe_end() == "after 10 steps", (
@@ -127,7 +127,7 @@ def test_seconds_end_a_run_before_its_schedule_and_it_says_so():
 
 def test_data_that_ends_ends_the_run_but_spends_no_budget():
     for config in (OF_TOKENS, OF_FLOPS):
-        meter = Meter(config, 100, 1000.0, limit=3)
+        meter = BudgetMeter(config, 100, 1000.0, limit=3)
         for _ in range(3):
             assert not meter.is_over and meter.num_steps == 3
             meter.charge(1000.0, 0.1)
@@ -135,7 +135,7 @@ def test_data_that_ends_ends_the_run_but_spends_no_budget():
 
 
 def test_what_was_not_expected_is_said():
-    meter = Meter(OF_FLOPS, 100, 1000.0)
+    meter = BudgetMeter(OF_FLOPS, 100, 1000.0)
     meter.charge(1000.0, 1.0)
     assert meter.describe_spending() == "1e+05 FLOPs, 1.0 s in steps"
     meter.charge(1100.0, 1.0)

@@ -7,6 +7,7 @@ import pytest
 
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds, SpikeConfig, SpikeDetector
 
 CONFIG = SpikeConfig(window_steps=5, deviations=4.0, nats=0.5, rewind=True, skip_steps=1, max_rewinds=3)
@@ -66,14 +67,14 @@ def test_a_run_reads_every_step_of_the_data_but_those_left_out() -> None:
 
 def test_checkpoints_of_a_course_that_was_left_are_not_accepted(tmp_path: Path) -> None:
     first, second = Rewind(8, 9, 10), Rewind(4, 7, 8)
-    Rewinds([first, second]).write(tmp_path)
-    rewinds = Rewinds.read(tmp_path)
+    write_rewinds(tmp_path, Rewinds([first, second]))
+    rewinds = read_rewinds(tmp_path)
     assert rewinds.taken == [first, second]
     one, both = Rewinds([first]).state(), rewinds.state()
     assert rewinds.accept({"step": 12, "rewinds": both})
     assert not rewinds.accept({"step": 8, "rewinds": one}) and rewinds.accept({"step": 4, "rewinds": one})
     assert not rewinds.accept({"step": 8}) and rewinds.accept({"step": 4})
-    assert Rewinds.read(tmp_path / "elsewhere").taken == []
+    assert read_rewinds(tmp_path / "elsewhere").taken == []
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path: Path, conte
     path = tmp_path / "rewinds.json"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        Rewinds.read(tmp_path)
+        read_rewinds(tmp_path)
     message = str(caught.value)
     assert message.startswith(f"{path}: damaged: ") and complaint in message and "delete it" in message
     assert "\n" not in message and len(message) < 400

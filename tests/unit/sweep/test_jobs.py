@@ -14,12 +14,12 @@ import pytest
 from moe_pretrain.config.load import load
 from moe_pretrain.sweep import launcher, status
 from moe_pretrain.sweep import running_job as job_module
-from moe_pretrain.sweep.job_record import Job, look, read_jobs, write_json
-from moe_pretrain.sweep.launcher import SweepStopped, objective, run_jobs
+from moe_pretrain.sweep.job_record import SweepJob, look, read_jobs
+from moe_pretrain.sweep.launcher import SweepStopped, divide, objective, run_jobs, shares
 from moe_pretrain.sweep.planned_jobs import Sweep
 from moe_pretrain.sweep.running_job import RunningJob, RunsElsewhere, run_job
-from moe_pretrain.sweep.shares import divide, shares
 from moe_pretrain.sweep.status import Board, describe_sweep, fitting, read_progress
+from moe_pretrain.system.files import write_json
 
 FAKE = (sys.executable, "-S", str(Path(__file__).parents[2] / "helpers" / "fake_train.py"))
 
@@ -130,7 +130,7 @@ def test_a_second_interrupt_kills(sweep: Sweeping):
     assert sweep.reason(1) == "killed by SIGKILL"
 
 
-def one_job(sweep: Sweeping, what: str) -> Job:
+def one_job(sweep: Sweeping, what: str) -> SweepJob:
     write_json(sweep.folder / "behaviour.json", {"seed=1": what})
     (job,) = Sweep(sweep.folder, (), "cache", load().sweep).plan([["seed=1"]])
     return job

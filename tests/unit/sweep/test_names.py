@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_pretrain.sweep.names import MAX_BYTES, job_name, sweep_name
+from moe_pretrain.sweep.planned_jobs import MAX_BYTES, job_name, sweep_name
 
 LONG = [f"model.moe.expert_hidden_size={number}" for number in range(20)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_pretrain.system.helpers import start_helper
+from moe_pretrain.system.child_process import start_helper
 
 MAIN = """
 import os, sys

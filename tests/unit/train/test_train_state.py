@@ -6,7 +6,7 @@ import math
 import pytest
 
 from moe_pretrain.config.load import load
-from moe_pretrain.schedule.budget import Meter
+from moe_pretrain.schedule.budget import BudgetMeter
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
 from moe_pretrain.train.train_state import Progress
 
@@ -16,7 +16,7 @@ LOSSES = [3.0, 3.1, 2.9, 3.0, 9.0, 9.1, 3.0, 2.9, 9.0, 3.0]
 
 
 def progress() -> Progress:
-    return Progress(CONFIG.spike, TOKENS_PER_STEP, Meter(CONFIG.budget, TOKENS_PER_STEP, 10.0))
+    return Progress(CONFIG.spike, TOKENS_PER_STEP, BudgetMeter(CONFIG.budget, TOKENS_PER_STEP, 10.0))
 
 
 def step(run: Progress, loss: float) -> str | None:

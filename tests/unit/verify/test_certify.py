@@ -16,7 +16,7 @@ from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.parallel import launcher as launch
 from moe_pretrain.train.build import train
 from moe_pretrain.verify.certificate import certify as certificate
-from moe_pretrain.verify.certificate.certify import Row, examine
+from moe_pretrain.verify.certificate.certify import PropertyResult, examine
 from moe_pretrain.verify.verify import verify
 
 # The README shows this file word for word.
@@ -286,7 +286,7 @@ def variant(folder: Path, methods: str) -> str:
     return write(folder, VARIANT + textwrap.indent(textwrap.dedent(methods), "    "))
 
 
-def failing(rows: Iterable[Row]) -> dict[str, str]:
+def failing(rows: Iterable[PropertyResult]) -> dict[str, str]:
     return {row.property: row.detail for row in rows if row.verdict == "FAIL"}
 
 
@@ -416,7 +416,7 @@ def test_ranks_are_verified_in_workers(
         return code
 
     monkeypatch.setattr(launch, "run_workers", run_workers)
-    monkeypatch.setattr(certificate, "examine", lambda config: [Row("a property", "PASS", "found")])
+    monkeypatch.setattr(certificate, "examine", lambda config: [PropertyResult("a property", "PASS", "found")])
     assert cli.main(["certify", *overrides]) == code
     assert started == [(["verify", *overrides], 2)]
     *_, row, last = capsys.readouterr().out.splitlines()

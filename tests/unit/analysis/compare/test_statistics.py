@@ -20,7 +20,7 @@ from moe_pretrain.analysis.compare.statistics import (
     student_t_within,
 )
 from moe_pretrain.analysis.compare.variance_prior import NO_PRIOR, VariancePrior
-from moe_pretrain.metrics.probe_collector import Probe
+from moe_pretrain.run_folder.probe import Probe
 
 
 def over_seeds(of: dict[int, float], to: dict[int, float]) -> Difference:

@@ -13,7 +13,8 @@ from helpers.corpora import files, hub
 
 from moe_pretrain.data import TokenizerConfig
 from moe_pretrain.data.documents import hub as hub_module
-from moe_pretrain.data.documents.config import BuiltinCorpusConfig, is_validation
+from moe_pretrain.data.documents.config import BuiltinCorpusConfig
+from moe_pretrain.data.documents.document import is_validation
 from moe_pretrain.data.documents.work_units import content_identity, documents, sample_texts
 from moe_pretrain.data.prepare.prepare import folder_name
 from moe_pretrain.data.shards.unit_shards import SIDES

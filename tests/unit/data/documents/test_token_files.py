@@ -8,7 +8,7 @@ from helpers.corpora import files
 
 from moe_pretrain.data import TokenizerConfig, TokensCorpusConfig, prepare
 from moe_pretrain.data.documents import work_units as sources
-from moe_pretrain.data.documents.config import is_validation
+from moe_pretrain.data.documents.document import is_validation
 
 DTYPES = {np.uint16: 8, np.int32: 4, np.int64: 5}
 

@@ -13,7 +13,7 @@ from moe_pretrain.data import (
     BuiltinCorpusConfig,
     MixedShards,
     MixtureConfig,
-    RowOrder,
+    RowPermutation,
     RunLength,
     TokenizerConfig,
     check_mixture,
@@ -55,7 +55,7 @@ def mixed(readers, weights, phases=(), when_exhausted="repeat"):
 def expected_rows(readers, phases, num_positions, seed):
     """Rows of tokens from position 0 on, one after the other."""
     rows, served = [], dict.fromkeys(NAMES, 0)
-    orders = {name: RowOrder(count_rows(readers[name], SEQUENCE), seed_of(seed, name), True) for name in NAMES}
+    orders = {name: RowPermutation(count_rows(readers[name], SEQUENCE), seed_of(seed, name), True) for name in NAMES}
     for number in plain_loop(phases, num_positions):
         name = NAMES[number]
         _, row = orders[name].row(served[name])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_pretrain.data.rows.permutation import RowOrder, rank_positions
+from moe_pretrain.data.rows.permutation import RowPermutation, rank_positions
 
 _MASK = 2**64 - 1
 
@@ -32,14 +32,14 @@ def slow_row(position: int, num_rows: int, seed: int) -> tuple[int, int]:
             return epoch, value
 
 
-def epoch_rows(order: RowOrder, epoch: int) -> list[int]:
+def epoch_rows(order: RowPermutation, epoch: int) -> list[int]:
     first = epoch * order.num_rows
     return order.rows(np.arange(first, first + order.num_rows)).tolist()
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 16, 17, 64, 65, 1000, 4099])
 def test_each_epoch_is_a_permutation(num_rows):
-    order = RowOrder(num_rows, seed=3, shuffle=True)
+    order = RowPermutation(num_rows, seed=3, shuffle=True)
     for epoch in (0, 1, 7, 10**6):
         assert sorted(epoch_rows(order, epoch)) == list(range(num_rows))
 
@@ -49,16 +49,16 @@ def test_rows_equal_the_slow_version_anywhere(num_rows):
     generator = np.random.default_rng(0)
     positions = np.concatenate([[0, 1, num_rows - 1, num_rows, 10**12], generator.integers(0, 10**12, 60)])
     for seed in (0, -1, 2**70 + 5):
-        order = RowOrder(num_rows, seed, shuffle=True)
+        order = RowPermutation(num_rows, seed, shuffle=True)
         expected = [slow_row(int(position), num_rows, seed) for position in positions]
         assert order.rows(positions).tolist() == [row for _, row in expected]
         assert [order.row(int(position)) for position in positions] == expected
 
 
 def test_order_differs_between_epochs_and_seeds():
-    order = RowOrder(200, seed=0, shuffle=True)
+    order = RowPermutation(200, seed=0, shuffle=True)
     orders = [epoch_rows(order, epoch) for epoch in range(4)]
-    orders += [epoch_rows(RowOrder(200, seed, True), 0) for seed in (1, 2, -1)]
+    orders += [epoch_rows(RowPermutation(200, seed, True), 0) for seed in (1, 2, -1)]
     orders.append(list(range(200)))
     for one in range(len(orders)):
         for other in range(one):
@@ -67,29 +67,29 @@ def test_order_differs_between_epochs_and_seeds():
 
 
 def test_order_mixes_neighbours():
-    rows = np.array(epoch_rows(RowOrder(10_000, seed=0, shuffle=True), 0))
+    rows = np.array(epoch_rows(RowPermutation(10_000, seed=0, shuffle=True), 0))
     assert abs(np.corrcoef(np.arange(10_000), rows)[0, 1]) < 0.05
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.05
 
 
 def test_without_shuffle_rows_come_in_their_own_order():
-    order = RowOrder(5, seed=9, shuffle=False)
+    order = RowPermutation(5, seed=9, shuffle=False)
     assert order.rows(np.arange(12)).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert order.row(11) == (2, 1)
 
 
 def test_seek_far_into_a_run_makes_no_table():
     """Position 10**12 of 2**40 rows: anything that held one number per row or position would not fit in memory."""
-    order = RowOrder(2**40, seed=1, shuffle=True)
+    order = RowPermutation(2**40, seed=1, shuffle=True)
     rows = order.rows(np.arange(10**12, 10**12 + 64))
     assert len(set(rows.tolist())) == 64 and rows.min() >= 0 and rows.max() < 2**40
 
 
 def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match=r"^num_rows=0 must"):
-        RowOrder(0, 0, True)
+        RowPermutation(0, 0, True)
     with pytest.raises(ValueError, match=r"^position -1 must"):
-        RowOrder(3, 0, True).rows(np.array([-1]))
+        RowPermutation(3, 0, True).rows(np.array([-1]))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])

@@ -10,7 +10,7 @@ from helpers.corpora import write_shards
 
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.rows.micro_batch import wrap_to_int64
-from moe_pretrain.data.rows.permutation import RowOrder, rank_positions
+from moe_pretrain.data.rows.permutation import RowPermutation, rank_positions
 
 SCHEDULES = 10_000
 
@@ -62,7 +62,7 @@ def test_ten_thousand_schedules_read_the_same_rows_in_the_same_order():
     whole_epochs = 0
     for _ in range(SCHEDULES):
         num_rows, first, positions, rows, part, own_rows = run_schedule(
-            generator, lambda num_rows, seed: RowOrder(num_rows, seed, True)
+            generator, lambda num_rows, seed: RowPermutation(num_rows, seed, True)
         )
         assert np.array_equal(positions, np.arange(first, first + len(positions)))
         assert np.array_equal(part, own_rows)
@@ -79,7 +79,7 @@ def test_ten_thousand_schedules_read_the_same_rows_in_the_same_order():
 def test_the_check_sees_an_order_that_depends_on_the_micro_batch():
     """A shuffle of what is at hand, as a buffer does, fails the property within a few schedules."""
 
-    class Buffered(RowOrder):
+    class Buffered(RowPermutation):
         def rows(self, positions):
             rows = super().rows(positions)
             return np.random.default_rng(self.seed).permutation(rows)

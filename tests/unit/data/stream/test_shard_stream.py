@@ -12,10 +12,10 @@ from helpers.streams import TOKENIZER, open_inline, streaming, write_lines
 from moe_pretrain.data import documents, prepare
 from moe_pretrain.data.documents import hub as hub_module
 from moe_pretrain.data.documents import work_units as sources
-from moe_pretrain.data.documents.config import is_validation
+from moe_pretrain.data.documents.document import is_validation
 from moe_pretrain.data.documents.hub import START
 from moe_pretrain.data.loader import TrainLoader
-from moe_pretrain.data.rows.permutation import RowOrder
+from moe_pretrain.data.rows.permutation import RowPermutation
 from moe_pretrain.data.stream import shard_stream as streaming_module
 from moe_pretrain.data.stream.rows import StreamedRows, Windows
 from moe_pretrain.data.stream.shard_stream import ShardStream
@@ -71,7 +71,7 @@ def expected_rows(shards, config, epoch):
     for window in range(max(window_of_token) + 1):
         own = [row for r, row in enumerate(rows) if window_of_token[r * SEQUENCE + SEQUENCE] == window]
         if own:
-            order = RowOrder(len(own), SEED + window * 2**31, True)
+            order = RowPermutation(len(own), SEED + window * 2**31, True)
             found += [own[row] for row in order.rows(epoch * len(own) + np.arange(len(own)))]
     assert sorted(found) == sorted(rows)
     return found

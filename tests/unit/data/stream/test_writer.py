@@ -15,11 +15,11 @@ import pytest
 from helpers.corpora import files
 from helpers.streams import TOKENIZER, open_inline, streaming, write_lines
 
-from moe_pretrain.data.shards import writer as shard_writer
 from moe_pretrain.data.stream.rows import StreamedRows
 from moe_pretrain.data.stream.shard_stream import ShardStream
-from moe_pretrain.data.stream.writer import Demand, Job, serve
+from moe_pretrain.data.stream.writer import Demand, StreamJob, serve
 from moe_pretrain.data.stream.writer_process import WriterProcess
+from moe_pretrain.system.files import DurableFile
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def read(rows, steps):
 def test_a_killed_writer_is_replaced_and_the_rows_are_the_same(corpus, tmp_path):
     config = streaming(cache_shards=5)
     lines: list[str] = []
-    writer = WriterProcess(Job(tmp_path / "cache", corpus, TOKENIZER, config, 1), lines.append)
+    writer = WriterProcess(StreamJob(tmp_path / "cache", corpus, TOKENIZER, config, 1), lines.append)
     try:
         stream = ShardStream(tmp_path / "cache", corpus, config, writer, lines.append)
         stream.load_tokenizer(TOKENIZER)
@@ -66,7 +66,7 @@ def test_a_killed_writer_is_replaced_and_the_rows_are_the_same(corpus, tmp_path)
 def test_a_writer_that_always_dies_is_given_up(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     lines: list[str] = []
-    writer = WriterProcess(Job(tmp_path / "cache", corpus, TOKENIZER, streaming(), 1), lines.append)
+    writer = WriterProcess(StreamJob(tmp_path / "cache", corpus, TOKENIZER, streaming(), 1), lines.append)
     stream = ShardStream(tmp_path / "cache", corpus, streaming(), writer, lines.append)
     with pytest.raises(ValueError, match="ended with exit code 1 4 times in a row") as caught:
         stream.load_tokenizer(TOKENIZER)
@@ -79,9 +79,9 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 from helpers.corpora import files
 from helpers.streams import TOKENIZER, streaming
-from moe_pretrain.data.stream_writer import Job
+from moe_pretrain.data.stream_writer import StreamJob
 from moe_pretrain.data.writer_process import WriterProcess
-writer = WriterProcess(Job(Path({folder!r}), files({corpus!r}, fraction=0.1), TOKENIZER, streaming(), 1), print)
+writer = WriterProcess(StreamJob(Path({folder!r}), files({corpus!r}, fraction=0.1), TOKENIZER, streaming(), 1), print)
 print(writer._process.pid, flush=True)
 time.sleep(100)
 """
@@ -100,7 +100,7 @@ def test_the_writer_dies_with_its_parent(corpus, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monkeypatch):
-    write = shard_writer._DurableFile.write
+    write = DurableFile.write
     left = [6000]
 
     def write_until_full(self, data):
@@ -109,10 +109,10 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monk
         left[0] -= len(data)
         write(self, data)
 
-    monkeypatch.setattr(shard_writer._DurableFile, "write", write_until_full)
+    monkeypatch.setattr(DurableFile, "write", write_until_full)
     folder = tmp_path / "cache"
     ours, theirs = Pipe()
-    ours.send(Job(folder, corpus, TOKENIZER, streaming(shards_ahead=100), 1))
+    ours.send(StreamJob(folder, corpus, TOKENIZER, streaming(shards_ahead=100), 1))
     ours.send(Demand(0, 1))
     thread = threading.Thread(target=serve, args=(theirs, lambda: None))
     thread.start()

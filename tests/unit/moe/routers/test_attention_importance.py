@@ -21,12 +21,12 @@ from moe_pretrain.model import attention
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe import build_moe_layer
+from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
 from moe_pretrain.moe.routers.top_k import TopKRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
-from moe_pretrain.verify.verify import random_batches
+from moe_pretrain.verify.small_twin import random_batches
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = AttentionImportanceConfig(

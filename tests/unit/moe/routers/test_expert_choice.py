@@ -15,7 +15,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
 from moe_pretrain.moe.types import ExpertShard, step_uses
-from moe_pretrain.verify.verify import random_batches
+from moe_pretrain.verify.small_twin import random_batches
 
 TOKENS, HIDDEN, EXPERTS = 20, 8, 5
 CONFIG = ExpertChoiceConfig(name="expert_choice", capacity_factor=2.0, threshold_decay=0.9)

@@ -13,7 +13,7 @@ from helpers.builders import step_use, tiny
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.moe import build_moe_layer
+from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoEConfig
 from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext

@@ -13,11 +13,11 @@ from torch import Tensor
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe import build_moe_layer
+from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
 from moe_pretrain.moe.types import ExpertShard, step_uses
-from moe_pretrain.verify.verify import random_batches
+from moe_pretrain.verify.small_twin import random_batches
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = ReLUConfig(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.routers.logits import router_logits
+from moe_pretrain.moe.routers.base import router_logits
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 

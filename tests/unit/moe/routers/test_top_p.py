@@ -12,12 +12,12 @@ from torch import Tensor
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe import build_moe_layer
+from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig, top_p_mask
-from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext, RowOrder
-from moe_pretrain.verify.verify import random_batches
+from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, Routing, RoutingContext
+from moe_pretrain.verify.small_twin import random_batches
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = TopPRouterConfig(
@@ -290,7 +290,9 @@ def test_tokens_do_not_see_each_other() -> None:
 class _Multiples:
     """Expert ``e`` returns ``e + 1`` times its input, so a route that reaches a wrong expert shows."""
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None
+    ) -> Tensor:
         factor = (torch.arange(len(order.rows_per_expert)) + 1).repeat_interleave(order.rows_per_expert)
         rows = sources[order.source_of_row] * (weight * factor)[:, None]
         return torch.zeros_like(sources).index_add(0, order.source_of_row, rows)
@@ -299,7 +301,9 @@ class _Multiples:
 class _Ones:
     """Every expert returns 1."""
 
-    def __call__(self, sources: Tensor, weight: Tensor, order: RowOrder, payload: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None
+    ) -> Tensor:
         assert len(weight) == int(order.rows_per_expert.sum())
         return torch.zeros_like(sources).index_add(0, order.source_of_row, weight[:, None].expand(-1, HIDDEN))
 

@@ -1,0 +1,124 @@
+"""Variants of a sweep: runs that differ in nothing but their seed, and what tells variants apart."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_pretrain.run_folder.paths import RUN_FILES
+from moe_pretrain.run_folder.record import RunRecord, differences, find_runs, show
+
+NOT_THE_EXPERIMENT = ("seed", "run.", "sweep.", "metrics.", "checkpoint.", "fault.")
+"""Keys (or their beginnings) that do not make another variant: where a run lives, what it logs and saves."""
+_DROPPED = tuple(key if key.endswith(".") else f"{key}." for key in NOT_THE_EXPERIMENT)
+_HEADS = ("model.name", "router.name")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs that differ in nothing but their seeds.
+
+    Attributes:
+        name: What sets it apart from the other variants.
+        values: Configuration, without ``NOT_THE_EXPERIMENT``.
+        runs: All its runs, in any state.
+    """
+
+    name: str
+    values: dict[str, Any]
+    runs: list[RunRecord]
+
+    @property
+    def counted(self) -> list[RunRecord]:
+        """Complete runs, the first of each seed: the same seed again is no further evidence."""
+        first: dict[int, RunRecord] = {}
+        for run in self.runs:
+            if run.is_complete:
+                first.setdefault(run.seed, run)
+        return [first[seed] for seed in sorted(first)]
+
+    def by_seed(self, measure: Callable[[RunRecord], float | None]) -> dict[int, float]:
+        """``measure`` of the counted runs, those without left out."""
+        return {run.seed: value for run in self.counted if (value := measure(run)) is not None}
+
+
+def one_of_each_variant(root: Path) -> list[Path]:
+    """Folder of the first complete run of each variant below ``root`` that routes; of ``root`` if that is a run.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if root.is_dir() and RUN_FILES & {path.name for path in root.iterdir()}:
+        return [root]
+    variants = [each for each in group(find_runs(root)) if each.values.get("router.name") != "dense" and each.counted]
+    if not variants:
+        raise ValueError(f"FOLDER={root} must be a run, or have complete runs of models with routing below it")
+    return [variant.counted[0].folder for variant in variants]
+
+
+def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not f"{key}.".startswith(_DROPPED)}
+
+
+def group(runs: Iterable[RunRecord]) -> list[Variant]:
+    """Put runs of equal configuration together and name them by what differs, in order of their first run.
+
+    Runs without a readable configuration belong to no variant.
+    """
+    grouped: dict[str, tuple[dict[str, Any], list[RunRecord]]] = {}
+    for run in runs:
+        if run.values:
+            values = _experiment(run.values)
+            grouped.setdefault(json.dumps(values, sort_keys=True, default=str), (values, []))[1].append(run)
+    names = _names([values for values, _ in grouped.values()])
+    return [Variant(name, values, own) for name, (values, own) in zip(names, grouped.values(), strict=True)]
+
+
+def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Size and scheme where they differ, then what tells variants of the same size and scheme apart."""
+    differing = differences(values)
+    leaves = [_leaf(key) for key in differing]
+    heads = [key for key in _HEADS if key in differing]
+    kin: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for each in values:
+        kin.setdefault(tuple(show(each, key) for key in heads), []).append(each)
+    names = []
+    for each in values:
+        head = tuple(show(each, key) for key in heads)
+        rest = [
+            f"{_leaf(key) if leaves.count(_leaf(key)) == 1 else key}={show(each, key)}"
+            for key in _telling(kin[head])
+            if key in each
+        ]
+        names.append(" ".join([*head, *rest]) or show(each, "router.name"))
+    return names
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _telling(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fewest of the differing keys, taken one by one where they tell most, that tell all ``values`` apart."""
+    differing = differences(values)
+    chosen: list[str] = []
+
+    def kinds(keys: Sequence[str]) -> int:
+        return len({tuple(show(each, key) for key in keys) for each in values})
+
+    while kinds(chosen) < len(values) and len(chosen) < len(differing):
+        chosen.append(max((key for key in differing if key not in chosen), key=lambda key: kinds([*chosen, key])))
+    return [key for key in differing if key in chosen]
+
+
+def unnamed_differences(variants: Sequence[Variant]) -> list[str]:
+    """Keys that differ between variants though neither their names nor the change of scheme or size tells so.
+
+    Where schemes differ, so do their own fields; where sizes differ, so does the model. Anything else, such as a
+    learning rate that changes together with the scheme, leaves open what made the difference.
+    """
+    differing = differences([variant.values for variant in variants])
+    told = tuple(key.partition(".")[0] + "." for key in _HEADS if key in differing)
+    shown = {word.partition("=")[0] for variant in variants for word in variant.name.split(" ")}
+    return [key for key in differing if not {key, _leaf(key)} & shown and not key.startswith(told)]

@@ -1,0 +1,50 @@
+"""The built-in corpus: Python's own standard library and its help texts, always at hand."""
+
+import sysconfig
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from moe_pretrain.data.documents.document import CorpusRow, LeftOut, checked_text
+from moe_pretrain.data.documents.text_files import FileSlice
+
+_TOPICS = "pydoc_data.topics/"
+_LEFT_OUT_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",  # its topics are documents of their own: the same text must not come twice
+}
+
+
+def _standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def standard_library_files() -> list[str]:
+    """Paths relative to the library, sorted; ``_sysconfigdata`` differs between builds."""
+    root = _standard_library()
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    return sorted(
+        name.as_posix()
+        for name in names
+        if not _LEFT_OUT_FOLDERS.intersection(name.parts) and not name.name.startswith("_sysconfigdata")
+    )
+
+
+def builtin_pieces() -> list[FileSlice]:
+    """Every module and help topic, one piece each, in an order that only the Python release decides."""
+    root = _standard_library()
+    modules = [FileSlice(name, 0, None, (root / name).stat().st_size) for name in standard_library_files()]
+    return modules + [FileSlice(_TOPICS + name, 0, None, len(topics[name])) for name in sorted(topics)]
+
+
+def builtin_row(name: str) -> CorpusRow:
+    """The document of one module or help topic."""
+    identity = f"builtin:{name}"
+    if name.startswith(_TOPICS):
+        return checked_text(identity, topics[name.removeprefix(_TOPICS)], "skip")
+    try:
+        text = (_standard_library() / name).read_bytes().decode()
+    except UnicodeDecodeError:
+        return LeftOut(identity, "invalid_utf8")  # a few sources are in another encoding
+    return checked_text(identity, text, "skip")

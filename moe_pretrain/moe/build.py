@@ -1,0 +1,109 @@
+"""Builder of a mixture-of-experts layer from its configuration, and the widths that follow from it."""
+
+from dataclasses import replace
+
+from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.routers import ROUTERS, RouterConfig, RouterFileConfig
+from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.types import ExpertShard, Router
+
+
+def build_moe_layer(
+    moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int, shard: ExpertShard
+) -> MoELayer | SwiGLU:
+    """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them."""
+    if isinstance(router, DenseConfig):
+        return SwiGLU(hidden_size, dense_width(moe, router))
+    module = build_router(moe, router, hidden_size, layer)
+    rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
+    experts: SwiGLUExperts | FactorisedExperts
+    if rank is None:
+        experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
+    else:
+        owns_down = moe.gate_rank is not None
+        experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down)
+    return MoELayer(moe, module, experts, hidden_size)
+
+
+def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int) -> Router:
+    """The module that routes in layer ``layer``."""
+    if isinstance(router, RouterFileConfig):
+        return router.build(hidden_size, moe.num_experts, layer)
+    build = ROUTERS[router.name]
+    # A router that asks the experts for their keys maps them from the experts' width.
+    asks = getattr(build, "needs_expert_scores", False)
+    more = {"expert_width": expert_width(moe, router, hidden_size)} if asks else {}
+    return build(router, hidden_size, moe.num_experts, layer, **more)
+
+
+def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
+    """Rank of the experts' factorised gate, None for a full one."""
+    return getattr(router, "gate_rank", None) or moe.gate_rank
+
+
+def expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> int:
+    """Inner width of one expert."""
+    rank = expert_gate(moe, router)
+    if rank is None:
+        return moe.expert_hidden_size
+    return factorised_width(hidden_size, moe.expert_hidden_size, rank, moe.expert_width_multiple)
+
+
+def with_expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int, width: int, multiple: int) -> MoEConfig:
+    """``moe`` with routed experts of inner width ``width``, a multiple of ``multiple``, however their gate is made."""
+    rank = expert_gate(moe, router)
+    if rank is None:
+        return replace(moe, expert_hidden_size=width)
+    return replace(moe, expert_hidden_size=full_width(hidden_size, width, rank), expert_width_multiple=multiple)
+
+
+def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> list[str]:
+    """Widths that grouped products in bfloat16 on a GPU refuse, each with the nearest that they take."""
+    widths = {"model.hidden_size": hidden_size}
+    rank = expert_gate(moe, router)
+    if rank is None:
+        widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
+    else:
+        name = "model.moe.gate_rank" if moe.gate_rank else "router.gate_rank"
+        widths |= {name: rank, "model.moe.expert_width_multiple": moe.expert_width_multiple}
+    return [
+        f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes; nearest: "
+        + " or ".join(str(value) for value in (width // 8 * 8, width // 8 * 8 + 8) if value)
+        for name, width in widths.items()
+        if width % 8
+    ]
+
+
+def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
+    """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked."""
+    of_router = getattr(router, "gate_rank", None)
+    if of_router is not None and moe.gate_rank is not None:
+        raise ValueError(
+            f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which has router.gate_rank"
+        )
+    if scored_experts(moe, router) and moe.gate_rank is not None:
+        raise ValueError(
+            f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which scores full experts"
+        )
+    rank = expert_gate(moe, router)
+    if rank is not None and rank >= hidden_size:
+        name = "router.gate_rank" if of_router is not None else "model.moe.gate_rank"
+        raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
+
+
+def scored_experts(moe: MoEConfig, router: RouterConfig) -> int:
+    """Experts whose first layer a token runs before it is routed."""
+    count = getattr(router, "scored_experts", None)
+    return 0 if count is None else count(moe.num_experts)
+
+
+def dense_width(moe: MoEConfig, router: DenseConfig) -> int:
+    """Inner width of the dense twin: the active routed experts' and the shared experts' together."""
+    return router.active_experts * moe.expert_hidden_size + moe.shared_width
+
+
+def num_routed_experts(moe: MoEConfig, router: RouterConfig) -> int:
+    """Experts per MoE layer; 0 when the model has no routing."""
+    return 0 if isinstance(router, DenseConfig) else moe.num_experts

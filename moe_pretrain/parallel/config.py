@@ -1,0 +1,48 @@
+"""Configuration of processes and expert parallelism."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many processes train, and how experts are spread over them.
+
+    Attributes:
+        processes: Processes that ``train`` starts by itself. Under torchrun, ``deepspeed`` or SLURM the launcher's
+            number of ranks counts instead.
+        expert_parallel_size: Ranks over which one copy of the experts is spread; divides the number of ranks and
+            the number of experts. Neighbouring ranks form a group, so the exchange stays inside a node while
+            this is at most the node's number of GPUs.
+        timeout_seconds: How long a collective may take before the run ends with an error.
+        heartbeat_seconds: How long a rank may give no sign of life before the run ends and names it.
+    """
+
+    processes: int
+    expert_parallel_size: int
+    timeout_seconds: int
+    heartbeat_seconds: int
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "expert_parallel_size", "timeout_seconds", "heartbeat_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+
+    def check(self, world_size: int, num_experts: int) -> None:
+        """Raise if the experts cannot be spread over ``world_size`` ranks; ``num_experts`` is 0 without routing."""
+        size = self.expert_parallel_size
+        if size > 1 and not num_experts:
+            raise ValueError(f"parallel.expert_parallel_size={size} must be 1: router=dense has no experts to spread")
+        if world_size % size:
+            raise ValueError(
+                f"parallel.expert_parallel_size={size} must divide the number of ranks={world_size}; valid: "
+                f"{_divisors(world_size)}"
+            )
+        if num_experts % size:
+            raise ValueError(
+                f"parallel.expert_parallel_size={size} must divide model.moe.num_experts={num_experts}; valid: "
+                f"{[d for d in _divisors(world_size) if num_experts % d == 0]}"
+            )
+
+
+def _divisors(value: int) -> list[int]:
+    return [candidate for candidate in range(1, value + 1) if value % candidate == 0]

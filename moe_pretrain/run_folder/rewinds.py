@@ -1,0 +1,55 @@
+"""Record of a run's rewinds: which rows it leaves out, whatever checkpoint it goes on from."""
+
+import json
+import os
+import reprlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from moe_pretrain.run_folder.paths import REWINDS_FILE
+from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
+
+
+def read_rewinds(folder: Path) -> Rewinds:
+    """Those recorded in a run's folder; none if it has no record.
+
+    Raises:
+        ValueError: The record is damaged; one line that says what to do.
+    """
+    path = folder / REWINDS_FILE
+    if not path.exists():
+        return Rewinds()
+    try:
+        return Rewinds(_parse(json.loads(path.read_bytes())))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: damaged: {error}; restore what it held from the events 'rewound' in metrics.jsonl, or delete "
+            "it: then only what the newest checkpoint leaves out is left out"
+        ) from error
+
+
+def write_rewinds(folder: Path, rewinds: Rewinds) -> None:
+    """Record them, so that a kill right after cannot bring the left course back."""
+    work = folder / f"{REWINDS_FILE}.tmp"
+    with work.open("w") as file:
+        json.dump(rewinds.state(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    work.replace(folder / REWINDS_FILE)
+
+
+def _parse(values: Any) -> list[Rewind]:
+    """The returns in what a record holds; raises ValueError if it holds anything else."""
+    if not isinstance(values, list):
+        raise ValueError(f"{reprlib.repr(values)} must be a list")
+    names = [field.name for field in fields(Rewind)]
+    for number, entry in enumerate(values, start=1):
+        if not isinstance(entry, dict) or entry.keys() != set(names):
+            raise ValueError(f"entry {number}, {reprlib.repr(entry)}, must have the fields {', '.join(names)}")
+        for name, value in entry.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"entry {number}: {name}={reprlib.repr(value)} must be a whole number of at least 0")
+        if entry["stop"] <= entry["first"]:
+            raise ValueError(f"entry {number}: stop={entry['stop']} must be more than first={entry['first']}")
+    return [Rewind(**entry) for entry in values]

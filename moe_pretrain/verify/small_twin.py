@@ -1,0 +1,87 @@
+"""A user's configuration shrunk to a size that the oracle can follow."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.moe.build import expert_gate
+from moe_pretrain.schedule.batch_plan import plan_batches
+
+NUM_STEPS = 3
+
+
+def shrink(config: Config, world_size: int) -> Config:
+    """The same configuration in the smallest shape that still has every one of its parts."""
+    model, moe = config.model, config.model.moe
+    plan = plan_batches(config.batch, model.sequence_length, world_size, config.num_steps)
+    leading = min(1, moe.num_leading_dense_layers)
+    heads_per_key_value = model.num_heads // model.num_key_value_heads
+    heads = heads_per_key_value * min(2, model.num_key_value_heads)
+    sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
+    tokens = sequence * micro_batch_size * plan.accumulation * world_size
+    small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
+    router: Any = config.router
+    rank = expert_gate(moe, router)
+    if rank is not None:
+        small_rank = min(heads * 4, rank)
+        if moe.gate_rank is None:
+            router = replace(router, gate_rank=small_rank)
+        else:
+            small_moe = replace(small_moe, gate_rank=small_rank)
+    small_model = replace(
+        model,
+        vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
+        sequence_length=sequence,
+        num_layers=min(model.num_layers, leading + moe.every_k_layers + 1),
+        hidden_size=heads * 8,
+        num_heads=heads,
+        num_key_value_heads=heads // heads_per_key_value,
+        ffn_hidden_size=28,
+        cross_entropy_chunk_tokens=5,
+        # Large enough that every part contributes visibly to the loss at this width.
+        init_std=0.2,
+        moe=small_moe,
+    )
+    return replace(
+        config,
+        model=small_model,
+        router=router,
+        tokenizer=replace(config.tokenizer, vocab_size=min(257, config.tokenizer.vocab_size)),
+        batch=replace(
+            config.batch,
+            micro_batch_size=micro_batch_size,
+            global_batch_tokens=tokens,
+        ),
+        budget=replace(config.budget, tokens=tokens * NUM_STEPS, flops=None),
+        # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
+        # almost zero is its sign, which rounding decides.
+        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-3, config.optimizer.epsilon)),
+        schedule=replace(config.schedule, warmup_steps=0),
+        engine=replace(config.engine, check_every_steps=1),
+    )
+
+
+def random_batches(config: Config, world_size: int, seed: int = 0) -> list[list[MicroBatch]]:
+    """All micro-batches of each of ``NUM_STEPS`` steps, in rank order: several documents per row, some rows padding.
+
+    Which row is padding is drawn too, so ranks and micro-batches have different numbers of counted labels.
+    """
+    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
+    length, size = config.model.sequence_length + 1, plan.micro_batch_size
+    random = np.random.default_rng(seed)
+    steps = []
+    for step in range(NUM_STEPS):
+        rows = plan.rows_per_step
+        tokens = random.integers(0, config.model.vocab_size, (rows, length))
+        starts = random.random((rows, length)) < random.random((rows, 1)) * 0.5
+        starts[:, 0] = False
+        positions = np.arange(rows) + step * rows
+        if rows > 1:
+            positions[random.permutation(rows)[: max(1, rows // 5)]] = PADDING_POSITION
+        cuts = [slice(first, first + size) for first in range(0, rows, size)]
+        packing = (config.packing.isolate_documents, config.packing.reset_positions)
+        steps.append([build_micro_batch(tokens[cut], starts[cut], positions[cut], *packing) for cut in cuts])
+    return steps
