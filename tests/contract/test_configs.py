@@ -195,7 +195,8 @@ def test_mistakes_are_one_line(overrides: list[str], fragment: str):
 
 
 def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text()
+    files = [path for path in ROOT.rglob("README.md") if not {".venv", "outputs", "build"} & set(path.parts)]
+    text = "\n".join(path.read_text() for path in sorted(files))
     blocks = re.findall(r"```(?:bash|sh|)\n(.*?)```", text, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" # ")[0].strip() for line in lines if re.match(r"moe-pretrain (train|verify|certify) ", line)]
