@@ -10,30 +10,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader, validation_batches
 from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.types import ExpertShard, Routing
 from moe_pretrain.run_folder.paths import SPECIALISATION_FILE
-from moe_pretrain.schedule.batch_plan import plan_batches
 
 NUM_CLASSES = 64
 """Classes of next tokens: the most frequent ones, and one of all others."""
 
 
 def specialise(
-    config: Config, folder: Path, readers: dict[str, ShardReader], device: str, say: Callable[[str], None]
+    config: Config, plan: RunPlan, folder: Path, readers: dict[str, ShardReader], say: Callable[[str], None]
 ) -> int:
     """Print and write ``specialisation.json`` for the newest checkpoint in ``folder``; the exit code.
 
     Classes are the next token and, if there is more than one validation set, the set that a token is from.
 
     Args:
-        config: Of the run.
-        folder: Of the run.
+        config: Configuration of the run.
+        plan: Plan for this one process; the model runs in float32 whatever its dtype.
+        folder: Folder of the run.
         readers: The validation sets by name; ``evaluation.max_rows`` of each are read.
-        device: ``cpu`` or ``cuda``; the model runs in float32 in this one process.
         say: Prints a line.
 
     Raises:
@@ -45,7 +45,7 @@ def specialise(
     path, manifest = found
     model = DecoderLM(config.model, config.router, ExpertShard())
     store.load_model(model, path, manifest)
-    tables = examine(model.to(device).eval(), config, readers)
+    tables = examine(model.to(plan.device).eval(), config, plan, readers)
     for kind, layers in tables.items():
         say(f"{path.name} of {config.run.name}, {layers[0].tokens:,} tokens by {kind}, bits")
         for line in _table(config.model.moe_layers, layers):
@@ -58,10 +58,12 @@ def specialise(
 
 
 @torch.no_grad()
-def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -> Tables:
+def examine(model: DecoderLM, config: Config, plan: RunPlan, readers: dict[str, ShardReader]) -> Tables:
     """Run ``model``, in evaluation, over the validation rows of all ``readers``."""
-    labels = [batch.labels.flatten() for _, batch in _batches(config, readers)]
-    sets = [torch.full_like(own, index) for (index, batch), own in zip(_batches(config, readers), labels, strict=True)]
+    labels = [batch.labels.flatten() for _, batch in _batches(config, plan, readers)]
+    sets = [
+        torch.full_like(own, index) for (index, batch), own in zip(_batches(config, plan, readers), labels, strict=True)
+    ]
     sizes = [len(own) for own in labels]
     every_label = torch.cat(labels)
     counted = every_label != IGNORE_INDEX
@@ -75,7 +77,7 @@ def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -
     tallies = {kind: [Tally(num, layer.num_experts) for layer in layers] for kind, (_, num) in kinds.items()}
     device = model.embedding.weight.device
     first = 0
-    for (_, batch), part in zip(_batches(config, readers), counted.split(sizes), strict=True):
+    for (_, batch), part in zip(_batches(config, plan, readers), counted.split(sizes), strict=True):
         of_part = slice(first, first + int(part.sum()))
         first = of_part.stop
         gates = [gate[part] for gate in _gates(model, batch.to(device), config.seed)]
@@ -85,14 +87,13 @@ def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -
     return {kind: [tally.result() for tally in own] for kind, own in tallies.items()}
 
 
-def _batches(config: Config, readers: dict[str, ShardReader]) -> Iterator[tuple[int, MicroBatch]]:
+def _batches(config: Config, plan: RunPlan, readers: dict[str, ShardReader]) -> Iterator[tuple[int, MicroBatch]]:
     """Every validation micro-batch, with the index of its set."""
-    micro_batch_size = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps).micro_batch_size
     for index, reader in enumerate(readers.values()):
         for batch in validation_batches(
             reader,
             config.model.sequence_length,
-            micro_batch_size,
+            plan.batches.micro_batch_size,
             0,
             1,
             config.evaluation.max_rows,
