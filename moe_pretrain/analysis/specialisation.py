@@ -22,6 +22,49 @@ NUM_CLASSES = 64
 """Classes of next tokens: the most frequent ones, and one of all others."""
 
 
+@dataclass(frozen=True)
+class Information:
+    """What experts and classes say of each other, bits.
+
+    Attributes:
+        mutual: ``I(E;Y)``, from 0 when they are independent to ``min(H(E), H(Y))``.
+        experts_given_class: ``H(E|Y)``.
+        experts: ``H(E)``, at most log2 of the number of experts; of soft mass it is the paper's ``H_u``.
+        classes: ``H(Y)``.
+    """
+
+    mutual: float
+    experts_given_class: float
+    experts: float
+    classes: float
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One layer against one kind of class, bits.
+
+    Attributes:
+        hard: Of the expert with the largest weight.
+        soft: Of the mass of all weights.
+        hard_shuffled: ``I(E;Y)`` of ``hard`` with classes dealt out anew: what a finite sample alone makes, about
+            ``(experts - 1) (classes - 1) / (2 tokens ln 2)``.
+        soft_shuffled: The same of ``soft``.
+        gate_entropy: The paper's ``H_s``: mean over tokens of the entropy of their weights.
+        tokens: Tokens counted: those with a class and an expert.
+    """
+
+    hard: Information
+    soft: Information
+    hard_shuffled: float
+    soft_shuffled: float
+    gate_entropy: float
+    tokens: int
+
+
+Tables = dict[str, list[Specialisation]]
+"""Kind of class -> one row per MoE layer, bottom up."""
+
+
 def specialise(
     config: Config, plan: RunPlan, folder: Path, readers: dict[str, ShardReader], say: Callable[[str], None]
 ) -> int:
@@ -118,49 +161,6 @@ def _table(layers: list[int], rows: list[Specialisation]) -> Iterator[str]:
         values = [hard.mutual, row.hard_shuffled, hard.experts_given_class, hard.experts]
         values += [soft.mutual, row.soft_shuffled, soft.experts_given_class, soft.experts, row.gate_entropy]
         yield " ".join([f"{layer:>8}", *(f"{value:8.3f}" for value in [*values, hard.classes])])
-
-
-@dataclass(frozen=True)
-class Information:
-    """What experts and classes say of each other, bits.
-
-    Attributes:
-        mutual: ``I(E;Y)``, from 0 when they are independent to ``min(H(E), H(Y))``.
-        experts_given_class: ``H(E|Y)``.
-        experts: ``H(E)``, at most log2 of the number of experts; of soft mass it is the paper's ``H_u``.
-        classes: ``H(Y)``.
-    """
-
-    mutual: float
-    experts_given_class: float
-    experts: float
-    classes: float
-
-
-@dataclass(frozen=True)
-class Specialisation:
-    """One layer against one kind of class, bits.
-
-    Attributes:
-        hard: Of the expert with the largest weight.
-        soft: Of the mass of all weights.
-        hard_shuffled: ``I(E;Y)`` of ``hard`` with classes dealt out anew: what a finite sample alone makes, about
-            ``(experts - 1) (classes - 1) / (2 tokens ln 2)``.
-        soft_shuffled: The same of ``soft``.
-        gate_entropy: The paper's ``H_s``: mean over tokens of the entropy of their weights.
-        tokens: Tokens counted: those with a class and an expert.
-    """
-
-    hard: Information
-    soft: Information
-    hard_shuffled: float
-    soft_shuffled: float
-    gate_entropy: float
-    tokens: int
-
-
-Tables = dict[str, list[Specialisation]]
-"""Kind of class -> one row per MoE layer, bottom up."""
 
 
 def entropy(mass: Float[Tensor, "..."]) -> Tensor:

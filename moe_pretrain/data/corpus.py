@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moe_pretrain.data.prepare.prepare import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards
@@ -11,6 +11,7 @@ from moe_pretrain.data.stream.shard_stream import ShardStream
 from moe_pretrain.data.tokenizer import Tokenizer
 
 
+@runtime_checkable
 class TrainingCorpus(Protocol):
     """One corpus, a mixture or a stream, ready to train on; see the classes for what each member means there."""
 

@@ -55,7 +55,7 @@ def open_run_data(config: Config, plan: RunPlan, corpora: Corpora, mesh: Mesh) -
         method=config.packing.method,
         reset_positions=config.packing.reset_positions,
     )
-    limit = steps_until_exhausted(corpus, loader)
+    limit = steps_until_exhausted(loader) if corpus.stops_when_exhausted else None
     meter = BudgetMeter(config.budget, batches.tokens_per_step, plan.size.training_flops_per_token, limit)
     return RunData(corpus, sets, loader, meter)
 
@@ -135,14 +135,14 @@ def _with_long_enough_sets(config: Config, corpus: data.TrainingCorpus, sets: di
     return corpus, sets
 
 
-def steps_until_exhausted(corpus: data.TrainingCorpus, loader: data.TrainLoader) -> int | None:
-    """Steps before the first that needs a source of a mixture for the second time, if the mixture stops there.
+def steps_until_exhausted(loader: data.TrainLoader) -> int | None:
+    """Steps before the first that needs a source of a mixture for the second time; None if that never comes.
 
     Raises:
         ConfigError: There is no whole step before that.
     """
     steps = loader.exhaustion_steps()
-    if not corpus.stops_when_exhausted or not steps:
+    if not steps:
         return None
     first = min(steps, key=lambda name: (steps[name], name))
     if not steps[first]:

@@ -161,7 +161,9 @@ def test_examines_every_router_by_next_token_and_by_set(router: str, readers: di
         layer.router.use_token_counts(torch.ones(config.model.vocab_size, dtype=torch.int64))
     tables = examine(model.eval(), config, plan_run(config, 1), readers)
     assert list(tables) == ["next token", "validation set"]
-    tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for _, batch in _batches(config, readers))
+    tokens = sum(
+        int((batch.labels != IGNORE_INDEX).sum()) for _, batch in _batches(config, plan_run(config, 1), readers)
+    )
     assert tokens > 150
     for kind, classes in (("next token", NUM_CLASSES), ("validation set", 2)):
         assert len(tables[kind]) == 2

@@ -147,7 +147,9 @@ def test_a_mixture_that_stops_ends_before_the_first_repeated_row(readers):
 
     def steps_of(reader, rows):
         corpus = TokenizedMixture({}, reader.config, {}, Path("tokenizer.json"))
-        return steps_until_exhausted(corpus, TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True))
+        if not corpus.stops_when_exhausted:
+            return None
+        return steps_until_exhausted(TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True))
 
     def steps(when_exhausted):
         return steps_of(mixed(readers, parts, when_exhausted=when_exhausted), rows)
