@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_pretrain.commands.errors import for_one_of_each_variant
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import check
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
 from moe_pretrain.run_folder.provenance import commit, versions
@@ -41,7 +41,7 @@ def certify_one(overrides: list[str], write: Path | None) -> int:
     """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
     config = load(overrides)
     processes = config.parallel.processes
-    check(config, processes)
+    preflight(config, processes)
     on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
     code = commit() or f"moe_pretrain {versions()['moe_pretrain']}"
     return certify(config, on_ranks, partial(print, flush=True), write, code)  # in order with what the workers print

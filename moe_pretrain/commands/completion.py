@@ -8,7 +8,8 @@ from moe_pretrain.commands.options import Parser
 from moe_pretrain.config.compose import choices
 
 # A word of ours may hold "=", at which bash breaks words: it then wants only the part behind the last one.
-_BASH = """_moe_pretrain() {{
+_BASH = """shopt -s extglob
+_moe_pretrain() {{
     local words
     read -ra words <<< "${{COMP_LINE:0:COMP_POINT}}"
     local word="${{COMP_LINE:0:COMP_POINT}}"
@@ -26,7 +27,7 @@ _BASH = """_moe_pretrain() {{
     fi
     [[ ${{#COMPREPLY[@]}} -eq 1 && $COMPREPLY == *= ]] && compopt -o nospace
     if [[ $word == *=* && $COMP_WORDBREAKS == *=* ]]; then
-        COMPREPLY=("${{COMPREPLY[@]#"${{word%=*}}="}}")
+        COMPREPLY=("${{COMPREPLY[@]#${{word%=*}}=}}")
     fi
 }}
 complete -F _moe_pretrain moe-pretrain"""

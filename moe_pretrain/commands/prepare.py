@@ -4,7 +4,6 @@ import argparse
 
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
-from moe_pretrain.data import StreamedCorpus
 from moe_pretrain.train.corpora import check_corpora, prepare_corpora
 
 
@@ -26,10 +25,7 @@ def run(options: argparse.Namespace) -> int:
         print("every checksum is right")
     for name in config.evaluation.sets:
         print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
-    if isinstance(corpus, StreamedCorpus):
-        print(f"training tokens in the cache: {corpus.fill(config.num_tokens):,}; {corpus.describe_size()}")
-    else:
-        print(corpus.describe_counts())
+    print(corpus.describe_prepared(config.num_tokens))
     for folder in corpus.folders:
         print(f"shards: {folder}")
     return 0

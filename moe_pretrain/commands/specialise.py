@@ -7,8 +7,7 @@ from moe_pretrain.analysis.specialisation import specialise
 from moe_pretrain.commands.errors import for_one_of_each_variant
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.config.load import read_run
-from moe_pretrain.config.preflight import resolve_device
-from moe_pretrain.data import TokenizedMixture
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.train.corpora import prepare_corpora
 
 
@@ -26,7 +25,5 @@ def run(options: argparse.Namespace) -> int:
 def _specialise_one(folder: Path) -> int:
     config = read_run(folder)
     corpus, sets = prepare_corpora(config, print)
-    if not isinstance(corpus, TokenizedMixture):  # a mixture's sources are among the sets by name
-        sets = {"held-out documents": corpus.validation, **sets}
-    device, _ = resolve_device(config.engine)
-    return specialise(config, folder, sets, device, print)
+    # A mixture's sources are among the sets already.
+    return specialise(config, plan_run(config, 1), folder, {**corpus.validation_sets(), **sets}, print)

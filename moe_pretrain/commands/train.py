@@ -6,7 +6,7 @@ from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.compose import RENAMED
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import check
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
@@ -42,12 +42,12 @@ def run(options: argparse.Namespace) -> int:
         return 0
     config = load(overrides)
     launched = launched_world_size()
-    check(config, launched or config.parallel.processes)
+    plan = preflight(config, launched or config.parallel.processes)
     if launched is None and config.parallel.processes > 1:
         with owned(config.run.folder, print):
             write_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)
-    code = train(config, overrides)
+    code = train(config, plan, overrides)
     if launched_rank() == 0:
         write_last_report(config.run.folder, print)
     return code

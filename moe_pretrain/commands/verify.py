@@ -4,7 +4,7 @@ import argparse
 
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import check, resolve_device
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.verify.verify import verify
@@ -23,8 +23,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     config = load(overrides)
     launched = launched_world_size()
-    check(config, launched or config.parallel.processes)
+    plan = preflight(config, launched or config.parallel.processes)
     if launched is None and config.parallel.processes > 1:
         return run_workers(["verify", *overrides], config.parallel.processes)
-    device_type, dtype = resolve_device(config.engine)
-    return verify(config, device_type, dtype, print if launched_rank() == 0 else lambda line: None)
+    return verify(config, plan, print if launched_rank() == 0 else lambda line: None)
