@@ -55,7 +55,7 @@ def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Conf
         ConfigError: Something is wrong; the first complaint, in one line.
     """
     root: type[Config] = Config
-    variants = {"router", "data", "schedule"}
+    variants = {"router", "data", "schedule", "optimizer"}
     if router is not None:
         root = dataclasses.make_dataclass("Config", [("router", router)], bases=(Config,), frozen=True)
         variants.remove("router")

@@ -84,6 +84,7 @@ def read_run(folder: Path) -> Config:
     if not path.exists():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
     values: dict[str, Any] = yaml.safe_load(path.read_text())
+    values["optimizer"].setdefault("name", "adamw")  # the only one, before it had a name
     file = values["router_file"]
     config = validate(values, None if file is None else load_router_file(file))
     if config.router.name == "dense" or not config.model.moe_layers:

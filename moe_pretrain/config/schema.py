@@ -24,7 +24,7 @@ from moe_pretrain.data import (
 )
 from moe_pretrain.data.rows.packing import PackingConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
-from moe_pretrain.engine.optimizer import OptimizerConfig
+from moe_pretrain.engine.optimizers import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import model_size
