@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,8 @@ class CosineScheduleConfig:
     """
 
     name: Literal["cosine"]
-    warmup_steps: int
-    floor: float
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
+    warmup_steps: NonNegativeInt
+    floor: Share
 
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
@@ -42,14 +43,9 @@ class WarmupStableDecayScheduleConfig:
     """
 
     name: Literal["warmup_stable_decay"]
-    warmup_steps: int
-    decay_fraction: float
-    floor: float
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in [0, 1]")
+    warmup_steps: NonNegativeInt
+    decay_fraction: Share
+    floor: Share
 
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
@@ -60,13 +56,6 @@ class WarmupStableDecayScheduleConfig:
         if into_decay <= 0:
             return 1.0
         return 1.0 - (1 - self.floor) * min(1.0, into_decay / decay_steps)
-
-
-def _check_schedule(warmup_steps: int, floor: float) -> None:
-    if warmup_steps < 0:
-        raise ValueError(f"schedule.warmup_steps={warmup_steps} must not be negative")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"schedule.floor={floor} must be in [0, 1]")
 
 
 ScheduleConfig = CosineScheduleConfig | WarmupStableDecayScheduleConfig

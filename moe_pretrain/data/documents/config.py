@@ -2,13 +2,16 @@
 
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
 LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
 _LOADERS = ("arrow", "csv", "json", "parquet", "text")  # names of no dataset: what `datasets` reads files with
 TABLE_ENDINGS = (*LINES_ENDINGS, ".parquet", ".gz")
+HeldOut = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,7 @@ class BuiltinCorpusConfig:
     """
 
     source: Literal["builtin"]
-    validation_fraction: float
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
+    validation_fraction: HeldOut
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,13 @@ class FilesCorpusConfig:
     paths: tuple[str, ...]
     text_endings: tuple[str, ...]
     text_column: str
-    validation_fraction: float
+    validation_fraction: HeldOut
     invalid_utf8: Utf8Policy
     invalid_json: JsonPolicy
     version: str | None
     licence: str | None
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
         _check_paths(self.paths)
         for ending in self.text_endings:
             if not ending.startswith(".") or ending != ending.lower() or ending in TABLE_ENDINGS:
@@ -93,15 +92,12 @@ class HubCorpusConfig:
     subset: str | None
     split: str
     text_column: str
-    max_tokens: int | None
-    validation_fraction: float
+    max_tokens: PositiveInt | None
+    validation_fraction: HeldOut
     version: str | None
     licence: str | None
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"data.max_tokens={self.max_tokens} must be at least 1, or null")
         if self.name in _LOADERS and not self.files:
             raise ValueError(f"data.files={self.files} must list at least one file with data.name={self.name}")
 
@@ -124,12 +120,11 @@ class TokensCorpusConfig:
     source: Literal["tokens"]
     paths: tuple[str, ...]
     flat_dtype: Literal["uint16", "uint32", "int32", "int64"]
-    validation_fraction: float
+    validation_fraction: HeldOut
     version: str | None
     licence: str | None
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
         _check_paths(self.paths)
 
 
@@ -152,11 +147,6 @@ def version_and_licence(config: CorpusConfig) -> tuple[str | None, str | None]:
     if isinstance(config, BuiltinCorpusConfig):
         return f"Python {platform.python_version()}", "PSF-2.0"
     return config.version, config.licence
-
-
-def _check_fraction(validation_fraction: float) -> None:
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"data.validation_fraction={validation_fraction} must be between 0 and 1, exclusive")
 
 
 def _check_paths(paths: tuple[str, ...]) -> None:

@@ -1,9 +1,10 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveFloat
 
 from moe_pretrain.engine.optimizers.base import OptimizerConfig, OptimizerState, Withholding
 
@@ -20,17 +21,9 @@ class AdamWConfig(OptimizerConfig):
     """
 
     name: Literal["adamw"]
-    beta1: float
-    beta2: float
-    epsilon: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
-        if self.epsilon <= 0:
-            raise ValueError(f"optimizer.epsilon={self.epsilon} must be positive")
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    epsilon: PositiveFloat
 
     def state(self, name: str, parameter: torch.Tensor) -> OptimizerState:
         """Mean of the gradients and of their squares, for every parameter alike."""

@@ -65,15 +65,9 @@ class OptimizerConfig(ABC):
     """
 
     name: str
-    learning_rate: float
-    weight_decay: float
+    learning_rate: pydantic.PositiveFloat
+    weight_decay: pydantic.NonNegativeFloat
     trainable: Literal["all", "routers"]
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be positive")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} must not be negative")
 
     @abstractmethod
     def state(self, name: str, parameter: Tensor) -> OptimizerState:
