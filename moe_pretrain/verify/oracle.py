@@ -115,7 +115,7 @@ class Oracle:
                 if id(parameter) not in kept:
                     parameter.data = parameter.data.bfloat16().float()
         self.weights = dict(self.model.named_parameters())
-        self._moments = {
+        self.moments = {
             name: {moment: torch.zeros_like(weight) for moment in config.optimizer.state(name, weight).moments}
             for name, weight in self.weights.items()
         }
@@ -336,7 +336,7 @@ class Oracle:
         scale = min(1.0, clipping / (norm + 1e-6)) if clipping else 1.0
         rate = config.learning_rate * self.config.schedule.factor(step, self.num_steps)
         for name, weight in self.weights.items():
-            UPDATES[config.name](config, weight, gradients[name] * scale, self._moments[name], rate, step + 1)
+            UPDATES[config.name](config, weight, gradients[name] * scale, self.moments[name], rate, step + 1)
 
 
 def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:

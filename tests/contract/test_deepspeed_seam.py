@@ -116,7 +116,8 @@ def _facts(dtype: str, stage: int) -> Result:
         "coverage": {name: covered.unique().tolist() for name, covered in coverage.items()},
         "moments": {
             name: float((moments[name].view_as(first) - first).norm() / first.norm())
-            for name, first in oracle._first.items()
+            for name, kept in oracle.moments.items()
+            for first in [kept["exp_avg"]]
         },
         "shares_memory": all(shares_memory),
     }
