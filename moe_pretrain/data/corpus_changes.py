@@ -3,8 +3,7 @@
 from typing import Any
 
 from moe_pretrain.data.documents.config import FilesCorpusConfig, TokensCorpusConfig
-from moe_pretrain.data.documents.text_files import corpus_files
-from moe_pretrain.data.documents.token_files import token_files
+from moe_pretrain.data.documents.work_units import local_files
 from moe_pretrain.data.prepare.mixture import TokenizedMixture
 from moe_pretrain.data.prepare.prepare import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixtureConfig
@@ -39,8 +38,7 @@ def corpus_facts(config: DataConfig, corpus: TokenizedCorpus | TokenizedMixture 
         "validation tokens": corpus.validation.num_tokens,
     }
     if isinstance(config, FilesCorpusConfig | TokensCorpusConfig):
-        paths = corpus_files(config) if isinstance(config, FilesCorpusConfig) else token_files(config)
-        sizes = {str(path): path.stat().st_size for path in paths}
+        sizes = {str(path): path.stat().st_size for path in local_files(config).files}
         facts |= {"source files": len(sizes), "bytes of source files": sum(sizes.values())}
         if len(sizes) <= _MOST_FILES:
             facts["files"] = sizes

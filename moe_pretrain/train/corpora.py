@@ -109,7 +109,8 @@ def describe_corpus(corpus: Corpus, plan: BatchPlan, loader: data.TrainLoader, s
     waste = f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else ""
     if not isinstance(corpus, data.TokenizedMixture):
         epochs = f"; {plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs" if loader.num_rows else ""
-        say(f"corpus: {corpus.describe_size()}, {entropy}{epochs}{waste}")
+        duplicates = corpus.describe_duplicates() if isinstance(corpus, data.TokenizedCorpus) else ""
+        say(f"corpus: {corpus.describe_size()}, {entropy}{epochs}{waste}{duplicates}")
         return
     say(f"corpus: a mixture of {len(corpus.sources)} sources, {entropy}{waste}")
     exhaustion = loader.exhaustion_steps()
@@ -123,4 +124,5 @@ def describe_corpus(corpus: Corpus, plan: BatchPlan, loader: data.TrainLoader, s
             line += f"; runs out in step {ends + 1} and begins again in a new order"
         elif ends == plan.num_steps and corpus.config.when_exhausted == "stop" and name in exhaustion:
             line += f"; would run out in step {ends + 1}: the run ends after step {ends}"
+        line += source.describe_duplicates()
         say(line)

@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig
-from moe_pretrain.data.documents.work_units import content_identity
+from moe_pretrain.data.documents.config import CorpusConfig, FilesCorpusConfig, HubCorpusConfig, TokensCorpusConfig
+from moe_pretrain.data.documents.work_units import content_identity, local_files
 from moe_pretrain.data.prepare.attempt import COUNTS_FILE, Preparation, build, is_complete
 from moe_pretrain.data.shards import reader as shards
 from moe_pretrain.data.shards.reader import ShardReader
@@ -72,6 +72,8 @@ class TokenizedCorpus:
                 (counts.empty, "empty"),
                 (counts.invalid_utf8, "not UTF-8"),
                 (counts.invalid_json, "not JSON"),
+                (counts.table, "tables"),
+                (counts.duplicate, "held out but trained on too, exactly or nearly"),
             )
             if number
         )
@@ -80,7 +82,18 @@ class TokenizedCorpus:
         return (
             f"documents: {counts.read:,} read = {counts.train:,} training + {counts.validation:,} validation"
             f"{left_out}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
-            f"{self.validation.num_tokens:,} validation, ends of documents among them"
+            f"{self.validation.num_tokens:,} validation, ends of documents among them{self.describe_duplicates()}"
+        )
+
+    def describe_duplicates(self) -> str:
+        """What is known of held-out documents that are trained on too: nothing, or a clause."""
+        counts = self.counts
+        if not counts.near_duplicates:
+            return ""
+        what = "left out" if counts.duplicate else "kept (data.near_duplicates=drop leaves them out)"
+        return (
+            f"; {counts.near_duplicates:,} held-out documents are near duplicates of training documents "
+            f"({counts.exact_duplicates:,} exact), {what}"
         )
 
 
@@ -127,6 +140,8 @@ def prepare(
     max_tokens = _max_tokens(corpus, tokens_needed)
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
     folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
+    if isinstance(corpus, FilesCorpusConfig | TokensCorpusConfig) and (again := local_files(corpus).describe_again()):
+        report(again)
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
     return _open(folder, pretrained)
 
