@@ -9,6 +9,7 @@ from moe_pretrain import data
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.match_budget import describe_match
+from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.block import Recompute
@@ -22,7 +23,7 @@ from moe_pretrain.plan.memory import (
     memory_per_rank,
     routes_of_rank,
 )
-from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.words import short_duration, short_number
 
 GIB = 2**30
@@ -90,11 +91,20 @@ def target(config: Config) -> tuple[str, Dtype]:
     return device, "float32" if device == "cpu" else "bfloat16"
 
 
+def planned(config: Config) -> RunPlan:
+    """The plan of a run of ``config`` on the machines that it is for.
+
+    Raises:
+        ValueError: The global batch does not divide.
+    """
+    return plan_run(config, config.parallel.processes, target(config))
+
+
 def problems(config: Config) -> list[str]:
     """Every way in which batch, experts and widths do not divide, each with the nearest values that work."""
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
-        lambda: plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps),
+        lambda: planned(config),
         lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
     ]
     found = []
@@ -184,7 +194,6 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         ValueError: The configuration is wrong.
     """
     config = load(overrides)
-    device, dtype = target(config)
     size = model_size(config.model, config.router)
     ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
     say(
@@ -200,7 +209,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         say(f"DOES NOT DIVIDE: {problem}")
     if found:
         return 1
-    plan = plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps)
+    run = planned(config)
+    plan, device, dtype = run.batches, run.device, run.dtype
     extra = extra_forward(config, size, plan)
     if extra:
         say(f"  beside those, recomputed or run ahead: {short_number(extra)} FLOPs per token")
@@ -249,7 +259,7 @@ def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[st
     for name in sizes:
         try:
             config = load([*others, f"model={name}"])
-            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes, config.num_steps)
+            plan = planned(config).batches
         except ValueError as error:
             say(f"  {name:<8}  {error}")
             continue
