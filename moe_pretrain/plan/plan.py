@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
+
 from moe_pretrain import data
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
@@ -14,8 +16,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import num_routed_experts, width_problems
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.build import build_router, num_routed_experts, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
     Memory,
@@ -158,9 +159,11 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
-    router = config.router
-    by_batch = getattr(router, "load_balance_level", None) == "global_batch"
-    return plan.accumulation > 1 and by_batch and getattr(router, "load_balance_weight", 0) > 0
+    if plan.accumulation == 1 or config.router.dense_experts:
+        return False
+    with torch.device("meta"):
+        router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)
+    return router.needs_global_routes
 
 
 def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
@@ -175,7 +178,7 @@ def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
     weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
     routed = routes_of_rank(config, dtype, plan.micro_batch_size)
     passes = 2 + (config.model.recompute == "full") + _counts_ahead(config, plan)
-    layers = 0 if isinstance(config.router, DenseConfig) else len(config.model.moe_layers)
+    layers = 0 if config.router.dense_experts else len(config.model.moe_layers)
     one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
     return {
         "gradients, all-reduce in float32": 2 * 4 * sum(ring.values()),

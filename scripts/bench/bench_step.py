@@ -26,7 +26,6 @@ from moe_pretrain.metrics.throughput import model_flops_utilization, peak_flops_
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.parallel.rendezvous import launched_world_size
@@ -101,7 +100,7 @@ def make_batches(config: Config, plan: BatchPlan) -> list[MicroBatch]:
 
 def dense_twin(overrides: list[str], config: Config) -> Config:
     """The same run without routing, as wide as the experts that one token uses."""
-    if isinstance(config.router, DenseConfig):
+    if config.router.dense_experts:
         return config
     others = [override for override in overrides if not override.startswith("router")]
     active = round(config.router.mean_experts_per_token)
@@ -124,7 +123,7 @@ def build_peer(
     from transformers import MixtralConfig, MixtralForCausalLM
 
     shape, moe = config.model, config.model.moe
-    if isinstance(config.router, DenseConfig) or moe.shared_width or len(shape.moe_layers) != shape.num_layers:
+    if config.router.dense_experts or moe.shared_width or len(shape.moe_layers) != shape.num_layers:
         raise SystemExit("a Mixtral has no dense layers and no shared experts; leave it out with --only")
     settings = MixtralConfig(
         vocab_size=shape.vocab_size,

@@ -30,8 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import normalize
 
-from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
-from moe_pretrain.moe.types import BalanceLevel
+from moe_pretrain.moe import BalancedRouter, BalancedRouterConfig, BalanceLevel
 
 
 @dataclass(frozen=True, kw_only=True)
