@@ -11,7 +11,7 @@ from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers import RouterConfig
-from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
+from moe_pretrain.moe.types import ExpertShard, MoEOutput, Routing, RoutingContext
 
 ROWS, SEQUENCE, VOCAB = 8, 128, 512
 """Tokens on which it is measured: enough that a figure moves by a few percent from seed to seed."""
@@ -37,9 +37,11 @@ class StartLoudness:
 def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> StartLoudness:
     """Measure a scheme at step 0 of a model of ``model``'s widths, with two layers and a small vocabulary."""
     small = dataclasses.replace(
-        model, num_layers=2, vocab_size=VOCAB, sequence_length=SEQUENCE, moe=dataclasses.replace(
-            model.moe, num_leading_dense_layers=0, every_k_layers=1, num_shared_experts=0
-        )
+        model,
+        num_layers=2,
+        vocab_size=VOCAB,
+        sequence_length=SEQUENCE,
+        moe=dataclasses.replace(model.moe, num_leading_dense_layers=0, every_k_layers=1, num_shared_experts=0),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -53,8 +55,8 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
     outputs: list[Tensor] = []
     routings: list[Routing] = []
 
-    def note_output(module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
-        outputs.append(output[0].detach())
+    def note_output(module: nn.Module, inputs: object, output: MoEOutput) -> None:
+        outputs.append(output.hidden.detach())
 
     def note_routing(module: nn.Module, inputs: object, routing: Routing) -> None:
         routings.append(routing)
