@@ -19,8 +19,10 @@ SCHEMES = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml
 RAW = {"attention_importance": 0.35, "expert_choice": 0.42, "sinkhorn": 0.42, "top_p": 0.44}
 """Schemes whose weights are probabilities over all experts: as much quieter as the mass that they keep."""
 TOLERANCE = 1.8
-"""Factor by which schemes may differ from ``top_k``. ``relu`` starts with half of the experts and weights that add up to
-1.9; ``expert_threshold`` with three experts of 0.6 each."""
+"""Factor by which schemes may differ from ``top_k``.
+
+``relu`` starts with half of the experts and weights that add up to 1.9, ``expert_threshold`` with three experts of 0.6.
+"""
 
 
 @functools.cache
