@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from moe_pretrain.checkpoint.manifest import complete_names, step_of
 from moe_pretrain.config.schema import Config, to_values
@@ -16,9 +15,16 @@ from moe_pretrain.metrics.writer import MetricsWriter
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.plan.layer_cost import layer_cost
-from moe_pretrain.run_folder.paths import CHECKPOINTS, SICK_STEPS
+from moe_pretrain.run_folder.paths import CHECKPOINTS, sick_step_file
 from moe_pretrain.run_folder.probe import Probe, ProbeFiles, routing_drift
-from moe_pretrain.run_folder.provenance import commit, processor, versions
+from moe_pretrain.run_folder.provenance import (
+    commit,
+    processor,
+    versions,
+    write_config,
+    write_sick_step,
+    write_summary,
+)
 from moe_pretrain.train.corpora import Corpus
 from moe_pretrain.train.train_state import Progress
 
@@ -101,8 +107,8 @@ def write_facts(config: Config, size: ModelSize, dtype: Dtype, corpus: Corpus, m
         "dtype": dtype,
         "moe_layer_cost": layer_cost(config, dtype, size),
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    (folder / "summary.json").write_text(json.dumps(facts, indent=2))
+    write_config(folder, values)
+    write_summary(folder, facts)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class SickRows:
         """Write down which rows ``step`` of the data has; in words, where."""
         first = step * self.rows_per_step
         rows = {"first_row": first, "last_row": first + self.rows_per_step - 1}
-        path = self.folder / SICK_STEPS / f"step_{step:08d}.json"
+        path = sick_step_file(self.folder, step)
         facts = {
             "step": step,
             "reason": reason,
@@ -135,8 +141,7 @@ class SickRows:
         }
         if self.is_main:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(facts, indent=2) + "\n")
+                write_sick_step(self.folder, step, facts)
             except OSError as error:
                 return f"rows {first} to {rows['last_row']} of the run's order ({path} cannot be written: {error})"
         return f"its rows are in {path}"

@@ -40,7 +40,7 @@ from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
     make_tokenizer,
 )
-from moe_pretrain.system.files import sync_folder, write_durably
+from moe_pretrain.system.files import sync_folder, write_whole
 
 COUNTS_FILE = "counts.json"
 
@@ -232,8 +232,7 @@ class Preparation:
             write_manifest(
                 self._partial / side, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
             )
-        write_durably(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
-        sync_folder(self._partial)
+        write_whole(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
         if self.folder.exists():
             shutil.rmtree(self.folder)  # published folders are complete: somebody removed files from it
         self._partial.rename(self.folder)

@@ -22,7 +22,7 @@ from moe_pretrain.data.documents.work_units import Unit, unit_rows
 from moe_pretrain.data.shards.reader import ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer import Tokenizer
-from moe_pretrain.system.files import write_durably
+from moe_pretrain.system.files import write_whole
 
 SIDES = ("train", "validation")
 UNITS = "units"  # folder of the records, beside those of the sides
@@ -146,8 +146,8 @@ def write_unit(
         validation.abort()
     record = UnitRecord(unit.index, shards, Counts(**counted), limited, unit.end)
     (folder / UNITS).mkdir(exist_ok=True)
-    write_durably(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
-    write_durably(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
+    write_whole(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
+    write_whole(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
 
 

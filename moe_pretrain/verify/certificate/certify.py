@@ -5,14 +5,13 @@ property is tested stands in the docstring of its function, in ``certify_routes`
 on) or ``certify_learning`` (losses, gradients, recomputation, state).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from moe_pretrain.config.schema import Config
-from moe_pretrain.system.files import write_whole
+from moe_pretrain.system.files import write_json
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
 from moe_pretrain.verify.certificate.route_properties import ROUTES
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
@@ -105,7 +104,7 @@ def certify(
     rows.append(row)
     say(f"  {row}")
     if write is not None:
-        write_whole(write, json.dumps({"code": code, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        write_json(write, {"code": code, "rows": [asdict(row) for row in rows]})
         say(f"written: {write}")
     failed = sum(row.verdict == "FAIL" for row in rows)
     say("certified" if not failed else f"not certified: {failed} of {len(rows)} properties fail")
