@@ -12,7 +12,6 @@ import xxhash
 from moe_pretrain.data.documents.config import CorpusConfig, describe
 from moe_pretrain.data.documents.hub import Retries, require_network
 from moe_pretrain.data.documents.work_units import sample_texts
-from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import one_line
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
@@ -106,7 +105,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, file: Path) -> None:
-    """Learn a byte-level BPE and write it as a ``tokenizer.json``, whole or not at all.
+    """Learn a byte-level BPE and write it as a ``tokenizer.json``.
 
     The same texts give the same file.
 
@@ -125,7 +124,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, file: Path) -> None:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    write_whole(file, model.to_str(pretty=True))
+    model.save(str(file))
 
 
 def load_tokenizer_file(file: Path) -> Tokenizer:
@@ -246,5 +245,7 @@ def make_tokenizer(
     file = folder / TOKENIZER_FILE
     if not file.exists():
         report(f"training a {config.vocab_size}-token tokenizer ({describe(corpus)})")
-        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, file)
+        half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
+        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, half_written)
+        half_written.rename(file)
     return load_tokenizer_file(file)

@@ -162,6 +162,7 @@ def _build_tokenizer(
         partial = cache.partial_folder(file.parent)
         partial.mkdir(parents=True, exist_ok=True)
         train_tokenizer(_sample_texts(config), tokenizer.vocab_size, partial / TOKENIZER_FILE)
+        sync_folder(partial)
         partial.rename(file.parent)
         sync_folder(cache_dir)
 
