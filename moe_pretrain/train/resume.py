@@ -22,7 +22,7 @@ class Resumer:
     """Takes over checkpoints of a run's folder; every rank does the same at the same time.
 
     Attributes:
-        rules: What must stay as it was in a run that goes on.
+        rules: Comparison of this run with the checkpoints that it goes on from.
     """
 
     def __init__(
