@@ -50,7 +50,7 @@ def readers(tmp_path_factory):
 
 
 def mixed(readers, weights, phases=(), when_exhausted="repeat"):
-    builtin = BuiltinCorpusConfig("builtin", 0.5)
+    builtin = BuiltinCorpusConfig("builtin", 0.5, "ignore")
     return MixedShards(readers, config_of(dict.fromkeys(readers, builtin), weights, phases, when_exhausted))
 
 
@@ -298,4 +298,4 @@ def test_tokens_in_a_mixture_need_their_tokenizer():
 
 def test_a_name_must_do_for_metrics():
     with pytest.raises(ValueError, match="data.sources: name 'a/b' must be of letters, digits, - and _"):
-        config_of({"a/b": BuiltinCorpusConfig("builtin", 0.5)}, [1])
+        config_of({"a/b": BuiltinCorpusConfig("builtin", 0.5, "ignore")}, [1])
