@@ -22,6 +22,38 @@ NUM_CLASSES = 64
 """Classes of next tokens: the most frequent ones, and one of all others."""
 
 
+@dataclass(frozen=True)
+class Specialisation:
+    """One layer against one kind of class, bits.
+
+    Attributes:
+        hard: Of the expert with the largest weight.
+        soft: Of the mass of all weights.
+        hard_shuffled: ``I(E;Y)`` of ``hard`` with classes dealt out anew: what a finite sample alone makes, about
+            ``(experts - 1) (classes - 1) / (2 tokens ln 2)``.
+        soft_shuffled: The same of ``soft``.
+        gate_entropy: The paper's ``H_s``: mean over tokens of the entropy of their weights.
+        tokens: Tokens counted: those with a class and an expert.
+    """
+
+    hard: Information
+    soft: Information
+    hard_shuffled: float
+    soft_shuffled: float
+    gate_entropy: float
+    tokens: int
+
+
+def entropy(mass: Float[Tensor, "..."]) -> Tensor:
+    """Entropy in bits of each last axis of ``mass``, which need not sum to 1; 0 where there is none."""
+    share = mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+    return -torch.special.xlogy(share, share).sum(dim=-1) / torch.log(torch.tensor(2.0, dtype=mass.dtype))
+
+
+Tables = dict[str, list[Specialisation]]
+"""Kind of class -> one row per MoE layer, bottom up."""
+
+
 def specialise(
     config: Config, folder: Path, readers: dict[str, ShardReader], device: str, say: Callable[[str], None]
 ) -> int:
@@ -134,38 +166,6 @@ class Information:
     experts_given_class: float
     experts: float
     classes: float
-
-
-@dataclass(frozen=True)
-class Specialisation:
-    """One layer against one kind of class, bits.
-
-    Attributes:
-        hard: Of the expert with the largest weight.
-        soft: Of the mass of all weights.
-        hard_shuffled: ``I(E;Y)`` of ``hard`` with classes dealt out anew: what a finite sample alone makes, about
-            ``(experts - 1) (classes - 1) / (2 tokens ln 2)``.
-        soft_shuffled: The same of ``soft``.
-        gate_entropy: The paper's ``H_s``: mean over tokens of the entropy of their weights.
-        tokens: Tokens counted: those with a class and an expert.
-    """
-
-    hard: Information
-    soft: Information
-    hard_shuffled: float
-    soft_shuffled: float
-    gate_entropy: float
-    tokens: int
-
-
-Tables = dict[str, list[Specialisation]]
-"""Kind of class -> one row per MoE layer, bottom up."""
-
-
-def entropy(mass: Float[Tensor, "..."]) -> Tensor:
-    """Entropy in bits of each last axis of ``mass``, which need not sum to 1; 0 where there is none."""
-    share = mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
-    return -torch.special.xlogy(share, share).sum(dim=-1) / torch.log(torch.tensor(2.0, dtype=mass.dtype))
 
 
 def information(joint: Float[Tensor, "classes experts"]) -> Information:

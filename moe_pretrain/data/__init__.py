@@ -18,7 +18,6 @@ from moe_pretrain.data.documents.config import (
     TokensCorpusConfig,
 )
 from moe_pretrain.data.documents.document import Document
-from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare.mixture import RunLength, TokenizedMixture, check_mixture, prepare_mixture
 from moe_pretrain.data.prepare.prepare import (
     TokenizedCorpus,
@@ -69,7 +68,6 @@ __all__ = [
     "check_prepared",
     "corpus_facts",
     "count_rows",
-    "documents",
     "explain_change",
     "open_stream",
     "prepare",

@@ -29,7 +29,7 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import normalize
 
-from moe_pretrain.moe.routers.linear import BalancedRouter, BalancedRouterConfig
+from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig
 from moe_pretrain.moe.types import BalanceLevel
 
 
@@ -500,5 +500,5 @@ def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], override
 
 
 def test_the_readme_shows_the_example_word_for_word():
-    readme = Path(__file__).parents[3] / "README.md"
+    readme = Path(__file__).parents[3] / "moe_pretrain" / "moe" / "README.md"
     assert f"```python\n{EXAMPLE}```" in readme.read_text()

@@ -20,7 +20,8 @@ TOKENIZER = TokenizerConfig("train", 300, None)
 PROGRAM = """
 import multiprocessing.connection, os, signal, sys
 from pathlib import Path
-from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare, sources
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+from moe_pretrain.data.documents import work_units as sources
 sources._SMALLEST_UNIT_BYTES = 1000
 multiprocessing.connection.wait = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 config = FilesCorpusConfig("files", (sys.argv[1],), (".txt",), "text", 0.5, "fail", "fail", None, None)
