@@ -64,7 +64,7 @@ def _train(overrides: list[str]) -> int:
     """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
     from moe_pretrain.analysis.report import write_last_report
     from moe_pretrain.config.load import load
-    from moe_pretrain.config.preflight import check
+    from moe_pretrain.config.preflight import preflight
     from moe_pretrain.parallel.launcher import run_workers
     from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
     from moe_pretrain.run_folder.lock import owned
@@ -78,12 +78,12 @@ def _train(overrides: list[str]) -> int:
     overrides = _with_earlier_overrides(overrides)
     config = load(overrides)
     launched = launched_world_size()
-    check(config, launched or config.parallel.processes)
+    plan = preflight(config, launched or config.parallel.processes)
     if launched is None and config.parallel.processes > 1:
         with owned(config.run.folder, print):
             write_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)
-    code = train(config, overrides)
+    code = train(config, plan, overrides)
     if launched_rank() == 0:
         write_last_report(config.run.folder, print)
     return code
@@ -126,7 +126,6 @@ def _sweep_status(arguments: list[str]) -> int:
 def _prepare(words: list[str]) -> int:
     """Tokenise the corpora ahead of ``train``, or compare the checksums of those that are prepared."""
     from moe_pretrain.config.load import load
-    from moe_pretrain.data import StreamedCorpus
     from moe_pretrain.train.corpora import check_corpora, prepare_corpora
 
     config = load([word for word in words if word != "--check"])
@@ -135,10 +134,7 @@ def _prepare(words: list[str]) -> int:
         print("every checksum is right")
     for name in config.evaluation.sets:
         print(f"evaluation.sets.{name}: {sets[name].num_documents:,} documents, {sets[name].num_tokens:,} tokens")
-    if isinstance(corpus, StreamedCorpus):
-        print(f"training tokens in the cache: {corpus.fill(config.num_tokens):,}; {corpus.describe_size()}")
-    else:
-        print(corpus.describe_counts())
+    print(corpus.describe_prepared(config.num_tokens))
     for folder in corpus.folders:
         print(f"shards: {folder}")
     return 0
@@ -147,18 +143,17 @@ def _prepare(words: list[str]) -> int:
 def _verify(overrides: list[str]) -> int:
     """Compare a small twin of the configuration with the oracle, here or in workers of our own."""
     from moe_pretrain.config.load import load
-    from moe_pretrain.config.preflight import check, resolve_device
+    from moe_pretrain.config.preflight import preflight
     from moe_pretrain.parallel.launcher import run_workers
     from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
     from moe_pretrain.verify.verify import verify
 
     config = load(overrides)
     launched = launched_world_size()
-    check(config, launched or config.parallel.processes)
+    plan = preflight(config, launched or config.parallel.processes)
     if launched is None and config.parallel.processes > 1:
         return run_workers(["verify", *overrides], config.parallel.processes)
-    device_type, dtype = resolve_device(config.engine)
-    return verify(config, device_type, dtype, print if launched_rank() == 0 else lambda line: None)
+    return verify(config, plan, print if launched_rank() == 0 else lambda line: None)
 
 
 def _certify(words: list[str]) -> int:
@@ -203,14 +198,14 @@ def _for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> in
 def _certify_one(overrides: list[str], write: Path | None) -> int:
     """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
     from moe_pretrain.config.load import load
-    from moe_pretrain.config.preflight import check
+    from moe_pretrain.config.preflight import preflight
     from moe_pretrain.parallel.launcher import run_workers
     from moe_pretrain.run_folder.provenance import commit, versions
     from moe_pretrain.verify.certificate.certify import certify
 
     config = load(overrides)
     processes = config.parallel.processes
-    check(config, processes)
+    preflight(config, processes)
     on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
     code = commit() or f"moe_pretrain {versions()['moe_pretrain']}"
     return certify(config, on_ranks, partial(print, flush=True), write, code)  # in order with what the workers print
@@ -292,16 +287,13 @@ def _specialise_one(folder: Path) -> int:
     """Say what a run's experts specialise in."""
     from moe_pretrain.analysis.specialisation import specialise
     from moe_pretrain.config.load import read_run
-    from moe_pretrain.config.preflight import resolve_device
-    from moe_pretrain.data import TokenizedMixture
+    from moe_pretrain.config.preflight import plan_run
     from moe_pretrain.train.corpora import prepare_corpora
 
     config = read_run(folder)
     corpus, sets = prepare_corpora(config, print)
-    if not isinstance(corpus, TokenizedMixture):  # a mixture's sources are among the sets by name
-        sets = {"held-out documents": corpus.validation, **sets}
-    device, _ = resolve_device(config.engine)
-    return specialise(config, folder, sets, device, print)
+    # A mixture's sources are among the sets already.
+    return specialise(config, plan_run(config, 1), folder, {**corpus.validation_sets(), **sets}, print)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {

@@ -10,16 +10,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader, validation_batches
 from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.types import ExpertShard, Routing
 from moe_pretrain.run_folder.paths import SPECIALISATION_FILE
-from moe_pretrain.schedule.batch_plan import plan_batches
 
 NUM_CLASSES = 64
 """Classes of next tokens: the most frequent ones, and one of all others."""
+
+
+@dataclass(frozen=True)
+class Information:
+    """What experts and classes say of each other, bits.
+
+    Attributes:
+        mutual: ``I(E;Y)``, from 0 when they are independent to ``min(H(E), H(Y))``.
+        experts_given_class: ``H(E|Y)``.
+        experts: ``H(E)``, at most log2 of the number of experts; of soft mass it is the paper's ``H_u``.
+        classes: ``H(Y)``.
+    """
+
+    mutual: float
+    experts_given_class: float
+    experts: float
+    classes: float
 
 
 @dataclass(frozen=True)
@@ -44,28 +61,22 @@ class Specialisation:
     tokens: int
 
 
-def entropy(mass: Float[Tensor, "..."]) -> Tensor:
-    """Entropy in bits of each last axis of ``mass``, which need not sum to 1; 0 where there is none."""
-    share = mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
-    return -torch.special.xlogy(share, share).sum(dim=-1) / torch.log(torch.tensor(2.0, dtype=mass.dtype))
-
-
 Tables = dict[str, list[Specialisation]]
 """Kind of class -> one row per MoE layer, bottom up."""
 
 
 def specialise(
-    config: Config, folder: Path, readers: dict[str, ShardReader], device: str, say: Callable[[str], None]
+    config: Config, plan: RunPlan, folder: Path, readers: dict[str, ShardReader], say: Callable[[str], None]
 ) -> int:
     """Print and write ``specialisation.json`` for the newest checkpoint in ``folder``; the exit code.
 
     Classes are the next token and, if there is more than one validation set, the set that a token is from.
 
     Args:
-        config: Of the run.
-        folder: Of the run.
+        config: Configuration of the run.
+        plan: Plan for this one process; the model runs in float32 whatever its dtype.
+        folder: Folder of the run.
         readers: The validation sets by name; ``evaluation.max_rows`` of each are read.
-        device: ``cpu`` or ``cuda``; the model runs in float32 in this one process.
         say: Prints a line.
 
     Raises:
@@ -77,7 +88,7 @@ def specialise(
     path, manifest = found
     model = DecoderLM(config.model, config.router, ExpertShard())
     store.load_model(model, path, manifest)
-    tables = examine(model.to(device).eval(), config, readers)
+    tables = examine(model.to(plan.device).eval(), config, plan, readers)
     for kind, layers in tables.items():
         say(f"{path.name} of {config.run.name}, {layers[0].tokens:,} tokens by {kind}, bits")
         for line in _table(config.model.moe_layers, layers):
@@ -90,10 +101,12 @@ def specialise(
 
 
 @torch.no_grad()
-def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -> Tables:
+def examine(model: DecoderLM, config: Config, plan: RunPlan, readers: dict[str, ShardReader]) -> Tables:
     """Run ``model``, in evaluation, over the validation rows of all ``readers``."""
-    labels = [batch.labels.flatten() for _, batch in _batches(config, readers)]
-    sets = [torch.full_like(own, index) for (index, batch), own in zip(_batches(config, readers), labels, strict=True)]
+    labels = [batch.labels.flatten() for _, batch in _batches(config, plan, readers)]
+    sets = [
+        torch.full_like(own, index) for (index, batch), own in zip(_batches(config, plan, readers), labels, strict=True)
+    ]
     sizes = [len(own) for own in labels]
     every_label = torch.cat(labels)
     counted = every_label != IGNORE_INDEX
@@ -107,7 +120,7 @@ def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -
     tallies = {kind: [Tally(num, layer.num_experts) for layer in layers] for kind, (_, num) in kinds.items()}
     device = model.embedding.weight.device
     first = 0
-    for (_, batch), part in zip(_batches(config, readers), counted.split(sizes), strict=True):
+    for (_, batch), part in zip(_batches(config, plan, readers), counted.split(sizes), strict=True):
         of_part = slice(first, first + int(part.sum()))
         first = of_part.stop
         gates = [gate[part] for gate in _gates(model, batch.to(device), config.seed)]
@@ -117,14 +130,13 @@ def examine(model: DecoderLM, config: Config, readers: dict[str, ShardReader]) -
     return {kind: [tally.result() for tally in own] for kind, own in tallies.items()}
 
 
-def _batches(config: Config, readers: dict[str, ShardReader]) -> Iterator[tuple[int, MicroBatch]]:
+def _batches(config: Config, plan: RunPlan, readers: dict[str, ShardReader]) -> Iterator[tuple[int, MicroBatch]]:
     """Every validation micro-batch, with the index of its set."""
-    micro_batch_size = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps).micro_batch_size
     for index, reader in enumerate(readers.values()):
         for batch in validation_batches(
             reader,
             config.model.sequence_length,
-            micro_batch_size,
+            plan.batches.micro_batch_size,
             0,
             1,
             config.evaluation.max_rows,
@@ -151,21 +163,10 @@ def _table(layers: list[int], rows: list[Specialisation]) -> Iterator[str]:
         yield " ".join([f"{layer:>8}", *(f"{value:8.3f}" for value in [*values, hard.classes])])
 
 
-@dataclass(frozen=True)
-class Information:
-    """What experts and classes say of each other, bits.
-
-    Attributes:
-        mutual: ``I(E;Y)``, from 0 when they are independent to ``min(H(E), H(Y))``.
-        experts_given_class: ``H(E|Y)``.
-        experts: ``H(E)``, at most log2 of the number of experts; of soft mass it is the paper's ``H_u``.
-        classes: ``H(Y)``.
-    """
-
-    mutual: float
-    experts_given_class: float
-    experts: float
-    classes: float
+def entropy(mass: Float[Tensor, "..."]) -> Tensor:
+    """Entropy in bits of each last axis of ``mass``, which need not sum to 1; 0 where there is none."""
+    share = mass / mass.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+    return -torch.special.xlogy(share, share).sum(dim=-1) / torch.log(torch.tensor(2.0, dtype=mass.dtype))
 
 
 def information(joint: Float[Tensor, "classes experts"]) -> Information:

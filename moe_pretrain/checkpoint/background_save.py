@@ -19,6 +19,7 @@ import torch.distributed as dist
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.host_copy import Staged, Staging
 from moe_pretrain.checkpoint.manifest import folder_name
+from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.checkpoint.write import (
     Reach,
     Retention,
@@ -83,16 +84,16 @@ class Saver:
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
 
-    def save(self, state: dict[str, Any], before_commit: Callable[[], None] = lambda: None) -> None:
+    def save(self, state: TrainState, before_commit: Callable[[], None] = lambda: None) -> None:
         """Begin a checkpoint of the engine and ``state``; every rank must call it, after ``take`` of the one before.
 
         Args:
-            state: JSON values that the run needs to go on; ``state["step"]`` is the number of finished steps.
+            state: Everything beside tensors that the run needs to go on.
             before_commit: Called on the main rank before the checkpoint counts, in the writing thread.
         """
         assert self._thread is None and self._outcome is None, "the outcome of the save before was not taken"
         started = time.perf_counter()
-        step = state["step"]
+        step = state.step
         staged, problem = None, None
         try:
             self._faults.reach("save.begin", step)
@@ -135,15 +136,15 @@ class Saver:
         return outcome
 
     def _write(
-        self, staged: Staged | None, problem: str | None, state: dict[str, Any], before_commit: Callable[[], None]
+        self, staged: Staged | None, problem: str | None, state: TrainState, before_commit: Callable[[], None]
     ) -> tuple[Path | None, str | None]:
         """Body of the thread: the stages of a save, each agreed by all ranks."""
-        target = self._folder / folder_name(state["step"])
+        target = self._folder / folder_name(state.step)
         work: Path | None = None
         part: Any = None
 
         def reach(point: str) -> None:
-            self._faults.reach(point, state["step"])
+            self._faults.reach(point, state.step)
 
         if self._mesh.is_main and problem is None:
             work, problem = self._try(lambda: make_work_folder(target, reach))
@@ -162,7 +163,7 @@ class Saver:
                 shutil.rmtree(work_folder(target), ignore_errors=True)
             return None, problem
         if self._mesh.is_main:
-            _, problem = self._try(lambda: self._retention.apply(state["step"], reach))
+            _, problem = self._try(lambda: self._retention.apply(state.step, reach))
             problem = f"an old checkpoint could not be removed: {problem}" if problem else None
         _, problem = self._agree(None, problem)
         _, own = self._try(lambda: reach("save.announced"))
@@ -170,7 +171,7 @@ class Saver:
 
     def _commit(self, work: Any, target: Path, parts: Any, staged: Any, state: Any, before: Any, reach: Reach) -> None:
         before()
-        commit(work, target, parts, staged, state, reach)
+        commit(work, target, parts, staged, state.to_json(), reach)
 
     def _try(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
         """The action's result, or what the disk said."""

@@ -12,9 +12,11 @@ from moe_pretrain.checkpoint.manifest import (
     CheckpointError,
     complete_names,
     open_manifest,
+    train_state,
     verify_files,
 )
 from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.checkpoint.train_state import TrainState
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -32,36 +34,39 @@ def inspect(path: Path) -> Iterator[str]:
         raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}{hint}")
     manifest = open_manifest(path)
     yield f"checkpoint:  {path}, format version {manifest['format_version']}"
-    yield from _describe_state(manifest["state"])
+    yield from _describe_state(train_state(manifest))
     yield from _describe_sizes(manifest)
     verify_files(path, manifest, manifest["files"])
     yield f"checksums:   verified, {len(manifest['files'])} files"
     yield from _describe_norms(Reader(path, manifest), manifest)
 
 
-def _describe_state(state: dict[str, Any]) -> Iterator[str]:
-    yield f"step:        {state['step']:,}"
-    yield f"tokens:      {_look(state, 'tokens')}"
-    yield f"validation:  {_look(state, 'validation_loss')}"
+def _describe_state(state: TrainState) -> Iterator[str]:
+    identity = state.identity
+    yield f"step:        {state.step:,}"
+    yield f"tokens:      {_word(state.tokens)}"
+    yield f"validation:  {_word(state.validation_loss)}"
     yield (
-        f"saved from:  {_look(state, 'world_size')} ranks, expert parallel "
-        f"{_look(state, 'config', 'parallel', 'expert_parallel_size')}, "
-        f"ZeRO {_look(state, 'config', 'engine', 'zero_stage')}"
+        f"saved from:  {_word(identity.world_size)} ranks, expert parallel "
+        f"{_look(identity.config, 'parallel', 'expert_parallel_size')}, "
+        f"ZeRO {_look(identity.config, 'engine', 'zero_stage')}"
     )
-    yield f"model:       {_look(state, 'config', 'model', 'name')}, router {_look(state, 'config', 'router', 'name')}"
-    yield f"corpus:      {_look(state, 'corpus_fingerprint')}"
-    versions = state.get("versions")
-    names = sorted(versions) if isinstance(versions, dict) else []
-    yield "versions:    " + ", ".join(f"{name} {_look(state, 'versions', name)}" for name in names)
+    yield f"model:       {_look(identity.config, 'model', 'name')}, router {_look(identity.config, 'router', 'name')}"
+    yield f"corpus:      {_word(identity.corpus_fingerprint)}"
+    yield "versions:    " + ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items()))
 
 
-def _look(state: Any, *names: str) -> str:
-    """A value by its path, in words; nothing is promised about what a run put there."""
+def _look(values: Any, *names: str) -> str:
+    """A value of a configuration by its path, in words: another release may have had other fields."""
     for name in names:
-        state = state.get(name) if isinstance(state, dict) else None
-    if isinstance(state, int):
-        return f"{state:,}"
-    return str(state) if isinstance(state, str | float) else "not recorded"
+        values = values.get(name) if isinstance(values, dict) else None
+    return _word(values)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value) if isinstance(value, str | float) else "not recorded"
 
 
 def _describe_sizes(manifest: dict[str, Any]) -> Iterator[str]:

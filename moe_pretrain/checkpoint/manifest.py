@@ -20,6 +20,7 @@ import pydantic
 import xxhash
 
 from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 FORMAT_VERSION = 1
@@ -161,16 +162,19 @@ def open_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def train_state(manifest: dict[str, Any]) -> TrainState:
+    """The state of the run in a manifest that was read by ``open_manifest``."""
+    return TrainState.from_json(manifest["state"])
+
+
 def _check(manifest: _Fields) -> None:
-    """Raise ValueError unless names stay in the folder and the intervals tile every array exactly once."""
+    """Raise ValueError unless the state fits its type, names stay in the folder and intervals tile every array once."""
     for file, facts in manifest.files.items():
         if not _FILE_NAME.fullmatch(file):
             raise ValueError(f"it names the file {file!r}, outside its folder or not of a rank")
         if facts.bytes < 0:
             raise ValueError(f"files.{file}.bytes={facts.bytes} must not be negative")
-    step = manifest.state.get("step")
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"state.step={step} must be a number of steps")
+    TrainState.from_json(manifest.state)
     arrays: dict[tuple[str, str], list[Interval]] = {}
     for interval in manifest.intervals:
         if interval.file not in manifest.files:

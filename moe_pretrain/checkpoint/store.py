@@ -17,9 +17,11 @@ from moe_pretrain.checkpoint.manifest import (
     open_manifest,
     read_manifest,
     share,
+    train_state,
     verify_files,
 )
 from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, warm_start
+from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.checkpoint.write import discard_after
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
@@ -31,7 +33,9 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "Outcome",
+    "RunIdentity",
     "Saver",
+    "TrainState",
     "WarmStart",
     "agree_on",
     "agree_on_newest",
@@ -42,19 +46,20 @@ __all__ = [
     "read_manifest",
     "restore",
     "save",
+    "train_state",
     "warm_start",
 ]
 
 _SAVE_SECONDS = 1800.0
 
 
-def save(engine: TrainEngine, folder: Path, state: dict[str, Any], keep_last: int) -> Path:
+def save(engine: TrainEngine, folder: Path, state: TrainState, keep_last: int) -> Path:
     """Write one checkpoint and wait for it; every rank must call it.
 
     Args:
         engine: What to save.
         folder: The run's folder of checkpoints.
-        state: JSON values that the run needs to go on; ``state["step"]`` is the number of finished steps.
+        state: Everything beside tensors that a run needs to go on.
         keep_last: Older checkpoints beyond this many are removed after the new one is complete.
 
     Returns:
@@ -82,7 +87,7 @@ def save(engine: TrainEngine, folder: Path, state: dict[str, Any], keep_last: in
 
 
 def agree_on_newest(
-    folder: Path, mesh: Mesh, warn: Callable[[str], None], accept: Callable[[dict[str, Any]], bool] = lambda state: True
+    folder: Path, mesh: Mesh, warn: Callable[[str], None], accept: Callable[[TrainState], bool] = lambda state: True
 ) -> tuple[Path, dict[str, Any]] | None:
     """``newest`` for all ranks together: each verifies its share of the files, and all take the same checkpoint.
 
@@ -97,7 +102,7 @@ def agree_on_newest(
     for path in names[0]:
         try:
             manifest = agree_on(path, mesh)
-            if accept(manifest["state"]):
+            if accept(train_state(manifest)):
                 return path, manifest
         except CheckpointError as error:
             warn(f"{error}; falling back to the checkpoint before it")

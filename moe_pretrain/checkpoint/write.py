@@ -26,6 +26,7 @@ from moe_pretrain.checkpoint.manifest import (
     read_manifest,
     self_hash,
     step_of,
+    train_state,
 )
 from moe_pretrain.system.files import flush_folder
 
@@ -185,8 +186,8 @@ class Retention:
         if step not in self._losses:
             path = next(path for path in complete_names(self._folder) if step_of(path) == step)
             try:
-                loss = open_manifest(path)["state"].get("validation_loss")
+                loss = train_state(open_manifest(path)).validation_loss
             except CheckpointError:
                 loss = None
-            self._losses[step] = loss if isinstance(loss, float) else None
+            self._losses[step] = loss
         return self._losses[step]

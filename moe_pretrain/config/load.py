@@ -86,6 +86,6 @@ def read_run(folder: Path) -> Config:
     values: dict[str, Any] = yaml.safe_load(path.read_text())
     file = values["router_file"]
     config = validate(values, None if file is None else load_router_file(file))
-    if config.router.name == "dense" or not config.model.moe_layers:
+    if config.router.dense_experts or not config.model.moe_layers:
         raise ConfigError(f"router={config.router.name} in {folder}: a model without routing has nothing to specialise")
     return config

@@ -7,9 +7,8 @@ from typing import Any
 
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import expert_width, scored_experts, with_expert_width
-from moe_pretrain.moe.routers import RouterConfig
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.build import expert_width, with_expert_width
+from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.schedule.budget import BudgetConfig, Matched, Measure
 
 WIDEST, MOST = 2**20, 4096
@@ -87,9 +86,9 @@ def _expert_width(model: ModelConfig, router: RouterConfig, budget: BudgetConfig
 
 
 def _num_experts(model: ModelConfig, router: RouterConfig, budget: BudgetConfig) -> _Problem:
-    if isinstance(router, DenseConfig):
+    if router.dense_experts:
         raise ValueError("budget.solve=num_experts must be expert_width with router=dense, which has no experts")
-    of_all = getattr(router, "gate_rank", None) or scored_experts(model.moe, router) == model.moe.num_experts
+    of_all = router.expert_gate_rank or router.scored_experts(model.moe.num_experts) == model.moe.num_experts
     if budget.match != "total_params" and not of_all:
         raise ValueError(
             f"budget.solve=num_experts must be expert_width with budget.match={budget.match} and router={router.name}: "
@@ -106,7 +105,7 @@ def _num_experts(model: ModelConfig, router: RouterConfig, budget: BudgetConfig)
 
 def _top_k(model: ModelConfig, router: RouterConfig, budget: BudgetConfig) -> _Problem:
     of_router: Any = router
-    if not hasattr(router, "top_k"):
+    if "top_k" not in vars(router):
         raise ValueError(
             f"budget.solve=top_k must be expert_width with router={router.name}, which has no router.top_k"
         )
@@ -147,16 +146,13 @@ def describe_match(model: ModelConfig, router: RouterConfig, budget: BudgetConfi
     now = of_router[name] if matched.field.startswith("router.") else of_moe[name]
     line = f"budget.match={budget.match}: {matched.field}={now}"
     line += f" instead of {matched.before}" if now != matched.before else ", as it was"
-    if name == "expert_hidden_size" and not isinstance(router, DenseConfig):
+    if name == "expert_hidden_size" and not router.dense_experts:
         width = expert_width(model.moe, router, model.hidden_size)
         line += f", experts {width} wide by equation 5" if width != now else ""
-    lines = [f"{line}; a token is expected to use {_experts_per_token(router):g} experts"]
+    used = router.dense_experts or router.mean_experts_per_token
+    lines = [f"{line}; a token is expected to use {used:g} experts"]
     for kind, value in measures(model_size(model, router)).items():
         wanted = matched.reference[kind]
         verdict = "matched" if kind == budget.match else "not matched" if value != wanted else "equal too"
         lines.append(f"  {kind:<16}{value:>20,.0f}, reference {wanted:>20,.0f}: {value / wanted - 1:+.3%}, {verdict}")
     return lines
-
-
-def _experts_per_token(router: RouterConfig) -> float:
-    return router.active_experts if isinstance(router, DenseConfig) else router.mean_experts_per_token

@@ -1,5 +1,6 @@
-"""Checks before anything expensive: what can be refused without a process group or a corpus."""
+"""Plan of a run, and the checks of it before anything expensive: without a process group or a corpus."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,19 +10,42 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
 from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import num_routed_experts, width_problems
 from moe_pretrain.moe.types import ExpertShard
-from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
 
-def check(config: Config, world_size: int) -> None:
-    """Everything that can be refused before a process group or a corpus exists.
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that follows from a configuration and a number of ranks; made once for a run and handed on.
+
+    Attributes:
+        world_size: Number of ranks.
+        device: Device type, ``cuda`` or ``cpu``.
+        dtype: Type of forward and backward passes.
+        batches: Micro-batches, accumulation and number of steps.
+        size: Parameters and FLOPs of the model.
+    """
+
+    world_size: int
+    device: str
+    dtype: Dtype
+    batches: BatchPlan
+    size: ModelSize
+
+    def with_steps(self, num_steps: int) -> "RunPlan":
+        """The same plan for another number of optimizer steps, as when the data ends before the budget."""
+        return replace(self, batches=replace(self.batches, num_steps=num_steps))
+
+
+def preflight(config: Config, world_size: int) -> RunPlan:
+    """Plan a run on ``world_size`` ranks, and refuse whatever can be refused this early.
 
     Raises:
         ValueError: One line naming the field.
     """
-    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
-    moe = config.model.moe
+    plan, moe = plan_run(config, world_size), config.model.moe
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
     if config.checkpoint.warm_start is not None:
         locate(Path(config.checkpoint.warm_start))
@@ -30,17 +54,33 @@ def check(config: Config, world_size: int) -> None:
             model = DecoderLM(config.model, config.router, ExpertShard())
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
             raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
-    device, dtype = resolve_device(config.engine)
-    if dtype == "bfloat16" and config.engine.zero_stage == 0:
+    if plan.dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":
-        check_elastic(config.model, config.router, config.batch, plan, world_size, device, dtype)
-    if device == "cuda" and dtype == "bfloat16":
+        check_elastic(config.model, config.router, config.batch, plan.batches, world_size, plan.device, plan.dtype)
+    if plan.device == "cuda" and plan.dtype == "bfloat16":
         for problem in width_problems(moe, config.router, config.model.hidden_size):
             raise ValueError(problem)
+    return plan
 
 
-def resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
+def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None = None) -> RunPlan:
+    """Plan without the further checks: for tools that run a part of the configuration, or run it elsewhere.
+
+    Args:
+        config: Resolved configuration.
+        world_size: Number of ranks.
+        target: Device type and dtype of another machine; None takes those of this one.
+
+    Raises:
+        ValueError: The global batch does not divide, or this machine has not the device that is asked for.
+    """
+    batches = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
+    device, dtype = target or _resolve_device(config.engine)
+    return RunPlan(world_size, device, dtype, batches, model_size(config.model, config.router))
+
+
+def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
     """``auto`` to what this machine has: a GPU with bfloat16, else the CPU with float32."""
     device = config.device
     if device == "auto":

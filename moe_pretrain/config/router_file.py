@@ -8,13 +8,18 @@ from typing import Any
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.moe.routers import SHIPPED, RouterConfig
 
 
 def load_router_file(file: str) -> type[Any]:
     """The configuration class of a routing scheme in a user's own file, anywhere outside the package.
 
     The file defines one frozen dataclass with a default for every field, ``name: Literal["..."]`` among them, that
-    satisfies ``moe.RouterFileConfig``; its ``build`` returns the scheme's ``Router``.
+    has what ``moe.RouterConfig`` asks of every scheme, whether or not it derives from it; its ``build`` returns the
+    scheme's ``Router``.
+
+    Returns:
+        The file's class, on top of ``RouterConfig`` if it is not.
 
     Raises:
         ConfigError: The file cannot be imported, or does not define that.
@@ -37,12 +42,19 @@ def load_router_file(file: str) -> type[Any]:
     (router,) = routers
     where = f"router_file={file}: {router.__name__}"
     for field in dataclasses.fields(router):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        # A member of RouterConfig of the same name would pass for the default.
+        has_no_default = field.default is dataclasses.MISSING or isinstance(field.default, property)
+        if has_no_default and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}.{field.name} must have a default")
-    for name in ("build", "check_num_experts", "mean_experts_per_token"):
-        if not hasattr(router, name):
-            raise ConfigError(f"{where} must have {name}; see RouterFileConfig in moe_pretrain/moe/__init__.py")
-    shipped = {path.stem for path in (config_folder() / "router").glob("*.yaml")}
+    if not issubclass(router, RouterConfig):
+        # Same name and module, so that messages and annotations find the file's own.
+        router = type(router.__name__, (router, RouterConfig), {"__module__": module_name})
+    # build must be the file's own: a shipped scheme's would train that scheme under this one's name.
+    shipped_builds = {RouterConfig.build, *(scheme.build for scheme in SHIPPED.values())}
+    missing = {*router.__abstractmethods__, *(["build"] if router.build in shipped_builds else [])}
+    for name in sorted(missing):
+        raise ConfigError(f"{where} must have {name}; see RouterConfig in moe_pretrain/moe/routers/base.py")
+    shipped = {*SHIPPED, *(path.stem for path in (config_folder() / "router").glob("*.yaml"))}
     if router.__dataclass_fields__["name"].default in shipped:
         raise ConfigError(f"{where}.name must not be that of a shipped scheme: {', '.join(sorted(shipped))}")
     return router

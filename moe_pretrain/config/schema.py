@@ -30,7 +30,6 @@ from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import check_gate
 from moe_pretrain.moe.routers import ShippedRouterConfig
-from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.schedule.batch_plan import BatchConfig
 from moe_pretrain.schedule.budget import BudgetConfig
@@ -158,9 +157,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be in [0, 2**31)")
-        if not isinstance(self.router, DenseConfig):
-            self.router.check_num_experts(self.model.moe.num_experts)
-            check_gate(self.model.moe, self.router, self.model.hidden_size)
+        self.router.check_num_experts(self.model.moe.num_experts)
+        check_gate(self.model.moe, self.router, self.model.hidden_size)
         sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}
         if self.tokenizer.kind == "train" and any(isinstance(one, TokensCorpusConfig) for one in sources.values()):
             raise ValueError(

@@ -9,7 +9,8 @@ What needs torch is imported when it is first asked for: the processes that toke
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moe_pretrain.data.corpus_changes import corpus_facts, explain_change
+from moe_pretrain.data.corpus import TrainingCorpus
+from moe_pretrain.data.corpus_changes import explain_change
 from moe_pretrain.data.documents.config import (
     BuiltinCorpusConfig,
     CorpusConfig,
@@ -63,10 +64,10 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TrainLoader",
+    "TrainingCorpus",
     "check_evaluation_set",
     "check_mixture",
     "check_prepared",
-    "corpus_facts",
     "count_rows",
     "explain_change",
     "open_stream",

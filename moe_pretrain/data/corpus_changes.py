@@ -1,14 +1,10 @@
-"""What is known of a prepared corpus, in few words: kept in checkpoints, so that a resume can say what has changed."""
+"""Facts of a prepared corpus, few words kept in checkpoints, so that a resume can say what has changed."""
 
 from typing import Any
 
 from moe_pretrain.data.documents.config import FilesCorpusConfig, TokensCorpusConfig
-from moe_pretrain.data.documents.text_files import corpus_files
-from moe_pretrain.data.documents.token_files import token_files
-from moe_pretrain.data.prepare.mixture import TokenizedMixture
-from moe_pretrain.data.prepare.prepare import TokenizedCorpus
-from moe_pretrain.data.rows.mixture import DataConfig, MixtureConfig
-from moe_pretrain.data.stream.corpus import StreamedCorpus
+from moe_pretrain.data.documents.work_units import local_files
+from moe_pretrain.data.rows.mixture import DataConfig
 
 Facts = dict[str, Any]
 
@@ -16,43 +12,21 @@ _MOST_FILES = 200  # of more files only their number and size are kept
 _MOST_NAMED = 3
 
 
-def corpus_facts(config: DataConfig, corpus: TokenizedCorpus | TokenizedMixture | StreamedCorpus) -> Facts:
-    """What decides and describes the tokens: plain values under a few names, ready for JSON.
-
-    A mixture has one entry per source under ``sources``. A stream has none: its own state says what changed.
-    """
-    if isinstance(corpus, StreamedCorpus):
+def source_file_facts(config: DataConfig) -> Facts:
+    """Number and sizes of the files that a corpus is made of; nothing for a corpus that is not made of files."""
+    if not isinstance(config, FilesCorpusConfig | TokensCorpusConfig):
         return {}
-    if isinstance(corpus, TokenizedMixture):
-        assert isinstance(config, MixtureConfig)
-        return {"sources": {name: corpus_facts(config.sources[name], one) for name, one in corpus.sources.items()}}
-    manifest = corpus.train.manifest
-    facts: Facts = {
-        "fingerprint": corpus.fingerprint,
-        "source": manifest.source,
-        "version": manifest.version,
-        "tokenizer": corpus.tokenizer.fingerprint,
-        "vocabulary": manifest.vocab_size,
-        "training documents": corpus.train.num_documents,
-        "validation documents": corpus.validation.num_documents,
-        "training tokens": corpus.train.num_tokens,
-        "validation tokens": corpus.validation.num_tokens,
-    }
-    if isinstance(config, FilesCorpusConfig | TokensCorpusConfig):
-        paths = corpus_files(config) if isinstance(config, FilesCorpusConfig) else token_files(config)
-        sizes = {str(path): path.stat().st_size for path in paths}
-        facts |= {"source files": len(sizes), "bytes of source files": sum(sizes.values())}
-        if len(sizes) <= _MOST_FILES:
-            facts["files"] = sizes
-    return facts
+    sizes = {str(path): path.stat().st_size for path in local_files(config).files}
+    facts: Facts = {"source files": len(sizes), "bytes of source files": sum(sizes.values())}
+    return {**facts, "files": sizes} if len(sizes) <= _MOST_FILES else facts
 
 
 def explain_change(then: Facts, now: Facts) -> str:
-    """What differs between the facts of two corpora, in one line.
+    """Differences between the facts of two corpora, in one line.
 
     Args:
-        then: What ``corpus_facts`` gave when a checkpoint was made.
-        now: What it gives now, of a corpus with another fingerprint.
+        then: Facts of the corpus when a checkpoint was made; empty where there are none.
+        now: Facts of the corpus now, which has another fingerprint.
     """
     if not then:
         return "what it was is not recorded"

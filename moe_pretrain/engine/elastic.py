@@ -25,8 +25,7 @@ from torch.func import functional_call
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.moe.build import build_router
-from moe_pretrain.moe.routers import RouterConfig
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import Experts
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.exchange import AllToAll
@@ -64,7 +63,7 @@ def check_elastic(
     ):
         if value & (value - 1):
             raise ValueError(f"the {name}={value} must be a power of two {word}: sums are balanced binary trees")
-    if isinstance(router, DenseConfig):
+    if router.dense_experts:
         return
     with torch.device("meta"):
         module = build_router(model.moe, router, model.hidden_size, layer=0)

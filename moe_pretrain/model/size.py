@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width, scored_experts
-from moe_pretrain.moe.routers import RouterConfig
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width
+from moe_pretrain.moe.routers.base import RouterConfig
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
     routers = experts = expert = first_layers = 0
     routes = statistic_flops = 0.0
-    if isinstance(router, DenseConfig):
+    if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
         rank, inner = expert_gate(moe, router), expert_width(moe, router, width)
@@ -109,7 +108,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         experts = num_moe * moe.num_experts * expert
         routes = router.mean_experts_per_token
         first_layers = num_moe * 2 * width * inner
-    scored = scored_experts(moe, router)
+    scored = router.scored_experts(moe.num_experts)
     key_value = config.num_key_value_heads * config.head_size
     embedding = config.vocab_size * width
     return ModelSize(

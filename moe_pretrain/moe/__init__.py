@@ -1,1 +1,41 @@
-"""Mixture-of-experts layers: routers, dispatch, experts and combine. Torch only; the exchange is handed in."""
+"""Mixture-of-experts layers: routers, dispatch, experts and combine. Torch only; the exchange is handed in.
+
+The door for authors of a routing scheme: ``from moe_pretrain.moe import BalancedRouter, BalancedRouterConfig, ...``.
+"""
+
+from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.routers.base import (
+    BalancedRouter,
+    BalancedRouterConfig,
+    LinearRouter,
+    LinearRouterConfig,
+    RouterConfig,
+    balance_counts,
+    check_within_experts,
+    router_logits,
+    router_use,
+    routes_by_group,
+)
+from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, StepUse
+
+__all__ = [
+    "BalanceLevel",
+    "BalancedRouter",
+    "BalancedRouterConfig",
+    "LinearRouter",
+    "LinearRouterConfig",
+    "Router",
+    "RouterConfig",
+    "RouterUse",
+    "Routing",
+    "RoutingContext",
+    "StepUse",
+    "balance_counts",
+    "check_within_experts",
+    "count_routes",
+    "load_balance_loss",
+    "router_logits",
+    "router_use",
+    "router_z_loss",
+    "routes_by_group",
+]

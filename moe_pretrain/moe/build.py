@@ -5,8 +5,7 @@ from dataclasses import replace
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers import ROUTERS, RouterConfig, RouterFileConfig
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
 
@@ -14,7 +13,7 @@ def build_moe_layer(
     moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int, shard: ExpertShard
 ) -> MoELayer | SwiGLU:
     """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them."""
-    if isinstance(router, DenseConfig):
+    if router.dense_experts:
         return SwiGLU(hidden_size, dense_width(moe, router))
     module = build_router(moe, router, hidden_size, layer)
     rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
@@ -29,18 +28,12 @@ def build_moe_layer(
 
 def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int) -> Router:
     """The module that routes in layer ``layer``."""
-    if isinstance(router, RouterFileConfig):
-        return router.build(hidden_size, moe.num_experts, layer)
-    build = ROUTERS[router.name]
-    # A router that asks the experts for their keys maps them from the experts' width.
-    asks = getattr(build, "needs_expert_scores", False)
-    more = {"expert_width": expert_width(moe, router, hidden_size)} if asks else {}
-    return build(router, hidden_size, moe.num_experts, layer, **more)
+    return router.build_for_experts(hidden_size, moe.num_experts, layer, expert_width(moe, router, hidden_size))
 
 
 def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
     """Rank of the experts' factorised gate, None for a full one."""
-    return getattr(router, "gate_rank", None) or moe.gate_rank
+    return router.expert_gate_rank or moe.gate_rank
 
 
 def expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> int:
@@ -77,13 +70,15 @@ def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> li
 
 
 def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
-    """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked."""
-    of_router = getattr(router, "gate_rank", None)
+    """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked; a dense network has none."""
+    if router.dense_experts:
+        return
+    of_router = router.expert_gate_rank
     if of_router is not None and moe.gate_rank is not None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which has router.gate_rank"
         )
-    if scored_experts(moe, router) and moe.gate_rank is not None:
+    if router.scored_experts(moe.num_experts) and moe.gate_rank is not None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which scores full experts"
         )
@@ -93,17 +88,11 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
         raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
 
 
-def scored_experts(moe: MoEConfig, router: RouterConfig) -> int:
-    """Experts whose first layer a token runs before it is routed."""
-    count = getattr(router, "scored_experts", None)
-    return 0 if count is None else count(moe.num_experts)
-
-
-def dense_width(moe: MoEConfig, router: DenseConfig) -> int:
+def dense_width(moe: MoEConfig, router: RouterConfig) -> int:
     """Inner width of the dense twin: the active routed experts' and the shared experts' together."""
-    return router.active_experts * moe.expert_hidden_size + moe.shared_width
+    return router.dense_experts * moe.expert_hidden_size + moe.shared_width
 
 
 def num_routed_experts(moe: MoEConfig, router: RouterConfig) -> int:
     """Experts per MoE layer; 0 when the model has no routing."""
-    return 0 if isinstance(router, DenseConfig) else moe.num_experts
+    return 0 if router.dense_experts else moe.num_experts

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize
-from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.plan.memory import BYTES, routes_of_rank
 
 Cost = dict[str, dict[str, float]]
@@ -23,7 +22,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     attention. ``permute`` copies rows into expert order, ``combine`` reads the experts' rows and sums them per token.
     """
     layers = len(config.model.moe_layers)
-    if not layers or isinstance(config.router, DenseConfig):
+    if not layers or config.router.dense_experts:
         return {}
     moe, row = config.model.moe, BYTES[dtype] * config.model.hidden_size
     ranks = config.parallel.expert_parallel_size

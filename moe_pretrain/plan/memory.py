@@ -13,8 +13,7 @@ import torch
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.build import expert_gate, expert_width, scored_experts
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.build import dense_width, expert_gate, expert_width
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
@@ -211,13 +210,13 @@ class _Layers:
         self.tokens = micro_batch_size * self.model.sequence_length
         self.size = BYTES[dtype]
         self.expert_parallel = config.parallel.expert_parallel_size
-        self.routes = self.tokens * (0 if isinstance(self.router, DenseConfig) else self.router.mean_experts_per_token)
+        self.routes = self.tokens * self.router.mean_experts_per_token
         # Without an exchange, rows are this rank's own routes.
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
         # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
-        self.asked = self.tokens * scored_experts(self.moe, self.router)
+        self.asked = self.tokens * self.router.scored_experts(self.moe.num_experts)
         self.asked_rows = self.asked * (worst_load if self.expert_parallel > 1 else 1)
 
     @property
@@ -288,14 +287,12 @@ class _Layers:
     @property
     def _payload(self) -> float:
         """Bytes of what a scheme sends along with a route."""
-        of_router = getattr(self.router, "gate_rank", None)
-        travels = getattr(self.router, "gate_activation", "travels") == "travels"
-        return self.size * of_router if of_router and travels else 0
+        return self.size * self.router.payload_size
 
     @property
     def _query(self) -> int:
         """Bytes of a token's query, float32, where experts are asked for keys."""
-        return 4 * getattr(self.router, "key_size", 0)
+        return 4 * self.router.query_size
 
     def _block(self, is_moe: bool, recompute: str) -> float:
         """One block; ``selective`` drops the inside of attention, ``full`` that of the feed-forward network too."""
@@ -317,10 +314,7 @@ class _Layers:
         """Norm, its output, gate and up, the activated gate and the product."""
         if recompute == "full":
             return self.tokens * self.row
-        width = self.model.ffn_hidden_size
-        if is_moe:
-            assert isinstance(self.router, DenseConfig)
-            width = self.router.active_experts * self.moe.expert_hidden_size + self.moe.shared_width
+        width = dense_width(self.moe, self.router) if is_moe else self.model.ffn_hidden_size
         return self._norm() + self.tokens * (self.row + 4 * self.size * width)
 
     def _moe(self, recompute: str) -> float:
@@ -338,16 +332,9 @@ class _Layers:
 
     def _routing(self) -> float:
         """Scores and what the losses keep of them, the routes, and what the scheme keeps in float32 for each token."""
-        experts, router = self.moe.num_experts, self.router
-        own = 0
-        if self.rank is not None and getattr(router, "gate_rank", None):
-            own += experts * self.rank  # the low activations, whose norms or products are taken
-            own += self.rank if self._query else 0  # what they are multiplied with
-        own += getattr(router, "projection_size", None) or 0
-        # Noise is kept, and the input with it; the similarity loss keeps centred inputs.
-        own += self.model.hidden_size * (2 * (getattr(router, "jitter", 0) > 0))
-        own += self.model.hidden_size * (getattr(router, "similarity_weight", 0) > 0)
-        return self.tokens * (experts * 2 * 4 + 4 * own + self._query) + self.routes * (8 + 4 + 8 + 4)
+        experts = self.moe.num_experts
+        own = self.router.kept_per_token(self.model.hidden_size, experts)
+        return self.tokens * 4 * (2 * experts + own) + self.routes * (8 + 4 + 8 + 4)
 
     def _asking(self, recompute: str) -> float:
         """Where experts are asked for keys: their first layers, what these are multiplied with, scores and indices.

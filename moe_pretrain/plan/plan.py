@@ -5,16 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
+
 from moe_pretrain import data
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.match_budget import describe_match
+from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import num_routed_experts, width_problems
-from moe_pretrain.moe.routers.dense import DenseConfig
+from moe_pretrain.moe.build import build_router, num_routed_experts, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
     Memory,
@@ -22,7 +24,7 @@ from moe_pretrain.plan.memory import (
     memory_per_rank,
     routes_of_rank,
 )
-from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.words import short_duration, short_number
 
 GIB = 2**30
@@ -90,11 +92,20 @@ def target(config: Config) -> tuple[str, Dtype]:
     return device, "float32" if device == "cpu" else "bfloat16"
 
 
+def planned(config: Config) -> RunPlan:
+    """The plan of a run of ``config`` on the machines that it is for.
+
+    Raises:
+        ValueError: The global batch does not divide.
+    """
+    return plan_run(config, config.parallel.processes, target(config))
+
+
 def problems(config: Config) -> list[str]:
     """Every way in which batch, experts and widths do not divide, each with the nearest values that work."""
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
-        lambda: plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps),
+        lambda: planned(config),
         lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
     ]
     found = []
@@ -148,9 +159,11 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
-    router = config.router
-    by_batch = getattr(router, "load_balance_level", None) == "global_batch"
-    return plan.accumulation > 1 and by_batch and getattr(router, "load_balance_weight", 0) > 0
+    if plan.accumulation == 1 or config.router.dense_experts:
+        return False
+    with torch.device("meta"):
+        router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)
+    return router.needs_global_routes
 
 
 def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
@@ -165,7 +178,7 @@ def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
     weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
     routed = routes_of_rank(config, dtype, plan.micro_batch_size)
     passes = 2 + (config.model.recompute == "full") + _counts_ahead(config, plan)
-    layers = 0 if isinstance(config.router, DenseConfig) else len(config.model.moe_layers)
+    layers = 0 if config.router.dense_experts else len(config.model.moe_layers)
     one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
     return {
         "gradients, all-reduce in float32": 2 * 4 * sum(ring.values()),
@@ -184,7 +197,6 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         ValueError: The configuration is wrong.
     """
     config = load(overrides)
-    device, dtype = target(config)
     size = model_size(config.model, config.router)
     ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
     say(
@@ -200,7 +212,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         say(f"DOES NOT DIVIDE: {problem}")
     if found:
         return 1
-    plan = plan_batches(config.batch, config.model.sequence_length, ranks, config.num_steps)
+    run = planned(config)
+    plan, device, dtype = run.batches, run.device, run.dtype
     extra = extra_forward(config, size, plan)
     if extra:
         say(f"  beside those, recomputed or run ahead: {short_number(extra)} FLOPs per token")
@@ -249,7 +262,7 @@ def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[st
     for name in sizes:
         try:
             config = load([*others, f"model={name}"])
-            plan = plan_batches(config.batch, config.model.sequence_length, config.parallel.processes, config.num_steps)
+            plan = planned(config).batches
         except ValueError as error:
             say(f"  {name:<8}  {error}")
             continue

@@ -21,7 +21,7 @@ def read_rewinds(folder: Path) -> Rewinds:
     if not path.exists():
         return Rewinds()
     try:
-        return Rewinds(_parse(json.loads(path.read_bytes())))
+        return Rewinds(parse_rewinds(json.loads(path.read_bytes())))
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(
             f"{path}: damaged: {error}; restore what it held from the events 'rewound' in metrics.jsonl, or delete "
@@ -39,8 +39,8 @@ def write_rewinds(folder: Path, rewinds: Rewinds) -> None:
     work.replace(folder / REWINDS_FILE)
 
 
-def _parse(values: Any) -> list[Rewind]:
-    """The returns in what a record holds; raises ValueError if it holds anything else."""
+def parse_rewinds(values: Any) -> list[Rewind]:
+    """The rewinds in plain values; raises ValueError if they are anything else."""
     if not isinstance(values, list):
         raise ValueError(f"{reprlib.repr(values)} must be a list")
     names = [field.name for field in fields(Rewind)]

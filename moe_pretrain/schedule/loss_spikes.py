@@ -8,7 +8,6 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,19 @@ class SpikeConfig:
                 raise ValueError(f"spike.{name}={getattr(self, name)} must be positive")
 
 
+@dataclass(frozen=True)
+class SpikeState:
+    """Memory of a ``SpikeDetector``, which a checkpoint keeps so that a resumed run judges as one that never stopped.
+
+    Attributes:
+        losses: Finite losses of the steps in the window, oldest first.
+        is_high: Whether the last of them belongs to a spike that was said already.
+    """
+
+    losses: tuple[float, ...] = ()
+    is_high: bool = False
+
+
 class SpikeDetector:
     """Judges each step's loss by those before it. Every rank has the same losses, so all judge alike."""
 
@@ -71,15 +83,16 @@ class SpikeDetector:
             return None
         return f"loss {loss:.3f} is {loss - middle:.3f} nats above the median of the {len(window)} steps before"
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a run that was resumed judges as one that was not."""
-        return {"losses": list(self._losses), "is_high": self._is_high}
+    def state(self) -> SpikeState:
+        """Memory for a checkpoint."""
+        return SpikeState(tuple(self._losses), self._is_high)
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint's state; from nothing if it has none."""
+    def restore(self, state: SpikeState | None) -> None:
+        """Go on from a checkpoint's memory; from nothing if it has none."""
+        state = state or SpikeState()
         self._losses.clear()
-        self._losses.extend(state["losses"] if state else ())
-        self._is_high = bool(state and state["is_high"])
+        self._losses.extend(state.losses)
+        self._is_high = state.is_high
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class Rewinds:
         self.taken = list(taken)
 
     def state(self) -> list[dict[str, int]]:
-        """Plain values, for a checkpoint or the record."""
+        """Plain values for the record in the run's folder."""
         return [asdict(one) for one in self.taken]
 
     def skips(self, data_step: int) -> bool:
@@ -122,7 +135,6 @@ class Rewinds:
                 step += 1
         return step
 
-    def accept(self, state: dict[str, Any]) -> bool:
-        """Whether a checkpoint with this state lies on the run's present course."""
-        later = self.taken[len(state.get("rewinds", [])) :]
-        return all(state["step"] <= one.step for one in later)
+    def accept(self, step: int, num_rewinds: int) -> bool:
+        """Whether a checkpoint of ``step``, made after so many rewinds, lies on the run's present course."""
+        return all(step <= one.step for one in self.taken[num_rewinds:])

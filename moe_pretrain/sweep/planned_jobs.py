@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import check
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.config.schema import Config, SweepConfig, to_values
 from moe_pretrain.run_folder.paths import STATE_FILE
 from moe_pretrain.run_folder.record import differences, flatten, show
@@ -134,7 +134,7 @@ def load_job(words: Sequence[str], name: str) -> Config:
     """
     try:
         config = load(words)
-        check(config, config.parallel.processes)
+        preflight(config, config.parallel.processes)
     except ValueError as error:
         raise ValueError(f"job {name}: {error}") from error
     return config

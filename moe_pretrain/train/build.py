@@ -1,54 +1,51 @@
 """The route of a run, read from top to bottom: build each part in order, then the loop.
 
-The only file that knows all others. ``train`` runs in every worker process; ``cli`` starts the workers.
+The only file that knows all others. ``train`` runs in every worker process; the command starts the workers.
 """
 
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from moe_pretrain import data
 from moe_pretrain.config.match_budget import describe_match
-from moe_pretrain.config.preflight import check, resolve_device
-from moe_pretrain.config.schema import Config, ConfigError
-from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.config.preflight import RunPlan
+from moe_pretrain.config.schema import Config
+from moe_pretrain.data import TrainLoader
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.heartbeat import Heartbeat
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
-from moe_pretrain.parallel.rendezvous import Rendezvous, launched_world_size, meet
+from moe_pretrain.parallel.rendezvous import Rendezvous, meet
 from moe_pretrain.run_folder.lock import RunInUse, joined, owned
 from moe_pretrain.run_folder.provenance import write_overrides
-from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
-from moe_pretrain.schedule.budget import BudgetMeter
+from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.cpu import keep_freed_memory
 from moe_pretrain.system.exit_codes import STOPPED
-from moe_pretrain.system.faults import Faults
 from moe_pretrain.system.stop_signals import StopRequest
-from moe_pretrain.train.corpora import Corpora, describe_corpus, prepare_corpora, steps_until_exhausted
-from moe_pretrain.train.trainer import Run
+from moe_pretrain.train.context import RunContext, build_context
+from moe_pretrain.train.corpora import Corpora, describe_corpus, open_run_data, prepare_corpora
+from moe_pretrain.train.trainer import Trainer
 
 _CLAIM = "moe_pretrain/claim"
 TOKENS_COUNTED = 4_000_000
 """Tokens at the start of the run from which routers learn how often each id occurs."""
 
 
-def train(config: Config, overrides: Sequence[str] = ()) -> int:
+def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
     """Train ``config`` to its last step, going on from its newest checkpoint if there is one.
 
     Args:
-        config: The whole of it.
-        overrides: The words it was made from, for the run's folder.
+        config: Resolved configuration.
+        plan: Plan of ``preflight`` for this configuration and number of ranks.
+        overrides: Words of the command line, for the run's folder.
 
     Returns:
         Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint,
@@ -57,9 +54,7 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     Raises:
         RunInUse: The run's folder belongs to another run.
     """
-    check(config, launched_world_size() or 1)
-    device_type, dtype = resolve_device(config.engine)
-    if device_type == "cpu":
+    if plan.device == "cpu":
         keep_freed_memory()
     folder, parallel = config.run.folder, config.parallel
     # wandb's own logs stay in the run folder, like everything of a run.
@@ -67,13 +62,12 @@ def train(config: Config, overrides: Sequence[str] = ()) -> int:
     with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
         meeting = meet(parallel)
         # Before the process group: its making can hang too.
-        with _claimed(folder, overrides, meeting), Heartbeat(meeting, folder, parallel.heartbeat_seconds) as liveness:
-            mesh = build_mesh(parallel, device_type, meeting)
-            say = print if mesh.is_main else _silent
+        with _claimed(folder, overrides, meeting), Heartbeat(meeting, folder, parallel.heartbeat_seconds) as heartbeat:
+            context = build_context(config.fault, build_mesh(parallel, plan.device, meeting), stop, heartbeat)
             try:
-                return _train(config, dtype, mesh, stop, liveness, say)
+                return build_trainer(config, plan, context).train()
             except StoppedEarly:
-                say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
+                context.say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
                 return STOPPED
 
 
@@ -102,71 +96,49 @@ def _claimed(folder: Path, overrides: Sequence[str], meeting: Rendezvous) -> Ite
         yield
 
 
-def _train(
-    config: Config, dtype: Dtype, mesh: Mesh, stop: StopRequest, liveness: Heartbeat, say: Callable[[str], None]
-) -> int:
-    faults = Faults(config.fault, mesh.rank)
+def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer:
+    """Build each part of a run in order: data, model, engine, trainer.
 
-    def enter(phase: str, step: int) -> None:
-        liveness.enter(phase, step)
-        faults.reach(phase, step)
-
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
-    size = model_size(config.model, config.router)
-    say(_describe_run(config, plan, size, mesh, dtype))
+    Raises:
+        StoppedEarly: A signal came before there was anything to save.
+    """
+    mesh, say = context.mesh, context.say
+    say(_describe_run(config, plan, mesh))
     for line in describe_match(config.model, config.router, config.budget):
         say(line)
 
-    corpus, evaluation_sets = _prepare_corpora(config, mesh, stop, say)
-    if corpus.tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
-        )
-    loader = data.TrainLoader(
-        corpus.train,
-        config.model.sequence_length,
-        plan.rows_per_step,
-        plan.micro_batch_size,
-        mesh.rank,
-        mesh.world_size,
-        config.seed,
-        config.packing.isolate_documents,
-        method=config.packing.method,
-        reset_positions=config.packing.reset_positions,
-    )
-    limit = steps_until_exhausted(config.data, loader)
-    meter = BudgetMeter(config.budget, plan.tokens_per_step, size.training_flops_per_token, limit)
-    plan = replace(plan, num_steps=meter.num_steps)
-    describe_corpus(corpus, plan, loader, say)
+    data = open_run_data(config, plan, _prepare_corpora(config, context), mesh)
+    meter = data.meter
+    plan = plan.with_steps(meter.num_steps)  # the data may end before the budget
+    for line in describe_corpus(data, plan):
+        say(line)
 
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
-    _tell_token_counts(model, loader, plan, mesh)
+    _tell_token_counts(model, data.loader, plan.batches, mesh)
     if competition := _describe_competition(config.router.name, model):
         say(competition)
     prepare_experts(model, config.parallel.expert_parallel_size)
     engine = TrainEngine(
         model,
         config.engine,
-        dtype,
+        plan.dtype,
         config.optimizer,
         lambda step: config.schedule.factor(step, meter.num_steps),
-        plan,
+        plan.batches,
         mesh,
         config.seed,
-        faults,
-        enter,
+        context.faults,
+        context.enter,
     )
-
-    run = Run(config, plan, size, dtype, meter, corpus, evaluation_sets, loader, engine, mesh, faults, stop, enter, say)
-    return run.train()
+    return Trainer(config, plan, data, engine, context)
 
 
 class StoppedEarly(Exception):
     """A signal came before there was anything to save; raised on all ranks together."""
 
 
-def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callable[[str], None]) -> Corpora:
+def _prepare_corpora(config: Config, context: RunContext) -> Corpora:
     """Tokenise on the first rank, then open the result on all.
 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
@@ -175,12 +147,13 @@ def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callabl
     Raises:
         StoppedEarly: A signal came.
     """
+    mesh, say = context.mesh, context.say
 
     def share(number: int) -> int:
         """The run's number once the first rank has drawn it; 0 while that one is at work."""
         shared = torch.tensor(number, device=mesh.device)
         dist.all_reduce(shared)
-        if stop.agreed(mesh.device):
+        if context.agree_to_stop():
             raise StoppedEarly
         return int(shared)
 
@@ -202,7 +175,7 @@ def _prepare_corpora(config: Config, mesh: Mesh, stop: StopRequest, say: Callabl
     return corpora
 
 
-def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPlan, mesh: Mesh) -> None:
+def _tell_token_counts(model: DecoderLM, loader: TrainLoader, plan: BatchPlan, mesh: Mesh) -> None:
     """Tell routers that ask how often each token id occurs in the first rows of the run, the same on any topology."""
     routers = [layer.router for layer in model.moe_layers() if layer.router.needs_token_counts]
     if not routers:
@@ -220,13 +193,14 @@ def _tell_token_counts(model: DecoderLM, loader: data.TrainLoader, plan: BatchPl
         router.use_token_counts(counts)
 
 
-def _describe_run(config: Config, plan: BatchPlan, size: ModelSize, mesh: Mesh, dtype: Dtype) -> str:
+def _describe_run(config: Config, plan: RunPlan, mesh: Mesh) -> str:
+    batches, size = plan.batches, plan.size
     ranks = f"{mesh.world_size} rank{'s' if mesh.world_size > 1 else ''}"
     return (
         f"{config.run.name}: {size.total_parameters / 1e6:,.1f}M parameters, "
         f"{size.active_parameters / 1e6:,.1f}M active; "
-        f"{plan.num_steps} steps of {plan.tokens_per_step:,} tokens ({plan.accumulation} micro-batches of "
-        f"{plan.micro_batch_size} rows on each of {ranks}, {mesh.device.type}, {dtype}, expert parallel "
+        f"{batches.num_steps} steps of {batches.tokens_per_step:,} tokens ({batches.accumulation} micro-batches of "
+        f"{batches.micro_batch_size} rows on each of {ranks}, {plan.device}, {plan.dtype}, expert parallel "
         f"{mesh.shard.size}, ZeRO {config.engine.zero_stage}){config.budget.describe()}"
     )
 
@@ -245,7 +219,3 @@ def _describe_competition(name: str, model: DecoderLM) -> str | None:
         f"NOT CAUSAL IN TRAINING: with router={name} the tokens of a micro-batch compete, so a token's experts depend "
         f"on later tokens, on other sequences and on the micro-batch's size; {evaluation}"
     )
-
-
-def _silent(line: str) -> None:
-    """What ranks other than the first say."""

@@ -1,15 +1,63 @@
-"""The data of a run from its configuration: corpora and validation sets, and what is said of them before it starts."""
+"""Data of a run from its configuration: corpus, validation sets and loader, and the lines about them at the start."""
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_pretrain import data
+from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config, ConfigError
-from moe_pretrain.schedule.batch_plan import BatchPlan
+from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.schedule.budget import BudgetMeter
 
-Corpus = data.TokenizedCorpus | data.TokenizedMixture | data.StreamedCorpus
-Corpora = tuple[Corpus, dict[str, data.ShardReader]]
+Corpora = tuple[data.TrainingCorpus, dict[str, data.ShardReader]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Data of a run on one rank, and how long it and the budget last.
+
+    Attributes:
+        corpus: Corpus that is trained on.
+        evaluation_sets: Sets that are logged by name beside the corpus's own validation.
+        loader: Micro-batches of this rank.
+        meter: Budget meter: FLOPs and seconds spent; ends the run when the budget is spent or the data ends.
+    """
+
+    corpus: data.TrainingCorpus
+    evaluation_sets: dict[str, data.ShardReader]
+    loader: data.TrainLoader
+    meter: BudgetMeter
+
+
+def open_run_data(config: Config, plan: RunPlan, corpora: Corpora, mesh: Mesh) -> RunData:
+    """The loader over prepared corpora, and the meter that knows where they end.
+
+    Raises:
+        ConfigError: The model's vocabulary is too small, or a mixture that stops ends before the first step.
+    """
+    corpus, sets = corpora
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
+        )
+    batches = plan.batches
+    loader = data.TrainLoader(
+        corpus.train,
+        config.model.sequence_length,
+        batches.rows_per_step,
+        batches.micro_batch_size,
+        mesh.rank,
+        mesh.world_size,
+        config.seed,
+        config.packing.isolate_documents,
+        method=config.packing.method,
+        reset_positions=config.packing.reset_positions,
+    )
+    limit = steps_until_exhausted(loader) if corpus.stops_when_exhausted else None
+    meter = BudgetMeter(config.budget, batches.tokens_per_step, plan.size.training_flops_per_token, limit)
+    return RunData(corpus, sets, loader, meter)
 
 
 def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool = True, number: int = 0) -> Corpora:
@@ -18,16 +66,16 @@ def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool =
     Those are the held-out documents of each source of a mixture, and ``evaluation.sets``.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         say: Called with lines for the user.
         is_first: Whether this is the first rank, which writes what is streamed.
-        number: The run's, for all its ranks.
+        number: Number that all ranks of this run have in common, and no other run.
 
     Raises:
         ValueError: A corpus cannot be used, or is shorter than a row.
     """
     cache, workers = Path(config.run.cache_dir), config.run.prepare_workers
-    corpus: Corpus
+    corpus: data.TrainingCorpus
     if isinstance(config.data, data.MixtureConfig):
         corpus = data.prepare_mixture(config.data, config.tokenizer, cache, _run_length(config), workers, say)
     elif config.streaming.applies_to(config.data):
@@ -47,13 +95,13 @@ def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool =
 
 
 def check_corpora(config: Config) -> Corpora:
-    """What ``prepare_corpora`` has made, every checksum compared.
+    """The result of an earlier ``prepare_corpora``, every checksum compared.
 
     Raises:
         ValueError: A part is not prepared, or a shard is damaged; the line names it.
     """
     cache = Path(config.run.cache_dir)
-    corpus: Corpus
+    corpus: data.TrainingCorpus
     if isinstance(config.data, data.MixtureConfig):
         corpus = data.check_mixture(config.data, config.tokenizer, cache, _run_length(config))
     elif config.streaming.applies_to(config.data):
@@ -79,23 +127,22 @@ def _evaluation_tokens(config: Config) -> int:
     return config.evaluation.max_rows * config.model.sequence_length + 1
 
 
-def _with_long_enough_sets(config: Config, corpus: Corpus, sets: dict[str, data.ShardReader]) -> Corpora:
+def _with_long_enough_sets(config: Config, corpus: data.TrainingCorpus, sets: dict[str, data.ShardReader]) -> Corpora:
     """Refuse a validation set that is shorter than one row; those of a mixture's sources are put first."""
-    if isinstance(corpus, data.TokenizedMixture):
-        sets = {name: source.validation for name, source in corpus.sources.items()} | sets
+    sets = {name: source.validation for name, source in corpus.sources.items()} | sets
     for reader in sets.values():
         data.count_rows(reader, config.model.sequence_length)
     return corpus, sets
 
 
-def steps_until_exhausted(config: data.DataConfig, loader: data.TrainLoader) -> int | None:
-    """Steps before the first that needs a source of a mixture for the second time, if the mixture stops there.
+def steps_until_exhausted(loader: data.TrainLoader) -> int | None:
+    """Steps before the first that needs a source of a mixture for the second time; None if that never comes.
 
     Raises:
         ConfigError: There is no whole step before that.
     """
     steps = loader.exhaustion_steps()
-    if not isinstance(config, data.MixtureConfig) or config.when_exhausted == "repeat" or not steps:
+    if not steps:
         return None
     first = min(steps, key=lambda name: (steps[name], name))
     if not steps[first]:
@@ -103,24 +150,24 @@ def steps_until_exhausted(config: data.DataConfig, loader: data.TrainLoader) -> 
     return steps[first]
 
 
-def describe_corpus(corpus: Corpus, plan: BatchPlan, loader: data.TrainLoader, say: Callable[[str], None]) -> None:
-    """What is trained on and how often, before it starts; of a mixture also when which source runs out."""
+def describe_corpus(run: RunData, plan: RunPlan) -> list[str]:
+    """Lines about the corpus and how often it is read; of a mixture also when which source runs out."""
+    corpus, loader, sources = run.corpus, run.loader, run.corpus.sources
+    num_steps, rows_per_step = plan.batches.num_steps, plan.batches.rows_per_step
     entropy = f"unigram entropy {corpus.unigram_entropy:.3f} nats/token"
+    epochs = f"; {num_steps * rows_per_step / loader.num_rows:.2f} epochs" if loader.num_rows and not sources else ""
     waste = f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else ""
-    if not isinstance(corpus, data.TokenizedMixture):
-        epochs = f"; {plan.num_steps * plan.rows_per_step / loader.num_rows:.2f} epochs" if loader.num_rows else ""
-        say(f"corpus: {corpus.describe_size()}, {entropy}{epochs}{waste}")
-        return
-    say(f"corpus: a mixture of {len(corpus.sources)} sources, {entropy}{waste}")
+    lines = [f"corpus: {corpus.describe_size()}, {entropy}{epochs}{waste}"]
     exhaustion = loader.exhaustion_steps()
-    for name, use in loader.source_use(plan.num_steps).items():
-        source, ends = corpus.sources[name], exhaustion.get(name, plan.num_steps)
+    for name, use in loader.source_use(num_steps).items():
+        source, ends = sources[name], exhaustion.get(name, num_steps)
         line = (
             f"  {name}: {source.train.num_tokens:,} training and {source.validation.num_tokens:,} validation tokens, "
-            f"{use.rows / (plan.num_steps * plan.rows_per_step):.2%} of the rows, {use.epochs:.2f} epochs"
+            f"{use.rows / (num_steps * rows_per_step):.2%} of the rows, {use.epochs:.2f} epochs"
         )
-        if ends < plan.num_steps:
+        if ends < num_steps:
             line += f"; runs out in step {ends + 1} and begins again in a new order"
-        elif ends == plan.num_steps and corpus.config.when_exhausted == "stop" and name in exhaustion:
+        elif ends == num_steps and corpus.stops_when_exhausted and name in exhaustion:
             line += f"; would run out in step {ends + 1}: the run ends after step {ends}"
-        say(line)
+        lines.append(line + source.describe_duplicates())
+    return lines

@@ -1,35 +1,18 @@
-"""The last words of a run: where things are, how to go on, what came out of it."""
+"""Last words of a run: the folder, the way to go on, the result."""
 
 from collections.abc import Callable
 
-from moe_pretrain import data
 from moe_pretrain.config.schema import Config
 from moe_pretrain.system.exit_codes import FINISHED, STOPPED, UNSAVED
-from moe_pretrain.train.corpora import Corpus
-from moe_pretrain.train.train_state import Progress
+from moe_pretrain.train.corpora import RunData
+from moe_pretrain.train.progress import RunProgress
 
 
-def say_end(
-    code: int,
-    config: Config,
-    corpus: Corpus,
-    loader: data.TrainLoader,
-    progress: Progress,
-    say: Callable[[str], None],
-) -> None:
-    """Say how the run ended; on the main rank, once its metrics are closed.
-
-    Args:
-        code: FINISHED, STOPPED or UNSAVED.
-        config: The run's configuration.
-        corpus: What it trained on.
-        loader: What yielded its micro-batches.
-        progress: How far it came.
-        say: Prints a line.
-    """
+def say_end(code: int, config: Config, data: RunData, progress: RunProgress, say: Callable[[str], None]) -> None:
+    """Say how the run ended with ``code``; on the main rank, once its metrics are closed."""
     folder = config.run.folder
     say(f"run folder: {folder}")
-    for name, use in loader.source_use(progress.data_step).items():
+    for name, use in data.loader.source_use(progress.data_step).items():
         tokens = use.rows * config.model.sequence_length
         say(f"source {name}: {tokens:,} tokens, {use.epochs:.2f} epochs")
     if code == STOPPED:
@@ -41,7 +24,7 @@ def say_end(
         say(
             f"done: {progress.step} steps, {progress.tokens:,} tokens; validation loss "
             f"{progress.validation_loss:.3f} nats/token, unigram entropy "
-            f"{corpus.unigram_entropy:.3f} nats/token"
+            f"{data.corpus.unigram_entropy:.3f} nats/token"
         )
         say(f"spent: {progress.meter.describe_spending()}")
         if matched := config.budget.matched:

@@ -1,12 +1,13 @@
 """Validation during training, which a signal may cut short."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_pretrain import data
+from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
+from moe_pretrain.data import ShardReader, count_rows, validation_batches
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.metrics.probe_collector import Collector
@@ -15,18 +16,16 @@ from moe_pretrain.moe.part_timer import PartClock, time_source
 from moe_pretrain.moe.types import Routing
 from moe_pretrain.run_folder.metrics_file import MetricsRow
 from moe_pretrain.run_folder.probe import Probe, ValidationPart, put_together
-from moe_pretrain.schedule.batch_plan import BatchPlan
-from moe_pretrain.system.stop_signals import StopRequest
-from moe_pretrain.train.corpora import Corpus
-
-_OWN = ""
-"""Stands for the corpus that is trained on, among names of sets, which are never empty."""
+from moe_pretrain.train.context import RunContext
+from moe_pretrain.train.corpora import RunData
 
 
 class Validation(NamedTuple):
-    """What one validation found: its metrics row, and its own corpus's losses and routes piece by piece.
+    """Result of one validation.
 
-    The row has the time of the parts of the MoE layers too, measured on the own corpus.
+    Attributes:
+        row: Metrics row, with the time of the parts of the MoE layers, measured on the corpus's own documents.
+        probe: Losses and routes of the corpus's own documents, piece by piece.
     """
 
     row: MetricsRow
@@ -36,66 +35,50 @@ class Validation(NamedTuple):
 class Evaluator:
     """Validates one engine on the held-out part of its corpus and on further sets."""
 
-    def __init__(
-        self,
-        config: Config,
-        plan: BatchPlan,
-        corpus: Corpus,
-        sets: dict[str, data.ShardReader],
-        engine: TrainEngine,
-        stop: StopRequest,
-        enter: Callable[[str, int], None],
-    ):
-        self._config, self._plan, self._engine, self._stop, self._enter = config, plan, engine, stop, enter
-        self._corpus, self._sets = corpus, sets
+    def __init__(self, config: Config, plan: RunPlan, data: RunData, engine: TrainEngine, context: RunContext):
+        self._config, self._engine, self._context = config, engine, context
+        self._micro_batch_size = plan.batches.micro_batch_size
+        self._logged_sets, self._shares = data.evaluation_sets, data.corpus.shares
+        # A mixture's sources are logged by name as well.
+        self._readers = {**data.corpus.validation_sets(), **data.evaluation_sets}
 
     def evaluate(self, step: int) -> Validation | None:
         """Losses on every set; None if a signal was agreed on in between. Every rank must call it.
 
         Args:
-            step: Finished steps, for whoever asks where this rank is.
+            step: Finished steps, for the heartbeat.
         """
-        corpus = self._corpus
-        readers = dict(self._sets)  # among them, a mixture's sources
-        if not isinstance(corpus, data.TokenizedMixture):
-            readers[_OWN] = corpus.validation
-        shares = corpus.shares if isinstance(corpus, data.TokenizedMixture) else {_OWN: 1.0}
         losses: dict[str, float] = {}
         parts: dict[str, ValidationPart] = {}
         clock = PartClock(time_source(self._engine.mesh.device.type))
-        for name, reader in readers.items():
+        for name, reader in self._readers.items():
             collector = self._collector(reader)
-            loss = self._loss_on(reader, step, (collector, clock) if name in shares else None)
+            loss = self._loss_on(reader, step, (collector, clock) if name in self._shares else None)
             if loss is None:
                 return None
             losses[name] = loss
-            if name in shares:
+            if name in self._shares:
                 parts[name] = collector.gather()
-        sizes = {name: _bytes_per_token(reader) for name, reader in readers.items()}
-        if isinstance(corpus, data.TokenizedMixture):
-            row = mixed_evaluation_row(losses, sizes, shares)
-        else:
-            row = evaluation_row(losses.pop(_OWN), sizes[_OWN])
-        for name, loss in losses.items():
-            own = evaluation_row(loss, sizes[name])
+        sizes = {name: _bytes_per_token(reader) for name, reader in self._readers.items()}
+        row = mixed_evaluation_row(losses, sizes, self._shares)
+        for name in self._logged_sets:
+            own = evaluation_row(losses[name], sizes[name])
             row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
         layers = [layer.router.layer for layer in self._engine.model.moe_layers()]
-        return Validation(row | part_time_row(clock.batches), put_together(step, parts, shares, layers))
+        return Validation(row | part_time_row(clock.batches), put_together(step, parts, self._shares, layers))
 
-    def _collector(self, reader: data.ShardReader) -> Collector:
+    def _collector(self, reader: ShardReader) -> Collector:
         length, layers = self._config.model.sequence_length, self._engine.model.moe_layers()
-        num_rows = min(data.count_rows(reader, length), self._config.evaluation.max_rows)
+        num_rows = min(count_rows(reader, length), self._config.evaluation.max_rows)
         return Collector(reader.document_ends, length, num_rows, layers[0].num_experts if layers else 0)
 
-    def _loss_on(
-        self, reader: data.ShardReader, step: int, observers: tuple[Collector, PartClock] | None
-    ) -> float | None:
+    def _loss_on(self, reader: ShardReader, step: int, observers: tuple[Collector, PartClock] | None) -> float | None:
         """Mean nats per token of one set, whose batches the ``observers`` see."""
         mesh, packing = self._engine.mesh, self._config.packing
-        batches = data.validation_batches(
+        batches = validation_batches(
             reader,
             self._config.model.sequence_length,
-            self._plan.micro_batch_size,
+            self._micro_batch_size,
             mesh.rank,
             mesh.world_size,
             self._config.evaluation.max_rows,
@@ -121,13 +104,13 @@ class Evaluator:
     def _until_stopped(self, batches: Iterable[MicroBatch], step: int, was_stopped: list[int]) -> Iterator[MicroBatch]:
         """The batches up to an agreed signal, which is noted; every rank has equally many."""
         for batch in batches:
-            self._enter("evaluate.batch", step)
-            if self._stop.agreed(self._engine.mesh.device):
-                was_stopped.append(self._stop.received)
+            self._context.enter("evaluate.batch", step)
+            if self._context.agree_to_stop():
+                was_stopped.append(self._context.stop.received)
                 return
             yield batch
 
 
-def _bytes_per_token(reader: data.ShardReader) -> float | None:
+def _bytes_per_token(reader: ShardReader) -> float | None:
     """None for a corpus that came as tokens."""
     return reader.text_bytes / reader.num_tokens if reader.text_bytes else None

@@ -1,4 +1,4 @@
-"""What a run writes down of itself step by step: metrics rows, events, probes."""
+"""Records of a run, step by step: metrics rows, events, probes, notes on bad rows."""
 
 import json
 from collections.abc import Mapping
@@ -10,33 +10,31 @@ import torch
 import yaml
 
 from moe_pretrain.checkpoint.manifest import complete_names, step_of
+from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config, to_values
-from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.data import TrainingCorpus
 from moe_pretrain.metrics.writer import MetricsWriter
-from moe_pretrain.model.size import ModelSize
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.plan.layer_cost import layer_cost
 from moe_pretrain.run_folder.paths import CHECKPOINTS, SICK_STEPS
 from moe_pretrain.run_folder.probe import Probe, ProbeFiles, routing_drift
 from moe_pretrain.run_folder.provenance import commit, processor, versions
-from moe_pretrain.train.corpora import Corpus
-from moe_pretrain.train.train_state import Progress
+from moe_pretrain.train.corpora import RunData
+from moe_pretrain.train.progress import RunProgress
 
 
-class Journal:
-    """The metrics and probes of a run folder. On every rank but the main one it does nothing."""
+class RunRecorder:
+    """Metrics, probes and notes of a run folder. On every rank but the main one it does nothing."""
 
-    def __init__(self, folder: Path, metrics: MetricsWriter, progress: Progress, is_main: bool):
-        """Nothing is written yet.
-
-        Args:
-            folder: The run's folder.
-            metrics: Where rows go.
-            progress: Says at which step a row is written.
-            is_main: Whether this rank writes.
-        """
+    def __init__(self, config: Config, plan: RunPlan, data: RunData, mesh: Mesh, progress: RunProgress):
+        """Open the metrics; rows get the step and tokens of ``progress``."""
+        folder, num_steps = config.run.folder, plan.batches.num_steps
+        self.bad_rows = BadRowsLog(folder, plan.batches.rows_per_step, data.corpus.fingerprint, mesh.is_main)
         self._checkpoints, self._probes = folder / CHECKPOINTS, ProbeFiles(folder)
-        self._metrics, self._progress, self._is_main = metrics, progress, is_main
+        self._metrics = MetricsWriter(
+            config.metrics, folder, num_steps, config.run.name, to_values(config), mesh.is_main
+        )
+        self._progress, self._is_main = progress, mesh.is_main
 
     def event(self, name: str, message: str) -> None:
         """Write an event row: short ``name``, one line of ``message``."""
@@ -47,7 +45,7 @@ class Journal:
         self._metrics.write({"step": self._progress.step, "tokens": self._progress.tokens, **row})
 
     def expect(self, num_steps: int) -> None:
-        """The run comes to so many steps."""
+        """Tell the sinks that the run comes to so many steps."""
         self._metrics.expect(num_steps)
 
     def keep_probe(self, probe: Probe) -> dict[str, float]:
@@ -69,7 +67,7 @@ class Journal:
         return {f"moe/layer_{layer:02d}/routing_drift": share for layer, share in drift.items()}
 
     def go_on(self) -> None:
-        """Go on from the present step: what was written down of later ones is of no use."""
+        """Go on from the present step: rows and probes of later ones are removed."""
         self._metrics.resume(self._progress.step)
         if self._is_main:
             self._probes.remove_after(self._progress.step)
@@ -83,9 +81,10 @@ class Journal:
         self._metrics.close()
 
 
-def write_facts(config: Config, size: ModelSize, dtype: Dtype, corpus: Corpus, mesh: Mesh) -> None:
+def write_facts(config: Config, plan: RunPlan, corpus: TrainingCorpus, mesh: Mesh) -> None:
     """Write ``config.yaml`` and ``summary.json`` into the run's folder."""
-    folder = config.run.folder
+    folder, size = config.run.folder, plan.size
+    folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(json.dumps(to_values(config)))
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else processor()
     facts = {
@@ -98,21 +97,21 @@ def write_facts(config: Config, size: ModelSize, dtype: Dtype, corpus: Corpus, m
         "versions": versions(),
         "commit": commit(),
         "device": device,
-        "dtype": dtype,
-        "moe_layer_cost": layer_cost(config, dtype, size),
+        "dtype": plan.dtype,
+        "moe_layer_cost": layer_cost(config, plan.dtype, size),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     (folder / "summary.json").write_text(json.dumps(facts, indent=2))
 
 
 @dataclass(frozen=True)
-class SickRows:
-    """The notes of a run folder on sick steps.
+class BadRowsLog:
+    """Notes in a run folder on rows whose step was skipped, not finite or a spike.
 
     Attributes:
-        folder: The run's folder.
+        folder: Folder of the run.
         rows_per_step: Rows of one step over all ranks.
-        corpus_fingerprint: Of what the rows are rows of.
+        corpus_fingerprint: Fingerprint of the corpus that the rows belong to.
         is_main: Whether this rank writes.
     """
 
@@ -122,7 +121,7 @@ class SickRows:
     is_main: bool
 
     def note(self, step: int, reason: str) -> str:
-        """Write down which rows ``step`` of the data has; in words, where."""
+        """Note the rows of ``step`` of the data; in words, the place of the note."""
         first = step * self.rows_per_step
         rows = {"first_row": first, "last_row": first + self.rows_per_step - 1}
         path = self.folder / SICK_STEPS / f"step_{step:08d}.json"

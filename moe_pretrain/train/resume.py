@@ -1,57 +1,50 @@
-"""Where a run begins, goes on from, and goes back to: the checkpoints on its course, and those it leaves."""
+"""Beginning, going on and going back: a run takes over checkpoints of its folder, and discards those it has left."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain import data
 from moe_pretrain.checkpoint import store
+from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
-from moe_pretrain.train.recorder import Journal, SickRows
-from moe_pretrain.train.resume_rules import Identity
-from moe_pretrain.train.train_state import Progress
+from moe_pretrain.train.context import RunContext
+from moe_pretrain.train.corpora import RunData
+from moe_pretrain.train.progress import RunProgress
+from moe_pretrain.train.recorder import RunRecorder
+from moe_pretrain.train.resume_rules import ResumeRules
 
 
-class Course:
-    """Takes over checkpoints of a run's folder; every rank does the same at the same time."""
+class Resumer:
+    """Takes over checkpoints of a run's folder; every rank does the same at the same time.
+
+    Attributes:
+        rules: Comparison of this run with the checkpoints that it goes on from.
+    """
 
     def __init__(
         self,
         config: Config,
+        data: RunData,
         engine: TrainEngine,
-        progress: Progress,
-        identity: Identity,
-        loader: data.TrainLoader,
-        journal: Journal,
-        sick_rows: SickRows,
-        say: Callable[[str], None],
+        context: RunContext,
+        progress: RunProgress,
+        recorder: RunRecorder,
     ):
-        """Nothing is taken over yet.
-
-        Args:
-            config: The run's configuration.
-            engine: Whose weights and optimizer are replaced.
-            progress: How far the run has come.
-            identity: Which run it is.
-            loader: What yields its micro-batches.
-            journal: What it writes down.
-            sick_rows: Where the rows of a spike are noted.
-            say: Prints a line, on the main rank.
-        """
-        self._config, self._engine, self._mesh, self._say = config, engine, engine.mesh, say
-        self._progress, self._identity, self._loader = progress, identity, loader
-        self._journal, self._sick_rows = journal, sick_rows
+        """Nothing is taken over yet: ``progress`` and ``engine`` are replaced when a checkpoint is."""
+        self.rules = ResumeRules(config, data.corpus, context.mesh.world_size)
+        self._config, self._engine, self._mesh, self._say = config, engine, context.mesh, context.say
+        self._progress, self._recorder, self._loader = progress, recorder, data.loader
         self._folder, self._checkpoints = config.run.folder, config.run.folder / store.CHECKPOINTS
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, or begin, as ``checkpoint.resume`` asks.
 
         Raises:
-            ConfigError: What is found is not what is asked for, is of another run, or is damaged.
+            ConfigError: The checkpoints do not fit ``checkpoint.resume``, are of another run, or are damaged.
         """
         policy = self._config.checkpoint.resume
         warnings: list[str] = []
@@ -73,7 +66,7 @@ class Course:
         """Go back before the spike of the last step, whose rows are left out from now on.
 
         Args:
-            spike: What it was, in words.
+            spike: The spike, in words.
 
         Returns:
             False if no checkpoint lies before these rows, which is said: then nothing has changed.
@@ -84,15 +77,15 @@ class Course:
         first = max(0, stop - skip_steps)
         found = self._newest(lambda warning: None, progress.step - skip_steps)
         if found is None:
-            self._journal.event("not_rewound", f"step {step}: no checkpoint lies before the rows to be skipped")
+            self._recorder.event("not_rewound", f"step {step}: no checkpoint lies before the rows to be skipped")
             return False
         path, manifest = found
-        progress.rewinds = Rewinds([*progress.rewinds.taken, Rewind(manifest["state"]["step"], first, stop)])
+        progress.rewinds = Rewinds([*progress.rewinds.taken, Rewind(train_state(manifest).step, first, stop)])
         if self._mesh.is_main:
             write_rewinds(self._folder, progress.rewinds)
-        where = self._sick_rows.note(stop - 1, "spike")
+        where = self._recorder.bad_rows.note(stop - 1, "spike")
         self._take_over(path, manifest)
-        self._journal.event(
+        self._recorder.event(
             "rewound",
             f"step {step}: {spike}; went back to {path.name}; {where}; the rows of steps {first} to {stop - 1} of the "
             "data are left out",
@@ -115,8 +108,8 @@ class Course:
     def _newest(self, warn: Callable[[str], None], latest: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
         """The newest good checkpoint on the run's course, of ``latest`` steps at most."""
 
-        def accept(state: dict[str, Any]) -> bool:
-            return state["step"] <= latest and self._progress.rewinds.accept(state)
+        def accept(state: TrainState) -> bool:
+            return state.step <= latest and self._progress.rewinds.accept(state.step, len(state.rewinds))
 
         return store.agree_on_newest(self._checkpoints, self._mesh, warn, accept)
 
@@ -124,35 +117,35 @@ class Course:
         """Start at step 0, with the weights of another run if that is asked for."""
         if self._progress.rewinds.taken:
             self._leave(-1)
-        self._journal.go_on()
+        self._recorder.go_on()
         self._report_damage(warnings)
         self._say(f"starting {self._folder}")
         if self._config.checkpoint.warm_start is not None:
             self._warm_start(Path(self._config.checkpoint.warm_start))
 
     def _go_on(self, path: Path, manifest: dict[str, Any], warnings: list[str]) -> None:
-        """Resume a checkpoint of this run, and say what differs."""
-        state = manifest["state"]
-        allowed = self._identity.refuse_changes(state, path)
-        self._loader.restore(state.get("stream"))
+        """Resume a checkpoint of this run, and record the differences."""
+        state = train_state(manifest)
+        allowed = self.rules.refuse_changes(state, path)
+        self._loader.restore(state.stream)
         self._take_over(path, manifest)
         self._report_damage(warnings)
-        self._journal.event("resumed", f"from {path.name} on {self._mesh.world_size} ranks")
-        if "flops" not in state:
-            self._journal.event(
+        self._recorder.event("resumed", f"from {path.name} on {self._mesh.world_size} ranks")
+        if state.flops is None:
+            self._recorder.event(
                 "budget", f"{path.name} does not say what it spent: FLOPs are taken as expected, seconds as 0"
             )
         if allowed:
-            self._journal.event("changed", f"since {path.name}: {', '.join(allowed)}")
+            self._recorder.event("changed", f"since {path.name}: {', '.join(allowed)}")
 
     def _take_over(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Replace what the run is by what the checkpoint holds, and forget what came after it."""
-        state = manifest["state"]
-        if self._progress.rewinds.taken or state.get("rewinds"):
-            self._leave(state["step"])
+        """Replace engine and progress by those of the checkpoint, and forget what came after it."""
+        state = train_state(manifest)
+        if self._progress.rewinds.taken or state.rewinds:
+            self._leave(state.step)
         store.restore(self._engine, path, manifest)
         self._progress.restore(state)
-        self._journal.go_on()
+        self._recorder.go_on()
 
     def _leave(self, step: int) -> None:
         """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""
@@ -164,14 +157,14 @@ class Course:
         """Begin with the weights of another run."""
         path = store.locate(where)
         manifest = store.agree_on(path, self._mesh)
-        self._identity.refuse_tokenizer(manifest["state"], path)
+        self.rules.refuse_tokenizer(train_state(manifest), path)
         became = store.warm_start(self._engine, path, manifest)
         words = [f"{len(became.loaded)} weights of {path}"]
         for names, said in ((became.fresh, "start anew"), (became.left, "left behind")):
             if names:
                 words.append(f"{said}: {', '.join(names)}")
-        self._journal.event("warm_start", "; ".join(words))
+        self._recorder.event("warm_start", "; ".join(words))
 
     def _report_damage(self, warnings: list[str]) -> None:
         for warning in warnings:
-            self._journal.event("checkpoint_damaged", warning)
+            self._recorder.event("checkpoint_damaged", warning)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, and what of it must be so in a run that goes on from it."""
+"""Rules of resuming: the facts of a run that its checkpoints keep, and which of them must stay as they were."""
 
 import json
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_pretrain import data
+from moe_pretrain.checkpoint.store import RunIdentity, TrainState
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.run_folder.provenance import versions
-from moe_pretrain.train.corpora import Corpus
 
 _MUST_STAY = (
     "model",
@@ -21,7 +21,7 @@ _MUST_STAY = (
     "optimizer.trainable",
     "checkpoint.warm_start",
 )
-"""Parts that decide what the weights mean, or which tokens a step reads."""
+"""Parts that decide the meaning of the weights, or the tokens that a step reads."""
 _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 """With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
@@ -29,54 +29,58 @@ _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 _ABSENT = object()
 
 
-class Identity:
-    """A run's configuration and corpus, as its checkpoints keep them."""
+class ResumeRules:
+    """Compares a run with the checkpoints that it is to go on from.
 
-    def __init__(self, config: Config, corpus: Corpus, world_size: int):
-        self._config, self._corpus, self._world_size = config, corpus, world_size
-        self._corpus_facts = data.corpus_facts(config.data, corpus)
+    Attributes:
+        identity: This run, as its own checkpoints keep it.
+    """
 
-    def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {
-            "corpus_fingerprint": self._corpus.fingerprint,
-            "corpus_facts": self._corpus_facts,
-            "tokenizer": self._corpus.tokenizer.fingerprint,
-            "config": to_values(self._config),
-            "world_size": self._world_size,
-            "versions": versions(),
-        }
+    def __init__(self, config: Config, corpus: data.TrainingCorpus, world_size: int):
+        self.identity = RunIdentity(
+            config=json.loads(json.dumps(to_values(config))),
+            corpus_fingerprint=corpus.fingerprint,
+            corpus_facts=corpus.facts(config.data),
+            tokenizer=corpus.tokenizer.fingerprint,
+            world_size=world_size,
+            versions=versions(),
+        )
 
-    def refuse_changes(self, state: dict[str, Any], path: Path) -> list[str]:
-        """Compare with the state of the checkpoint at ``path``, which this run is to resume.
+    def refuse_changes(self, state: TrainState, path: Path) -> list[str]:
+        """Compare with the checkpoint at ``path``, which this run is to resume.
 
         Returns:
-            What has changed and may, in words.
+            Differences that may be, in words.
 
         Raises:
             ConfigError: Something has changed that must stay the same.
         """
-        found = changes(state["config"], to_values(self._config))
+        then, now = state.identity, self.identity
+        if not then.config or state.token_hash is None:
+            raise ConfigError(
+                f"{path} cannot be resumed: it records no configuration or no token hash, as no run writes it; choose "
+                "another run.name to start anew"
+            )
+        found = changes(then.config, now.config)
         if found.refused:
             raise ConfigError(
                 f"{', '.join(found.refused)}, with which {path} was made; choose another run.name to start anew"
                 + (f" (these differ too, and may: {', '.join(found.allowed)})" if found.allowed else "")
             )
-        if state["corpus_fingerprint"] != self._corpus.fingerprint:
+        if then.corpus_fingerprint != now.corpus_fingerprint:
             raise ConfigError(
                 f"data: the corpus has changed since {path} was made: "
-                f"{data.explain_change(state.get('corpus_facts', {}), self._corpus_facts)}; choose another run.name to "
-                "start anew"
+                f"{data.explain_change(then.corpus_facts, now.corpus_facts)}; choose another run.name to start anew"
             )
         return found.allowed
 
-    def refuse_tokenizer(self, state: dict[str, Any], path: Path) -> None:
+    def refuse_tokenizer(self, state: TrainState, path: Path) -> None:
         """Raise if the checkpoint at ``path``, whose weights this run is to begin with, is of another tokenizer."""
-        tokenizer = state.get("tokenizer")
-        if tokenizer != self._corpus.tokenizer.fingerprint:
+        then, now = state.identity.tokenizer, self.identity.tokenizer
+        if then != now:
             raise ConfigError(
-                f"checkpoint.warm_start={path} must be of this run's tokenizer {self._corpus.tokenizer.fingerprint}; "
-                f"it is of {tokenizer or 'an unknown one'}"
+                f"checkpoint.warm_start={path} must be of this run's tokenizer {now}; "
+                f"it is of {then or 'an unknown one'}"
             )
 
 
@@ -85,8 +89,8 @@ class Changes:
     """Differences between two resolved configurations.
 
     Attributes:
-        refused: What must stay as it was: ``NAME=NOW must stay THEN``.
-        allowed: What may differ, and does: ``NAME=NOW (was THEN)``.
+        refused: Fields that must stay as they were: ``NAME=NOW must stay THEN``.
+        allowed: Fields that may differ, and do: ``NAME=NOW (was THEN)``.
     """
 
     refused: list[str]

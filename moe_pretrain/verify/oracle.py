@@ -213,7 +213,7 @@ class Oracle:
         text = (rows.document_ids >= 0).flatten()
         length = rows.document_ids.shape[1]
         # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
-        level = getattr(self.config.router, "load_balance_level", "")
+        level = self.config.router.balance_level
         by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
         by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
@@ -227,8 +227,8 @@ class Oracle:
             part = slice(first_row * length, (first_row + num_rows) * length)
             context = _context(self.config, rows, step, first_row, num_rows, global_routes, layer)
             router = layer.router
-            if type(router) is TopKRouter:
-                routed, weight, cut_aux = self._top_k(hidden[part], router, context)
+            if (formula := _FORMULAS.get(type(router))) is not None:
+                routed, weight, cut_aux = formula(self, hidden[part], router, context)
             else:
                 routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
                 sums += cut_sums
@@ -342,6 +342,12 @@ class Oracle:
             root = (second / (1 - config.beta2**count)).sqrt()
             decay = config.weight_decay if weight.ndim >= 2 else 0.0
             weight.copy_(weight - rate * decay * weight - rate * unbiased / (root + config.epsilon))
+
+
+_FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]] = {
+    TopKRouter: Oracle._top_k,
+}
+"""Schemes that the oracle computes by a formula of its own -> it. Not their subclasses, which may differ."""
 
 
 def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:

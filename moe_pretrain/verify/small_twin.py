@@ -5,23 +5,23 @@ from typing import Any
 
 import numpy as np
 
+from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
 from moe_pretrain.moe.build import expert_gate
-from moe_pretrain.schedule.batch_plan import plan_batches
+from moe_pretrain.schedule.batch_plan import BatchPlan
 
 NUM_STEPS = 3
 
 
-def shrink(config: Config, world_size: int) -> Config:
-    """The same configuration in the smallest shape that still has every one of its parts."""
-    model, moe = config.model, config.model.moe
-    plan = plan_batches(config.batch, model.sequence_length, world_size, config.num_steps)
+def shrink(config: Config, plan: RunPlan) -> Config:
+    """The same configuration, whose plan is ``plan``, in the smallest shape that still has every one of its parts."""
+    model, moe, batches = config.model, config.model.moe, plan.batches
     leading = min(1, moe.num_leading_dense_layers)
     heads_per_key_value = model.num_heads // model.num_key_value_heads
     heads = heads_per_key_value * min(2, model.num_key_value_heads)
-    sequence, micro_batch_size = 12, min(2, plan.micro_batch_size)
-    tokens = sequence * micro_batch_size * plan.accumulation * world_size
+    sequence, micro_batch_size = 12, min(2, batches.micro_batch_size)
+    tokens = sequence * micro_batch_size * batches.accumulation * plan.world_size
     small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
     router: Any = config.router
     rank = expert_gate(moe, router)
@@ -64,12 +64,11 @@ def shrink(config: Config, world_size: int) -> Config:
     )
 
 
-def random_batches(config: Config, world_size: int, seed: int = 0) -> list[list[MicroBatch]]:
+def random_batches(config: Config, plan: BatchPlan, seed: int = 0) -> list[list[MicroBatch]]:
     """All micro-batches of each of ``NUM_STEPS`` steps, in rank order: several documents per row, some rows padding.
 
     Which row is padding is drawn too, so ranks and micro-batches have different numbers of counted labels.
     """
-    plan = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     length, size = config.model.sequence_length + 1, plan.micro_batch_size
     random = np.random.default_rng(seed)
     steps = []

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_pretrain.checkpoint.intervals import global_shape, pieces
+from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.deepspeed_config import Dtype
@@ -21,7 +22,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import full_gradient, is_expert, prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
-from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.verify.oracle import Oracle, StepRecord
 from moe_pretrain.verify.small_twin import random_batches, shrink
 
@@ -94,10 +95,9 @@ class _RecordedEngine(TrainEngine):
 
 
 def build_engine(
-    config: Config, dtype: Dtype, mesh: Mesh, change_model: Callable[[DecoderLM], None] | None = None
+    config: Config, plan: RunPlan, mesh: Mesh, change_model: Callable[[DecoderLM], None] | None = None
 ) -> _RecordedEngine:
-    """The engine as ``pretrain.train`` builds it; ``change_model`` may edit the initial weights."""
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
+    """The engine as ``train.build_trainer`` builds it; ``change_model`` may edit the initial weights."""
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
     if change_model is not None:
@@ -105,9 +105,9 @@ def build_engine(
     prepare_experts(model, config.parallel.expert_parallel_size)
 
     def factor(step: int) -> float:
-        return config.schedule.factor(step, plan.num_steps)
+        return config.schedule.factor(step, plan.batches.num_steps)
 
-    return _RecordedEngine(model, config.engine, dtype, config.optimizer, factor, plan, mesh, config.seed)
+    return _RecordedEngine(model, config.engine, plan.dtype, config.optimizer, factor, plan.batches, mesh, config.seed)
 
 
 def own_micro_batches(batches: Sequence[MicroBatch], plan: BatchPlan, rank: int) -> list[MicroBatch]:
@@ -178,20 +178,21 @@ def _relative_scale(ours: Tensor, theirs: Tensor) -> float:
     return abs(float((ours * theirs).sum()) / size - 1) if size else _relative(ours, theirs)
 
 
-def verify(config: Config, device_type: str, dtype: Dtype, say: Callable[[str], None]) -> int:
+def verify(config: Config, plan: RunPlan, say: Callable[[str], None]) -> int:
     """Compare ``config`` on this process group with the oracle and print one row per quantity; the exit code."""
-    mesh = build_mesh(config.parallel, device_type)
-    small = shrink(config, mesh.world_size)
-    plan = plan_batches(small.batch, small.model.sequence_length, mesh.world_size, small.num_steps)
-    steps = random_batches(small, mesh.world_size)
-    engine = build_engine(small, dtype, mesh)
-    run = [record(engine, i, own_micro_batches(batches, plan, mesh.rank)) for i, batches in enumerate(steps)]
-    oracle = Oracle(small, plan.num_steps, dtype)  # on every rank, so that all end with the same exit code
+    mesh = build_mesh(config.parallel, plan.device)
+    small = shrink(config, plan)
+    small_plan = plan_run(small, plan.world_size, (plan.device, plan.dtype))
+    cut, dtype = small_plan.batches, plan.dtype
+    steps = random_batches(small, cut)
+    engine = build_engine(small, small_plan, mesh)
+    run = [record(engine, i, own_micro_batches(batches, cut, mesh.rank)) for i, batches in enumerate(steps)]
+    oracle = Oracle(small, cut.num_steps, dtype)  # on every rank, so that all end with the same exit code
     rows = compare(run, [oracle.step(i, batches) for i, batches in enumerate(steps)], dtype)
     clipped = sum(small.engine.gradient_clipping < record_.gradient_norm for record_ in run)
     say(
         f"{mesh.world_size} ranks, expert parallel {mesh.shard.size}, ZeRO {small.engine.zero_stage}, {dtype}, "
-        f"{plan.accumulation} micro-batches, recompute {small.model.recompute}; "
+        f"{cut.accumulation} micro-batches, recompute {small.model.recompute}; "
         + (f"clipping bit in {clipped} of {len(run)} steps" if small.engine.gradient_clipping else "no clipping")
     )
     for row in rows:

@@ -24,29 +24,27 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import resolve_device
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.schedule.batch_plan import plan_batches
 
 THEORETICAL_BYTES = 12  # per parameter: float32 weight and two moments
 
 
 class Bench:
     def __init__(self, config: Config, folder: Path, num_steps: int):
-        device_type, dtype = resolve_device(config.engine)
-        self.mesh = build_mesh(config.parallel, device_type)
-        plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
+        run = plan_run(config, 1)
+        self.mesh, plan = build_mesh(config.parallel, run.device), run.batches
         model = DecoderLM(config.model, config.router, self.mesh.shard)
         initialise(model, config.seed)
         prepare_experts(model, 1)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = TrainEngine(
-            model, config.engine, dtype, config.optimizer, lambda step: 0.1, plan, self.mesh, config.seed
+            model, config.engine, run.dtype, config.optimizer, lambda step: 0.1, plan, self.mesh, config.seed
         )
         self.batches = make_batches(config, plan)
         self.num_steps, self.folder, self.saves = num_steps, folder, 0
@@ -73,7 +71,7 @@ class Bench:
 
     def save(self, is_async: bool) -> None:
         self.saves += 1
-        self.savers[is_async].save({"step": self.saves, "tokens": 0})
+        self.savers[is_async].save(store.TrainState(step=self.saves))
 
     def take(self, is_async: bool) -> None:
         outcome = self.savers[is_async].take(wait=True)

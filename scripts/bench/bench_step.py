@@ -18,7 +18,7 @@ from bench_tools import device_name, interleave, print_table, ratio_of_medians
 from torch import nn
 
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import resolve_device
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch, build_micro_batch
 from moe_pretrain.engine.engine import TrainEngine
@@ -26,10 +26,10 @@ from moe_pretrain.metrics.throughput import model_flops_utilization, peak_flops_
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
-from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.parallel.rendezvous import launched_world_size
+from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.cpu import keep_freed_memory
 
 OURS, DENSE, PEER = "moe_pretrain", "dense twin", "transformers Mixtral"
@@ -46,14 +46,14 @@ def main() -> None:
     options = parser.parse_args()
 
     config = load([*options.overrides, "engine.check_every_steps=0"])
-    device_type, dtype = resolve_device(config.engine)
+    run = plan_run(config, launched_world_size() or 1)
+    device_type, dtype, plan = run.device, run.dtype, run.batches
     if device_type == "cpu":
         keep_freed_memory()
     if options.cpu_clock:
         torch.set_num_threads(1)
     torch.manual_seed(0)
     mesh = build_mesh(config.parallel, device_type)
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     batches = make_batches(config, plan)
     builders: dict[str, Callable[[], Callable[[], object]]] = {
         OURS: lambda: build_engine(config, dtype, plan, mesh, batches),
@@ -100,7 +100,7 @@ def make_batches(config: Config, plan: BatchPlan) -> list[MicroBatch]:
 
 def dense_twin(overrides: list[str], config: Config) -> Config:
     """The same run without routing, as wide as the experts that one token uses."""
-    if isinstance(config.router, DenseConfig):
+    if config.router.dense_experts:
         return config
     others = [override for override in overrides if not override.startswith("router")]
     active = round(config.router.mean_experts_per_token)
@@ -123,7 +123,7 @@ def build_peer(
     from transformers import MixtralConfig, MixtralForCausalLM
 
     shape, moe = config.model, config.model.moe
-    if isinstance(config.router, DenseConfig) or moe.shared_width or len(shape.moe_layers) != shape.num_layers:
+    if config.router.dense_experts or moe.shared_width or len(shape.moe_layers) != shape.num_layers:
         raise SystemExit("a Mixtral has no dense layers and no shared experts; leave it out with --only")
     settings = MixtralConfig(
         vocab_size=shape.vocab_size,

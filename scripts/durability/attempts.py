@@ -29,6 +29,7 @@ import torch.distributed as dist
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.train.build import train
 from moe_pretrain.train.corpora import prepare_corpora
@@ -101,13 +102,15 @@ class Run:
         meeting = self._home / f"store_{self.folder.name}_{self._count}"
         config = load([*self._overrides, *topology.overrides()])
 
+        plan = preflight(config, topology.ranks)
+
         def rank_body(rank: int) -> int:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(topology.ranks))
             # Handlers of the run are not there yet; a signal now must not be lost on one rank and heeded by another.
             meeting_point = dist.FileStore(str(meeting), topology.ranks)
             seconds = timedelta(seconds=60)
             dist.init_process_group("gloo", store=meeting_point, rank=rank, world_size=topology.ranks, timeout=seconds)
-            return train(config)
+            return train(config, plan)
 
         return [_fork(lambda rank=rank: rank_body(rank), self.log) for rank in range(topology.ranks)]
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from attempts import Run, Topology, array_hashes, fresh_home, import_everything, moment, poll, remove, wait
 
+from moe_pretrain.checkpoint.store import train_state
+
 EVERY_STEPS = 2
 STEPS_PER_KILL = 6
 TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2), Topology(2, 2, 2), Topology(4, 2), Topology(1, 1, 0)]
@@ -90,7 +92,7 @@ class Chaos:
             os.kill(process, signal.SIGKILL)
         wait(processes, 60)
         found = self.run.newest()
-        left = found[1]["state"]["step"] if found else 0
+        left = train_state(found[1]).step if found else 0
         if left < complete:
             raise SystemExit(f"FAILED: step {complete} was complete, and after the kill only {left} is left")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from attempts import Run, Topology, fresh_home, import_everything, moment, remove, wait
 
+from moe_pretrain.checkpoint.store import train_state
 from moe_pretrain.system.exit_codes import INTERRUPTED, STOPPED
 from moe_pretrain.system.stop_signals import HANDLED
 
@@ -68,7 +69,7 @@ def one_moment(home: Path, number: int, generator: random.Random) -> tuple[str, 
     rows = run.rows()
     done = rows[-1]["step"] if rows else 0
     if found is not None or rows:
-        saved = found[1]["state"]["step"] if found else None
+        saved = train_state(found[1]).step if found else None
         if saved != done or (codes[0] == 0 and done != NUM_STEPS):
             raise SystemExit(f"FAILED: {done} steps are done and {saved} are saved, {where}")
     ending = "finished before it" if codes[0] == 0 else "saved and stopped"

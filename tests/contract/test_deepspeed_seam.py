@@ -17,10 +17,10 @@ from helpers.processes import run_on_ranks
 from packaging.version import Version
 
 from moe_pretrain.checkpoint.intervals import pieces
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.engine.deepspeed_config import deepspeed_config
 from moe_pretrain.parallel import deepspeed_moe
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
 from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import build_engine, own_micro_batches, record
@@ -46,7 +46,8 @@ def _facts(dtype: str, stage: int) -> Result:
     overrides = ("engine.gradient_clipping=0", "parallel.expert_parallel_size=2", f"parallel.processes={RANKS}")
     config = tiny(*overrides, f"engine.dtype={dtype}", f"engine.zero_stage={stage}", rows=16, micro_batch_size=2)
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
+    run_plan = plan_run(config, mesh.world_size)
+    plan = run_plan.batches
     assert plan.accumulation == 4
     called: list[dict[str, Any]] = []
     original = deepspeed_moe.ExpertMarker.set_deepspeed_parallelism
@@ -73,7 +74,7 @@ def _facts(dtype: str, stage: int) -> Result:
     deepspeed_moe.ExpertMarker.set_deepspeed_parallelism = spy  # type: ignore[method-assign]
     deepspeed.initialize = remember
     try:
-        engine = build_engine(config, config.engine.dtype, mesh)
+        engine = build_engine(config, run_plan, mesh)
     finally:
         deepspeed_moe.ExpertMarker.set_deepspeed_parallelism = original  # type: ignore[method-assign]
         deepspeed.initialize = initialize
@@ -81,7 +82,7 @@ def _facts(dtype: str, stage: int) -> Result:
     prepared: list[int] = []
     prologue = engine.deepspeed._backward_prologue
     engine.deepspeed._backward_prologue = lambda: (prepared.append(1), prologue())[1]
-    batches = random_batches(config, mesh.world_size)[0]
+    batches = random_batches(config, plan)[0]
     step = record(engine, 0, own_micro_batches(batches, plan, mesh.rank))
     oracle = Oracle(config, plan.num_steps, config.engine.dtype)
     expected = oracle.step(0, batches)
@@ -126,13 +127,14 @@ def _without_marker() -> Result:
     """The same model when DeepSpeed is told nothing of experts."""
     config = tiny(f"parallel.processes={RANKS}", "parallel.expert_parallel_size=2", "engine.check_every_steps=0")
     mesh = build_mesh(config.parallel, "cpu")
-    plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
+    run_plan = plan_run(config, mesh.world_size)
+    plan = run_plan.batches
     marker, deepspeed_moe.ExpertMarker = deepspeed_moe.ExpertMarker, lambda *_: torch.nn.Identity()  # type: ignore
     try:
-        engine = build_engine(config, "float32", mesh)
+        engine = build_engine(config, run_plan, mesh)
         error = ""
         try:
-            engine.step(0, own_micro_batches(random_batches(config, mesh.world_size)[0], plan, mesh.rank))
+            engine.step(0, own_micro_batches(random_batches(config, plan)[0], plan, mesh.rank))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
     finally:

@@ -1,6 +1,8 @@
 """The architecture as drawn: imports go down only, and heavy packages stay where they belong."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,14 @@ def test_no_mutable_module_state():
                 for target in targets:
                     if isinstance(target, ast.Name):
                         assert target.id.isupper() or target.id.strip("_").isupper() or target.id == "__all__", path
+
+
+def test_training_loads_no_plotting():
+    """A run on a cluster's node draws nothing; the report is written by the command after it."""
+    code = (
+        "import sys, moe_pretrain.train, moe_pretrain.train.build, moe_pretrain.train.trainer\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'matplotlib', 'PIL'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout

@@ -12,6 +12,7 @@ from helpers.processes import run_on_ranks
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
+from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.engine.engine import TrainEngine
 
 POLICY = CheckpointConfig(
@@ -34,7 +35,7 @@ def train_behind_a_slow_disk(folder: str) -> tuple[int, list[str]]:
     saver = store.Saver(engine, Path(folder), POLICY, 60.0)
     expected = snapshot(engine)
     disk_is_free = threading.Event()
-    saver.save({"step": 1, "tokens": 0}, before_commit=disk_is_free.wait)
+    saver.save(TrainState(step=1), before_commit=disk_is_free.wait)
     steps = 0
     for step in range(1, 4):
         assert saver.take(wait=False) is None
@@ -43,7 +44,7 @@ def train_behind_a_slow_disk(folder: str) -> tuple[int, list[str]]:
     assert store.newest(Path(folder), pytest.fail) is None
     torch.distributed.barrier()  # all have looked
     with pytest.raises(AssertionError, match="was not taken"):
-        saver.save({"step": 4, "tokens": 0})
+        saver.save(TrainState(step=4))
     disk_is_free.set()
     outcome = saver.take(wait=True)
     assert outcome.path is not None and outcome.problem is None and saver.take(wait=True) is None
@@ -65,7 +66,7 @@ def fail_behind(folder: str) -> str:
     def broken() -> None:
         raise ZeroDivisionError("a mistake in the program")
 
-    saver.save({"step": 1, "tokens": 0}, before_commit=broken)
+    saver.save(TrainState(step=1), before_commit=broken)
     try:
         saver.take(wait=True)
     except ZeroDivisionError as error:

@@ -13,6 +13,7 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.checkpoint.store import RunIdentity, TrainState
 from moe_pretrain.config.schema import to_values
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.sanity import checksum
@@ -45,7 +46,8 @@ def write_kept(folder: str) -> list[float]:
     engine = build_engine(config)
     for step in range(STEPS):
         engine.step(step, random_batches(engine, step))
-    state = {"step": STEPS, "tokens": STEPS * 192, "config": to_values(config), "world_size": 2}
+    identity = RunIdentity(config=to_values(config), world_size=2)
+    state = TrainState(step=STEPS, tokens=STEPS * 192, identity=identity)
     store.save(engine, Path(folder), state, keep_last=1)
     return next_losses(engine)
 

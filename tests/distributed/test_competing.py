@@ -15,6 +15,7 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.config.schema import Config
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
@@ -108,7 +109,7 @@ def _thresholds(folder: str) -> dict[str, Any]:
     engine.evaluate(own_micro_batches(steps[0], engine._plan, dist.get_rank()))
     evaluated = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     if dist.get_world_size() == 2:
-        store.save(engine, Path(folder), {"step": 3, "tokens": 0}, keep_last=1)
+        store.save(engine, Path(folder), TrainState(step=3), keep_last=1)
     other = build_engine(config)
     path, manifest = store.newest(Path(folder), pytest.fail)
     store.restore(other, path, manifest)

@@ -13,6 +13,7 @@ from helpers.processes import run_on_ranks
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.engine.elastic import TreeSum, exact_sum
 
 Topology = tuple[int, int, int]
@@ -46,7 +47,7 @@ def train(folder: str, topology: Topology, mode: str, first: int, last: int, sou
             results.append((result.loss, result.aux, result.gradient_norm, statistics))
         evaluation = engine.evaluate(random_batches(engine, last))
         results.append((evaluation.loss, evaluation.labels))
-        store.save(engine, Path(folder) / str(index), {"step": last, "tokens": 0}, keep_last=3)
+        store.save(engine, Path(folder) / str(index), TrainState(step=last), keep_last=3)
     return results
 
 

@@ -17,6 +17,7 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.moe.types import MoEOutput, StepUse
@@ -107,7 +108,7 @@ def _train(config: Config, folder: Path | None = None) -> Run:
     engine.evaluate(own_micro_batches(steps[0], engine._plan, dist.get_rank()))
     run["after evaluation"] = _state(engine)
     if folder is not None:
-        store.save(engine, folder, {"step": NUM_STEPS, "tokens": 0}, keep_last=1)
+        store.save(engine, folder, TrainState(step=NUM_STEPS), keep_last=1)
     return run
 
 

@@ -15,6 +15,7 @@ from helpers.processes import RanksFailed, run_on_ranks
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import folder_name
+from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.system.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
 
 KEEP = CheckpointConfig(
@@ -36,7 +37,7 @@ def save_steps(folder: str, config: FaultConfig, last: int, ep: int) -> list[tup
     outcomes = []
     for step in range(last):
         engine.step(step, random_batches(engine, step))
-        saver.save({"step": step + 1, "tokens": 0})
+        saver.save(TrainState(step=step + 1))
         outcome = saver.take(wait=True)
         outcomes.append((outcome.step, outcome.path is not None, outcome.problem))
     return outcomes
@@ -55,7 +56,7 @@ def kill_everywhere(folder: str) -> list[int]:
     for step in range(FAULTY_STEP):
         engine.step(step, random_batches(engine, step))
         if step + 1 < FAULTY_STEP:
-            store.save(engine, template, {"step": step + 1, "tokens": 0}, keep_last=2)
+            store.save(engine, template, TrainState(step=step + 1), keep_last=2)
     endings = []
     for point in SAVE_POINTS:
         own = Path(folder) / point
@@ -65,7 +66,7 @@ def kill_everywhere(folder: str) -> list[int]:
         if child == 0:
             try:  # groups made here have threads of their own; those of before the fork have none
                 saver = store.Saver(engine, own, KEEP, 30.0, Faults(fault(point, "kill"), 0))
-                saver.save({"step": FAULTY_STEP, "tokens": 0})
+                saver.save(TrainState(step=FAULTY_STEP))
                 saver.take(wait=True)
             finally:
                 os._exit(0)
@@ -79,9 +80,9 @@ def recover(folders: list[str]) -> list[list[str]]:
     for folder in folders:
         path, manifest = store.newest(Path(folder), lambda line: None)
         store.restore(engine, path, manifest)
-        for step in range(manifest["state"]["step"], FAULTY_STEP + 1):
+        for step in range(train_state(manifest).step, FAULTY_STEP + 1):
             engine.step(step, random_batches(engine, step))
-            store.save(engine, Path(folder), {"step": step + 1, "tokens": 0}, keep_last=2)
+            store.save(engine, Path(folder), TrainState(step=step + 1), keep_last=2)
     return [sorted(path.name for path in Path(folder).iterdir()) for folder in folders]
 
 
@@ -103,7 +104,7 @@ def test_kill_at_every_point_of_a_save(undisturbed: Path, tmp_path: Path):
     for point, ending in zip(SAVE_POINTS, endings, strict=True):
         assert ending == -9, f"{point} was never reached"
         path, manifest = store.newest(tmp_path / point, lambda line: None)
-        assert manifest["state"]["step"] == (FAULTY_STEP if point in NAMED else FAULTY_STEP - 1), point
+        assert train_state(manifest).step == (FAULTY_STEP if point in NAMED else FAULTY_STEP - 1), point
         if point in NAMED:
             assert manifest["files"] == good_files(undisturbed, FAULTY_STEP), point
     left = run_on_ranks(recover, 1, [str(tmp_path / point) for point in SAVE_POINTS])[0]
@@ -123,7 +124,7 @@ def test_kill_of_one_rank_in_a_save(tmp_path: Path, point: str, rank: int):
     _, manifest = store.newest(tmp_path, pytest.fail)
     # A rank that dies after it has reported does not keep the main one from finishing what is whole.
     expected = (FAULTY_STEP - 1, FAULTY_STEP) if point == "save.reported" else (FAULTY_STEP - (point not in NAMED),)
-    assert manifest["state"]["step"] in expected
+    assert train_state(manifest).step in expected
 
 
 @pytest.mark.parametrize("error,rank", [("ENOSPC", 0), ("EROFS", 1), ("EIO", 1), ("ENOENT", 0)])
@@ -147,9 +148,9 @@ def every_error(folder: str) -> list[tuple[str, bool, str | None, int]]:
             saver = store.Saver(engine, own, KEEP, 30.0, Faults(config, 0))
             if step == FAULTY_STEP:
                 add_damaged(own)
-            saver.save({"step": step, "tokens": index})
+            saver.save(TrainState(step=step, tokens=index))
             outcome = saver.take(wait=True)
-        good = store.newest(own, lambda line: None)[1]["state"]["step"]
+        good = train_state(store.newest(own, lambda line: None)[1]).step
         found.append((point, outcome.path is not None, outcome.problem, good))
     return found
 
@@ -207,13 +208,13 @@ def save_on_broken_disk(kind: str, folder: str) -> tuple[list[str | None], int |
         if step == 2:
             break_disk(kind, Path(folder), checkpoints)
         engine.step(step, random_batches(engine, step))
-        saver.save({"step": step, "tokens": 0})
+        saver.save(TrainState(step=step))
         problems.append(saver.take(wait=True).problem)
         if step == 2:
             found = store.newest(checkpoints, pytest.fail)
-            while_broken = found[1]["state"]["step"] if found else None
+            while_broken = train_state(found[1]).step if found else None
             mend_disk(kind, Path(folder))
-    assert store.newest(checkpoints, pytest.fail)[1]["state"]["step"] == 3
+    assert train_state(store.newest(checkpoints, pytest.fail)[1]).step == 3
     return problems, while_broken
 
 

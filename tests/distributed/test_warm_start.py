@@ -11,6 +11,7 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.intervals import WEIGHT
+from moe_pretrain.checkpoint.store import TrainState
 
 COMMON = (*WITH_ALL_PARTS, "engine.check_every_steps=1", "model.moe.num_experts=4")
 GATE = ".router.gate."
@@ -27,7 +28,7 @@ def train(target: str, overrides: tuple[str, ...], steps: int, source: str | Non
         (Path(target).with_suffix(".txt")).write_text("\n".join(lines))
     for step in range(steps):
         engine.step(step, random_batches(engine, step))
-    store.save(engine, Path(target), {"step": steps, "tokens": 0}, keep_last=1)
+    store.save(engine, Path(target), TrainState(step=steps), keep_last=1)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

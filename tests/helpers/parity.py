@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from helpers.builders import NUM_STEPS, WITH_ALL_PARTS, tiny
 from helpers.processes import run_on_ranks
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.parallel.mesh import build_mesh
-from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
 from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import QuantityCheck, build_engine, compare, own_micro_batches, record
@@ -107,10 +107,11 @@ def _compare_on_ranks(cases: list[Case]) -> list[list[QuantityCheck]]:
     for case in cases:
         config = case.config()
         mesh = build_mesh(config.parallel, "cpu")
-        plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
+        run_plan = plan_run(config, mesh.world_size, ("cpu", case.dtype))
+        plan = run_plan.batches
         assert (plan.accumulation, plan.num_steps) == (case.accumulation, NUM_STEPS)
-        steps = random_batches(config, mesh.world_size)
-        engine = build_engine(config, case.dtype, mesh)
+        steps = random_batches(config, plan)
+        engine = build_engine(config, run_plan, mesh)
         run = [record(engine, i, own_micro_batches(step, plan, mesh.rank)) for i, step in enumerate(steps)]
         if case.clipping:
             assert all(step.gradient_norm > 2 * case.clipping for step in run), "clipping must bite"

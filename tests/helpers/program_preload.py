@@ -9,8 +9,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: programs share two
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 OURS = (
-    *("train.build", "parallel.launcher", "sweep.multirun", "sweep.running_job"),
-    *("analysis.compare.page", "analysis.report"),
+    "train.build",
+    "parallel.launcher",
+    "sweep.multirun",
+    "sweep.running_job",
+    "analysis.compare.page",
+    "analysis.report",
 )
 THEIRS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx")
 for late in (*(f"moe_pretrain.{name}" for name in OURS), *THEIRS):

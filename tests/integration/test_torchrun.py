@@ -12,6 +12,7 @@ from pathlib import Path
 from helpers.runs import rows_of, run, train_words, wait_for_step
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.checkpoint.store import train_state
 
 LONG = ["budget.tokens=100000000", "evaluation.every_steps=100000", "checkpoint.keep_best=0"]
 SPREAD = ["parallel.expert_parallel_size=2"]
@@ -55,7 +56,7 @@ def newest_step(home: Path, name: str) -> int:
     warnings: list[str] = []
     found = store.newest(home / "outputs" / name / "checkpoints", warnings.append)
     assert found is not None and not warnings
-    return found[1]["state"]["step"]
+    return train_state(found[1]).step
 
 
 def test_a_signal_to_torchrun_saves_on_all_ranks(home: Path):

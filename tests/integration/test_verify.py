@@ -9,6 +9,7 @@ import torch
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.engine import engine as engine_module
 from moe_pretrain.engine.micro_batch import micro_batch_loss
 from moe_pretrain.model.decoder import DecoderLM
@@ -38,7 +39,7 @@ def _verify_with_broken_factor() -> tuple[int, list[str]]:
 
     engine_module.micro_batch_loss = doubled
     said: list[str] = []
-    return verify(config, "cpu", "float32", said.append), said
+    return verify(config, plan_run(config, 2), said.append), said
 
 
 def test_a_wrong_factor_is_named() -> None:
@@ -65,7 +66,7 @@ def test_shrinking_keeps_what_is_verified(model: str) -> None:
         rows=16,
         micro_batch_size=1,
     )
-    small = shrink(config, 2)
+    small = shrink(config, plan_run(config, 2, ("cpu", "float32")))
     assert small.router == config.router and small.parallel == config.parallel
     assert small.engine.zero_stage == 2 and small.engine.gradient_clipping == 0.7
     for kept in ("num_experts", "num_shared_experts", "every_k_layers"):
@@ -92,7 +93,7 @@ def _verify_packed(isolate: bool, reset: bool, broken: bool) -> tuple[int, list[
 
         DecoderLM.forward = counted_through
     said: list[str] = []
-    return verify(config, "cpu", "float32", said.append), said
+    return verify(config, plan_run(config, 1), said.append), said
 
 
 @pytest.mark.parametrize("isolate, reset", PACKINGS)
@@ -110,7 +111,8 @@ def test_positions_that_are_not_reset_are_seen(isolate: bool, reset: bool) -> No
 @pytest.mark.parametrize("isolate, reset", PACKINGS)
 def test_verified_batches_are_packed_as_configured(isolate: bool, reset: bool) -> None:
     words = (f"packing.isolate_documents={str(isolate).lower()}", f"packing.reset_positions={str(reset).lower()}")
-    batches = [batch for step in random_batches(tiny(*words), 1) for batch in step]
+    config = tiny(*words)
+    batches = [batch for step in random_batches(config, plan_run(config, 1).batches) for batch in step]
     starts_again = any(
         bool((batch.position_ids[:, 1:] == 0).logical_and(batch.document_ids[:, 1:] >= 0).any()) for batch in batches
     )

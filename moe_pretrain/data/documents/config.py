@@ -6,6 +6,7 @@ from typing import Literal
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
+DuplicatePolicy = Literal["drop", "count", "ignore"]
 LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
 _LOADERS = ("arrow", "csv", "json", "parquet", "text")  # names of no dataset: what `datasets` reads files with
 TABLE_ENDINGS = (*LINES_ENDINGS, ".parquet", ".gz")
@@ -18,10 +19,14 @@ class BuiltinCorpusConfig:
     Attributes:
         source: The word that chooses this corpus.
         validation_fraction: Share of documents held out, in (0, 1).
+        near_duplicates: Held-out documents of which training has the same or nearly the same text: ``drop`` takes them
+            out of the validation set and counts them, ``count`` counts them, ``ignore`` does not look for them. Of a
+            streamed corpus there is no whole to compare with.
     """
 
     source: Literal["builtin"]
     validation_fraction: float
+    near_duplicates: DuplicatePolicy
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
@@ -39,6 +44,7 @@ class FilesCorpusConfig:
         text_endings: Endings of the names of text files, for example ``.txt`` and ``.py``.
         text_column: Column of the text; text files have none and ignore it.
         validation_fraction: Share of documents held out, in (0, 1).
+        near_duplicates: As in ``BuiltinCorpusConfig``.
         invalid_utf8: A text that is not UTF-8: ``fail`` names it and stops, ``replace`` puts
             U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
         invalid_json: A line that is no JSON object: ``fail`` names it and stops, ``skip`` leaves
@@ -52,6 +58,7 @@ class FilesCorpusConfig:
     text_endings: tuple[str, ...]
     text_column: str
     validation_fraction: float
+    near_duplicates: DuplicatePolicy
     invalid_utf8: Utf8Policy
     invalid_json: JsonPolicy
     version: str | None
@@ -83,6 +90,7 @@ class HubCorpusConfig:
         text_column: Column of the text.
         max_tokens: Training tokens to take, or None for as many as the run needs.
         validation_fraction: Share of documents held out, in (0, 1).
+        near_duplicates: As in ``BuiltinCorpusConfig``.
         version: Branch, tag or commit of the dataset's repository, or None for its newest.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -95,6 +103,7 @@ class HubCorpusConfig:
     text_column: str
     max_tokens: int | None
     validation_fraction: float
+    near_duplicates: DuplicatePolicy
     version: str | None
     licence: str | None
 
@@ -117,6 +126,7 @@ class TokensCorpusConfig:
             in which the tokenizer's end-of-document token ends each document.
         flat_dtype: Type of the tokens in a ``.bin`` file without an index, little-endian.
         validation_fraction: Share of documents held out, in (0, 1).
+        near_duplicates: As in ``BuiltinCorpusConfig``.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -125,6 +135,7 @@ class TokensCorpusConfig:
     paths: tuple[str, ...]
     flat_dtype: Literal["uint16", "uint32", "int32", "int64"]
     validation_fraction: float
+    near_duplicates: DuplicatePolicy
     version: str | None
     licence: str | None
 

@@ -36,7 +36,7 @@ class LeftOut:
     """
 
     identity: str
-    reason: Literal["empty", "invalid_utf8", "invalid_json"]
+    reason: Literal["empty", "invalid_utf8", "invalid_json", "table"]
 
 
 @dataclass(frozen=True)

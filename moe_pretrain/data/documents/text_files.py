@@ -4,7 +4,6 @@ A piece is decided by the file alone, so several processes can read one file: li
 (a line belongs to the piece in which it begins), parquet by row groups; text and gzip are never cut.
 """
 
-import glob
 import gzip
 import io
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from moe_pretrain.data.documents.config import LINES_ENDINGS, FilesCorpusConfig, Utf8Policy
 from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, checked_text, parse_object, text_of
+from moe_pretrain.data.documents.patterns import Matches, match_files
 from moe_pretrain.system.words import one_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -35,36 +35,10 @@ class FileSlice:
     size_bytes: int
 
 
-def corpus_files(config: FilesCorpusConfig) -> list[Path]:
-    """The files of a corpus, in order: see ``matching_files``."""
+def corpus_files(config: FilesCorpusConfig) -> Matches:
+    """The files of a corpus: see ``match_files``."""
     plain = (*config.text_endings, *LINES_ENDINGS)
-    return matching_files(config.paths, (*plain, *(f"{ending}.gz" for ending in plain), ".parquet"))
-
-
-def matching_files(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
-    """Absolute paths in the order of ``paths``, a pattern's matches sorted, none twice.
-
-    Raises:
-        ValueError: A file is missing, a pattern matches nothing, or a name has another ending.
-    """
-    found: dict[Path, None] = {}
-    for pattern in paths:
-        if Path(pattern).is_file():
-            matches = [pattern]
-        elif glob.has_magic(pattern):
-            matches = sorted(glob.glob(pattern, recursive=True))
-            matches = [match for match in matches if Path(match).is_file()]
-            if not matches:
-                raise ValueError(f"data.paths: pattern {pattern} matches no file")
-        elif Path(pattern).is_dir():
-            raise ValueError(f"data.paths: {pattern} is a folder, write a pattern: {pattern}/*{endings[0]}")
-        else:
-            raise ValueError(f"data.paths: {pattern} does not exist")
-        found.update((Path(match).absolute(), None) for match in matches)
-    for path in found:
-        if not path.name.lower().endswith(endings):
-            raise ValueError(f"data.paths: {path}: name must end in one of {' '.join(endings)}")
-    return list(found)
+    return match_files(config.paths, (*plain, *(f"{ending}.gz" for ending in plain), ".parquet"))
 
 
 def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[FileSlice]:

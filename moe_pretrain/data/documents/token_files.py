@@ -12,7 +12,8 @@ import numpy as np
 
 from moe_pretrain.data.documents.config import TokensCorpusConfig
 from moe_pretrain.data.documents.document import LeftOut, TokenDocument
-from moe_pretrain.data.documents.text_files import FileSlice, matching_files
+from moe_pretrain.data.documents.patterns import Matches, match_files
+from moe_pretrain.data.documents.text_files import FileSlice
 from moe_pretrain.system.words import one_line
 
 TOKEN_ENDINGS = (".bin", ".npy")
@@ -40,9 +41,9 @@ class _Megatron:
         return offset, parts[0] if len(parts) == 1 else np.concatenate([*parts, self.tokens[:0]])
 
 
-def token_files(config: TokensCorpusConfig) -> list[Path]:
-    """The files of a corpus of tokens, in order."""
-    return matching_files(config.paths, TOKEN_ENDINGS)
+def token_files(config: TokensCorpusConfig) -> Matches:
+    """The files of a corpus of tokens: see ``match_files``."""
+    return match_files(config.paths, TOKEN_ENDINGS)
 
 
 def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> list[FileSlice]:

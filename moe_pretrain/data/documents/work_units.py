@@ -18,6 +18,7 @@ from moe_pretrain.data.documents.config import (
 )
 from moe_pretrain.data.documents.document import CorpusRow, Document, is_validation
 from moe_pretrain.data.documents.hub import START, Place, Retries, hub_batches
+from moe_pretrain.data.documents.patterns import Matches
 from moe_pretrain.data.documents.text_files import FileSlice, corpus_files, cut_file, file_rows
 from moe_pretrain.data.documents.token_files import cut_token_file, token_files
 
@@ -64,12 +65,21 @@ def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[
         return None
     if isinstance(config, BuiltinCorpusConfig):
         return _group([[piece] for piece in builtin_pieces()], smallest_bytes)
-    files = token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
+    files = local_files(config).files
     total_bytes = sum(path.stat().st_size for path in files)
     unit_bytes = max(smallest_bytes, -(-total_bytes // _MOST_UNITS))
     if isinstance(config, TokensCorpusConfig):
         return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
     return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
+
+
+def local_files(config: FilesCorpusConfig | TokensCorpusConfig) -> Matches:
+    """The files of a corpus.
+
+    Raises:
+        ValueError: One is missing or cannot be read, or a glob pattern matches what is no file.
+    """
+    return token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
 
 
 def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[CorpusRow]:
@@ -138,7 +148,7 @@ def sample_texts(config: CorpusConfig, max_bytes: int, retries: Retries | None =
     decide the vocabulary alone; other sources give their first documents.
     """
     if isinstance(config, FilesCorpusConfig):
-        files = corpus_files(config)
+        files = local_files(config).files
         # 64 files open at once are enough for variety and few enough for any limit on handles.
         every = -(-len(files) // 64)
         rows = _in_turn([file_rows(FileSlice(str(path), 0, None, 0), config) for path in files[::every]])
@@ -166,10 +176,10 @@ def content_identity(config: CorpusConfig) -> str:
     if isinstance(config, BuiltinCorpusConfig):
         return json.dumps([[piece.name, piece.size_bytes] for piece in builtin_pieces()])
     if isinstance(config, FilesCorpusConfig):
-        stats = [(path, path.stat()) for path in corpus_files(config)]
+        stats = [(path, path.stat()) for path in local_files(config).files]
         return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
     if isinstance(config, TokensCorpusConfig):
-        files = token_files(config)
+        files = local_files(config).files
         files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
         stats = [(path, path.stat()) for path in files]
         return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])

@@ -23,15 +23,19 @@ from moe_pretrain.data.prepare.worker_pool import (
     run_in_processes,
 )
 from moe_pretrain.data.shards import reader as shards
+from moe_pretrain.data.shards.near_duplicates import find_duplicates
 from moe_pretrain.data.shards.reader import Origin, ShardInfo
 from moe_pretrain.data.shards.unit_shards import (
     NOTHING,
     SIDES,
     UNITS,
+    Counts,
     UnitRecord,
+    drop_from_validation,
     forget_unit,
     read_records,
     read_token_counts,
+    read_unit_sketches,
     shard_is_whole,
 )
 from moe_pretrain.data.shards.writer import write_manifest
@@ -199,7 +203,9 @@ class Preparation:
         self, tokenizer: Tokenizer, tasks: Iterator[Task], most: int, progress: ProgressLine
     ) -> Iterator[UnitRecord]:
         fraction = self._corpus.validation_fraction if self.sides == SIDES else 0.0
-        job = TokenizeJob(self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint)
+        job = TokenizeJob(
+            self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint, self._sketched
+        )
         processes = min(self._workers, most)
         if processes <= 1:
             records = run_here(job, tokenizer, tasks, progress.advance)
@@ -209,15 +215,49 @@ class Preparation:
             progress.finish(record)
             yield record
 
+    @property
+    def _sketched(self) -> bool:
+        """Whether documents that are held out are looked for among those that are trained on."""
+        return self.sides == SIDES and self._corpus.near_duplicates != "ignore"
+
+    def _find_duplicates(self, tokenizer: Tokenizer) -> Counts:
+        """Look for held-out documents in the training side, and leave them out where that is asked for.
+
+        Returns:
+            What is found and stays in.
+        """
+        records = [record for _, record in sorted(self._records.items())]
+        held_out = [read_unit_sketches(self._partial, record.index, SIDES[1]) for record in records]
+        edges = np.cumsum([len(some) for some in held_out])[:-1]
+        self.report(f"looking for {sum(map(len, held_out)):,} held-out documents in the training side")
+        trained_on = (read_unit_sketches(self._partial, record.index, SIDES[0]) for record in records)
+        exact, near = find_duplicates(np.concatenate(held_out), trained_on)
+        if self._corpus.near_duplicates == "count":
+            return dataclasses.replace(NOTHING, near_duplicates=int(near.sum()), exact_duplicates=int(exact.sum()))
+        by_unit = zip(records, np.split(exact, edges), np.split(near, edges), strict=True)
+        for record, exact_here, near_here in by_unit:
+            if near_here.any():
+                self._records[record.index] = drop_from_validation(
+                    self._partial, record, near_here, int(exact_here.sum()), tokenizer.vocab_size,
+                    tokenizer.end_of_document,
+                )  # fmt: skip
+        return NOTHING
+
     def _finish(self, tokenizer: Tokenizer) -> None:
         """Write the manifests and give the folder its name."""
         corpus = self._corpus
+        found_in_training = self._find_duplicates(tokenizer) if self._sketched and self._records else NOTHING
         records = [record for _, record in sorted(self._records.items())]
-        counts = sum((record.counts for record in records), NOTHING)
+        counts = sum((record.counts for record in records), found_in_training)
         found = counts.train + counts.validation
         for side, number in (("training", counts.train), ("validation", counts.validation)):
             if not found:
                 raise ValueError(f"data: no document with text in {describe(corpus)} ({counts.read} rows read)")
+            if side == "validation" and not number and counts.duplicate:
+                raise ValueError(
+                    f"data.near_duplicates=drop leaves no validation document in {describe(corpus)}: training has the "
+                    f"same or nearly the same of all {counts.duplicate}; count keeps them"
+                )
             if not number and self.sides == SIDES:
                 raise ValueError(
                     f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -11,7 +12,8 @@ from moe_pretrain.data.documents.config import version_and_licence
 from moe_pretrain.data.documents.work_units import content_identity, sample_texts
 from moe_pretrain.data.prepare import cache
 from moe_pretrain.data.prepare.prepare import TokenizedCorpus, check_prepared, naming, prepare
-from moe_pretrain.data.rows.mixture import MixedShards, MixtureConfig
+from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
+from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, train_tokenizer
 from moe_pretrain.system.files import sync_folder
 
@@ -75,8 +77,30 @@ class TokenizedMixture:
         """Loss of a model that knows the source and how often each token occurs in it, nats per token of the run."""
         return sum(self.shares[name] * source.unigram_entropy for name, source in self.sources.items())
 
-    def describe_counts(self) -> str:
-        """Documents and tokens in and out of every source."""
+    @property
+    def can_rewind(self) -> bool:
+        """True: every row can be read at any time."""
+        return True
+
+    @property
+    def stops_when_exhausted(self) -> bool:
+        """Whether the run ends before a source is read for the second time."""
+        return self.config.when_exhausted == "stop"
+
+    def validation_sets(self) -> dict[str, ShardReader]:
+        """The held-out documents of each source."""
+        return {name: source.validation for name, source in self.sources.items()}
+
+    def facts(self, config: DataConfig) -> dict[str, Any]:
+        """The facts of each source, under ``sources``."""
+        return {"sources": {name: one.facts(self.config.sources[name]) for name, one in self.sources.items()}}
+
+    def describe_size(self) -> str:
+        """How much there is, in a few words."""
+        return f"a mixture of {len(self.sources)} sources"
+
+    def describe_prepared(self, num_tokens: int) -> str:
+        """Documents and tokens in and out of every source: all of them are in the cache."""
         return "\n".join(f"{name}: {source.describe_counts()}" for name, source in self.sources.items())
 
 

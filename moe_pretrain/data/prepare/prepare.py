@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig
-from moe_pretrain.data.documents.work_units import content_identity
+from moe_pretrain.data.corpus_changes import source_file_facts
+from moe_pretrain.data.documents.config import CorpusConfig, FilesCorpusConfig, HubCorpusConfig, TokensCorpusConfig
+from moe_pretrain.data.documents.work_units import content_identity, local_files
 from moe_pretrain.data.prepare.attempt import COUNTS_FILE, Preparation, build, is_complete
+from moe_pretrain.data.rows.mixture import DataConfig
 from moe_pretrain.data.shards import reader as shards
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
@@ -28,8 +30,37 @@ from moe_pretrain.data.tokenizer import (
 _VERIFIED_BYTES = 2**31  # checksums of smaller corpora are compared at every start: a second at most
 
 
+HELD_OUT = "held-out documents"
+"""Name of the one validation set of a corpus that is no mixture; users' names have no blanks."""
+
+
+class SingleCorpus:
+    """The members of a ``TrainingCorpus`` that are the same for one corpus, prepared whole or streamed."""
+
+    validation: ShardReader
+
+    @property
+    def sources(self) -> Mapping[str, "TokenizedCorpus"]:
+        """Nothing: it is one corpus, and no mixture."""
+        return {}
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """The whole for its one validation set."""
+        return {HELD_OUT: 1.0}
+
+    @property
+    def stops_when_exhausted(self) -> bool:
+        """False: where it ends, ``streaming.at_end`` says what follows, or the next epoch does."""
+        return False
+
+    def validation_sets(self) -> dict[str, ShardReader]:
+        """The held-out documents."""
+        return {HELD_OUT: self.validation}
+
+
 @dataclass(frozen=True)
-class TokenizedCorpus:
+class TokenizedCorpus(SingleCorpus):
     """A corpus ready to train on.
 
     Attributes:
@@ -59,9 +90,35 @@ class TokenizedCorpus:
         """Where the tokenizer is, if it was learnt from this corpus."""
         return self.folders[0] / TOKENIZER_FILE
 
+    @property
+    def can_rewind(self) -> bool:
+        """True: every row can be read at any time."""
+        return True
+
+    def facts(self, config: DataConfig) -> dict[str, Any]:
+        """Plain values that decide and describe the tokens, for checkpoints: see ``explain_change``."""
+        manifest = self.train.manifest
+        return {
+            "fingerprint": self.fingerprint,
+            "source": manifest.source,
+            "version": manifest.version,
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocabulary": manifest.vocab_size,
+            "training documents": self.train.num_documents,
+            "validation documents": self.validation.num_documents,
+            "training tokens": self.train.num_tokens,
+            "validation tokens": self.validation.num_tokens,
+            **source_file_facts(config),
+        }
+
     def describe_size(self) -> str:
         """How much there is, in a few words."""
-        return f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
+        sizes = f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
+        return sizes + self.describe_duplicates()
+
+    def describe_prepared(self, num_tokens: int) -> str:
+        """Documents and tokens in and out: all of it is in the cache."""
+        return self.describe_counts()
 
     def describe_counts(self) -> str:
         """Documents and tokens in and out, in one line whose numbers add up."""
@@ -72,6 +129,8 @@ class TokenizedCorpus:
                 (counts.empty, "empty"),
                 (counts.invalid_utf8, "not UTF-8"),
                 (counts.invalid_json, "not JSON"),
+                (counts.table, "tables"),
+                (counts.duplicate, "held out but trained on too, exactly or nearly"),
             )
             if number
         )
@@ -80,7 +139,18 @@ class TokenizedCorpus:
         return (
             f"documents: {counts.read:,} read = {counts.train:,} training + {counts.validation:,} validation"
             f"{left_out}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
-            f"{self.validation.num_tokens:,} validation, ends of documents among them"
+            f"{self.validation.num_tokens:,} validation, ends of documents among them{self.describe_duplicates()}"
+        )
+
+    def describe_duplicates(self) -> str:
+        """What is known of held-out documents that are trained on too: nothing, or a clause."""
+        counts = self.counts
+        if not counts.near_duplicates:
+            return ""
+        what = "left out" if counts.duplicate else "kept (data.near_duplicates=drop leaves them out)"
+        return (
+            f"; {counts.near_duplicates:,} held-out documents are near duplicates of training documents "
+            f"({counts.exact_duplicates:,} exact), {what}"
         )
 
 
@@ -127,6 +197,8 @@ def prepare(
     max_tokens = _max_tokens(corpus, tokens_needed)
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
     folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
+    if isinstance(corpus, FilesCorpusConfig | TokensCorpusConfig) and (again := local_files(corpus).describe_again()):
+        report(again)
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
     return _open(folder, pretrained)
 

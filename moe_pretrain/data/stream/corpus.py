@@ -4,9 +4,11 @@ import atexit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_pretrain.data.documents.config import CorpusConfig
-from moe_pretrain.data.prepare.prepare import folder_name
+from moe_pretrain.data.prepare.prepare import SingleCorpus, folder_name
+from moe_pretrain.data.rows.mixture import DataConfig
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
 from moe_pretrain.data.stream.config import StreamingConfig
@@ -17,7 +19,7 @@ from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConf
 
 
 @dataclass(frozen=True)
-class StreamedCorpus:
+class StreamedCorpus(SingleCorpus):
     """A streamed corpus of which the first shards are there. Beside ``TokenizedCorpus``, whose fields these are.
 
     Attributes:
@@ -45,6 +47,19 @@ class StreamedCorpus:
     def tokenizer_file(self) -> Path:
         """Where the tokenizer is, if it was learnt from this corpus."""
         return self.train.folder / TOKENIZER_FILE
+
+    @property
+    def can_rewind(self) -> bool:
+        """False: a stream is read forwards; the next attempt can begin earlier."""
+        return False
+
+    def facts(self, config: DataConfig) -> dict[str, Any]:
+        """Nothing: the stream's own position, which checkpoints keep, says what changed."""
+        return {}
+
+    def describe_prepared(self, num_tokens: int) -> str:
+        """Fill the cache, and say how much is in it; see ``fill``."""
+        return f"training tokens in the cache: {self.fill(num_tokens):,}; {self.describe_size()}"
 
     def fill(self, tokens: int) -> int:
         """Wait until so many training tokens, or all there are, lie in the cache.

@@ -1,95 +1,59 @@
-"""One file per routing scheme: its configuration and its module."""
+"""One file per routing scheme: its configuration, which builds it and states its cost, and its module.
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+A scheme is found by being here: a file of this folder that defines a ``RouterConfig`` with a ``name``. Its values are a
+YAML file in ``configs/router``; nothing lists it.
+"""
 
-from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
-from moe_pretrain.moe.routers.attentive import (
-    AttentiveConfig,
-    AttentiveDenseConfig,
-    AttentiveDenseRouter,
-    AttentiveLowRankConfig,
-    AttentiveLowRankRouter,
-    AttentiveRouter,
-)
-from moe_pretrain.moe.routers.autonomy import (
-    AutonomyConfig,
-    AutonomyExpertChoiceConfig,
-    AutonomyExpertChoiceRouter,
-    AutonomyRouter,
-    AutonomyTopPConfig,
-    AutonomyTopPRouter,
-)
-from moe_pretrain.moe.routers.dense import DenseConfig
-from moe_pretrain.moe.routers.expert_choice import ExpertChoiceConfig, ExpertChoiceRouter
-from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
-from moe_pretrain.moe.routers.hash import HashConfig, HashRouter
-from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
-from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig
-from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
-from moe_pretrain.moe.routers.sinkhorn import SinkhornConfig, SinkhornRouter
-from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
-from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig
-from moe_pretrain.moe.types import Router
+import importlib
+import pkgutil
+import typing
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Literal, Union
 
-ShippedRouterConfig = (
-    AttentionImportanceConfig
-    | AttentiveConfig
-    | AttentiveDenseConfig
-    | AttentiveLowRankConfig
-    | AutonomyConfig
-    | AutonomyExpertChoiceConfig
-    | AutonomyTopPConfig
-    | DenseConfig
-    | ExpertChoiceConfig
-    | ExpertThresholdRouterConfig
-    | HashConfig
-    | LossFreeRouterConfig
-    | QuantileRouterConfig
-    | ReLUConfig
-    | SinkhornConfig
-    | TopKRouterConfig
-    | TopPRouterConfig
-)
-"""The ``router`` group; its ``name`` says which."""
-ROUTERS: dict[str, Callable[..., Router]] = {
-    "attention_importance": AttentionImportanceRouter,
-    "attentive": AttentiveRouter,
-    "attentive_dense": AttentiveDenseRouter,
-    "attentive_low_rank": AttentiveLowRankRouter,
-    "autonomy": AutonomyRouter,
-    "autonomy_expert_choice": AutonomyExpertChoiceRouter,
-    "autonomy_top_p": AutonomyTopPRouter,
-    "expert_choice": ExpertChoiceRouter,
-    "expert_threshold": ExpertThresholdRouter,
-    "hash": HashRouter,
-    "loss_free": LossFreeRouter,
-    "quantile": QuantileRouter,
-    "relu": ReLURouter,
-    "sinkhorn": SinkhornRouter,
-    "top_k": TopKRouter,
-    "top_p": TopPRouter,
-}
-"""Scheme name -> module. A new scheme adds one row here, its configuration above, and one file in ``routers/``."""
+from moe_pretrain.moe.routers.base import RouterConfig
 
 
-@runtime_checkable
-class RouterFileConfig(Protocol):
-    """Configuration of a scheme in a user's own file (``router_file=``): a frozen dataclass with these, and its fields.
+def discover(package: ModuleType) -> Mapping[str, type[RouterConfig]]:
+    """Name -> configuration of every scheme in the modules of ``package``, by name.
 
-    Attributes:
-        name: What the scheme is called in run names and reports.
-        mean_experts_per_token: Expected routes per token, for parameter and FLOP counts.
+    Raises:
+        TypeError: Two schemes have the same name.
     """
+    found: dict[str, type[RouterConfig]] = {}
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for scheme in _schemes_of(module):
+            name = _name_of(scheme)
+            if name in found:
+                first = found[name]
+                raise TypeError(
+                    f"{first.__module__}.{first.__name__} and {scheme.__module__}.{scheme.__name__} are both "
+                    f"called {name!r}: a scheme needs a name of its own"
+                )
+            found[name] = scheme
+    return MappingProxyType(dict(sorted(found.items())))
 
-    name: str
-    mean_experts_per_token: float
 
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise ``ValueError`` if the scheme cannot serve ``num_experts`` experts."""
+def _schemes_of(module: ModuleType) -> Iterator[type[RouterConfig]]:
+    for value in vars(module).values():
+        # What a file has imported from another is that file's; what has no name of its own is a base.
+        is_own = isinstance(value, type) and value.__module__ == module.__name__
+        if is_own and issubclass(value, RouterConfig) and "name" in vars(value).get("__annotations__", {}):
+            if typing.get_origin(typing.get_type_hints(value)["name"]) is Literal:
+                yield value
 
-    def build(self, hidden_size: int, num_experts: int, layer: int) -> Router:
-        """The module that routes in layer ``layer``."""
+
+def _name_of(scheme: type[RouterConfig]) -> str:
+    (name,) = typing.get_args(typing.get_type_hints(scheme)["name"])
+    return name
 
 
-RouterConfig = ShippedRouterConfig | RouterFileConfig
+SHIPPED: Mapping[str, type[RouterConfig]] = discover(importlib.import_module(__name__))
+"""Every shipped scheme's configuration by name."""
+
+if TYPE_CHECKING:
+    ShippedRouterConfig = RouterConfig
+else:
+    # A union, so that pydantic picks the class by ``name`` and complains of the fields of that one alone.
+    ShippedRouterConfig = Union[tuple(SHIPPED.values())]  # noqa: UP007

@@ -140,6 +140,10 @@ class AttentionImportanceConfig(LinearRouterConfig):
             return "corrected_row_max_without_self"
         return self.importance
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "AttentionImportanceRouter":
+        """The module of layer ``layer``."""
+        return AttentionImportanceRouter(self, hidden_size, num_experts, layer)
+
 
 class AttentionImportanceRouter(LinearRouter):
     """A token's importance says how many experts it gets, a linear router which.

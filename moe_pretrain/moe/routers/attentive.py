@@ -60,6 +60,15 @@ class AttentiveFields(BalancedRouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return float(self.top_k)
 
+    @property
+    def query_size(self) -> int:
+        """A query goes with a token to the experts that are asked."""
+        return self.key_size
+
+    def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
+        """The query, and with the similarity loss the centred input."""
+        return self.key_size + (hidden_size if self.similarity_weight > 0 else 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentiveConfig(AttentiveFields):
@@ -97,6 +106,10 @@ class AttentiveConfig(AttentiveFields):
         """Experts whose first layer a token runs for its key."""
         return self.num_candidates
 
+    def build_for_experts(self, hidden_size: int, num_experts: int, layer: int, expert_width: int) -> "AttentiveRouter":
+        """The module of layer ``layer``, whose keys are mapped from experts ``expert_width`` wide."""
+        return AttentiveRouter(self, hidden_size, num_experts, layer, expert_width=expert_width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentiveDenseConfig(AttentiveFields):
@@ -111,6 +124,12 @@ class AttentiveDenseConfig(AttentiveFields):
     def scored_experts(self, num_experts: int) -> int:
         """Experts whose first layer a token runs for its key."""
         return num_experts
+
+    def build_for_experts(
+        self, hidden_size: int, num_experts: int, layer: int, expert_width: int
+    ) -> "AttentiveDenseRouter":
+        """The module of layer ``layer``, whose keys are mapped from experts ``expert_width`` wide."""
+        return AttentiveDenseRouter(self, hidden_size, num_experts, layer, expert_width=expert_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +149,14 @@ class AttentiveLowRankConfig(AttentiveFields):
         super().__post_init__()
         if self.gate_rank < 1:
             raise ValueError(f"router.gate_rank={self.gate_rank} must be at least 1")
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "AttentiveLowRankRouter":
+        """The module of layer ``layer``."""
+        return AttentiveLowRankRouter(self, hidden_size, num_experts, layer)
+
+    def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
+        """Beside that of every form: all experts' low activations, and the query mapped to their space."""
+        return super().kept_per_token(hidden_size, num_experts) + (num_experts + 1) * self.gate_rank
 
 
 class QueryKey(nn.Module):

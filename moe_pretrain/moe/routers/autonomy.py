@@ -43,6 +43,15 @@ class AutonomyFields(BalancedRouterConfig):
         if self.gate_rank < 1:
             raise ValueError(f"router.gate_rank={self.gate_rank} must be at least 1")
 
+    @property
+    def payload_size(self) -> int:
+        """The gate's low activations, unless the expert's rank computes them again."""
+        return self.gate_rank if self.gate_activation == "travels" else 0
+
+    def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
+        """All experts' low activations, whose norms are taken."""
+        return num_experts * self.gate_rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutonomyConfig(AutonomyFields):
@@ -69,6 +78,10 @@ class AutonomyConfig(AutonomyFields):
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts."""
         return float(self.top_k)
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "AutonomyRouter":
+        """The module of layer ``layer``."""
+        return AutonomyRouter(self, hidden_size, num_experts, layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +122,10 @@ class AutonomyTopPConfig(AutonomyFields):
         """Expected routes per token, for parameter and FLOP counts."""
         return self.expected_experts
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "AutonomyTopPRouter":
+        """The module of layer ``layer``."""
+        return AutonomyTopPRouter(self, hidden_size, num_experts, layer)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutonomyExpertChoiceConfig(AutonomyFields):
@@ -137,6 +154,10 @@ class AutonomyExpertChoiceConfig(AutonomyFields):
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts."""
         return self.capacity_factor
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "AutonomyExpertChoiceRouter":
+        """The module of layer ``layer``."""
+        return AutonomyExpertChoiceRouter(self, hidden_size, num_experts, layer)
 
 
 class AutonomyBase(BalancedRouter):

@@ -1,5 +1,6 @@
-"""What most routers share: balance and z losses, statistics; and float32 logits of one linear map with input noise."""
+"""Bases of routing schemes: their configuration, balance and z losses, statistics, float32 logits with input noise."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,73 @@ from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, Rou
 JITTER_STREAM = 1
 
 
+class RouterConfig(ABC):
+    """A routing scheme as configured: builds its module, and states its cost to planner, budget and layer builder.
+
+    A scheme is a frozen dataclass of its fields on top of this class, with a field ``name: Literal["..."]`` that is its
+    choice in the group ``router``. It must define ``build``, ``check_num_experts`` and ``mean_experts_per_token``; all
+    other members have defaults that fit a plain router. No field may be called like one of them: a dataclass would take
+    the member for the field's default.
+    """
+
+    name: str
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> Router:
+        """The module that routes in layer ``layer``; its parameters are empty until ``model.init`` fills them."""
+        raise NotImplementedError(f"router={self.name} has no module of its own")
+
+    @abstractmethod
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise ``ValueError`` if the scheme cannot serve ``num_experts`` experts."""
+
+    @property
+    @abstractmethod
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts; a run's FLOPs use the number that it measures."""
+
+    def build_for_experts(self, hidden_size: int, num_experts: int, layer: int, expert_width: int) -> Router:
+        """``build`` for a module that also needs the inner width of an expert, as one that maps keys from it does."""
+        return self.build(hidden_size, num_experts, layer)
+
+    @property
+    def dense_experts(self) -> int:
+        """Experts whose summed width one dense network has in their place; 0 for every scheme that routes."""
+        return 0
+
+    @property
+    def expert_gate_rank(self) -> int | None:
+        """Rank of the factorised gate that the scheme gives its experts: its field ``gate_rank``; None for full gates.
+
+        The experts' width follows from it. Such an expert gets ``x W_down`` with each route, see ``payload_size``.
+        """
+        return vars(self).get("gate_rank")
+
+    @property
+    def balance_level(self) -> BalanceLevel | None:
+        """Tokens over which shares of routes are taken: its field ``load_balance_level``; None without such a loss."""
+        return vars(self).get("load_balance_level")
+
+    def scored_experts(self, num_experts: int) -> int:
+        """Experts whose first layer a token runs before it is routed, of ``num_experts``."""
+        return 0
+
+    @property
+    def query_size(self) -> int:
+        """Float32 numbers that travel with a token to each of the scored experts."""
+        return 0
+
+    @property
+    def payload_size(self) -> int:
+        """Numbers in the engine's dtype that travel with a route (``Routing.payload``)."""
+        return self.expert_gate_rank or 0
+
+    def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
+        """Float32 numbers per token that the module keeps for backward, beside two for each expert's score."""
+        return 0
+
+
 @dataclass(frozen=True, kw_only=True)
-class BalancedRouterConfig:
+class BalancedRouterConfig(RouterConfig):
     """Fields of every router with a distribution over experts.
 
     Attributes:
@@ -50,6 +116,10 @@ class LinearRouterConfig(BalancedRouterConfig):
         super().__post_init__()
         if not 0 <= self.jitter < 1:
             raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
+
+    def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
+        """With noise: the noise, and the input with it."""
+        return 2 * hidden_size if self.jitter > 0 else 0
 
 
 def routes_by_group(

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_pretrain.moe.routers.base import RouterConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(RouterConfig):
     """Fields of ``router=dense``, the baseline of equal active size for any sweep.
 
     Attributes:
@@ -19,3 +21,16 @@ class DenseConfig:
     def __post_init__(self) -> None:
         if self.active_experts < 1:
             raise ValueError(f"router.active_experts={self.active_experts} must be at least 1")
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Any number fits: none is built."""
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """No routes."""
+        return 0.0
+
+    @property
+    def dense_experts(self) -> int:
+        """``active_experts``."""
+        return self.active_experts

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertChoiceConfig:
+class ExpertChoiceConfig(RouterConfig):
     """Fields of ``router=expert_choice``.
 
     Attributes:
@@ -40,6 +40,10 @@ class ExpertChoiceConfig:
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts."""
         return self.capacity_factor
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertChoiceRouter":
+        """The module of layer ``layer``."""
+        return ExpertChoiceRouter(self, hidden_size, num_experts, layer)
 
 
 def check_expert_choice(capacity_factor: float, threshold_decay: float) -> None:

@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.pooled_quantile import check_ema_decay, check_num_bins, count_in_bins, value_at
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertThresholdRouterConfig:
+class ExpertThresholdRouterConfig(RouterConfig):
     """Fields of ``router=expert_threshold``.
 
     Attributes:
@@ -55,6 +55,10 @@ class ExpertThresholdRouterConfig:
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts."""
         return self.target_experts
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertThresholdRouter":
+        """The module of layer ``layer``."""
+        return ExpertThresholdRouter(self, hidden_size, num_experts, layer)
 
 
 class ExpertThresholdRouter(Router):

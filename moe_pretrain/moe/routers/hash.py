@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import check_within_experts, router_logits
+from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits
 from moe_pretrain.moe.routers.top_k import scores_of
 from moe_pretrain.moe.types import Router, RouterUse, Routing, RoutingContext, as_count
 
@@ -19,7 +19,7 @@ TABLE_STREAM = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class HashConfig:
+class HashConfig(RouterConfig):
     """Fields of ``router=hash``.
 
     Attributes:
@@ -54,6 +54,10 @@ class HashConfig:
     def mean_experts_per_token(self) -> float:
         """Routes per token."""
         return float(self.top_k)
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "HashRouter":
+        """The module of layer ``layer``."""
+        return HashRouter(self, hidden_size, num_experts, layer)
 
 
 class HashRouter(Router):

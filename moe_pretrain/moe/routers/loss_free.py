@@ -26,6 +26,10 @@ class LossFreeRouterConfig(TopKRouterConfig):
         if self.bias_update_rate < 0:
             raise ValueError(f"router.bias_update_rate={self.bias_update_rate} must not be negative")
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "LossFreeRouter":
+        """The module of layer ``layer``."""
+        return LossFreeRouter(self, hidden_size, num_experts, layer)
+
 
 class LossFreeRouter(BiasedTopKRouter):
     """Top-k of ``score + expert_bias``, weighted by the score alone.

@@ -45,6 +45,10 @@ class QuantileRouterConfig(TopKRouterConfig):
                 "where all experts are taken there is nothing to balance"
             )
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "QuantileRouter":
+        """The module of layer ``layer``."""
+        return QuantileRouter(self, hidden_size, num_experts, layer)
+
 
 class QuantileRouter(BiasedTopKRouter):
     """Top-k of ``score + expert_bias``, weighted by the score alone; the bias comes from quantiles of the margins.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import sparsity_loss
 from moe_pretrain.moe.routers.base import (
+    RouterConfig,
     balance_counts,
     check_within_experts,
     router_logits,
@@ -19,7 +20,7 @@ from moe_pretrain.moe.types import BalanceLevel, Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUConfig:
+class ReLUConfig(RouterConfig):
     """Fields of ``router=relu``.
 
     Attributes:
@@ -54,6 +55,10 @@ class ReLUConfig:
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts."""
         return self.target_experts
+
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "ReLURouter":
+        """The module of layer ``layer``."""
+        return ReLURouter(self, hidden_size, num_experts, layer)
 
 
 class ReLURouter(Router):

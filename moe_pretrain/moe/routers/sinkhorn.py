@@ -44,6 +44,10 @@ class SinkhornConfig(LinearRouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return float(self.top_k)
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "SinkhornRouter":
+        """The module of layer ``layer``."""
+        return SinkhornRouter(self, hidden_size, num_experts, layer)
+
 
 @torch.no_grad()
 def sinkhorn(

@@ -77,6 +77,14 @@ class TopKRouterConfig(LinearRouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return float(self.top_k)
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "TopKRouter":
+        """The module of layer ``layer``."""
+        return TopKRouter(self, hidden_size, num_experts, layer)
+
+    def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
+        """Beside noise: the numbers between the two maps."""
+        return super().kept_per_token(hidden_size, num_experts) + (self.projection_size or 0)
+
 
 class TopKRouter(LinearRouter):
     """Linear router; every token goes to its ``top_k`` best experts.

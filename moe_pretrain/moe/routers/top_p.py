@@ -80,6 +80,10 @@ class TopPRouterConfig(LinearRouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return self.expected_experts
 
+    def build(self, hidden_size: int, num_experts: int, layer: int) -> "TopPRouter":
+        """The module of layer ``layer``."""
+        return TopPRouter(self, hidden_size, num_experts, layer)
+
 
 def top_p_mask(
     probs: Float[Tensor, "tokens experts"], threshold: Tensor | float, max_experts: int | None

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.routers import RouterConfig
+from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router, Routing, RoutingContext, step_uses
 from moe_pretrain.verify.small_twin import shrink
 
@@ -65,7 +66,7 @@ class Subject:
     """``config``, shrunk as ``verify`` shrinks it, and what the properties do with it."""
 
     def __init__(self, config: Config):
-        small = shrink(config, 1)
+        small = shrink(config, plan_run(config, 1))
         self.config = replace(small, model=replace(small.model, recompute="none"))
         self.sequence = small.model.sequence_length
         self.num_experts = small.model.moe.num_experts

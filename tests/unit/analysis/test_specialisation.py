@@ -23,6 +23,7 @@ from moe_pretrain.analysis.specialisation import (
     most_frequent_classes,
 )
 from moe_pretrain.config.load import load, read_run
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader
 from moe_pretrain.model.decoder import DecoderLM
@@ -158,9 +159,11 @@ def test_examines_every_router_by_next_token_and_by_set(router: str, readers: di
     initialise(model, 0)
     for layer in model.moe_layers():
         layer.router.use_token_counts(torch.ones(config.model.vocab_size, dtype=torch.int64))
-    tables = examine(model.eval(), config, readers)
+    tables = examine(model.eval(), config, plan_run(config, 1), readers)
     assert list(tables) == ["next token", "validation set"]
-    tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for _, batch in _batches(config, readers))
+    tokens = sum(
+        int((batch.labels != IGNORE_INDEX).sum()) for _, batch in _batches(config, plan_run(config, 1), readers)
+    )
     assert tokens > 150
     for kind, classes in (("next token", NUM_CLASSES), ("validation set", 2)):
         assert len(tables[kind]) == 2
@@ -182,7 +185,7 @@ def test_a_router_that_follows_the_class_is_seen(
 
     monkeypatch.setattr(command, "_gates", gates)
     monkeypatch.setattr(command, "NUM_CLASSES", config.model.vocab_size)
-    for row in examine(model, config, readers)["next token"]:
+    for row in examine(model, config, plan_run(config, 1), readers)["next token"]:
         assert row.hard.mutual == pytest.approx(row.hard.experts) and row.hard.experts > 2.5
         assert row.hard_shuffled < 0.7 * row.hard.mutual
         assert row.gate_entropy == 0

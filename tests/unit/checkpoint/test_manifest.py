@@ -11,6 +11,7 @@ import pytest
 from helpers.checkpoints import rewrite_manifest, write_checkpoint
 
 from moe_pretrain.checkpoint.manifest import CheckpointError, newest, read_manifest, share
+from moe_pretrain.checkpoint.store import train_state
 
 FILE = "rank_00000.safetensors"
 
@@ -35,10 +36,10 @@ def test_a_flipped_bit_at_any_offset_of_any_file_is_found(folder: Path):
         file.write_bytes(damaged)
         heard: list[str] = []
         found = newest(folder, heard.append)
-        assert found is not None and found[1]["state"]["step"] == 1
+        assert found is not None and train_state(found[1]).step == 1
         assert len(heard) == 1 and str(file) in heard[0] and "falling back" in heard[0]
         file.write_bytes(contents[file])
-    assert newest(folder, pytest.fail)[1]["state"]["step"] == 2
+    assert train_state(newest(folder, pytest.fail)[1]).step == 2
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 100, -1])
@@ -95,7 +96,7 @@ def test_a_hostile_manifest_is_refused_in_one_line(folder: Path, name: str):
     with pytest.raises(CheckpointError) as refused:
         read_manifest(path)
     assert fragment in str(refused.value) and "\n" not in str(refused.value)
-    assert newest(folder, lambda line: None)[1]["state"]["step"] == 1
+    assert train_state(newest(folder, lambda line: None)[1]).step == 1
 
 
 def test_links_and_pipes_are_refused_without_being_followed(folder: Path, tmp_path: Path):

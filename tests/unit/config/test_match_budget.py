@@ -15,7 +15,7 @@ from moe_pretrain.config.match_budget import describe_match, measures
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.build import expert_width, scored_experts
+from moe_pretrain.moe.build import expert_width
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import ExpertShard
 
@@ -59,7 +59,7 @@ def built_parameters(config: Config) -> dict[str, float]:
     used = config.router.mean_experts_per_token
     active = total - experts + used * experts / config.model.moe.num_experts
     for layer in model.moe_layers():
-        asked = max(0.0, scored_experts(config.model.moe, config.router) - used)
+        asked = max(0.0, config.router.scored_experts(config.model.moe.num_experts) - used)
         if asked:  # the first layers of experts that are asked and not used
             out = layer.experts.out_weight
             active += asked * 2 * out.shape[1] * out.shape[2]

@@ -77,7 +77,7 @@ def test_a_corpus_of_empty_texts_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(ValueError, match=r"^data: no document with text in files: .* \(4 rows read\)$"):
-        prepare(files(tmp_path / "*"), TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, None)
+        prepare(files(tmp_path / "*.*"), TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, None)
 
 
 def test_other_languages_and_source_code_arrive_byte_for_byte(tmp_path):
@@ -150,7 +150,8 @@ from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
 folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv[2])
 policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
 for number, path in enumerate(sorted(folder.glob("case*"))):
-    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policies[number % 3], None, None)
+    policy = policies[number % 3]
+    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, "ignore", *policy, None, None)
     print(path.name, flush=True, end="\\t")
     try:
         corpus = prepare(config, tokenizer, folder / "cache", None, 1, None)

@@ -9,7 +9,6 @@ from moe_pretrain.data import (
     MixtureConfig,
     RunLength,
     TokenizerConfig,
-    corpus_facts,
     explain_change,
     prepare,
     prepare_mixture,
@@ -33,7 +32,7 @@ def write(path, texts):
 
 
 def facts_of(config, tmp_path, tokenizer=TOKENIZER):
-    found = corpus_facts(config, prepare(config, tokenizer, tmp_path / "cache", None, 1, None))
+    found = prepare(config, tokenizer, tmp_path / "cache", None, 1, None).facts(config)
     return json.loads(json.dumps(found))  # as a checkpoint keeps them
 
 
@@ -86,7 +85,7 @@ def test_the_source_of_a_mixture_is_named(config, tmp_path):
     def mixture_facts(sources):
         mixture = MixtureConfig("mixture", sources, dict.fromkeys(sources, 1.0), (), "repeat")
         corpus = prepare_mixture(mixture, TOKENIZER, tmp_path / "cache", RunLength(3, 2, 8), 1, None)
-        return json.loads(json.dumps(corpus_facts(mixture, corpus)))
+        return json.loads(json.dumps(corpus.facts(mixture)))
 
     # The tokenizer is learnt from all sources, so it stays only if it is given.
     then = mixture_facts(parts)

@@ -12,6 +12,7 @@ from helpers.processes import run_on_ranks
 from moe_pretrain import cli
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.parallel import launcher as launch
 from moe_pretrain.train.build import train
@@ -29,8 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import normalize
 
-from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig
-from moe_pretrain.moe.types import BalanceLevel
+from moe_pretrain.moe import BalancedRouter, BalancedRouterConfig, BalanceLevel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +436,8 @@ def test_example_equals_the_oracle_on_two_ranks(tmp_path: Path) -> None:
 
 
 def _train(overrides: list[str]) -> int:
-    return train(load(overrides))
+    config = load(overrides)
+    return train(config, preflight(config, 1))
 
 
 def test_example_trains(tmp_path: Path) -> None:

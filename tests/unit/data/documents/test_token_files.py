@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory):
 
 
 def tokens(*paths, flat_dtype="uint16", fraction=0.2):
-    return TokensCorpusConfig("tokens", tuple(map(str, paths)), flat_dtype, fraction, None, None)
+    return TokensCorpusConfig("tokens", tuple(map(str, paths)), flat_dtype, fraction, "ignore", None, None)
 
 
 def random_documents(vocab_size, end, count=300):

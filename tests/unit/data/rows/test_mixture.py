@@ -1,6 +1,7 @@
 """Mixtures: rows of several corpora against a plain loop, one tokenizer, and every mistake in one line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moe_pretrain.data import (
     MixtureConfig,
     RowPermutation,
     RunLength,
+    TokenizedMixture,
     TokenizerConfig,
     check_mixture,
     prepare_mixture,
@@ -48,7 +50,7 @@ def readers(tmp_path_factory):
 
 
 def mixed(readers, weights, phases=(), when_exhausted="repeat"):
-    builtin = BuiltinCorpusConfig("builtin", 0.5)
+    builtin = BuiltinCorpusConfig("builtin", 0.5, "ignore")
     return MixedShards(readers, config_of(dict.fromkeys(readers, builtin), weights, phases, when_exhausted))
 
 
@@ -143,15 +145,19 @@ def test_a_mixture_that_stops_ends_before_the_first_repeated_row(readers):
     sizes = [count_rows(readers[name], SEQUENCE) for name in NAMES]
     first = min(np.flatnonzero(order == n)[size] for n, size in enumerate(sizes))
 
+    def steps_of(reader, rows):
+        corpus = TokenizedMixture({}, reader.config, {}, Path("tokenizer.json"))
+        if not corpus.stops_when_exhausted:
+            return None
+        return steps_until_exhausted(TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True))
+
     def steps(when_exhausted):
-        reader = mixed(readers, parts, when_exhausted=when_exhausted)
-        return steps_until_exhausted(reader.config, TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True))
+        return steps_of(mixed(readers, parts, when_exhausted=when_exhausted), rows)
 
     assert steps("stop") == first // rows < 300
     assert steps("repeat") is None
     with pytest.raises(ValueError, match="data.when_exhausted=stop: data.sources.code has not even enough rows"):
-        big = mixed(readers, parts, when_exhausted="stop")
-        steps_until_exhausted(big.config, TrainLoader(big, SEQUENCE, 600, 1, 0, 1, 0, True))
+        steps_of(mixed(readers, parts, when_exhausted="stop"), 600)
 
 
 # ---------------------------------------------------------------- preparation
@@ -292,4 +298,4 @@ def test_tokens_in_a_mixture_need_their_tokenizer():
 
 def test_a_name_must_do_for_metrics():
     with pytest.raises(ValueError, match="data.sources: name 'a/b' must be of letters, digits, - and _"):
-        config_of({"a/b": BuiltinCorpusConfig("builtin", 0.5)}, [1])
+        config_of({"a/b": BuiltinCorpusConfig("builtin", 0.5, "ignore")}, [1])

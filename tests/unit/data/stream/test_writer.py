@@ -79,8 +79,8 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 from helpers.corpora import files
 from helpers.streams import TOKENIZER, streaming
-from moe_pretrain.data.stream_writer import StreamJob
-from moe_pretrain.data.writer_process import WriterProcess
+from moe_pretrain.data.stream.writer import StreamJob
+from moe_pretrain.data.stream.writer_process import WriterProcess
 writer = WriterProcess(StreamJob(Path({folder!r}), files({corpus!r}, fraction=0.1), TOKENIZER, streaming(), 1), print)
 print(writer._process.pid, flush=True)
 time.sleep(100)
