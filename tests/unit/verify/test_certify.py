@@ -872,5 +872,5 @@ def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], override
 
 
 def test_the_readme_shows_the_example_word_for_word():
-    readme = Path(__file__).parents[3] / "README.md"
+    readme = Path(__file__).parents[3] / "moe_pretrain" / "moe" / "README.md"
     assert f"```python\n{EXAMPLE}```" in readme.read_text()
