@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe, version_and_licence
+from moe_pretrain.data.documents.config import (
+    CorpusConfig,
+    HubCorpusConfig,
+    TokensCorpusConfig,
+    describe,
+    version_and_licence,
+)
 from moe_pretrain.data.documents.hub import START, Place
 from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
 from moe_pretrain.data.prepare import cache
@@ -271,6 +277,15 @@ class Preparation:
             infos: list[ShardInfo] = [shard for record in records if (shard := record.shards[number])]
             write_manifest(
                 self._partial / side, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
+            )
+        if counts.packed:
+            assert isinstance(corpus, TokensCorpusConfig)
+            self.report(
+                f"packed documents: cut at {counts.packed:,} end-of-document tokens inside Megatron documents "
+                "(data.megatron_documents=index keeps them whole)"
+                if corpus.megatron_documents == "end_of_document"
+                else f"packed documents: {counts.packed:,} Megatron documents have end-of-document tokens inside, and "
+                "are kept whole (data.megatron_documents=end_of_document cuts them)"
             )
         write_durably(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
         sync_folder(self._partial)
