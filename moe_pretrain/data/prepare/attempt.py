@@ -269,6 +269,10 @@ class Preparation:
                     f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "
                     f"document of the {found} in {describe(corpus)}"
                 )
+        tokens = sum(shard.tokens - shard.documents for record in records for shard in record.shards if shard)
+        unknown = tokenizer.describe_unknown(counts.unknown, tokens, self._tokenizer_config.max_unknown)
+        if unknown:
+            self.report(unknown.removeprefix("; "))
         origin = Origin(describe(corpus), *version_and_licence(corpus))
         token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         for record in records:

@@ -48,6 +48,7 @@ class Counts:
         exact_duplicates: Of these, those of which training has the same.
         packed: Ends of documents inside Megatron documents, at which these were cut; or documents that have any, where
             the index alone decides.
+        unknown: Tokens of ``train`` and ``validation`` that stand for what the tokenizer does not know.
     """
 
     read: int
@@ -62,6 +63,7 @@ class Counts:
     near_duplicates: int
     exact_duplicates: int
     packed: int
+    unknown: int
 
     def __add__(self, other: "Counts") -> "Counts":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -158,6 +160,8 @@ def write_unit(
                 break
         counted |= {"train": train.num_documents, "validation": validation.num_documents}
         shards = (train.close(), validation.close())
+        if tokenizer.unknown is not None:
+            counted["unknown"] = sum(int(side.token_counts[tokenizer.unknown]) for side in (train, validation))
     finally:
         train.abort()
         validation.abort()
