@@ -17,10 +17,11 @@ import pytest
 from helpers.corpora import files, hub
 
 from moe_pretrain import cli
-from moe_pretrain.data import TokenizerConfig, check_prepared, documents
+from moe_pretrain.data import TokenizerConfig, check_prepared
 from moe_pretrain.data import prepare as prepare_with_workers
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import LeftOut, is_validation
+from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare import attempt as building
 from moe_pretrain.data.prepare import prepare as preparation
 from moe_pretrain.data.shards import unit_shards as units
