@@ -46,6 +46,9 @@ class Counts:
         repaired: Of the last two, those in which bytes that are not UTF-8 were replaced.
         near_duplicates: Of ``validation`` and ``duplicate``, those of which training has the same or nearly the same.
         exact_duplicates: Of these, those of which training has the same.
+        packed: Ends of documents inside Megatron documents, at which these were cut; or documents that have any, where
+            the index alone decides.
+        unknown: Tokens of ``train`` and ``validation`` that stand for what the tokenizer does not know.
     """
 
     read: int
@@ -59,6 +62,8 @@ class Counts:
     repaired: int
     near_duplicates: int
     exact_duplicates: int
+    packed: int
+    unknown: int
 
     def __add__(self, other: "Counts") -> "Counts":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -141,6 +146,7 @@ def write_unit(
                 content = row.tokens if isinstance(row, TokenDocument) else row.text
                 ids = row.tokens if isinstance(row, TokenDocument) else np.array(next(tokens), dtype=np.int64)
                 text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
+                counted["packed"] += isinstance(row, TokenDocument) and row.packed
                 held_out = is_validation(content, validation_fraction)
                 (validation if held_out else train).add(ids, text_bytes)
                 if sketch:
@@ -154,6 +160,8 @@ def write_unit(
                 break
         counted |= {"train": train.num_documents, "validation": validation.num_documents}
         shards = (train.close(), validation.close())
+        if tokenizer.unknown is not None:
+            counted["unknown"] = sum(int(side.token_counts[tokenizer.unknown]) for side in (train, validation))
     finally:
         train.abort()
         validation.abort()
