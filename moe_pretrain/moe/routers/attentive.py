@@ -310,6 +310,7 @@ class AttentiveRouter(AttentiveBase):
 
     needs_expert_scores = True
     without_lm_gradient = MappingProxyType({"weight": "it only names candidates, and the distillation loss teaches it"})
+    gradients_by_design = MappingProxyType({"distillation": "its teacher, the gate, is held constant"})
 
     def __init__(self, config: AttentiveConfig, hidden_size: int, num_experts: int, layer: int, *, expert_width: int):
         super().__init__(config, hidden_size, num_experts, layer, expert_width)
