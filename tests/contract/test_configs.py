@@ -225,11 +225,24 @@ def test_no_number_may_be_a_truth_value_or_infinite(path: str):
         assert value is True or str(caught.value) == f"{path}={value} must be finite"
 
 
+READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "outputs", "build"} & set(path.parts))
+
+
 def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```(?:bash|sh|)\n(.*?)```", text, flags=re.S)
+    blocks = [block for path in READMES for block in re.findall(r"```(?:bash|sh|)\n(.*?)```", path.read_text(), re.S)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" # ")[0].strip() for line in lines if re.match(r"moe-pretrain (train|verify|certify) ", line)]
+    commands = r"moe-pretrain (train|prepare|plan|verify|certify) .*="
+    return sorted({line.split(" # ")[0].strip() for line in lines if re.match(commands, line)})
+
+
+def test_readmes_link_to_what_exists():
+    for path in READMES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.relative_to(ROOT)} links to {link}"
+
+
+def test_the_first_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("command", readme_commands())

@@ -121,6 +121,8 @@ class TokensCorpusConfig:
             Megatron's indexed data set; ``.npy`` and other ``.bin`` files are one row of tokens,
             in which the tokenizer's end-of-document token ends each document.
         flat_dtype: Type of the tokens in a ``.bin`` file without an index, little-endian.
+        megatron_documents: End of a document in a Megatron file: each ``end_of_document`` token, as in flat files, so
+            that packed documents come apart; or the ``index`` alone, which keeps packs whole.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
         version: Version of the corpus, in words, for the manifest; or None.
@@ -130,6 +132,7 @@ class TokensCorpusConfig:
     source: Literal["tokens"]
     paths: tuple[str, ...]
     flat_dtype: Literal["uint16", "uint32", "int32", "int64"]
+    megatron_documents: Literal["end_of_document", "index"]
     validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
     version: str | None

@@ -45,11 +45,13 @@ class TokenDocument:
 
     Attributes:
         identity: As in ``Document``.
-        tokens: Integers [tokens], without an end-of-document token, never empty.
+        tokens: Integers [tokens], without an end-of-document token at the end, never empty.
+        packed: Whether it shared a Megatron document with the next, or is one with ends of documents inside.
     """
 
     identity: str
     tokens: np.ndarray
+    packed: bool = False
 
 
 CorpusRow = Document | TokenDocument | LeftOut

@@ -200,7 +200,9 @@ def prepare(
     if isinstance(corpus, FilesCorpusConfig | TokensCorpusConfig) and (again := local_files(corpus).describe_again()):
         report(again)
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
-    return _open(folder, pretrained)
+    prepared = _open(folder, pretrained)
+    report(prepared.tokenizer.describe())
+    return prepared
 
 
 def prepare_evaluation_set(

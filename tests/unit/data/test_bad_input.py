@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from helpers.corpora import files
 
-from moe_pretrain.data import TokenizerConfig, documents, prepare
+from moe_pretrain.data import TokenizerConfig, prepare
 from moe_pretrain.data.documents.document import LeftOut
-from moe_pretrain.data.documents.work_units import plan_units, unit_rows
+from moe_pretrain.data.documents.work_units import documents, plan_units, unit_rows
 
 BROKEN = "good \ufffd bytes"
 MUTILATED = 260

@@ -19,9 +19,9 @@ from moe_pretrain.data import (
     TokenizedMixture,
     TokenizerConfig,
     check_mixture,
-    documents,
     prepare_mixture,
 )
+from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.prepare import mixture as mixture_preparation
 from moe_pretrain.data.rows.micro_batch import wrap_to_int64
