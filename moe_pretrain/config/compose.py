@@ -22,7 +22,7 @@ from moe_pretrain.config.schema import Config, ConfigError
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
 """Fields by their names in earlier releases."""
-BEFORE = {"model.init": "normal", "model.gate_init": "paper"}
+BEFORE = {"model.init": "normal", "model.gate_init": "paper", "optimizer.name": "adamw"}
 """Fields that earlier releases did not have, with what they did."""
 
 

@@ -83,8 +83,7 @@ def read_run(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    values: dict[str, Any] = completed(yaml.safe_load(path.read_text()))
-    values["optimizer"].setdefault("name", "adamw")  # the only one, before it had a name
+    values = completed(yaml.safe_load(path.read_text()))
     file = values["router_file"]
     config = validate(values, None if file is None else load_router_file(file))
     if config.router.dense_experts or not config.model.moe_layers:
