@@ -17,8 +17,10 @@ class MetricsConfig:
 
     Attributes:
         log_every_steps: Steps between two train rows, at least 1.
-        router_health_steps: Steps over which an expert without a token is called dead, and a router that uses hardly
-            more experts than each token does is called collapsed; at least 1.
+        router_health_steps: Steps over which an expert without a token is called dead and a router is judged for
+            collapse; at least 1.
+        collapse_ratio: A router is called collapsed while it uses at most this many times the experts that each token
+            uses (and not all of them); at least 1.
         progress: Show a progress bar when stderr is a terminal.
         wandb: "auto" is online for a user who is logged in and has a network, else offline.
         wandb_project: Project that the run appears under.
@@ -28,6 +30,7 @@ class MetricsConfig:
 
     log_every_steps: int
     router_health_steps: int
+    collapse_ratio: float
     progress: bool
     wandb: Literal["auto", "online", "offline", "off"]
     wandb_project: str
@@ -35,8 +38,8 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range."""
-        for name in ("log_every_steps", "router_health_steps"):
-            if getattr(self, name) < 1:
+        for name in ("log_every_steps", "router_health_steps", "collapse_ratio"):
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
 
 
