@@ -6,6 +6,8 @@ from typing import Literal
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
+TextPolicy = Literal["fail", "skip"]
+ContentCheck = Literal["sampled", "full"]
 DuplicatePolicy = Literal["drop", "count", "ignore"]
 LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
 _LOADERS = ("arrow", "csv", "json", "parquet", "text")  # names of no dataset: what `datasets` reads files with
@@ -49,6 +51,10 @@ class FilesCorpusConfig:
             U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
         invalid_json: A line that is no JSON object: ``fail`` names it and stops, ``skip`` leaves
             it out and counts it.
+        invalid_text: A row without a text, or whose text is null, a list or a number: ``fail`` names it and stops,
+            ``skip`` leaves it out and counts it.
+        content_check: Sign by which a changed file is noticed beside its size: ``sampled`` takes the time of change
+            and a hash of 64 blocks, ``full`` a hash of all, which reads the files at every start.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -61,6 +67,8 @@ class FilesCorpusConfig:
     near_duplicates: DuplicatePolicy
     invalid_utf8: Utf8Policy
     invalid_json: JsonPolicy
+    invalid_text: TextPolicy
+    content_check: ContentCheck
     version: str | None
     licence: str | None
 
@@ -91,6 +99,8 @@ class HubCorpusConfig:
         max_tokens: Training tokens to take, or None for as many as the run needs.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
+        invalid_utf8: As in ``FilesCorpusConfig``.
+        invalid_text: As in ``FilesCorpusConfig``.
         version: Branch, tag or commit of the dataset's repository, or None for its newest.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -104,6 +114,8 @@ class HubCorpusConfig:
     max_tokens: int | None
     validation_fraction: float
     near_duplicates: DuplicatePolicy
+    invalid_utf8: Utf8Policy
+    invalid_text: TextPolicy
     version: str | None
     licence: str | None
 
@@ -129,6 +141,7 @@ class TokensCorpusConfig:
             that packed documents come apart; or the ``index`` alone, which keeps packs whole.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
+        content_check: As in ``FilesCorpusConfig``.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -139,6 +152,7 @@ class TokensCorpusConfig:
     megatron_documents: Literal["end_of_document", "index"]
     validation_fraction: float
     near_duplicates: DuplicatePolicy
+    content_check: ContentCheck
     version: str | None
     licence: str | None
 
