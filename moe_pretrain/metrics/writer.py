@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moe_pretrain.metrics.console import ConsoleSink
 from moe_pretrain.metrics.wandb_sink import WandbSink, wandb_run
+from moe_pretrain.metrics.wandb_start import stricter
 from moe_pretrain.run_folder.metrics_file import JsonlSink, MetricsRow, read_rows, replace_non_finite
 
 
@@ -20,7 +21,8 @@ class MetricsConfig:
         router_health_steps: Steps over which an expert without a token is called dead, and a router that uses hardly
             more experts than each token does is called collapsed; at least 1.
         progress: Show a progress bar when stderr is a terminal.
-        wandb: "auto" is online for a user who is logged in and has a network, else offline.
+        wandb: "auto" is online for a user who is logged in and has a network, else offline. WANDB_MODE in the
+            environment is obeyed where it sends less.
         wandb_project: Project that the run appears under.
         wandb_group: Group of the run; None for the name of the folder that its folder is in, so that runs side by side
             are a group.
@@ -73,7 +75,10 @@ class MetricsWriter:
         self._jsonl = JsonlSink(path, self._console.say)
         self._must_resume = bool(read_rows(path))
         self._wandb = None
-        if config.wandb != "off":
+        asked, reason = stricter(config.wandb)
+        if asked == "off" and reason:
+            self._console.say(f"wandb: off ({reason})")
+        if asked != "off":
             described = wandb_run(run_dir, config.wandb_project, config.wandb_group, run_name, resolved_config)
             self._wandb = WandbSink(config.wandb, described, self._console.say)
 
