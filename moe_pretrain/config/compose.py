@@ -22,6 +22,8 @@ from moe_pretrain.config.schema import Config, ConfigError
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
 """Fields by their names in earlier releases."""
+BEFORE = {"model.init": "normal", "model.gate_init": "paper"}
+"""Fields that earlier releases did not have, with what they did."""
 
 
 def config_folder() -> Path:
@@ -42,6 +44,17 @@ def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(_explain(error, overrides)) from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Values that a run has recorded, with the fields that did not exist then."""
+    for name, value in BEFORE.items():
+        *parts, field = name.split(".")
+        part = values
+        for each in parts:
+            part = part[each]
+        part.setdefault(field, value)
+    return values
 
 
 def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Config:

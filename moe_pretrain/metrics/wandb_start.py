@@ -12,6 +12,8 @@ import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from moe_pretrain.system.files import write_whole
+
 _REACH_SECONDS = 5.0
 _STRICTNESS = ("auto", "online", "offline", "off")
 # What wandb itself takes; the last two of each are its old words.
@@ -113,5 +115,5 @@ def reachable(url: str) -> bool:
 def run_id(path: Path) -> str:
     """Return the wandb id that a run folder keeps over its resumes; the first call makes it up."""
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8] + "\n")
+        write_whole(path, uuid.uuid4().hex[:8] + "\n")
     return path.read_text().strip()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +36,12 @@ class ModelConfig:
         rope_base: Base of the rotary angles.
         norm_epsilon: Epsilon of RMSNorm.
         tie_embeddings: Use the embedding as output head.
-        init_std: Standard deviation of the normal initialisation.
+        init: Standard deviation of the normal initialisation over widths: ``normal``: ``init_std`` at every width;
+            ``width_aware``: ``init_std * sqrt(768 / hidden_size)``. ``model.init`` has the table.
+        init_std: Standard deviation of the initialisation, at a width of 768 with ``init=width_aware``.
+        gate_init: Two maps that stand in the place of one (a factorised gate, a large router, attentive gating's query
+            and key): ``variance_preserving``: together as loud as that one; ``paper``: each with the standard
+            deviation of any other matrix, as in released code.
         scale_residual_init: Divide the standard deviation of matrices that write into the residual stream by
             ``sqrt(2 * num_layers)`` (GPT-2).
         cross_entropy_chunk_tokens: Positions whose logits exist at a time.
@@ -55,7 +60,9 @@ class ModelConfig:
     rope_base: float
     norm_epsilon: float
     tie_embeddings: bool
+    init: Literal["normal", "width_aware"]
     init_std: float
+    gate_init: Literal["variance_preserving", "paper"]
     scale_residual_init: bool
     cross_entropy_chunk_tokens: int
     recompute: Recompute

@@ -42,6 +42,7 @@ def shrink(config: Config, plan: RunPlan) -> Config:
         ffn_hidden_size=28,
         cross_entropy_chunk_tokens=5,
         # Large enough that every part contributes visibly to the loss at this width.
+        init="normal",
         init_std=0.2,
         moe=small_moe,
     )

@@ -50,7 +50,7 @@ from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
     make_tokenizer,
 )
-from moe_pretrain.system.files import sync_folder, write_durably
+from moe_pretrain.system.files import sync_folder, write_whole
 
 COUNTS_FILE = "counts.json"
 
@@ -291,8 +291,7 @@ class Preparation:
                 else f"packed documents: {counts.packed:,} Megatron documents have end-of-document tokens inside, and "
                 "are kept whole (data.megatron_documents=end_of_document cuts them)"
             )
-        write_durably(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
-        sync_folder(self._partial)
+        write_whole(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
         if self.folder.exists():
             shutil.rmtree(self.folder)  # published folders are complete: somebody removed files from it
         self._partial.rename(self.folder)

@@ -23,7 +23,7 @@ from moe_pretrain.data.shards.near_duplicates import Sketcher, read_sketches
 from moe_pretrain.data.shards.reader import INDEX_DTYPE, ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer import Tokenizer
-from moe_pretrain.system.files import write_durably
+from moe_pretrain.system.files import write_whole
 
 SIDES = ("train", "validation")
 UNITS = "units"  # folder of the records, beside those of the sides
@@ -171,8 +171,8 @@ def write_unit(
     (folder / UNITS).mkdir(exist_ok=True)
     for side, sketcher in zip(SIDES, sketchers, strict=False):
         _write_sketches(folder, unit.index, side, sketcher.sketches())
-    write_durably(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
-    write_durably(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
+    write_whole(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
+    write_whole(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
 
 
@@ -217,7 +217,7 @@ def drop_from_validation(
         exact_duplicates=exact,
     )
     record = dataclasses.replace(record, shards=(record.shards[0], rest), counts=counts)
-    write_durably(record_path(folder, record.index), json.dumps(dataclasses.asdict(record)).encode())
+    write_whole(record_path(folder, record.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
 
 
@@ -227,7 +227,7 @@ def read_unit_sketches(folder: Path, index: int, side: str) -> np.ndarray:
 
 
 def _write_sketches(folder: Path, index: int, side: str, sketches: np.ndarray) -> None:
-    write_durably(_sketches_path(folder, index, side), sketches.tobytes())
+    write_whole(_sketches_path(folder, index, side), sketches.tobytes())
 
 
 def _sketches_path(folder: Path, index: int, side: str) -> Path:

@@ -25,7 +25,7 @@ from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare import attempt as building
 from moe_pretrain.data.prepare import prepare as preparation
 from moe_pretrain.data.shards import unit_shards as units
-from moe_pretrain.system.files import DurableFile
+from moe_pretrain.system.files import WholeFile
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -327,7 +327,7 @@ def test_a_killed_removal_of_duplicates_is_done_again(tmp_path, monkeypatch):
     def dying(*arguments):
         raise KeyboardInterrupt
 
-    for moment in ("_write_sketches", "write_durably"):
+    for moment in ("_write_sketches", "write_whole"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             drop = units.drop_from_validation
 
@@ -410,7 +410,7 @@ def test_any_number_of_workers_and_any_kills_give_the_same_bytes(mixed_corpus, t
 def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 20_000)
     reference = prepare(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
-    write = DurableFile.write
+    write = WholeFile.write
     left = [60_000]
 
     def write_until_full(self, data):
@@ -419,7 +419,7 @@ def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
         left[0] -= len(data)
         write(self, data)
 
-    monkeypatch.setattr(DurableFile, "write", write_until_full)
+    monkeypatch.setattr(WholeFile, "write", write_until_full)
     with pytest.raises(ValueError, match="No space left on device; finished shards are kept") as caught:
         prepare(mixed_corpus, TOKENIZER, tmp_path / "two", None, None)
     assert "\n" not in str(caught.value)
