@@ -6,6 +6,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 
+from pydantic import PositiveInt
+
 from moe_pretrain.metrics.console import ConsoleSink
 from moe_pretrain.metrics.wandb_sink import WandbSink, wandb_run
 from moe_pretrain.metrics.wandb_start import stricter
@@ -28,18 +30,12 @@ class MetricsConfig:
             are a group.
     """
 
-    log_every_steps: int
-    router_health_steps: int
+    log_every_steps: PositiveInt
+    router_health_steps: PositiveInt
     progress: bool
     wandb: Literal["auto", "online", "offline", "off"]
     wandb_project: str
     wandb_group: str | None
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        for name in ("log_every_steps", "router_health_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
 
 
 class MetricsWriter:

@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,8 @@ class CosineScheduleConfig:
     """
 
     name: Literal["cosine"]
-    warmup_steps: int
-    floor: float
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
+    warmup_steps: NonNegativeInt
+    floor: Share
 
     def check(self, num_steps: int) -> str:
         """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing."""
@@ -46,14 +47,9 @@ class WarmupStableDecayScheduleConfig:
     """
 
     name: Literal["warmup_stable_decay"]
-    warmup_steps: int
-    decay_fraction: float
-    floor: float
-
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in [0, 1]")
+    warmup_steps: NonNegativeInt
+    decay_fraction: Share
+    floor: Share
 
     def check(self, num_steps: int) -> str:
         """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing.
@@ -88,13 +84,6 @@ def _long_warmup(warmup_steps: int, num_steps: int) -> str:
         f"learning rate: schedule.warmup_steps={warmup_steps} does not end in the run's {num_steps} steps: the rate "
         f"rises to {num_steps / warmup_steps:.1%} of optimizer.learning_rate and the run ends"
     )
-
-
-def _check_schedule(warmup_steps: int, floor: float) -> None:
-    if warmup_steps < 0:
-        raise ValueError(f"schedule.warmup_steps={warmup_steps} must not be negative")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"schedule.floor={floor} must be in [0, 1]")
 
 
 ScheduleConfig = CosineScheduleConfig | WarmupStableDecayScheduleConfig
