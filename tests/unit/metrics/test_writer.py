@@ -132,15 +132,6 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"log_every_steps": 0}, "log_every_steps must be >= 1, got 0")],
-)
-def test_bad_settings_name_the_field_and_the_value(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
-
-
 # The console
 
 
