@@ -23,6 +23,10 @@ class CosineScheduleConfig:
     warmup_steps: NonNegativeInt
     floor: Share
 
+    def check(self, num_steps: int) -> str:
+        """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing."""
+        return _long_warmup(self.warmup_steps, num_steps)
+
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
         if step < self.warmup_steps:
@@ -47,6 +51,21 @@ class WarmupStableDecayScheduleConfig:
     decay_fraction: Share
     floor: Share
 
+    def check(self, num_steps: int) -> str:
+        """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing.
+
+        Raises:
+            ValueError: The decay would begin before the warm-up ends: the rate would fall in one step.
+        """
+        decay_steps = round(self.decay_fraction * num_steps)
+        if decay_steps and self.warmup_steps > num_steps - decay_steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_fraction={self.decay_fraction} "
+                f"({decay_steps} steps) must fit into the run's {num_steps} steps: at most "
+                f"{num_steps - decay_steps} steps of warm-up, or a smaller fraction"
+            )
+        return _long_warmup(self.warmup_steps, num_steps)
+
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
         if step < self.warmup_steps:
@@ -56,6 +75,15 @@ class WarmupStableDecayScheduleConfig:
         if into_decay <= 0:
             return 1.0
         return 1.0 - (1 - self.floor) * min(1.0, into_decay / decay_steps)
+
+
+def _long_warmup(warmup_steps: int, num_steps: int) -> str:
+    if warmup_steps <= num_steps:
+        return ""
+    return (
+        f"learning rate: schedule.warmup_steps={warmup_steps} does not end in the run's {num_steps} steps: the rate "
+        f"rises to {num_steps / warmup_steps:.1%} of optimizer.learning_rate and the run ends"
+    )
 
 
 ScheduleConfig = CosineScheduleConfig | WarmupStableDecayScheduleConfig

@@ -8,6 +8,8 @@ from pydantic import Field, PositiveInt
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
+TextPolicy = Literal["fail", "skip"]
+ContentCheck = Literal["sampled", "full"]
 DuplicatePolicy = Literal["drop", "count", "ignore"]
 LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
 _LOADERS = ("arrow", "csv", "json", "parquet", "text")  # names of no dataset: what `datasets` reads files with
@@ -49,6 +51,10 @@ class FilesCorpusConfig:
             U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
         invalid_json: A line that is no JSON object: ``fail`` names it and stops, ``skip`` leaves
             it out and counts it.
+        invalid_text: A row without a text, or whose text is null, a list or a number: ``fail`` names it and stops,
+            ``skip`` leaves it out and counts it.
+        content_check: Sign by which a changed file is noticed beside its size: ``sampled`` takes the time of change
+            and a hash of 64 blocks, ``full`` a hash of all, which reads the files at every start.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -61,6 +67,8 @@ class FilesCorpusConfig:
     near_duplicates: DuplicatePolicy
     invalid_utf8: Utf8Policy
     invalid_json: JsonPolicy
+    invalid_text: TextPolicy
+    content_check: ContentCheck
     version: str | None
     licence: str | None
 
@@ -90,6 +98,8 @@ class HubCorpusConfig:
         max_tokens: Training tokens to take, or None for as many as the run needs.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
+        invalid_utf8: As in ``FilesCorpusConfig``.
+        invalid_text: As in ``FilesCorpusConfig``.
         version: Branch, tag or commit of the dataset's repository, or None for its newest.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -103,6 +113,8 @@ class HubCorpusConfig:
     max_tokens: PositiveInt | None
     validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
+    invalid_utf8: Utf8Policy
+    invalid_text: TextPolicy
     version: str | None
     licence: str | None
 
@@ -125,6 +137,7 @@ class TokensCorpusConfig:
             that packed documents come apart; or the ``index`` alone, which keeps packs whole.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
+        content_check: As in ``FilesCorpusConfig``.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -135,6 +148,7 @@ class TokensCorpusConfig:
     megatron_documents: Literal["end_of_document", "index"]
     validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
+    content_check: ContentCheck
     version: str | None
     licence: str | None
 
