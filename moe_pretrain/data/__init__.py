@@ -19,7 +19,6 @@ from moe_pretrain.data.documents.config import (
     TokensCorpusConfig,
 )
 from moe_pretrain.data.documents.document import Document
-from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare.mixture import RunLength, TokenizedMixture, check_mixture, prepare_mixture
 from moe_pretrain.data.prepare.prepare import (
     TokenizedCorpus,
@@ -70,7 +69,6 @@ __all__ = [
     "check_mixture",
     "check_prepared",
     "count_rows",
-    "documents",
     "explain_change",
     "open_stream",
     "prepare",

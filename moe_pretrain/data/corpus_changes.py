@@ -3,8 +3,7 @@
 from typing import Any
 
 from moe_pretrain.data.documents.config import FilesCorpusConfig, TokensCorpusConfig
-from moe_pretrain.data.documents.text_files import corpus_files
-from moe_pretrain.data.documents.token_files import token_files
+from moe_pretrain.data.documents.work_units import local_files
 from moe_pretrain.data.rows.mixture import DataConfig
 
 Facts = dict[str, Any]
@@ -17,8 +16,7 @@ def source_file_facts(config: DataConfig) -> Facts:
     """Number and sizes of the files that a corpus is made of; nothing for a corpus that is not made of files."""
     if not isinstance(config, FilesCorpusConfig | TokensCorpusConfig):
         return {}
-    paths = corpus_files(config) if isinstance(config, FilesCorpusConfig) else token_files(config)
-    sizes = {str(path): path.stat().st_size for path in paths}
+    sizes = {str(path): path.stat().st_size for path in local_files(config).files}
     facts: Facts = {"source files": len(sizes), "bytes of source files": sum(sizes.values())}
     return {**facts, "files": sizes} if len(sizes) <= _MOST_FILES else facts
 

@@ -189,6 +189,9 @@ class Router(nn.Module):
         needs_expert_scores: Whether the router wants ``RoutingContext.score_routes``.
         needs_token_counts: Whether ``use_token_counts`` is to be called with the corpus's counts before training.
         without_lm_gradient: Parameters that by the scheme's mathematics get no gradient from the LM loss -> why.
+        gradients_by_design: What has on purpose a gradient that is not its derivative -> why: names of aux losses that
+            hold something constant, or ``weight``.
+        evaluation_rule: Rule by which evaluation decides, if it is not that of training.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
             it depends on how the global batch is cut.
     """
@@ -201,6 +204,8 @@ class Router(nn.Module):
     needs_expert_scores: bool = False
     needs_token_counts: bool = False
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
+    gradients_by_design: Mapping[str, str] = MappingProxyType({})
+    evaluation_rule: str = ""
     losses_depend_on_cut: bool = False
 
     def __init__(self, layer: int):

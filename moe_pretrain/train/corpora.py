@@ -169,5 +169,5 @@ def describe_corpus(run: RunData, plan: RunPlan) -> list[str]:
             line += f"; runs out in step {ends + 1} and begins again in a new order"
         elif ends == num_steps and corpus.stops_when_exhausted and name in exhaustion:
             line += f"; would run out in step {ends + 1}: the run ends after step {ends}"
-        lines.append(line)
+        lines.append(line + source.describe_duplicates())
     return lines

@@ -20,6 +20,9 @@ COLUMNS = {
         "cut of the batch in evaluation",
         "cut of the batch in training",
     ],
+    "documents apart": ["documents apart in training", "documents apart in evaluation"],
+    "evaluation": ["no seed or step in evaluation", "evaluation as in training"],
+    "large batch": ["large batch in training", "large batch in evaluation"],
     "padding, determinism": ["padding ignored", "determinism"],
     "routes, combine": ["conservation of routes", "combine of identity experts"],
     "float32": ["float32 routing"],
@@ -27,7 +30,8 @@ COLUMNS = {
     "... at k = 1": ["router gradient with top_k=1"],
     "balance loss": ["balance loss at uniform", "balance loss at collapse"],
     "no text, ties, recompute": ["no text tokens", "finite at ties", "recompute"],
-    "state": ["aux losses named", "state round trip"],
+    "derivatives": ["aux losses move the router", "weights' gradient is a derivative"],
+    "state": ["aux losses named", "state round trip", "state alike on ranks"],
     "gradients, 1 and 2 ranks": ["gradient parity with the oracle"],
 }
 

@@ -4,13 +4,18 @@ A unit is a run of neighbouring documents. Where it begins and ends follows from
 the number of processes, so each can be tokenised anywhere and at any time, and together they are the corpus.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
 
 from moe_pretrain.data.documents.builtin import builtin_pieces, builtin_row
 from moe_pretrain.data.documents.config import (
     BuiltinCorpusConfig,
+    ContentCheck,
     CorpusConfig,
     FilesCorpusConfig,
     HubCorpusConfig,
@@ -18,6 +23,7 @@ from moe_pretrain.data.documents.config import (
 )
 from moe_pretrain.data.documents.document import CorpusRow, Document, is_validation
 from moe_pretrain.data.documents.hub import START, Place, Retries, hub_batches
+from moe_pretrain.data.documents.patterns import Matches
 from moe_pretrain.data.documents.text_files import FileSlice, corpus_files, cut_file, file_rows
 from moe_pretrain.data.documents.token_files import cut_token_file, token_files
 
@@ -25,6 +31,7 @@ from moe_pretrain.data.documents.token_files import cut_token_file, token_files
 # system's limit on mapped files (65,530) and for one resume record each.
 _SMALLEST_UNIT_BYTES = 4_000_000
 _MOST_UNITS = 2048
+_SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 16_384
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,21 @@ def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[
         return None
     if isinstance(config, BuiltinCorpusConfig):
         return _group([[piece] for piece in builtin_pieces()], smallest_bytes)
-    files = token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
+    files = local_files(config).files
     total_bytes = sum(path.stat().st_size for path in files)
     unit_bytes = max(smallest_bytes, -(-total_bytes // _MOST_UNITS))
     if isinstance(config, TokensCorpusConfig):
         return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
     return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
+
+
+def local_files(config: FilesCorpusConfig | TokensCorpusConfig) -> Matches:
+    """The files of a corpus.
+
+    Raises:
+        ValueError: One is missing or cannot be read, or a glob pattern matches what is no file.
+    """
+    return token_files(config) if isinstance(config, TokensCorpusConfig) else corpus_files(config)
 
 
 def unit_rows(config: CorpusConfig, unit: Unit) -> Iterator[CorpusRow]:
@@ -138,7 +154,7 @@ def sample_texts(config: CorpusConfig, max_bytes: int, retries: Retries | None =
     decide the vocabulary alone; other sources give their first documents.
     """
     if isinstance(config, FilesCorpusConfig):
-        files = corpus_files(config)
+        files = local_files(config).files
         # 64 files open at once are enough for variety and few enough for any limit on handles.
         every = -(-len(files) // 64)
         rows = _in_turn([file_rows(FileSlice(str(path), 0, None, 0), config) for path in files[::every]])
@@ -158,22 +174,55 @@ def content_identity(config: CorpusConfig) -> str:
     """A string that changes when the text behind a configuration does, without reading it.
 
     The built-in corpus is known by the interpreter's files and their sizes, local files by
-    path, size and time of change. A hub dataset is known by its name alone.
+    path, size and what ``content_check`` says. A hub dataset is known by its name alone.
 
     Raises:
         ValueError: A local file is missing or a glob pattern matches nothing.
     """
     if isinstance(config, BuiltinCorpusConfig):
         return json.dumps([[piece.name, piece.size_bytes] for piece in builtin_pieces()])
-    if isinstance(config, FilesCorpusConfig):
-        stats = [(path, path.stat()) for path in corpus_files(config)]
-        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    if isinstance(config, HubCorpusConfig):
+        return config.name  # and what else its configuration says
+    files = local_files(config).files
     if isinstance(config, TokensCorpusConfig):
-        files = token_files(config)
         files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
-        stats = [(path, path.stat()) for path in files]
-        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
-    return config.name  # and what else its configuration says
+    return json.dumps([[str(path), *_content_sign(path, config.content_check)] for path in files])
+
+
+def _content_sign(path: Path, check: ContentCheck) -> list[int | str]:
+    try:
+        status = path.stat()
+        if check == "full":
+            return [
+                status.st_size,
+                _hash_of_unchanged(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+            ]
+        return [status.st_size, status.st_mtime_ns, _sampled_hash(path, status.st_size)]
+    except OSError as error:
+        raise ValueError(f"data.paths: {path}: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_of_unchanged(path: Path, size: int, changed_ns: int, status_changed_ns: int) -> str:
+    """Hash of a whole file, read once in a process while its times stay as they are."""
+    checksum = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def _sampled_hash(path: Path, size: int) -> str:
+    """Hash of blocks spread evenly over a file, the first and the last among them; of a small file, of all."""
+    checksum = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
+            checksum.update(file.read())
+        else:
+            for number in range(_SAMPLED_BLOCKS):
+                file.seek(number * (size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1))
+                checksum.update(file.read(_BLOCK_BYTES))
+    return checksum.hexdigest()
 
 
 def _group(files: list[list[FileSlice]], unit_bytes: int) -> list[Unit]:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe, version_and_licence
+from moe_pretrain.data.documents.config import (
+    CorpusConfig,
+    HubCorpusConfig,
+    TokensCorpusConfig,
+    describe,
+    version_and_licence,
+)
 from moe_pretrain.data.documents.hub import START, Place
 from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
 from moe_pretrain.data.prepare import cache
@@ -23,15 +29,19 @@ from moe_pretrain.data.prepare.worker_pool import (
     run_in_processes,
 )
 from moe_pretrain.data.shards import reader as shards
+from moe_pretrain.data.shards.near_duplicates import find_duplicates
 from moe_pretrain.data.shards.reader import Origin, ShardInfo
 from moe_pretrain.data.shards.unit_shards import (
     NOTHING,
     SIDES,
     UNITS,
+    Counts,
     UnitRecord,
+    drop_from_validation,
     forget_unit,
     read_records,
     read_token_counts,
+    read_unit_sketches,
     shard_is_whole,
 )
 from moe_pretrain.data.shards.writer import write_manifest
@@ -40,7 +50,7 @@ from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
     make_tokenizer,
 )
-from moe_pretrain.system.files import sync_folder, write_durably
+from moe_pretrain.system.files import sync_folder, write_whole
 
 COUNTS_FILE = "counts.json"
 
@@ -199,7 +209,9 @@ class Preparation:
         self, tokenizer: Tokenizer, tasks: Iterator[Task], most: int, progress: ProgressLine
     ) -> Iterator[UnitRecord]:
         fraction = self._corpus.validation_fraction if self.sides == SIDES else 0.0
-        job = TokenizeJob(self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint)
+        job = TokenizeJob(
+            self._partial, self._corpus, fraction, self._tokenizer_config, tokenizer.fingerprint, self._sketched
+        )
         processes = min(self._workers, most)
         if processes <= 1:
             records = run_here(job, tokenizer, tasks, progress.advance)
@@ -209,20 +221,58 @@ class Preparation:
             progress.finish(record)
             yield record
 
+    @property
+    def _sketched(self) -> bool:
+        """Whether documents that are held out are looked for among those that are trained on."""
+        return self.sides == SIDES and self._corpus.near_duplicates != "ignore"
+
+    def _find_duplicates(self, tokenizer: Tokenizer) -> Counts:
+        """Look for held-out documents in the training side, and leave them out where that is asked for.
+
+        Returns:
+            What is found and stays in.
+        """
+        records = [record for _, record in sorted(self._records.items())]
+        held_out = [read_unit_sketches(self._partial, record.index, SIDES[1]) for record in records]
+        edges = np.cumsum([len(some) for some in held_out])[:-1]
+        self.report(f"looking for {sum(map(len, held_out)):,} held-out documents in the training side")
+        trained_on = (read_unit_sketches(self._partial, record.index, SIDES[0]) for record in records)
+        exact, near = find_duplicates(np.concatenate(held_out), trained_on)
+        if self._corpus.near_duplicates == "count":
+            return dataclasses.replace(NOTHING, near_duplicates=int(near.sum()), exact_duplicates=int(exact.sum()))
+        by_unit = zip(records, np.split(exact, edges), np.split(near, edges), strict=True)
+        for record, exact_here, near_here in by_unit:
+            if near_here.any():
+                self._records[record.index] = drop_from_validation(
+                    self._partial, record, near_here, int(exact_here.sum()), tokenizer.vocab_size,
+                    tokenizer.end_of_document,
+                )  # fmt: skip
+        return NOTHING
+
     def _finish(self, tokenizer: Tokenizer) -> None:
         """Write the manifests and give the folder its name."""
         corpus = self._corpus
+        found_in_training = self._find_duplicates(tokenizer) if self._sketched and self._records else NOTHING
         records = [record for _, record in sorted(self._records.items())]
-        counts = sum((record.counts for record in records), NOTHING)
+        counts = sum((record.counts for record in records), found_in_training)
         found = counts.train + counts.validation
         for side, number in (("training", counts.train), ("validation", counts.validation)):
             if not found:
                 raise ValueError(f"data: no document with text in {describe(corpus)} ({counts.read} rows read)")
+            if side == "validation" and not number and counts.duplicate:
+                raise ValueError(
+                    f"data.near_duplicates=drop leaves no validation document in {describe(corpus)}: training has the "
+                    f"same or nearly the same of all {counts.duplicate}; count keeps them"
+                )
             if not number and self.sides == SIDES:
                 raise ValueError(
                     f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "
                     f"document of the {found} in {describe(corpus)}"
                 )
+        tokens = sum(shard.tokens - shard.documents for record in records for shard in record.shards if shard)
+        unknown = tokenizer.describe_unknown(counts.unknown, tokens, self._tokenizer_config.max_unknown)
+        if unknown:
+            self.report(unknown.removeprefix("; "))
         origin = Origin(describe(corpus), *version_and_licence(corpus))
         token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         for record in records:
@@ -232,8 +282,16 @@ class Preparation:
             write_manifest(
                 self._partial / side, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
             )
-        write_durably(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
-        sync_folder(self._partial)
+        if counts.packed:
+            assert isinstance(corpus, TokensCorpusConfig)
+            self.report(
+                f"packed documents: cut at {counts.packed:,} end-of-document tokens inside Megatron documents "
+                "(data.megatron_documents=index keeps them whole)"
+                if corpus.megatron_documents == "end_of_document"
+                else f"packed documents: {counts.packed:,} Megatron documents have end-of-document tokens inside, and "
+                "are kept whole (data.megatron_documents=end_of_document cuts them)"
+            )
+        write_whole(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
         if self.folder.exists():
             shutil.rmtree(self.folder)  # published folders are complete: somebody removed files from it
         self._partial.rename(self.folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import xxhash
 
 from moe_pretrain.data.corpus_changes import source_file_facts
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig
-from moe_pretrain.data.documents.work_units import content_identity
+from moe_pretrain.data.documents.config import CorpusConfig, FilesCorpusConfig, HubCorpusConfig, TokensCorpusConfig
+from moe_pretrain.data.documents.work_units import content_identity, local_files
 from moe_pretrain.data.prepare.attempt import COUNTS_FILE, Preparation, build, is_complete
 from moe_pretrain.data.rows.mixture import DataConfig
 from moe_pretrain.data.shards import reader as shards
@@ -113,7 +114,8 @@ class TokenizedCorpus(SingleCorpus):
 
     def describe_size(self) -> str:
         """How much there is, in a few words."""
-        return f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
+        sizes = f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
+        return sizes + self.describe_duplicates()
 
     def describe_prepared(self, num_tokens: int) -> str:
         """Documents and tokens in and out: all of it is in the cache."""
@@ -128,6 +130,9 @@ class TokenizedCorpus(SingleCorpus):
                 (counts.empty, "empty"),
                 (counts.invalid_utf8, "not UTF-8"),
                 (counts.invalid_json, "not JSON"),
+                (counts.invalid_text, "without a text"),
+                (counts.table, "tables"),
+                (counts.duplicate, "held out but trained on too, exactly or nearly"),
             )
             if number
         )
@@ -136,7 +141,18 @@ class TokenizedCorpus(SingleCorpus):
         return (
             f"documents: {counts.read:,} read = {counts.train:,} training + {counts.validation:,} validation"
             f"{left_out}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
-            f"{self.validation.num_tokens:,} validation, ends of documents among them"
+            f"{self.validation.num_tokens:,} validation, ends of documents among them{self.describe_duplicates()}"
+        )
+
+    def describe_duplicates(self) -> str:
+        """What is known of held-out documents that are trained on too: nothing, or a clause."""
+        counts = self.counts
+        if not counts.near_duplicates:
+            return ""
+        what = "left out" if counts.duplicate else "kept (data.near_duplicates=drop leaves them out)"
+        return (
+            f"; {counts.near_duplicates:,} held-out documents are near duplicates of training documents "
+            f"({counts.exact_duplicates:,} exact), {what}"
         )
 
 
@@ -183,8 +199,15 @@ def prepare(
     max_tokens = _max_tokens(corpus, tokens_needed)
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
     folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
+    if isinstance(corpus, FilesCorpusConfig | TokensCorpusConfig) and (again := local_files(corpus).describe_again()):
+        report(again)
+    if is_complete(folder, SIDES):
+        made = datetime.datetime.fromtimestamp((folder / COUNTS_FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        report(f"corpus in the cache: {folder}, prepared {made}")
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
-    return _open(folder, pretrained)
+    prepared = _open(folder, pretrained)
+    report(prepared.tokenizer.describe())
+    return prepared
 
 
 def prepare_evaluation_set(

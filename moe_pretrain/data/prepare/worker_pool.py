@@ -42,6 +42,7 @@ class TokenizeJob:
         validation_fraction: Share of documents held out; 0 for a corpus that is not trained on.
         tokenizer: The tokenizer; a trained one is a file in ``folder``.
         fingerprint: ``Tokenizer.fingerprint``, which a worker's must equal.
+        sketch: Whether the documents are sketched, to find near duplicates.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class TokenizeJob:
     validation_fraction: float
     tokenizer: TokenizerConfig
     fingerprint: str
+    sketch: bool
 
     def load_tokenizer(self) -> Tokenizer:
         """The job's tokenizer, as every process reads it.
@@ -197,7 +199,9 @@ def _do(
     job: TokenizeJob, unit: Unit, max_tokens: int | None, tokenizer: Tokenizer, tick: Callable[[int, int], None]
 ) -> UnitRecord:
     try:
-        return write_unit(job.folder, job.corpus, job.validation_fraction, unit, tokenizer, max_tokens, tick)
+        return write_unit(
+            job.folder, job.corpus, job.validation_fraction, unit, tokenizer, max_tokens, tick, job.sketch
+        )
     except (EOFError, ConnectionError):
         raise
     except OSError as error:

@@ -19,10 +19,11 @@ from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, T
 from moe_pretrain.data.documents.hub import Place
 from moe_pretrain.data.documents.token_files import token_rows
 from moe_pretrain.data.documents.work_units import Unit, unit_rows
-from moe_pretrain.data.shards.reader import ShardInfo
+from moe_pretrain.data.shards.near_duplicates import Sketcher, read_sketches
+from moe_pretrain.data.shards.reader import INDEX_DTYPE, ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer import Tokenizer
-from moe_pretrain.system.files import write_durably
+from moe_pretrain.system.files import write_whole
 
 SIDES = ("train", "validation")
 UNITS = "units"  # folder of the records, beside those of the sides
@@ -31,32 +32,47 @@ _BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at once: enough fo
 
 @dataclass(frozen=True)
 class Counts:
-    """Documents in and out; ``read`` is the sum of all that follow it but ``repaired``.
+    """Documents in and out; ``read`` is the sum of those that follow it up to ``validation``.
 
     Attributes:
         read: Rows of the source.
         empty: Left out because their text is empty.
         invalid_utf8: Left out because their text is not UTF-8.
         invalid_json: Left out because their line is no JSON object.
+        invalid_text: Left out because they have no text: none at all, null, a list, a number.
+        table: Left out of the built-in corpus because they are tables.
+        duplicate: Left out of the validation side because training has the same or nearly the same.
         train: Documents to train on.
         validation: Documents held out.
         repaired: Of the last two, those in which bytes that are not UTF-8 were replaced.
+        near_duplicates: Of ``validation`` and ``duplicate``, those of which training has the same or nearly the same.
+        exact_duplicates: Of these, those of which training has the same.
+        packed: Ends of documents inside Megatron documents, at which these were cut; or documents that have any, where
+            the index alone decides.
+        unknown: Tokens of ``train`` and ``validation`` that stand for what the tokenizer does not know.
     """
 
     read: int
     empty: int
     invalid_utf8: int
     invalid_json: int
+    invalid_text: int
+    table: int
+    duplicate: int
     train: int
     validation: int
     repaired: int
+    near_duplicates: int
+    exact_duplicates: int
+    packed: int
+    unknown: int
 
     def __add__(self, other: "Counts") -> "Counts":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return Counts(*(one + two for one, two in zip(mine, theirs, strict=True)))
 
 
-NOTHING = Counts(0, 0, 0, 0, 0, 0, 0)
+NOTHING = Counts(*(0 for _ in dataclasses.fields(Counts)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,7 @@ def write_unit(
     tokenizer: Tokenizer,
     max_tokens: int | None,
     tick: Tick,
+    sketch: bool = False,
 ) -> UnitRecord:
     """Tokenise one unit.
 
@@ -106,6 +123,7 @@ def write_unit(
         tokenizer: The tokenizer.
         max_tokens: Stop with the document that brings the training side there; None for no end.
         tick: Called after every batch of documents.
+        sketch: Whether to write sketches of the documents: see ``near_duplicates``.
 
     Raises:
         ValueError: The source cannot be used.
@@ -114,6 +132,7 @@ def write_unit(
     train, validation = (
         ShardWriter(folder / side, unit.index, tokenizer.vocab_size, tokenizer.end_of_document) for side in SIDES
     )
+    sketchers = [Sketcher() for _ in SIDES] if sketch else []
     counted = {field.name: 0 for field in dataclasses.fields(Counts)}
     limited = False
     try:
@@ -126,13 +145,15 @@ def write_unit(
                 if isinstance(row, LeftOut):
                     counted[row.reason] += 1
                     continue
-                if isinstance(row, TokenDocument):
-                    held_out = is_validation(row.tokens, validation_fraction)
-                    (validation if held_out else train).add(row.tokens, 0)
-                    continue
-                held_out = is_validation(row.text, validation_fraction)
-                (validation if held_out else train).add(next(tokens), len(row.text.encode()))
-                counted["repaired"] += row.repaired
+                content = row.tokens if isinstance(row, TokenDocument) else row.text
+                ids = row.tokens if isinstance(row, TokenDocument) else np.array(next(tokens), dtype=np.int64)
+                text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
+                counted["packed"] += isinstance(row, TokenDocument) and row.packed
+                held_out = is_validation(content, validation_fraction)
+                (validation if held_out else train).add(ids, text_bytes)
+                if sketch:
+                    sketchers[held_out].add(ids, text_bytes)
+                counted["repaired"] += isinstance(row, Document) and row.repaired
                 limited = max_tokens is not None and train.num_tokens >= max_tokens
                 if limited:
                     break
@@ -141,14 +162,76 @@ def write_unit(
                 break
         counted |= {"train": train.num_documents, "validation": validation.num_documents}
         shards = (train.close(), validation.close())
+        if tokenizer.unknown is not None:
+            counted["unknown"] = sum(int(side.token_counts[tokenizer.unknown]) for side in (train, validation))
     finally:
         train.abort()
         validation.abort()
     record = UnitRecord(unit.index, shards, Counts(**counted), limited, unit.end)
     (folder / UNITS).mkdir(exist_ok=True)
-    write_durably(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
-    write_durably(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
+    for side, sketcher in zip(SIDES, sketchers, strict=False):
+        _write_sketches(folder, unit.index, side, sketcher.sketches())
+    write_whole(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
+    write_whole(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
+
+
+def drop_from_validation(
+    folder: Path, record: UnitRecord, dropped: np.ndarray, exact: int, vocab_size: int, end_of_document: int
+) -> UnitRecord:
+    """Write a unit's validation shard again without some of its documents.
+
+    Shard, sketches and record are replaced in this order: of a unit that was cut off in between, the shard has not the
+    size that the record says, and it is tokenised again.
+
+    Args:
+        folder: Folder of the corpus being prepared.
+        record: The unit's.
+        dropped: bool [documents] of the shard, at least one of them.
+        exact: How many of them are exact duplicates.
+        vocab_size: The tokenizer's.
+        end_of_document: The tokenizer's.
+
+    Returns:
+        The record that took the place of ``record``.
+    """
+    shard, side = record.shards[1], SIDES[1]
+    assert shard is not None
+    sketches = read_unit_sketches(folder, record.index, side)
+    dtype = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+    tokens = np.fromfile(folder / side / f"{shard.name}.bin", dtype)
+    ends = np.fromfile(folder / side / f"{shard.name}.idx", INDEX_DTYPE).astype(np.int64)
+    writer = ShardWriter(folder / side, record.index, vocab_size, end_of_document)
+    for document, sketch, drop in zip(np.split(tokens, ends[:-1]), sketches, dropped, strict=True):
+        if not drop:
+            writer.add(document[:-1], int(sketch["text_bytes"]))
+    if (rest := writer.close()) is None:
+        forget_shards(folder, record.index, (side,))
+    _write_sketches(folder, record.index, side, sketches[~dropped])
+    number = int(dropped.sum())
+    counts = dataclasses.replace(
+        record.counts,
+        validation=record.counts.validation - number,
+        duplicate=number,
+        near_duplicates=number,
+        exact_duplicates=exact,
+    )
+    record = dataclasses.replace(record, shards=(record.shards[0], rest), counts=counts)
+    write_whole(record_path(folder, record.index), json.dumps(dataclasses.asdict(record)).encode())
+    return record
+
+
+def read_unit_sketches(folder: Path, index: int, side: str) -> np.ndarray:
+    """``near_duplicates.SKETCH_DTYPE`` [documents] of one side of a unit."""
+    return read_sketches(_sketches_path(folder, index, side))
+
+
+def _write_sketches(folder: Path, index: int, side: str, sketches: np.ndarray) -> None:
+    write_whole(_sketches_path(folder, index, side), sketches.tobytes())
+
+
+def _sketches_path(folder: Path, index: int, side: str) -> Path:
+    return folder / UNITS / f"unit-{index:05d}.{side}.sketches"
 
 
 def read_records(folder: Path) -> dict[int, UnitRecord]:
@@ -187,6 +270,8 @@ def forget_unit(folder: Path, index: int) -> None:
     """Undo a unit: the record first, so that there is never a record without its shards."""
     record_path(folder, index).unlink(missing_ok=True)
     (folder / UNITS / f"unit-{index:05d}.counts").unlink(missing_ok=True)
+    for side in SIDES:
+        _sketches_path(folder, index, side).unlink(missing_ok=True)
     forget_shards(folder, index, SIDES)
 
 

@@ -292,6 +292,7 @@ class AutonomyExpertChoiceRouter(AutonomyBase):
 
     causal_in_training = False
     causal_in_evaluation = True
+    evaluation_rule = "a token takes the experts whose running threshold it exceeds; in training experts choose tokens"
 
     def __init__(self, config: AutonomyExpertChoiceConfig, hidden_size: int, num_experts: int, layer: int):
         super().__init__(config, hidden_size, num_experts, layer)

@@ -131,6 +131,7 @@ class ExpertChoiceRouter(Router):
 
     causal_in_training = False
     causal_in_evaluation = True
+    evaluation_rule = "a token takes the experts whose running threshold it exceeds; in training experts choose tokens"
 
     def __init__(self, config: ExpertChoiceConfig, hidden_size: int, num_experts: int, layer: int):
         super().__init__(layer)

@@ -88,6 +88,8 @@ class ExpertThresholdRouter(Router):
         self.config = config
         self.num_experts = num_experts
         self.causal_in_training = config.warmup_steps == 0
+        if config.warmup_steps:
+            self.evaluation_rule = f"thresholds; in the first {config.warmup_steps} steps of training experts choose"
         self.num_sums = num_experts * config.num_bins + 1
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.threshold: Tensor

@@ -97,6 +97,7 @@ class SinkhornRouter(LinearRouter):
     """
 
     causal_in_training = False
+    evaluation_rule = "plain top-k of the logits; in training top-k of the Sinkhorn plan"
 
     def __init__(self, config: SinkhornConfig, hidden_size: int, num_experts: int, layer: int):
         super().__init__(config, hidden_size, num_experts, layer)

@@ -1,22 +1,26 @@
 """Is a routing scheme what it says? One scheme, shipped or a user's own, property by property.
 
 ``certify`` builds a tiny model around the configured router in one process and prints one row per property. How a
-property is tested stands in the docstring of its function, in ``certify_routes`` (what a decision is and may depend
-on) or ``certify_learning`` (losses, gradients, recomputation, state).
+property is tested stands in the docstring of its function: ``route_properties`` (what a decision is and whether it
+looks ahead), ``dependence_properties`` (what else it may not know), ``learning_properties`` (losses, gradients,
+recomputation, state) and ``derivative_properties`` (gradients beside finite differences).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from moe_pretrain.config.schema import Config
-from moe_pretrain.system.files import write_whole
+from moe_pretrain.system.files import write_json
+from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
+from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
 from moe_pretrain.verify.certificate.route_properties import ROUTES
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
 
+PROPERTIES: dict[str, Callable[[Subject], str]] = ROUTES | DEPENDENCE | LEARNING | DERIVATIVES
+"""Name of the row -> the question behind it, in the order of the certificate."""
 PropertyVerdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
 
 
@@ -42,15 +46,16 @@ class PropertyResult:
 def examine(config: Config) -> Iterator[PropertyResult]:
     """Every property of ``config``'s router that one process can see."""
     subject = Subject(config)
-    for name, question in (ROUTES | LEARNING).items():
-        yield _ask(name, question, subject)
+    for name in PROPERTIES:
+        yield ask(name, subject)
 
 
-def _ask(name: str, question: Callable[[Subject], str], subject: Subject) -> PropertyResult:
+def ask(name: str, subject: Subject) -> PropertyResult:
+    """One property of the subject's router."""
     try:
         if not subject.model().moe_layers():
             return PropertyResult(name, "not applicable", f"router={subject.config.router.name} routes nothing")
-        return PropertyResult(name, "PASS", question(subject))
+        return PropertyResult(name, "PASS", PROPERTIES[name](subject))
     except NotApplicable as reason:
         return PropertyResult(name, "not applicable", str(reason))
     except DeclaredNonCausal as found:
@@ -105,7 +110,7 @@ def certify(
     rows.append(row)
     say(f"  {row}")
     if write is not None:
-        write_whole(write, json.dumps({"code": code, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        write_json(write, {"code": code, "rows": [asdict(row) for row in rows]})
         say(f"written: {write}")
     failed = sum(row.verdict == "FAIL" for row in rows)
     say("certified" if not failed else f"not certified: {failed} of {len(rows)} properties fail")

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.routers.base import RouterConfig
-from moe_pretrain.moe.types import Router, step_uses
+from moe_pretrain.moe.types import Router, Routing, step_uses
 from moe_pretrain.verify.certificate.route_properties import check_routes
 from moe_pretrain.verify.certificate.subject import (
     ROWS,
@@ -88,30 +88,62 @@ def _learns_with_one_expert(subject: Subject) -> str:
 
 
 def _is_one_when_uniform(subject: Subject) -> str:
-    """The balance loss is 1, unweighted, at uniform probabilities (C15).
+    """A balance loss is 1, unweighted, at uniform probabilities (C15).
 
     ``num_experts * sum_e(f_e * 1 / num_experts)`` is 1 for any shares ``f``, so it does not matter where ties go.
     """
-    router, (hidden, context, _) = _balanced_router(subject)
-    with _parameters_set(router, torch.zeros_like):
-        routing = router(hidden, context)
-    entropy = float(routing.use.router_entropy / routing.use.tokens)
-    if abs(entropy - math.log(subject.num_experts)) > 1e-4:
-        raise NotApplicable(f"weights of zero do not make its probabilities uniform (entropy {entropy:.3f} nats)")
-    value = routing.aux["load_balance"].item()
-    require(abs(value - 1) <= 1e-6, f"{value:.6f} at uniform probabilities instead of 1")
-    return "1 at uniform probabilities (exact for any routes, so ties do not matter)"
+    router, decision, names = _balance_losses(subject)
+    routing = _routed_when_uniform(subject, router, decision)
+    if isinstance(routing, str):
+        raise NotApplicable(routing)
+    for name in names:
+        value = routing.aux[name].item()
+        require(abs(value - 1) <= 1e-6, f"{name} is {value:.6f} at uniform probabilities instead of 1")
+    others = ", ".join(sorted(routing.aux.keys() - set(names)))
+    unchecked = f"; nothing checks the scale of {others}" if others else ""
+    return f"{', '.join(names)} is 1 at uniform probabilities (exact for any routes, so ties do not matter){unchecked}"
 
 
 def _has_closed_form_when_collapsed(subject: Subject) -> str:
-    """The balance loss is ``num_experts / m * (share of routes to m experts)`` when those ``m`` surely get every token.
+    """A balance loss is ``num_experts / m * (share of routes to m experts)`` when those ``m`` surely get every token.
 
     That is ``num_experts / top_k`` for top-k routing (C15). ``m`` is ``top_k``, or 1 for a scheme without it.
     """
-    router, (hidden, context, _) = _balanced_router(subject)
-    num_experts, few = subject.num_experts, vars(subject.config.router).get("top_k", 1)
+    router, decision, names = _balance_losses(subject)
+    routing = _routed_when_collapsed(subject, router, decision)
+    if isinstance(routing, str):
+        raise NotApplicable(routing)
+    few, expected = _few(subject), _when_collapsed(subject, routing)
+    for name in names:
+        value = routing.aux[name].item()
+        right = abs(value - expected) <= 1e-4 * expected
+        require(right, f"{name} is {value:.4f} when collapsed on {few} instead of {expected:.4f}")
+    share = expected * few / subject.num_experts
+    verb = "has" if few == 1 else "have"
+    more = "" if share == 1 else f" and {share:.2f} of the routes"
+    return f"{expected:.4f} when {few} of {subject.num_experts} experts {verb} all probability{more}"
+
+
+def _few(subject: Subject) -> int:
+    """Experts on which a router is made to collapse."""
+    return vars(subject.config.router).get("top_k", 1)
+
+
+def _routed_when_uniform(subject: Subject, router: Router, decision: Decision) -> Routing | str:
+    """What the router decides with uniform probabilities, or why it cannot be brought there."""
+    with _parameters_set(router, torch.zeros_like):
+        routing = router(decision.hidden, decision.context)
+    entropy = float(routing.use.router_entropy / routing.use.tokens)
+    if abs(entropy - math.log(subject.num_experts)) > 1e-4:
+        return f"weights of zero do not make its probabilities uniform (entropy {entropy:.3f} nats)"
+    return routing
+
+
+def _routed_when_collapsed(subject: Subject, router: Router, decision: Decision) -> Routing | str:
+    """What the router decides when it is sure of few experts, or why it cannot be brought there."""
+    num_experts, few, hidden = subject.num_experts, _few(subject), decision.hidden
     if not all(parameter.shape[0] == num_experts for parameter in router.parameters()):
-        raise NotApplicable("its parameters do not belong to one expert each, so they cannot be set to collapse")
+        return "its parameters do not belong to one expert each, so they cannot be set to collapse"
     for others in (-1.0, 0.0):  # a logit may be negative, a norm not
 
         def collapsed(parameter: Tensor, others: float = others) -> Tensor:
@@ -119,28 +151,40 @@ def _has_closed_form_when_collapsed(subject: Subject) -> str:
             return level.view(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter)
 
         with _parameters_set(router, collapsed):
-            routing = router(torch.ones_like(hidden), context)
+            routing = router(torch.ones_like(hidden), decision.context)
         entropy = float(routing.use.router_entropy / routing.use.tokens)
         if abs(entropy - math.log(few)) <= 1e-3:
-            break
-    else:
-        raise NotApplicable(f"its probabilities do not collapse on {few} experts (entropy {entropy:.3f} nats)")
-    share = float(routing.use.tokens_per_expert[:few].sum() / routing.use.tokens_per_expert.sum())
-    expected, value = num_experts / few * share, routing.aux["load_balance"].item()
-    require(abs(value - expected) <= 1e-4 * expected, f"{value:.4f} when collapsed on {few} instead of {expected:.4f}")
-    verb = "has" if few == 1 else "have"
-    more = "" if share == 1 else f" and {share:.2f} of the routes"
-    return f"{value:.4f} when {few} of {num_experts} experts {verb} all probability{more}"
+            return routing
+    return f"its probabilities do not collapse on {few} experts (entropy {entropy:.3f} nats)"
 
 
-def _balanced_router(subject: Subject) -> tuple[Router, Decision]:
-    """The first router and what it decided, if it has a balance loss."""
+def _when_collapsed(subject: Subject, routing: Routing) -> float:
+    """The balance loss of a collapsed decision."""
+    few, load = _few(subject), routing.use.tokens_per_expert
+    return subject.num_experts / few * float(load[:few].sum() / load.sum())
+
+
+def _balance_losses(subject: Subject) -> tuple[Router, Decision, list[str]]:
+    """The first router, what it decided, and its losses that are called or behave like a balance loss.
+
+    A loss behaves like one if from uniform to collapsed probabilities it grows by the factor of the balance loss.
+    """
     model = subject.model()
-    decision = subject.run(model, subject.batch()).decisions[0]
-    if "load_balance" not in decision.routing.aux:
-        names = ", ".join(sorted(decision.routing.aux)) or "none"
-        raise NotApplicable(f"the scheme has no load_balance loss; its aux losses: {names}")
-    return routers_of(model)[0], decision
+    router, decision = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
+    names = [name for name in decision.routing.aux if "balance" in name]
+    others = [name for name in decision.routing.aux if name not in names]
+    uniform, collapsed = (route(subject, router, decision) for route in (_routed_when_uniform, _routed_when_collapsed))
+    if others and not isinstance(uniform, str) and not isinstance(collapsed, str):
+        factor = _when_collapsed(subject, collapsed)
+        for name in others:
+            low, high = uniform.aux[name].item(), collapsed.aux[name].item()
+            if low > 1e-6 and factor > 1 and abs(high / low - factor) <= 1e-3 * factor:
+                names.append(name)
+    if not names:
+        found = ", ".join(sorted(others))
+        unchecked = f"; nothing checks the scale of {found}" if found else ": it has no aux loss"
+        raise NotApplicable(f"no loss is called or behaves like a balance loss{unchecked}")
+    return router, decision, names
 
 
 def _is_finite_at_ties(subject: Subject) -> str:

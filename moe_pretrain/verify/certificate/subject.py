@@ -24,6 +24,8 @@ from moe_pretrain.verify.small_twin import shrink
 
 ROWS = 4
 WARM_STEPS = 3
+LATE_STEPS = (1_000, 1_000_000)
+"""Optimizer steps at which a schedule has surely changed what it changes."""
 TOLERANCE = 2e-5
 """Largest relative difference that float32 sums in another order may make."""
 
@@ -91,14 +93,16 @@ class Subject:
             move_state(model, self.run(model, self.batch(seed=step), step))
         return model.state_dict()
 
-    def batch(self, seed: int = 0, padding: Sequence[int] = (), one_document: bool = False) -> MicroBatch:
-        """``ROWS`` random rows of several documents each; those in ``padding`` are not text."""
+    def batch(
+        self, seed: int = 0, padding: Sequence[int] = (), one_document: bool = False, rows: int = ROWS
+    ) -> MicroBatch:
+        """``rows`` random rows of several documents each; those in ``padding`` are not text."""
         random = np.random.default_rng(seed)
-        shape = (ROWS, self.sequence + 1)
+        shape = (rows, self.sequence + 1)
         tokens = random.integers(0, self.config.model.vocab_size, shape)
         starts = random.random(shape) < (0.0 if one_document else 0.2)
         starts[:, 0] = False
-        positions = np.arange(ROWS)
+        positions = np.arange(rows)
         positions[list(padding)] = PADDING_POSITION
         packing = self.config.packing
         return build_micro_batch(tokens, starts, positions, packing.isolate_documents, packing.reset_positions)
@@ -131,18 +135,19 @@ class Subject:
             output = model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
         return Pass(output, decisions)
 
-    def logits(self, model: DecoderLM, batch: MicroBatch) -> tuple[Tensor, list[Decision]]:
+    def logits(self, model: DecoderLM, batch: MicroBatch, step: int = 0) -> tuple[Tensor, list[Decision]]:
         """Logits ``[batch, sequence, vocab]`` in the model's mode, and the routers' decisions."""
-        context = self.context(batch, 0, _own_counts if model.training else None)
+        return self.logits_in(model, batch, self.context(batch, step, _own_counts if model.training else None))
+
+    def logits_in(self, model: DecoderLM, batch: MicroBatch, context: RoutingContext) -> tuple[Tensor, list[Decision]]:
+        """The same, with what the routers are told."""
         with _watched(model) as decisions:
             logits = model.logits(batch.input_ids, batch.document_ids, batch.position_ids, context)
         return logits, decisions
 
     def table(self, decision: Decision) -> Tensor:
         """``[tokens, experts]``: the weight of each route, NaN where there is none."""
-        routing = decision.routing
-        table = torch.full((len(decision.hidden), self.num_experts), math.nan)
-        return table.index_put((routing.token_index, routing.expert_index), routing.weight.detach().float())
+        return route_table(decision.routing, len(decision.hidden), self.num_experts)
 
     def tables(self, decisions: list[Decision]) -> list[Tensor]:
         """The table of every router."""
@@ -201,6 +206,20 @@ def rows_of(batch: MicroBatch, rows: slice | Tensor) -> MicroBatch:
         batch.row_positions[rows],
         token_hash=0,
     )
+
+
+def judge_dependence(model: DecoderLM, training: bool, found: str) -> None:
+    """Raise what a decision's dependence on other tokens is by the scheme's own declaration."""
+    name = "causal_in_training" if training else "causal_in_evaluation"
+    if all(getattr(router, name) for router in routers_of(model)):
+        raise Broken(f"{name} is declared, but {found}")
+    raise DeclaredNonCausal(found)
+
+
+def route_table(routing: Routing, num_tokens: int, num_experts: int) -> Tensor:
+    """``[tokens, experts]``: the weight of each route, NaN where there is none."""
+    table = torch.full((num_tokens, num_experts), math.nan)
+    return table.index_put((routing.token_index, routing.expert_index), routing.weight.detach().float())
 
 
 def same_routes(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> bool:

@@ -58,11 +58,20 @@ def test_sets_are_composed_from_the_data_group():
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["+evaluation.sets.a={source: builtin, validation_fraction: 2}"], "validation_fraction=2"),
-        (["+evaluation.sets.a={source: builtin, validation_fraction: 0.1, x: 1}"], "evaluation.sets.a.x"),
-        (["+evaluation.sets.a={source: builtin}"], "evaluation.sets.a.validation_fraction is missing"),
+        (
+            ["+evaluation.sets.a={source: builtin, near_duplicates: ignore, validation_fraction: 2}"],
+            "validation_fraction=2",
+        ),
+        (
+            ["+evaluation.sets.a={source: builtin, near_duplicates: ignore, validation_fraction: 0.1, x: 1}"],
+            "evaluation.sets.a.x",
+        ),
+        (
+            ["+evaluation.sets.a={source: builtin, near_duplicates: ignore}"],
+            "evaluation.sets.a.validation_fraction is missing",
+        ),
         (["+evaluation.sets.a={source: nowhere}"], "evaluation.sets.a"),
-        (["+evaluation.sets={'a/b': {source: builtin, validation_fraction: 0.1}}"], "a/b"),
+        (["+evaluation.sets={'a/b': {source: builtin, near_duplicates: ignore, validation_fraction: 0.1}}"], "a/b"),
     ],
 )
 def test_wrong_sets_are_one_line(overrides, words):

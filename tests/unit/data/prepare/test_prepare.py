@@ -17,14 +17,15 @@ import pytest
 from helpers.corpora import files, hub
 
 from moe_pretrain import cli
-from moe_pretrain.data import TokenizerConfig, check_prepared, documents
+from moe_pretrain.data import TokenizerConfig, check_prepared
 from moe_pretrain.data import prepare as prepare_with_workers
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import LeftOut, is_validation
+from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare import attempt as building
 from moe_pretrain.data.prepare import prepare as preparation
 from moe_pretrain.data.shards import unit_shards as units
-from moe_pretrain.system.files import DurableFile
+from moe_pretrain.system.files import WholeFile
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -70,7 +71,11 @@ def test_every_document_arrives_on_one_side(config, tmp_path):
     counts = np.bincount(corpus.train.read(0, corpus.train.num_tokens))
     shares = counts[counts > 0] / counts.sum()
     assert corpus.unigram_entropy == pytest.approx(-(shares * np.log(shares)).sum())
-    assert "tokens/s" in lines[-1] and not any("\n" in line for line in lines)
+    assert (
+        any("tokens/s" in line for line in lines)
+        and "ends each document" in lines[-1]
+        and not any("\n" in line for line in lines)
+    )
 
 
 def test_a_second_call_reads_the_cache(config, tmp_path, monkeypatch):
@@ -161,9 +166,9 @@ def stream_numbered_texts(monkeypatch, rows=10**9):
         def state_dict(self):
             return {"number": self.number}
 
-    monkeypatch.setattr("moe_pretrain.data.documents.hub.open_stream", Numbered)
-    monkeypatch.setattr("moe_pretrain.data.documents.hub.require_network", lambda what, instead: None)
-    monkeypatch.setattr(building, "_TOKENIZER_SAMPLE_BYTES", 10_000)
+    monkeypatch.setattr(sys.modules["moe_pretrain.data.documents.hub"], "open_stream", Numbered)
+    monkeypatch.setattr(sys.modules["moe_pretrain.data.documents.hub"], "require_network", lambda what, instead: None)
+    monkeypatch.setattr("moe_pretrain.data.tokenizer._TOKENIZER_SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     monkeypatch.setattr(units, "_BATCH_CHARACTERS", 300)
     return opened
@@ -184,7 +189,7 @@ def test_a_stream_goes_on_after_a_failure_and_is_the_same(tmp_path, monkeypatch,
         attempts.append("done")
         return write(*arguments)
 
-    monkeypatch.setattr("moe_pretrain.data.prepare.worker_pool.write_unit", failing)
+    monkeypatch.setattr(sys.modules["moe_pretrain.data.prepare.worker_pool"], "write_unit", failing)
     opened.clear()
     for _ in range(100):
         try:
@@ -280,6 +285,63 @@ def test_counts_add_up_and_pieces_are_the_whole(mixed_corpus, tmp_path, monkeypa
     assert f"{counts.read:,} read" in line and "46 empty + 2 not JSON (1 with bytes replaced)" in line
 
 
+def test_held_out_documents_that_are_trained_on_nearly_are_counted_or_left_out(tmp_path, monkeypatch):
+    """Twins differ in one word of forty, so the hash puts some of them on two sides."""
+    monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 4000)
+    path = tmp_path / "twins.jsonl"
+    words = [f"{number} {' '.join(str(number * k % 997) for k in range(60))}" for number in range(1, 121)]
+    texts = [text for number, text in enumerate(words) for text in ([text, f"{text} end"] if number < 80 else [text])]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpora = {
+        policy: prepare(files(path, near_duplicates=policy), TOKENIZER, tmp_path / "cache", None, None, workers)
+        for policy, workers in (("ignore", 1), ("count", 2), ("drop", 2))
+    }
+    kept = {policy: texts_of(corpus, corpus.validation) for policy, corpus in corpora.items()}
+    trained_on = set(texts_of(corpora["drop"], corpora["drop"].train))
+    expected = [text for text in kept["ignore"] if not {text.removesuffix(" end"), f"{text} end"} & trained_on]
+    found = len(kept["ignore"]) - len(expected)
+    assert found > 15
+    assert kept["count"] == kept["ignore"] and kept["drop"] == expected
+    corpora["drop"].validation.verify()
+    assert corpora["drop"].validation.text_bytes == sum(map(len, expected))
+    assert (
+        corpora["drop"].train.fingerprint == corpora["count"].train.fingerprint == corpora["ignore"].train.fingerprint
+    )
+    assert [corpora[policy].counts.near_duplicates for policy in ("ignore", "count", "drop")] == [0, found, found]
+    counts = corpora["drop"].counts
+    assert (counts.read, counts.duplicate, counts.validation) == (len(texts), found, len(expected))
+    assert f"+ {found} held out but trained on too" in corpora["drop"].describe_counts()
+    assert f"{found} held-out documents are near duplicates of training documents (0 exact), kept" in (
+        corpora["count"].describe_counts()
+    )
+
+
+def test_a_killed_removal_of_duplicates_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 2000)
+    path = tmp_path / "twins.jsonl"
+    texts = [f"{number} {' '.join(str(number * k % 997) for k in range(60))}" for number in range(40)]
+    path.write_text("".join(json.dumps({"text": t + end}) + "\n" for end in ("", " end") for t in texts))
+    config = files(path, near_duplicates="drop")
+    whole = prepare(config, TOKENIZER, tmp_path / "whole", None, None)
+
+    def dying(*arguments):
+        raise KeyboardInterrupt
+
+    for moment in ("_write_sketches", "write_whole"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            drop = units.drop_from_validation
+
+            def cut_off(*arguments, drop=drop, moment=moment, patch=patch):
+                patch.setattr(units, moment, dying)
+                return drop(*arguments)
+
+            patch.setattr(building, "drop_from_validation", cut_off)
+            prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    again = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    assert (again.fingerprint, again.counts) == (whole.fingerprint, whole.counts)
+    assert again.counts.duplicate > 5
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 1000])
 def test_lines_are_cut_at_any_byte(tmp_path, monkeypatch, size):
     path = tmp_path / "a.jsonl"
@@ -297,11 +359,14 @@ def test_lines_are_cut_at_any_byte(tmp_path, monkeypatch, size):
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare, sources, units
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+from moe_pretrain.data.documents import work_units as sources
+from moe_pretrain.data.shards import unit_shards as units
 sources._SMALLEST_UNIT_BYTES = 10_000
 units._BATCH_CHARACTERS = 2_000
 paths, cache, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, "replace", "skip", None, None)
+policies = ("ignore", "replace", "skip", "fail", "sampled")
+config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, *policies, None, None)
 prepare(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
 """
 
@@ -345,7 +410,7 @@ def test_any_number_of_workers_and_any_kills_give_the_same_bytes(mixed_corpus, t
 def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 20_000)
     reference = prepare(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
-    write = DurableFile.write
+    write = WholeFile.write
     left = [60_000]
 
     def write_until_full(self, data):
@@ -354,7 +419,7 @@ def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
         left[0] -= len(data)
         write(self, data)
 
-    monkeypatch.setattr(DurableFile, "write", write_until_full)
+    monkeypatch.setattr(WholeFile, "write", write_until_full)
     with pytest.raises(ValueError, match="No space left on device; finished shards are kept") as caught:
         prepare(mixed_corpus, TOKENIZER, tmp_path / "two", None, None)
     assert "\n" not in str(caught.value)
@@ -428,8 +493,8 @@ def test_a_large_corpus_is_not_read_whole_at_every_start(config, tmp_path, monke
 
 
 def test_counts_add():
-    one = units.Counts(*range(7))
-    assert dataclasses.astuple(one + one) == tuple(range(0, 14, 2))
+    one = units.Counts(*range(14))
+    assert dataclasses.astuple(one + one) == tuple(range(0, 28, 2))
 
 
 def test_a_stream_is_the_same_with_any_number_of_workers(tmp_path, monkeypatch):

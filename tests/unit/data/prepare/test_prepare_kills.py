@@ -20,16 +20,18 @@ TOKENIZER = TokenizerConfig("train", 300, None)
 PROGRAM = """
 import multiprocessing.connection, os, signal, sys
 from pathlib import Path
-from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare, sources
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+from moe_pretrain.data.documents import work_units as sources
 sources._SMALLEST_UNIT_BYTES = 1000
 multiprocessing.connection.wait = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-config = FilesCorpusConfig("files", (sys.argv[1],), (".txt",), "text", 0.5, "fail", "fail", None, None)
+policies = ("ignore", "fail", "fail", "fail", "sampled")
+config = FilesCorpusConfig("files", (sys.argv[1],), (".txt",), "text", 0.5, *policies, None, None)
 prepare(config, TokenizerConfig("train", 300, None), Path(sys.argv[2]), None, 2, None)
 """
 # Keeps a worker from its first line until a file is there: a machine that is busy with other things.
 SLOW_START = """
 import pathlib, sys, time
-if "data.workers import main" in " ".join(sys.orig_argv):
+if "data.prepare.worker_pool import main" in " ".join(sys.orig_argv):
     until = time.monotonic() + 120
     while time.monotonic() < until and not pathlib.Path({go!r}).exists():
         time.sleep(0.01)

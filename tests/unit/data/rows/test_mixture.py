@@ -19,9 +19,9 @@ from moe_pretrain.data import (
     TokenizedMixture,
     TokenizerConfig,
     check_mixture,
-    documents,
     prepare_mixture,
 )
+from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.prepare import mixture as mixture_preparation
 from moe_pretrain.data.rows.micro_batch import wrap_to_int64
@@ -50,7 +50,7 @@ def readers(tmp_path_factory):
 
 
 def mixed(readers, weights, phases=(), when_exhausted="repeat"):
-    builtin = BuiltinCorpusConfig("builtin", 0.5)
+    builtin = BuiltinCorpusConfig("builtin", 0.5, "ignore")
     return MixedShards(readers, config_of(dict.fromkeys(readers, builtin), weights, phases, when_exhausted))
 
 
@@ -278,10 +278,10 @@ def test_a_mixture_is_composed_from_the_data_group():
         (["+data.weights={a: 1, b: 1}", "+data.sources.b.x=4"], "data.sources.b.x=4"),
         (
             ["+data.weights={a: 1, b: 1}", "data.sources.b.validation_fraction=2"],
-            "data.sources.b.validation_fraction=2.0 must be between 0 and 1",
+            "data.sources.b.validation_fraction=2 must be below 1",
         ),
         (["+data.weights={a: 1, b: 1}", "+data@evaluation.sets.b=builtin"], "evaluation.sets.b must have another name"),
-        (["+data@data.sources.c=mixture"], "data.sources.c="),
+        (["+data@data.sources.c=mixture"], "data.sources.c.source=mixture must be one of"),
     ],
 )
 def test_wrong_mixtures_are_one_line(overrides, words):
@@ -298,4 +298,4 @@ def test_tokens_in_a_mixture_need_their_tokenizer():
 
 def test_a_name_must_do_for_metrics():
     with pytest.raises(ValueError, match="data.sources: name 'a/b' must be of letters, digits, - and _"):
-        config_of({"a/b": BuiltinCorpusConfig("builtin", 0.5)}, [1])
+        config_of({"a/b": BuiltinCorpusConfig("builtin", 0.5, "ignore")}, [1])

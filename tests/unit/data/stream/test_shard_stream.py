@@ -9,11 +9,12 @@ import pytest
 from helpers.corpora import files, hub
 from helpers.streams import TOKENIZER, open_inline, streaming, write_lines
 
-from moe_pretrain.data import documents, prepare
+from moe_pretrain.data import prepare
 from moe_pretrain.data.documents import hub as hub_module
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import is_validation
 from moe_pretrain.data.documents.hub import START
+from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.rows.permutation import RowPermutation
 from moe_pretrain.data.stream import shard_stream as streaming_module
@@ -275,8 +276,6 @@ def test_settings_that_decide_the_order_must_stay(corpus, tmp_path):
     "changes, fragment",
     [
         ({"cache_shards": 4}, "cache_shards=4 must be at least 5"),
-        ({"window_shards": 0}, "window_shards=0 must be at least 1"),
-        ({"retry_seconds": -1.0}, "retry_seconds=-1.0 must be at least 0"),
     ],
 )
 def test_mistakes_in_the_settings(changes, fragment):

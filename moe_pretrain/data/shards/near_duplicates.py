@@ -1,0 +1,100 @@
+"""Near duplicates: documents of the validation side most of which also stands in a training document.
+
+Each document is sketched where it is tokenised, so the work is spread over the processes that tokenise; the sketches
+are compared once, when the corpus is whole.
+
+Source:
+    MinHash and bottom-k sketches: Broder, On the resemblance and containment of documents, 1997. Runs of five tokens
+    and a MinHash index as in Lee et al. 2021 (arXiv:2107.06499).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+SIMILARITY = 0.6
+"""Jaccard similarity of the runs from which two documents are near duplicates: four fifths of each are the other's."""
+
+_RUN_TOKENS = 5
+# Of a longer document only the runs of smallest hash count: a fair sample of it, so that a book costs no more than a
+# page. Of a short document inside a book of many pages it sees less, and so finds less.
+_MOST_RUNS = 1024
+_NUM_PERMUTATIONS = 64  # standard error of an estimated similarity: 0.06
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbouring token ids over all bits
+_MISSED_WEIGHT = 0.9  # a candidate too many costs a comparison of 64 numbers, one too few is a duplicate not found
+
+SKETCH_DTYPE = np.dtype([("content", "<u8"), ("text_bytes", "<u8"), ("minima", "<u4", (_NUM_PERMUTATIONS,))])
+"""One document: hash of its tokens, bytes of its text, and the minima of its runs' hashes under each permutation."""
+
+
+class Sketcher:
+    """Sketches of documents, in order."""
+
+    def __init__(self) -> None:
+        from datasketch import MinHash  # here and not above: it imports scipy, and shards that are ready need none
+
+        self._sketches: list[np.ndarray] = []
+        self._minhash = MinHash
+        self._permutations = MinHash(_NUM_PERMUTATIONS).permutations
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """Sketch one document: integers [tokens], without an end-of-document token."""
+        tokens = tokens.astype("<u4")
+        sketch = np.zeros((), SKETCH_DTYPE)
+        sketch["content"] = xxhash.xxh3_64_intdigest(tokens.tobytes())
+        sketch["text_bytes"] = text_bytes
+        minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
+        minhash.update_batch(_smallest_runs(tokens).tolist())
+        sketch["minima"] = minhash.hashvalues
+        self._sketches.append(sketch)
+
+    def sketches(self) -> np.ndarray:
+        """``SKETCH_DTYPE`` [documents]."""
+        return np.array(self._sketches, SKETCH_DTYPE)
+
+
+def read_sketches(path: Path) -> np.ndarray:
+    """``SKETCH_DTYPE`` [documents] of a file that was written with ``tofile``."""
+    return np.fromfile(path, SKETCH_DTYPE)
+
+
+def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out documents that are also trained on.
+
+    Args:
+        held_out: Sketches [documents].
+        trained_on: Sketches of the training documents, some at a time.
+
+    Returns:
+        bool [documents] of those that are equal to a training document, and of those equal or nearly equal.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    permutations = MinHash(_NUM_PERMUTATIONS).permutations
+
+    def minhash(minima: np.ndarray) -> MinHash:
+        return MinHash(hashvalues=minima, permutations=permutations, scheme="affine32")
+
+    index = MinHashLSH(SIMILARITY, _NUM_PERMUTATIONS, weights=(1 - _MISSED_WEIGHT, _MISSED_WEIGHT))
+    exact = np.zeros(len(held_out), bool)
+    found = np.zeros(len(held_out), bool)
+    for number, minima in enumerate(held_out["minima"]):
+        index.insert(number, minhash(minima))
+    for some in trained_on:
+        exact |= np.isin(held_out["content"], some["content"])
+        for minima in some["minima"]:
+            candidates = [number for number in index.query(minhash(minima)) if not found[number]]
+            if candidates:
+                found[candidates] |= (held_out["minima"][candidates] == minima).mean(axis=1) >= SIMILARITY
+    return exact, exact | found
+
+
+def _smallest_runs(tokens: np.ndarray) -> np.ndarray:
+    """uint32, rising: the smallest hashes of runs of neighbouring tokens; of a shorter document, of the whole."""
+    hashes = np.zeros(max(1, len(tokens) - _RUN_TOKENS + 1), np.uint64)
+    for offset in range(min(_RUN_TOKENS, len(tokens))):
+        hashes = (hashes + tokens[offset : offset + len(hashes)].astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
+        hashes ^= hashes >> np.uint64(29)
+    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))[:_MOST_RUNS]
