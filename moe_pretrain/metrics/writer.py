@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from moe_pretrain.metrics.console import ConsoleSink
 from moe_pretrain.metrics.wandb_sink import WandbSink, wandb_run
@@ -20,8 +20,10 @@ class MetricsConfig:
 
     Attributes:
         log_every_steps: Steps between two train rows, at least 1.
-        router_health_steps: Steps over which an expert without a token is called dead, and a router that uses hardly
-            more experts than each token does is called collapsed; at least 1.
+        router_health_steps: Steps over which an expert without a token is called dead and a router is judged for
+            collapse; at least 1.
+        collapse_ratio: A router is called collapsed while it uses at most this many times the experts that each token
+            uses (and not all of them); at least 1.
         progress: Show a progress bar when stderr is a terminal.
         wandb: "auto" is online for a user who is logged in and has a network, else offline. WANDB_MODE in the
             environment is obeyed where it sends less.
@@ -32,6 +34,7 @@ class MetricsConfig:
 
     log_every_steps: PositiveInt
     router_health_steps: PositiveInt
+    collapse_ratio: Annotated[float, Field(ge=1)]
     progress: bool
     wandb: Literal["auto", "online", "offline", "off"]
     wandb_project: str

@@ -156,6 +156,8 @@ MISTAKES = [
     (["checkpoint.resume=maybe"], "checkpoint.resume"),
     (["parallel.heartbeat_seconds=0"], "parallel.heartbeat_seconds=0 must be at least 1"),
     (["metrics.router_health_steps=0"], "metrics.router_health_steps"),
+    (["metrics.collapse_ratio=0.9"], "metrics.collapse_ratio"),
+    (["metrics.collapse_ratio=nan"], "metrics.collapse_ratio"),
     (["fault.point=save.rename"], "nearest: save.renamed"),
     (["fault.point=train.loss"], "fault.action=kill must be one of not_finite at train.loss"),
     (["fault.point=train.step", "fault.action=EIO"], "fault.action=EIO must be one of kill, stop at train.step"),

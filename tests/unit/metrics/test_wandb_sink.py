@@ -22,7 +22,13 @@ CONFIG = {"seed": 1, "router": {"name": "top_k", "top_k": 2}, "evaluation": {"se
 
 
 def writer(run_dir: Path, resolved: dict | None = None, **changes) -> MetricsWriter:
-    values = {"log_every_steps": 1, "router_health_steps": 100, "progress": True, "wandb_project": "tests"}
+    values = {
+        "log_every_steps": 1,
+        "router_health_steps": 100,
+        "collapse_ratio": 1.25,
+        "progress": True,
+        "wandb_project": "tests",
+    }
     config = MetricsConfig(**{**values, "wandb": "off", "wandb_group": None, **changes})
     run_dir.mkdir(parents=True, exist_ok=True)
     return MetricsWriter(config, run_dir, 100, "a-run", resolved or CONFIG, True)

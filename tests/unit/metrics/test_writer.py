@@ -17,6 +17,7 @@ def config(**changes):
     values = {
         "log_every_steps": 1,
         "router_health_steps": 100,
+        "collapse_ratio": 1.25,
         "progress": True,
         "wandb": "off",
         "wandb_project": "tests",
