@@ -316,12 +316,10 @@ def load_pretrained(config: TokenizerConfig) -> Tokenizer:
 def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer:
     import transformers
 
-    for model_file, package in (("tokenizer.model", "sentencepiece"), ("tekken.json", "mistral_common")):
+    for model_file, package in (("tokenizer.model", "sentencepiece"), ("tekken.json", "mistral-common")):
         is_alone = (Path(name) / model_file).is_file() and not (Path(name) / TOKENIZER_FILE).is_file()
-        if is_alone and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"tokenizer.path={name}: {model_file} needs the package {package}: pip install {package.replace('_', '-')}"
-            )
+        if is_alone and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ValueError(f"tokenizer.path={name}: {model_file} needs the package {package}: pip install {package}")
 
     def load(local_files_only: bool) -> Any:
         try:
