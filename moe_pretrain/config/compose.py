@@ -184,6 +184,8 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
         # A corpus calls itself data, wherever it stands.
         return f"{'.'.join(location[:3])}.{text.removeprefix('data.')}" if is_named_corpus else text
     path = ".".join(location)
+    if first["type"] in ("tuple_type", "list_type") and isinstance(first["input"], str | int | float):
+        return f"{path}={first['input']} must be a list: '{path}=[{first['input']}]'"
     if first["type"] == "missing":
         return f"{path} is missing: it must be given"
     if first["type"] == "union_tag_invalid":
@@ -244,6 +246,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     for override in overrides:
         if (key := override.partition("=")[0]) in RENAMED:
             return f"{override}: {key} is called {RENAMED[key]}"
+    for override in overrides:
+        key, _, value = override.partition("=")
+        # Hydra reads a second = as a mistake; who writes a list or quotes has thought of it.
+        if "=" in value and not value.startswith(("[", "{", "'", '"')) and "(" not in value:
+            return f"{override}: the value has a = of its own, quote it: '{key}=\"{value}\"'"
     chosen = [word for word in overrides if word.startswith(_SEARCH_PATH)]
     groups = choices(chosen)
     for override in overrides:
