@@ -35,7 +35,7 @@ def validation_rows(reader: ShardReader, sequence_length: int, max_rows: int | N
     strata = num_rows if max_rows is None else min(num_rows, max_rows)
     edges = np.arange(strata + 1, dtype=np.int64) * num_rows // strata
     key = reader.fingerprint
-    drawn = [xxhash.xxh3_64_intdigest(f"{key} {index}") for index in range(strata)]
+    drawn = [xxhash.xxh3_64_intdigest(f"{key} {index}".encode()) for index in range(strata)]
     return edges[:-1] + (np.array(drawn, dtype=np.uint64) % np.diff(edges).astype(np.uint64)).astype(np.int64)
 
 

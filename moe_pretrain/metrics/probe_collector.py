@@ -2,8 +2,7 @@
 
 A piece is the part of one document that lies in one row. The rows are drawn over the whole validation set, the same for
 all runs of one corpus, tokenizer and row length (see ``validation_rows``): ``fingerprint`` says so.
-``RUN/probe/step_XXXXXXXX.npz`` holds one
-validation each.
+``RUN/probe/step_XXXXXXXX.npz`` holds one validation each.
 
 Axis names:
     pieces   of all rows, in order of set, row and document
