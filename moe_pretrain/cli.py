@@ -1,34 +1,18 @@
-"""The table of commands, and what all of them share: ``moe-pretrain COMMAND``, errors of one line, ``--debug``."""
+"""``moe-pretrain COMMAND``, and what all commands share: errors of one line, ``--debug``, a reader that is gone."""
 
 import importlib
 import importlib.metadata
 import io
 import logging
+import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
 
+from moe_pretrain.commands import COMMANDS
 from moe_pretrain.system.child_process import die_with_launcher
-from moe_pretrain.system.exit_codes import USAGE_CODE
-
-COMMANDS = {
-    "plan": ("plan", "parameters, FLOPs, memory per rank, traffic, time; starts nothing"),
-    "prepare": ("prepare", "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
-    "train": (
-        "train",
-        "train a model; the same run.name again resumes; --multirun router=top_k,top_p seed=1,2: a sweep",
-    ),
-    "sweep-status": ("sweep_status", "how far the jobs of a sweep are, from another terminal too"),
-    "verify": ("verify", "compare the training step of this configuration, shrunk, with a one-process oracle"),
-    "certify": ("certify", "what a scheme must do, PASS or FAIL: your own with router_file=PATH, or those of a FOLDER"),
-    "inspect": ("inspect", "what a checkpoint holds and where it comes from, and whether its checksums are right"),
-    "report": ("report", "one run as a self-contained HTML page"),
-    "compare": ("compare", "all runs below a folder, variant against variant"),
-    "wandb": ("wandb", "wandb's offline files of all runs below a folder, written anew from their metrics"),
-    "specialise": ("specialise", "information between experts and what their tokens are, in bits"),
-    "completion": ("completion", "completion of commands, options and choices for bash or zsh"),
-}
-"""Command -> (its module in ``commands``, imported when it runs; one line of help)."""
+from moe_pretrain.system.exit_codes import READER_GONE, USAGE_CODE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors that a user can cause are one line on stderr; ``--debug`` shows the traceback.
     """
     die_with_launcher()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
+
+
+def _main(words: list[str]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once, and loses none to a kill
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if words[:1] == ["--version"]:
@@ -47,8 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_asked = not words or words[0] in ("-h", "--help")
         print(_usage(), file=sys.stdout if is_asked else sys.stderr)
         return 0 if words and is_asked else USAGE_CODE
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once, and loses none to a kill
     # DeepSpeed reports its settings while it is imported and built; the user sees our progress instead.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
@@ -61,6 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"moe-pretrain {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_CODE
+
+
+def _reader_is_gone() -> bool:
+    """Whether it was our own output that broke, as under ``| head``, and not a pipe to another process."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in outputs.poll(0) if event & select.POLLERR]
+    for descriptor in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # the interpreter flushes once more at its end
+    return bool(gone)
 
 
 def _run(name: str, words: Sequence[str]) -> int:

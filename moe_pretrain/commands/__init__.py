@@ -1,1 +1,20 @@
 """One file for each command: ``arguments(parser)`` adds its options, ``run(options)`` returns its exit code."""
+
+COMMANDS = {
+    "plan": ("plan", "parameters, FLOPs, memory per rank, traffic, time; starts nothing"),
+    "prepare": ("prepare", "tokenise the corpus ahead of train, into the same cache; --check compares checksums"),
+    "train": (
+        "train",
+        "train a model; the same run.name again resumes; --multirun router=top_k,top_p seed=1,2: a sweep",
+    ),
+    "sweep-status": ("sweep_status", "how far the jobs of a sweep are, from another terminal too"),
+    "verify": ("verify", "compare the training step of this configuration, shrunk, with a one-process oracle"),
+    "certify": ("certify", "what a scheme must do, PASS or FAIL: your own with router_file=PATH, or those of a FOLDER"),
+    "inspect": ("inspect", "what a checkpoint holds and where it comes from, and whether its checksums are right"),
+    "report": ("report", "one run as a self-contained HTML page"),
+    "compare": ("compare", "all runs below a folder, variant against variant"),
+    "wandb": ("wandb", "wandb's offline files of all runs below a folder, written anew from their metrics"),
+    "specialise": ("specialise", "information between experts and what their tokens are, in bits"),
+    "completion": ("completion", "completion of commands, options and choices for bash or zsh"),
+}
+"""Command -> (its module in this package, imported when it runs; one line of help)."""

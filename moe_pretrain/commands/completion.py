@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from moe_pretrain.cli import COMMANDS
+from moe_pretrain.commands import COMMANDS
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.config.compose import choices
 

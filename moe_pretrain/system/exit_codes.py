@@ -6,6 +6,8 @@ STOPPED = 75
 """Exit code of a run that a signal stopped after a checkpoint: EX_TEMPFAIL, start me again."""
 UNSAVED = 74
 """Exit code of a run whose last checkpoint could not be written: EX_IOERR, mend the disk and start me again."""
+READER_GONE = 128 + signal.SIGPIPE
+"""Exit code of a command whose reader, ``head`` for example, has closed the pipe."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after a second SIGINT, which stops at once."""
 

@@ -23,7 +23,7 @@ LEVELS = {
     "cli": 10,
     "__main__": 11,
 }
-"""A room imports lower levels only, and no other room of its own level unless ``NEIGHBOURS`` says so."""
+"""A room imports lower levels only, and no other room of its own level."""
 
 # Package -> the files of ours that may import it.
 CONFINED = {
@@ -42,8 +42,6 @@ CONFINED = {
         "system/stop_signals.py",
     },
 }
-NEIGHBOURS = {("commands", "cli")}  # completion lists the table
-"""Rooms of one level of which the first may import the second."""
 
 
 def part_of(path: Path) -> str:
@@ -72,7 +70,7 @@ def test_imports_go_down(path: Path):
         other = module.split(".")[1]
         if other not in LEVELS:
             continue  # `from moe_pretrain import data` also yields names inside modules
-        is_lower = LEVELS[other] < LEVELS[part] or other == part or (part, other) in NEIGHBOURS
+        is_lower = LEVELS[other] < LEVELS[part] or other == part
         assert is_lower, f"{part} (level {LEVELS[part]}) imports {module} (level {LEVELS[other]})"
 
 

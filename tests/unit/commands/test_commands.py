@@ -1,13 +1,18 @@
 """Commands as a user types them: help, options, folders of their own, completion, first mistakes."""
 
+import argparse
 import importlib.metadata
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moe_pretrain.cli import COMMANDS, main
+from moe_pretrain.cli import main
+from moe_pretrain.commands import COMMANDS, completion
 from moe_pretrain.commands.train import with_earlier_overrides
 from moe_pretrain.config.compose import config_folder, folder_override
 from moe_pretrain.config.load import load
@@ -33,6 +38,27 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 def test_version(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.split()[1] == importlib.metadata.version("moe_pretrain")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["completion", "bash"], ["report"]])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: list[str], tmp_path: Path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-m", "moe_pretrain", *words]
+    done = subprocess.run(
+        program, stdout=writer, stderr=writer if words == ["report"] else subprocess.PIPE, cwd=tmp_path, timeout=100
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr or b"") == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_broken_pipe_that_is_not_our_output_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    def run(options: argparse.Namespace) -> int:
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setattr(completion, "run", run)
+    with pytest.raises(BrokenPipeError, match="a worker is gone"):
+        main(["completion", "bash"])
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
