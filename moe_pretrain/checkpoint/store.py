@@ -1,4 +1,4 @@
-"""The package's door: one checkpoint out of an engine, the newest good one back into it."""
+"""The package's door: checkpoints out of an engine, the newest good one back into it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,6 @@ from moe_pretrain.checkpoint.manifest import (
 from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, warm_start
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.checkpoint.write import discard_after
-from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 
@@ -45,45 +44,9 @@ __all__ = [
     "newest",
     "read_manifest",
     "restore",
-    "save",
     "train_state",
     "warm_start",
 ]
-
-_SAVE_SECONDS = 1800.0
-
-
-def save(engine: TrainEngine, folder: Path, state: TrainState, keep_last: int) -> Path:
-    """Write one checkpoint and wait for it; every rank must call it.
-
-    Args:
-        engine: What to save.
-        folder: The run's folder of checkpoints.
-        state: Everything beside tensors that a run needs to go on.
-        keep_last: Older checkpoints beyond this many are removed after the new one is complete.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: It could not be written; on every rank.
-    """
-    config = CheckpointConfig(
-        every_steps=1,
-        keep_last=keep_last,
-        keep_every_steps=None,
-        keep_best=0,
-        asynchronous=False,
-        resume="auto",
-        warm_start=None,
-    )
-    saver = Saver(engine, folder, config, _SAVE_SECONDS)
-    saver.save(state)
-    outcome = saver.take(wait=True)
-    assert outcome is not None
-    if outcome.path is None:
-        raise CheckpointError(f"checkpoint of step {outcome.step} cannot be written: {outcome.problem}")
-    return outcome.path
 
 
 def agree_on_newest(

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import checkpoints
 from helpers.builders import WITH_ALL_PARTS, tiny
 from helpers.checkpoints import assert_same, contents
 from helpers.engines import build_engine, random_batches
@@ -30,7 +31,7 @@ def train_and_save(folder: str, overrides: tuple[str, ...], steps: int) -> None:
     engine = build_engine(tiny(*overrides, micro_batch_size=4))
     for step in range(steps):
         engine.step(step, random_batches(engine, step))
-    store.save(engine, Path(folder), TrainState(step=steps), keep_last=3)
+    checkpoints.save(engine, Path(folder), TrainState(step=steps), keep_last=3)
 
 
 def load_and_save(source: str, target: str, overrides: tuple[str, ...]) -> None:
@@ -38,7 +39,7 @@ def load_and_save(source: str, target: str, overrides: tuple[str, ...]) -> None:
     engine = build_engine(tiny(*overrides, micro_batch_size=4))
     path, manifest = store.newest(Path(source), pytest.fail)
     store.restore(engine, path, manifest)
-    store.save(engine, Path(target), TrainState(step=train_state(manifest).step), keep_last=3)
+    checkpoints.save(engine, Path(target), TrainState(step=train_state(manifest).step), keep_last=3)
 
 
 def load_and_train(source: str, target: str, overrides: tuple[str, ...], first: int, last: int) -> None:
@@ -47,7 +48,7 @@ def load_and_train(source: str, target: str, overrides: tuple[str, ...], first: 
     store.restore(engine, path, manifest)
     for step in range(first, last):
         engine.step(step, random_batches(engine, step))
-    store.save(engine, Path(target), TrainState(step=last), keep_last=3)
+    checkpoints.save(engine, Path(target), TrainState(step=last), keep_last=3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -130,7 +131,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(saved: Path, tmp_path:
 def save_many(folder: str) -> None:
     engine = build_engine(tiny(*overrides_of(1, 1), micro_batch_size=4))
     for step in range(5):
-        store.save(engine, Path(folder), TrainState(step=step), keep_last=2)
+        checkpoints.save(engine, Path(folder), TrainState(step=step), keep_last=2)
 
 
 def test_only_the_newest_stay(tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import checkpoints
 from helpers.builders import tiny
 from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
@@ -48,7 +49,7 @@ def write_kept(folder: str) -> list[float]:
         engine.step(step, random_batches(engine, step))
     identity = RunIdentity(config=to_values(config), world_size=2)
     state = TrainState(step=STEPS, tokens=STEPS * 192, identity=identity)
-    store.save(engine, Path(folder), state, keep_last=1)
+    checkpoints.save(engine, Path(folder), state, keep_last=1)
     return next_losses(engine)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import checkpoints
 from helpers.builders import tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
@@ -109,7 +110,7 @@ def _thresholds(folder: str) -> dict[str, Any]:
     engine.evaluate(own_micro_batches(steps[0], engine._plan, dist.get_rank()))
     evaluated = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
     if dist.get_world_size() == 2:
-        store.save(engine, Path(folder), TrainState(step=3), keep_last=1)
+        checkpoints.save(engine, Path(folder), TrainState(step=3), keep_last=1)
     other = build_engine(config)
     path, manifest = store.newest(Path(folder), pytest.fail)
     store.restore(other, path, manifest)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import checkpoints
 from helpers.builders import WITH_ALL_PARTS, tiny
 from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
@@ -47,7 +48,7 @@ def train(folder: str, topology: Topology, mode: str, first: int, last: int, sou
             results.append((result.loss, result.aux, result.gradient_norm, statistics))
         evaluation = engine.evaluate(random_batches(engine, last))
         results.append((evaluation.loss, evaluation.labels))
-        store.save(engine, Path(folder) / str(index), TrainState(step=last), keep_last=3)
+        checkpoints.save(engine, Path(folder) / str(index), TrainState(step=last), keep_last=3)
     return results
 
 

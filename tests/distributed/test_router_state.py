@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import checkpoints
 from helpers.builders import NUM_STEPS, tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
@@ -108,7 +109,7 @@ def _train(config: Config, folder: Path | None = None) -> Run:
     engine.evaluate(own_micro_batches(steps[0], engine._plan, dist.get_rank()))
     run["after evaluation"] = _state(engine)
     if folder is not None:
-        store.save(engine, folder, TrainState(step=NUM_STEPS), keep_last=1)
+        checkpoints.save(engine, folder, TrainState(step=NUM_STEPS), keep_last=1)
     return run
 
 

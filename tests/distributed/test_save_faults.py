@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import checkpoints
 from helpers.builders import tiny
 from helpers.engines import build_engine, random_batches
 from helpers.processes import RanksFailed, run_on_ranks
@@ -56,7 +57,7 @@ def kill_everywhere(folder: str) -> list[int]:
     for step in range(FAULTY_STEP):
         engine.step(step, random_batches(engine, step))
         if step + 1 < FAULTY_STEP:
-            store.save(engine, template, TrainState(step=step + 1), keep_last=2)
+            checkpoints.save(engine, template, TrainState(step=step + 1), keep_last=2)
     endings = []
     for point in SAVE_POINTS:
         own = Path(folder) / point
@@ -82,7 +83,7 @@ def recover(folders: list[str]) -> list[list[str]]:
         store.restore(engine, path, manifest)
         for step in range(train_state(manifest).step, FAULTY_STEP + 1):
             engine.step(step, random_batches(engine, step))
-            store.save(engine, Path(folder), TrainState(step=step + 1), keep_last=2)
+            checkpoints.save(engine, Path(folder), TrainState(step=step + 1), keep_last=2)
     return [sorted(path.name for path in Path(folder).iterdir()) for folder in folders]
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import checkpoints
 from helpers.builders import WITH_ALL_PARTS, tiny
 from helpers.checkpoints import assert_same, contents
 from helpers.engines import build_engine, random_batches
@@ -28,7 +29,7 @@ def train(target: str, overrides: tuple[str, ...], steps: int, source: str | Non
         (Path(target).with_suffix(".txt")).write_text("\n".join(lines))
     for step in range(steps):
         engine.step(step, random_batches(engine, step))
-    store.save(engine, Path(target), TrainState(step=steps), keep_last=1)
+    checkpoints.save(engine, Path(target), TrainState(step=steps), keep_last=1)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

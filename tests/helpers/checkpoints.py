@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from moe_pretrain.checkpoint import store
+from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.host_copy import Staged
 from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import MANIFEST, Interval, folder_name, moments_of, self_hash
 from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.checkpoint.write import commit, make_work_folder, write_part
+from moe_pretrain.engine.engine import TrainEngine
 
+_SAVE_SECONDS = 1800.0
 MOMENTS = ["exp_avg", "exp_avg_sq"]
 KINDS = (WEIGHT, *MOMENTS)
 
@@ -42,6 +46,26 @@ def write_checkpoint(folder: Path, step: int, **state: Any) -> Path:
     part = write_part(work, staged, no_fault)
     commit(work, target, [part], staged, {"step": step, "tokens": step * 8, **state}, no_fault)
     return target
+
+
+def save(engine: TrainEngine, folder: Path, state: TrainState, keep_last: int) -> Path:
+    """Write one checkpoint of an engine and wait for it; every rank must call it."""
+    config = CheckpointConfig(
+        every_steps=1,
+        keep_last=keep_last,
+        keep_every_steps=None,
+        keep_best=0,
+        asynchronous=False,
+        resume="auto",
+        warm_start=None,
+    )
+    saver = store.Saver(engine, folder, config, _SAVE_SECONDS)
+    saver.save(state)
+    outcome = saver.take(wait=True)
+    assert outcome is not None
+    if outcome.path is None:
+        raise store.CheckpointError(f"checkpoint of step {outcome.step} cannot be written: {outcome.problem}")
+    return outcome.path
 
 
 def rewrite_manifest(path: Path, change: Any) -> None:
