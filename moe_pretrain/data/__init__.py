@@ -18,10 +18,8 @@ from moe_pretrain.data.documents.config import (
     HubCorpusConfig,
     TokensCorpusConfig,
 )
-from moe_pretrain.data.documents.document import Document
-from moe_pretrain.data.prepare.mixture import RunLength, TokenizedMixture, check_mixture, prepare_mixture
+from moe_pretrain.data.prepare.mixture import RunLength, check_mixture, prepare_mixture
 from moe_pretrain.data.prepare.prepare import (
-    TokenizedCorpus,
     check_evaluation_set,
     check_prepared,
     prepare,
@@ -29,12 +27,11 @@ from moe_pretrain.data.prepare.prepare import (
     prepared_tokens,
 )
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
-from moe_pretrain.data.rows.permutation import RowPermutation, rank_positions
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.writer import ShardWriter, write_manifest
 from moe_pretrain.data.stream.config import StreamingConfig
-from moe_pretrain.data.stream.corpus import StreamedCorpus, open_stream
-from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig
+from moe_pretrain.data.stream.corpus import open_stream
+from moe_pretrain.data.tokenizer import TokenizerConfig
 
 if TYPE_CHECKING:
     from moe_pretrain.data.loader import TrainLoader
@@ -47,22 +44,16 @@ __all__ = [
     "BuiltinCorpusConfig",
     "CorpusConfig",
     "DataConfig",
-    "Document",
     "FilesCorpusConfig",
     "HubCorpusConfig",
     "MicroBatch",
     "MixedShards",
     "MixtureConfig",
-    "RowPermutation",
     "RunLength",
     "ShardReader",
     "ShardWriter",
-    "StreamedCorpus",
     "StreamingConfig",
-    "TokenizedCorpus",
-    "TokenizedMixture",
     "TokensCorpusConfig",
-    "Tokenizer",
     "TokenizerConfig",
     "TrainLoader",
     "TrainingCorpus",
@@ -76,7 +67,6 @@ __all__ = [
     "prepare_evaluation_set",
     "prepare_mixture",
     "prepared_tokens",
-    "rank_positions",
     "validation_batches",
     "validation_rows",
     "wrap_to_int64",

@@ -13,6 +13,7 @@ from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 
 from moe_pretrain import data
+from moe_pretrain.data.prepare.prepare import TokenizedCorpus
 from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.moe.part_timer import HostTime
 from moe_pretrain.schedule.batch_plan import plan_batches
@@ -53,7 +54,7 @@ def _evaluate(folder: str) -> tuple[dict[str, Any], int]:
     stop = Mock(spec=StopRequest)
     stop.agreed.return_value = False
     reader = data.ShardReader(Path(folder))
-    corpus = Mock(spec=data.TokenizedCorpus, validation=reader)
+    corpus = Mock(spec=TokenizedCorpus, validation=reader)
     plan = plan_batches(config.batch, SEQUENCE, 2, config.num_steps)
     found = evaluation.Evaluator(
         config, plan, corpus, {"other": reader}, engine, stop, lambda phase, step: None

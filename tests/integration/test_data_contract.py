@@ -18,8 +18,8 @@ from helpers.processes import RanksFailed, run_on_ranks
 from helpers.turns import plain_loop
 
 from moe_pretrain.config.load import load
-from moe_pretrain.data import RowPermutation
 from moe_pretrain.data.rows.packing import count_rows
+from moe_pretrain.data.rows.permutation import RowPermutation
 from moe_pretrain.data.rows.positions import seed_of
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.train import build as pretrain

@@ -14,9 +14,7 @@ from moe_pretrain.data import (
     BuiltinCorpusConfig,
     MixedShards,
     MixtureConfig,
-    RowPermutation,
     RunLength,
-    TokenizedMixture,
     TokenizerConfig,
     check_mixture,
     prepare_mixture,
@@ -24,9 +22,11 @@ from moe_pretrain.data import (
 from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.prepare import mixture as mixture_preparation
+from moe_pretrain.data.prepare.mixture import TokenizedMixture
 from moe_pretrain.data.rows.micro_batch import wrap_to_int64
 from moe_pretrain.data.rows.mixture import PhaseConfig
 from moe_pretrain.data.rows.packing import count_rows
+from moe_pretrain.data.rows.permutation import RowPermutation
 from moe_pretrain.data.rows.positions import seed_of
 from moe_pretrain.train.corpora import steps_until_exhausted
 
