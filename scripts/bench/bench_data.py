@@ -25,8 +25,8 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from moe_pretrain.config.load import load
 from moe_pretrain.data import (
-    BuiltinCorpusConfig,
     FilesCorpusConfig,
     MixedShards,
     MixtureConfig,
@@ -42,6 +42,7 @@ from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.system.cpu import keep_freed_memory
 
 SEQUENCE, ROWS, MEAN_DOCUMENT, VOCAB = 2048, 64, 500, 50257
+VALIDATION = 0.1
 
 
 def write_shards(folder: Path, tokens: int) -> ShardReader:
@@ -86,7 +87,7 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
         return TrainLoader(shards, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate, **options)
 
     with_masks, without = loader(), loader(False)
-    corpus = BuiltinCorpusConfig("builtin", 0.5)  # only its name is used
+    corpus = load([]).data  # only its name is used
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     mixture = MixtureConfig("mixture", dict.fromkeys(weights, corpus), weights, (), "repeat")
     mixed = loader(shards=MixedShards(dict.fromkeys(weights, reader), mixture))
@@ -137,7 +138,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
     for number, one in enumerate(text):
         (folder / f"{number:05d}.txt").write_text(one)
     config = FilesCorpusConfig(
-        "files", (str(folder / "*.txt"),), (".txt",), "text", 0.02, "ignore", "replace", "fail", None, None
+        "files", (str(folder / "*.txt"),), (".txt",), "text", VALIDATION, "ignore", "replace", "fail", None, None
     )
     tokenizer = TokenizerConfig("train", 8192, None)
     first = prepare(config, tokenizer, folder / "cache", None, workers, None)
@@ -167,7 +168,7 @@ def bench_waiting(folder: Path, steps: int) -> None:
     """Train on what ``bench_tokenising`` has left in ``folder``."""
     overrides = [
         "model=tiny", "model.vocab_size=8192", "data=files", f"data.paths=['{folder}/*.txt']",
-        "data.validation_fraction=0.02", "data.invalid_utf8=replace", "tokenizer=pretrained",
+        f"data.validation_fraction={VALIDATION}", "data.invalid_utf8=replace", "tokenizer=pretrained",
         f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
         "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
         f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192",
