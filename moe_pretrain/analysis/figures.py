@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, PercentFormatter
 
 from moe_pretrain.run_folder.metrics_file import MetricsRow
+from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import short_number
 
 MAX_POINTS = 2000
@@ -168,7 +169,9 @@ def write_png(
         longest = max(map(len, colors), default=0)
         columns = int(size[0] / (_LEGEND_INCHES + _LEGEND_INCHES_OF_LETTER * longest))
         figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(columns, len(handles))))
-        figure.savefig(path, dpi=160)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=160)
+    write_whole(path, content.getvalue())
 
 
 def plain(label: str) -> str:

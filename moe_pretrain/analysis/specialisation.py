@@ -1,6 +1,5 @@
 """What a trained model's experts specialise in: the newest checkpoint of a run over its validation rows."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.types import ExpertShard, Routing
 from moe_pretrain.run_folder.paths import SPECIALISATION_FILE
+from moe_pretrain.system.files import write_json
 
 NUM_CLASSES = 64
 """Classes of next tokens: the most frequent ones, and one of all others."""
@@ -95,7 +95,7 @@ def specialise(
             say(f"  {line}")
     values = {kind: [asdict(layer) for layer in layers] for kind, layers in tables.items()}
     record = {"checkpoint": path.name, "moe_layers": config.model.moe_layers, "classes": values}
-    (folder / SPECIALISATION_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / SPECIALISATION_FILE, record)
     say(f"written: {folder / SPECIALISATION_FILE}")
     return 0
 

@@ -5,14 +5,11 @@ unless the disk damaged it. What goes is renamed first and then deleted, so a ha
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.host_copy import Staged
@@ -20,6 +17,7 @@ from moe_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TEMPORARY,
+    UPDATES,
     CheckpointError,
     complete_names,
     open_manifest,
@@ -28,7 +26,7 @@ from moe_pretrain.checkpoint.manifest import (
     step_of,
     train_state,
 )
-from moe_pretrain.system.files import flush_folder
+from moe_pretrain.system.files import WholeFile, sync_folder
 
 Reach = Callable[[str], None]
 """Called with the name of every place that is passed; see ``faults``."""
@@ -54,25 +52,19 @@ def make_work_folder(target: Path, reach: Reach) -> Path:
 
 def write_part(work: Path, staged: Staged, reach: Reach) -> dict[str, Any]:
     """Write one rank's file to the disk; what the manifest must say of it."""
-    path = work / staged.file
-    digest = xxhash.xxh3_128()
-    with path.open("xb", buffering=0) as file:
+    with WholeFile(work / staged.file) as file:
         reach("save.file_opened")
         middle = len(staged.content) // 2
         parts = (memoryview(staged.header), staged.content[:middle], staged.content[middle:])
         for part, point in zip(parts, ("save.file_header", "save.file_half", "save.file_written"), strict=True):
             for start in range(0, len(part), _CHUNK_BYTES):
-                chunk = part[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
+                file.write(part[start : start + _CHUNK_BYTES])
             reach(point)
-        os.fsync(file.fileno())
     reach("save.file_flushed")
     return {
         "file": staged.file,
         "bytes": len(staged.header) + len(staged.content),
-        "xxh3_128": digest.hexdigest(),
+        "xxh3_128": file.checksum.hexdigest(),
         "intervals": [asdict(interval) for interval in staged.intervals],
     }
 
@@ -87,31 +79,29 @@ def commit(
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "state": state,
-        "adam_step": staged.adam_step,
+        UPDATES: staged.updates,
         "shapes": staged.shapes,
+        "moments": staged.moments,
         "files": {part["file"]: {"bytes": part["bytes"], "xxh3_128": part["xxh3_128"]} for part in parts},
         "intervals": [interval for part in parts for interval in part["intervals"]],
     }
     manifest["self"] = self_hash(manifest)
     text = json.dumps(manifest).encode()
-    with (work / MANIFEST).open("xb") as file:
+    with WholeFile(work / MANIFEST) as file:
         reach("save.manifest_opened")
         file.write(text[: len(text) // 2])
-        file.flush()
         reach("save.manifest_half")
         file.write(text[len(text) // 2 :])
-        file.flush()
         reach("save.manifest_written")
-        os.fsync(file.fileno())
     reach("save.manifest_flushed")
-    flush_folder(work)
+    sync_folder(work)  # the files of ranks on other hosts too
     reach("save.folder_flushed")
     if target.exists():  # a damaged one of the same step, which resume has passed over
         target.rename(_free_name(target))
         reach("save.replaced_moved")
     work.rename(target)
     reach("save.renamed")
-    flush_folder(target.parent)
+    sync_folder(target.parent)
     reach("save.committed")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moe_pretrain.config.compose import compose_values, validate
+from moe_pretrain.config.compose import completed, compose_values, validate
 from moe_pretrain.config.match_budget import match
 from moe_pretrain.config.router_file import load_router_file
 from moe_pretrain.config.schema import Config, ConfigError
@@ -83,7 +83,7 @@ def read_run(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    values = completed(yaml.safe_load(path.read_text()))
     file = values["router_file"]
     config = validate(values, None if file is None else load_router_file(file))
     if config.router.dense_experts or not config.model.moe_layers:

@@ -21,11 +21,16 @@ TOKENIZER_FILE = "tokenizer.json"
 _SMALLEST_TRAINED = 256 + 1  # one token per byte, and the end of a document
 _HANDFUL = 16  # transformers makes an empty vocabulary of files it does not understand (5.23)
 
-# Names that published tokenizer.json files, which do not say what their tokens are for, give to
-# the token between documents.
-_KNOWN_SEPARATORS = (
-    END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]", "<s>",
+# Files beside a tokenizer.json that say what its tokens are for, and what ends a document, best first.
+_ROLE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_ROLES = ("eos_token", "bos_token", "sep_token")
+# A tokenizer.json on its own does not say it: names that published ones give to the token, then makeshifts.
+_KNOWN_ENDS = (
+    END_OF_DOCUMENT, "<|end_of_text|>", "<|endofdocument|>", "<|end_of_document|>", "<｜end▁of▁sentence｜>", "</s>",
+    "<eos>", "<|eos|>", "<|im_end|>",
 )  # fmt: skip
+_MAKESHIFT_ENDS = ("[SEP]", "<s>")
+_OVERRIDE = "tokenizer.end_of_document names the token to put between documents"
 
 # Words, digits, indentation, accents, other scripts, an emoji: what tokenizers differ in.
 _PROBE = "The 3 quick foxes\n\tdidn't  pay 1,024.50; def f(x):\n        return x  # naïve Größe 東京 🙂"
@@ -42,14 +47,26 @@ class TokenizerConfig:
             ``pretrained``, the size it must have, or 0 for whatever it has.
         path: ``pretrained``: a ``tokenizer.json``, a folder, or a Hugging Face name.
             ``train``: None.
+        end_of_document: ``pretrained``: the token to put between documents; None for the one that the
+            tokenizer's own configuration names: its ``eos_token``, or ``bos_token`` or ``sep_token``.
+        max_unknown: Share of unknown tokens in a corpus above which it is refused, in [0, 1].
     """
 
     kind: Literal["train", "pretrained"]
     vocab_size: int
     path: str | None
+    end_of_document: str | None = None
+    max_unknown: float = 0.05
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.max_unknown <= 1.0:
+            raise ValueError(f"tokenizer.max_unknown={self.max_unknown} must be in [0, 1]")
         if self.kind == "train":
+            if self.end_of_document is not None:
+                raise ValueError(
+                    f"tokenizer.end_of_document={self.end_of_document} has no effect with tokenizer.kind=train, whose "
+                    f"token is {END_OF_DOCUMENT}"
+                )
             if self.path is not None:
                 raise ValueError(f"tokenizer.path={self.path} has no effect with tokenizer.kind=train")
             if self.vocab_size < _SMALLEST_TRAINED:
@@ -72,10 +89,13 @@ class Tokenizer:
         vocabulary: Token to id.
         end_of_document: Id of the token after each document.
         definition: Bytes that define the tokenizer, for the fingerprint.
+        unknown: Id of the token for what it does not know, or None.
 
     Attributes:
         vocab_size: One more than the largest id.
         end_of_document: Id of the token after each document.
+        end_token: That token.
+        unknown: Id of the token for what it does not know; None where it has none, or ends documents with it.
         fingerprint: Hash of the definition and of the tokens of a fixed text: the same files
             read by another version of a library may cut words differently.
     """
@@ -87,13 +107,33 @@ class Tokenizer:
         vocabulary: dict[str, int],
         end_of_document: int,
         definition: bytes,
+        unknown: int | None,
     ) -> None:
         self._encode = encode
         self._decode = decode
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = end_of_document
+        self.end_token = next(token for token, index in vocabulary.items() if index == end_of_document)
+        self.unknown = None if unknown == end_of_document else unknown
         probe_tokens = json.dumps([encode([_PROBE])[0], end_of_document]).encode()
         self.fingerprint = xxhash.xxh3_128_hexdigest(xxhash.xxh3_128_digest(definition) + probe_tokens)
+
+    def describe(self) -> str:
+        """Its size and its end-of-document token, in a line."""
+        return f"tokenizer: {self.vocab_size:,} tokens, {self.end_token} (id {self.end_of_document}) ends each document"
+
+    def describe_unknown(self, unknown: int, tokens: int, max_unknown: float) -> str:
+        """Share of unknown tokens in a corpus, in a clause; nothing where there are none.
+
+        Raises:
+            ValueError: The share is larger than ``max_unknown``.
+        """
+        if unknown > max_unknown * tokens:
+            raise ValueError(
+                f"tokenizer: {unknown / tokens:.2%} of the text's tokens are unknown to it (id {self.unknown}), more "
+                f"than tokenizer.max_unknown={max_unknown}: it was made for other text; take another, or allow more"
+            )
+        return f"; {unknown / tokens:.2%} of the text's tokens are unknown to the tokenizer" if unknown else ""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -127,8 +167,12 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, file: Path) -> None:
     model.save(str(file))
 
 
-def load_tokenizer_file(file: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``.
+def load_tokenizer_file(file: Path, end_of_document: str | None = None) -> Tokenizer:
+    """Read a ``tokenizer.json``, and from the files beside it which token ends a document.
+
+    Args:
+        file: The file.
+        end_of_document: The token that ends a document, whatever the files say; or None.
 
     Raises:
         ValueError: It cannot be read, is next to empty, or has no token that ends a document.
@@ -137,10 +181,68 @@ def load_tokenizer_file(file: Path) -> Tokenizer:
         model = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"tokenizer.path={file}: not a {TOKENIZER_FILE}: {one_line(error)}") from None
+    definition = file.read_bytes()
+    specials = [token.content for _, token in sorted(model.get_added_tokens_decoder().items()) if token.special]
     vocabulary = model.get_vocab(with_added_tokens=True)
-    separator = next((name for name in _KNOWN_SEPARATORS if name in vocabulary), None)
-    end_of_document = None if separator is None else vocabulary[separator]
-    return _from_backend(model, end_of_document, file.read_bytes(), str(file))
+    _check_size(vocabulary, str(file))
+    end = end_of_document or _end_of_files(file, specials)
+    end_id = _checked_end(end, end_of_document is not None, vocabulary, specials, str(file))
+    return _from_backend(model, end_id, definition, vocabulary.get(_unknown_token(definition)))
+
+
+def _end_of_files(file: Path, specials: list[str]) -> str | None:
+    """The token between documents, by what the files beside a ``tokenizer.json`` say, or else by its name.
+
+    Raises:
+        ValueError: Nothing is said, and more than one name would do.
+    """
+    for name in _ROLE_FILES:
+        try:
+            roles = json.loads((file.parent / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        for role in _ROLES if isinstance(roles, dict) else ():
+            token = roles.get(role)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token:
+                return str(token)
+    known = [token for token in _KNOWN_ENDS if token in specials]
+    if len(known) > 1:
+        raise ValueError(
+            f"tokenizer.path={file}: no {_ROLE_FILES[0]} beside it says which of {' '.join(known)} ends a document: "
+            f"{_OVERRIDE}"
+        )
+    return next((token for token in (*known, *_MAKESHIFT_ENDS) if token in specials), None)
+
+
+def _unknown_token(definition: bytes) -> str:
+    """The unknown token of a ``tokenizer.json``, or nothing."""
+    try:
+        model = json.loads(definition)["model"]
+        if model.get("unk_id") is not None:  # Unigram
+            return str(model["vocab"][model["unk_id"]][0])
+        return model.get("unk_token") or ""
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _checked_end(end: str | None, is_chosen: bool, vocabulary: dict[str, int], specials: list[str], name: str) -> int:
+    """Id of the token between documents.
+
+    Raises:
+        ValueError: There is none, it is not in the vocabulary, or text may contain it.
+    """
+    if end is None:
+        raise ValueError(f"tokenizer.path={name}: has no eos, bos or sep token: {_OVERRIDE}")
+    said = (
+        f"tokenizer.end_of_document={end}" if is_chosen else f"tokenizer.path={name}: its end-of-document token {end}"
+    )
+    if end not in vocabulary:
+        others = f"; its special tokens are {' '.join(specials[:20])}" if specials else ""
+        raise ValueError(f"{said} is none of its {len(vocabulary):,} tokens: {_OVERRIDE}{others}")
+    if end not in specials and not is_chosen:
+        raise ValueError(f"{said} is no special token, so that text may contain it: {_OVERRIDE}")
+    return vocabulary[end]
 
 
 def load_pretrained(config: TokenizerConfig) -> Tokenizer:
@@ -153,9 +255,9 @@ def load_pretrained(config: TokenizerConfig) -> Tokenizer:
     assert config.kind == "pretrained" and config.path is not None
     path = Path(config.path)
     if path.is_file():
-        tokenizer = load_tokenizer_file(path)
+        tokenizer = load_tokenizer_file(path, config.end_of_document)
     else:
-        tokenizer = _load_with_transformers(config.path)
+        tokenizer = _load_with_transformers(config.path, config.end_of_document)
     if config.vocab_size not in (0, tokenizer.vocab_size):
         raise ValueError(
             f"tokenizer.vocab_size={config.vocab_size} must be {tokenizer.vocab_size}, the size "
@@ -164,7 +266,7 @@ def load_pretrained(config: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-def _load_with_transformers(name: str) -> Tokenizer:
+def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer:
     import transformers
 
     def load(local_files_only: bool) -> Any:
@@ -184,23 +286,36 @@ def _load_with_transformers(name: str) -> Tokenizer:
         )
         loaded = load(local_files_only=False)
 
-    roles = (loaded.eos_token_id, loaded.bos_token_id, getattr(loaded, "sep_token_id", None))
-    end_of_document = next((token for token in roles if token is not None), None)
-    vocabulary = loaded.get_vocab()
     file = Path(name) / TOKENIZER_FILE
+    vocabulary, specials = loaded.get_vocab(), list(loaded.all_special_tokens)
     definition = file.read_bytes() if file.is_file() else json.dumps(sorted(vocabulary.items())).encode()
+    _check_size(vocabulary, name)
+    roles = (loaded.eos_token, loaded.bos_token, getattr(loaded, "sep_token", None))
+    end = end_of_document or next((token for token in roles if token is not None), None)
+    known = vocabulary
+    if file.is_file():
+        # The file alone, as `tokenizer.path=FOLDER/tokenizer.json` reads it: transformers adds to the vocabulary what
+        # a configuration names, so that a token which no model was trained on would end the documents.
+        model = tokenizers.Tokenizer.from_file(str(file))
+        known = model.get_vocab(with_added_tokens=True)
+        specials = [token.content for token in model.get_added_tokens_decoder().values() if token.special]
+        end = end_of_document or end or _end_of_files(file, specials)
+    end_id = _checked_end(end, end_of_document is not None, known, specials, name)
     if loaded.is_fast:
-        return _from_backend(loaded.backend_tokenizer, end_of_document, definition, name)
+        return _from_backend(loaded.backend_tokenizer, end_id, definition, loaded.unk_token_id)
     return Tokenizer(
-        encode=lambda texts: loaded(texts, add_special_tokens=False)["input_ids"],
+        encode=lambda texts: loaded(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"],
         decode=lambda ids: loaded.decode(ids),
         vocabulary=vocabulary,
-        end_of_document=_checked_end_of_document(end_of_document, vocabulary, name),
+        end_of_document=end_id,
         definition=definition,
+        unknown=loaded.unk_token_id,
     )
 
 
-def _from_backend(model: tokenizers.Tokenizer, end_of_document: int | None, definition: bytes, name: str) -> Tokenizer:
+def _from_backend(
+    model: tokenizers.Tokenizer, end_of_document: int, definition: bytes, unknown: int | None
+) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
     # "<|endoftext|>" written in a document is text about tokenizers, not the end of a document.
@@ -210,20 +325,18 @@ def _from_backend(model: tokenizers.Tokenizer, end_of_document: int | None, defi
         encode=lambda texts: [encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)],
         decode=lambda ids: model.decode(ids, skip_special_tokens=False),
         vocabulary=vocabulary,
-        end_of_document=_checked_end_of_document(end_of_document, vocabulary, name),
+        end_of_document=end_of_document,
         definition=definition,
+        unknown=unknown,
     )
 
 
-def _checked_end_of_document(end_of_document: int | None, vocabulary: dict[str, int], name: str) -> int:
+def _check_size(vocabulary: dict[str, int], name: str) -> None:
     if len(vocabulary) <= _HANDFUL:
         raise ValueError(
             f"tokenizer.path={name}: only {len(vocabulary)} tokens were read, the files are "
             "not of the kind that its configuration says"
         )
-    if end_of_document is None:
-        raise ValueError(f"tokenizer.path={name}: needs an eos, bos or sep token to put between documents")
-    return end_of_document
 
 
 def make_tokenizer(

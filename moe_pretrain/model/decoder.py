@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,7 +37,12 @@ class ModelConfig:
         rope_base: Base of the rotary angles.
         norm_epsilon: Epsilon of RMSNorm.
         tie_embeddings: Use the embedding as output head.
-        init_std: Standard deviation of the normal initialisation.
+        init: Standard deviation of the normal initialisation over widths: ``normal``: ``init_std`` at every width;
+            ``width_aware``: ``init_std * sqrt(768 / hidden_size)``. ``model.init`` has the table.
+        init_std: Standard deviation of the initialisation, at a width of 768 with ``init=width_aware``.
+        gate_init: Two maps that stand in the place of one (a factorised gate, a large router, attentive gating's query
+            and key): ``variance_preserving``: together as loud as that one; ``paper``: each with the standard
+            deviation of any other matrix, as in released code.
         scale_residual_init: Divide the standard deviation of matrices that write into the residual stream by
             ``sqrt(2 * num_layers)`` (GPT-2).
         cross_entropy_chunk_tokens: Positions whose logits exist at a time.
@@ -45,30 +51,25 @@ class ModelConfig:
     """
 
     name: str
-    vocab_size: int
-    sequence_length: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    ffn_hidden_size: int
-    rope_base: float
-    norm_epsilon: float
+    vocab_size: PositiveInt
+    sequence_length: PositiveInt
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    ffn_hidden_size: PositiveInt
+    rope_base: PositiveFloat
+    norm_epsilon: PositiveFloat
     tie_embeddings: bool
-    init_std: float
+    init: Literal["normal", "width_aware"]
+    init_std: PositiveFloat
+    gate_init: Literal["variance_preserving", "paper"]
     scale_residual_init: bool
-    cross_entropy_chunk_tokens: int
+    cross_entropy_chunk_tokens: PositiveInt
     recompute: Recompute
     moe: MoEConfig
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size sequence_length num_layers hidden_size num_heads num_key_value_heads ffn_hidden_size "
-            "rope_base norm_epsilon init_std cross_entropy_chunk_tokens"
-        )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be positive")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}; "

@@ -5,33 +5,48 @@ import math
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.nn import functional
 
-from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.routers.attentive import QueryKey
+from moe_pretrain.moe.routers.base import LinearRouter
+
+REFERENCE_WIDTH = 768
+"""Width at which ``model.init=width_aware`` and ``model.init=normal`` are the same: that of GPT-2 and of the smaller
+Autonomy-of-Experts model, from which 0.02 comes. A map of a normed input then has outputs of spread
+``0.02 * sqrt(768) = 0.554``."""
 
 
 @torch.no_grad()
 def initialise(model: DecoderLM, seed: int) -> None:
-    """Fill every parameter of ``model``.
+    """Fill every parameter of ``model``: RMSNorm weights with 1, all others from a normal distribution of mean 0.
 
-    ==========================  =====================================================
-    parameter                   distribution
-    ==========================  =====================================================
-    RMSNorm weights             1
-    attention, FFN ``out``      normal(0, init_std / sqrt(2 * num_layers)) when
-                                ``scale_residual_init``, else normal(0, init_std)
-    everything else             normal(0, init_std)
-    ==========================  =====================================================
+    ``base_std`` is ``init_std`` with ``model.init=normal`` and ``init_std * sqrt(768 / hidden_size)`` with
+    ``width_aware``, so that router logits, gate pre-activations and attention projections of a normed input start with
+    the same spread at every width. ``parameter_std`` makes the rest of the table:
+
+    ==============================  ==============================================================================
+    parameter                       standard deviation
+    ==============================  ==============================================================================
+    attention, FFN ``out_weight``   ``base_std / sqrt(2 * num_layers)`` when ``scale_residual_init``, else ``base_std``
+    two maps in place of one:       with ``gate_init=variance_preserving`` both ``sqrt(base_std / sqrt(rank))``: their
+    ``down_weight, up_weight`` of   product is ``base_std / sqrt(rank)``, so that ``x W_down W_up`` has the spread of
+    a factorised gate;              ``x W``; with ``paper`` both ``base_std``, as the Autonomy-of-Experts authors' code
+    ``projection, weight`` of a     has it (a gate ``base_std * sqrt(rank)`` times as loud: 0.11 at hidden 96 and rank
+    large router                    32, 0.32 at 768 and 256)
+    ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
+    of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
+    everything else                 ``base_std``
+    ==============================  ==============================================================================
 
     Each tensor, and each expert's slice of a stacked tensor, has a generator of its own keyed by (seed, parameter
     name, global expert id). So the weights do not depend on the number of ranks, on the expert-parallel
     size or on what else the model contains, and no two experts are alike (defect C30). The draws are
     always made on the CPU, so every device starts from the same weights.
     """
-    std = model.config.init_std
-    residual_std = std / math.sqrt(2 * model.config.num_layers) if model.config.scale_residual_init else std
     filled: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -42,12 +57,76 @@ def initialise(model: DecoderLM, seed: int) -> None:
             if isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
                 continue
-            scale = residual_std if name == "out_weight" else std
+            std = parameter_std(module, name, parameter, model.config)
             if isinstance(module, SwiGLUExperts | FactorisedExperts):
                 for expert_id, expert in zip(module.expert_ids, parameter.unbind(0), strict=True):
-                    _fill_normal(expert, scale, seed, f"{full_name}/{expert_id}")
+                    _fill_normal(expert, std, seed, f"{full_name}/{expert_id}")
             else:
-                _fill_normal(parameter, scale, seed, full_name)
+                _fill_normal(parameter, std, seed, full_name)
+
+
+def base_std(config: ModelConfig) -> float:
+    """Standard deviation of a matrix that reads the residual stream."""
+    if config.init == "width_aware":
+        return config.init_std * math.sqrt(REFERENCE_WIDTH / config.hidden_size)
+    return config.init_std
+
+
+def parameter_std(module: nn.Module, name: str, parameter: Tensor, config: ModelConfig) -> float:
+    """Standard deviation with which a parameter starts: the table of ``initialise``.
+
+    Args:
+        module: That holds the parameter.
+        name: Its name in ``module``.
+        parameter: Its shape says the rank of a factor.
+        config: Of the model.
+    """
+    std = base_std(config)
+    if name == "out_weight":
+        return std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
+    if config.gate_init == "paper":
+        return std
+    if isinstance(module, QueryKey):
+        return _query_key_std(module, name, parameter, config)
+    rank = _rank(module, name, parameter)
+    return std if rank is None else math.sqrt(std / math.sqrt(rank))
+
+
+def _rank(module: nn.Module, name: str, parameter: Tensor) -> int | None:
+    """Width between two maps that stand in the place of one; None for any other parameter.
+
+    ``down_weight [experts, rank, hidden]`` is the experts' own or a router's, which hands it to them.
+    """
+    if name == "down_weight" and parameter.ndim == 3:
+        return parameter.shape[1]
+    if name == "up_weight" and isinstance(module, FactorisedExperts):
+        return parameter.shape[2]
+    if isinstance(module, LinearRouter) and module.projection is not None:
+        if name == "projection":
+            return parameter.shape[0]
+        if name == "weight":
+            return parameter.shape[1]
+    return None
+
+
+def _query_key_std(module: QueryKey, name: str, parameter: Tensor, config: ModelConfig) -> float:
+    """Standard deviation that gives queries and keys of unit entries."""
+    if name == "query_weight":
+        return 1 / math.sqrt(config.hidden_size)  # of a normed input
+    std, inner = base_std(config), parameter.shape[1]
+    if module.reads == "low_rank":
+        size = math.sqrt(std / math.sqrt(inner) * config.hidden_size)  # of x W_down
+    else:
+        size = swiglu_size(std * math.sqrt(config.hidden_size))
+    return 1 / (size * math.sqrt(inner))
+
+
+def swiglu_size(spread: float) -> float:
+    """Root mean square of ``silu(g) * u`` for independent normal ``g`` and ``u`` of standard deviation ``spread``."""
+    points = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    density = torch.exp(-points.square() / 2)
+    square = (functional.silu(spread * points).square() * density).sum() / density.sum()
+    return spread * math.sqrt(float(square))
 
 
 def _fill_normal(target: Tensor, std: float, seed: int, key: str) -> None:

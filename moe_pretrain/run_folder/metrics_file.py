@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe_pretrain.system.files import remove_leftovers, write_whole
+
 _TAIL_BYTES = 400_000
 """How much of a growing metrics file is read: its last rows."""
 
@@ -71,6 +73,7 @@ class JsonlSink:
         self._warn = warn
         self._waiting: list[bytes] = []
         self._lock = threading.Lock()  # ``sync`` is called while a checkpoint is written behind
+        remove_leftovers(path)
         self._open()
 
     def _open(self) -> None:
@@ -108,7 +111,7 @@ class JsonlSink:
         self._file.seek(0)
         content = self._file.read(self._length)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_bytes(content)
+        write_whole(self.path, content)
         self._file.close()
         self._open()
 
@@ -123,12 +126,7 @@ class JsonlSink:
         """
         kept = [row for row in read_rows(self.path) if row["step"] <= step]
         self._file.close()
-        replacement = self.path.with_suffix(".jsonl.partial")
-        with replacement.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._open()
         return kept
 

@@ -1,6 +1,6 @@
 """Probes: the validation losses and routes of one step, kept in a run's folder."""
 
-import os
+import io
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from moe_pretrain.run_folder.paths import PROBES
+from moe_pretrain.system.files import write_whole
 
 _FILE = re.compile(r"step_(\d{8})\.npz")
 ValidationPart = dict[str, np.ndarray]
@@ -114,13 +115,10 @@ class ProbeFiles:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(probe.step)
-        partial = path.with_name(f"{path.name}.partial")
         values: dict[str, Any] = {field.name: getattr(probe, field.name) for field in fields(Probe)}
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **values)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        content = io.BytesIO()
+        np.savez_compressed(content, **values)
+        write_whole(path, content.getvalue())
 
     def read(self, step: int) -> Probe | None:
         """The probe of ``step``; None if there is none.

@@ -3,12 +3,15 @@
 import contextlib
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from moe_pretrain.run_folder.paths import OVERRIDES_FILE
-from moe_pretrain.system.files import write_whole
+import yaml
+
+from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE, SUMMARY_FILE, sick_step_file
+from moe_pretrain.system.files import write_json, write_whole
 
 _GIT_SECONDS = 10.0
 
@@ -16,6 +19,23 @@ _GIT_SECONDS = 10.0
 def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
     """Write down what the run was started with, which the same name goes on with; other ranks may read it meanwhile."""
     write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in overrides))
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write the resolved configuration, plain values only; a resume replaces that of the attempt before."""
+    write_whole(folder / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=False))
+
+
+def write_summary(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the facts that hold for the whole run: sizes, corpus, versions, device."""
+    write_json(folder / SUMMARY_FILE, facts)
+
+
+def write_sick_step(folder: Path, step: int, facts: Mapping[str, Any]) -> None:
+    """Write down which rows a step had whose loss or gradient was not finite."""
+    path = sick_step_file(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, facts)
 
 
 def processor() -> str:

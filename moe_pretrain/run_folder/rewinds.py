@@ -1,7 +1,6 @@
 """Record of a run's rewinds: which rows it leaves out, whatever checkpoint it goes on from."""
 
 import json
-import os
 import reprlib
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from moe_pretrain.run_folder.paths import REWINDS_FILE
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
+from moe_pretrain.system.files import write_json
 
 
 def read_rewinds(folder: Path) -> Rewinds:
@@ -31,12 +31,7 @@ def read_rewinds(folder: Path) -> Rewinds:
 
 def write_rewinds(folder: Path, rewinds: Rewinds) -> None:
     """Record them, so that a kill right after cannot bring the left course back."""
-    work = folder / f"{REWINDS_FILE}.tmp"
-    with work.open("w") as file:
-        json.dump(rewinds.state(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(folder / REWINDS_FILE)
+    write_json(folder / REWINDS_FILE, rewinds.state())
 
 
 def parse_rewinds(values: Any) -> list[Rewind]:

@@ -1,93 +1,49 @@
-"""Files written whole or not at all, and folders flushed to the disk."""
+"""Files written whole or not at all: the one way in which a file of ours replaces another.
 
+A new file is written beside its place under a temporary name, flushed to the disk, renamed, and the folder's entry
+flushed too. A reader, a kill, a power cut or a full disk at any moment finds the old content or the new one.
+"""
+
+import glob
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
+TEMPORARY_SUFFIX = ".tmp"
+"""End of the names of files that are being written, or whose process was killed while it wrote them."""
 
-def flush_folder(path: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of a file that nobody but the caller writes."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk: a rename alone may be undone by a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file that appears under its name whole, on the disk, or not at all."""
-    with DurableFile(path) as file:
-        file.write(data)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that appears under its name whole and on the disk, or not at all; text is UTF-8.
 
-
-class DurableFile:
-    """A file that appears under its name only when it is whole and on the disk.
-
-    Attributes:
-        checksum: xxh3-128 of the bytes written so far.
+    Raises:
+        OSError: It cannot be written; what was there before is still there, and nothing else.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # Of several processes that write the same file each has its own; the contents are the same.
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed by commit
-        self.checksum = xxhash.xxh3_128()
-
-    def __enter__(self) -> "DurableFile":
-        return self
-
-    def __exit__(self, error_type: object, *_: object) -> None:
-        if error_type is None:
-            self.commit()
-        else:
-            self.abandon()
-
-    def write(self, data: bytes) -> None:
-        """Append, and count it into the checksum."""
-        self._file.write(data)
-        self.checksum.update(data)
-
-    def commit(self) -> None:
-        """Flush to the disk and take the final name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.rename(self._path)
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old text or the new one, never half of it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with WholeFile(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a file so that a reader finds the old values or the new ones, after a power cut too."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(values, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write values as JSON, whole or not at all; numbers must be finite, for JSON knows no others."""
+    write_whole(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,3 +59,53 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is broken: delete it to go on")
     return values
+
+
+class WholeFile:
+    """A file written in pieces that appears under its name only when it is whole and on the disk.
+
+    As a context manager it commits at the end, and leaves nothing behind after an exception.
+
+    Attributes:
+        checksum: xxh3-128 of the bytes written so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Several processes may write one file, with equal content (ranks that share a cache): each has its own.
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        # Unbuffered: a full disk is heard of by the piece that does not fit, not by some later one.
+        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - closed by commit or abandon
+        self.checksum = xxhash.xxh3_128()
+
+    def __enter__(self) -> "WholeFile":
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
+            self.commit()
+        else:
+            self.abandon()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append, and count it into the checksum."""
+        self.checksum.update(data)
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]  # the kernel may take a part of it
+
+    def commit(self) -> None:
+        """Flush to the disk and take the final name; a file that cannot is abandoned."""
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.rename(self._path)
+        except BaseException:
+            self.abandon()
+            raise
+        sync_folder(self._path.parent)
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from moe_pretrain.checkpoint.manifest import complete_names, step_of
 from moe_pretrain.config.preflight import RunPlan
@@ -16,9 +15,9 @@ from moe_pretrain.data import TrainingCorpus
 from moe_pretrain.metrics.writer import MetricsWriter
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.plan.layer_cost import layer_cost
-from moe_pretrain.run_folder.paths import CHECKPOINTS, SICK_STEPS
+from moe_pretrain.run_folder.paths import CHECKPOINTS, sick_step_file
 from moe_pretrain.run_folder.probe import Probe, ProbeFiles, routing_drift
-from moe_pretrain.run_folder.provenance import commit, processor, versions
+from moe_pretrain.run_folder.provenance import commit, processor, versions, write_config, write_sick_step, write_summary
 from moe_pretrain.train.corpora import RunData
 from moe_pretrain.train.progress import RunProgress
 
@@ -100,8 +99,8 @@ def write_facts(config: Config, plan: RunPlan, corpus: TrainingCorpus, mesh: Mes
         "dtype": plan.dtype,
         "moe_layer_cost": layer_cost(config, plan.dtype, size),
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    (folder / "summary.json").write_text(json.dumps(facts, indent=2))
+    write_config(folder, values)
+    write_summary(folder, facts)
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class BadRowsLog:
         """Note the rows of ``step`` of the data; in words, the place of the note."""
         first = step * self.rows_per_step
         rows = {"first_row": first, "last_row": first + self.rows_per_step - 1}
-        path = self.folder / SICK_STEPS / f"step_{step:08d}.json"
+        path = sick_step_file(self.folder, step)
         facts = {
             "step": step,
             "reason": reason,
@@ -134,8 +133,7 @@ class BadRowsLog:
         }
         if self.is_main:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(facts, indent=2) + "\n")
+                write_sick_step(self.folder, step, facts)
             except OSError as error:
                 return f"rows {first} to {rows['last_row']} of the run's order ({path} cannot be written: {error})"
         return f"its rows are in {path}"

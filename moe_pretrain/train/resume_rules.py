@@ -18,6 +18,7 @@ _MUST_STAY = (
     "packing",
     "seed",
     "batch.global_batch_tokens",
+    "optimizer.name",
     "optimizer.trainable",
     "checkpoint.warm_start",
 )
@@ -26,6 +27,8 @@ _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 """With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
+_ONLY_AT_THE_START = ("model.init", "model.gate_init")
+"""Fields that act in step 0 alone: a run from before they existed goes on with its weights, and nothing is news."""
 _ABSENT = object()
 
 
@@ -110,6 +113,8 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
         if _is_within(name, _SILENT):
             continue
         must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
+        if before is _ABSENT and name in _ONLY_AT_THE_START:
+            continue
         if before is _ABSENT or after is _ABSENT:
             absent = "not known then" if before is _ABSENT else f"was {_word(before)}, no longer exists"
             found.allowed.append(f"{name}={_word(after)} ({absent})" if after is not _ABSENT else f"{name} ({absent})")

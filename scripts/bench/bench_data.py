@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 
 from moe_pretrain.config.load import load
 from moe_pretrain.data import (
-    FilesCorpusConfig,
     MixedShards,
     MixtureConfig,
     ShardReader,
@@ -126,6 +125,12 @@ def _library_alone(work: tuple[str, list[str]]) -> tuple[float, float]:
     return started, time.perf_counter()
 
 
+def corpus_words(folder: Path) -> list[str]:
+    """Overrides that read the texts of ``folder``."""
+    fraction = f"data.validation_fraction={VALIDATION}"
+    return ["data=files", f"data.paths=['{folder}/*.txt']", fraction, "data.invalid_utf8=replace"]
+
+
 def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
     text, characters = [], 0
     for path in itertools.chain(
@@ -137,9 +142,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
             break
     for number, one in enumerate(text):
         (folder / f"{number:05d}.txt").write_text(one)
-    config = FilesCorpusConfig(
-        "files", (str(folder / "*.txt"),), (".txt",), "text", VALIDATION, "ignore", "replace", "fail", None, None
-    )
+    config = load(corpus_words(folder)).data
     tokenizer = TokenizerConfig("train", 8192, None)
     first = prepare(config, tokenizer, folder / "cache", None, workers, None)
     file = folder / "tokenizer.json"
@@ -167,8 +170,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
 def bench_waiting(folder: Path, steps: int) -> None:
     """Train on what ``bench_tokenising`` has left in ``folder``."""
     overrides = [
-        "model=tiny", "model.vocab_size=8192", "data=files", f"data.paths=['{folder}/*.txt']",
-        f"data.validation_fraction={VALIDATION}", "data.invalid_utf8=replace", "tokenizer=pretrained",
+        "model=tiny", "model.vocab_size=8192", *corpus_words(folder), "tokenizer=pretrained",
         f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
         "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
         f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192",

@@ -23,6 +23,7 @@ _TINY = (
         "model.num_heads=2",
         "model.ffn_hidden_size=28",
         "model.cross_entropy_chunk_tokens=7",
+        "model.init=normal",
         "model.init_std=0.2",
     ),
     *("model.moe.num_experts=4", "model.moe.expert_hidden_size=20"),

@@ -21,6 +21,10 @@ _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 # Codes of Megatron-LM's integer types; 6 and 7 are floats.
 _MEGATRON_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _TOKENS_PER_SCAN = 2**22
+_NUMPY_MAGIC = b"\x93NUMPY"
+# Types that flat files are written in; the second and third hold ids that fit into the first with zeros between them.
+_FLAT_DTYPES = ("<u2", "<u4", "<i8", ">u2", ">u4", ">i8")
+_TOKENS_PER_SAMPLE = 2**14  # at each of three places, to see whether ids are ids
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,31 @@ def token_rows(
             if isinstance(source, _Megatron):
                 found = ((number, *source.document(number)) for number in range(piece.start, piece.stop))
             else:
+                if path.suffix.lower() != ".npy":
+                    _check_flat_dtype(path, config.flat_dtype, vocab_size)
                 found = _flat_documents(source, piece.start, piece.stop, end_of_document)
             for number, offset, tokens in found:
+                packed = isinstance(source, _Megatron) and bool(np.any(tokens[:-1] == end_of_document))
+                if packed and config.megatron_documents == "end_of_document":
+                    yield from _unpacked(f"{path}#{number}", offset, tokens, vocab_size, end_of_document)
+                    continue
                 if len(tokens) and tokens[-1] == end_of_document:
                     tokens = tokens[:-1]
                 _check_range(tokens, offset, vocab_size)
                 identity = f"{path}#{number}"
-                yield TokenDocument(identity, tokens) if len(tokens) else LeftOut(identity, "empty")
+                yield TokenDocument(identity, tokens, packed) if len(tokens) else LeftOut(identity, "empty")
+
+
+def _unpacked(
+    identity: str, offset: int, tokens: np.ndarray, vocab_size: int, end_of_document: int
+) -> Iterator[TokenDocument | LeftOut]:
+    """The documents of a Megatron document that has ends of documents inside."""
+    for number, start, document in _flat_documents(tokens, 0, len(tokens), end_of_document):
+        is_last = start + len(document) == len(tokens)
+        document = document[:-1] if document[-1] == end_of_document else document
+        _check_range(document, offset + start, vocab_size)
+        place = f"{identity}+{number}"
+        yield TokenDocument(place, document, not is_last) if len(document) else LeftOut(place, "empty")
 
 
 class _Named:
@@ -112,12 +134,25 @@ class _Named:
 def _open(path: Path, config: TokensCorpusConfig) -> np.ndarray | _Megatron:
     index = path.with_suffix(".idx")
     if path.suffix.lower() == ".npy":
+        with open(path, "rb") as file:
+            if file.read(len(_NUMPY_MAGIC)) != _NUMPY_MAGIC:
+                raise ValueError(
+                    "has no numpy header, so it is raw tokens: rename it (or link to it) as .bin and say their type, "
+                    "data.flat_dtype=uint16 or uint32"
+                )
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
             raise ValueError(f"must be one row of integers, is {tokens.dtype} {list(tokens.shape)}")
         return np.asarray(tokens)
     if index.is_file():
         return _open_megatron(path, index)
+    if index.is_symlink():
+        raise ValueError(f"{index.name} beside it is a link to {index.readlink()}, which does not exist")
+    if strangers := [other for other in path.parent.glob("*.idx") if not other.with_suffix(".bin").exists()]:
+        raise ValueError(
+            f"{index.name} is missing, and {min(strangers).name} beside it has no .bin: a Megatron index must have its "
+            "file's name; rename it, or move it away if these are flat tokens"
+        )
     return _map(path, np.dtype(config.flat_dtype).newbyteorder("<"))
 
 
@@ -140,7 +175,9 @@ def _open_megatron(path: Path, index: Path) -> _Megatron:
         raise ValueError(
             f"{index.name}: version {version} and type code {code}, this program reads version 1, integers"
         )
-    if len(data) < header + 12 * sequences + 8 * documents or documents < 2:
+    size = header + 12 * sequences + 8 * documents
+    # One byte more for each sequence: the modes of Megatron's multimodal data.
+    if len(data) not in (size, size + sequences) or documents < 2:
         raise ValueError(f"{index.name}: damaged: {len(data)} bytes for {sequences} sequences, {documents} documents")
     lengths = np.frombuffer(data, "<i4", sequences, header)
     pointers = np.frombuffer(data, "<i8", sequences, header + 4 * sequences)
@@ -157,6 +194,21 @@ def _open_megatron(path: Path, index: Path) -> _Megatron:
         or np.any(ends > tokens.nbytes)
     ):
         raise ValueError(f"{index.name}: damaged: it points outside the file's {len(tokens)} tokens")
+    if starts[0] != 0 or starts[-1] != sequences:
+        raise ValueError(
+            f"{index.name}: its documents are sequences {starts[0]} to {starts[-1]} of {sequences}: the others would "
+            "be left out"
+        )
+    order = np.argsort(pointers, kind="stable")
+    edges = np.append(np.append(0, ends[order]), tokens.nbytes)
+    gaps = np.append(pointers[order], tokens.nbytes) - edges[:-1]
+    if np.any(gaps < 0):
+        raise ValueError(f"{index.name}: two of its sequences share tokens: it is not this file's index")
+    if missing := int(gaps.sum()) // tokens.itemsize:
+        raise ValueError(
+            f"{index.name}: {missing} of the file's {len(tokens)} tokens are in none of its sequences: it is not this "
+            "file's index, or one of the two was cut short"
+        )
     return _Megatron(tokens, lengths, pointers, starts)
 
 
@@ -182,6 +234,46 @@ def _next_end(tokens: np.ndarray, start: int, end_of_document: int) -> int:
             return start + int(found[0]) + 1
         start, size = start + size, min(2 * size, _TOKENS_PER_SCAN)
     return len(tokens)
+
+
+def _check_flat_dtype(path: Path, flat_dtype: str, vocab_size: int) -> None:
+    """Refuse a type that the file was not written in, as far as a sample of its values shows that.
+
+    Read as a wider type, ids give numbers far above any vocabulary; read as a narrower one, they have zeros between
+    them. So if the file gives ids as a wider type too, that is its type.
+
+    Raises:
+        ValueError: It is another type, or one that does not hold the tokenizer's ids.
+    """
+    if vocab_size > np.iinfo(flat_dtype).max + 1:
+        raise ValueError(f"data.flat_dtype={flat_dtype} does not hold the tokenizer's ids up to {vocab_size - 1}")
+    fitting = [np.dtype(code) for code in _FLAT_DTYPES if _are_ids(path, np.dtype(code), vocab_size)]
+    said = np.dtype(flat_dtype).newbyteorder("<")
+    wider = [dtype for dtype in fitting if dtype.itemsize > said.itemsize and dtype.byteorder != ">"]
+    if wider:
+        raise ValueError(
+            f"data.flat_dtype={flat_dtype}: as {wider[-1].name} its numbers are ids of the tokenizer, so as "
+            f"{flat_dtype} they have zeros between them: set data.flat_dtype={wider[-1].name}"
+        )
+    if fitting and not _are_ids(path, said, vocab_size):
+        other = fitting[0]
+        way = "turn its bytes around" if other.byteorder == ">" else f"set data.flat_dtype={other.name}"
+        order = "big-endian " if other.byteorder == ">" else ""
+        raise ValueError(
+            f"data.flat_dtype={flat_dtype}: some of its numbers are no ids of the tokenizer (0 to {vocab_size - 1}), "
+            f"as {order}{other.name} they are: {way}"
+        )
+
+
+def _are_ids(path: Path, dtype: np.dtype, vocab_size: int) -> bool:
+    """Whether a sample of the file, read as a type, is ids below ``vocab_size`` and not zeros alone."""
+    size = path.stat().st_size
+    if not size or size % dtype.itemsize:
+        return False
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    last = max(0, len(tokens) - _TOKENS_PER_SAMPLE)
+    sample = np.concatenate([tokens[start : start + _TOKENS_PER_SAMPLE] for start in (0, last // 2, last)])
+    return bool(sample.min() >= 0 and sample.max() < vocab_size and sample.any())
 
 
 def _check_range(tokens: np.ndarray, offset: int, vocab_size: int) -> None:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe, version_and_licence
+from moe_pretrain.data.documents.config import (
+    CorpusConfig,
+    HubCorpusConfig,
+    TokensCorpusConfig,
+    describe,
+    version_and_licence,
+)
 from moe_pretrain.data.documents.hub import START, Place
 from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
 from moe_pretrain.data.prepare import cache
@@ -44,7 +50,7 @@ from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
     make_tokenizer,
 )
-from moe_pretrain.system.files import sync_folder, write_durably
+from moe_pretrain.system.files import sync_folder, write_whole
 
 COUNTS_FILE = "counts.json"
 
@@ -263,6 +269,10 @@ class Preparation:
                     f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "
                     f"document of the {found} in {describe(corpus)}"
                 )
+        tokens = sum(shard.tokens - shard.documents for record in records for shard in record.shards if shard)
+        unknown = tokenizer.describe_unknown(counts.unknown, tokens, self._tokenizer_config.max_unknown)
+        if unknown:
+            self.report(unknown.removeprefix("; "))
         origin = Origin(describe(corpus), *version_and_licence(corpus))
         token_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         for record in records:
@@ -272,8 +282,16 @@ class Preparation:
             write_manifest(
                 self._partial / side, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
             )
-        write_durably(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
-        sync_folder(self._partial)
+        if counts.packed:
+            assert isinstance(corpus, TokensCorpusConfig)
+            self.report(
+                f"packed documents: cut at {counts.packed:,} end-of-document tokens inside Megatron documents "
+                "(data.megatron_documents=index keeps them whole)"
+                if corpus.megatron_documents == "end_of_document"
+                else f"packed documents: {counts.packed:,} Megatron documents have end-of-document tokens inside, and "
+                "are kept whole (data.megatron_documents=end_of_document cuts them)"
+            )
+        write_whole(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
         if self.folder.exists():
             shutil.rmtree(self.folder)  # published folders are complete: somebody removed files from it
         self._partial.rename(self.folder)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_pretrain.system.file_lock import try_lock
+from moe_pretrain.system.files import TEMPORARY_SUFFIX
 
 _PARTIAL = ".partial"
 _SECONDS_BETWEEN_TRIES = 0.5
@@ -78,13 +79,13 @@ def was_cut_off(folder: Path) -> bool:
 
 def remove_leftovers(partial: Path) -> None:
     """Remove the temporary files of processes that were killed; call it under the lock."""
-    for path in partial.rglob("*.tmp"):
+    for path in partial.rglob(f"*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
 def remove_old_leftovers(folder: Path) -> None:
     """Remove temporary files that nobody has written to for an hour; others may be another process's."""
-    for path in folder.rglob("*.tmp"):
+    for path in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > _OLD_SECONDS:
                 path.unlink()

@@ -23,7 +23,7 @@ from moe_pretrain.data.shards.near_duplicates import Sketcher, read_sketches
 from moe_pretrain.data.shards.reader import INDEX_DTYPE, ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer import Tokenizer
-from moe_pretrain.system.files import write_durably
+from moe_pretrain.system.files import write_whole
 
 SIDES = ("train", "validation")
 UNITS = "units"  # folder of the records, beside those of the sides
@@ -39,6 +39,7 @@ class Counts:
         empty: Left out because their text is empty.
         invalid_utf8: Left out because their text is not UTF-8.
         invalid_json: Left out because their line is no JSON object.
+        invalid_text: Left out because they have no text: none at all, null, a list, a number.
         table: Left out of the built-in corpus because they are tables.
         duplicate: Left out of the validation side because training has the same or nearly the same.
         train: Documents to train on.
@@ -46,12 +47,16 @@ class Counts:
         repaired: Of the last two, those in which bytes that are not UTF-8 were replaced.
         near_duplicates: Of ``validation`` and ``duplicate``, those of which training has the same or nearly the same.
         exact_duplicates: Of these, those of which training has the same.
+        packed: Ends of documents inside Megatron documents, at which these were cut; or documents that have any, where
+            the index alone decides.
+        unknown: Tokens of ``train`` and ``validation`` that stand for what the tokenizer does not know.
     """
 
     read: int
     empty: int
     invalid_utf8: int
     invalid_json: int
+    invalid_text: int
     table: int
     duplicate: int
     train: int
@@ -59,6 +64,8 @@ class Counts:
     repaired: int
     near_duplicates: int
     exact_duplicates: int
+    packed: int
+    unknown: int
 
     def __add__(self, other: "Counts") -> "Counts":
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -141,6 +148,7 @@ def write_unit(
                 content = row.tokens if isinstance(row, TokenDocument) else row.text
                 ids = row.tokens if isinstance(row, TokenDocument) else np.array(next(tokens), dtype=np.int64)
                 text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
+                counted["packed"] += isinstance(row, TokenDocument) and row.packed
                 held_out = is_validation(content, validation_fraction)
                 (validation if held_out else train).add(ids, text_bytes)
                 if sketch:
@@ -154,6 +162,8 @@ def write_unit(
                 break
         counted |= {"train": train.num_documents, "validation": validation.num_documents}
         shards = (train.close(), validation.close())
+        if tokenizer.unknown is not None:
+            counted["unknown"] = sum(int(side.token_counts[tokenizer.unknown]) for side in (train, validation))
     finally:
         train.abort()
         validation.abort()
@@ -161,8 +171,8 @@ def write_unit(
     (folder / UNITS).mkdir(exist_ok=True)
     for side, sketcher in zip(SIDES, sketchers, strict=False):
         _write_sketches(folder, unit.index, side, sketcher.sketches())
-    write_durably(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
-    write_durably(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
+    write_whole(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
+    write_whole(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
 
 
@@ -207,7 +217,7 @@ def drop_from_validation(
         exact_duplicates=exact,
     )
     record = dataclasses.replace(record, shards=(record.shards[0], rest), counts=counts)
-    write_durably(record_path(folder, record.index), json.dumps(dataclasses.asdict(record)).encode())
+    write_whole(record_path(folder, record.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
 
 
@@ -217,7 +227,7 @@ def read_unit_sketches(folder: Path, index: int, side: str) -> np.ndarray:
 
 
 def _write_sketches(folder: Path, index: int, side: str, sketches: np.ndarray) -> None:
-    write_durably(_sketches_path(folder, index, side), sketches.tobytes())
+    write_whole(_sketches_path(folder, index, side), sketches.tobytes())
 
 
 def _sketches_path(folder: Path, index: int, side: str) -> Path:

@@ -19,7 +19,7 @@ from moe_pretrain.data.shards.reader import (
     Origin,
     ShardInfo,
 )
-from moe_pretrain.system.files import DurableFile, sync_folder, write_durably
+from moe_pretrain.system.files import WholeFile, sync_folder, write_whole
 
 _TOKENS_PER_WRITE = 2**20
 
@@ -52,7 +52,7 @@ class ShardWriter:
         self._dtype = _token_dtype(vocab_size)
         self._text_bytes = 0
         self._document_ends: list[int] = []
-        self._bin: DurableFile | None = None
+        self._bin: WholeFile | None = None
         # Documents not yet written; small documents are far cheaper to handle many at a time.
         self._waiting: list[np.ndarray] = []
         self._waiting_tokens = 0
@@ -95,7 +95,7 @@ class ShardWriter:
         self._write_waiting()
         assert self._bin is not None
         self._bin.commit()
-        with DurableFile(self._folder / f"{self._name}.idx") as index:
+        with WholeFile(self._folder / f"{self._name}.idx") as index:
             index.write(np.array(self._document_ends, dtype=INDEX_DTYPE).tobytes())
         return ShardInfo(
             name=self._name,
@@ -115,7 +115,7 @@ class ShardWriter:
         if not self._waiting:
             return
         if self._bin is None:
-            self._bin = DurableFile(self._folder / f"{self._name}.bin")
+            self._bin = WholeFile(self._folder / f"{self._name}.bin")
         tokens = np.concatenate(self._waiting)
         self.token_counts += np.bincount(tokens, minlength=self._vocab_size)
         self._bin.write(tokens.astype(self._dtype).tobytes())
@@ -147,8 +147,7 @@ def write_manifest(
     manifest = make_manifest(folder, shards, token_counts, end_of_document, tokenizer_fingerprint, origin)
     # The shards' names must be on the disk before the manifest that vouches for them.
     sync_folder(folder)
-    write_durably(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-    sync_folder(folder)
+    write_whole(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n"))
     return manifest
 
 

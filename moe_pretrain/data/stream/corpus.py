@@ -132,6 +132,9 @@ def open_stream(
         stream.agree(number)
         stream.load_tokenizer(tokenizer)
         validation, entropy, counts = stream.validation(lambda: False)
+        tokens = stream.count_tokens(range(config.validation_shards))
+        unknown = stream.tokenizer.describe_unknown(counts.unknown, tokens, tokenizer.max_unknown)
+        report(stream.tokenizer.describe() + unknown)
     except BaseException:
         stream.close()
         raise

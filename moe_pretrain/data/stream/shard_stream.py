@@ -231,6 +231,11 @@ class ShardStream:
         reader = self._reader(SIDES[1], [info for record in head if (info := record.shards[1])], token_counts)
         return reader, reader.manifest.unigram_entropy_nats, counts
 
+    def count_tokens(self, shards: range) -> int:
+        """Tokens of both sides of the shards of which there is a record, without ends of documents."""
+        records = [self._records[shard] for shard in shards if shard in self._records]
+        return sum(info.tokens - info.documents for record in records for info in record.shards if info)
+
     def fingerprint(self) -> str:
         """Hash of the first shards and of what the order depends on."""
         first = [

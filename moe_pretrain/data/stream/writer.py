@@ -30,7 +30,7 @@ from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.shard_stream import END_FILE
 from moe_pretrain.data.tokenizer import TokenizerConfig, make_tokenizer
 from moe_pretrain.system.child_process import die_with
-from moe_pretrain.system.files import write_durably
+from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import one_line
 
 
@@ -219,7 +219,7 @@ class ShardsAhead:
         self._write_end(shard)
 
     def _write_end(self, num_shards: int) -> None:
-        write_durably(self._job.folder / END_FILE, json.dumps({"shards": num_shards}).encode())
+        write_whole(self._job.folder / END_FILE, json.dumps({"shards": num_shards}).encode())
 
     def _retries(self) -> Retries:
         return Retries(self._job.config.retry_seconds, self._say_failure)

@@ -160,12 +160,19 @@ class AttentiveLowRankConfig(AttentiveFields):
 
 
 class QueryKey(nn.Module):
-    """The two bias-free maps of the gate, float32: ``query_weight [key, hidden]``, ``key_weight [key, inner]``."""
+    """The two bias-free maps of the gate, float32: ``query_weight [key, hidden]``, ``key_weight [key, inner]``.
+
+    ``reads`` says what ``key_weight`` is a map of, for its initialisation: an expert's ``activation``, or the
+    ``low_rank`` half of its gate.
+    """
 
     keep_float32 = True
 
-    def __init__(self, key_size: int, hidden_size: int, inner_size: int):
+    def __init__(
+        self, key_size: int, hidden_size: int, inner_size: int, reads: Literal["activation", "low_rank"] = "activation"
+    ):
         super().__init__()
+        self.reads = reads
         self.query_weight = nn.Parameter(torch.empty(key_size, hidden_size))
         self.key_weight = nn.Parameter(torch.empty(key_size, inner_size))
 
@@ -191,12 +198,13 @@ class AttentiveBase(BalancedRouter):
     causal_in_training = True
     causal_in_evaluation = True
     losses_depend_on_cut = True
+    keys_read: Literal["activation", "low_rank"] = "activation"
 
     def __init__(self, fields: AttentiveFields, hidden_size: int, num_experts: int, layer: int, inner_size: int):
         super().__init__(fields, num_experts, layer)
         fields.check_num_experts(num_experts)
         self._fields = fields
-        self.gate = QueryKey(fields.key_size, hidden_size, inner_size)
+        self.gate = QueryKey(fields.key_size, hidden_size, inner_size, self.keys_read)
 
     @property
     def aux_weights(self) -> dict[str, float]:
@@ -339,6 +347,7 @@ class AttentiveLowRankRouter(AttentiveBase):
     """
 
     keep_float32 = False  # the down projections are expert weights, and large; the gate's own maps stay float32
+    keys_read = "low_rank"
 
     def __init__(self, config: AttentiveLowRankConfig, hidden_size: int, num_experts: int, layer: int):
         super().__init__(config, hidden_size, num_experts, layer, config.gate_rank)

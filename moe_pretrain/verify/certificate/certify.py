@@ -6,14 +6,13 @@ looks ahead), ``dependence_properties`` (what else it may not know), ``learning_
 recomputation, state) and ``derivative_properties`` (gradients beside finite differences).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from moe_pretrain.config.schema import Config
-from moe_pretrain.system.files import write_whole
+from moe_pretrain.system.files import write_json
 from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
@@ -111,7 +110,7 @@ def certify(
     rows.append(row)
     say(f"  {row}")
     if write is not None:
-        write_whole(write, json.dumps({"code": code, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        write_json(write, {"code": code, "rows": [asdict(row) for row in rows]})
         say(f"written: {write}")
     failed = sum(row.verdict == "FAIL" for row in rows)
     say("certified" if not failed else f"not certified: {failed} of {len(rows)} properties fail")

@@ -1,10 +1,14 @@
 """Tokenizers: lossless, repeatable, and no text can forge the end of a document."""
 
+import json
+
 import datasets
 import pytest
 import tokenizers
 import transformers
+from helpers.corpora import files
 
+from moe_pretrain.data import prepare
 from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
     load_pretrained,
@@ -23,8 +27,8 @@ def file(tmp_path_factory):
     return path
 
 
-def pretrained(path, vocab_size=0):
-    return load_pretrained(TokenizerConfig("pretrained", vocab_size, str(path)))
+def pretrained(path, vocab_size=0, end_of_document=None):
+    return load_pretrained(TokenizerConfig("pretrained", vocab_size, str(path), end_of_document))
 
 
 def test_training_is_repeatable_and_reaches_the_size(file, tmp_path):
@@ -98,13 +102,15 @@ def test_bad_settings_are_one_line():
 def test_bad_tokenizers_are_one_line(file, tmp_path, monkeypatch):
     (tmp_path / "garbage.json").write_text("{}")
     (tmp_path / "empty").mkdir()
-    transformers.PreTrainedTokenizerFast(tokenizer_file=str(file)).save_pretrained(tmp_path / "no_end")
+    (tmp_path / "no_end").mkdir()
+    (tmp_path / "no_end" / "tokenizer.json").write_text(file.read_text().replace("<|endoftext|>", "<|other|>"))
+    (tmp_path / "no_end" / "config.json").write_text('{"model_type": "gpt_neox"}')
     transformers.GPT2TokenizerFast().save_pretrained(tmp_path / "one_token")
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     for path, words in [
         (tmp_path / "garbage.json", "not a tokenizer.json"),
         (tmp_path / "empty", ""),
-        (tmp_path / "no_end", "needs an eos, bos or sep token"),
+        (tmp_path / "no_end" / "tokenizer.json", "has no eos, bos or sep token: tokenizer.end_of_document names"),
         (tmp_path / "one_token", "only 1 tokens were read"),
         ("no-such-org/no-such-name", "cannot be reached"),
     ]:
@@ -114,3 +120,85 @@ def test_bad_tokenizers_are_one_line(file, tmp_path, monkeypatch):
         assert line.startswith(f"tokenizer.path={path}") and words in line and "\n" not in line
     with pytest.raises(ValueError, match=r"^tokenizer\.vocab_size=7 must be 320, "):
         pretrained(file, vocab_size=7)
+
+
+def with_tokens(file, path, specials=(), learnt=(), **roles):
+    """A copy of a tokenizer with more tokens, and a configuration beside it that gives them roles."""
+    path.mkdir()
+    values = json.loads(file.read_text())
+    for token in (*specials, *learnt):
+        index = len(values["model"]["vocab"]) + len(values["added_tokens"])
+        entry = {"id": index, "content": token, "special": token in specials}
+        values["added_tokens"].append(dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | entry)
+    (path / "tokenizer.json").write_text(json.dumps(values))
+    if roles:
+        roles = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
+        (path / "tokenizer_config.json").write_text(json.dumps(roles))
+    return path
+
+
+@pytest.mark.parametrize(
+    "specials, learnt, roles, expected",
+    [
+        (["<eos>", "<bos>"], ["</s>"], {"eos_token": "<eos>", "bos_token": "<bos>"}, "<eos>"),
+        (["<|im_end|>"], [], {"eos_token": {"content": "<|im_end|>", "__type": "AddedToken"}}, "<|im_end|>"),
+        (["</s>"], [], {"eos_token": "</s>", "pad_token": "<|endoftext|>"}, "</s>"),
+        (["[CLS]", "[SEP]"], [], {"cls_token": "[CLS]", "sep_token": "[SEP]"}, "[SEP]"),
+        (["<s>"], ["</s>"], {}, "<|endoftext|>"),
+    ],
+)
+def test_the_end_of_a_document_is_what_the_configuration_says_in_folder_and_file(
+    file, tmp_path, specials, learnt, roles, expected
+):
+    folder = with_tokens(file, tmp_path / "t", specials, learnt, **roles)
+    from_file = pretrained(folder / "tokenizer.json")
+    from_folder = pretrained(folder) if roles else from_file
+    assert from_file.end_token == from_folder.end_token == expected
+    assert from_file.fingerprint == from_folder.fingerprint
+    assert f"{expected} (id {from_file.end_of_document}) ends each document" in from_file.describe()
+    # Written in a text it is text.
+    assert from_file.end_of_document not in from_file.encode_batch([f"a {expected} b"])[0]
+    chosen = pretrained(folder / "tokenizer.json", end_of_document="<|endoftext|>")
+    assert chosen.end_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "specials, learnt, roles, words",
+    [
+        ([], [], {"eos_token": "<|eos_new|>"}, "<|eos_new|> is none of its "),
+        ([], ["</s>"], {"eos_token": "</s>"}, "</s> is no special token, so that text may contain it"),
+        (["<|im_end|>", "</s>"], [], {}, "which of <|endoftext|> </s> <|im_end|> ends a document"),
+    ],
+)
+def test_an_end_that_would_be_guessed_is_refused_in_folder_and_file(file, tmp_path, specials, learnt, roles, words):
+    folder = with_tokens(file, tmp_path / "t", specials, learnt, **roles)
+    for path in (folder, folder / "tokenizer.json") if roles else (folder / "tokenizer.json",):
+        with pytest.raises(ValueError) as caught:
+            pretrained(path)
+        assert words in str(caught.value) and "tokenizer.end_of_document names" in str(caught.value)
+        assert pretrained(path, end_of_document="<|endoftext|>").end_token == "<|endoftext|>"
+    with pytest.raises(ValueError, match="tokenizer.end_of_document=<nothing> is none of its"):
+        pretrained(folder / "tokenizer.json", end_of_document="<nothing>")
+
+
+def test_a_text_of_unknown_tokens_is_refused_and_a_few_are_said(tmp_path):
+    words = {word: index for index, word in enumerate(["[UNK]", "[SEP]", *(f"w{number}" for number in range(30))])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(["[UNK]", "[SEP]"])
+    model.save(str(tmp_path / "words.json"))
+    texts = [" ".join(f"w{(number + k) % 33}" for k in range(20)) for number in range(100)]  # of 33 words 3 are unknown
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = []
+
+    def prepared(max_unknown):
+        config = TokenizerConfig("pretrained", 0, str(tmp_path / "words.json"), None, max_unknown)
+        return prepare(files(tmp_path / "a.jsonl"), config, tmp_path / "cache", None, 1, lines.append)
+
+    with pytest.raises(
+        ValueError, match=r"^tokenizer: \d.\d\d% of the text's tokens are unknown to it \(id 0\), more than"
+    ):
+        prepared(0.02)
+    counts = prepared(0.2).counts
+    assert counts.unknown == sum(text.split().count(f"w{k}") for text in texts for k in (30, 31, 32))
+    assert any(f"{counts.unknown / 2000:.2%} of the text's tokens are unknown" in line for line in lines)

@@ -31,6 +31,7 @@ SMALL = [
     "model.moe.shared_expert_hidden_size=8",
     "model.moe.num_leading_dense_layers=1",
     "model.cross_entropy_chunk_tokens=7",
+    "model.init=normal",
     "model.init_std=0.3",
 ]
 

@@ -24,8 +24,10 @@ def tokenizer(tmp_path_factory):
     return config, made.tokenizer.vocab_size, made.tokenizer.end_of_document
 
 
-def tokens(*paths, flat_dtype="uint16", fraction=0.2):
-    return TokensCorpusConfig("tokens", tuple(map(str, paths)), flat_dtype, fraction, "ignore", None, None)
+def tokens(*paths, flat_dtype="uint16", fraction=0.2, cut="end_of_document"):
+    return TokensCorpusConfig(
+        "tokens", tuple(map(str, paths)), flat_dtype, cut, fraction, "ignore", "sampled", None, None
+    )
 
 
 def random_documents(vocab_size, end, count=300):
@@ -115,6 +117,8 @@ def bad_files(folder, vocab_size, end):
     (folder / "short.idx").write_bytes((folder / "short.idx").read_bytes()[:-4])
     write_megatron(folder / "magic", documents, np.int32)
     (folder / "magic.idx").write_bytes(b"X" + (folder / "magic.idx").read_bytes()[1:])
+    for name, dtype in (("wide", "<u4"), ("wider", "<i8"), ("turned", ">u2")):
+        (folder / f"{name}.bin").write_bytes(stream.astype(dtype).tobytes())
     return [
         ("outside.npy", f"token 57: id {vocab_size} must be from 0 to {vocab_size - 1}"),
         ("odd.bin", "3 bytes are no whole number of uint16 tokens"),
@@ -122,9 +126,12 @@ def bad_files(folder, vocab_size, end):
         ("floats.npy", "must be one row of integers, is float64"),
         ("square.npy", "must be one row of integers, is int64 [10, 10]"),
         ("objects.npy", ""),
-        ("fake.npy", ""),
+        ("fake.npy", "has no numpy header, so it is raw tokens: rename it (or link to it) as .bin"),
         ("negative.bin", "token 1: id -5"),
         ("cut.bin", "points outside"),
+        ("wide.bin", "set data.flat_dtype=uint32"),
+        ("wider.bin", "set data.flat_dtype=int64"),
+        ("turned.bin", "as big-endian uint16 they are: turn its bytes around"),
         ("short.bin", "short.idx: damaged"),
         ("magic.bin", "no Megatron index"),
         ("none.bin", "does not exist"),
@@ -162,3 +169,92 @@ def test_flat_tokens_may_be_cut_anywhere():
     for cut in range(len(stream) + 1):
         parts = [*_flat_documents(stream, 0, cut, 0), *_flat_documents(stream, cut, len(stream), 0)]
         assert [tokens.tolist() for _, _, tokens in parts] == whole, cut
+
+
+def test_a_narrow_file_that_is_read_as_a_wide_type_is_named(tmp_path, tokenizer):
+    config, vocab_size, end = tokenizer
+    (tmp_path / "a.bin").write_bytes(flat(random_documents(vocab_size, end), end)[:4000].astype("<u2").tobytes())
+    for dtype in ("uint32", "int32", "int64"):
+        with pytest.raises(ValueError, match="as uint16 they are: set data.flat_dtype=uint16"):
+            prepare(tokens(tmp_path / "a.bin", flat_dtype=dtype), config, tmp_path / "cache", None, 1, None)
+
+
+def test_a_type_that_cannot_hold_the_ids_is_refused(tmp_path):
+    from moe_pretrain.data.documents.token_files import token_rows
+
+    (tmp_path / "a.bin").write_bytes(np.arange(100, dtype="<u2").tobytes())
+    config = tokens(tmp_path / "a.bin")
+    (unit,) = sources.plan_units(config)
+    with pytest.raises(ValueError, match="data.flat_dtype=uint16 does not hold the tokenizer's ids up to 65536"):
+        list(token_rows(unit.pieces, config, 65_537, 0))
+    assert len(list(token_rows(unit.pieces, config, 65_536, 50))) == 2
+
+
+def rewrite_index(path, change):
+    """Change the parts of an index, ``(lengths, pointers, document starts)``."""
+    data = path.read_bytes()
+    sequences, documents = struct.unpack_from("<QQ", data, 18)
+    lengths = np.frombuffer(data, "<i4", sequences, 34).copy()
+    pointers = np.frombuffer(data, "<i8", sequences, 34 + 4 * sequences).copy()
+    starts = np.frombuffer(data, "<i8", documents, 34 + 12 * sequences).copy()
+    lengths, pointers, starts = change(lengths, pointers, starts)
+    header = data[:18] + struct.pack("<QQ", len(lengths), len(starts))
+    path.write_bytes(header + lengths.tobytes() + pointers.tobytes() + starts.tobytes())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda n, p, s: (n, p, s[:10]), "its documents are sequences 0 to 9 of 20"),
+        (lambda n, p, s: (n, p, s[1:]), "its documents are sequences 1 to 20 of 20"),
+        (lambda n, p, s: (n[:-1], p[:-1], s[:-1]), "tokens are in none of its sequences"),
+        (lambda n, p, s: (n[1:], p[1:], s[:-1]), "tokens are in none of its sequences"),
+        (lambda n, p, s: (np.where(np.arange(20) == 7, n - 1, n).astype("<i4"), p, s), "1 of the file's"),
+        (lambda n, p, s: (n, np.where(np.arange(20) == 7, p - 4, p), s), "two of its sequences share tokens"),
+        (lambda n, p, s: (np.append(n, n[-1:]), np.append(p, p[-1:]), np.append(s, 21)), "share tokens"),
+    ],
+)
+def test_an_index_that_is_not_the_whole_file_is_refused(tmp_path, tokenizer, change, words):
+    config, vocab_size, end = tokenizer
+    documents = [document for document in random_documents(vocab_size, end, 100) if len(document) > 3][:20]
+    path = write_megatron(tmp_path / "a", documents, np.int32)
+    rewrite_index(tmp_path / "a.idx", change)
+    with pytest.raises(ValueError, match=words):
+        prepare(tokens(path), config, tmp_path / "cache", None, 1, None)
+
+
+def test_sequences_may_lie_in_any_order_and_have_modes(tmp_path, tokenizer):
+    config, vocab_size, end = tokenizer
+    documents = [document for document in random_documents(vocab_size, end, 100) if len(document) > 3][:20]
+    path = write_megatron(tmp_path / "a", documents, np.int32)
+    rewrite_index(tmp_path / "a.idx", lambda n, p, s: (n[::-1], p[::-1], s))
+    with open(tmp_path / "a.idx", "ab") as file:
+        file.write(bytes(20))  # one mode for each sequence
+    assert prepare(tokens(path), config, tmp_path / "cache", None, 1, None).counts.read == 20
+
+
+def test_an_index_of_another_name_or_behind_a_dead_link_is_named(tmp_path, tokenizer):
+    config, vocab_size, end = tokenizer
+    path = write_megatron(tmp_path / "a", random_documents(vocab_size, end), np.uint16)
+    (tmp_path / "a.idx").rename(tmp_path / "a_text_document.idx")
+    with pytest.raises(ValueError, match="a.idx is missing, and a_text_document.idx beside it has no .bin"):
+        prepare(tokens(path), config, tmp_path / "cache", None, 1, None)
+    (tmp_path / "a.idx").symlink_to("gone.idx")
+    with pytest.raises(ValueError, match="a.idx beside it is a link to gone.idx, which does not exist"):
+        prepare(tokens(path), config, tmp_path / "cache", None, 1, None)
+
+
+def test_packed_documents_come_apart_unless_the_index_alone_decides(tmp_path, tokenizer):
+    config, vocab_size, end = tokenizer
+    documents = [document for document in random_documents(vocab_size, end, 100) if len(document)][:60]
+    packs = [flat(documents[start : start + 5], end) for start in range(0, 60, 5)]
+    packs[3] = packs[3][:-1]  # a pack that is cut at its length has no end of its last document
+    path = write_megatron(tmp_path / "a", packs, np.int32)
+    lines = []
+    corpus = prepare(tokens(path), config, tmp_path / "cache", None, 1, lines.append)
+    found = [*documents_of(corpus.train), *documents_of(corpus.validation)]
+    assert sorted(found) == sorted([*document.tolist(), end] for document in documents)
+    assert any("packed documents: cut at 48 end-of-document tokens" in line for line in lines)
+    whole = prepare(tokens(path, cut="index"), config, tmp_path / "cache", None, 1, lines.append)
+    assert whole.counts.read == 12
+    assert "packed documents: 12 Megatron documents" in "\n".join(lines)

@@ -19,7 +19,7 @@ from moe_pretrain.data.stream.rows import StreamedRows
 from moe_pretrain.data.stream.shard_stream import ShardStream
 from moe_pretrain.data.stream.writer import Demand, StreamJob, serve
 from moe_pretrain.data.stream.writer_process import WriterProcess
-from moe_pretrain.system.files import DurableFile
+from moe_pretrain.system.files import WholeFile
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_writer_dies_with_its_parent(corpus, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monkeypatch):
-    write = DurableFile.write
+    write = WholeFile.write
     left = [6000]
 
     def write_until_full(self, data):
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monk
         left[0] -= len(data)
         write(self, data)
 
-    monkeypatch.setattr(DurableFile, "write", write_until_full)
+    monkeypatch.setattr(WholeFile, "write", write_until_full)
     folder = tmp_path / "cache"
     ours, theirs = Pipe()
     ours.send(StreamJob(folder, corpus, TOKENIZER, streaming(shards_ahead=100), 1))

@@ -205,7 +205,8 @@ def test_12_balance_loss_is_one_when_even():
 
 
 def test_13_norms_at_initialisation():
-    config = load(["router=autonomy", "model.hidden_size=256", "model.num_heads=4", "router.gate_rank=64"])
+    words = ["model.hidden_size=256", "model.num_heads=4", "router.gate_rank=64"]
+    config = load(["router=autonomy", *words, "model.init=normal", "model.gate_init=paper"])
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, seed=0)
     hidden = functional.rms_norm(torch.randn(512, 256), (256,))
