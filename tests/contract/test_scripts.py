@@ -66,6 +66,7 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         + ["--variants", "dense", "top_k", "top_k_no_balance", "--overrides", *SMALL_RUNS],
         ["top_k_no_balance-seed2: done", "| `top_k` | "],
     ),
+    "tables/start_table.py": ([*SMALL_MODEL, "--schemes", "hash"], ["| `top_k` | 1.00 | 1.00 |", "| `hash` | "]),
 }
 """Of each script, the words that make it short, and what it must print."""
 ELSEWHERE = {
