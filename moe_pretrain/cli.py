@@ -96,17 +96,16 @@ def _with_earlier_overrides(overrides: list[str]) -> list[str]:
     """
     from moe_pretrain.config.compose import RENAMED
     from moe_pretrain.config.load import load
-    from moe_pretrain.run_folder.paths import OVERRIDES_FILE
+    from moe_pretrain.run_folder.provenance import read_overrides
 
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
     named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
     explicit_name = any(word.startswith("run.name=") for word in named)
-    file = load(named).run.folder / OVERRIDES_FILE
-    if not explicit_name or not file.exists():
+    if not explicit_name or not (recorded := read_overrides(load(named).run.folder)):
         return overrides
     merged: dict[str, str] = {}
-    earlier = [word.partition("=") for word in file.read_text().splitlines()]
+    earlier = [word.partition("=") for word in recorded]
     for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
         merged[word.split("=")[0].lstrip("+")] = word
     return list(merged.values())
@@ -159,6 +158,7 @@ def _verify(overrides: list[str]) -> int:
 def _certify(words: list[str]) -> int:
     """Print the certificate of a router, or write those of runs into their folders."""
     from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
+    from moe_pretrain.run_folder.provenance import read_overrides
 
     if len(words) != 1 or ("=" in words[0] and not Path(words[0]).is_dir()):
         return _certify_one(words, None)
@@ -166,7 +166,7 @@ def _certify(words: list[str]) -> int:
     def certify_run(folder: Path) -> int:
         if not (folder / OVERRIDES_FILE).exists():
             raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
-        return _certify_one((folder / OVERRIDES_FILE).read_text().splitlines(), folder / CERTIFICATE)
+        return _certify_one(read_overrides(folder), folder / CERTIFICATE)
 
     return _for_one_of_each_variant(Path(words[0]), certify_run)
 
