@@ -37,6 +37,7 @@ REQUIRED = {
     "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
     **{f"experiment={name}": ["tokenizer.path=some/tokenizer"] for name in EXPERIMENTS},
+    **{f"experiment=tiny_shakespeare{kind}": ["data.paths=[a.txt]"] for kind in ("", "_moe")},
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]
 
@@ -198,6 +199,8 @@ MISTAKES = [
     (["experiment=aoe_4b"], "tokenizer.path is missing: it must be given"),
     (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
+    (["data=files", "data.paths=a.jsonl"], "data.paths=a.jsonl must be a list: 'data.paths=[a.jsonl]'"),
+    (["run.output_dir=/d/lr=1e-3"], """quote it: 'run.output_dir="/d/lr=1e-3"'"""),
 ]
 
 

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.moe.routers import SHIPPED, discover
@@ -61,7 +62,10 @@ def test_two_schemes_of_one_name_are_refused(package: types.ModuleType, tmp_path
 
 
 def test_every_scheme_has_its_values():
-    assert set(SHIPPED) == {path.stem for path in (config_folder() / "router").glob("*.yaml")}
+    choices = {path.stem: yaml.safe_load(path.read_text()) for path in (config_folder() / "router").glob("*.yaml")}
+    assert set(SHIPPED) <= set(choices)
+    # Further choices are a scheme with other values, by inheritance from its file or by name.
+    assert {values["name"] for values in choices.values() if "name" in values} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("scheme", SHIPPED.values(), ids=SHIPPED)
