@@ -10,8 +10,7 @@ from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
-from moe_pretrain.run_folder.provenance import read_overrides
-from moe_pretrain.run_folder.provenance import commit, versions
+from moe_pretrain.run_folder.provenance import commit, read_overrides, versions
 from moe_pretrain.verify.certificate.certify import certify
 
 
