@@ -30,12 +30,15 @@ def strings_of_code(tree: ast.AST) -> Iterator[ast.Constant]:
 
 
 def spelt_names(source: str) -> list[str]:
-    """Names of the map that stand in code as a path or a part of one; a name within a sentence is a message."""
+    """Names of the map that stand in code as a path, or of files as a part of one.
+
+    A name within a sentence is a message, and a folder within a longer path an example for the user.
+    """
     return [
         f"line {node.lineno}: {name}"
         for node in strings_of_code(ast.parse(source))
         for name in NAMES
-        if name in node.value.split("/")
+        if name == node.value or (Path(name).suffix and name in node.value.split("/"))
     ]
 
 
