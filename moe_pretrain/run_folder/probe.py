@@ -94,11 +94,11 @@ class ProbeFiles:
     """The probes of a run folder."""
 
     def __init__(self, run_folder: Path):
-        self._run_folder, self._folder = run_folder, run_folder / PROBES
+        self._run_folder, self.folder = run_folder, run_folder / PROBES
 
     def steps(self) -> list[int]:
         """Steps of the probes that are there, rising."""
-        paths = self._folder.iterdir() if self._folder.is_dir() else ()
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(step for path in paths if (step := probe_step(path)) is not None)
 
     def path(self, step: int) -> Path:
@@ -111,7 +111,7 @@ class ProbeFiles:
         Raises:
             OSError: It cannot be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(probe.step)
         values: dict[str, Any] = {field.name: getattr(probe, field.name) for field in fields(Probe)}
         content = io.BytesIO()
