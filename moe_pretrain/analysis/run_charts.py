@@ -25,9 +25,9 @@ def loss_charts(
     train: Sequence[MetricsRow],
     validation: Sequence[MetricsRow],
     events: Sequence[MetricsRow],
-    unigram_entropy: float | None,
+    unigram_cross_entropy: float | None,
 ) -> list[str]:
-    """LM loss, with the loss of guessing by token frequency alone as a reference."""
+    """LM loss, with that of guessing the validation text by the training text's token frequencies as a reference."""
     curves = [Curve(train, "train/loss", label="train")]
     if validation:
         curves.append(Curve(validation, "validation/loss", ORANGE, "validation", "o"))
@@ -38,7 +38,7 @@ def loss_charts(
             "LM loss in nats per token, auxiliary losses not included",
             curves,
             size=(5.6, 3.1),
-            reference=None if unigram_entropy is None else (unigram_entropy, "unigram entropy"),
+            reference=None if unigram_cross_entropy is None else (unigram_cross_entropy, "unigram cross-entropy"),
             marks=(resumed, "resumed"),
         )
     ]
