@@ -204,7 +204,7 @@ class ShardStream:
         return self._reader(SIDES[0], infos, np.ones(self.tokenizer.vocab_size, dtype=np.int64))
 
     def validation(self, cancelled: Callable[[], bool]) -> tuple[ShardReader, np.ndarray, Counts]:
-        """Documents held out of the first shards, how often each token occurs in the training text there, and what was counted.
+        """Documents held out of the first shards, token counts of the training text there, and what was counted.
 
         Raises:
             ValueError: There is none, or no document to train on.
