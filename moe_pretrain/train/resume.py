@@ -149,7 +149,7 @@ class Resumer:
         if missing:
             self._recorder.event(
                 "state_begins_anew",
-                f"{path.name} is of an earlier release, without {', '.join(missing)}: they begin anew with the next step",
+                f"{path.name} is of an earlier release, without {', '.join(missing)}: they begin anew",
             )
 
     def _leave(self, step: int) -> None:

@@ -24,8 +24,8 @@ class ExpertChoiceConfig(RouterConfig):
         name: ``expert_choice``.
         capacity_factor: Mean experts per token, in (0, num_experts]; an expert takes ``capacity_factor * text tokens /
             num_experts`` tokens of a micro-batch.
-        threshold_decay: Decay per step of the running mean of each expert's cut-off, as a z-score of its scores, by which
-            evaluation routes, in [0, 1); 0 keeps the last step's alone.
+        threshold_decay: Decay per step of the running mean of each expert's cut-off, as a z-score of its scores, by
+            which evaluation routes, in [0, 1); 0 keeps the last step's alone.
     """
 
     name: Literal["expert_choice"]
