@@ -282,10 +282,9 @@ def test_evaluation_keeps_up_with_scores_that_grow(decay: float) -> None:
         scale = (1.19 + (4.91 - 1.19) * min(step, 20) / 20) / 1.19
         spread = 0.25 + 0.15 * min(step, 20) / 20
         scores = scale * growth * (1 + spread * torch.randn(tokens, experts, generator=generator)).clamp(min=0)
-        if step in (1, 3, 10, 26, 100):
+        if step in (26, 100):  # before the step, by tokens that the thresholds have not seen
             per_token = float((scores > thresholds.thresholds).sum()) / tokens
-            # One step old, and in the first 20 steps the scores grow by up to 16% in a step.
-            assert per_token == pytest.approx(2.0, abs=0.3 if step >= 26 else 0.8), step
+            assert per_token == pytest.approx(2.0, abs=0.3), step
         taken, cutoffs = choose_tokens(scores, text, 2.0)
         thresholds.after_step(step_use([0.0] * experts, tokens, cutoff_sums(scores, cutoffs, text)))
         assert float(taken.sum()) / tokens == 2.0
@@ -331,11 +330,11 @@ def test_forward_moves_nothing(training: bool) -> None:
 
 
 def test_evaluation_uses_about_as_many_experts_as_training() -> None:
-    """Thresholds from many small micro-batches, then tokens that were in none of them."""
+    """Thresholds from many steps, then tokens that were in none of them."""
     router = make_router(threshold_decay=0.99)
-    for _ in range(200):
-        use = router(torch.randn(60, HIDDEN), make_context(60)).use
-        router.after_step(step_use(use.tokens_per_expert, 60, use.sums))
+    for _ in range(50):
+        use = router(torch.randn(2000, HIDDEN), make_context(2000)).use
+        router.after_step(step_use(use.tokens_per_expert, 2000, use.sums))
     tokens = 5000
     use = router.eval()(torch.randn(tokens, HIDDEN), make_context(tokens)).use
     assert float(use.tokens_per_expert.sum()) / tokens == pytest.approx(2.0, abs=0.1)
