@@ -114,8 +114,23 @@ def _thresholds(folder: str) -> dict[str, Any]:
     path, manifest = store.newest(Path(folder), pytest.fail)
     store.restore(other, path, manifest)
     own = torch.stack(sums).view(len(steps), -1, 2, 3, 4)  # [steps, micro-batches, layers, sums, experts]
-    restored = dict(other.model.named_buffers())
-    return {"states": states, "evaluated": evaluated, "restored": restored, "own": own, "tokens": tokens}
+    restored = {name: buffer.clone() for name, buffer in other.model.named_buffers()}
+    later = ("cutoff_z_scores", "z_score_steps")
+    of_before = [each for each in manifest["intervals"] if not each["tensor"].endswith(later)]
+    missing = store.restore(other, path, {**manifest, "intervals": of_before})
+    older = dict(other.model.named_buffers())
+    with pytest.raises(store.CheckpointError, match="covers 0 of 4 elements of buffer of [^\n]*thresholds"):
+        no_buffers = [each for each in of_before if each["kind"] != "buffer"]
+        store.restore(other, path, {**manifest, "intervals": no_buffers})
+    return {
+        "states": states,
+        "evaluated": evaluated,
+        "restored": restored,
+        "older": older,
+        "missing": missing,
+        "own": own,
+        "tokens": tokens,
+    }
 
 
 def _sums_of(routing: Routing) -> Tensor:
@@ -161,6 +176,16 @@ def test_thresholds_move_by_the_cutoffs_of_all_micro_batches(runs: list[dict[str
         thresholds = first["states"][-1][f"blocks.{layer}.feed_forward.router.evaluation.thresholds"].double()
         torch.testing.assert_close(thresholds, expected[layer], rtol=1e-5, atol=0)
         assert (thresholds - own[layer]).abs().max() > 1e-3, "one rank would do"
+
+
+def test_a_checkpoint_of_before_the_z_scores_keeps_its_thresholds(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        for name, value in run["restored"].items():
+            if name.endswith("thresholds"):
+                assert torch.equal(run["older"][name], value) and value.min() > 0
+            else:
+                assert (run["older"][name] == 0).all() and value.abs().max() > 0
+        assert sorted(run["missing"]) == sorted(name for name in run["restored"] if not name.endswith("thresholds"))
 
 
 def test_thresholds_are_saved_and_evaluation_moves_nothing(runs: list[dict[str, Any]]) -> None:
