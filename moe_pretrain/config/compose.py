@@ -14,7 +14,7 @@ import pydantic
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.config.schema import Config, ConfigError
@@ -38,12 +38,16 @@ def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            composed = compose(ROOT_CONFIG, overrides=list(overrides))
-            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            # With Hydra's own part, which knows the file that was chosen from each group: `run.name` is made of it.
+            composed = compose(ROOT_CONFIG, overrides=list(overrides), return_hydra_config=True)
+            return {str(key): _resolved(composed, key) for key in composed if key != "hydra"}
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+
+
+def _resolved(composed: DictConfig, key: Any) -> Any:
+    value = composed[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
