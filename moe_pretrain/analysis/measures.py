@@ -5,11 +5,9 @@ Axis names:
     layers    MoE layers, bottom up
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,10 +20,19 @@ from moe_pretrain.run_folder.record import RunRecord
 
 END_SHARE = 0.2
 """Share of a run's tokens, at its end, over which balance is measured."""
-SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_NATS = 50, 8.0, 0.2
-"""A spike is a training loss this many robust standard deviations, and nats, above the median of the rows before it."""
-COLLAPSED_RATIO = 1.5
-"""A layer has collapsed when its load is worth at most this many times the experts that one token uses."""
+
+IncidentKind = Literal["spike", "collapse", "non-finite"]
+_INCIDENTS: dict[str, IncidentKind] = {
+    "loss_spike": "spike",
+    "rewound": "spike",  # going back removed the row of the spike itself; this one tells it
+    "collapsed_router": "collapse",
+    "non_finite": "non-finite",
+    "step_skipped": "non-finite",
+    "diverged": "non-finite",
+}
+"""Events of a run that are incidents."""
+_JUDGES = {"spike.window_steps": "loss spikes", "metrics.router_health_steps": "collapsed routers"}
+"""Settings of the run's own judges; a run of an earlier release that lacks one was not judged for it."""
 
 
 def of_layers(rows: Sequence[MetricsRow], name: str) -> np.ndarray:
@@ -91,70 +98,32 @@ def tokens(rows: Sequence[MetricsRow]) -> np.ndarray:
     return column(rows, "tokens")
 
 
+INCIDENT_HEADER = ("Kind", "Step", "Message of the run")
+
+
 @dataclass(frozen=True)
 class Incident:
-    """Something that went wrong over some steps.
+    """An event of a run that says that something went wrong.
 
     Attributes:
         kind: ``spike``: of the training loss. ``collapse``: a layer sends nearly all tokens to as few experts as it
             can. ``non-finite``: a number was NaN or infinite.
-        first: First row of it.
-        last: Last row of it.
-        detail: Size, or layer.
+        row: The event's row.
     """
 
-    kind: Literal["spike", "collapse", "non-finite"]
-    first: MetricsRow
-    last: MetricsRow
-    detail: str
+    kind: IncidentKind
+    row: MetricsRow
 
 
-def incidents(train: Sequence[MetricsRow], events: Sequence[MetricsRow]) -> list[Incident]:
-    """Spikes, collapses and numbers that were not finite in a run's rows, in order of their steps."""
-    non_finite = [
-        Incident("non-finite", row, row, row["message"]) for row in events if row["event"] in ("non_finite", "diverged")
-    ]
-    found = [*_spikes(train), *_collapses(train), *non_finite]
-    return sorted(found, key=lambda each: each.first["step"])
+def incidents(events: Sequence[MetricsRow]) -> list[Incident]:
+    """The incidents among a run's event rows, in their order. The run judged; nothing is judged here."""
+    return [Incident(_INCIDENTS[row["event"]], row) for row in events if row["event"] in _INCIDENTS]
 
 
-def _spikes(rows: Sequence[MetricsRow]) -> Iterator[Incident]:
-    losses = column(rows, "train/loss")
-    excess = np.full(len(losses), math.nan)
-    for index in range(SPIKE_WINDOW, len(losses)):
-        before = losses[index - SPIKE_WINDOW : index]
-        if np.isfinite(before).any():
-            middle = np.nanmedian(before)
-            deviation = 1.4826 * np.nanmedian(np.abs(before - middle))
-            over = losses[index] - middle
-            if over > max(SPIKE_NATS, SPIKE_DEVIATIONS * deviation):
-                excess[index] = over
-    for stretch in _stretches(np.isfinite(excess)):
-        yield Incident(
-            "spike", rows[stretch[0]], rows[stretch[-1]], f"{excess[stretch].max():.2f} nats above the median"
-        )
+def not_judged(values: Mapping[str, Any]) -> list[str]:
+    """Kinds of incidents that a run did not judge, in words: that nothing is recorded of them does not mean none.
 
-
-def _collapses(rows: Sequence[MetricsRow]) -> Iterator[Incident]:
-    for layer in metric_layers(rows[-1:], "expert_share"):
-        bad = np.array([_has_collapsed(row, layer) for row in rows])
-        for stretch in _stretches(bad):
-            yield Incident("collapse", rows[stretch[0]], rows[stretch[-1]], f"layer {int(layer)}")
-
-
-def _has_collapsed(row: MetricsRow, layer: str) -> bool:
-    """Whether the load of a layer is worth few experts: by the exponential of its entropy, for at most half of them."""
-    share = np.array(row.get(f"moe/layer_{layer}/expert_share") or [], dtype=np.float64)
-    each = row.get(f"moe/layer_{layer}/experts_per_token")
-    if not share.sum() > 0 or each is None:
-        return False
-    used = share[share > 0]
-    worth = math.exp(-float((used * np.log(used)).sum()))
-    return worth <= min(COLLAPSED_RATIO * max(each, 1.0), len(share) / 2) + 1e-9
-
-
-def _stretches(flags: np.ndarray) -> Iterator[list[int]]:
-    """Indices of each run of True."""
-    for flag, members in groupby(range(len(flags)), key=lambda index: bool(flags[index])):
-        if flag:
-            yield list(members)
+    Args:
+        values: Configuration with dotted keys.
+    """
+    return [kind for setting, kind in _JUDGES.items() if setting not in values]

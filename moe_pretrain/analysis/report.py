@@ -12,11 +12,11 @@ from moe_pretrain.analysis.compare.charts import incident_chart
 from moe_pretrain.analysis.figures import column
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
 from moe_pretrain.analysis.html import charts, facts, folded, legend, page, section, table
-from moe_pretrain.analysis.measures import at_end, incidents
+from moe_pretrain.analysis.measures import INCIDENT_HEADER, at_end, incidents, not_judged
 from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.run_folder.paths import METRICS_FILE
-from moe_pretrain.run_folder.record import load_rows, read_config, recorded_facts
+from moe_pretrain.run_folder.record import flatten, load_rows, read_config, recorded_facts
 from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import short_duration, short_number
 
@@ -163,14 +163,17 @@ def _chart_sections(rows: dict[str, list[MetricsRow]], unigram_entropy: float | 
     ]
 
 
-def _incident_section(name: str, rows: dict[str, list[MetricsRow]]) -> str:
-    found = incidents(rows["train"], rows["event"])
+def _incident_section(name: str, events: list[MetricsRow], config: dict[str, Any]) -> str:
+    found, missing = incidents(events), not_judged(flatten(config))
+    unknown = (
+        f"The run did not judge {' and '.join(missing)}: its configuration has no settings for that." if missing else ""
+    )
     if not found:
-        return section("Incidents", "<p>No spike, no collapsed layer, no number that was not finite.</p>")
-    lines = [(each.kind, f"{each.first['step']:,d}", f"{each.last['step']:,d}", each.detail) for each in found]
-    header = ("What", "First step", "Last step", "Detail")
-    body = f'<div class="single">{incident_chart({name: found})[0]}</div>{table(header, lines[:_MAX_EVENTS])}'
-    return section("Incidents", body, f"The first {_MAX_EVENTS} of {len(found)}." * (len(found) > _MAX_EVENTS))
+        return section("Incidents", "<p>The run recorded none.</p>", unknown)
+    lines = [(each.kind, f"{each.row['step']:,d}", each.row["message"]) for each in found]
+    body = f'<div class="single">{incident_chart({name: found})[0]}</div>{table(INCIDENT_HEADER, lines[:_MAX_EVENTS])}'
+    cut = f"The first {_MAX_EVENTS} of {len(found)}." if len(found) > _MAX_EVENTS else ""
+    return section("Incidents", body, " ".join(note for note in (cut, unknown) if note))
 
 
 def _finding_sections(run_dir: Path, rows: dict[str, list[MetricsRow]], recorded: dict[str, Any]) -> list[str]:
@@ -219,7 +222,7 @@ def write_report(run_dir: Path) -> Path:
     sections = [
         section("Key facts", facts(_facts(summary))),
         *_chart_sections(rows, summary["unigram_entropy"]),
-        _incident_section(str(summary["run_name"]), rows),
+        _incident_section(str(summary["run_name"]), rows["event"], read_config(run_dir)),
         *_finding_sections(run_dir, rows, recorded_facts(run_dir)),
         _event_table(rows["event"]),
     ]

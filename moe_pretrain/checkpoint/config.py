@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import NonNegativeInt, PositiveInt
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -23,17 +25,10 @@ class CheckpointConfig:
             start as ever. Optimizer, schedule, data and balancer state start anew. None for no such.
     """
 
-    every_steps: int
-    keep_last: int
-    keep_every_steps: int | None
-    keep_best: int
+    every_steps: PositiveInt
+    keep_last: PositiveInt
+    keep_every_steps: PositiveInt | None
+    keep_best: NonNegativeInt
     asynchronous: bool
     resume: Literal["auto", "must", "never"]
     warm_start: str | None
-
-    def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least {least}")
-        if self.keep_every_steps is not None and self.keep_every_steps < 1:
-            raise ValueError(f"checkpoint.keep_every_steps={self.keep_every_steps} must be at least 1, or null")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT, global_shape, pieces
+from moe_pretrain.checkpoint.intervals import global_shape, kept_moments, pieces
 from moe_pretrain.checkpoint.manifest import BUFFER, Interval
 from moe_pretrain.engine.engine import TrainEngine
 
@@ -34,7 +34,8 @@ class Staged:
         content: What follows the header.
         intervals: What lies in it.
         shapes: Global shape of every parameter.
-        adam_step: Updates that AdamW has made.
+        moments: Names of the moments that the optimizer keeps of each.
+        updates: Updates that the optimizer has made.
     """
 
     file: str
@@ -42,7 +43,8 @@ class Staged:
     content: memoryview
     intervals: list[Interval]
     shapes: dict[str, list[int]]
-    adam_step: float
+    moments: dict[str, list[str]]
+    updates: float
 
 
 class Staging:
@@ -60,7 +62,7 @@ class Staging:
         """
         engine = self._engine
         file = f"rank_{engine.mesh.rank:05d}.safetensors"
-        found, adam_step = self._arrays(file)
+        found, updates = self._arrays(file)
         # safetensors allows no holes, and every array must begin at a multiple of its element's size.
         found.sort(key=lambda pair: -pair[1].element_size())
         size = sum(values.nbytes for _, values in found)
@@ -86,22 +88,22 @@ class Staging:
             content=memoryview(self._memory.numpy()),  # type: ignore[arg-type]  # arrays are buffers from 3.12 on
             intervals=[interval for interval, _ in found],
             shapes={name: global_shape(engine, parameter) for name, parameter in engine.model.named_parameters()},
-            adam_step=adam_step,
+            moments=kept_moments(engine),
+            updates=updates,
         )
 
     def _arrays(self, file: str) -> tuple[list[tuple[Interval, Tensor]], float]:
-        """Views of all that this rank saves, and AdamW's step."""
+        """Views of all that this rank saves, and the optimizer's number of updates."""
         engine = self._engine
         found: list[tuple[Interval, Tensor]] = []
-        adam_step = 0.0
+        updates = 0.0
         for piece in pieces(engine):
-            adam_step = float(piece.state["step"])
+            updates = float(piece.updates)
             if not piece.is_saved_here:
                 continue
-            for kind in (WEIGHT, *MOMENTS):
-                values = piece.master if kind == WEIGHT else piece.moment(kind)
+            for kind, values in piece.arrays().items():
                 found.append((Interval(piece.name, kind, piece.start, values.numel(), file), values))
         if engine.mesh.is_main:  # the same on every rank
             for name, buffer in engine.model.named_buffers():
                 found.append((Interval(name, BUFFER, 0, buffer.numel(), file), buffer))
-        return found, adam_step
+        return found, updates

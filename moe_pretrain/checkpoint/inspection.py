@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import (
     BUFFER,
     MANIFEST,
     CheckpointError,
     complete_names,
+    moments_of,
     open_manifest,
     train_state,
     verify_files,
@@ -70,12 +71,13 @@ def _word(value: Any) -> str:
 
 
 def _describe_sizes(manifest: dict[str, Any]) -> Iterator[str]:
-    parameters = sum(math.prod(shape) for shape in manifest["shapes"].values())
+    shapes, moments = manifest["shapes"], moments_of(manifest)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    alone = sum(4 * math.prod(shape) * (1 + len(moments[name])) for name, shape in shapes.items()) / max(1, parameters)
     size = sum(facts["bytes"] for facts in manifest["files"].values())
-    # Three float32 arrays: master weight and two moments.
     yield (
-        f"size:        {parameters:,} parameters in {len(manifest['shapes'])} tensors, {size:,} bytes, "
-        f"{size / max(1, parameters):.2f} bytes per parameter (weight and moments alone: 12)"
+        f"size:        {parameters:,} parameters in {len(shapes)} tensors, {size:,} bytes, "
+        f"{size / max(1, parameters):.2f} bytes per parameter (weight and moments alone: {alone:.4g})"
     )
 
 
@@ -84,14 +86,16 @@ def _describe_norms(reader: Reader, manifest: dict[str, Any]) -> Iterator[str]:
     layers: dict[str, list[str]] = {}
     for name in manifest["shapes"]:
         layers.setdefault(_layer_of(name), []).append(name)
-    kinds = (WEIGHT, *MOMENTS)
+    moments = moments_of(manifest)
+    kinds = [WEIGHT, *dict.fromkeys(kind for kept in moments.values() for kind in kept)]
     width = max(map(len, layers))
     yield f"{'L2 norm':<{width}}" + "".join(f"{kind:>16}" for kind in kinds)
     broken = []
     for layer, names in layers.items():
         norms = []
         for kind in kinds:
-            squares = {name: _sum_of_squares(reader, name, kind) for name in names}
+            having = [name for name in names if kind == WEIGHT or kind in moments[name]]
+            squares = {name: _sum_of_squares(reader, name, kind) for name in having}
             broken += [f"{kind} of {name}" for name, square in squares.items() if not math.isfinite(square)]
             norms.append(math.sqrt(sum(squares.values())))
         yield f"{layer:<{width}}" + "".join(f"{norm:>16.6g}" for norm in norms)

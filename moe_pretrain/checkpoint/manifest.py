@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pydantic
 import xxhash
 
-from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
+from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 
@@ -28,6 +28,12 @@ FORMAT_VERSION = 1
 
 BUFFER = "buffer"
 """Kind of state that has no gradient: router biases, thresholds."""
+
+UPDATES = "adam_step"
+"""Field of the optimizer's number of updates, by the name it has had since there was one optimizer."""
+
+_FIRST_MOMENTS = ["exp_avg", "exp_avg_sq"]
+"""Moments of every parameter in manifests that do not name them: those of AdamW, the only optimizer then."""
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
@@ -73,6 +79,7 @@ class _Fields:
     shapes: dict[str, list[int]]
     files: dict[str, _FileFacts]
     intervals: list[Interval]
+    moments: dict[str, list[str]] | None = None
 
 
 _FIELDS = pydantic.TypeAdapter(_Fields)
@@ -180,10 +187,13 @@ def _check(manifest: _Fields) -> None:
         if interval.file not in manifest.files:
             raise ValueError(f"interval {interval.key} lies in {interval.file!r}, which is not among its files")
         arrays.setdefault((interval.tensor, interval.kind), []).append(interval)
+    moments = manifest.moments
+    if moments is not None and moments.keys() != manifest.shapes.keys():
+        raise ValueError("its moments and its shapes are of different tensors")
     for tensor, shape in manifest.shapes.items():
         if any(size < 0 for size in shape):
             raise ValueError(f"shapes.{tensor}={shape} has a negative size")
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in (WEIGHT, *(_FIRST_MOMENTS if moments is None else moments[tensor])):
             _check_tiling(kind, tensor, arrays.pop((tensor, kind), []), math.prod(shape))
     for (tensor, kind), parts in arrays.items():
         if kind != BUFFER:
@@ -199,6 +209,11 @@ def _check_tiling(kind: str, tensor: str, parts: list[Interval], length: int) ->
         covered += part.length
     if covered != length:
         raise ValueError(f"the intervals of {kind} of {tensor} cover {covered} of {length} elements")
+
+
+def moments_of(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the moments of each tensor."""
+    return manifest.get("moments") or dict.fromkeys(manifest["shapes"], _FIRST_MOMENTS)
 
 
 def verify_files(path: Path, manifest: dict[str, Any], files: Iterable[str]) -> None:

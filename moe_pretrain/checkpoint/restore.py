@@ -9,14 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import (
-    MOMENTS,
-    WEIGHT,
-    global_shape,
-    global_start,
-    pieces,
-)
-from moe_pretrain.checkpoint.manifest import BUFFER, CheckpointError, Interval
+from moe_pretrain.checkpoint.intervals import WEIGHT, global_shape, global_start, kept_moments, pieces
+from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, CheckpointError, Interval, moments_of
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 
@@ -39,13 +33,21 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
     reader = Reader(path, manifest)
     shapes = _global_shapes(engine)
     _check_shapes(shapes, path, manifest)
+    stored = moments_of(manifest)
+    for name, moments in kept_moments(engine).items():
+        if moments != stored[name]:
+            raise CheckpointError(
+                f"checkpoint {path} has the moments {', '.join(stored[name])} of {name}, "
+                f"optimizer.name={engine.optimizer_config.name} keeps {', '.join(moments)}"
+            )
     _restore_weights(engine, reader, shapes.keys())
     for name, buffer in engine.model.named_buffers():
         buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
     for piece in pieces(engine):
-        for kind in MOMENTS:
-            piece.moment(kind).copy_(reader.read(piece.name, kind, piece.start, piece.master.numel()))
-        piece.state["step"].fill_(manifest["adam_step"])
+        for kind, values in piece.arrays().items():
+            if kind != WEIGHT:
+                values.copy_(reader.read(piece.name, kind, piece.start, values.numel()))
+        piece.updates.fill_(manifest[UPDATES])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from moe_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TEMPORARY,
+    UPDATES,
     CheckpointError,
     complete_names,
     open_manifest,
@@ -78,8 +79,9 @@ def commit(
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "state": state,
-        "adam_step": staged.adam_step,
+        UPDATES: staged.updates,
         "shapes": staged.shapes,
+        "moments": staged.moments,
         "files": {part["file"]: {"bytes": part["bytes"], "xxh3_128": part["xxh3_128"]} for part in parts},
         "intervals": [interval for part in parts for interval in part["intervals"]],
     }

@@ -22,7 +22,7 @@ from moe_pretrain.config.schema import Config, ConfigError
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
 """Fields by their names in earlier releases."""
-BEFORE = {"model.init": "normal", "model.gate_init": "paper"}
+BEFORE = {"model.init": "normal", "model.gate_init": "paper", "optimizer.name": "adamw"}
 """Fields that earlier releases did not have, with what they did."""
 
 
@@ -72,7 +72,7 @@ def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Conf
         ConfigError: Something is wrong; the first complaint, in one line.
     """
     root: type[Config] = Config
-    variants = {"router", "data", "schedule"}
+    variants = {"router", "data", "schedule", "optimizer"}
     if router is not None:
         root = dataclasses.make_dataclass("Config", [("router", router)], bases=(Config,), frozen=True)
         variants.remove("router")
@@ -106,11 +106,32 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
     path = ".".join(location)
     if first["type"] == "missing":
         return f"{path} is missing: it must be given"
+    if first["type"] == "union_tag_invalid":
+        field = first["ctx"]["discriminator"].strip("'")
+        return f"{path}.{field}={first['ctx']['tag']} must be one of {first['ctx']['expected_tags']}"
+    if constraint := _constraint(first["type"], first.get("ctx", {})):
+        return f"{path}={first['input']} must {constraint}"
     return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
+def _constraint(kind: str, bounds: Mapping[str, Any]) -> str | None:
+    """A violated range in words; None if ``kind`` of pydantic's errors is about something else."""
+    match kind, bounds:
+        case "finite_number", _:
+            return "be finite"
+        case "greater_than", {"gt": 0 as bound}:  # of a whole number the bound is one too
+            return "be at least 1" if isinstance(bound, int) else "be positive"
+        case "greater_than_equal", {"ge": 0}:
+            return "not be negative"
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    return next((f"be {words[bound]} {value:.10g}" for bound, value in bounds.items() if bound in words), None)
+
+
 def _refuse_unknown(part: Any, values: Any, path: str) -> None:
-    """Raise if ``values`` has a key that is not a field of the dataclass ``part``, or of one inside it."""
+    """Raise if ``values`` has a key that is not a field of the dataclass ``part``, or of one inside it.
+
+    Also if it has ``true`` or ``false`` where a number was made of it.
+    """
     if isinstance(part, dict):
         for name, member in part.items():
             _refuse_unknown(member, values[name], f"{path}{name}.")
@@ -124,6 +145,8 @@ def _refuse_unknown(part: Any, values: Any, path: str) -> None:
                 kind = type(part).__name__
                 raise ConfigError(f"{path}{key}={value!r} is not a field of {kind}{_suggest(key, fields)}")
             _refuse_unknown(getattr(part, key), value, f"{path}{key}.")
+    elif isinstance(values, bool) and not isinstance(part, bool):
+        raise ConfigError(f"{path.removesuffix('.')}={str(values).lower()} must be a number")
 
 
 def _suggest(word: str, known: Sequence[str] | set[str]) -> str:

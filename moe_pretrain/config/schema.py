@@ -24,7 +24,7 @@ from moe_pretrain.data import (
 )
 from moe_pretrain.data.rows.packing import PackingConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
-from moe_pretrain.engine.optimizer import OptimizerConfig
+from moe_pretrain.engine.optimizers import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import model_size
@@ -62,11 +62,9 @@ class RunConfig:
     name: str
     output_dir: str
     cache_dir: str
-    prepare_workers: int | None
+    prepare_workers: pydantic.PositiveInt | None
 
     def __post_init__(self) -> None:
-        if self.prepare_workers is not None and self.prepare_workers < 1:
-            raise ValueError(f"run.prepare_workers={self.prepare_workers} must be at least 1, or null for every core")
         _check_folder_name("run.name", self.name)
 
     @property
@@ -88,12 +86,10 @@ class SweepConfig:
     """
 
     name: str | None
-    parallel: int
+    parallel: pydantic.PositiveInt
     retry: Literal["none", "failed", "all"]
 
     def __post_init__(self) -> None:
-        if self.parallel < 1:
-            raise ValueError(f"sweep.parallel={self.parallel} must be at least 1")
         if self.name is not None:
             _check_folder_name("sweep.name", self.name)
 
@@ -109,17 +105,14 @@ class EvaluationConfig:
             the group ``data`` fills one in: ``+data@evaluation.sets.code=files evaluation.sets.code.paths=[a.jsonl]``.
     """
 
-    every_steps: int
-    max_rows: int
+    every_steps: pydantic.PositiveInt
+    max_rows: pydantic.PositiveInt
     sets: dict[str, Annotated[CorpusConfig, pydantic.Field(discriminator="source")]]
 
     def __post_init__(self) -> None:
         for name in self.sets:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"evaluation.sets: name {name!r} must be of letters, digits, - and _")
-        for name in ("every_steps", "max_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,9 @@ class Config:
             None for the shipped ones. See ``config_loading.load_router_file``.
     """
 
-    seed: int
+    __pydantic_config__ = pydantic.ConfigDict(allow_inf_nan=False)  # for all parts: they have none of their own
+
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**31)]
     router_file: str | None
     run: RunConfig
     sweep: SweepConfig
@@ -155,8 +150,6 @@ class Config:
     fault: FaultConfig
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed} must be in [0, 2**31)")
         self.router.check_num_experts(self.model.moe.num_experts)
         check_gate(self.model.moe, self.router, self.model.hidden_size)
         sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}

@@ -1,7 +1,9 @@
 """Our configuration to DeepSpeed's dictionary. Pure; every key that changes numbers is written out."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 Dtype = Literal["float32", "bfloat16"]
 Determinism = Literal["topology", "elastic"]
@@ -29,32 +31,23 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     zero_stage: int
-    gradient_clipping: float
-    reduce_bucket_elements: int
-    check_every_steps: int
-    max_skipped_steps: int
+    gradient_clipping: NonNegativeFloat
+    reduce_bucket_elements: Annotated[int, Field(ge=2)]
+    check_every_steps: NonNegativeInt
+    max_skipped_steps: NonNegativeInt
     determinism: Determinism
 
     def __post_init__(self) -> None:
-        if self.zero_stage == 3:
-            raise ValueError(
-                "engine.zero_stage=3 must be 0, 1 or 2: DeepSpeed refuses custom MoE layers at stage 3; experts are "
-                "already spread by parallel.expert_parallel_size"
-            )
         if self.zero_stage not in (0, 1, 2):
-            raise ValueError(f"engine.zero_stage={self.zero_stage} must be 0, 1 or 2")
+            raise ValueError(
+                f"engine.zero_stage={self.zero_stage} must be 0, 1 or 2: DeepSpeed refuses custom MoE layers at stage "
+                "3; experts are already spread by parallel.expert_parallel_size"
+            )
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16: DeepSpeed's stage 0 then uses another "
                 "optimizer with other results"
             )
-        if self.gradient_clipping < 0:
-            raise ValueError(f"engine.gradient_clipping={self.gradient_clipping} must not be negative")
-        for name in ("check_every_steps", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"engine.{name}={getattr(self, name)} must not be negative")
-        if self.reduce_bucket_elements < 2:
-            raise ValueError(f"engine.reduce_bucket_elements={self.reduce_bucket_elements} must be at least 2")
 
 
 def clips_itself(config: EngineConfig) -> bool:

@@ -5,7 +5,7 @@ so it does not know which rank runs it: experts run the rows of each sending ran
 and statistics of the micro-batches are added in one balanced binary tree over the global batch; among powers of two, a
 rank's consecutive micro-batches are a whole subtree, and so are those of an expert group. DeepSpeed then gets the
 finished gradient from one rank, times the number of ranks, and zeros from the others, so that its average is exact in
-any order. The norm is summed per parameter and per expert, each at its place, and AdamW runs without torch's fused
+any order. The norm is summed per parameter and per expert, each at its place, and the optimizer runs without a fused
 kernel, which rounds the last few elements of a partition otherwise than the rest.
 
 What a run must keep for the same bits: the global batch, ``batch.micro_batch_size``, the kind of processor, torch. What

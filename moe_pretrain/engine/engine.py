@@ -15,7 +15,7 @@ from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.elastic import ElasticGradients, GradientCarrier, clip_scale, exact_sum
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
-from moe_pretrain.engine.optimizer import OptimizerConfig, build_optimizer
+from moe_pretrain.engine.optimizers import OptimizerConfig, build_optimizer
 from moe_pretrain.engine.sanity import (
     check_optimizer_covers,
     check_replicas,
@@ -66,27 +66,27 @@ class TrainEngine:
         self._plan = plan
         self._faults, self._enter = faults, enter
         self._skipped = 0
-        self._peak_learning_rate = optimizer.learning_rate
         self._learning_rate_factor = learning_rate_factor
         layers = model.moe_layers()
         self._layer_row = {layer.router.layer: row for row, layer in enumerate(layers)}
         self._num_experts = layers[0].num_experts if layers else 0
         self._num_sums = layers[0].router.num_sums if layers else 0
         self._elastic = ElasticGradients(model, mesh) if config.determinism == "elastic" else None
-        self.adamw = adamw = build_optimizer(model, optimizer, fused=self._elastic is None)
-        check_optimizer_covers(model, [p for group in adamw.param_groups for p in group["params"]])
+        self.optimizer_config = optimizer
+        self.client_optimizer = build_optimizer(model, optimizer, is_exact=self._elastic is not None)
+        check_optimizer_covers(model, [p for group in self.client_optimizer.param_groups for p in group["params"]])
         module: nn.Module = model
         rows, accumulation = plan.micro_batch_size, plan.accumulation
         if self._elastic is not None:  # DeepSpeed only gets finished gradients
             module, rows, accumulation = GradientCarrier(model), rows * accumulation, 1
         settings = deepspeed_config(config, dtype, rows, accumulation, mesh.world_size)
         with redirect_stdout(io.StringIO()):  # in bfloat16 it prints its memory use a dozen times
-            initialised = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
+            initialised = deepspeed.initialize(model=module, optimizer=self.client_optimizer, config=settings)
         self.deepspeed, self.optimizer, _, _ = initialised
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of ``step``."""
-        return self._peak_learning_rate * self._learning_rate_factor(step)
+        return self.optimizer_config.learning_rate * self._learning_rate_factor(step)
 
     def step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
         """One optimizer step.
@@ -113,7 +113,7 @@ class TrainEngine:
         with inject_sickness(self.model, self._faults, step):
             with watch:
                 sums = self._accumulate(step, batches, text_tokens, global_counts)
-            self.adamw.withheld = not math.isfinite(sums.loss_sum)
+            self.client_optimizer.withheld = not math.isfinite(sums.loss_sum)
             gradient_norm = self._update(step)
             sickness = None
             if not (math.isfinite(sums.loss_sum) and math.isfinite(gradient_norm)):
@@ -190,7 +190,7 @@ class TrainEngine:
         """Where a loss or gradient that is not finite arose: the step once more, watched and without an update."""
         with first_non_finite(self.model) as found:
             loss = self._accumulate(step, batches, text_tokens, global_counts).loss_sum
-        self.adamw.withheld = True
+        self.client_optimizer.withheld = True
         self._update(step)
         everywhere: list[Any] = [None] * self.mesh.world_size
         dist.all_gather_object(everywhere, found)
@@ -209,9 +209,9 @@ class TrainEngine:
         elif clips_itself(self.config):
             own_norm = float(self._clip())
         if own_norm is not None and not math.isfinite(own_norm):
-            self.adamw.withheld = True  # under ZeRO, DeepSpeed withholds it by itself
+            self.client_optimizer.withheld = True  # under ZeRO, DeepSpeed withholds it by itself
         self.deepspeed.step()
-        self.adamw.withheld = False
+        self.client_optimizer.withheld = False
         return own_norm if own_norm is not None else float(self.deepspeed.get_global_grad_norm())
 
     @torch.no_grad()

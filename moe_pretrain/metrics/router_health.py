@@ -6,21 +6,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_COLLAPSE_RATIO = 1.25
-"""A router is called collapsed while it uses at most this many times the experts that each token uses."""
-
 
 class RouterHealth:
-    """Watches the routes of every step, and warns once when a layer falls ill, and again only after it was well."""
+    """Judge of the routes of every step: warns once when a layer falls ill, and again only after it was well.
 
-    def __init__(self, layers: list[int], window_steps: int):
-        """Nothing is seen yet.
+    The only judge of collapse: the pages show its events, so a threshold of a page's own could contradict the run.
+    """
+
+    def __init__(self, layers: list[int], window_steps: int, collapse_ratio: float):
+        """Start with nothing seen.
 
         Args:
             layers: Numbers of the MoE layers, for the messages.
-            window_steps: Steps over which health is judged.
+            window_steps: ``metrics.router_health_steps``.
+            collapse_ratio: ``metrics.collapse_ratio``.
         """
-        self._layers, self._window_steps = layers, window_steps
+        self._layers, self._window_steps, self._collapse_ratio = layers, window_steps, collapse_ratio
         self._steps = 0
         self._tokens = 0
         self._routes: Tensor | None = None
@@ -61,7 +62,7 @@ class RouterHealth:
         self._dead[layer] = dead
         used, per_token = effective_experts(routes), float(routes.sum()) / max(1, self._tokens)
         # A dense scheme uses all experts for every token, and is not ill.
-        collapsed = used <= _COLLAPSE_RATIO * per_token < len(routes)
+        collapsed = used <= self._collapse_ratio * per_token < len(routes)
         if collapsed and not self._collapsed[layer]:
             warnings.append(
                 (

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from moe_pretrain.metrics.wandb_start import choose_mode, netrc_key, run_id
+from moe_pretrain.metrics.wandb_start import choose_mode, netrc_key, run_id, stricter
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.run_folder.record import find_runs
 
@@ -95,7 +95,10 @@ class WandbSink:
         except Exception as error:
             return self._turn_off(error)
         logged_in = bool(api_key or settings.identity_token_file)
-        mode, reason = choose_mode(asked, logged_in, settings.base_url)
+        asked, reason = stricter(asked, getattr(settings, "mode", None))
+        if asked == "off":
+            return say(f"wandb: off ({reason})")
+        mode, reason = choose_mode(asked, reason, logged_in, settings.base_url)
         if mode == "online":
             # The key is handed over so that wandb has no reason to ask for one.
             self._run, reason = _try_online(wandb, run.options, api_key)

@@ -4,6 +4,7 @@ Nothing here prompts, or imports wandb.
 """
 
 import netrc
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -14,13 +15,55 @@ from urllib.parse import urlsplit
 from moe_pretrain.system.files import write_whole
 
 _REACH_SECONDS = 5.0
+_STRICTNESS = ("auto", "online", "offline", "off")
+# What wandb itself takes; the last two of each are its old words.
+_MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+_MODES |= {"disabled": "off"}
 
 
-def choose_mode(asked: str, logged_in: bool, base_url: str) -> tuple[str, str]:
+def stricter(asked: str, settings_mode: str | None = None) -> tuple[str, str]:
+    """Obey whoever sends less: ``metrics.wandb``, or wandb's own settings and environment.
+
+    Args:
+        asked: "auto", "online", "offline" or "off".
+        settings_mode: The mode in wandb's settings, which its own commands write to files; None while not known.
+
+    Returns:
+        What is to be done, in the words of ``asked``, and where it comes from if it is not what was asked.
+
+    Raises:
+        ValueError: ``WANDB_MODE`` is none of wandb's words.
+    """
+    said = os.environ.get("WANDB_MODE", "").strip().lower()
+    if said and said not in _MODES:
+        raise ValueError(f"WANDB_MODE={said} in the environment must be one of {', '.join(_MODES)}")
+    found = [("", asked), (f"WANDB_MODE={said}", _MODES.get(said, "auto"))]
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on"):
+        found.append(("WANDB_DISABLED in the environment", "off"))
+    found.append((f"mode={settings_mode} in wandb's settings", _MODES.get(settings_mode or "", "auto")))
+    where, mode = max(found, key=lambda one: _STRICTNESS.index(one[1]))
+    return (asked, "") if mode in ("auto", "online") else (mode, where)
+
+
+def keep_wandb_inside(folder: Path) -> None:
+    """Put the folders that wandb would make in the user's home below the run, where that is not said otherwise.
+
+    Its configuration stays where the user has one: it says which server is theirs.
+    """
+    for name in ("CACHE", "DATA", "ARTIFACT"):
+        os.environ.setdefault(f"WANDB_{name}_DIR", str((folder / "wandb" / name.lower()).resolve()))
+    configuration = Path("~/.config/wandb").expanduser()
+    nearest = next(path for path in (configuration, *configuration.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        os.environ.setdefault("WANDB_CONFIG_DIR", str((folder / "wandb" / "config").resolve()))
+
+
+def choose_mode(asked: str, reason: str, logged_in: bool, base_url: str) -> tuple[str, str]:
     """Decide between online and offline without asking anybody.
 
     Args:
         asked: "auto", "online" or "offline".
+        reason: Who asked, if it was not the run's configuration.
         logged_in: Whether there is a key.
         base_url: The wandb server.
 
@@ -31,7 +74,7 @@ def choose_mode(asked: str, logged_in: bool, base_url: str) -> tuple[str, str]:
         ValueError: "online" was asked for and nobody is logged in.
     """
     if asked == "offline":
-        return "offline", "as configured"
+        return "offline", reason or "as configured"
     if not logged_in:
         if asked == "online":
             raise ValueError("metrics.wandb=online needs a wandb login: run `wandb login`, or set it to offline")

@@ -4,10 +4,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from moe_pretrain.metrics.console import ConsoleSink
 from moe_pretrain.metrics.wandb_sink import WandbSink, wandb_run
+from moe_pretrain.metrics.wandb_start import stricter
 from moe_pretrain.run_folder.metrics_file import JsonlSink, MetricsRow, read_rows, replace_non_finite
 
 
@@ -17,27 +20,25 @@ class MetricsConfig:
 
     Attributes:
         log_every_steps: Steps between two train rows, at least 1.
-        router_health_steps: Steps over which an expert without a token is called dead, and a router that uses hardly
-            more experts than each token does is called collapsed; at least 1.
+        router_health_steps: Steps over which an expert without a token is called dead and a router is judged for
+            collapse; at least 1.
+        collapse_ratio: A router is called collapsed while it uses at most this many times the experts that each token
+            uses (and not all of them); at least 1.
         progress: Show a progress bar when stderr is a terminal.
-        wandb: "auto" is online for a user who is logged in and has a network, else offline.
+        wandb: "auto" is online for a user who is logged in and has a network, else offline. WANDB_MODE in the
+            environment is obeyed where it sends less.
         wandb_project: Project that the run appears under.
         wandb_group: Group of the run; None for the name of the folder that its folder is in, so that runs side by side
             are a group.
     """
 
-    log_every_steps: int
-    router_health_steps: int
+    log_every_steps: PositiveInt
+    router_health_steps: PositiveInt
+    collapse_ratio: Annotated[float, Field(ge=1)]
     progress: bool
     wandb: Literal["auto", "online", "offline", "off"]
     wandb_project: str
     wandb_group: str | None
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their range."""
-        for name in ("log_every_steps", "router_health_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"metrics.{name} must be >= 1, got {getattr(self, name)}")
 
 
 class MetricsWriter:
@@ -73,7 +74,10 @@ class MetricsWriter:
         self._jsonl = JsonlSink(path, self._console.say)
         self._must_resume = bool(read_rows(path))
         self._wandb = None
-        if config.wandb != "off":
+        asked, reason = stricter(config.wandb)
+        if asked == "off" and reason:
+            self._console.say(f"wandb: off ({reason})")
+        if asked != "off":
             described = wandb_run(run_dir, config.wandb_project, config.wandb_group, run_name, resolved_config)
             self._wandb = WandbSink(config.wandb, described, self._console.say)
 

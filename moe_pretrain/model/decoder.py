@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -50,32 +51,25 @@ class ModelConfig:
     """
 
     name: str
-    vocab_size: int
-    sequence_length: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_key_value_heads: int
-    ffn_hidden_size: int
-    rope_base: float
-    norm_epsilon: float
+    vocab_size: PositiveInt
+    sequence_length: PositiveInt
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    ffn_hidden_size: PositiveInt
+    rope_base: PositiveFloat
+    norm_epsilon: PositiveFloat
     tie_embeddings: bool
     init: Literal["normal", "width_aware"]
-    init_std: float
+    init_std: PositiveFloat
     gate_init: Literal["variance_preserving", "paper"]
     scale_residual_init: bool
-    cross_entropy_chunk_tokens: int
+    cross_entropy_chunk_tokens: PositiveInt
     recompute: Recompute
     moe: MoEConfig
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size sequence_length num_layers hidden_size num_heads num_key_value_heads ffn_hidden_size "
-            "rope_base norm_epsilon init_std cross_entropy_chunk_tokens"
-        )
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be positive")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}; "

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from jaxtyping import Float
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,26 +34,14 @@ class MoEConfig:
             the same, is rounded to a multiple of this.
     """
 
-    num_experts: int
-    expert_hidden_size: int
-    num_shared_experts: int
-    shared_expert_hidden_size: int
-    every_k_layers: int
-    num_leading_dense_layers: int
-    gate_rank: int | None
-    expert_width_multiple: int
-
-    def __post_init__(self) -> None:
-        positive = (
-            "num_experts expert_hidden_size shared_expert_hidden_size every_k_layers expert_width_multiple gate_rank"
-        )
-        for name in positive.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.moe.{name}={value} must be at least 1")
-        for name in ("num_shared_experts", "num_leading_dense_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.moe.{name}={getattr(self, name)} must not be negative")
+    num_experts: PositiveInt
+    expert_hidden_size: PositiveInt
+    num_shared_experts: NonNegativeInt
+    shared_expert_hidden_size: PositiveInt
+    every_k_layers: PositiveInt
+    num_leading_dense_layers: NonNegativeInt
+    gate_rank: PositiveInt | None
+    expert_width_multiple: PositiveInt
 
     @property
     def shared_width(self) -> int:

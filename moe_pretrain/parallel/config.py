@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pydantic import PositiveInt
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -17,15 +19,10 @@ class ParallelConfig:
         heartbeat_seconds: How long a rank may give no sign of life before the run ends and names it.
     """
 
-    processes: int
-    expert_parallel_size: int
-    timeout_seconds: int
-    heartbeat_seconds: int
-
-    def __post_init__(self) -> None:
-        for name in ("processes", "expert_parallel_size", "timeout_seconds", "heartbeat_seconds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+    processes: PositiveInt
+    expert_parallel_size: PositiveInt
+    timeout_seconds: PositiveInt
+    heartbeat_seconds: PositiveInt
 
     def check(self, world_size: int, num_experts: int) -> None:
         """Raise if the experts cannot be spread over ``world_size`` ranks; ``num_experts`` is 0 without routing."""

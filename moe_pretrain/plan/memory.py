@@ -30,12 +30,16 @@ class LocalParameters:
         kept: Replicated and always float32: routers.
         expert: This rank's experts.
         largest: The largest tensor.
+        moment_bytes: Bytes of the optimizer's moments of the first two.
+        expert_moment_bytes: The same of this rank's experts.
     """
 
     dense: int
     kept: int
     expert: int
     largest: int
+    moment_bytes: int
+    expert_moment_bytes: int
 
     @property
     def count(self) -> int:
@@ -46,15 +50,25 @@ class LocalParameters:
         """Elements whose optimizer state is on this rank under ZeRO."""
         return (self.dense + self.kept) / ranks + self.expert * expert_parallel_size / ranks
 
+    def owned_moment_bytes(self, ranks: int, expert_parallel_size: int) -> float:
+        """Bytes of the moments of these elements."""
+        return self.moment_bytes / ranks + self.expert_moment_bytes * expert_parallel_size / ranks
+
 
 def local_parameters(config: Config) -> LocalParameters:
     """Count one rank's parameters on a model without storage."""
     with torch.device("meta"):
         model = DecoderLM(config.model, config.router, ExpertShard(0, config.parallel.expert_parallel_size))
     kept = sum(parameter.numel() for parameter in float32_parameters(model))
-    expert = sum(p.numel() for layer in model.moe_layers() for p in layer.experts.parameters())
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return LocalParameters(sum(sizes) - kept - expert, kept, expert, max(sizes))
+    of_experts = {id(p) for layer in model.moe_layers() for p in layer.experts.parameters()}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    expert = sum(sizes[name] for name, parameter in model.named_parameters() if id(parameter) in of_experts)
+    moments = {False: 0, True: 0}
+    for name, parameter in model.named_parameters():
+        per_element = config.optimizer.state(name, parameter).bytes_per_element
+        moments[id(parameter) in of_experts] += per_element * sizes[name]
+    dense = sum(sizes.values()) - kept - expert
+    return LocalParameters(dense, kept, expert, max(sizes.values()), moments[False], moments[True])
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ def memory_per_rank(
     zero_stage = config.engine.zero_stage
     return Memory(
         weights=weight_bytes(parameters, dtype),
-        optimizer=optimizer_bytes(parameters, owned, zero_stage),
+        optimizer=optimizer_bytes(parameters, ranks, config.parallel.expert_parallel_size, zero_stage),
         carried=_carried_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
         # ``BF16_Optimizer`` clears the last bfloat16 gradients when the next backward begins.
         stale=weight_bytes(parameters, dtype)
@@ -139,9 +153,12 @@ def weight_bytes(parameters: LocalParameters, dtype: Dtype) -> float:
     return BYTES[dtype] * (parameters.dense + parameters.expert) + 4 * parameters.kept
 
 
-def optimizer_bytes(parameters: LocalParameters, owned: float, zero_stage: int) -> float:
-    """AdamW's two moments and, where ZeRO copies them, float32 master weights, of the elements owned by this rank."""
-    return 8 * parameters.count if zero_stage == 0 else 12 * owned
+def optimizer_bytes(parameters: LocalParameters, ranks: int, expert_parallel_size: int, zero_stage: int) -> float:
+    """Moments and, where ZeRO copies them, float32 master weights, of the elements owned by this rank."""
+    if zero_stage == 0:
+        return parameters.moment_bytes + parameters.expert_moment_bytes
+    place = (ranks, expert_parallel_size)
+    return 4 * parameters.owned(*place) + parameters.owned_moment_bytes(*place)
 
 
 def _gradient_bytes(

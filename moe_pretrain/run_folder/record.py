@@ -105,6 +105,8 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
         values = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
         if "seed" not in values:
             raise ValueError("it has no seed")
+        if "optimizer.learning_rate" in values:
+            values.setdefault("optimizer.name", "adamw")  # the only one, before it had a name
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         values = {}
         problems.append(f"config.yaml: {_one_line(error)}")

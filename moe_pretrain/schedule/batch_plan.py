@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pydantic import PositiveInt
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -12,14 +14,8 @@ class BatchConfig:
         micro_batch_size: Sequences per rank and forward pass; None for all of a rank's, without accumulation.
     """
 
-    global_batch_tokens: int
-    micro_batch_size: int | None
-
-    def __post_init__(self) -> None:
-        for name in ("global_batch_tokens", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"batch.{name}={value} must be at least 1")
+    global_batch_tokens: PositiveInt
+    micro_batch_size: PositiveInt | None
 
 
 @dataclass(frozen=True)

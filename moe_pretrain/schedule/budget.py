@@ -1,8 +1,9 @@
 """What ends a run: tokens, FLOPs or seconds; and the meter of what it has spent."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 Measure = Literal["total_params", "active_params", "flops_per_token"]
 Unknown = Literal["expert_width", "num_experts", "top_k"]
@@ -52,27 +53,19 @@ class BudgetConfig:
         matched: Filled in while the configuration is loaded.
     """
 
-    tokens: int | None
-    flops: float | None
-    seconds: float | None
+    tokens: PositiveInt | None
+    flops: Annotated[float, Field(ge=1)] | None
+    seconds: PositiveFloat | None
     match: Measure | None
     reference: tuple[str, ...]
     solve: Unknown
-    multiple: int
+    multiple: PositiveInt
     matched: Matched | None
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise ValueError(f"budget.multiple={self.multiple} must be at least 1")
         for word in self.reference:
             if not word.startswith(("model=", "model.", "router=", "router.")):
                 raise ValueError(f"budget.reference: {word!r} must be an override of model or router")
-        for name in ("tokens", "flops"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < math.inf:
-                raise ValueError(f"budget.{name}={value} must be at least 1, and finite")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ValueError(f"budget.seconds={self.seconds} must be positive and finite, or null")
         if self.tokens is not None and self.flops is not None:
             raise ValueError(
                 f"budget.tokens={self.tokens} must be null with budget.flops={self.flops:g}: a run has one planned end"

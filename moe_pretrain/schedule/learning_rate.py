@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,12 @@ class CosineScheduleConfig:
     """
 
     name: Literal["cosine"]
-    warmup_steps: int
-    floor: float
+    warmup_steps: NonNegativeInt
+    floor: Share
 
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
+    def check(self, num_steps: int) -> str:
+        """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing."""
+        return _long_warmup(self.warmup_steps, num_steps)
 
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
@@ -42,14 +47,24 @@ class WarmupStableDecayScheduleConfig:
     """
 
     name: Literal["warmup_stable_decay"]
-    warmup_steps: int
-    decay_fraction: float
-    floor: float
+    warmup_steps: NonNegativeInt
+    decay_fraction: Share
+    floor: Share
 
-    def __post_init__(self) -> None:
-        _check_schedule(self.warmup_steps, self.floor)
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in [0, 1]")
+    def check(self, num_steps: int) -> str:
+        """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing.
+
+        Raises:
+            ValueError: The decay would begin before the warm-up ends: the rate would fall in one step.
+        """
+        decay_steps = round(self.decay_fraction * num_steps)
+        if decay_steps and self.warmup_steps > num_steps - decay_steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_fraction={self.decay_fraction} "
+                f"({decay_steps} steps) must fit into the run's {num_steps} steps: at most "
+                f"{num_steps - decay_steps} steps of warm-up, or a smaller fraction"
+            )
+        return _long_warmup(self.warmup_steps, num_steps)
 
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
@@ -62,11 +77,13 @@ class WarmupStableDecayScheduleConfig:
         return 1.0 - (1 - self.floor) * min(1.0, into_decay / decay_steps)
 
 
-def _check_schedule(warmup_steps: int, floor: float) -> None:
-    if warmup_steps < 0:
-        raise ValueError(f"schedule.warmup_steps={warmup_steps} must not be negative")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"schedule.floor={floor} must be in [0, 1]")
+def _long_warmup(warmup_steps: int, num_steps: int) -> str:
+    if warmup_steps <= num_steps:
+        return ""
+    return (
+        f"learning rate: schedule.warmup_steps={warmup_steps} does not end in the run's {num_steps} steps: the rate "
+        f"rises to {num_steps / warmup_steps:.1%} of optimizer.learning_rate and the run ends"
+    )
 
 
 ScheduleConfig = CosineScheduleConfig | WarmupStableDecayScheduleConfig

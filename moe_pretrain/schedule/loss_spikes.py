@@ -8,6 +8,9 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,12 @@ class SpikeConfig:
         max_rewinds: Rewinds of one run; later spikes are only said.
     """
 
-    window_steps: int
-    deviations: float
-    nats: float
+    window_steps: Annotated[int, Field(ge=2)]
+    deviations: PositiveFloat
+    nats: PositiveFloat
     rewind: bool
-    skip_steps: int
-    max_rewinds: int
-
-    def __post_init__(self) -> None:
-        for name, least in (("window_steps", 2), ("skip_steps", 1), ("max_rewinds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"spike.{name}={getattr(self, name)} must be at least {least}")
-        for name in ("deviations", "nats"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"spike.{name}={getattr(self, name)} must be positive")
+    skip_steps: PositiveInt
+    max_rewinds: PositiveInt
 
 
 @dataclass(frozen=True)

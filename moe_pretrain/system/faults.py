@@ -10,6 +10,9 @@ import errno
 import os
 import signal
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 SAVE_POINTS = (
     "save.begin",
@@ -75,15 +78,12 @@ class FaultConfig:
 
     point: str | None
     action: str
-    step: int
-    num_steps: int
-    rank: int
+    step: NonNegativeInt
+    num_steps: PositiveInt
+    rank: Annotated[int, Field(ge=ALL_RANKS)]
     parameter: str
 
     def __post_init__(self) -> None:
-        for name, least in (("step", 0), ("num_steps", 1), ("rank", ALL_RANKS)):
-            if getattr(self, name) < least:
-                raise ValueError(f"fault.{name}={getattr(self, name)} must be at least {least}")
         if self.point is None:
             return
         valid = self._actions()

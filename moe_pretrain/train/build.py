@@ -4,7 +4,6 @@ The only file that knows all others. ``train`` runs in every worker process; the
 """
 
 import contextlib
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data import TrainLoader
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.metrics.wandb_start import keep_wandb_inside
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
@@ -58,7 +58,7 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
         keep_freed_memory()
     folder, parallel = config.run.folder, config.parallel
     # wandb's own logs stay in the run folder, like everything of a run.
-    os.environ.setdefault("WANDB_CACHE_DIR", str((folder / "wandb" / "cache").resolve()))
+    keep_wandb_inside(folder)
     with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
         meeting = meet(parallel)
         # Before the process group: its making can hang too.
@@ -107,6 +107,8 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
     for line in describe_match(config.model, config.router, config.budget):
         say(line)
 
+    if odd := config.schedule.check(plan.batches.num_steps):
+        say(odd)
     data = open_run_data(config, plan, _prepare_corpora(config, context), mesh)
     meter = data.meter
     plan = plan.with_steps(meter.num_steps)  # the data may end before the budget

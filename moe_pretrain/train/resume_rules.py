@@ -18,6 +18,7 @@ _MUST_STAY = (
     "packing",
     "seed",
     "batch.global_batch_tokens",
+    "optimizer.name",
     "optimizer.trainable",
     "checkpoint.warm_start",
 )

@@ -49,7 +49,7 @@ class Trainer:
         self.progress = RunProgress(config.spike, plan.batches.tokens_per_step, data.meter)
         self.stopwatch = Stopwatch()
         layers = [layer.router.layer for layer in engine.model.moe_layers()]
-        self.router_health = RouterHealth(layers, config.metrics.router_health_steps)
+        self.router_health = RouterHealth(layers, config.metrics.router_health_steps, config.metrics.collapse_ratio)
         if context.mesh.is_main:
             write_facts(config, plan, data.corpus, context.mesh)
         self.recorder = RunRecorder(config, plan, data, context.mesh, self.progress)

@@ -32,6 +32,7 @@ from moe_pretrain.moe.types import (
     StepUse,
     float32_parameters,
 )
+from moe_pretrain.verify.oracle_optimizers import UPDATES
 from moe_pretrain.verify.oracle_parts import rms_norm, rotate, run_expert, score, statistic_of_matrices, swiglu
 
 JITTER_STREAM = 1
@@ -114,8 +115,10 @@ class Oracle:
                 if id(parameter) not in kept:
                     parameter.data = parameter.data.bfloat16().float()
         self.weights = dict(self.model.named_parameters())
-        self._first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self._second = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.moments = {
+            name: {moment: torch.zeros_like(weight) for moment in config.optimizer.state(name, weight).moments}
+            for name, weight in self.weights.items()
+        }
 
     def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepRecord:
         """One optimizer step on the global batch that ``micro_batches``, in any order, make up."""
@@ -328,20 +331,12 @@ class Oracle:
 
     @torch.no_grad()
     def _update(self, step: int, gradients: dict[str, Tensor], norm: float) -> None:
-        """Clip by the global norm, then AdamW with decay on matrices (Loshchilov and Hutter 2019, alg. 2)."""
+        """Clip by the global norm, then the optimizer's own formula."""
         config, clipping = self.config.optimizer, self.config.engine.gradient_clipping
         scale = min(1.0, clipping / (norm + 1e-6)) if clipping else 1.0
         rate = config.learning_rate * self.config.schedule.factor(step, self.num_steps)
-        count = step + 1
         for name, weight in self.weights.items():
-            gradient = gradients[name] * scale
-            first, second = self._first[name], self._second[name]
-            first.mul_(config.beta1).add_(gradient * (1 - config.beta1))
-            second.mul_(config.beta2).add_(gradient**2 * (1 - config.beta2))
-            unbiased = first / (1 - config.beta1**count)
-            root = (second / (1 - config.beta2**count)).sqrt()
-            decay = config.weight_decay if weight.ndim >= 2 else 0.0
-            weight.copy_(weight - rate * decay * weight - rate * unbiased / (root + config.epsilon))
+            UPDATES[config.name](config, weight, gradients[name] * scale, self.moments[name], rate, step + 1)
 
 
 _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]] = {

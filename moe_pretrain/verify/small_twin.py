@@ -57,9 +57,8 @@ def shrink(config: Config, plan: RunPlan) -> Config:
             global_batch_tokens=tokens,
         ),
         budget=replace(config.budget, tokens=tokens * NUM_STEPS, flops=None),
-        # A full-size step, so that a wrong update shows. With a small epsilon AdamW's quotient of a gradient that is
-        # almost zero is its sign, which rounding decides.
-        optimizer=replace(config.optimizer, learning_rate=1e-2, epsilon=max(1e-3, config.optimizer.epsilon)),
+        # A full-size step, so that a wrong update shows.
+        optimizer=replace(config.optimizer.conditioned(), learning_rate=1e-2),
         schedule=replace(config.schedule, warmup_steps=0),
         engine=replace(config.engine, check_every_steps=1),
     )

@@ -22,7 +22,7 @@ from bench_step import make_batches
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
+from moe_pretrain.checkpoint.intervals import pieces
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
@@ -85,9 +85,7 @@ class Bench:
 
     def torch_save(self) -> None:
         state = {
-            f"{kind}/{piece.name}": piece.master if kind == "weight" else piece.moment(kind)
-            for piece in pieces(self.engine)
-            for kind in ("weight", *MOMENTS)
+            f"{kind}/{piece.name}": values for piece in pieces(self.engine) for kind, values in piece.arrays().items()
         }
         with (self.folder / "torch.pt").open("wb") as file:
             torch.save(state, file)

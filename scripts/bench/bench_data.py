@@ -137,7 +137,18 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
     for number, one in enumerate(text):
         (folder / f"{number:05d}.txt").write_text(one)
     config = FilesCorpusConfig(
-        "files", (str(folder / "*.txt"),), (".txt",), "text", 0.02, "ignore", "replace", "fail", None, None
+        "files",
+        (str(folder / "*.txt"),),
+        (".txt",),
+        "text",
+        0.02,
+        "ignore",
+        "replace",
+        "fail",
+        "fail",
+        "sampled",
+        None,
+        None,
     )
     tokenizer = TokenizerConfig("train", 8192, None)
     first = prepare(config, tokenizer, folder / "cache", None, workers, None)

@@ -1,8 +1,11 @@
 """Every shipped YAML composes and builds; every field is read by something; mistakes are one line."""
 
 import ast
+import copy
 import dataclasses
+import functools
 import itertools
+import math
 import re
 import shlex
 from pathlib import Path
@@ -11,12 +14,13 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.compose import compose_values, config_folder, validate
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.sweep.multirun import parse
 
 ROOT = Path(__file__).parents[2]
@@ -125,8 +129,8 @@ def test_every_field_is_read():
 
 
 def dataclass_types(annotation: object) -> list[type]:
-    if dataclasses.is_dataclass(annotation):
-        return [annotation]  # type: ignore[list-item]
+    if dataclasses.is_dataclass(annotation):  # or one of its variants
+        return [annotation, *annotation.__subclasses__()]  # type: ignore[list-item, union-attr]
     inner = [getattr(annotation, "__origin__", None), *getattr(annotation, "__args__", ())]
     return [found for part in inner if part is not None and part is not annotation for found in dataclass_types(part)]
 
@@ -147,18 +151,30 @@ MISTAKES = [
     (["engine.zero_stage=3"], "must be 0, 1 or 2"),
     (["engine.max_skipped_steps=-1"], "engine.max_skipped_steps=-1 must not be negative"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last=0 must be at least 1"),
-    (["checkpoint.keep_every_steps=0"], "checkpoint.keep_every_steps=0 must be at least 1, or null"),
-    (["checkpoint.keep_best=-1"], "checkpoint.keep_best=-1 must be at least 0"),
+    (["checkpoint.keep_every_steps=0"], "checkpoint.keep_every_steps=0 must be at least 1"),
+    (["checkpoint.keep_best=-1"], "checkpoint.keep_best=-1 must not be negative"),
     (["checkpoint.resume=maybe"], "checkpoint.resume"),
     (["parallel.heartbeat_seconds=0"], "parallel.heartbeat_seconds=0 must be at least 1"),
     (["metrics.router_health_steps=0"], "metrics.router_health_steps"),
+    (["metrics.collapse_ratio=0.9"], "metrics.collapse_ratio"),
+    (["metrics.collapse_ratio=nan"], "metrics.collapse_ratio"),
     (["fault.point=save.rename"], "nearest: save.renamed"),
     (["fault.point=train.loss"], "fault.action=kill must be one of not_finite at train.loss"),
     (["fault.point=train.step", "fault.action=EIO"], "fault.action=EIO must be one of kill, stop at train.step"),
     (["fault.rank=-2"], "fault.rank=-2 must be at least -1"),
     (["engine.dtype=bfloat16", "engine.zero_stage=0"], "zero_stage=0"),
     (["data=files"], "data.paths"),
-    (["schedule.floor=2"], "in [0, 1]"),
+    (["schedule.floor=2"], "schedule.floor=2 must be at most 1"),
+    (["optimizer.beta2=1"], "optimizer.beta2=1 must be below 1"),
+    (["optimizer.name=sgd"], "optimizer.name=sgd must be one of 'adamw'"),
+    (["streaming.window_shards=0"], "streaming.window_shards=0 must be at least 1"),
+    (["streaming.retry_seconds=-1"], "streaming.retry_seconds=-1 must not be negative"),
+    (["data.validation_fraction=1"], "data.validation_fraction=1 must be below 1"),
+    (["model.moe.gate_rank=0"], "model.moe.gate_rank=0 must be at least 1"),
+    (["spike.window_steps=1"], "spike.window_steps=1 must be at least 2"),
+    (["optimizer.learning_rate='nan'"], "optimizer.learning_rate=nan must be finite"),
+    (["data=mixture", *REQUIRED["data=mixture"], "data.sources.one.validation_fraction=0"], "sources.one.validation_"),
+    (["data=hub", "data.name=owner/dataset", "data.max_tokens=0"], "data.max_tokens=0 must be at least 1"),
     (["seed=-1"], "seed=-1"),
     (["run.name=a/b"], "run.name"),
     (["tokenizer.vocab_size=9000"], "model.vocab_size=4096"),
@@ -173,8 +189,8 @@ MISTAKES = [
     (["budget.flops=1e15"], "budget.tokens=2457600 must be null with budget.flops=1e+15"),
     (["budget.tokens=null"], "budget.tokens=null must be a number of tokens, or budget.flops one of FLOPs"),
     (["budget.tokens=0"], "budget.tokens=0 must be at least 1"),
-    (["budget.tokens=null", "budget.flops=inf"], "budget.flops=inf must be at least 1, and finite"),
-    (["budget.seconds=0"], "budget.seconds=0.0 must be positive and finite, or null"),
+    (["budget.tokens=null", "budget.flops=inf"], "budget.flops=inf must be finite"),
+    (["budget.seconds=0"], "budget.seconds=0 must be positive"),
     (["router@nowhere=top_k"], "router@nowhere"),
     (["data=files", "data.paths=[a.txt]", "data.pths=1"], "did you mean paths?"),
     (["data=files", "data.paths=[a.txt]", "model=tinny"], "model=tinny is not a choice; did you mean tiny?"),
@@ -192,6 +208,23 @@ def test_mistakes_are_one_line(overrides: list[str], fragment: str):
     message = str(caught.value)
     assert "\n" not in message and len(message) < 300, message
     assert fragment in message
+
+
+VALUES = compose_values([])
+NUMBERS = [path for path, value in flatten(VALUES).items() if isinstance(value, int | float) and value not in (0, 1)]
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_no_number_may_be_a_truth_value_or_infinite(path: str):
+    *parents, name = path.split(".")
+    is_float = isinstance(flatten(VALUES)[path], float)
+    for value in (True, math.nan, math.inf, -math.inf) if is_float else (True,):
+        values = copy.deepcopy(VALUES)
+        functools.reduce(dict.__getitem__, parents, values)[name] = value
+        with pytest.raises(ConfigError) as caught:
+            validate(values)
+        # As 1, a number may first contradict another field.
+        assert value is True or str(caught.value) == f"{path}={value} must be finite"
 
 
 READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "outputs", "build"} & set(path.parts))

@@ -53,7 +53,7 @@ def _facts(dtype: str, stage: int) -> Result:
     original = deepspeed_moe.ExpertMarker.set_deepspeed_parallelism
 
     def spy(marker: Any, *args: Any) -> None:
-        held = {id(parameter) for group in spied["adamw"].param_groups for parameter in group["params"]}
+        held = {id(parameter) for group in spied["optimizer"].param_groups for parameter in group["params"]}
         model = spied["model"]
         called.append(
             {
@@ -68,7 +68,7 @@ def _facts(dtype: str, stage: int) -> Result:
     initialize = deepspeed.initialize
 
     def remember(**arguments: Any) -> Any:
-        spied.update(model=arguments["model"], adamw=arguments["optimizer"])
+        spied.update(model=arguments["model"], optimizer=arguments["optimizer"])
         return initialize(**arguments)
 
     deepspeed_moe.ExpertMarker.set_deepspeed_parallelism = spy  # type: ignore[method-assign]
@@ -93,10 +93,10 @@ def _facts(dtype: str, stage: int) -> Result:
     for piece in pieces(engine):
         part = slice(piece.start, piece.start + piece.master.numel())
         coverage[piece.name][part] += 1
-        moments[piece.name][part] += piece.moment("exp_avg")
+        moments[piece.name][part] += piece.arrays()["exp_avg"]
         parameter = dict(engine.model.named_parameters())[piece.name]
         mapping = parameter._hp_mapping
-        partition = engine.adamw.param_groups[mapping.param_group_index]["params"][0]
+        partition = engine.client_optimizer.param_groups[mapping.param_group_index]["params"][0]
         assert mapping.lp_fragment_address.numel == mapping.hp_fragment_address.numel == piece.master.numel()
         start = mapping.hp_fragment_address.start
         view = partition.data.view(-1)[start : start + piece.master.numel()]
@@ -117,7 +117,8 @@ def _facts(dtype: str, stage: int) -> Result:
         "coverage": {name: covered.unique().tolist() for name, covered in coverage.items()},
         "moments": {
             name: float((moments[name].view_as(first) - first).norm() / first.norm())
-            for name, first in oracle._first.items()
+            for name, kept in oracle.moments.items()
+            for first in [kept["exp_avg"]]
         },
         "shares_memory": all(shares_memory),
     }

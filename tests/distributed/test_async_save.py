@@ -11,7 +11,7 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
+from moe_pretrain.checkpoint.intervals import WEIGHT, pieces
 from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.engine.engine import TrainEngine
 
@@ -24,7 +24,7 @@ OVERRIDES = ("parallel.expert_parallel_size=2", "engine.check_every_steps=0", "r
 def snapshot(engine: TrainEngine) -> dict[str, torch.Tensor]:
     state = {name: value.detach().clone() for name, value in engine.model.state_dict().items()}
     for piece in pieces(engine):
-        state |= {f"{kind} {piece.name}": piece.moment(kind).clone() for kind in MOMENTS}
+        state |= {f"{kind} {piece.name}": value.clone() for kind, value in piece.arrays().items() if kind != WEIGHT}
     return state
 
 

@@ -8,7 +8,7 @@ from helpers.builders import WITH_ALL_PARTS, tiny
 from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
-from moe_pretrain.checkpoint.intervals import MOMENTS, pieces
+from moe_pretrain.checkpoint.intervals import WEIGHT, pieces
 from moe_pretrain.engine.engine import NonFiniteError, TrainEngine
 from moe_pretrain.system.faults import FaultConfig, Faults
 
@@ -30,7 +30,7 @@ def state_of(engine: TrainEngine) -> dict[str, torch.Tensor]:
     for piece in pieces(engine):
         state[f"master {piece.name}"] = piece.master.clone()
         state[f"step {piece.name}"] = piece.state["step"].clone()
-        state |= {f"{kind} {piece.name}": piece.moment(kind).clone() for kind in MOMENTS}
+        state |= {f"{kind} {piece.name}": value.clone() for kind, value in piece.arrays().items() if kind != WEIGHT}
     return state
 
 

@@ -9,11 +9,12 @@ import torch
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.host_copy import Staged
-from moe_pretrain.checkpoint.intervals import MOMENTS, WEIGHT
-from moe_pretrain.checkpoint.manifest import MANIFEST, Interval, folder_name, self_hash
+from moe_pretrain.checkpoint.intervals import WEIGHT
+from moe_pretrain.checkpoint.manifest import MANIFEST, Interval, folder_name, moments_of, self_hash
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.write import commit, make_work_folder, write_part
 
+MOMENTS = ["exp_avg", "exp_avg_sq"]
 KINDS = (WEIGHT, *MOMENTS)
 
 
@@ -33,9 +34,9 @@ def write_checkpoint(folder: Path, step: int, **state: Any) -> Path:
             intervals.append(interval)
             offset += 4 * size
     text = json.dumps(header).encode()
-    staged = Staged(
-        file, len(text).to_bytes(8, "little") + text, memoryview(bytes([step]) * offset), intervals, shapes, 1.0
-    )
+    content = memoryview(bytes([step]) * offset)
+    moments = dict.fromkeys(shapes, MOMENTS)
+    staged = Staged(file, len(text).to_bytes(8, "little") + text, content, intervals, shapes, moments, 1.0)
     target = folder / folder_name(step)
     work = make_work_folder(target, no_fault)
     part = write_part(work, staged, no_fault)
@@ -59,7 +60,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
     return {
         f"{kind}/{name}": reader.read(name, kind, 0, torch.Size(shape).numel())
         for name, shape in manifest["shapes"].items()
-        for kind in (WEIGHT, *MOMENTS)
+        for kind in (WEIGHT, *moments_of(manifest)[name])
     }
 
 

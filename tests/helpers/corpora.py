@@ -9,6 +9,8 @@ def files(*paths, column="text", fraction=0.5, **changes):
         "text_endings": (".txt",),
         "invalid_utf8": "fail",
         "invalid_json": "fail",
+        "invalid_text": "fail",
+        "content_check": "sampled",
         "near_duplicates": "ignore",
         "version": None,
         "licence": None,
@@ -31,7 +33,14 @@ def hub(**changes):
         "text_column": "text",
         "max_tokens": None,
     }
-    options |= {"validation_fraction": 0.5, "near_duplicates": "ignore", "version": None, "licence": None}
+    options |= {
+        "validation_fraction": 0.5,
+        "near_duplicates": "ignore",
+        "invalid_utf8": "fail",
+        "invalid_text": "fail",
+        "version": None,
+        "licence": None,
+    }
     return HubCorpusConfig(source="hub", **(options | changes))
 
 

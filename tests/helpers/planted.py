@@ -80,7 +80,8 @@ class Planted:
             "router": self.router,
             "batch": {"global_batch_tokens": TOKENS, "total_tokens": STEPS * TOKENS},
             "optimizer": {"learning_rate": 0.001},
-            "metrics": {"log_every_steps": 1},
+            "metrics": {"log_every_steps": 1, "router_health_steps": 100},
+            "spike": {"window_steps": 100},
         }
         for key, value in self.other.items():
             part, _, name = key.partition(".")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
-from moe_pretrain.engine.optimizer import build_optimizer
+from moe_pretrain.engine.optimizers import build_optimizer
 from moe_pretrain.engine.sanity import SanityError, check_optimizer_covers
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise

@@ -268,7 +268,7 @@ _MARKS = {"spike": ("^", ORANGE), "collapse": ("s", BLUE), "non-finite": ("X", "
 
 
 def incident_chart(found: Mapping[str, Sequence[measures.Incident]]) -> list[str]:
-    """When spikes, collapses and numbers that were not finite happened: a line for each run, by name."""
+    """Spikes, collapses and numbers that were not finite over a run's tokens: a line for each run, by name."""
     title = "Spikes, collapses and numbers that were not finite"
 
     def draw(axes: Axes) -> None:
@@ -278,8 +278,7 @@ def incident_chart(found: Mapping[str, Sequence[measures.Incident]]) -> list[str
                 marker, color = _MARKS[each.kind]
                 label = "" if each.kind in labelled else each.kind
                 labelled.add(each.kind)
-                span = [each.first["tokens"], each.last["tokens"]]
-                axes.plot(span, [place, place], marker=marker, color=color, ms=5, label=label)
+                axes.plot([each.row["tokens"]], [place], marker=marker, color=color, ms=5, label=label, ls="")
         axes.set_yticks(range(len(found)), [plain(name) for name in found])
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.legend()

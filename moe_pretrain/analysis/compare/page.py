@@ -9,8 +9,8 @@ from moe_pretrain.analysis.compare.comparison import Comparison, compare
 from moe_pretrain.analysis.figures import chart, write_png
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
 from moe_pretrain.analysis.html import charts, folded, legend, page, section, table, warnings
-from moe_pretrain.analysis.measures import Incident, incidents
-from moe_pretrain.run_folder.record import differences, show
+from moe_pretrain.analysis.measures import INCIDENT_HEADER, incidents, not_judged
+from moe_pretrain.run_folder.record import RunRecord, differences, show
 from moe_pretrain.system.files import write_whole
 
 _MAX_INCIDENTS = 200
@@ -61,7 +61,7 @@ def _page(
         chart(f"loss-{name}", f"Validation against {name}", draw)
         for name, draw in zip(draws.X_AXES, losses, strict=True)
     ]
-    wrong = {run.name: each for run in found.runs if (each := incidents(run.train, run.events))}
+    wrong = {run.name: each for run in found.runs if (each := incidents(run.events))}
     band_note = (
         "Mean over seeds; dashed: runs that did not finish, one by one. Of more than "
         f"{draws.MAX_COLORED} variants the best are coloured. "
@@ -98,7 +98,7 @@ def _page(
         section("Specialisation", table(*tables.specialisation(found)), information_note),
         section("Certificate", table(*tables.certificates(found)), certificate_note),
         charts("Incidents", draws.incident_chart(wrong), layout="single"),
-        _incident_table(wrong),
+        _incident_table(found.runs),
         section("Runs", table(*tables.runs_table(found))),
         *_configurations(found),
     ]
@@ -106,17 +106,25 @@ def _page(
     return page(f"Comparison of {root.resolve().name}", subtitle, sections)
 
 
-def _incident_table(wrong: Mapping[str, Sequence[Incident]]) -> str:
+def _incident_table(runs: Sequence[RunRecord]) -> str:
+    """Incidents that the runs recorded, and the runs that did not look for some."""
     lines = [
-        (name, each.kind, f"{each.first['step']:,d}", f"{each.last['step']:,d}", each.detail)
-        for name, found in wrong.items()
-        for each in found
+        (run.name, each.kind, f"{each.row['step']:,d}", each.row["message"])
+        for run in runs
+        for each in incidents(run.events)
     ]
-    if not lines:
+    notes = [f"The first {_MAX_INCIDENTS} of {len(lines)}."] if len(lines) > _MAX_INCIDENTS else []
+    unjudged: dict[str, list[str]] = {}
+    for run in runs:
+        if run.values and (missing := not_judged(run.values)):
+            unjudged.setdefault(" and ".join(missing), []).append(run.name)
+    notes += [
+        f"Did not judge {kinds}, having no settings for that: {', '.join(names)}." for kinds, names in unjudged.items()
+    ]
+    if not lines and not notes:
         return ""
-    note = f"The first {_MAX_INCIDENTS} of {len(lines)}." if len(lines) > _MAX_INCIDENTS else ""
-    header = ("Run", "What", "First step", "Last step", "Detail")
-    return section("Incidents, run by run", table(header, lines[:_MAX_INCIDENTS]), note)
+    body = table(("Run", *INCIDENT_HEADER), lines[:_MAX_INCIDENTS]) if lines else ""
+    return section("Incidents, run by run", body, " ".join(notes))
 
 
 def _configurations(found: Comparison) -> list[str]:

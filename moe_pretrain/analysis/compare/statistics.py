@@ -1,4 +1,4 @@
-"""Means, intervals and tests over seeds and texts. Student's t from its closed forms, with numpy alone.
+"""Means, intervals and tests over seeds and texts.
 
 Two things are left to chance in a difference between variants: the seed, of which there are few, and the text of the
 validation set. Texts are resampled (a bootstrap of whole documents, which runs of the same rows share); in each
@@ -14,7 +14,6 @@ Axis names:
     seeds      that a comparison rests on
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from moe_pretrain.analysis.compare.variance_prior import NO_PRIOR, VariancePrior, fit
 
@@ -31,39 +31,9 @@ CONFIDENCE = 0.95
 Verdict = Literal["reference", "better", "worse", "not distinguishable", "not tested"]
 
 
-def student_t_within(t: float | np.ndarray, degrees: int) -> np.ndarray | np.float64:
-    """Probability that Student's t with ``degrees`` of freedom lies in ``[-t, t]``, for each ``t``, at least 0.
-
-    Source:
-        Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 (odd) and 26.7.4 (even degrees).
-    """
-    if degrees < 1:
-        raise ValueError(f"degrees={degrees} must be at least 1")
-    angle = np.arctan(np.asarray(t) / math.sqrt(degrees))
-    cosine = np.cos(angle)
-    if degrees % 2:
-        total, term = np.zeros_like(cosine), cosine
-        for k in range(1, degrees - 1, 2):
-            total = total + term
-            term = term * cosine**2 * (k + 1) / (k + 2)
-        return 2 / math.pi * (angle + np.sin(angle) * total)
-    total, term = np.zeros_like(cosine), np.ones_like(cosine)
-    for k in range(0, degrees, 2):
-        total = total + term
-        term = term * cosine**2 * (k + 1) / (k + 2)
-    return np.sin(angle) * total
-
-
-@functools.cache
 def student_t_quantile(confidence: float, degrees: int) -> float:
     """The ``t`` with probability ``confidence``, in (0, 1), of lying in ``[-t, t]``."""
-    low, high = 0.0, 1.0
-    while student_t_within(high, degrees) < confidence:
-        high *= 2
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_within(middle, degrees) < confidence else (low, middle)
-    return high
+    return float(stdtrit(degrees, (1 + confidence) / 2))
 
 
 @dataclass(frozen=True)
@@ -211,13 +181,13 @@ def _share_below(value: float, mean: np.ndarray, error: np.ndarray, degrees: int
     gap = value - mean
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 0, gap / error, np.where(gap == 0, 0.0, np.sign(gap) * np.inf))
-    return float((0.5 + 0.5 * np.sign(t) * student_t_within(np.abs(t), degrees)).mean())
+    return float(stdtr(degrees, t).mean())
 
 
 def _quantile(share: float, mean: np.ndarray, error: np.ndarray, degrees: int) -> float:
     """The value that ``mean + error T`` is below with probability ``share``."""
     if len(mean) == 1:
-        return float(mean[0] + math.copysign(student_t_quantile(abs(2 * share - 1), degrees), share - 0.5) * error[0])
+        return float(mean[0] + stdtrit(degrees, share) * error[0])
     reach = student_t_quantile(1 - 1e-6, degrees) * float(error.max())
     low, high = float(mean.min()) - reach, float(mean.max()) + reach
     close = 1e-12 * (high - low)

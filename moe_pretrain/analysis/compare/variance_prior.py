@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import digamma, polygamma
 
 MOST_DEGREES = 4
 _AS_IF_EQUAL = 100
@@ -55,27 +56,17 @@ def fit(variances: Sequence[float], degrees: Sequence[int], most: int) -> Varian
     if len(variances) < 2 or most < 1:
         return NO_PRIOR
     # The logarithm of s^2 / sigma^2 of d degrees has mean digamma(d/2) - log(d/2) and variance trigamma(d/2).
-    centred = np.log(variances) - [_log_mean(d) for d in degrees]
-    beyond_chance = float(centred.var(ddof=1)) - float(np.mean([_trigamma_of_half(d) for d in degrees]))
-    alike = max((d for d in range(1, _AS_IF_EQUAL) if _trigamma_of_half(d) >= beyond_chance), default=0)
+    half = np.asarray(degrees) / 2
+    centred = np.log(variances) - _log_mean(half)
+    beyond_chance = float(centred.var(ddof=1)) - float(polygamma(1, half).mean())
+    alike = int((polygamma(1, np.arange(1, _AS_IF_EQUAL) / 2) >= beyond_chance).sum())  # it falls as degrees rise
     if not alike:
         return NO_PRIOR
     # The true number lies between this and the next; the next makes the larger variance.
-    return VariancePrior(min(alike, most, MOST_DEGREES), math.exp(float(centred.mean()) + _log_mean(alike + 1)))
+    next_mean = float(_log_mean(np.float64((alike + 1) / 2)))
+    return VariancePrior(min(alike, most, MOST_DEGREES), math.exp(float(centred.mean()) + next_mean))
 
 
-def _log_mean(degrees: int) -> float:
+def _log_mean(half_degrees: np.ndarray | np.float64) -> np.ndarray | np.float64:
     """Mean of the logarithm of a chi-squared variable over its degrees of freedom."""
-    return _digamma_of_half(degrees) - math.log(degrees / 2)
-
-
-def _digamma_of_half(n: int) -> float:
-    """Digamma at n/2, n >= 1, by ``psi(x + 1) = psi(x) + 1/x``."""
-    start = -np.euler_gamma - (2 * math.log(2) if n % 2 else 0.0)
-    return start + sum(2 / k for k in range(2 - n % 2, n, 2))
-
-
-def _trigamma_of_half(n: int) -> float:
-    """Trigamma at n/2, n >= 1, by ``psi'(x + 1) = psi'(x) - 1/x^2``."""
-    start = math.pi**2 / (2 if n % 2 else 6)
-    return start - sum(4 / k**2 for k in range(2 - n % 2, n, 2))
+    return digamma(half_degrees) - np.log(half_degrees)

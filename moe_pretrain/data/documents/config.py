@@ -2,14 +2,19 @@
 
 import platform
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
 
 Utf8Policy = Literal["fail", "replace", "skip"]
 JsonPolicy = Literal["fail", "skip"]
+TextPolicy = Literal["fail", "skip"]
+ContentCheck = Literal["sampled", "full"]
 DuplicatePolicy = Literal["drop", "count", "ignore"]
 LINES_ENDINGS = (".json", ".jsonl", ".ndjson")
 _LOADERS = ("arrow", "csv", "json", "parquet", "text")  # names of no dataset: what `datasets` reads files with
 TABLE_ENDINGS = (*LINES_ENDINGS, ".parquet", ".gz")
+HeldOut = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,8 @@ class BuiltinCorpusConfig:
     """
 
     source: Literal["builtin"]
-    validation_fraction: float
+    validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class FilesCorpusConfig:
             U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
         invalid_json: A line that is no JSON object: ``fail`` names it and stops, ``skip`` leaves
             it out and counts it.
+        invalid_text: A row without a text, or whose text is null, a list or a number: ``fail`` names it and stops,
+            ``skip`` leaves it out and counts it.
+        content_check: Sign by which a changed file is noticed beside its size: ``sampled`` takes the time of change
+            and a hash of 64 blocks, ``full`` a hash of all, which reads the files at every start.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -57,15 +63,16 @@ class FilesCorpusConfig:
     paths: tuple[str, ...]
     text_endings: tuple[str, ...]
     text_column: str
-    validation_fraction: float
+    validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
     invalid_utf8: Utf8Policy
     invalid_json: JsonPolicy
+    invalid_text: TextPolicy
+    content_check: ContentCheck
     version: str | None
     licence: str | None
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
         _check_paths(self.paths)
         for ending in self.text_endings:
             if not ending.startswith(".") or ending != ending.lower() or ending in TABLE_ENDINGS:
@@ -91,6 +98,8 @@ class HubCorpusConfig:
         max_tokens: Training tokens to take, or None for as many as the run needs.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
+        invalid_utf8: As in ``FilesCorpusConfig``.
+        invalid_text: As in ``FilesCorpusConfig``.
         version: Branch, tag or commit of the dataset's repository, or None for its newest.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -101,16 +110,15 @@ class HubCorpusConfig:
     subset: str | None
     split: str
     text_column: str
-    max_tokens: int | None
-    validation_fraction: float
+    max_tokens: PositiveInt | None
+    validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
+    invalid_utf8: Utf8Policy
+    invalid_text: TextPolicy
     version: str | None
     licence: str | None
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"data.max_tokens={self.max_tokens} must be at least 1, or null")
         if self.name in _LOADERS and not self.files:
             raise ValueError(f"data.files={self.files} must list at least one file with data.name={self.name}")
 
@@ -129,6 +137,7 @@ class TokensCorpusConfig:
             that packed documents come apart; or the ``index`` alone, which keeps packs whole.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: As in ``BuiltinCorpusConfig``.
+        content_check: As in ``FilesCorpusConfig``.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -137,13 +146,13 @@ class TokensCorpusConfig:
     paths: tuple[str, ...]
     flat_dtype: Literal["uint16", "uint32", "int32", "int64"]
     megatron_documents: Literal["end_of_document", "index"]
-    validation_fraction: float
+    validation_fraction: HeldOut
     near_duplicates: DuplicatePolicy
+    content_check: ContentCheck
     version: str | None
     licence: str | None
 
     def __post_init__(self) -> None:
-        _check_fraction(self.validation_fraction)
         _check_paths(self.paths)
 
 
@@ -166,11 +175,6 @@ def version_and_licence(config: CorpusConfig) -> tuple[str | None, str | None]:
     if isinstance(config, BuiltinCorpusConfig):
         return f"Python {platform.python_version()}", "PSF-2.0"
     return config.version, config.licence
-
-
-def _check_fraction(validation_fraction: float) -> None:
-    if not 0.0 < validation_fraction < 1.0:
-        raise ValueError(f"data.validation_fraction={validation_fraction} must be between 0 and 1, exclusive")
 
 
 def _check_paths(paths: tuple[str, ...]) -> None:

@@ -7,8 +7,10 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from moe_pretrain.data.documents.config import Utf8Policy
+from moe_pretrain.data.documents.config import TextPolicy, Utf8Policy
 from moe_pretrain.system.words import one_line
+
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class LeftOut:
     """
 
     identity: str
-    reason: Literal["empty", "invalid_utf8", "invalid_json", "table"]
+    reason: Literal["empty", "invalid_utf8", "invalid_json", "invalid_text", "table"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,23 @@ def text_of(row: dict[str, object], column: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"column {column!r} must be a string, got {one_line(repr(text))}")
     return text
+
+
+def row_of(
+    identity: str, row: dict[str, object], column: str, on_text: TextPolicy, on_utf8: Utf8Policy, repaired: bool = False
+) -> CorpusRow:
+    """One row of a table as a row of the corpus.
+
+    Raises:
+        ValueError: As in ``text_of``, if ``on_text`` is ``fail``, and as in ``checked_text``.
+    """
+    try:
+        text = text_of(row, column)
+    except ValueError as error:
+        if on_text == "fail":
+            raise ValueError(f"{error}; data.invalid_text=skip leaves such rows out and counts them") from None
+        return LeftOut(identity, "invalid_text")
+    return checked_text(identity, text.removeprefix(_BYTE_ORDER_MARK), on_utf8, repaired)
 
 
 def parse_object(line: str) -> dict[str, object]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_pretrain.data.documents.config import HubCorpusConfig
-from moe_pretrain.data.documents.document import CorpusRow, Document, checked_text, text_of
+from moe_pretrain.data.documents.document import CorpusRow, Document, row_of
 from moe_pretrain.system.words import one_line
 
 _LONGEST_WAIT_SECONDS = 60.0
@@ -84,7 +84,7 @@ def hub_batches(
         try:
             stream = open_stream(config, start)
             for number, row in enumerate(stream, start=start.rows + 1):
-                rows.append(checked_text(f"{config.name}#{number}", text_of(row, config.text_column), "fail"))
+                rows.append(_row(number, row, config))
                 size += len(rows[-1].text) if isinstance(rows[-1], Document) else 0
                 if size >= batch_bytes:
                     start = Place(number, stream.state_dict())
@@ -103,6 +103,13 @@ def hub_batches(
                 ) from None
     if rows:
         yield tuple(rows), Place(start.rows + len(rows), None)
+
+
+def _row(number: int, row: dict[str, object], config: HubCorpusConfig) -> CorpusRow:
+    try:
+        return row_of(f"{config.name}#{number}", row, config.text_column, config.invalid_text, config.invalid_utf8)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from None
 
 
 def open_stream(config: HubCorpusConfig, start: Place) -> Any:

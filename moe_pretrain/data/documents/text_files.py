@@ -6,16 +6,19 @@ A piece is decided by the file alone, so several processes can read one file: li
 
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_pretrain.data.documents.config import LINES_ENDINGS, FilesCorpusConfig, Utf8Policy
-from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, checked_text, parse_object, text_of
+from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, checked_text, parse_object, row_of
 from moe_pretrain.data.documents.patterns import Matches, match_files
 from moe_pretrain.system.words import one_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# At the start of a file, and where a line begins: there it was the start of one that was appended to another.
+_MARKS = re.compile(b"^(?:\xef\xbb\xbf)+", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def file_rows(piece: FileSlice, config: FilesCorpusConfig) -> Iterator[CorpusRow
             raise ValueError("the file is empty")
         if name.removesuffix(".gz").endswith(config.text_endings):
             with _open_bytes(path) as file:
-                yield _decoded(place, file.read(), config.invalid_utf8)
+                yield _decoded(place, _MARKS.sub(b"", file.read()), config.invalid_utf8)
         elif name.endswith(".parquet"):
             for number, value in _parquet_values(path, config.text_column, piece):
                 place = f"{path}#{number}"
@@ -113,7 +116,7 @@ def _json_row(place: str, line: bytes, config: FilesCorpusConfig) -> CorpusRow:
         if config.invalid_json == "fail":
             raise
         return LeftOut(place, "invalid_json")
-    return checked_text(place, text_of(row, config.text_column), config.invalid_utf8, repaired)
+    return row_of(place, row, config.text_column, config.invalid_text, config.invalid_utf8, repaired)
 
 
 def _decode_line(line: bytes, policy: Utf8Policy) -> tuple[str | None, bool]:
@@ -128,8 +131,8 @@ def _decode_line(line: bytes, policy: Utf8Policy) -> tuple[str | None, bool]:
 def _value_row(place: str, value: object, config: FilesCorpusConfig) -> CorpusRow:
     """A parquet value: strings arrive as bytes, for pyarrow itself does not say where they are broken."""
     if isinstance(value, bytes):
-        return _decoded(place, value, config.invalid_utf8)
-    return checked_text(place, text_of({config.text_column: value}, config.text_column), config.invalid_utf8)
+        return _decoded(place, value.removeprefix(_BYTE_ORDER_MARK), config.invalid_utf8)
+    return row_of(place, {config.text_column: value}, config.text_column, config.invalid_text, config.invalid_utf8)
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:
@@ -149,9 +152,7 @@ def _lines(path: Path, piece: FileSlice) -> Iterator[tuple[int, int, bytes]]:
             if piece.stop is not None and offset >= piece.stop:
                 return
             start, offset = offset, offset + len(line)
-            if start == 0:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            yield start, number, line
+            yield start, number, _MARKS.sub(b"", line)
             number += 1 if number else 0
 
 

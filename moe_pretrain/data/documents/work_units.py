@@ -4,13 +4,18 @@ A unit is a run of neighbouring documents. Where it begins and ends follows from
 the number of processes, so each can be tokenised anywhere and at any time, and together they are the corpus.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
 
 from moe_pretrain.data.documents.builtin import builtin_pieces, builtin_row
 from moe_pretrain.data.documents.config import (
     BuiltinCorpusConfig,
+    ContentCheck,
     CorpusConfig,
     FilesCorpusConfig,
     HubCorpusConfig,
@@ -26,6 +31,7 @@ from moe_pretrain.data.documents.token_files import cut_token_file, token_files
 # system's limit on mapped files (65,530) and for one resume record each.
 _SMALLEST_UNIT_BYTES = 4_000_000
 _MOST_UNITS = 2048
+_SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 16_384
 
 
 @dataclass(frozen=True)
@@ -168,22 +174,55 @@ def content_identity(config: CorpusConfig) -> str:
     """A string that changes when the text behind a configuration does, without reading it.
 
     The built-in corpus is known by the interpreter's files and their sizes, local files by
-    path, size and time of change. A hub dataset is known by its name alone.
+    path, size and what ``content_check`` says. A hub dataset is known by its name alone.
 
     Raises:
         ValueError: A local file is missing or a glob pattern matches nothing.
     """
     if isinstance(config, BuiltinCorpusConfig):
         return json.dumps([[piece.name, piece.size_bytes] for piece in builtin_pieces()])
-    if isinstance(config, FilesCorpusConfig):
-        stats = [(path, path.stat()) for path in local_files(config).files]
-        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    if isinstance(config, HubCorpusConfig):
+        return config.name  # and what else its configuration says
+    files = local_files(config).files
     if isinstance(config, TokensCorpusConfig):
-        files = local_files(config).files
         files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
-        stats = [(path, path.stat()) for path in files]
-        return json.dumps([[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats])
-    return config.name  # and what else its configuration says
+    return json.dumps([[str(path), *_content_sign(path, config.content_check)] for path in files])
+
+
+def _content_sign(path: Path, check: ContentCheck) -> list[int | str]:
+    try:
+        status = path.stat()
+        if check == "full":
+            return [
+                status.st_size,
+                _hash_of_unchanged(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+            ]
+        return [status.st_size, status.st_mtime_ns, _sampled_hash(path, status.st_size)]
+    except OSError as error:
+        raise ValueError(f"data.paths: {path}: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_of_unchanged(path: Path, size: int, changed_ns: int, status_changed_ns: int) -> str:
+    """Hash of a whole file, read once in a process while its times stay as they are."""
+    checksum = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def _sampled_hash(path: Path, size: int) -> str:
+    """Hash of blocks spread evenly over a file, the first and the last among them; of a small file, of all."""
+    checksum = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        if size <= _SAMPLED_BLOCKS * _BLOCK_BYTES:
+            checksum.update(file.read())
+        else:
+            for number in range(_SAMPLED_BLOCKS):
+                file.seek(number * (size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1))
+                checksum.update(file.read(_BLOCK_BYTES))
+    return checksum.hexdigest()
 
 
 def _group(files: list[list[FileSlice]], unit_bytes: int) -> list[Unit]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -129,6 +130,7 @@ class TokenizedCorpus(SingleCorpus):
                 (counts.empty, "empty"),
                 (counts.invalid_utf8, "not UTF-8"),
                 (counts.invalid_json, "not JSON"),
+                (counts.invalid_text, "without a text"),
                 (counts.table, "tables"),
                 (counts.duplicate, "held out but trained on too, exactly or nearly"),
             )
@@ -199,6 +201,9 @@ def prepare(
     folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
     if isinstance(corpus, FilesCorpusConfig | TokensCorpusConfig) and (again := local_files(corpus).describe_again()):
         report(again)
+    if is_complete(folder, SIDES):
+        made = datetime.datetime.fromtimestamp((folder / COUNTS_FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+        report(f"corpus in the cache: {folder}, prepared {made}")
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
     prepared = _open(folder, pretrained)
     report(prepared.tokenizer.describe())

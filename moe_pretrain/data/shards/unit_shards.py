@@ -39,6 +39,7 @@ class Counts:
         empty: Left out because their text is empty.
         invalid_utf8: Left out because their text is not UTF-8.
         invalid_json: Left out because their line is no JSON object.
+        invalid_text: Left out because they have no text: none at all, null, a list, a number.
         table: Left out of the built-in corpus because they are tables.
         duplicate: Left out of the validation side because training has the same or nearly the same.
         train: Documents to train on.
@@ -55,6 +56,7 @@ class Counts:
     empty: int
     invalid_utf8: int
     invalid_json: int
+    invalid_text: int
     table: int
     duplicate: int
     train: int

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import NonNegativeFloat, PositiveInt
+
 from moe_pretrain.data.documents.config import HubCorpusConfig
 
 
@@ -26,22 +28,16 @@ class StreamingConfig:
     """
 
     mode: Literal["auto", "always", "never"]
-    shard_bytes: int
-    window_shards: int
-    shards_ahead: int
+    shard_bytes: PositiveInt
+    window_shards: PositiveInt
+    shards_ahead: PositiveInt
     cache_shards: int | None
-    validation_shards: int
+    validation_shards: PositiveInt
     at_end: Literal["repeat", "stop"]
-    retry_seconds: float
-    stall_seconds: float
+    retry_seconds: NonNegativeFloat
+    stall_seconds: NonNegativeFloat
 
     def __post_init__(self) -> None:
-        for name in ("shard_bytes", "window_shards", "shards_ahead", "validation_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"streaming.{name}={getattr(self, name)} must be at least 1")
-        for name in ("retry_seconds", "stall_seconds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"streaming.{name}={getattr(self, name)} must be at least 0")
         least = max(2 * self.window_shards + 1, self.validation_shards)
         if self.cache_shards is not None and self.cache_shards < least:
             raise ValueError(

@@ -69,9 +69,10 @@ def _same(subject: Subject, ours: list[Decision], theirs: list[Decision], kept: 
     for a, b in zip(ours, theirs, strict=True):
         if not same_routes(subject.table(a)[kept], subject.table(b)[kept]):
             return False
-        if a.routing.payload is not None:
-            rows = [decision.routing.payload[kept[decision.routing.token_index]] for decision in (a, b)]
-            if not torch.allclose(*rows, rtol=1e-4, atol=1e-5):
+        mine, other = a.routing.payload, b.routing.payload
+        if mine is not None and other is not None:
+            mine, other = mine[kept[a.routing.token_index]], other[kept[b.routing.token_index]]
+            if not torch.allclose(mine, other, rtol=1e-4, atol=1e-5):
                 return False
     return True
 
@@ -255,8 +256,8 @@ def _moves_state_alike_on_ranks(subject: Subject) -> str:
             "after_step must use nothing but its argument",
         )
     for training in (True, False):
-        ours, theirs = (subject.run(model.train(training), batches[0]) for model in copies)
-        require(subject.has_same_bits(ours, theirs), "routes differ between two ranks that saw different tokens")
+        one, other = (subject.run(model.train(training), batches[0]) for model in copies)
+        require(subject.has_same_bits(one, other), "routes differ between two ranks that saw different tokens")
     after = copies[0].state_dict()
     moved = sorted({name.rpartition(".")[2] for name in after if not torch.equal(after[name], before[name])})
     return f"{', '.join(moved) or 'no state'}: bitwise the same on two shares of the tokens, {SHARED_STEPS} steps"

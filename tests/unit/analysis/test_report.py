@@ -75,7 +75,10 @@ def make_run(run_dir: Path, steps: int = STEPS) -> Path:
             rows.append({"kind": "event", **base, "attempt": 1, **event})
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"run": {"name": "aoe-tiny"}, "router": {"name": "autonomy"}, "model": {"name": "debug"}}
+    config = {
+        **{"run": {"name": "aoe-tiny"}, "router": {"name": "autonomy"}, "model": {"name": "debug"}},
+        **{"spike": {"window_steps": 100}, "metrics": {"router_health_steps": 100}},
+    }
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     summary = {
         "total_parameters": 1_234_567,
@@ -204,8 +207,10 @@ def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
         if row["kind"] == "validation":
             row |= {f"moe/layer_{layer:02d}/routing_drift": 0.1 * layer for layer in range(LAYERS)}
             row |= {f"moe/{name}_microseconds_per_token": row["step"] / STEPS for name in PARTS}
-        elif row["step"] == 150 and row["kind"] == "train":
-            row["train/loss"] += 5
+        elif row["step"] == 170 and row["kind"] == "train":
+            row["train/loss"] += 5  # not called a spike by the run, and so by the page
+    at = {"step": 150, "tokens": 150 * TOKENS_PER_STEP, "seconds": 75, "attempt": 0}
+    rows.append({"kind": "event", **at, "event": "loss_spike", "message": "step 149: loss 9.5 is 5 nats above"})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = json.loads((run_dir / "summary.json").read_text())
     facts |= {"commit": "c0ffee", "moe_layer_cost": {"experts": {"flops_per_route": 2e6}}}
@@ -215,14 +220,25 @@ def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
     reader = read_page(write_report(run_dir))
     labels = [chart["aria-label"] for chart in reader.charts]
     assert {"Routing drift between validations", "Spikes, collapses and numbers that were not finite"} <= set(labels)
-    table = reader.text[reader.text.index("First step") :]
-    assert table[table.index("spike") : table.index("spike") + 3] == ["spike", "150", "150"]
+    table = reader.text[reader.text.index("Message of the run") + 1 :]
+    assert table[:3] == ["spike", "150", "step 149: loss 9.5 is 5 nats above"] and "170" not in reader.text
+    assert not any("did not judge" in text for text in reader.text)
     times = reader.text[reader.text.index("Time by part of a MoE layer") + 2 :]
     parts = ["router", "permute", "exchange", "experts", "shared experts", "combine"]
     assert times[:16] == [*parts, "total", "experts' share", *["1"] * 6, "6", "33%"], "of the last validation"
     assert "4.00M FLOPs" in reader.text and "c0ffee" in reader.text
     assert "certified; 1 pass, 0 do not apply or are declared. Code: abc." in reader.text
     assert f"Not measured: moe-pretrain specialise {run_dir}" in reader.text
+
+
+def test_a_run_that_did_not_judge_itself_says_so(tmp_path):
+    run_dir = make_run(tmp_path / "run", steps=60)
+    assert not any("did not judge" in text for text in read_page(write_report(run_dir)).text)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"run": {"name": "old"}}))
+    text = " ".join(read_page(write_report(run_dir)).text)
+    assert (
+        "The run did not judge loss spikes and collapsed routers: its configuration has no settings for that." in text
+    )
 
 
 def test_missing_run_is_one_clear_line(tmp_path):

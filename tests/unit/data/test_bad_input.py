@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -9,11 +10,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.corpora import files
+from helpers.corpora import files, hub
 
 from moe_pretrain.data import TokenizerConfig, prepare
 from moe_pretrain.data.documents.document import LeftOut
-from moe_pretrain.data.documents.work_units import documents, plan_units, unit_rows
+from moe_pretrain.data.documents.work_units import content_identity, documents, plan_units, unit_rows
+
+hub_module = sys.modules["moe_pretrain.data.documents.hub"]
 
 BROKEN = "good \ufffd bytes"
 MUTILATED = 260
@@ -68,9 +71,90 @@ def test_a_wrong_column_fails_whatever_the_policies(tmp_path):
         rows_of(files(tmp_path / "a.jsonl", invalid_json="skip", invalid_utf8="skip"))
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
-    assert [document.text for document in documents(files(tmp_path / "a.jsonl"))] == ["one"]
+MARK = "\ufeff"
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.jsonl", f'{MARK}{{"text": "one"}}\n{MARK}{{"text": "two"}}\n', ["one", "two"]),
+        ("a.jsonl", f'{{"text": "{MARK}one"}}\n{{"text": "t{MARK}wo"}}\n', ["one", f"t{MARK}wo"]),
+        ("a.jsonl.gz", f'{MARK}{{"text": "one"}}\n{MARK}{{"text": "two"}}\n', ["one", "two"]),
+        ("a.txt", f"{MARK}one\n", ["one\n"]),
+        ("a.txt.gz", f"{MARK}{MARK}one\n{MARK}two t{MARK}hree\n", [f"one\ntwo t{MARK}hree\n"]),
+        ("a.txt", MARK, []),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content, expected):
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [document.text for document in documents(files(tmp_path / name))] == expected
+
+
+@pytest.mark.parametrize("value", [None, ["a"], 5, {"a": 1}, ...])
+def test_a_row_without_a_text_is_named_or_left_out_and_counted(tmp_path, value, monkeypatch):
+    rows = [{"text": f"text {number}"} for number in range(40)]
+    rows[17] = {"other": 1} if value is ... else {"text": value}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"a\.jsonl:18: .*data\.invalid_text=skip leaves such rows out"):
+        list(documents(files(tmp_path / "a.jsonl")))
+
+    class Stream(list):
+        def state_dict(self):
+            return {}
+
+    monkeypatch.setattr(hub_module, "open_stream", lambda config, start: Stream(rows))
+    monkeypatch.setattr(hub_module, "require_network", lambda what, instead: None)
+    with pytest.raises(ValueError, match=r"^data=hub data.name=org/name .*: row 18: .*data\.invalid_text=skip"):
+        list(documents(hub()))
+    for config in (files(tmp_path / "a.jsonl", invalid_text="skip"), hub(invalid_text="skip")):
+        lines = []
+        corpus = prepare(config, TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, lines.append)
+        counts = corpus.counts
+        assert (counts.read, counts.invalid_text, counts.train + counts.validation) == (40, 1, 39)
+        assert "+ 1 without a text" in corpus.describe_counts()
+
+
+def test_a_null_in_parquet_is_left_out_and_counted(tmp_path):
+    table = pyarrow.table({"text": ["one", None, "three"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet#2: .*data\.invalid_text=skip"):
+        list(documents(files(tmp_path / "a.parquet")))
+    assert [row.text for row in documents(files(tmp_path / "a.parquet", invalid_text="skip"))] == ["one", "three"]
+
+
+@pytest.mark.parametrize("check", ["sampled", "full"])
+@pytest.mark.parametrize("size", [300, 3_000_000])
+def test_changed_text_behind_the_same_size_and_time_is_noticed(tmp_path, check, size):
+    path = tmp_path / "a.txt"
+    data = (b"some text " * (size // 10))[:size]
+    config = files(path, content_check=check)
+
+    def sign(content):
+        path.write_bytes(content)
+        os.utime(path, ns=(10**18, 10**18))
+        return content_identity(config)
+
+    before = sign(data)
+    assert sign(data) == before
+    assert sign(data[::-1]) != before
+    assert sign(b"S" + data[1:]) != before and sign(data[:-1] + b"T") != before
+    if check == "full":
+        assert sign(data[:200] + b"!" + data[201:]) != before
+        sign(data)
+        os.utime(path, ns=(10**18 + 5, 10**18 + 5))
+        assert content_identity(config) == before  # the same text at another time
+
+
+def test_a_corpus_that_comes_from_the_cache_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
+    said = []
+    for _ in range(2):
+        lines = []
+        config = files(tmp_path / "a.jsonl")
+        prepare(config, TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, lines.append)
+        said.append([line for line in lines if line.startswith(f"corpus in the cache: {tmp_path}/c/files-")])
+    assert not said[0] and len(said[1]) == 1 and ", prepared 20" in said[1][0]
 
 
 def test_a_corpus_of_empty_texts_is_refused(tmp_path):
@@ -150,8 +234,8 @@ from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
 folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv[2])
 policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
 for number, path in enumerate(sorted(folder.glob("case*"))):
-    policy = policies[number % 3]
-    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, "ignore", *policy, None, None)
+    policy = ("ignore", *policies[number % 3], "fail", "sampled")
+    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policy, None, None)
     print(path.name, flush=True, end="\\t")
     try:
         corpus = prepare(config, tokenizer, folder / "cache", None, 1, None)

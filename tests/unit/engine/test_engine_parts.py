@@ -6,7 +6,7 @@ import torch
 from moe_pretrain.config.load import load
 from moe_pretrain.engine.deepspeed_config import EngineConfig, deepspeed_config
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss
-from moe_pretrain.engine.optimizer import parameter_groups
+from moe_pretrain.engine.optimizers.base import parameter_groups
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.deepspeed_moe import is_expert, prepare_experts

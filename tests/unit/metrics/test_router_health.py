@@ -5,13 +5,14 @@ import torch
 
 from moe_pretrain.metrics.router_health import RouterHealth, effective_experts
 
+RATIO = 1.25
 EVEN = [10.0, 10.0, 10.0, 10.0, 10.0, 10.0]
 ONE_DEAD = [12.0, 12.0, 0.0, 12.0, 12.0, 12.0]
 TWO_USED = [30.0, 30.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def warnings_of(*steps: list[list[float]], window: int = 1, tokens: int = 30) -> list[list[tuple[str, str]]]:
-    health = RouterHealth([1, 3], window)
+    health = RouterHealth([1, 3], window, RATIO)
     return [health.update(torch.tensor(step, dtype=torch.float64), tokens) for step in steps]
 
 
@@ -33,6 +34,26 @@ def test_a_collapsed_router_is_named():
     assert "layer 1" in names["collapsed_router"] and "2.0 of 6 experts" in names["collapsed_router"]
 
 
+def load_worth(experts: float) -> list[float]:
+    """Load of six experts with the entropy of so many evenly used ones: one expert more loaded than the others."""
+    low, high = 1 / 6, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        worth = effective_experts(torch.tensor([middle, *[(1 - middle) / 5] * 5], dtype=torch.float64))
+        low, high = (middle, high) if worth > experts else (low, middle)
+    return [60 * low, *[60 * (1 - low) / 5] * 5]
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+@pytest.mark.parametrize("ratio", [1.25, 1.5])
+@pytest.mark.parametrize("side,is_collapsed", [(0.99, True), (1.01, False)])
+def test_a_router_collapses_at_the_ratio_of_the_configuration(per_token, ratio, side, is_collapsed):
+    health = RouterHealth([0], 1, ratio)
+    load = torch.tensor([load_worth(side * ratio * per_token)], dtype=torch.float64)
+    names = [name for name, _ in health.update(load, 60 // per_token)]
+    assert names == ["collapsed_router"] * is_collapsed
+
+
 def test_the_window_is_judged_as_a_whole():
     """An expert that gets a token in any step of the window is alive."""
     other = [0.0, 12.0, 12.0, 12.0, 12.0, 12.0]
@@ -44,7 +65,7 @@ def test_a_scheme_that_uses_every_expert_for_every_token_is_well():
 
 
 def test_a_dense_model_has_no_routers():
-    assert RouterHealth([], 1).update(torch.zeros(0, 0), 10) == []
+    assert RouterHealth([], 1, RATIO).update(torch.zeros(0, 0), 10) == []
 
 
 @pytest.mark.parametrize("load,expected", [(EVEN, 6.0), (TWO_USED, 2.0), ([5.0, 0.0], 1.0)])

@@ -1,6 +1,7 @@
 """What wandb is given: everything in ``metrics.jsonl`` once, whatever was killed, resumed or refused."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,13 @@ CONFIG = {"seed": 1, "router": {"name": "top_k", "top_k": 2}, "evaluation": {"se
 
 
 def writer(run_dir: Path, resolved: dict | None = None, **changes) -> MetricsWriter:
-    values = {"log_every_steps": 1, "router_health_steps": 100, "progress": True, "wandb_project": "tests"}
+    values = {
+        "log_every_steps": 1,
+        "router_health_steps": 100,
+        "collapse_ratio": 1.25,
+        "progress": True,
+        "wandb_project": "tests",
+    }
     config = MetricsConfig(**{**values, "wandb": "off", "wandb_group": None, **changes})
     run_dir.mkdir(parents=True, exist_ok=True)
     return MetricsWriter(config, run_dir, 100, "a-run", resolved or CONFIG, True)
@@ -355,3 +362,64 @@ def test_unreachable_server_is_found_out_quickly():
     start = time.monotonic()
     assert not wandb_start.reachable("http://127.0.0.1:9")
     assert time.monotonic() - start < 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "expected"),
+    [
+        ({"WANDB_MODE": "offline"}, "auto", "offline"),
+        ({"WANDB_MODE": "offline"}, "online", "offline"),
+        ({"WANDB_MODE": "offline"}, "off", None),
+        ({"WANDB_MODE": "dryrun"}, "auto", "offline"),
+        ({"WANDB_MODE": "disabled"}, "auto", None),
+        ({"WANDB_MODE": "Disabled"}, "online", None),
+        ({"WANDB_MODE": "disabled"}, "offline", None),
+        ({"WANDB_DISABLED": "true"}, "auto", None),
+        ({"WANDB_MODE": "online"}, "offline", "offline"),
+        ({"WANDB_MODE": "online"}, "off", None),
+        ({"WANDB_MODE": "online"}, "auto", "online"),
+        ({"WANDB_MODE": ""}, "auto", "online"),
+    ],
+)
+def test_the_environment_may_send_less_and_the_run_too(
+    tmp_path, wandb, monkeypatch, capsys, environment, asked, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fake = wandb(True, api_key="key")
+    metrics = writer(tmp_path, wandb=asked)
+    metrics.write(train_row(1))
+    metrics.close()
+    assert [start["mode"] for start in fake.starts] == ([expected] if expected else [])
+    if expected != "online" and asked in ("auto", "online"):
+        assert f"wandb: {expected or 'off'} (WANDB_" in "".join(capsys.readouterr())
+
+
+def test_a_word_that_wandb_does_not_know_is_named(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    wandb(True)
+    with pytest.raises(ValueError, match="^WANDB_MODE=of in the environment must be one of"):
+        writer(tmp_path)
+
+
+def test_the_mode_in_wandb_settings_is_obeyed(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert wandb_start.stricter("auto", "offline") == ("offline", "mode=offline in wandb's settings")
+    assert wandb_start.stricter("offline", "disabled")[0] == "off"
+    assert wandb_start.stricter("online", "online") == ("online", "")
+
+
+@pytest.mark.parametrize("home", ["writable", "missing"])
+def test_wandb_makes_its_folders_below_the_run(tmp_path, monkeypatch, home):
+    for name in ("CACHE", "DATA", "ARTIFACT", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", "")
+        monkeypatch.delenv(f"WANDB_{name}_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path) if home == "writable" else "/proc/nobody")
+    if home == "missing":
+        monkeypatch.setattr(wandb_start.os, "access", lambda path, mode: False)  # root may write anywhere
+    wandb_start.keep_wandb_inside(tmp_path / "run")
+    inside = {name for name in ("CACHE", "DATA", "ARTIFACT", "CONFIG") if f"WANDB_{name}_DIR" in os.environ}
+    assert inside == {"CACHE", "DATA", "ARTIFACT"} | ({"CONFIG"} if home == "missing" else set())
+    assert all(os.environ[f"WANDB_{name}_DIR"].startswith(str(tmp_path / "run" / "wandb")) for name in inside)
+    for name in inside:
+        monkeypatch.delenv(f"WANDB_{name}_DIR")

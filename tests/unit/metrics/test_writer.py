@@ -17,6 +17,7 @@ def config(**changes):
     values = {
         "log_every_steps": 1,
         "router_health_steps": 100,
+        "collapse_ratio": 1.25,
         "progress": True,
         "wandb": "off",
         "wandb_project": "tests",
@@ -129,15 +130,6 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     metrics.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"log_every_steps": 0}, "log_every_steps must be >= 1, got 0")],
-)
-def test_bad_settings_name_the_field_and_the_value(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config(**changes)
 
 
 # The console

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_page
 from helpers.planted import AUTONOMY_DIFFERS_BY, BASE, STEPS, TOKENS, TOP_P, Planted, plant_sweep
 
@@ -204,29 +205,45 @@ def test_a_band_is_the_mean_and_interval_at_common_steps():
 
 def found_incidents(root: Path) -> list:
     (run,) = find_runs(root)
-    return incidents(run.train, run.events)
+    return incidents(run.events)
 
 
-def test_incidents_are_found_where_they_were_planted(tmp_path: Path):
+def test_incidents_are_the_events_that_were_planted(tmp_path: Path):
+    """The run judges, not the page: a leap of the loss and a load on one expert are none without an event."""
     planted = Planted("a", 3.0, steps=200)
     folder = planted.write(tmp_path)
     assert found_incidents(tmp_path) == []
     rows = planted.rows()
     for row in rows:
-        if row["kind"] == "train" and row["step"] in (120, 121):
+        if row["kind"] == "train" and row["step"] == 120:
             row["train/loss"] += 1.5
-        if row["kind"] == "train" and 60 <= row["step"] <= 70:
-            row["moe/layer_01/expert_share"] = [0.5, 0.5, 0, 0, 0, 0, 0, 0]
-    event = {"step": 150, "tokens": 150 * TOKENS, "seconds": 0, "attempt": 0}
-    rows.append({"kind": "event", **event, "event": "non_finite", "message": "NaN in train/gradient_norm"})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = found_incidents(tmp_path)
-    assert [(each.kind, each.first["step"], each.last["step"]) for each in found] == [
-        ("collapse", 60, 70),
-        ("spike", 120, 121),
-        ("non-finite", 150, 150),
+            row["moe/layer_01/expert_share"] = [1, 0, 0, 0, 0, 0, 0, 0]
+    planned = [
+        *(("collapsed_router", 60), ("dead_experts", 61), ("loss_spike", 130), ("rewound", 140), ("resumed", 145)),
+        *(("non_finite", 150), ("step_skipped", 151), ("diverged", 160)),
     ]
-    assert found[0].detail == "layer 1" and found[1].detail == "1.49 nats above the median"
+    for name, step in planned:
+        base = {"step": step, "tokens": step * TOKENS, "seconds": 0, "attempt": 0}
+        rows.append({"kind": "event", **base, "event": name, "message": f"of {name}"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(each.kind, each.row["step"], each.row["message"]) for each in found_incidents(tmp_path)] == [
+        ("collapse", 60, "of collapsed_router"),
+        ("spike", 130, "of loss_spike"),
+        ("spike", 140, "of rewound"),
+        ("non-finite", 150, "of non_finite"),
+        ("non-finite", 151, "of step_skipped"),
+        ("non-finite", 160, "of diverged"),
+    ]
+
+
+def test_the_page_names_the_runs_that_did_not_judge(tmp_path: Path):
+    for seed, lacking in enumerate(((), ("metrics",), ("metrics", "spike"))):
+        path = Planted(f"run-{seed}", 3.0, seed).write(tmp_path) / "config.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in lacking}))
+    text = " ".join(read_page(write_comparison(tmp_path)[0]).text)
+    assert "Did not judge collapsed routers, having no settings for that: run-1." in text
+    assert "Did not judge loss spikes and collapsed routers, having no settings for that: run-2." in text
+    assert "settings for that: run-0" not in text
 
 
 def test_the_tables_hold_the_raw_numbers(sweep: Path):

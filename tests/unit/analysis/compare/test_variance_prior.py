@@ -1,20 +1,10 @@
-"""The prior against chi-squared variables drawn with a known one, and tables of digamma and trigamma."""
-
-import math
+"""The prior against chi-squared variables drawn with a known one."""
 
 import numpy as np
 import pytest
 
 from moe_pretrain.analysis.compare import variance_prior
 from moe_pretrain.analysis.compare.variance_prior import NO_PRIOR, VariancePrior, fit
-
-
-def test_digamma_and_trigamma_are_derivatives_of_the_log_gamma_function():
-    step = 1e-4
-    for n in range(1, 9):
-        below, at, above = (math.lgamma(n / 2 + shift) for shift in (-step, 0, step))
-        assert variance_prior._digamma_of_half(n) == pytest.approx((above - below) / (2 * step), abs=1e-6)
-        assert variance_prior._trigamma_of_half(n) == pytest.approx((above - 2 * at + below) / step**2, abs=1e-5)
 
 
 @pytest.mark.parametrize(("degrees", "variance"), [(1, 0.3), (2, 5.0), (3, 1.0), (9, 2.0)])

@@ -25,7 +25,9 @@ def tokenizer(tmp_path_factory):
 
 
 def tokens(*paths, flat_dtype="uint16", fraction=0.2, cut="end_of_document"):
-    return TokensCorpusConfig("tokens", tuple(map(str, paths)), flat_dtype, cut, fraction, "ignore", None, None)
+    return TokensCorpusConfig(
+        "tokens", tuple(map(str, paths)), flat_dtype, cut, fraction, "ignore", "sampled", None, None
+    )
 
 
 def random_documents(vocab_size, end, count=300):

@@ -365,7 +365,8 @@ from moe_pretrain.data.shards import unit_shards as units
 sources._SMALLEST_UNIT_BYTES = 10_000
 units._BATCH_CHARACTERS = 2_000
 paths, cache, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, "ignore", "replace", "skip", None, None)
+policies = ("ignore", "replace", "skip", "fail", "sampled")
+config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, *policies, None, None)
 prepare(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
 """
 
@@ -492,8 +493,8 @@ def test_a_large_corpus_is_not_read_whole_at_every_start(config, tmp_path, monke
 
 
 def test_counts_add():
-    one = units.Counts(*range(13))
-    assert dataclasses.astuple(one + one) == tuple(range(0, 26, 2))
+    one = units.Counts(*range(14))
+    assert dataclasses.astuple(one + one) == tuple(range(0, 28, 2))
 
 
 def test_a_stream_is_the_same_with_any_number_of_workers(tmp_path, monkeypatch):

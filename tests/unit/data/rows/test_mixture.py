@@ -278,10 +278,10 @@ def test_a_mixture_is_composed_from_the_data_group():
         (["+data.weights={a: 1, b: 1}", "+data.sources.b.x=4"], "data.sources.b.x=4"),
         (
             ["+data.weights={a: 1, b: 1}", "data.sources.b.validation_fraction=2"],
-            "data.sources.b.validation_fraction=2.0 must be between 0 and 1",
+            "data.sources.b.validation_fraction=2 must be below 1",
         ),
         (["+data.weights={a: 1, b: 1}", "+data@evaluation.sets.b=builtin"], "evaluation.sets.b must have another name"),
-        (["+data@data.sources.c=mixture"], "data.sources.c="),
+        (["+data@data.sources.c=mixture"], "data.sources.c.source=mixture must be one of"),
     ],
 )
 def test_wrong_mixtures_are_one_line(overrides, words):

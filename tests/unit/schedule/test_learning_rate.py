@@ -1,0 +1,39 @@
+"""Schedules that do not fit their run are refused or said before it starts."""
+
+import pytest
+
+from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import preflight
+from moe_pretrain.schedule.learning_rate import CosineScheduleConfig, WarmupStableDecayScheduleConfig
+
+
+@pytest.mark.parametrize("warmup, fraction", [(250, 0.9), (31, 0.9), (300, 0.01), (1, 1.0)])
+def test_parts_that_overlap_are_refused(warmup, fraction):
+    schedule = WarmupStableDecayScheduleConfig("warmup_stable_decay", warmup, fraction, 0.0)
+    with pytest.raises(ValueError, match=rf"^schedule.warmup_steps={warmup} and schedule.decay_fraction={fraction} "):
+        schedule.check(300)
+
+
+@pytest.mark.parametrize("warmup, fraction", [(30, 0.9), (0, 1.0), (300, 0.0), (1, 0.997)])
+def test_parts_that_fit_never_fall_in_a_step(warmup, fraction):
+    schedule = WarmupStableDecayScheduleConfig("warmup_stable_decay", warmup, fraction, 0.0)
+    assert schedule.check(300) == ""
+    factors = [schedule.factor(step, 300) for step in range(300)]
+    decay = round(300 * fraction)
+    assert all(a - b < 1.001 / max(1, decay) for a, b in zip(factors, factors[1:], strict=False))
+
+
+def test_a_warm_up_that_does_not_end_is_said():
+    for schedule in (
+        CosineScheduleConfig("cosine", 500, 0.1),
+        WarmupStableDecayScheduleConfig("warmup_stable_decay", 500, 0.0, 0.1),
+    ):
+        assert "schedule.warmup_steps=500 does not end in the run's 20 steps" in schedule.check(20)
+        assert f"rises to {schedule.factor(19, 20):.1%} of" in schedule.check(20)
+        assert schedule.check(500) == ""
+
+
+def test_a_run_with_overlapping_parts_does_not_start():
+    config = load(["schedule=warmup_stable_decay", "schedule.warmup_steps=250", "schedule.decay_fraction=0.9"])
+    with pytest.raises(ValueError, match="must fit into the run's 300 steps: at most 30 steps of warm-up"):
+        preflight(config, 1)
