@@ -45,6 +45,8 @@ ROUTERS = {
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
     "hash": ["router=hash"],
+    "random": ["router=random"],
+    "uniform": ["router=uniform"],
     "learned hash": ["router=hash", "router.weights=learned"],
     "loss_free": ["router=loss_free"],
     "quantile": ["router=quantile"],
