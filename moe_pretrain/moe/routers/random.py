@@ -80,9 +80,7 @@ class ControlRouter(Router):
         top_k, device = self.config.top_k, chosen.device
         token_index = torch.arange(len(chosen), device=device).repeat_interleave(top_k)
         routes = chosen.flatten()
-        counts = count_routes(
-            routes, context.token_mask[token_index], torch.zeros_like(routes), 1, self.num_experts
-        )[0]
+        counts = count_routes(routes, context.token_mask[token_index], torch.zeros_like(routes), 1, self.num_experts)[0]
         weight = torch.full(routes.shape, 1 / top_k, device=device)
         return Routing(token_index, routes, weight, top_k, router_use(counts, probs, context))
 

@@ -30,5 +30,8 @@ def test_default_name(words: list[str], name: str):
 def test_the_factorised_control_is_top_k_with_another_gate():
     control, plain = load(["router=top_k_factorised"]), load(["router=top_k"])
     assert control.router == plain.router
-    assert (control.model.moe.gate_rank, plain.model.moe.gate_rank) == (load(["router=autonomy"]).router.gate_rank, None)
+    assert (control.model.moe.gate_rank, plain.model.moe.gate_rank) == (
+        load(["router=autonomy"]).router.gate_rank,
+        None,
+    )
     assert load(["router=top_k_factorised", "model.moe.gate_rank=16"]).model.moe.gate_rank == 16
