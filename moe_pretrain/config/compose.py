@@ -6,15 +6,21 @@ Outside ``sweep/`` the only file that knows Hydra.
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pydantic
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.config.schema import Config, ConfigError
@@ -24,6 +30,7 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 """Fields by their names in earlier releases."""
 BEFORE = {"model.init": "normal", "model.gate_init": "paper", "optimizer.name": "adamw"}
 """Fields that earlier releases did not have, with what they did."""
+_SEARCH_PATH = "hydra.searchpath="
 
 
 def config_folder() -> Path:
@@ -33,21 +40,108 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed values as plain dictionaries, interpolations resolved."""
+def folder_override(folder: Path) -> str:
+    """The override that has Hydra look for groups and choices in a folder of the user's own too.
+
+    As an override it reaches workers, the jobs of a sweep and a resumed run like any other.
+
+    Raises:
+        ConfigError: There is no such folder, or a file in it has the name of a shipped one, which would win.
+    """
+    word = f"{_SEARCH_PATH}[{_quoted(f'file://{folder.resolve()}')}]"
+    _check_folders([word], f"--config-dir={folder}")
+    return word
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _own_folders(overrides: Sequence[str]) -> list[Path]:
+    """Folders of the user's own that the last ``hydra.searchpath`` in ``overrides`` names."""
+    words = [word for word in overrides if word.startswith(_SEARCH_PATH)]
+    try:
+        places = OverridesParser.create().parse_overrides(words[-1:])[0].value() if words else list[str]()
+    except HydraException as error:
+        raise ConfigError(f"{words[-1]}: {' '.join(str(error).split())}") from error
+    if not isinstance(places, list):
+        raise ConfigError(f"{words[-1]} must be a list of folders")
+    texts = [str(place.text if isinstance(place, QuotedString) else place) for place in places]
+    return [Path(text.removeprefix("file://")) for text in texts if not text.startswith("pkg://")]
+
+
+def _check_folders(overrides: Sequence[str], name: str = "hydra.searchpath") -> None:
+    """Raise if a folder of the user's own would be passed over in silence, as a whole or in part."""
+    for folder in _own_folders(overrides):
+        if not folder.is_dir():
+            raise ConfigError(f"{name}: {folder} must be a folder that exists; name it anew with --config-dir DIR")
+        for file in sorted(folder.rglob("*.yaml")):
+            if (config_folder() / (relative := file.relative_to(folder))).exists():
+                raise ConfigError(f"{name}: {relative} has the name of a shipped file, which would win; rename it")
+
+
+def choices(overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Groups and their choices: the shipped ones, and those of the folders that ``overrides`` add."""
+    found: dict[str, set[str]] = {}
+    for folder in (config_folder(), *_own_folders(overrides)):
+        for file in folder.glob("*/*.yaml"):
+            if file.stem != "base" and file.parent.name != "hydra":
+                found.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+def show_config(overrides: Sequence[str], kind: str, resolve: bool) -> None:
+    """Print the composed configuration as YAML, as Hydra's ``--cfg`` does.
+
+    Args:
+        overrides: In Hydra's words.
+        kind: ``job``, ``hydra`` or ``all``.
+        resolve: Print values instead of interpolations.
+    """
+    with _hydra(overrides) as hydra:
+        hydra.show_cfg(ROOT_CONFIG, list(overrides), kind, None, resolve)
+
+
+def show_info(overrides: Sequence[str], kind: str) -> None:
+    """Print how the configuration is composed, as Hydra's ``--info`` does."""
+    with _hydra(overrides) as hydra:
+        hydra.show_info(kind, ROOT_CONFIG, list(overrides))
+
+
+@contextmanager
+def _hydra(overrides: Sequence[str]) -> Iterator[Hydra]:
+    """Hydra with our YAML files; what it complains of is a ``ConfigError`` of one line."""
+    _check_folders(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            # With Hydra's own part, which knows the file that was chosen from each group: `run.name` is made of it.
-            composed = compose(ROOT_CONFIG, overrides=list(overrides), return_hydra_config=True)
-            return {str(key): _resolved(composed, key) for key in composed if key != "hydra"}
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            yield hydra
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
 
 
-def _resolved(composed: DictConfig, key: Any) -> Any:
-    value = composed[key]
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed values as plain dictionaries, interpolations resolved."""
+    with _hydra(overrides), _own_part_kept():
+        composed = compose(ROOT_CONFIG, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+@contextmanager
+def _own_part_kept() -> Iterator[None]:
+    """Hydra's own part of the configuration, which ``${hydra:...}`` reads, is afterwards what it was: a sweep's."""
+    kept = HydraConfig.instance().cfg
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = kept
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +198,8 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
         # A corpus calls itself data, wherever it stands.
         return f"{'.'.join(location[:3])}.{text.removeprefix('data.')}" if is_named_corpus else text
     path = ".".join(location)
+    if first["type"] in ("tuple_type", "list_type") and isinstance(first["input"], str | int | float):
+        return f"{path}={first['input']} must be a list: '{path}=[{first['input']}]'"
     if first["type"] == "missing":
         return f"{path} is missing: it must be given"
     if first["type"] == "union_tag_invalid":
@@ -164,19 +260,29 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     for override in overrides:
         if (key := override.partition("=")[0]) in RENAMED:
             return f"{override}: {key} is called {RENAMED[key]}"
-    choices = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        # Hydra reads a second = as a mistake; who writes a list or quotes has thought of it.
+        if "=" in value and not value.startswith(("[", "{", "'", '"')) and "(" not in value:
+            return f"{override}: the value has a = of its own, quote it: '{key}=\"{value}\"'"
+    chosen = [word for word in overrides if word.startswith(_SEARCH_PATH)]
+    groups = choices(chosen)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        folder = config_folder() / key.partition("@")[0]
-        if key and folder.is_dir():
-            names = {path.stem for path in folder.glob("*.yaml")}
+        if key.partition("@")[0] in groups:
+            names = set(groups[key.partition("@")[0]])
             if value not in names:
                 return f"{key}={value} is not a choice{_suggest(value, names)}"
-            choices.append(override)
-    fields = _fields_of(choices)
+            chosen.append(override)
+    if missing := re.search(r"Could not find 'budget/(\S+)'", str(error)):
+        size = missing[1]
+        return (
+            f"model={size} has no budget of its own: write budget/{size}.yaml beside model/{size}.yaml, or budget=tiny"
+        )
+    fields = _fields_of(chosen)
     for override in overrides:
         key = override.partition("=")[0]
-        if override in choices or override.startswith(("+", "~")) or not key:
+        if override in chosen or override.startswith(("+", "~")) or not key:
             continue
         known = fields
         for depth, part in enumerate(parts := key.split(".")):
@@ -191,11 +297,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
 
 
-def _fields_of(choices: Sequence[str]) -> Any:
+def _fields_of(chosen: Sequence[str]) -> Any:
     """The composed fields of what is chosen from the groups, whatever values are set or missing."""
     with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
         try:
-            composed = compose(ROOT_CONFIG, overrides=list(choices))
+            composed = compose(ROOT_CONFIG, overrides=list(chosen))
         except (HydraException, OmegaConfBaseException):  # put at a place that does not exist
             composed = compose(ROOT_CONFIG)
     return OmegaConf.to_container(composed)

@@ -23,20 +23,41 @@ def load(overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: A typo, a wrong type, another variant's field, or a value out of range.
     """
-    file = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("router_file=")), None)
-    if file in (None, "null"):
-        values = compose_values(overrides)
+    file = _router_file(overrides)
+    words = in_hydras_words(overrides)
+    values = compose_values(words)
+    if file is None:
         return _matched(validate(values), values, overrides)
-    assert file is not None
+    others = [word for word in overrides if not word.startswith("router_file=")]
+    return _matched(validate({**values, "router_file": file}, load_router_file(file)), values, others)
+
+
+def _router_file(overrides: Sequence[str]) -> str | None:
+    """The file of the user's own router, if the overrides name one."""
+    file = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("router_file=")), None)
+    return None if file == "null" else file
+
+
+def in_hydras_words(overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra can compose them, which knows no fields of a router in a user's own file.
+
+    Raises:
+        ConfigError: A router is chosen beside that of the file, or the file is wrong.
+    """
+    file = _router_file(overrides)
+    if file is None:
+        return list(overrides)
     chosen = [word for word in overrides if word.startswith("router=")]
     if chosen:
         raise ConfigError(f"{chosen[0]} and router_file={file} are two schemes: give one of them")
-    router = load_router_file(file)
-    name = router.__dataclass_fields__["name"].default
+    name = load_router_file(file).__dataclass_fields__["name"].default
     others = [word for word in overrides if not word.startswith("router_file=")]
-    words = [f"++{word}" if word.startswith("router.") else word for word in others]
-    values = compose_values(["~router", f"+router.name={name}", *words])
-    return _matched(validate({**values, "router_file": file}, router), values, others)
+    return [
+        "~router",
+        f"+router.name={name}",
+        f"++hydra.runtime.choices.router={name}",  # for `run.name`
+        *(f"++{word}" if word.startswith("router.") else word for word in others),
+    ]
 
 
 def _matched(config: Config, values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -69,7 +90,8 @@ def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: 
     of_router = [word for word in words if word.startswith("router")]
     own = [word for word in overrides if not word.lstrip("+~").startswith("router")]
     model = compose_values([*own, *of_model])["model"] if of_model else values["model"]
-    router = compose_values(of_router)["router"]
+    folders = [word for word in overrides if word.startswith("hydra.searchpath=")]
+    router = compose_values([*folders, *of_router])["router"]
     config = validate({**values, "model": model, "router": router, "budget": {**values["budget"], "match": None}})
     return model_size(config.model, config.router)
 

@@ -100,7 +100,8 @@ class EvaluationConfig:
 
     Attributes:
         every_steps: Steps between validations; one is always made at the end.
-        max_rows: Rows of each validation set that are read, over all ranks.
+        max_rows: Rows of each validation set that are read, over all ranks: drawn over the whole set, one from each of
+            so many equal stretches, the same in every run; all of them where there are no more.
         sets: Further corpora by name, of which nothing is trained on, logged as ``validation/NAME/loss``. A choice of
             the group ``data`` fills one in: ``+data@evaluation.sets.code=files evaluation.sets.code.paths=[a.jsonl]``.
     """

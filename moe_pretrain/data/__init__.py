@@ -37,9 +37,10 @@ from moe_pretrain.data.stream.corpus import StreamedCorpus, open_stream
 from moe_pretrain.data.tokenizer import Tokenizer, TokenizerConfig
 
 if TYPE_CHECKING:
-    from moe_pretrain.data.loader import TrainLoader, validation_batches
+    from moe_pretrain.data.loader import TrainLoader
     from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to_int64
     from moe_pretrain.data.rows.packing import count_rows
+    from moe_pretrain.data.validation import validation_batches, validation_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -77,6 +78,7 @@ __all__ = [
     "prepared_tokens",
     "rank_positions",
     "validation_batches",
+    "validation_rows",
     "wrap_to_int64",
     "write_manifest",
 ]
@@ -86,7 +88,8 @@ _WITH_TORCH = {
     "MicroBatch": "rows.micro_batch",
     "TrainLoader": "loader",
     "count_rows": "rows.packing",
-    "validation_batches": "loader",
+    "validation_batches": "validation",
+    "validation_rows": "validation",
     "wrap_to_int64": "rows.micro_batch",
 }
 

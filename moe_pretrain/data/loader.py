@@ -8,12 +8,12 @@ naming its next step.
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Literal
 
 import numpy as np
 
-from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch, build_micro_batches
+from moe_pretrain.data.rows.micro_batch import MicroBatch, build_micro_batches
 from moe_pretrain.data.rows.mixture import MixedShards
 from moe_pretrain.data.rows.packing import BestFit, Concatenated, Rows
 from moe_pretrain.data.rows.permutation import rank_positions
@@ -181,64 +181,3 @@ class TrainLoader:
             while not ready.empty():
                 ready.get_nowait()
             thread.join()
-
-
-def validation_batches(
-    reader: ShardReader,
-    sequence_length: int,
-    micro_batch_rows: int,
-    rank: int,
-    world_size: int,
-    max_rows: int | None,
-    isolate_documents: bool,
-    reset_positions: bool | None = None,
-) -> Iterator[MicroBatch]:
-    """One pass over the first rows of a corpus, in order, split over ranks.
-
-    Every rank yields the same number of micro-batches, as collectives need; rows that are
-    missing at the end are padding. Tokens after the last whole row are left out.
-
-    Args:
-        reader: The validation tokens.
-        sequence_length: Input positions of a row.
-        micro_batch_rows: Rows of one forward pass on one rank.
-        rank: This data-parallel rank.
-        world_size: Number of data-parallel ranks.
-        max_rows: Rows to read over all ranks, or None for all of them.
-        isolate_documents: See ``packing.build_micro_batch``.
-        reset_positions: See ``packing.build_micro_batch``.
-
-    Raises:
-        ValueError: The corpus is shorter than one row, or a size is not positive.
-    """
-    source = Concatenated(reader, sequence_length)
-    num_rows = source.num_rows
-    if max_rows is not None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows={max_rows} must be at least 1, or null for all rows")
-        num_rows = min(num_rows, max_rows)
-    if micro_batch_rows < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"micro_batch_rows={micro_batch_rows} must be at least 1 and rank={rank} must be "
-            f"from 0 to world_size-1={world_size - 1}"
-        )
-    return _validation_batches(source, num_rows, micro_batch_rows, rank, world_size, isolate_documents, reset_positions)
-
-
-def _validation_batches(
-    source: Concatenated,
-    num_rows: int,
-    micro_batch_rows: int,
-    rank: int,
-    world_size: int,
-    isolate_documents: bool,
-    reset_positions: bool | None,
-) -> Iterator[MicroBatch]:
-    stride = world_size * micro_batch_rows
-    for first in range(rank * micro_batch_rows, -(-num_rows // stride) * stride, stride):
-        rows = np.arange(first, first + micro_batch_rows, dtype=np.int64)
-        positions = np.where(rows < num_rows, rows, PADDING_POSITION)
-        # A padding row needs some tokens; row 0 always exists and nothing of it is counted.
-        rows = np.where(rows < num_rows, rows, 0)
-        tokens, starts, _ = source.read(rows)
-        yield build_micro_batch(tokens, starts, positions, isolate_documents, reset_positions)

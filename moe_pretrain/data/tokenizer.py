@@ -1,11 +1,15 @@
 """Text to tokens: a byte-level BPE trained on the corpus, or any tokenizer that exists already."""
 
+import importlib.util
 import json
+import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 import xxhash
 
@@ -31,6 +35,11 @@ _KNOWN_ENDS = (
 )  # fmt: skip
 _MAKESHIFT_ENDS = ("[SEP]", "<s>")
 _OVERRIDE = "tokenizer.end_of_document names the token to put between documents"
+
+_LONGEST_WHOLE = 1_000_000  # characters
+_CUT_CONTEXT = 1000
+_CUTS_TRIED = 100
+_SPACE_AFTER_WORD = re.compile(r"\S\s")
 
 # Words, digits, indentation, accents, other scripts, an emoji: what tokenizers differ in.
 _PROBE = "The 3 quick foxes\n\tdidn't  pay 1,024.50; def f(x):\n        return x  # naïve Größe 東京 🙂"
@@ -135,9 +144,41 @@ class Tokenizer:
             )
         return f"; {unknown / tokens:.2%} of the text's tokens are unknown to the tokenizer" if unknown else ""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        return self._encode(texts)
+    def encode_batch(self, texts: list[str]) -> list[list[int] | np.ndarray]:
+        """Token ids of each text.
+
+        A tokenizer takes a hundred bytes and more for each character that it works on, so a long text is cut at white
+        space, where cutting does not change the tokens.
+        """
+        if all(len(text) <= _LONGEST_WHOLE for text in texts):
+            return list(self._encode(texts))
+        return [self._encode_long(text) if len(text) > _LONGEST_WHOLE else self._encode([text])[0] for text in texts]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        parts, start = [], 0
+        while start < len(text):
+            stop = self._next_cut(text, start + _LONGEST_WHOLE // 2)
+            parts.append(np.array(self._encode([text[start:stop]])[0], dtype=np.int64))
+            start = stop
+        return np.concatenate(parts)
+
+    def _next_cut(self, text: str, start: int) -> int:
+        """The first place from ``start`` on, before white space, where the tokens of both sides are those of the whole.
+
+        What is around the place shows that: a tokenizer that looks at a whole text, or puts something before it, cuts
+        nowhere.
+        """
+        for _ in range(_CUTS_TRIED):
+            found = _SPACE_AFTER_WORD.search(text, start)
+            if found is None or found.end() - 1 >= len(text):
+                break
+            cut = found.end() - 1
+            before, after = text[max(0, cut - _CUT_CONTEXT) : cut], text[cut : cut + _CUT_CONTEXT]
+            whole, left, right = self._encode([before + after, before, after])
+            if whole == [*left, *right]:
+                return cut
+            start = found.end() + _CUT_CONTEXT
+        return len(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text behind token ids, special tokens included."""
@@ -254,7 +295,13 @@ def load_pretrained(config: TokenizerConfig) -> Tokenizer:
     """
     assert config.kind == "pretrained" and config.path is not None
     path = Path(config.path)
-    if path.is_file():
+    try:
+        status = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        status = 0  # a name on the hub, or nothing
+    except OSError as error:
+        raise ValueError(f"tokenizer.path={path}: cannot be reached: {error.strerror}") from None
+    if stat.S_ISREG(status):
         tokenizer = load_tokenizer_file(path, config.end_of_document)
     else:
         tokenizer = _load_with_transformers(config.path, config.end_of_document)
@@ -268,6 +315,11 @@ def load_pretrained(config: TokenizerConfig) -> Tokenizer:
 
 def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer:
     import transformers
+
+    for model_file, package in (("tokenizer.model", "sentencepiece"), ("tekken.json", "mistral-common")):
+        is_alone = (Path(name) / model_file).is_file() and not (Path(name) / TOKENIZER_FILE).is_file()
+        if is_alone and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ValueError(f"tokenizer.path={name}: {model_file} needs the package {package}: pip install {package}")
 
     def load(local_files_only: bool) -> Any:
         try:

@@ -1,8 +1,8 @@
 """What a validation finds piece by piece: losses that pair with another run's, and where every token was sent.
 
-A piece is the part of one document that lies in one row. The rows are the first of the validation set, the same for
-all runs of one corpus, tokenizer and row length: ``fingerprint`` says so. ``RUN/probe/step_XXXXXXXX.npz`` holds one
-validation each.
+A piece is the part of one document that lies in one row. The rows are drawn over the whole validation set, the same for
+all runs of one corpus, tokenizer and row length (see ``validation_rows``): ``fingerprint`` says so.
+``RUN/probe/step_XXXXXXXX.npz`` holds one validation each.
 
 Axis names:
     pieces   of all rows, in order of set, row and document
@@ -34,7 +34,7 @@ class Collector:
 
         Args:
             document_ends: Stream offset after each document of the set, int64, rising.
-            sequence_length: Positions of a row; row r begins at the offset ``r * sequence_length``.
+            sequence_length: Positions of a row; row number r begins at the offset ``r * sequence_length``.
             num_rows: Rows of the set that are read, over all ranks.
             num_experts: Of a MoE layer; 0 without one.
         """

@@ -8,6 +8,7 @@ phase it was last seen in, and the others write their stacks.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from moe_pretrain.system.stop_signals import HANDLED
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 """How long the other workers may take after one has failed."""
+_LOOPBACK_SECONDS = 5.0
 _STACK_SECONDS = 2.0
 """How long workers may take to write their stacks."""
 
@@ -35,6 +37,7 @@ def run_workers(arguments: list[str], processes: int) -> int:
         0 if all workers exit with 0, else the first failing worker's code (128 + signal if a signal killed it); 130
         after a second SIGINT, which kills them.
     """
+    _check_loopback(processes)
     # The parent holds the store, so there is no port to guess and none that another process can take meanwhile.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -74,6 +77,22 @@ def run_workers(arguments: list[str], processes: int) -> int:
             worker.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_loopback(processes: int) -> None:
+    """Raise at once where the workers could not meet: torch tries for minutes, and then shows C++ stacks.
+
+    Raises:
+        ValueError: There is no 127.0.0.1, as in a network namespace whose ``lo`` is down.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"parallel.processes={processes}: the processes meet at 127.0.0.1, which this machine does not reach "
+            f"({error.strerror or error}): bring it up (ip link set lo up), or use parallel.processes=1"
+        ) from None
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_interrupted: Callable[[], bool]) -> int:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, init_deepspeed_communication
-from moe_pretrain.parallel.rendezvous import Rendezvous, meet
+from moe_pretrain.parallel.rendezvous import Rendezvous, launched_number, meet
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def build_mesh(config: ParallelConfig, device_type: str, meeting: Rendezvous | N
         device_type: ``cuda`` or ``cpu``.
         meeting: Where the ranks have met; by default they meet here.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launched_number("LOCAL_RANK") or 0
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

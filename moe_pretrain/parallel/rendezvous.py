@@ -38,12 +38,27 @@ def interface_towards(host: str) -> str | None:
 
 def launched_world_size() -> int | None:
     """Number of ranks if a launcher (torchrun, ``deepspeed``, SLURM with torchrun's variables) started this process."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    rank, world_size = launched_number("RANK"), launched_number("WORLD_SIZE")
+    return None if rank is None else world_size
 
 
 def launched_rank() -> int:
     """Rank given by the launcher; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return launched_number("RANK") or 0
+
+
+def launched_number(name: str) -> int | None:
+    """A number that a launcher left in the environment; None where it left nothing, or an empty text.
+
+    Raises:
+        ValueError: It is no number.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text} in the environment must be a whole number, as torchrun sets it, or not be set")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ def meet(config: ParallelConfig) -> Rendezvous:
     Raises:
         ValueError: They cannot be reached.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    attempt = launched_number("TORCHELASTIC_RESTART_COUNT") or 0
     if dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
         return Rendezvous(store, dist.get_rank(), dist.get_world_size(), attempt)

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from moe_pretrain import data
-from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.compose import choices
 from moe_pretrain.config.load import load
 from moe_pretrain.config.match_budget import describe_match
 from moe_pretrain.config.preflight import RunPlan, plan_run
@@ -62,28 +62,6 @@ class Assumptions:
         ):
             if not ok:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be {constraint}")
-
-
-def split_assumptions(words: Sequence[str]) -> tuple[Assumptions, list[str]]:
-    """Take ``--mfu=0.4`` and its like out of the words of a command; the rest are overrides.
-
-    Raises:
-        ValueError: Not an assumption, or not a number.
-    """
-    names = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Assumptions)}
-    values, overrides = {}, []
-    for word in words:
-        option, _, text = word.partition("=")
-        if not word.startswith("--"):
-            overrides.append(word)
-        elif option not in names:
-            raise ValueError(f"{option} must be one of {', '.join(names)}")
-        else:
-            try:
-                values[names[option]] = float(text)
-            except ValueError as error:
-                raise ValueError(f"{option}={text!r} must be a number") from error
-    return Assumptions(**values), overrides
 
 
 def target(config: Config) -> tuple[str, Dtype]:
@@ -257,12 +235,11 @@ def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
 
 
 def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> None:
-    """Total memory of every shipped size with the same other overrides, by recomputation."""
+    """Total memory of every size with the same other overrides, by recomputation."""
     say(f"sizes on {assumed.gpu_memory:g} GiB, of which {USABLE:.0%} are counted on; recompute:")
     say(f"  {'model':<8}" + "".join(f"{name:>22}" for name in RECOMPUTE))
     others = [word for word in overrides if not word.startswith("model=")]
-    sizes = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml") if path.stem != "base")
-    for name in sizes:
+    for name in choices(overrides)["model"]:
         try:
             config = load([*others, f"model={name}"])
             plan = planned(config).batches

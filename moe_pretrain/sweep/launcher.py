@@ -55,7 +55,8 @@ class TrainJob:
     def __call__(self, config: DictConfig) -> float:
         """Run the job that Hydra's launcher has composed, as processes of its own, and wait for it."""
         words = HydraConfig.get().overrides.task
-        (job,) = self.sweep.plan([words[len(self.sweep.fixed) :]])
+        fixed = [word for word in self.sweep.fixed if not word.startswith("hydra.")]  # Hydra keeps its own apart
+        (job,) = self.sweep.plan([words[len(fixed) :]])
         state = look(job.folder)
         return objective(run_job(job) if must_run(state, self.sweep.settings.retry) else state)
 

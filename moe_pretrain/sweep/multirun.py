@@ -122,8 +122,8 @@ def parse(words: Sequence[str], parser: OverridesParser) -> Command:
     parsed = [(word, parser.parse_overrides([word])[0]) for word in words]
     swept = [(word, one) for word, one in parsed if one.is_sweep_override() and not one.is_hydra_override()]
     command = Command(
-        hydra=[word for word, one in parsed if one.is_hydra_override()],
-        fixed=[word for word, one in parsed if not one.is_hydra_override() and not one.is_sweep_override()],
+        hydra=[word for word, one in parsed if one.is_hydra_override() and not _is_of_jobs(one)],
+        fixed=[word for word, one in parsed if _is_of_jobs(one) and not one.is_sweep_override()],
         swept=[word for word, _ in swept],
         keys=[one.get_key_element() for _, one in swept],
         example=[f"{one.get_key_element()}={_first_value(one)}" for _, one in swept],
@@ -136,6 +136,11 @@ def parse(words: Sequence[str], parser: OverridesParser) -> Command:
     if any(word.lstrip("+").startswith("run.name=") for word in command.fixed):
         raise ConfigError("run.name: a sweep names its runs itself; sweep.name names their folder")
     return command
+
+
+def _is_of_jobs(override: Override) -> bool:
+    """Whether every job is given it: what is not Hydra's own, and the folders with the user's YAML files."""
+    return not override.is_hydra_override() or override.get_key_element() == "hydra.searchpath"
 
 
 def _first_value(override: Override) -> str:

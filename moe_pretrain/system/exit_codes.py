@@ -16,3 +16,5 @@ FINISHED = 0
 
 LOST_RANK = 69
 """Exit code of ranks that ended because another one was stuck or gone: EX_UNAVAILABLE."""
+USAGE_CODE = 2
+"""A command or its configuration is wrong."""

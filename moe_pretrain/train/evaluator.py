@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
-from moe_pretrain.data import ShardReader, count_rows, validation_batches
+from moe_pretrain.data import ShardReader, validation_batches, validation_rows
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.metrics.probe_collector import Collector
@@ -69,7 +69,7 @@ class Evaluator:
 
     def _collector(self, reader: ShardReader) -> Collector:
         length, layers = self._config.model.sequence_length, self._engine.model.moe_layers()
-        num_rows = min(count_rows(reader, length), self._config.evaluation.max_rows)
+        num_rows = len(validation_rows(reader, length, self._config.evaluation.max_rows))
         return Collector(reader.document_ends, length, num_rows, layers[0].num_experts if layers else 0)
 
     def _loss_on(self, reader: ShardReader, step: int, observers: tuple[Collector, PartClock] | None) -> float | None:

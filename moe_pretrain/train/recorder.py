@@ -57,7 +57,7 @@ class RunRecorder:
             if before is not None:
                 drift = routing_drift(before, probe)
                 if before.fingerprint != probe.fingerprint:
-                    self.event("probe_changed", f"the validation rows are not those of step {before.step}: no drift")
+                    self.event("probe_changed", _other_rows(before.step))
             self._probes.write(probe)
             checkpoints = complete_names(self._checkpoints)
             self._probes.remove_before(step_of(checkpoints[-1]) or 0 if checkpoints else 0)
@@ -101,6 +101,13 @@ def write_facts(config: Config, plan: RunPlan, corpus: TrainingCorpus, mesh: Mes
     }
     write_config(folder, values)
     write_summary(folder, facts)
+
+
+def _other_rows(step: int) -> str:
+    return (
+        f"the validation rows are not those of step {step} (another evaluation.max_rows, row length or text, or an "
+        "earlier release, which read the first rows): losses before and after are of other tokens"
+    )
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def build_deepspeed(options: argparse.Namespace, layer: MoELayer, device: torch.
     from moe_pretrain.parallel.config import ParallelConfig
     from moe_pretrain.parallel.mesh import build_mesh
 
-    build_mesh(ParallelConfig(1, 1, 600), device.type)
+    build_mesh(ParallelConfig(1, 1, 600, 60), device.type)
     block = MoE(
         options.hidden,
         SwiGLU(options.hidden, options.width),

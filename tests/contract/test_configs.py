@@ -198,6 +198,8 @@ MISTAKES = [
     (["experiment=aoe_4b"], "tokenizer.path is missing: it must be given"),
     (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
+    (["data=files", "data.paths=a.jsonl"], "data.paths=a.jsonl must be a list: 'data.paths=[a.jsonl]'"),
+    (["run.output_dir=/d/lr=1e-3"], """quote it: 'run.output_dir="/d/lr=1e-3"'"""),
 ]
 
 

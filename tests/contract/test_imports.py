@@ -42,7 +42,7 @@ CONFINED = {
         "system/stop_signals.py",
     },
 }
-NEIGHBOURS: set[tuple[str, str]] = set()
+NEIGHBOURS = {("commands", "cli")}  # completion lists the table
 """Rooms of one level of which the first may import the second."""
 
 

@@ -54,7 +54,8 @@ def _by_loops(engine: TrainEngine, folder: str, name: str, isolate: bool) -> Fou
     pieces: dict[tuple[int, int], list[float]] = {}
     sets: list[list[frozenset[int]]] = [[], []]
     engine.model.eval()
-    for row, batch in enumerate(validation_batches(reader, SEQUENCE, 1, 0, 1, ROWS, isolate)):
+    for batch in validation_batches(reader, SEQUENCE, 1, 0, 1, ROWS, isolate):
+        row = int(batch.row_positions[0])
         logits = engine.model.logits(batch.input_ids, batch.document_ids, batch.position_ids, context_of(batch))[0]
         for position, label in enumerate(batch.labels[0].tolist()):
             if label < 0:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers.runs import rows_of, run, train_words
 
-from moe_pretrain.cli import _with_earlier_overrides
+from moe_pretrain.commands.train import with_earlier_overrides
 from moe_pretrain.config.load import load
 from moe_pretrain.model.size import model_size
 from moe_pretrain.run_folder.paths import OVERRIDES_FILE
@@ -85,6 +85,6 @@ def test_seconds_end_a_run_with_all_that_an_end_has(home: Path):
 def test_an_earlier_releases_overrides_still_resume(tmp_path: Path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / OVERRIDES_FILE).write_text("run.name=old\nbatch.total_tokens=2048\nseed=3\n")
-    words = _with_earlier_overrides(["run.name=old", f"run.output_dir={tmp_path}", "seed=4"])
+    words = with_earlier_overrides(["run.name=old", f"run.output_dir={tmp_path}", "seed=4"])
     config = load(words)
     assert (config.budget.tokens, config.seed) == (2048, 4)

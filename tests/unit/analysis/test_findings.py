@@ -14,6 +14,7 @@ from moe_pretrain.analysis.compare.charts import MAX_COLORED, OTHERS, legend_col
 from moe_pretrain.analysis.compare.comparison import compare
 from moe_pretrain.analysis.compare.page import write_comparison
 from moe_pretrain.analysis.compare.tables import layer_times, power
+from moe_pretrain.commands import certify
 from moe_pretrain.run_folder.probe import ProbeFiles
 
 DENSE = {"name": "dense"}
@@ -223,7 +224,7 @@ def test_commands_of_a_sweep_take_one_complete_run_of_each_variant_that_routes(
             raise ValueError("b-2 is broken")
         return 0
 
-    monkeypatch.setattr(cli, "_certify_one", certify_one)
+    monkeypatch.setattr(certify, "certify_one", certify_one)
     assert cli.main(["certify", str(tmp_path)]) == 2
     tried = ["b-2", "d-1", "router=a,seed=1"]
     assert certified == [([f"run.name={name}"], tmp_path / name / "certificate.json") for name in tried]

@@ -195,7 +195,7 @@ def test_wrong_folders_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["specialise", str(tmp_path)]) == 2
     assert cli.main(["specialise"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert f"FOLDER={tmp_path} must have runs below it" in errors[0] and "usage: " in errors[1]
+    assert f"FOLDER={tmp_path} must have runs below it" in errors[0] and "required: FOLDER" in errors[1]
     (tmp_path / "metrics.jsonl").touch()
     assert cli.main(["specialise", str(tmp_path)]) == 2
     assert "is not a run folder: it has no config.yaml" in capsys.readouterr().err

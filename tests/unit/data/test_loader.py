@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.corpora import write_shards
 
-from moe_pretrain.data.loader import TrainLoader, validation_batches
+from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, wrap_to_int64
 
 END = 0
@@ -153,41 +153,16 @@ def test_closing_ends_the_thread(reader):
         assert num_prefetch_threads() == 0
 
 
-@pytest.mark.parametrize("world_size, micro_batch_rows", [(1, 1), (1, 5), (2, 3), (4, 8), (3, 100)])
-@pytest.mark.parametrize("max_rows", [None, 1, 10, 10**6])
-def test_validation_reads_each_row_once_and_all_ranks_as_often(reader, world_size, micro_batch_rows, max_rows):
-    ranks = [
-        list(validation_batches(reader, SEQUENCE, micro_batch_rows, rank, world_size, max_rows, False))
-        for rank in range(world_size)
-    ]
-    assert len({len(batches) for batches in ranks}) == 1
-    everything = joined([batch for batches in ranks for batch in batches])
-    real = everything["row_positions"] >= 0
-    num_rows = min((reader.num_tokens - 1) // SEQUENCE, max_rows or 10**9)
-    assert sorted(everything["row_positions"][real].tolist()) == list(range(num_rows))
-    padding = everything["document_ids"] == -1
-    assert torch.equal(padding.all(dim=1), ~real) and torch.equal(padding.any(dim=1), ~real)
-    assert torch.equal(everything["labels"] == IGNORE_INDEX, padding)
-    order = everything["row_positions"][real].argsort()
-    targets = everything["labels"][real][order].flatten().tolist()
-    assert targets == reader.read(1, num_rows * SEQUENCE + 1).tolist()
-    assert len(ranks[0]) == -(-num_rows // (world_size * micro_batch_rows))  # no batch too many
-
-
 def test_sequence_longer_than_the_corpus_names_its_tokens(reader):
     line = rf"^sequence_length={reader.num_tokens} must be below the {reader.num_tokens} tokens in [^\n]*$"
     with pytest.raises(ValueError, match=line):
         loader(reader, sequence_length=reader.num_tokens)
-    with pytest.raises(ValueError, match=line):
-        validation_batches(reader, reader.num_tokens, 1, 0, 1, None, True)
     loader(reader, sequence_length=reader.num_tokens - 1).micro_batches(0)
 
 
 def test_batch_that_does_not_divide_is_refused(reader):
     with pytest.raises(ValueError, match=r"^global_batch_rows=12 must [^\n]*world_size\*micro_batch_rows=2\*5=10$"):
         loader(reader, world_size=2, micro_batch_rows=5)
-    with pytest.raises(ValueError, match="max_rows=0"):
-        validation_batches(reader, SEQUENCE, 1, 0, 1, 0, True)
 
 
 def test_steps_of_many_rows_are_read_in_parts(reader):

@@ -202,3 +202,41 @@ def test_a_text_of_unknown_tokens_is_refused_and_a_few_are_said(tmp_path):
     counts = prepared(0.2).counts
     assert counts.unknown == sum(text.split().count(f"w{k}") for text in texts for k in (30, 31, 32))
     assert any(f"{counts.unknown / 2000:.2%} of the text's tokens are unknown" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "whole"])
+def test_a_long_text_is_cut_where_that_changes_no_token(file, tmp_path, monkeypatch, kind):
+    """A tokenizer that puts a mark before a text, or joins words, is given the whole."""
+    model = tokenizers.Tokenizer.from_file(str(file))
+    if kind == "metaspace":
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    elif kind == "whole":
+        model.normalizer = tokenizers.normalizers.Prepend("Z")
+    model.save(str(tmp_path / "t.json"))
+    tokenizer = load_tokenizer_file(tmp_path / "t.json")
+    texts = ["".join(TEXTS) + "naïve 東京 🙂  \n\n  " * 30, "x" * 5000, "short"]
+    whole = [list(ids) for ids in tokenizer.encode_batch(texts)]
+    monkeypatch.setattr("moe_pretrain.data.tokenizer._LONGEST_WHOLE", 2000)
+    monkeypatch.setattr("moe_pretrain.data.tokenizer._CUT_CONTEXT", 100)
+    longest = 0
+    encode = tokenizer._encode
+
+    def watched(some):
+        nonlocal longest
+        longest = max(longest, *map(len, some))
+        return encode(some)
+
+    monkeypatch.setattr(tokenizer, "_encode", watched)
+    assert [list(ids) for ids in tokenizer.encode_batch(texts[:1])] == whole[:1]
+    assert (longest < 2000) == (kind != "whole")
+    assert [list(ids) for ids in tokenizer.encode_batch(texts)] == whole
+
+
+def test_a_missing_package_and_a_closed_folder_are_named(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tokenizer.model needs the package sentencepiece: pip install sentencepiece"):
+        pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer.path=.* cannot be reached: File name too long"):
+        pretrained("x" * 5000)

@@ -301,8 +301,8 @@ def test_page_draws_in_a_browser(tmp_path: Path, width: int):
     [
         (["nowhere"], "FOLDER=nowhere must be a folder with runs below it"),
         (["."], "must have runs below it"),
-        ([], "usage: moe-pretrain compare FOLDER [--reference VARIANT]"),
-        ([".", "--reference"], "usage: moe-pretrain compare"),
+        ([], "required: FOLDER; see moe-pretrain compare --help"),
+        ([".", "--reference"], "--reference: expected one argument"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, monkeypatch, capsys, words: list[str], complaint: str):

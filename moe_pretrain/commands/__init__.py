@@ -1,0 +1,1 @@
+"""One file for each command: ``arguments(parser)`` adds its options, ``run(options)`` returns its exit code."""

@@ -1,0 +1,47 @@
+"""``certify``: the certificate of a router, or of those of the runs in a folder."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from moe_pretrain.commands.errors import for_one_of_each_variant
+from moe_pretrain.commands.options import Parser, overrides_of, shows
+from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import preflight
+from moe_pretrain.parallel.launcher import run_workers
+from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
+from moe_pretrain.run_folder.provenance import commit, versions
+from moe_pretrain.verify.certificate.certify import certify
+
+
+def arguments(parser: Parser) -> None:
+    """Overrides, or a folder of runs."""
+    parser.add_overrides("Hydra overrides, GROUP=CHOICE or FIELD=VALUE; or FOLDER: a run, or runs below it")
+    parser.add_examples("router=top_p", "router_file=my_router.py parallel.processes=2", "outputs/my_sweep")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the certificate of a router, or write those of runs into their folders."""
+    words = options.overrides
+    if len(words) != 1 or ("=" in words[0] and not Path(words[0]).is_dir()):
+        overrides = overrides_of(options)
+        return 0 if shows(options, overrides) else certify_one(overrides, None)
+    if options.cfg or options.resolve or options.info or options.config_dir:
+        raise ValueError(f"FOLDER={words[0]} must stand alone: its runs have configurations of their own")
+    return for_one_of_each_variant(Path(words[0]), _certify_run)
+
+
+def _certify_run(folder: Path) -> int:
+    if not (folder / OVERRIDES_FILE).exists():
+        raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
+    return certify_one((folder / OVERRIDES_FILE).read_text().splitlines(), folder / CERTIFICATE)
+
+
+def certify_one(overrides: list[str], write: Path | None) -> int:
+    """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
+    config = load(overrides)
+    processes = config.parallel.processes
+    preflight(config, processes)
+    on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
+    code = commit() or f"moe_pretrain {versions()['moe_pretrain']}"
+    return certify(config, on_ranks, partial(print, flush=True), write, code)  # in order with what the workers print

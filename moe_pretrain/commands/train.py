@@ -1,0 +1,74 @@
+"""``train``: one run, here or in workers of our own, or a sweep of them."""
+
+import argparse
+
+from moe_pretrain.analysis.report import write_last_report
+from moe_pretrain.commands.options import Parser, overrides_of, shows
+from moe_pretrain.config.compose import RENAMED
+from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import preflight
+from moe_pretrain.parallel.launcher import run_workers
+from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
+from moe_pretrain.run_folder.lock import owned
+from moe_pretrain.run_folder.paths import OVERRIDES_FILE
+from moe_pretrain.run_folder.provenance import write_overrides
+from moe_pretrain.train.build import train
+
+
+def arguments(parser: Parser) -> None:
+    """Overrides, and several values of them with ``--multirun``."""
+    parser.add_overrides()
+    parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination of listed values")
+    parser.add_examples(
+        "model=small router=expert_choice run.name=first",
+        "run.name=first                                    (the same name again resumes)",
+        "--multirun router=top_k,top_p seed=1,2 sweep.parallel=2",
+        "--config-dir my_configs model=mine budget=small",
+        "experiment=aoe_732m_256 tokenizer.path=PATH --cfg job",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the configuration, then train here or in workers of our own; with ``--multirun`` a sweep."""
+    overrides = overrides_of(options)
+    if options.multirun:
+        if options.cfg or options.info or options.resolve:
+            raise ValueError("--cfg, --resolve and --info show one configuration: leave out --multirun")
+        from moe_pretrain.sweep.multirun import multirun  # Hydra's plugins are looked for when it is imported
+
+        return multirun(overrides)
+    overrides = with_earlier_overrides(overrides)
+    if shows(options, overrides):
+        return 0
+    config = load(overrides)
+    launched = launched_world_size()
+    plan = preflight(config, launched or config.parallel.processes)
+    if launched is None and config.parallel.processes > 1:
+        with owned(config.run.folder, print):
+            write_overrides(config.run.folder, overrides)
+            return run_workers(["train", *overrides], config.parallel.processes)
+    code = train(config, plan, overrides)
+    if launched_rank() == 0:
+        write_last_report(config.run.folder, print)
+    return code
+
+
+def with_earlier_overrides(overrides: list[str]) -> list[str]:
+    """A run that exists goes on with the overrides it was started with; new ones come after and win.
+
+    A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
+    """
+    if any(word.startswith("sweep.name=") for word in overrides):
+        return overrides
+    named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
+    explicit_name = any(word.startswith("run.name=") for word in named)
+    if not explicit_name:
+        return overrides
+    file = load(named).run.folder / OVERRIDES_FILE
+    if not file.exists():
+        return overrides
+    merged: dict[str, str] = {}
+    earlier = [word.partition("=") for word in file.read_text().splitlines()]
+    for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
+        merged[word.split("=")[0].lstrip("+")] = word
+    return list(merged.values())
