@@ -22,6 +22,7 @@ from moe_pretrain.data import (
     TokenizerConfig,
     TokensCorpusConfig,
 )
+from moe_pretrain.data.documents.config import has_own_split
 from moe_pretrain.data.rows.packing import PackingConfig
 from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizers import OptimizerConfig
@@ -169,6 +170,11 @@ class Config:
             for name in self.data.sources.keys() & self.evaluation.sets.keys():
                 raise ValueError(f"evaluation.sets.{name} must have another name than data.sources.{name}")
         if self.streaming.applies_to(self.data):
+            if not isinstance(self.data, MixtureConfig) and has_own_split(self.data):
+                raise ValueError(
+                    "data.validation_paths and data.validation_split=end are for data that is not streamed, whose held-"
+                    "out documents are those of the first shards: streaming.mode=never"
+                )
             if self.packing.method != "concatenate":
                 raise ValueError(
                     f"packing.method={self.packing.method} must be concatenate for data that is streamed, or "

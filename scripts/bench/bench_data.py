@@ -142,6 +142,8 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
         (".txt",),
         "text",
         0.02,
+        "hash",
+        None,
         "ignore",
         "replace",
         "fail",

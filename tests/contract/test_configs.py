@@ -37,6 +37,7 @@ REQUIRED = {
     "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
     **{f"experiment={name}": ["tokenizer.path=some/tokenizer"] for name in EXPERIMENTS},
+    **{f"experiment=tiny_shakespeare{kind}": ["data.paths=[a.txt]"] for kind in ("", "_moe")},
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]
 

@@ -12,6 +12,8 @@ def files(*paths, column="text", fraction=0.5, **changes):
         "invalid_text": "fail",
         "content_check": "sampled",
         "near_duplicates": "ignore",
+        "validation_split": "hash",
+        "validation_paths": None,
         "version": None,
         "licence": None,
     }

@@ -46,6 +46,8 @@ class FilesCorpusConfig:
         text_endings: Endings of the names of text files, for example ``.txt`` and ``.py``.
         text_column: Column of the text; text files have none and ignore it.
         validation_fraction: Share of documents held out, in (0, 1).
+        validation_split: Which ones: those whose ``hash`` says so, or the ``end`` of the corpus.
+        validation_paths: Files or patterns that are held out, and nothing else; None for a split of ``paths``.
         near_duplicates: As in ``BuiltinCorpusConfig``.
         invalid_utf8: A text that is not UTF-8: ``fail`` names it and stops, ``replace`` puts
             U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
@@ -64,6 +66,8 @@ class FilesCorpusConfig:
     text_endings: tuple[str, ...]
     text_column: str
     validation_fraction: HeldOut
+    validation_split: Literal["hash", "end"]
+    validation_paths: tuple[str, ...] | None
     near_duplicates: DuplicatePolicy
     invalid_utf8: Utf8Policy
     invalid_json: JsonPolicy
@@ -136,6 +140,8 @@ class TokensCorpusConfig:
         megatron_documents: End of a document in a Megatron file: each ``end_of_document`` token, as in flat files, so
             that packed documents come apart; or the ``index`` alone, which keeps packs whole.
         validation_fraction: Share of documents held out, in (0, 1).
+        validation_split: As in ``FilesCorpusConfig``.
+        validation_paths: As in ``FilesCorpusConfig``.
         near_duplicates: As in ``BuiltinCorpusConfig``.
         content_check: As in ``FilesCorpusConfig``.
         version: Version of the corpus, in words, for the manifest; or None.
@@ -147,6 +153,8 @@ class TokensCorpusConfig:
     flat_dtype: Literal["uint16", "uint32", "int32", "int64"]
     megatron_documents: Literal["end_of_document", "index"]
     validation_fraction: HeldOut
+    validation_split: Literal["hash", "end"]
+    validation_paths: tuple[str, ...] | None
     near_duplicates: DuplicatePolicy
     content_check: ContentCheck
     version: str | None
@@ -156,6 +164,7 @@ class TokensCorpusConfig:
         _check_paths(self.paths)
 
 
+LocalCorpusConfig = FilesCorpusConfig | TokensCorpusConfig
 CorpusConfig = BuiltinCorpusConfig | FilesCorpusConfig | HubCorpusConfig | TokensCorpusConfig
 
 
@@ -180,3 +189,10 @@ def version_and_licence(config: CorpusConfig) -> tuple[str | None, str | None]:
 def _check_paths(paths: tuple[str, ...]) -> None:
     if not paths:
         raise ValueError("data.paths must list at least one file or glob pattern")
+
+
+def has_own_split(config: CorpusConfig) -> bool:
+    """Whether files or places decide what is held out, and not the hash of each document."""
+    return isinstance(config, LocalCorpusConfig) and (
+        config.validation_paths is not None or config.validation_split == "end"
+    )

@@ -4,6 +4,7 @@ A piece is decided by the file alone, so several processes can read one file: li
 (a line belongs to the piece in which it begins), parquet by row groups; text and gzip are never cut.
 """
 
+import dataclasses
 import gzip
 import io
 import re
@@ -61,6 +62,26 @@ def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[Fi
     ]
 
 
+def split_piece(piece: FileSlice, size_bytes: int, config: FilesCorpusConfig) -> tuple[FileSlice | None, FileSlice]:
+    """A piece in two, the first of about ``size_bytes``; all of it in the second where it cannot be cut there.
+
+    A line belongs to the part in which it begins. A text file comes apart between two characters.
+    """
+    path = Path(piece.name)
+    name = path.name.lower()
+    if size_bytes <= 0 or name.endswith((".gz", ".parquet")):
+        return None, piece
+    cut = piece.start + size_bytes
+    if name.endswith(config.text_endings):
+        with open(path, "rb") as file:
+            file.seek(cut)
+            cut += next((index for index, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+    return (
+        dataclasses.replace(piece, stop=cut, size_bytes=cut - piece.start),
+        dataclasses.replace(piece, start=cut, size_bytes=piece.size_bytes - (cut - piece.start)),
+    )
+
+
 def file_rows(piece: FileSlice, config: FilesCorpusConfig) -> Iterator[CorpusRow]:
     """Rows of one piece. Whatever goes wrong becomes one line that names the place.
 
@@ -79,7 +100,9 @@ def file_rows(piece: FileSlice, config: FilesCorpusConfig) -> Iterator[CorpusRow
             raise ValueError("the file is empty")
         if name.removesuffix(".gz").endswith(config.text_endings):
             with _open_bytes(path) as file:
-                yield _decoded(place, _MARKS.sub(b"", file.read()), config.invalid_utf8)
+                file.seek(piece.start)
+                data = file.read() if piece.stop is None else file.read(piece.stop - piece.start)
+                yield _decoded(place, _MARKS.sub(b"", data), config.invalid_utf8)
         elif name.endswith(".parquet"):
             for number, value in _parquet_values(path, config.text_column, piece):
                 place = f"{path}#{number}"

@@ -7,7 +7,7 @@ the number of processes, so each can be tokenised anywhere and at any time, and 
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -19,12 +19,14 @@ from moe_pretrain.data.documents.config import (
     CorpusConfig,
     FilesCorpusConfig,
     HubCorpusConfig,
+    LocalCorpusConfig,
     TokensCorpusConfig,
+    has_own_split,
 )
 from moe_pretrain.data.documents.document import CorpusRow, Document, is_validation
 from moe_pretrain.data.documents.hub import START, Place, Retries, hub_batches
 from moe_pretrain.data.documents.patterns import Matches
-from moe_pretrain.data.documents.text_files import FileSlice, corpus_files, cut_file, file_rows
+from moe_pretrain.data.documents.text_files import FileSlice, corpus_files, cut_file, file_rows, split_piece
 from moe_pretrain.data.documents.token_files import cut_token_file, token_files
 
 # Small corpora are cut finely enough for a few processes, large ones into few enough shards for the
@@ -42,6 +44,7 @@ class Unit:
         index: Place in the corpus, from 0.
         pieces: What to read, in order. A streamed corpus has none; its rows come with the unit.
         rows: Rows of a streamed corpus.
+        held_out: Whether its documents are, all or none of them; None where the hash of each decides.
         end: Where a streamed corpus stands after them; None for others.
     """
 
@@ -49,6 +52,7 @@ class Unit:
     pieces: tuple[FileSlice, ...]
     rows: tuple[CorpusRow, ...]
     end: Place | None = None
+    held_out: bool | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -71,12 +75,66 @@ def plan_units(config: CorpusConfig, smallest_bytes: int | None = None) -> list[
         return None
     if isinstance(config, BuiltinCorpusConfig):
         return _group([[piece] for piece in builtin_pieces()], smallest_bytes)
-    files = local_files(config).files
-    total_bytes = sum(path.stat().st_size for path in files)
+    files, held_out = local_files(config).files, validation_files(config)
+    total_bytes = sum(path.stat().st_size for path in (*files, *held_out))
     unit_bytes = max(smallest_bytes, -(-total_bytes // _MOST_UNITS))
+    pieces = [_cut(path, config, unit_bytes) for path in files]
+    if not has_own_split(config):
+        return _group(pieces, unit_bytes)
+    last = [_cut(path, config, unit_bytes) for path in held_out]
+    if config.validation_paths is None:
+        pieces, last = _split_at_end(pieces, config)
+    trained_on = _group(pieces, unit_bytes)
+    units = [*trained_on, *_group(last, unit_bytes)]
+    return [replace(unit, index=index, held_out=index >= len(trained_on)) for index, unit in enumerate(units)]
+
+
+def validation_files(config: LocalCorpusConfig) -> list[Path]:
+    """The files of ``data.validation_paths``.
+
+    Raises:
+        ValueError: As in ``local_files``, or one is trained on too.
+    """
+    if config.validation_paths is None:
+        return []
+    try:
+        held_out = local_files(replace(config, paths=config.validation_paths)).files
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.paths", "data.validation_paths", 1)) from None
+    trained_on = {(status.st_dev, status.st_ino) for path in local_files(config).files if (status := path.stat())}
+    for path in held_out:
+        if ((status := path.stat()).st_dev, status.st_ino) in trained_on:
+            raise ValueError(f"data.validation_paths: {path} is in data.paths too: it would be trained on")
+    return held_out
+
+
+def _cut(path: Path, config: LocalCorpusConfig, piece_bytes: int) -> list[FileSlice]:
     if isinstance(config, TokensCorpusConfig):
-        return _group([cut_token_file(path, config, unit_bytes) for path in files], unit_bytes)
-    return _group([cut_file(path, config, unit_bytes) for path in files], unit_bytes)
+        return cut_token_file(path, config, piece_bytes)
+    return cut_file(path, config, piece_bytes)
+
+
+def _split_at_end(
+    files: list[list[FileSlice]], config: LocalCorpusConfig
+) -> tuple[list[list[FileSlice]], list[list[FileSlice]]]:
+    """Pieces of the first ``1 - validation_fraction`` of the bytes, and of the rest."""
+    pieces = [piece for some in files for piece in some]
+    total = sum(piece.size_bytes for piece in pieces)
+    left = int(total * (1 - config.validation_fraction))
+    first: list[FileSlice] = []
+    for number, piece in enumerate(pieces):
+        if piece.size_bytes > left:
+            if isinstance(config, TokensCorpusConfig):
+                assert piece.stop is not None
+                cut = piece.start + (piece.stop - piece.start) * left // piece.size_bytes
+                start: FileSlice | None = replace(piece, stop=cut, size_bytes=left) if cut > piece.start else None
+                rest = replace(piece, start=cut, size_bytes=piece.size_bytes - left)
+            else:
+                start, rest = split_piece(piece, left, config)
+            return [[*first, *([start] if start else [])]], [[rest, *pieces[number + 1 :]]]
+        first.append(piece)
+        left -= piece.size_bytes
+    return [first], []
 
 
 def local_files(config: FilesCorpusConfig | TokensCorpusConfig) -> Matches:
@@ -153,21 +211,29 @@ def sample_texts(config: CorpusConfig, max_bytes: int, retries: Retries | None =
     Local files take turns, so a corpus whose first file is large and of one kind does not
     decide the vocabulary alone; other sources give their first documents.
     """
+    rows: Iterator[Document]
     if isinstance(config, FilesCorpusConfig):
         files = local_files(config).files
         # 64 files open at once are enough for variety and few enough for any limit on handles.
         every = -(-len(files) // 64)
-        rows = _in_turn([file_rows(FileSlice(str(path), 0, None, 0), config) for path in files[::every]])
+        if config.validation_split == "end" and config.validation_paths is None:
+            rows = (row for row in _training_rows(config) if isinstance(row, Document))
+        else:
+            rows = _in_turn([file_rows(FileSlice(str(path), 0, None, 0), config) for path in files[::every]])
     else:
         rows = documents(config, retries)
     remaining_bytes = max_bytes
     for document in rows:
-        if not is_validation(document.text, config.validation_fraction):
+        if has_own_split(config) or not is_validation(document.text, config.validation_fraction):
             data = document.text.encode()[:remaining_bytes]
             yield data.decode(errors="ignore")  # the cut may have split a character
             remaining_bytes -= len(data)
             if not remaining_bytes:
                 return
+
+
+def _training_rows(config: CorpusConfig) -> Iterator[CorpusRow]:
+    return (row for unit in plan_units(config) or [] if not unit.held_out for row in unit_rows(config, unit))
 
 
 def content_identity(config: CorpusConfig) -> str:
@@ -183,7 +249,7 @@ def content_identity(config: CorpusConfig) -> str:
         return json.dumps([[piece.name, piece.size_bytes] for piece in builtin_pieces()])
     if isinstance(config, HubCorpusConfig):
         return config.name  # and what else its configuration says
-    files = local_files(config).files
+    files = [*local_files(config).files, *validation_files(config)]
     if isinstance(config, TokensCorpusConfig):
         files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
     return json.dumps([[str(path), *_content_sign(path, config.content_check)] for path in files])

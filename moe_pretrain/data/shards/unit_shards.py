@@ -149,7 +149,10 @@ def write_unit(
                 ids = row.tokens if isinstance(row, TokenDocument) else np.asarray(next(tokens), dtype=np.int64)
                 text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
                 counted["packed"] += isinstance(row, TokenDocument) and row.packed
-                held_out = is_validation(content, validation_fraction)
+                if validation_fraction and unit.held_out is not None:
+                    held_out = unit.held_out
+                else:
+                    held_out = is_validation(content, validation_fraction)
                 (validation if held_out else train).add(ids, text_bytes)
                 if sketch:
                     sketchers[held_out].add(ids, text_bytes)

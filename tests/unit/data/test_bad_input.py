@@ -234,7 +234,7 @@ from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
 folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv[2])
 policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
 for number, path in enumerate(sorted(folder.glob("case*"))):
-    policy = ("ignore", *policies[number % 3], "fail", "sampled")
+    policy = ("hash", None, "ignore", *policies[number % 3], "fail", "sampled")
     config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policy, None, None)
     print(path.name, flush=True, end="\\t")
     try:

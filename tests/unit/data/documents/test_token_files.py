@@ -24,9 +24,9 @@ def tokenizer(tmp_path_factory):
     return config, made.tokenizer.vocab_size, made.tokenizer.end_of_document
 
 
-def tokens(*paths, flat_dtype="uint16", fraction=0.2, cut="end_of_document"):
+def tokens(*paths, flat_dtype="uint16", fraction=0.2, cut="end_of_document", split="hash"):
     return TokensCorpusConfig(
-        "tokens", tuple(map(str, paths)), flat_dtype, cut, fraction, "ignore", "sampled", None, None
+        "tokens", tuple(map(str, paths)), flat_dtype, cut, fraction, split, None, "ignore", "sampled", None, None
     )
 
 

@@ -365,7 +365,7 @@ from moe_pretrain.data.shards import unit_shards as units
 sources._SMALLEST_UNIT_BYTES = 10_000
 units._BATCH_CHARACTERS = 2_000
 paths, cache, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-policies = ("ignore", "replace", "skip", "fail", "sampled")
+policies = ("hash", None, "ignore", "replace", "skip", "fail", "sampled")
 config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, *policies, None, None)
 prepare(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
 """
