@@ -21,7 +21,6 @@ from moe_pretrain.moe.routers.base import (
 from moe_pretrain.moe.routers.expert_choice import (
     NUM_CUTOFF_SUMS,
     EvaluationThresholds,
-    check_expert_choice,
     choose_tokens,
     cutoff_sums,
 )
