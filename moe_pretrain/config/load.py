@@ -55,6 +55,7 @@ def in_hydras_words(overrides: Sequence[str]) -> list[str]:
     return [
         "~router",
         f"+router.name={name}",
+        f"++hydra.runtime.choices.router={name}",  # for `run.name`
         *(f"++{word}" if word.startswith("router.") else word for word in others),
     ]
 

@@ -144,9 +144,14 @@ class Resumer:
         state = train_state(manifest)
         if self._progress.rewinds.taken or state.rewinds:
             self._leave(state.step)
-        store.restore(self._engine, path, manifest)
+        missing = store.restore(self._engine, path, manifest)
         self._progress.restore(state)
         self._recorder.go_on()
+        if missing:
+            self._recorder.event(
+                "state_begins_anew",
+                f"{path.name} is of an earlier release, without {', '.join(missing)}: they begin anew",
+            )
 
     def _leave(self, step: int) -> None:
         """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""

@@ -18,7 +18,12 @@ from moe_pretrain.moe.routers.base import (
     ProbabilityMass,
     check_within_experts,
 )
-from moe_pretrain.moe.routers.expert_choice import ThresholdMean, choose_tokens
+from moe_pretrain.moe.routers.expert_choice import (
+    NUM_CUTOFF_SUMS,
+    EvaluationThresholds,
+    choose_tokens,
+    cutoff_sums,
+)
 from moe_pretrain.moe.routers.top_p import top_p_mask
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
@@ -281,8 +286,8 @@ class AutonomyExpertChoiceRouter(AutonomyBase):
         super().__init__(config, hidden_size, num_experts, layer)
         config.check_num_experts(num_experts)
         self.config = config
-        self.num_sums = num_experts
-        self.evaluation = ThresholdMean(num_experts, 0.0, config.threshold_decay)
+        self.num_sums = NUM_CUTOFF_SUMS * num_experts
+        self.evaluation = EvaluationThresholds(num_experts, 0.0, config.threshold_decay)
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """In training the experts choose; in evaluation thresholds decide."""
@@ -290,8 +295,8 @@ class AutonomyExpertChoiceRouter(AutonomyBase):
         if not self.training:
             return (norms > self.evaluation.thresholds) & text[:, None], None
         taken, cutoffs = choose_tokens(norms, text, self.config.capacity_factor)
-        return taken, cutoffs.double() * text.sum()
+        return taken, cutoff_sums(norms, cutoffs, text)
 
     def after_step(self, use: StepUse) -> None:
-        """Move the thresholds towards the cut-offs of the step."""
+        """Move the thresholds by the cut-offs of the step."""
         self.evaluation.after_step(use)
