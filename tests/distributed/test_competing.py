@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.builders import tiny
+from helpers.builders import random_batches, tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 from torch import Tensor
@@ -21,7 +21,6 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import build_engine as build_recorded_engine
 from moe_pretrain.verify.verify import compare, own_micro_batches, record, verify
 
