@@ -15,8 +15,9 @@ from moe_pretrain.analysis.html import charts, facts, folded, legend, page, sect
 from moe_pretrain.analysis.measures import INCIDENT_HEADER, at_end, incidents, not_judged
 from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
-from moe_pretrain.run_folder.paths import METRICS_FILE
-from moe_pretrain.run_folder.record import flatten, load_rows, read_config, recorded_facts
+from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, REPORT_FILE
+from moe_pretrain.run_folder.provenance import read_config, read_summary
+from moe_pretrain.run_folder.record import flatten, load_rows
 from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import short_duration, short_number
 
@@ -57,7 +58,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
     """
     rows = rows or load_rows(run_dir)
     config = read_config(run_dir)
-    recorded = recorded_facts(run_dir)
+    recorded = read_summary(run_dir)
     train, validation = rows["train"], rows["validation"]
     everything = [row for kind in rows.values() for row in kind]
     last, last_validation = train[-1], validation[-1] if validation else {}
@@ -227,15 +228,15 @@ def write_report(run_dir: Path) -> Path:
         section("Key facts", facts(_facts(summary))),
         *_chart_sections(rows, summary["unigram_cross_entropy"]),
         _incident_section(str(summary["run_name"]), rows["event"], read_config(run_dir)),
-        *_finding_sections(run_dir, rows, recorded_facts(run_dir)),
+        *_finding_sections(run_dir, rows, read_summary(run_dir)),
         _event_table(rows["event"]),
     ]
-    config_path = run_dir / "config.yaml"
+    config_path = run_dir / CONFIG_FILE
     if config_path.exists():
         sections.append(folded("Configuration", config_path.read_text()))
     name = str(summary["run_name"])
     text = page(name, f"Pretraining run, as of step {summary['steps']:,d}.", sections)
-    path = run_dir / "report.html"
+    path = run_dir / REPORT_FILE
     write_whole(path, text)
     return path
 

@@ -5,11 +5,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3
@@ -29,11 +30,8 @@ class ExpertChoiceConfig(RouterConfig):
     """
 
     name: Literal["expert_choice"]
-    capacity_factor: float
-    threshold_decay: float
-
-    def __post_init__(self) -> None:
-        check_expert_choice(self.capacity_factor, self.threshold_decay)
+    capacity_factor: PositiveFloat
+    threshold_decay: Fraction
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -47,14 +45,6 @@ class ExpertChoiceConfig(RouterConfig):
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertChoiceRouter":
         """The module of layer ``layer``."""
         return ExpertChoiceRouter(self, hidden_size, num_experts, layer)
-
-
-def check_expert_choice(capacity_factor: float, threshold_decay: float) -> None:
-    """Raise if a field of a scheme in which experts choose is out of range."""
-    if not capacity_factor > 0:
-        raise ValueError(f"router.capacity_factor={capacity_factor} must be positive")
-    if not 0 <= threshold_decay < 1:
-        raise ValueError(f"router.threshold_decay={threshold_decay} must be in [0, 1)")
 
 
 def choose_tokens(
