@@ -78,7 +78,7 @@ def _train_without_routes() -> list[str]:
     mesh = build_mesh(config.parallel, "cpu")
     engine = build_recorded_engine(config, "float32", mesh, _close_all_gates_of_one_layer)
     oracle = Oracle(config, 3, change_model=_close_all_gates_of_one_layer)
-    steps = random_batches(config, mesh.world_size)
+    steps = random_batches(config, engine._plan)
     run = [record(engine, i, own_micro_batches(step, engine._plan, mesh.rank)) for i, step in enumerate(steps)]
     expected = [oracle.step(i, step) for i, step in enumerate(steps)]
     assert all(step.tokens_per_expert[0].sum() == 0 < step.tokens_per_expert[1].sum() for step in run)
@@ -100,7 +100,7 @@ def _thresholds(folder: str) -> dict[str, Any]:
             lambda module, inputs, routing: sums.append(_sums_of(routing)) if module.training else None
         )
     states, tokens = [], []
-    steps = random_batches(config, dist.get_world_size())
+    steps = random_batches(config, engine._plan)
     for step, batches in enumerate(steps):
         result = engine.step(step, own_micro_batches(batches, engine._plan, dist.get_rank()))
         tokens.append(result.tokens)

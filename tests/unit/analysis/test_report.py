@@ -130,7 +130,7 @@ def test_page_states_the_numbers_beside_their_names(finished_run):
         "Active parameters": "457k",
         "Final train loss": f"{train_loss:.4f}",
         "Final validation loss": f"{last_row(finished_run, 'validation')['validation/loss']:.4f}",
-        "Unigram entropy of the corpus": "6.7890",
+        "Unigram cross-entropy of the validation text": "6.7890",
         "Tokens per second, median": "8.15k",
         "Wall time": "2:30",
         "Resumes": "1",
