@@ -185,10 +185,10 @@ def build_deepspeed(options: argparse.Namespace, layer: MoELayer, device: torch.
     """DeepSpeed's own layer without dropping, its experts the same SwiGLU as ours."""
     from deepspeed.moe.layer import MoE
 
-    from moe_pretrain.parallel.config import ParallelConfig
+    from moe_pretrain.config.load import load
     from moe_pretrain.parallel.mesh import build_mesh
 
-    build_mesh(ParallelConfig(1, 1, 600, 60), device.type)
+    build_mesh(load([]).parallel, device.type)
     block = MoE(
         options.hidden,
         SwiGLU(options.hidden, options.width),
