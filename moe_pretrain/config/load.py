@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_pretrain.config.compose import completed, compose_values, validate
 from moe_pretrain.config.match_budget import match
 from moe_pretrain.config.router_file import load_router_file
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.run_folder.paths import CONFIG_FILE
+from moe_pretrain.run_folder.provenance import read_config
 
 
 def load(overrides: Sequence[str] = ()) -> Config:
@@ -104,10 +104,10 @@ def read_run(folder: Path) -> Config:
     Raises:
         ConfigError: There is none, or its model routes nothing.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    values = completed(yaml.safe_load(path.read_text()))
+    recorded = read_config(folder)
+    if not recorded:
+        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
+    values = completed(recorded)
     file = values["router_file"]
     config = validate(values, None if file is None else load_router_file(file))
     if config.router.dense_experts or not config.model.moe_layers:

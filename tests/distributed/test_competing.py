@@ -92,7 +92,7 @@ def test_a_layer_without_routes_equals_the_oracle() -> None:
 
 
 def _thresholds(folder: str) -> dict[str, Any]:
-    """Three steps: buffers after each, and every micro-batch's cut-offs times its text tokens, of this rank."""
+    """Three steps: buffers after each, and every micro-batch's ``cutoff_sums``, of this rank."""
     config = _config("router=expert_choice", f"router.threshold_decay={DECAY}")
     engine = build_engine(config)
     sums: list[Tensor] = []
@@ -113,9 +113,24 @@ def _thresholds(folder: str) -> dict[str, Any]:
     other = build_engine(config)
     path, manifest = store.newest(Path(folder), pytest.fail)
     store.restore(other, path, manifest)
-    own = torch.stack(sums).view(len(steps), -1, 2, 4)  # [steps, micro-batches, layers, experts]
-    restored = dict(other.model.named_buffers())
-    return {"states": states, "evaluated": evaluated, "restored": restored, "own": own, "tokens": tokens}
+    own = torch.stack(sums).view(len(steps), -1, 2, 3, 4)  # [steps, micro-batches, layers, sums, experts]
+    restored = {name: buffer.clone() for name, buffer in other.model.named_buffers()}
+    later = ("cutoff_z_scores", "z_score_steps")
+    of_before = [each for each in manifest["intervals"] if not each["tensor"].endswith(later)]
+    missing = store.restore(other, path, {**manifest, "intervals": of_before})
+    older = dict(other.model.named_buffers())
+    with pytest.raises(store.CheckpointError, match="covers 0 of 4 elements of buffer of [^\n]*thresholds"):
+        no_buffers = [each for each in of_before if each["kind"] != "buffer"]
+        store.restore(other, path, {**manifest, "intervals": no_buffers})
+    return {
+        "states": states,
+        "evaluated": evaluated,
+        "restored": restored,
+        "older": older,
+        "missing": missing,
+        "own": own,
+        "tokens": tokens,
+    }
 
 
 def _sums_of(routing: Routing) -> Tensor:
@@ -137,24 +152,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_thresholds_are_the_same_on_every_rank(runs: list[dict[str, Any]]) -> None:
     first, second, alone = runs
     for ours, theirs, single in zip(first["states"], second["states"], alone["states"], strict=True):
-        assert len(ours) == 4  # two buffers in two layers
+        assert len(ours) == 6  # three buffers in two layers
         assert same_bits(ours, theirs)
         for name, value in ours.items():
             torch.testing.assert_close(value, single[name], rtol=1e-4, atol=0)
 
 
+def _expected_thresholds(sums: Tensor, tokens: list[int]) -> Tensor:
+    """``[layers, experts]`` after the steps with these sums ``[steps, layers, 3, experts]``."""
+    cutoff, mean, square = (sums / torch.tensor(tokens, dtype=torch.float64)[:, None, None, None]).unbind(dim=2)
+    spread = (square - mean.square()).sqrt()
+    weights = torch.tensor([DECAY**2, DECAY, 1.0], dtype=torch.float64)
+    z_score = (weights[:, None, None] * (cutoff - mean) / spread).sum(dim=0) / weights.sum()
+    return mean[-1] + spread[-1] * z_score
+
+
 def test_thresholds_move_by_the_cutoffs_of_all_micro_batches(runs: list[dict[str, Any]]) -> None:
     first, second, _ = runs
-    assert first["own"].shape == second["own"].shape == (3, 2, 2, 4)
-    total = (first["own"] + second["own"]).sum(dim=1)  # [steps, layers, experts]
-    cutoffs = total / torch.tensor(first["tokens"], dtype=torch.float64)[:, None, None]
-    weights = torch.tensor([DECAY**2, DECAY, 1.0], dtype=torch.float64)
-    expected = (weights[:, None, None] * cutoffs).sum(dim=0) / weights.sum()
-    own = 2 * (weights[:, None, None] * first["own"].sum(dim=1) / cutoffs.new_tensor(first["tokens"])[:, None, None])
+    assert first["own"].shape == second["own"].shape == (3, 2, 2, 3, 4)
+    expected = _expected_thresholds((first["own"] + second["own"]).sum(dim=1), first["tokens"])
+    own = _expected_thresholds(2 * first["own"].sum(dim=1), first["tokens"])
     for layer in (0, 1):
         thresholds = first["states"][-1][f"blocks.{layer}.feed_forward.router.evaluation.thresholds"].double()
         torch.testing.assert_close(thresholds, expected[layer], rtol=1e-5, atol=0)
-        assert (thresholds - own.sum(dim=0)[layer] / weights.sum()).abs().max() > 1e-3, "one rank would do"
+        assert (thresholds - own[layer]).abs().max() > 1e-3, "one rank would do"
+
+
+def test_a_checkpoint_of_before_the_z_scores_keeps_its_thresholds(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        for name, value in run["restored"].items():
+            if name.endswith("thresholds"):
+                assert torch.equal(run["older"][name], value) and value.min() > 0
+            else:
+                assert (run["older"][name] == 0).all() and value.abs().max() > 0
+        assert sorted(run["missing"]) == sorted(name for name in run["restored"] if not name.endswith("thresholds"))
 
 
 def test_thresholds_are_saved_and_evaluation_moves_nothing(runs: list[dict[str, Any]]) -> None:

@@ -49,6 +49,7 @@ def test_files_have_the_documented_bytes(tmp_path):
         "shard-00000.bin",
         "shard-00000.idx",
         "manifest.json",
+        "token-counts.bin",
     }
 
 
