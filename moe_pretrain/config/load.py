@@ -89,7 +89,9 @@ def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: 
     of_model = [word for word in words if word.startswith("model")]
     of_router = [word for word in words if word.startswith("router")]
     own = [word for word in overrides if not word.lstrip("+~").startswith("router")]
-    model = compose_values([*own, *of_model])["model"] if of_model else values["model"]
+    # Composed anew, without this run's router, whose word may say something of the model too: the factorised gate.
+    chosen = [word for word in of_router if word.startswith("router=")]
+    model = compose_values([*own, *of_model, *chosen])["model"]
     folders = [word for word in overrides if word.startswith("hydra.searchpath=")]
     router = compose_values([*folders, *of_router])["router"]
     config = validate({**values, "model": model, "router": router, "budget": {**values["budget"], "match": None}})
