@@ -10,8 +10,7 @@ from moe_pretrain.config.preflight import preflight
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
-from moe_pretrain.run_folder.paths import OVERRIDES_FILE
-from moe_pretrain.run_folder.provenance import write_overrides
+from moe_pretrain.run_folder.provenance import read_overrides, write_overrides
 from moe_pretrain.train.build import train
 
 
@@ -64,11 +63,11 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     explicit_name = any(word.startswith("run.name=") for word in named)
     if not explicit_name:
         return overrides
-    file = load(named).run.folder / OVERRIDES_FILE
-    if not file.exists():
+    recorded = read_overrides(load(named).run.folder)
+    if not recorded:
         return overrides
     merged: dict[str, str] = {}
-    earlier = [word.partition("=") for word in file.read_text().splitlines()]
+    earlier = [word.partition("=") for word in recorded]
     for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
         merged[word.split("=")[0].lstrip("+")] = word
     return list(merged.values())

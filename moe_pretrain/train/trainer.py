@@ -51,7 +51,7 @@ class Trainer:
         layers = [layer.router.layer for layer in engine.model.moe_layers()]
         self.router_health = RouterHealth(layers, config.metrics.router_health_steps, config.metrics.collapse_ratio)
         if context.mesh.is_main:
-            write_facts(config, plan, data.corpus, context.mesh)
+            write_facts(config, plan, data, context.mesh)
         self.recorder = RunRecorder(config, plan, data, context.mesh, self.progress)
         self.evaluator = Evaluator(config, plan, data, engine, context)
         self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder)
