@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import checkpoints
 from helpers.builders import NUM_STEPS, tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
@@ -81,7 +82,7 @@ def train_and_restore(folder: str) -> list[list[torch.Tensor]]:
     for step, batches in enumerate(random_batches(config, engine._plan)):
         engine.step(step, batches)
     found.append([layer.router.weight.clone() for layer in engine.model.moe_layers()])
-    store.save(engine, Path(folder), TrainState(step=NUM_STEPS), keep_last=1)
+    checkpoints.save(engine, Path(folder), TrainState(step=NUM_STEPS), keep_last=1)
     other = build_engine(tiny("router=random", "engine.dtype=bfloat16", "seed=5", rows=4))
     assert not torch.equal(other.model.moe_layers()[0].router.weight, found[0][0])
     path, manifest = store.newest(Path(folder), pytest.fail)
