@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model import attention
 from moe_pretrain.model.decoder import DecoderLM
@@ -295,7 +296,8 @@ def test_the_predictor_routes_and_learns_by_itself() -> None:
 def test_the_predictor_learns_what_is_received() -> None:
     """Its loss alone, in a model: after some steps the head orders tokens as attention does."""
     model = model_of(*overrides_of(PREDICTOR))
-    batch = random_batches(tiny(), 1)[0][0]
+    config = tiny()
+    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
     head = [p for layer in model.moe_layers() for n, p in layer.router.named_parameters() if "predictor" in n]
     optimizer = torch.optim.AdamW(head, lr=0.05)
     losses = []
@@ -381,7 +383,8 @@ def test_packed_documents_equal_documents_alone(option: dict[str, Any]) -> None:
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_counts_send_no_gradient_to_attention(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """3g 9: with the statistics replaced by constants of the same values every gradient is the same."""
-    batch = random_batches(tiny(), 1)[0][0]
+    config = tiny()
+    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
     measured: list[Tensor] = []
     measure = attention.attention_statistic
 
@@ -406,7 +409,8 @@ def test_counts_send_no_gradient_to_attention(option: dict[str, Any], monkeypatc
 def test_logged_mean_is_dispatched_rows_over_tokens() -> None:
     """3g 10: rows that reach the experts, without padding, which has the fewest."""
     model = model_of()
-    batch = random_batches(tiny(), 1)[0][0]
+    config = tiny()
+    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
     rows: list[int] = []
     for layer in model.moe_layers():
         layer.experts.register_forward_pre_hook(

@@ -10,6 +10,7 @@ from helpers.builders import context_of, step_use, tiny
 from helpers.routing import by_token, make_context
 from torch import Tensor
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -154,7 +155,7 @@ def suffix_moves_prefix(training: bool) -> bool:
     config = tiny("router=expert_choice", "packing.isolate_documents=false")
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, config.seed)
-    batch = random_batches(config, 1)[0][0]
+    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
     documents, positions = torch.zeros_like(batch.document_ids), torch.arange(12).expand(2, -1)
     output = model(
         batch.input_ids, batch.labels, documents, positions, context_of(replace(batch, document_ids=documents))

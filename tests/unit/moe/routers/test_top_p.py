@@ -9,6 +9,7 @@ import torch
 from helpers.builders import context_of, step_use, tiny
 from torch import Tensor
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -484,7 +485,7 @@ def test_suffix_does_not_reach_the_prefix(training: bool) -> None:
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, config.seed)
     model.train(training)
-    batch = random_batches(config, 1)[0][0]
+    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
     documents, positions = torch.zeros_like(batch.document_ids), torch.arange(12).expand(2, -1)
     context = context_of(replace(batch, document_ids=documents))
 
