@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model import attention
 from moe_pretrain.model.decoder import DecoderLM
@@ -27,7 +26,6 @@ from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
 from moe_pretrain.moe.routers.top_k import TopKRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
@@ -296,8 +294,7 @@ def test_the_predictor_routes_and_learns_by_itself() -> None:
 def test_the_predictor_learns_what_is_received() -> None:
     """Its loss alone, in a model: after some steps the head orders tokens as attention does."""
     model = model_of(*overrides_of(PREDICTOR))
-    config = tiny()
-    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
+    batch = random_batches(tiny(), 1)[0][0]
     head = [p for layer in model.moe_layers() for n, p in layer.router.named_parameters() if "predictor" in n]
     optimizer = torch.optim.AdamW(head, lr=0.05)
     losses = []
@@ -383,8 +380,7 @@ def test_packed_documents_equal_documents_alone(option: dict[str, Any]) -> None:
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_counts_send_no_gradient_to_attention(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """3g 9: with the statistics replaced by constants of the same values every gradient is the same."""
-    config = tiny()
-    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
+    batch = random_batches(tiny(), 1)[0][0]
     measured: list[Tensor] = []
     measure = attention.attention_statistic
 
@@ -409,8 +405,7 @@ def test_counts_send_no_gradient_to_attention(option: dict[str, Any], monkeypatc
 def test_logged_mean_is_dispatched_rows_over_tokens() -> None:
     """3g 10: rows that reach the experts, without padding, which has the fewest."""
     model = model_of()
-    config = tiny()
-    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
+    batch = random_batches(tiny(), 1)[0][0]
     rows: list[int] = []
     for layer in model.moe_layers():
         layer.experts.register_forward_pre_hook(

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from helpers.routing import by_token, make_context
 from torch import Tensor
 
-from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -22,7 +21,6 @@ from moe_pretrain.moe.routers.expert_choice import (
     cutoff_sums,
 )
 from moe_pretrain.moe.types import ExpertShard, step_uses
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 20, 8, 5
@@ -155,7 +153,7 @@ def suffix_moves_prefix(training: bool) -> bool:
     config = tiny("router=expert_choice", "packing.isolate_documents=false")
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, config.seed)
-    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
+    batch = random_batches(config, 1)[0][0]
     documents, positions = torch.zeros_like(batch.document_ids), torch.arange(12).expand(2, -1)
     output = model(
         batch.input_ids, batch.labels, documents, positions, context_of(replace(batch, document_ids=documents))

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from helpers.routing import by_token, experts_only, make_context
 from torch import Tensor
 
-from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -18,7 +17,6 @@ from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
 from moe_pretrain.moe.types import ExpertShard, step_uses
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
@@ -251,7 +249,7 @@ def test_coefficient_is_one_for_all_layers() -> None:
     routers = [layer.router for layer in model.moe_layers()]
     with torch.no_grad():
         routers[1].weight[1:].zero_()  # one open gate at most
-    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
+    batch = random_batches(config, 1)[0][0]
     output = model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context_of(batch))
     means = [float(use.tokens_per_expert.sum() / use.tokens) for use in output.uses]
     assert means[1] < 1 < sum(means) / 2 < means[0]

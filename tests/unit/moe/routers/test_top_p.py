@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from torch import Tensor
 
-from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -18,7 +17,6 @@ from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig, top_p_mask
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, Routing, RoutingContext
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
@@ -485,7 +483,7 @@ def test_suffix_does_not_reach_the_prefix(training: bool) -> None:
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, config.seed)
     model.train(training)
-    batch = random_batches(config, plan_run(config, 1).batches)[0][0]
+    batch = random_batches(config, 1)[0][0]
     documents, positions = torch.zeros_like(batch.document_ids), torch.arange(12).expand(2, -1)
     context = context_of(replace(batch, document_ids=documents))
 
