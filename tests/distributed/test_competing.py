@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.store import TrainState
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
@@ -49,7 +50,8 @@ def _verify(cases: list[tuple[str, ...]]) -> list[list[str]]:
     results = []
     for case in cases:
         said: list[str] = []
-        code = verify(_config(*case), "cpu", "float32", said.append)
+        config = _config(*case)
+        code = verify(config, plan_run(config, dist.get_world_size(), ("cpu", "float32")), said.append)
         results.append([str(code), *said])
     return results
 
@@ -76,9 +78,11 @@ def _train_without_routes() -> list[str]:
     """What differs from the oracle where one layer has not a single route on any rank."""
     config = _config("router=relu", LOUD)
     mesh = build_mesh(config.parallel, "cpu")
-    engine = build_recorded_engine(config, "float32", mesh, _close_all_gates_of_one_layer)
+    engine = build_recorded_engine(
+        config, plan_run(config, mesh.world_size, ("cpu", "float32")), mesh, _close_all_gates_of_one_layer
+    )
     oracle = Oracle(config, 3, change_model=_close_all_gates_of_one_layer)
-    steps = random_batches(config, engine._plan)
+    steps = random_batches(config, dist.get_world_size())
     run = [record(engine, i, own_micro_batches(step, engine._plan, mesh.rank)) for i, step in enumerate(steps)]
     expected = [oracle.step(i, step) for i, step in enumerate(steps)]
     assert all(step.tokens_per_expert[0].sum() == 0 < step.tokens_per_expert[1].sum() for step in run)
@@ -100,7 +104,7 @@ def _thresholds(folder: str) -> dict[str, Any]:
             lambda module, inputs, routing: sums.append(_sums_of(routing)) if module.training else None
         )
     states, tokens = [], []
-    steps = random_batches(config, engine._plan)
+    steps = random_batches(config, dist.get_world_size())
     for step, batches in enumerate(steps):
         result = engine.step(step, own_micro_batches(batches, engine._plan, dist.get_rank()))
         tokens.append(result.tokens)
