@@ -18,6 +18,7 @@ from helpers.processes import run_on_ranks
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX
 from moe_pretrain.engine.sanity import SanityError, check_replicas, checksum
@@ -54,7 +55,7 @@ def _train(
     steps = random_batches(config, mesh.world_size)[:num_steps]
     if change_batches is not None:
         steps = [change_batches(step) for step in steps]
-    engine = build_engine(config, config.engine.dtype, mesh, change_model)
+    engine = build_engine(config, plan_run(config, mesh.world_size, ("cpu", config.engine.dtype)), mesh, change_model)
     initial = {name: weight.clone() for name, weight in engine.master_weights().items()}
     run = [record(engine, i, own_micro_batches(step, plan, mesh.rank)) for i, step in enumerate(steps)]
     oracle = Oracle(config, plan.num_steps, config.engine.dtype, change_model)
@@ -128,7 +129,7 @@ def changed_replicas() -> Result:
     """C2: what the check between steps says of one changed number on one rank, and of two equal experts."""
     config = tiny(*_ep(2))
     mesh = build_mesh(config.parallel, "cpu")
-    engine = build_engine(config, "float32", mesh)
+    engine = build_engine(config, plan_run(config, mesh.world_size, ("cpu", "float32")), mesh)
     experts = engine.model.moe_layers()[1].experts.in_weight
 
     def complaint() -> str:
@@ -174,7 +175,7 @@ def clipped_steps() -> Result:
         config = tiny(*overrides, rows=4, micro_batch_size=1)
         mesh = build_mesh(config.parallel, "cpu")
         plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
-        engine = build_engine(config, "float32", mesh)
+        engine = build_engine(config, plan_run(config, mesh.world_size, ("cpu", "float32")), mesh)
         batches = [step for seed in range(7) for step in random_batches(config, mesh.world_size, seed)][:20]
         clipped = [
             engine.step(i, own_micro_batches(step, plan, mesh.rank)).gradient_norm > 0.1
@@ -272,7 +273,7 @@ def recompute() -> Result:
         mesh = build_mesh(config.parallel, "cpu")
         plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
         batches = random_batches(config, mesh.world_size)[0]
-        engine = build_engine(config, "float32", mesh, _ties)
+        engine = build_engine(config, plan_run(config, mesh.world_size, ("cpu", "float32")), mesh, _ties)
         calls: list[int] = []
         for layer in engine.model.moe_layers():
             layer.router.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -289,7 +290,7 @@ def reported_loss() -> Result:
     plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     batches = random_batches(config, mesh.world_size)[0]
     own = own_micro_batches(batches, plan, mesh.rank)
-    engine = build_engine(config, "float32", mesh)
+    engine = build_engine(config, plan_run(config, mesh.world_size, ("cpu", "float32")), mesh)
     totals = torch.zeros(2, dtype=torch.float64)
     for batch in own:
         arguments = (batch.input_ids, batch.document_ids, batch.position_ids, context_of(batch))
@@ -323,7 +324,7 @@ def router_precision() -> Result:
         mesh = build_mesh(config.parallel, "cpu")
         plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
         batches = random_batches(config, mesh.world_size)
-        engine = build_engine(config, "bfloat16", mesh, close)
+        engine = build_engine(config, plan_run(config, mesh.world_size, ("cpu", "bfloat16")), mesh, close)
         oracle = Oracle(config, plan.num_steps, change_model=close)
         router, exact = engine.model.moe_layers()[0].router, oracle.model.moe_layers()[0].router
         hidden = torch.randn(40, config.model.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()

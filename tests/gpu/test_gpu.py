@@ -10,6 +10,7 @@ from helpers.builders import random_batches, tiny
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.model.attention import attend, document_mask
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.moe.dispatch import order_by
@@ -229,7 +230,7 @@ def test_training_steps_are_close_to_the_float32_oracle(zero_stage: int, mesh: A
     )
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     steps = random_batches(config, 1)
-    engine = build_engine(config, "bfloat16", mesh)
+    engine = build_engine(config, plan_run(config, 1, (DEVICE, "bfloat16")), mesh)
     run = [record(engine, number, batches) for number, batches in enumerate(steps)]
     oracle = Oracle(config, plan.num_steps, "bfloat16")
     for row in compare(run, [oracle.step(number, batches) for number, batches in enumerate(steps)], "bfloat16"):
