@@ -3,6 +3,7 @@
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.verify.verify import verify
 
@@ -29,7 +30,8 @@ def _verify_all() -> list[tuple[int, list[str]]]:
     results = []
     for name in FORMS:
         said: list[str] = []
-        results.append((verify(config_of(name), "cpu", "float32", said.append), said))
+        config = config_of(name)
+        results.append((verify(config, plan_run(config, 2, ("cpu", "float32")), said.append), said))
     return results
 
 

@@ -12,7 +12,7 @@ from helpers.processes import run_on_ranks
 from moe_pretrain import cli
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.preflight import plan_run, preflight
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.parallel import launcher as launch
 from moe_pretrain.train.build import train
@@ -798,7 +798,8 @@ def test_ranks_are_verified_in_workers(
 
 def _verify(overrides: list[str]) -> tuple[int, list[str]]:
     said: list[str] = []
-    return verify(load(overrides), "cpu", "float32", said.append), said
+    config = load(overrides)
+    return verify(config, plan_run(config, 2, ("cpu", "float32")), said.append), said
 
 
 def test_example_equals_the_oracle_on_two_ranks(tmp_path: Path) -> None:
