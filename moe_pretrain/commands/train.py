@@ -2,15 +2,18 @@
 
 import argparse
 
+import yaml
+
 from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.compose import RENAMED
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.recorded import kept
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
-from moe_pretrain.run_folder.paths import OVERRIDES_FILE
+from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE
 from moe_pretrain.run_folder.provenance import write_overrides
 from moe_pretrain.train.build import train
 
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def with_earlier_overrides(overrides: list[str]) -> list[str]:
-    """A run that exists goes on with the overrides it was started with; new ones come after and win.
+    """A run that exists goes on with what it was started with, defaults of that day included; new overrides win.
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
@@ -67,8 +70,11 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     file = load(named).run.folder / OVERRIDES_FILE
     if not file.exists():
         return overrides
-    merged: dict[str, str] = {}
-    earlier = [word.partition("=") for word in file.read_text().splitlines()]
-    for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
-        merged[word.split("=")[0].lstrip("+")] = word
-    return list(merged.values())
+    lines = [word.partition("=") for word in file.read_text().splitlines()]
+    earlier = [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in lines]
+    merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides]}
+    words = list(merged.values())
+    record = file.with_name(CONFIG_FILE)  # read after the overrides: whoever writes them writes it first
+    if record.exists():
+        words += kept(earlier, yaml.safe_load(record.read_text()), words)
+    return words
