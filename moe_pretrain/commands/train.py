@@ -14,7 +14,8 @@ from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE
-from moe_pretrain.run_folder.provenance import write_overrides
+from moe_pretrain.run_folder.provenance import claim_overrides
+from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.train.build import train
 
 
@@ -40,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
         from moe_pretrain.sweep.multirun import multirun  # Hydra's plugins are looked for when it is imported
 
         return multirun(overrides)
-    overrides = with_earlier_overrides(overrides)
+    if not is_worker():  # its launcher has added them
+        overrides = with_earlier_overrides(overrides)
     if shows(options, overrides):
         return 0
     config = load(overrides)
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     plan = preflight(config, launched or config.parallel.processes)
     if launched is None and config.parallel.processes > 1:
         with owned(config.run.folder, print):
-            write_overrides(config.run.folder, overrides)
+            claim_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)
     code = train(config, plan, overrides)
     if launched_rank() == 0:

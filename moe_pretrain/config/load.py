@@ -43,11 +43,8 @@ def router_file_defaults(overrides: Sequence[str]) -> dict[str, Any]:
     file = _router_file(overrides)
     if file is None:
         return {}
-    fields = dataclasses.fields(load_router_file(file))
-    return {
-        field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        for field in fields
-    }
+    scheme = load_router_file(file)()
+    return {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
 
 
 def in_hydras_words(overrides: Sequence[str]) -> list[str]:

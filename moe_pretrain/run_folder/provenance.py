@@ -21,6 +21,12 @@ def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
     write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in overrides))
 
 
+def claim_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Write down what a new run was started with; one that has its record keeps it until new words are accepted."""
+    if not (folder / CONFIG_FILE).exists():
+        write_overrides(folder, overrides)
+
+
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the resolved configuration, plain values only; a resume replaces that of the attempt before."""
     write_whole(folder / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=False))
