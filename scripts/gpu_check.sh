@@ -10,8 +10,16 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZER
 logs=outputs/gpu_check
 mkdir -p "$logs"
 
-device=$("$python" -c 'import torch; p = torch.cuda.get_device_properties(0); print(p.name, p.total_memory >> 30, sep="\t")') ||
-    { echo "error: $python finds no CUDA device" >&2; exit 1; }
+device=$("$python" -c '
+import sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"error: {sys.executable}: {error}")
+if not torch.cuda.is_available():
+    sys.exit(f"error: {sys.executable} finds no CUDA device")
+properties = torch.cuda.get_device_properties(0)
+print(properties.name, properties.total_memory >> 30, sep="\t")') || exit 1
 gib=${device##*$'\t'}
 
 failed=0

@@ -15,8 +15,9 @@ from moe_pretrain.analysis.html import charts, facts, folded, legend, page, sect
 from moe_pretrain.analysis.measures import INCIDENT_HEADER, at_end, incidents, not_judged
 from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
-from moe_pretrain.run_folder.paths import METRICS_FILE
-from moe_pretrain.run_folder.record import flatten, load_rows, read_config, recorded_facts
+from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, REPORT_FILE
+from moe_pretrain.run_folder.provenance import read_config, read_summary
+from moe_pretrain.run_folder.record import flatten, load_rows
 from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import short_duration, short_number
 
@@ -57,7 +58,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
     """
     rows = rows or load_rows(run_dir)
     config = read_config(run_dir)
-    recorded = recorded_facts(run_dir)
+    recorded = read_summary(run_dir)
     train, validation = rows["train"], rows["validation"]
     everything = [row for kind in rows.values() for row in kind]
     last, last_validation = train[-1], validation[-1] if validation else {}
@@ -76,7 +77,9 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
         "best_validation_loss": min((v for v in validation_losses if v is not None), default=None),
         "final_perplexity": last_validation.get("validation/perplexity"),
         "final_bits_per_byte": last_validation.get("validation/bits_per_byte"),
-        "unigram_entropy": recorded.get("unigram_entropy"),
+        "unigram_cross_entropy": recorded.get("unigram_cross_entropy"),
+        "experts_per_token": at_end(train, "experts_per_token"),
+        "validation_experts_per_token": at_end(validation[-1:], "validation_experts_per_token"),
         "tokens_per_second_median": _median(train, "train/tokens_per_second"),
         "model_flops_utilization_median": _median(train, "train/model_flops_utilization"),
         "peak_memory_bytes": max((row.get("train/peak_memory_bytes") or 0 for row in train), default=0) or None,
@@ -118,7 +121,9 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "Best validation loss": number("best_validation_loss", ".4f"),
         "Validation perplexity": number("final_perplexity", ".2f"),
         "Bits per byte": number("final_bits_per_byte", ".4f"),
-        "Unigram entropy of the corpus": number("unigram_entropy", ".4f"),
+        "Unigram cross-entropy of the validation text": number("unigram_cross_entropy", ".4f"),
+        "Experts per token in training": number("experts_per_token", ".3g"),
+        "Experts per token in evaluation": number("validation_experts_per_token", ".3g"),
         "Tokens per second, median": number("tokens_per_second_median"),
         "Model FLOPs utilisation, median": number("model_flops_utilization_median", ".1%"),
         "Peak memory of one device": f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN,
@@ -143,9 +148,9 @@ def _event_table(events: list[MetricsRow]) -> str:
     return section("Events, newest first", table(header, lines), note)
 
 
-def _chart_sections(rows: dict[str, list[MetricsRow]], unigram_entropy: float | None) -> list[str]:
+def _chart_sections(rows: dict[str, list[MetricsRow]], unigram_cross_entropy: float | None) -> list[str]:
     train = rows["train"]
-    loss = run_charts.loss_charts(train, rows["validation"], rows["event"], unigram_entropy)
+    loss = run_charts.loss_charts(train, rows["validation"], rows["event"], unigram_cross_entropy)
     router, colors = run_charts.router_charts(train, rows["validation"])
     load_note = (
         "Experts from top to bottom, steps from left to right. The colour is an expert's share of"
@@ -221,17 +226,17 @@ def write_report(run_dir: Path) -> Path:
     summary = summarise(run_dir, rows)
     sections = [
         section("Key facts", facts(_facts(summary))),
-        *_chart_sections(rows, summary["unigram_entropy"]),
+        *_chart_sections(rows, summary["unigram_cross_entropy"]),
         _incident_section(str(summary["run_name"]), rows["event"], read_config(run_dir)),
-        *_finding_sections(run_dir, rows, recorded_facts(run_dir)),
+        *_finding_sections(run_dir, rows, read_summary(run_dir)),
         _event_table(rows["event"]),
     ]
-    config_path = run_dir / "config.yaml"
+    config_path = run_dir / CONFIG_FILE
     if config_path.exists():
         sections.append(folded("Configuration", config_path.read_text()))
     name = str(summary["run_name"])
     text = page(name, f"Pretraining run, as of step {summary['steps']:,d}.", sections)
-    path = run_dir / "report.html"
+    path = run_dir / REPORT_FILE
     write_whole(path, text)
     return path
 

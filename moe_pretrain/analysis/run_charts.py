@@ -25,9 +25,9 @@ def loss_charts(
     train: Sequence[MetricsRow],
     validation: Sequence[MetricsRow],
     events: Sequence[MetricsRow],
-    unigram_entropy: float | None,
+    unigram_cross_entropy: float | None,
 ) -> list[str]:
-    """LM loss, with the loss of guessing by token frequency alone as a reference."""
+    """LM loss, with that of guessing the validation text by the training text's token frequencies as a reference."""
     curves = [Curve(train, "train/loss", label="train")]
     if validation:
         curves.append(Curve(validation, "validation/loss", ORANGE, "validation", "o"))
@@ -38,7 +38,7 @@ def loss_charts(
             "LM loss in nats per token, auxiliary losses not included",
             curves,
             size=(5.6, 3.1),
-            reference=None if unigram_entropy is None else (unigram_entropy, "unigram entropy"),
+            reference=None if unigram_cross_entropy is None else (unigram_cross_entropy, "unigram cross-entropy"),
             marks=(resumed, "resumed"),
         )
     ]
@@ -132,14 +132,16 @@ def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow])
         "dead_experts": "Experts without a token",
         "dropped_share": "Share of routes dropped",
         "experts_per_token": "Experts per token",
+        "validation_experts_per_token": "Experts per token in evaluation",
         "routing_drift": "Routing drift between validations",
     }
-    rows_of = {name: validation if name == "routing_drift" else train for name in titles}
+    validated = ("validation_experts_per_token", "routing_drift")
+    rows_of = {name: validation if name in validated else train for name in titles}
     layers = {name: metric_layers(rows_of[name], name) for name in titles}
     colors = layer_colors(sorted({layer for found in layers.values() for layer in found}, key=int))
     charts = []
     for name, title in titles.items():
-        marker = "o" if name == "routing_drift" else ""
+        marker = "o" if name in validated else ""
         curves = [
             Curve(rows_of[name], f"moe/layer_{layer}/{name}", colors[layer], marker=marker) for layer in layers[name]
         ]

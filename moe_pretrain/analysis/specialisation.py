@@ -15,7 +15,7 @@ from moe_pretrain.data import IGNORE_INDEX, MicroBatch, ShardReader, validation_
 from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.types import ExpertShard, Routing
-from moe_pretrain.run_folder.paths import SPECIALISATION_FILE
+from moe_pretrain.run_folder.paths import CHECKPOINTS, SPECIALISATION_FILE
 from moe_pretrain.system.files import write_json
 
 NUM_CLASSES = 64
@@ -82,9 +82,9 @@ def specialise(
     Raises:
         CheckpointError: There is no good checkpoint.
     """
-    found = store.newest(folder / store.CHECKPOINTS, say)
+    found = store.newest(folder / CHECKPOINTS, say)
     if found is None:
-        raise store.CheckpointError(f"{folder / 'checkpoints'} has no good checkpoint")
+        raise store.CheckpointError(f"{folder / CHECKPOINTS} has no good checkpoint")
     path, manifest = found
     model = DecoderLM(config.model, config.router, ExpertShard())
     store.load_model(model, path, manifest)

@@ -18,6 +18,7 @@ from moe_pretrain.checkpoint.manifest import (
 )
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.train_state import TrainState
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -30,7 +31,7 @@ def inspect(path: Path) -> Iterator[str]:
         CheckpointError: It is damaged or hostile; the message names the file.
     """
     if not (path / MANIFEST).exists():
-        inside = complete_names(path) or complete_names(path / "checkpoints")
+        inside = complete_names(path) or complete_names(path / CHECKPOINTS)
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}{hint}")
     manifest = open_manifest(path)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_pretrain.checkpoint.intervals import WEIGHT, global_shape, global_start, kept_moments, pieces
 from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, CheckpointError, Interval, moments_of
@@ -19,13 +19,16 @@ ROUTER = ".router."
 
 
 @torch.no_grad()
-def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
+def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> list[str]:
     """Load weights and optimizer state into ``engine``; every rank must call it.
 
     Args:
         engine: Whose state is replaced.
         path: The checkpoint's folder.
         manifest: Its manifest, verified.
+
+    Returns:
+        Names of buffers that an earlier release did not have and the checkpoint therefore lacks: they begin anew.
 
     Raises:
         CheckpointError: The checkpoint is not of this model.
@@ -41,13 +44,33 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> None:
                 f"optimizer.name={engine.optimizer_config.name} keeps {', '.join(moments)}"
             )
     _restore_weights(engine, reader, shapes.keys())
+    missing = missing_buffers(engine.model, reader)
     for name, buffer in engine.model.named_buffers():
-        buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
+        if name in missing:
+            buffer.zero_()
+        else:
+            buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
     for piece in pieces(engine):
         for kind, values in piece.arrays().items():
             if kind != WEIGHT:
                 values.copy_(reader.read(piece.name, kind, piece.start, values.numel()))
         piece.updates.fill_(manifest[UPDATES])
+    return missing
+
+
+def missing_buffers(model: nn.Module, reader: "Reader") -> list[str]:
+    """Buffers that a checkpoint lacks and may lack: those that their module calls ``later_buffers``.
+
+    They are zero when the module is built, and a run goes on with zeros. Any other buffer that is not there
+    is an error of whoever reads it.
+    """
+    found = [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name in getattr(module, "later_buffers", ())
+    ]
+    return [name for name in found if (name, BUFFER) not in reader.arrays()]
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,9 @@ def load_model(model: DecoderLM, path: Path, manifest: dict[str, Any]) -> None:
     reader = Reader(path, manifest)
     parameters = dict(model.named_parameters())
     _check_shapes({name: list(parameter.shape) for name, parameter in parameters.items()}, path, manifest)
-    for kind, tensors in ((WEIGHT, parameters), (BUFFER, dict(model.named_buffers()))):
+    missing = missing_buffers(model, reader)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in missing}
+    for kind, tensors in ((WEIGHT, parameters), (BUFFER, buffers)):
         for name, tensor in tensors.items():
             stored = tensor.dtype if kind == BUFFER else torch.float32
             tensor.copy_(reader.read(name, kind, 0, tensor.numel(), stored).view_as(tensor))

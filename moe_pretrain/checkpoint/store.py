@@ -25,10 +25,8 @@ from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.checkpoint.write import discard_after
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.parallel.mesh import Mesh
-from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 __all__ = [
-    "CHECKPOINTS",
     "FORMAT_VERSION",
     "CheckpointConfig",
     "CheckpointError",

@@ -10,7 +10,7 @@ from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
-from moe_pretrain.run_folder.provenance import commit, versions
+from moe_pretrain.run_folder.provenance import commit, read_overrides, versions
 from moe_pretrain.verify.certificate.certify import certify
 
 
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 def _certify_run(folder: Path) -> int:
     if not (folder / OVERRIDES_FILE).exists():
         raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
-    return certify_one((folder / OVERRIDES_FILE).read_text().splitlines(), folder / CERTIFICATE)
+    return certify_one(read_overrides(folder), folder / CERTIFICATE)
 
 
 def certify_one(overrides: list[str], write: Path | None) -> int:

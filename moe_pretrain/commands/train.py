@@ -2,8 +2,6 @@
 
 import argparse
 
-import yaml
-
 from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.compose import RENAMED
@@ -13,8 +11,7 @@ from moe_pretrain.config.recorded import kept
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
-from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE
-from moe_pretrain.run_folder.provenance import claim_overrides
+from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.train.build import train
 
@@ -69,14 +66,13 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     explicit_name = any(word.startswith("run.name=") for word in named)
     if not explicit_name:
         return overrides
-    file = load(named).run.folder / OVERRIDES_FILE
-    if not file.exists():
+    folder = load(named).run.folder
+    recorded = read_overrides(folder)
+    if not recorded:
         return overrides
-    lines = [word.partition("=") for word in file.read_text().splitlines()]
+    lines = [word.partition("=") for word in recorded]
     earlier = [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in lines]
     merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides]}
     words = list(merged.values())
-    record = file.with_name(CONFIG_FILE)  # read after the overrides: whoever writes them writes it first
-    if record.exists():
-        words += kept(earlier, yaml.safe_load(record.read_text()), words)
-    return words
+    values = read_config(folder)  # read after the overrides: whoever writes them writes it first
+    return words + kept(earlier, values, words) if values else words

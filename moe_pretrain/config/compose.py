@@ -16,10 +16,11 @@ import pydantic
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.config.schema import Config, ConfigError
@@ -80,6 +81,26 @@ def folder_override(folder: Path) -> str:
 
 def _quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def setting(field: str, value: Any) -> str:
+    """The override that gives a field a plain value, whether the composed values have the field or not."""
+    return f"++{field}={_word(value)}"
+
+
+def _word(value: Any) -> str:
+    """A plain value as the right side of an override."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_word(inner)}' for key, inner in value.items())}}}"
+    return repr(value)
 
 
 def _own_folders(overrides: Sequence[str]) -> list[Path]:
@@ -149,11 +170,24 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Hydra]:
 
 def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed values as plain dictionaries, interpolations resolved."""
-    with _hydra(overrides):
-        composed = compose(ROOT_CONFIG, overrides=list(overrides))
+    with _hydra(overrides), _own_part_kept():
+        composed = compose(ROOT_CONFIG, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+@contextmanager
+def _own_part_kept() -> Iterator[None]:
+    """Hydra's own part of the configuration, which ``${hydra:...}`` reads, is afterwards what it was: a sweep's."""
+    kept = HydraConfig.instance().cfg
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = kept
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:

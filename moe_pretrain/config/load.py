@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_pretrain.config.compose import completed, compose_values, validate
 from moe_pretrain.config.match_budget import match
 from moe_pretrain.config.router_file import load_router_file
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.run_folder.paths import CONFIG_FILE
+from moe_pretrain.run_folder.provenance import read_config
 
 
 def load(overrides: Sequence[str] = ()) -> Config:
@@ -64,6 +64,7 @@ def in_hydras_words(overrides: Sequence[str]) -> list[str]:
     return [
         "~router",
         f"+router.name={name}",
+        f"++hydra.runtime.choices.router={name}",  # for `run.name`
         *(f"++{word}" if word.startswith("router.") else word for word in others),
     ]
 
@@ -97,7 +98,9 @@ def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: 
     of_model = [word for word in words if word.startswith("model")]
     of_router = [word for word in words if word.startswith("router")]
     own = [word for word in overrides if not word.lstrip("+~").startswith("router")]
-    model = compose_values([*own, *of_model])["model"] if of_model else values["model"]
+    # Composed anew, without this run's router, whose word may say something of the model too: the factorised gate.
+    chosen = [word for word in of_router if word.startswith("router=")]
+    model = compose_values([*own, *of_model, *chosen])["model"]
     folders = [word for word in overrides if word.startswith("hydra.searchpath=")]
     router = compose_values([*folders, *of_router])["router"]
     config = validate({**values, "model": model, "router": router, "budget": {**values["budget"], "match": None}})
@@ -110,10 +113,10 @@ def read_run(folder: Path) -> Config:
     Raises:
         ConfigError: There is none, or its model routes nothing.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    values = completed(yaml.safe_load(path.read_text()))
+    recorded = read_config(folder)
+    if not recorded:
+        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
+    values = completed(recorded)
     file = values["router_file"]
     config = validate(values, None if file is None else load_router_file(file))
     if config.router.dense_experts or not config.model.moe_layers:

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
-from moe_pretrain.config.compose import BEFORE_OF_CORPORA, choices, completed, compose_values, corpora_of
+from moe_pretrain.config.compose import BEFORE_OF_CORPORA, choices, completed, compose_values, corpora_of, setting
 from moe_pretrain.config.load import in_hydras_words, router_file_defaults
 from moe_pretrain.config.schema import ConfigError
 
@@ -48,7 +46,7 @@ def kept(earlier: Sequence[str], recorded: Mapping[str, Any], words: Sequence[st
         if path[0] in ("run", "sweep", "fault") or any(path[: len(name)] == name for name in named):
             continue
         if ".".join(path) not in solved:
-            found.append(f"++{'.'.join(path)}={_word(recorded_value)}")
+            found.append(setting(".".join(path), recorded_value))
     return found
 
 
@@ -101,18 +99,3 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
             return _MISSING
         values = values[key]
     return values
-
-
-def _word(value: Any) -> str:
-    """A plain value as the right side of an override."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_word, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_word(inner)}' for key, inner in value.items())}}}"
-    return repr(value)

@@ -3,8 +3,11 @@
 import dataclasses
 import importlib.util
 import sys
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.schema import ConfigError
@@ -16,10 +19,10 @@ def load_router_file(file: str) -> type[Any]:
 
     The file defines one frozen dataclass with a default for every field, ``name: Literal["..."]`` among them, that
     has what ``moe.RouterConfig`` asks of every scheme, whether or not it derives from it; its ``build`` returns the
-    scheme's ``Router``.
+    scheme's ``Router``. A field of a shipped class that the file repeats to give it a default keeps its range.
 
     Returns:
-        The file's class, on top of ``RouterConfig`` if it is not.
+        The file's class, on top of ``RouterConfig`` if it is not, with these ranges.
 
     Raises:
         ConfigError: The file cannot be imported, or does not define that.
@@ -57,4 +60,29 @@ def load_router_file(file: str) -> type[Any]:
     shipped = {*SHIPPED, *(path.stem for path in (config_folder() / "router").glob("*.yaml"))}
     if router.__dataclass_fields__["name"].default in shipped:
         raise ConfigError(f"{where}.name must not be that of a shipped scheme: {', '.join(sorted(shipped))}")
-    return router
+    return _with_ranges(router)
+
+
+def _with_ranges(router: type[Any]) -> type[Any]:
+    """``router``, its fields as narrow as those of the shipped class below it, their defaults included.
+
+    A dataclass takes the last annotation of a field alone: with ``top_k: int = 2`` the ``PositiveInt`` would be lost.
+    """
+    shipped = next(base for base in router.__mro__ if base.__module__ != router.__module__)
+    plain, ranged = typing.get_type_hints(shipped), typing.get_type_hints(shipped, include_extras=True)
+    own = typing.get_type_hints(router, include_extras=True)
+    fields = [
+        (
+            field.name,
+            Annotated[ranged[field.name], pydantic.Field(validate_default=True)],
+            dataclasses.field(default=field.default, default_factory=field.default_factory),
+        )
+        for field in dataclasses.fields(router)
+        if field.name in plain and own[field.name] == plain[field.name] != ranged[field.name]
+    ]
+    if not fields:
+        return router
+    names = {"__module__": router.__module__, "__doc__": router.__doc__}
+    return dataclasses.make_dataclass(
+        router.__name__, fields, bases=(router,), namespace=names, frozen=True, kw_only=True
+    )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moe_pretrain.data.loader import TrainLoader
     from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to_int64
     from moe_pretrain.data.rows.packing import count_rows
-    from moe_pretrain.data.validation import validation_batches, validation_rows
+    from moe_pretrain.data.validation import ValidationText, examine_validation, validation_batches, validation_rows
 
 __all__ = [
     "IGNORE_INDEX",
@@ -66,10 +66,12 @@ __all__ = [
     "TokenizerConfig",
     "TrainLoader",
     "TrainingCorpus",
+    "ValidationText",
     "check_evaluation_set",
     "check_mixture",
     "check_prepared",
     "count_rows",
+    "examine_validation",
     "explain_change",
     "open_stream",
     "prepare",
@@ -88,6 +90,8 @@ _WITH_TORCH = {
     "MicroBatch": "rows.micro_batch",
     "TrainLoader": "loader",
     "count_rows": "rows.packing",
+    "ValidationText": "validation",
+    "examine_validation": "validation",
     "validation_batches": "validation",
     "validation_rows": "validation",
     "wrap_to_int64": "rows.micro_batch",

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from moe_pretrain.data.prepare.prepare import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards
 from moe_pretrain.data.shards.reader import ShardReader
@@ -31,9 +33,8 @@ class TrainingCorpus(Protocol):
     def fingerprint(self) -> str:
         """Hash of all tokens and of the tokenizer; a run's data is a function of it."""
 
-    @property
-    def unigram_entropy(self) -> float:
-        """Entropy of the training tokens' frequencies, nats per token: the loss of a model without context."""
+    def train_token_counts(self) -> dict[str, np.ndarray]:
+        """How often each token occurs in the training text, int64 [vocab_size], by the names of ``validation_sets``."""
 
     @property
     def folders(self) -> list[Path]:

@@ -16,6 +16,7 @@ import xxhash
 from moe_pretrain.data.documents.config import CorpusConfig, describe
 from moe_pretrain.data.documents.hub import Retries, require_network
 from moe_pretrain.data.documents.work_units import sample_texts
+from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import one_line
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
@@ -193,7 +194,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, file: Path) -> None:
     Args:
         texts: Training documents.
         vocab_size: Tokens to learn, the end of a document among them.
-        file: Where to write.
+        file: Written whole or not at all; its folder exists.
     """
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -205,7 +206,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, file: Path) -> None:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    model.save(str(file))
+    write_whole(file, model.to_str(pretty=True))
 
 
 def load_tokenizer_file(file: Path, end_of_document: str | None = None) -> Tokenizer:
@@ -410,7 +411,5 @@ def make_tokenizer(
     file = folder / TOKENIZER_FILE
     if not file.exists():
         report(f"training a {config.vocab_size}-token tokenizer ({describe(corpus)})")
-        half_written = file.with_name(f"{TOKENIZER_FILE}.tmp")
-        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, half_written)
-        half_written.rename(file)
+        train_tokenizer(sample_texts(corpus, _TOKENIZER_SAMPLE_BYTES, retries), config.vocab_size, file)
     return load_tokenizer_file(file)

@@ -5,13 +5,16 @@ Axis names:
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
-from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, PADDING_POSITION, MicroBatch, build_micro_batch
 from moe_pretrain.data.rows.packing import Concatenated, count_rows
 from moe_pretrain.data.shards.reader import ShardReader
+
+_ROWS_AT_ONCE = 64
 
 
 def validation_rows(reader: ShardReader, sequence_length: int, max_rows: int | None) -> np.ndarray:
@@ -37,6 +40,72 @@ def validation_rows(reader: ShardReader, sequence_length: int, max_rows: int | N
     key = reader.fingerprint
     drawn = [xxhash.xxh3_64_intdigest(f"{key} {index}".encode()) for index in range(strata)]
     return edges[:-1] + (np.array(drawn, dtype=np.uint64) % np.diff(edges).astype(np.uint64)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """Size and baseline of the text that one set is validated on.
+
+    Attributes:
+        rows: Rows that are read.
+        held_out_rows: Rows of the whole set.
+        tokens: Tokens that the loss is over.
+        documents: Documents that these are of.
+        unigram_cross_entropy: Their mean nats under the frequencies of the training text, each token counted once more
+            than it occurs there, so that unseen ones have a probability. A model whose validation loss is not below
+            it has learnt nothing from context.
+    """
+
+    rows: int
+    held_out_rows: int
+    tokens: int
+    documents: int
+    unigram_cross_entropy: float
+
+    def describe(self, max_rows: int, sequence_length: int) -> str:
+        """One line: how much of the set is read, and the baseline; it says where less is held out than asked for."""
+        drawn = f"{self.rows:,} of {self.held_out_rows:,} rows, drawn over the whole held-out text"
+        if self.rows == self.held_out_rows:
+            short = f", fewer than evaluation.max_rows={max_rows:,}" if self.rows < max_rows else ""
+            drawn = f"all {self.rows:,} rows of {sequence_length:,} tokens that are held out{short}"
+        return (
+            f"{drawn}: {self.tokens:,} tokens of {self.documents:,} documents, unigram cross-entropy "
+            f"{self.unigram_cross_entropy:.3f} nats/token"
+        )
+
+
+def examine_validation(
+    reader: ShardReader,
+    train_token_counts: np.ndarray,
+    sequence_length: int,
+    max_rows: int,
+    isolate_documents: bool,
+) -> ValidationText:
+    """Go through the rows that ``validation_batches`` gives to all ranks together.
+
+    Args:
+        reader: The validation tokens.
+        train_token_counts: How often each token occurs in the training text, int64 [vocab_size].
+        sequence_length: See ``validation_batches``.
+        max_rows: See ``validation_rows``.
+        isolate_documents: See ``packing.build_micro_batch``.
+    """
+    counts, documents = np.zeros(len(train_token_counts), dtype=np.int64), set()
+    rows = validation_rows(reader, sequence_length, max_rows)
+    for batch in validation_batches(reader, sequence_length, _ROWS_AT_ONCE, 0, 1, max_rows, isolate_documents):
+        labels = batch.labels.numpy()
+        counted = labels != IGNORE_INDEX
+        counts += np.bincount(labels[counted], minlength=len(counts))
+        targets = batch.row_positions.numpy()[:, None] * sequence_length + np.arange(1, sequence_length + 1)
+        documents.update(np.searchsorted(reader.document_ends, targets[counted], side="right").tolist())
+    nats = np.log(train_token_counts.sum() + len(train_token_counts)) - np.log(train_token_counts + 1)
+    return ValidationText(
+        rows=len(rows),
+        held_out_rows=count_rows(reader, sequence_length),
+        tokens=int(counts.sum()),
+        documents=len(documents),
+        unigram_cross_entropy=float(counts @ nats / max(1, counts.sum())),
+    )
 
 
 def validation_batches(

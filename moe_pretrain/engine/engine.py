@@ -228,7 +228,8 @@ class TrainEngine:
                 what the routers decided, bottom up.
         """
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        # Nats, counted labels, text tokens, and the routes of each MoE layer.
+        total = torch.zeros(3 + len(self.model.moe_layers()), dtype=torch.float64, device=self.mesh.device)
         each = [total.clone()]
         for batch in batches:
             batch = batch.to(self.mesh.device)
@@ -242,14 +243,20 @@ class TrainEngine:
                 )
             note(batch, losses, routings)
             counted = (batch.labels != IGNORE_INDEX).sum()
-            each.append(torch.stack([losses.sum(dtype=torch.float64), counted.double()]))
+            text = (batch.document_ids >= 0).sum()
+            routes = [routing.use.tokens_per_expert.sum() for routing in routings]
+            each.append(torch.stack([losses.sum(dtype=torch.float64), counted.double(), text.double(), *routes]))
             total += each[-1]
         if self._elastic is None:
             dist.all_reduce(total)
         else:
             total = exact_sum(torch.stack(each))
         self.model.train()
-        return Evaluation(loss=float(total[0] / total[1].clamp(min=1)), labels=float(total[1]))
+        return Evaluation(
+            loss=float(total[0] / total[1].clamp(min=1)),
+            labels=float(total[1]),
+            experts_per_token=(total[3:] / total[2].clamp(min=1)).tolist(),
+        )
 
     def _count(self, batches: list[MicroBatch], text_tokens: list[int]) -> tuple[GlobalCounts, int]:
         """Counted targets and text tokens of the global batch, and the hash of its rows."""

@@ -60,10 +60,18 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss over a validation set: mean nats per counted token, and the number of those tokens."""
+    """Result of a validation set.
+
+    Attributes:
+        loss: Mean nats per counted token.
+        labels: Number of those tokens.
+        experts_per_token: Mean routes per text token of each MoE layer, bottom up: evaluation may route by another
+            rule than training.
+    """
 
     loss: float
     labels: float
+    experts_per_token: list[float]
 
 
 class StepSums:

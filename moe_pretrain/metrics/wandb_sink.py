@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_pretrain.metrics.wandb_start import choose_mode, netrc_key, run_id, stricter
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
+from moe_pretrain.run_folder.paths import METRICS_FILE, WANDB, WANDB_ID_FILE
+from moe_pretrain.run_folder.provenance import read_config
 from moe_pretrain.run_folder.record import find_runs
 
 _LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
@@ -56,7 +56,7 @@ class WandbRun:
             "project": self.project,
             "group": self.group,
             "name": self.name,
-            "id": run_id(self.folder / "wandb_id.txt"),
+            "id": run_id(self.folder / WANDB_ID_FILE),
             "dir": str(self.folder),
             "config": flat(self.config),
         }
@@ -141,7 +141,7 @@ class WandbSink:
             elif self._run is not None:
                 import wandb
 
-                rows = read_rows(self._described.folder / "metrics.jsonl")
+                rows = read_rows(self._described.folder / METRICS_FILE)
                 _log_layers(wandb, self._run, rows, self._known_steps)
                 self._run.finish()
         except Exception as error:
@@ -163,7 +163,7 @@ def write_offline(runs: Iterable[WandbRun]) -> list[Path]:
 
 
 def _write_offline(wandb: Any, run: WandbRun) -> Path:
-    rows = read_rows(run.folder / "metrics.jsonl")
+    rows = read_rows(run.folder / METRICS_FILE)
     started = wandb.init(mode="offline", settings=_settings(wandb), **run.options)
     folder = Path(started.settings.sync_dir)
     started.define_metric("*", step_metric="step")
@@ -185,7 +185,7 @@ def _log_layers(wandb: Any, run: Any, rows: Sequence[MetricsRow], at_least: int)
 
 def _remove_offline(run: WandbRun, keep: Path | None = None) -> None:
     """Remove this run's offline folders, which hold nothing that ``metrics.jsonl`` does not."""
-    for folder in run.folder.glob(f"wandb/offline-run-*-{run.options['id']}"):
+    for folder in run.folder.glob(f"{WANDB}/offline-run-*-{run.options['id']}"):
         if keep is None or folder.resolve() != keep.resolve():
             shutil.rmtree(folder)
 
@@ -288,7 +288,7 @@ def wandb_runs(root: Path, say: Callable[[str], None]) -> Iterator[WandbRun]:
         if not run.values or not run.train:
             say(f"left out: {run.name}: {run.problem or 'it has no train rows'}")
             continue
-        config = yaml.safe_load((run.folder / "config.yaml").read_text())
+        config = read_config(run.folder)
         metrics = config["metrics"]
         name = config["run"]["name"]
         yield wandb_run(run.folder, metrics["wandb_project"], metrics.get("wandb_group"), name, config)

@@ -12,6 +12,7 @@ from moe_pretrain.metrics.console import ConsoleSink
 from moe_pretrain.metrics.wandb_sink import WandbSink, wandb_run
 from moe_pretrain.metrics.wandb_start import stricter
 from moe_pretrain.run_folder.metrics_file import JsonlSink, MetricsRow, read_rows, replace_non_finite
+from moe_pretrain.run_folder.paths import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class MetricsWriter:
         self._start = monotonic()
         self._seconds_before = 0.0
         self._attempt = 0
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / METRICS_FILE
         self._console = ConsoleSink(total_steps, config.log_every_steps, config.progress, sys.stderr)
         self._jsonl = JsonlSink(path, self._console.say)
         self._must_resume = bool(read_rows(path))

@@ -13,6 +13,7 @@ from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.routers.attentive import QueryKey
 from moe_pretrain.moe.routers.base import LinearRouter
+from moe_pretrain.moe.types import Router
 
 REFERENCE_WIDTH = 768
 """Width at which ``model.init=width_aware`` and ``model.init=normal`` are the same: that of GPT-2 and of the smaller
@@ -39,7 +40,8 @@ def initialise(model: DecoderLM, seed: int) -> None:
     large router                    32, 0.32 at 768 and 256)
     ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
-    everything else                 ``base_std``
+    everything else, a router's     ``base_std``
+    ``frozen_weights`` too
     ==============================  ==============================================================================
 
     Each tensor, and each expert's slice of a stacked tensor, has a generator of its own keyed by (seed, parameter
@@ -63,6 +65,11 @@ def initialise(model: DecoderLM, seed: int) -> None:
                     _fill_normal(expert, std, seed, f"{full_name}/{expert_id}")
             else:
                 _fill_normal(parameter, std, seed, full_name)
+        if isinstance(module, Router):
+            for name in module.frozen_weights:
+                buffer = module.get_buffer(name)
+                if not buffer.is_meta:
+                    _fill_normal(buffer, base_std(model.config), seed, f"{module_name}.{name}")
 
 
 def base_std(config: ModelConfig) -> float:

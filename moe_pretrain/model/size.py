@@ -22,6 +22,7 @@ class ModelSize:
         norms: All norms.
         dense_ffn: Dense feed-forward networks and shared experts.
         routers: All routers.
+        frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
         experts: All routed experts.
         active_experts: Routed experts that one token uses, expected over tokens.
         experts_per_route: Routed experts that one token would use with one route per layer.
@@ -39,6 +40,7 @@ class ModelSize:
     norms: int
     dense_ffn: int
     routers: int
+    frozen_routers: int
     experts: int
     active_experts: float
     experts_per_route: int
@@ -62,13 +64,14 @@ class ModelSize:
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
         matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
-        matrices += self.scoring
+        matrices += self.scoring + self.frozen_routers
         return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops
 
     @property
     def training_flops_per_token(self) -> float:
         """Forward and backward, 3 times what is differentiated; recomputation is not counted (model FLOPs)."""
-        return 3.0 * self.forward_flops_per_token - 2.0 * self.attention_statistic_flops
+        forward_only = self.attention_statistic_flops + 2.0 * self.frozen_routers
+        return 3.0 * self.forward_flops_per_token - 2.0 * forward_only
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
         """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
@@ -89,7 +92,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = experts = expert = first_layers = 0
+    routers = frozen = experts = expert = first_layers = 0
     routes = statistic_flops = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
@@ -103,6 +106,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         with torch.device("meta"):
             module = build_router(moe, router, width, 0)
         routers = num_moe * sum(parameter.numel() for parameter in module.parameters())
+        frozen = num_moe * sum(module.get_buffer(name).numel() for name in module.frozen_weights)
         if module.attention_statistic is not None:
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
         experts = num_moe * moe.num_experts * expert
@@ -118,6 +122,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         norms=(2 * config.num_layers + 1) * width,
         dense_ffn=dense_ffn,
         routers=routers,
+        frozen_routers=frozen,
         experts=experts,
         active_experts=routes * num_moe * expert,
         experts_per_route=num_moe * expert,

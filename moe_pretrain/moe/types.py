@@ -188,6 +188,8 @@ class Router(nn.Module):
             ``RoutingContext.attention``; None for most schemes.
         needs_expert_scores: Whether the router wants ``RoutingContext.score_routes``.
         needs_token_counts: Whether ``use_token_counts`` is to be called with the corpus's counts before training.
+        frozen_weights: Names of buffers that ``model.init`` draws like weights and nothing trains: matrices by which a
+            token is multiplied. They stay float32.
         without_lm_gradient: Parameters that by the scheme's mathematics get no gradient from the LM loss -> why.
         gradients_by_design: What has on purpose a gradient that is not its derivative -> why: names of aux losses that
             hold something constant, or ``weight``.
@@ -203,6 +205,7 @@ class Router(nn.Module):
     attention_statistic: AttentionStatistic | None = None
     needs_expert_scores: bool = False
     needs_token_counts: bool = False
+    frozen_weights: tuple[str, ...] = ()
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from moe_pretrain.parallel.rendezvous import Rendezvous
-from moe_pretrain.run_folder.paths import STACKS
+from moe_pretrain.run_folder.paths import stacks_file
 from moe_pretrain.system.exit_codes import LOST_RANK
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -65,7 +65,7 @@ class Heartbeat:
         self._meeting, self._rank, self._world_size = meeting, meeting.rank, meeting.world_size
         self._watched = (self._rank + 1) % self._world_size
         self._limit_polls = max(2, round(limit_seconds / _POLL_SECONDS))
-        self._stacks = folder / STACKS / f"rank_{self._rank:05d}.txt"
+        self._stacks = stacks_file(folder, self._rank)
         self._where: tuple[str, int] = ("start-up", 0)
         self._count = 0
         self._failure: str | None = None

@@ -28,7 +28,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
     routes = config.model.sequence_length * config.router.mean_experts_per_token
-    asked = 2.0 * (size.routers + size.scoring) + size.attention_statistic_flops
+    asked = 2.0 * (size.routers + size.frozen_routers + size.scoring) + size.attention_statistic_flops
     return {
         "router": {"flops_per_token": asked / layers},
         "permute": {"bytes_per_route": 2.0 * row},

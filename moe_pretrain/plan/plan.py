@@ -28,6 +28,8 @@ from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.words import short_duration, short_number
 
 GIB = 2**30
+FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
+"""Parts without a backward."""
 USABLE = 0.92
 """Share of a GPU's memory that training may fill; the rest goes to the driver, NCCL and fragmentation."""
 CHECKPOINT_BYTES = 12
@@ -115,9 +117,10 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "attention scores": size.attention_score_flops,
         "dense networks and shared experts": 2.0 * size.dense_ffn,
         "routers": 2.0 * size.routers,
+        FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
         "experts that are only asked": 2.0 * size.scoring,
-        "attention that a router measures": size.attention_statistic_flops,
+        MEASURED: size.attention_statistic_flops,
         "output head": 2.0 * size.head_matmul,
     }
     assert math.isclose(sum(parts.values()), size.forward_flops_per_token)
@@ -227,7 +230,7 @@ def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
     for name, value in flops_by_part(size).items():
         if value:
             share = value / size.forward_flops_per_token
-            backward = 0.0 if name == "attention that a router measures" else 2 * value
+            backward = 0.0 if name in (FROZEN, MEASURED) else 2 * value
             say(f"  {name:<34}{short_number(value):>8} forward{short_number(backward):>8} backward{share:>7.1%}")
 
 

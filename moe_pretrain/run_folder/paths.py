@@ -27,6 +27,7 @@ SWEEP/                       the folder of a sweep; each job's run folder lies i
 FOLDER/compare.*             ``compare FOLDER``: page, picture, and tables of variants and runs
 """
 
+import re
 from pathlib import Path
 
 OVERRIDES_FILE = "overrides.txt"
@@ -64,6 +65,9 @@ COMPARE_VARIANTS = "compare.csv"
 COMPARE_RUNS = "compare_runs.csv"
 
 
+_PROBE = re.compile(r"step_(\d{8})\.npz")
+
+
 def sick_step_file(folder: Path, step: int) -> Path:
     """Note on one sick step of the run in ``folder``."""
     return folder / SICK_STEPS / f"step_{step:08d}.json"
@@ -72,6 +76,12 @@ def sick_step_file(folder: Path, step: int) -> Path:
 def probe_file(folder: Path, step: int) -> Path:
     """Probe of one validation of the run in ``folder``."""
     return folder / PROBES / f"step_{step:08d}.npz"
+
+
+def probe_step(path: Path) -> int | None:
+    """Step of the validation whose probe ``path`` is; None for any other file."""
+    match = _PROBE.fullmatch(path.name)
+    return int(match.group(1)) if match else None
 
 
 def stacks_file(folder: Path, rank: int) -> Path:

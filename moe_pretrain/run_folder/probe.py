@@ -1,7 +1,6 @@
 """Probes: the validation losses and routes of one step, kept in a run's folder."""
 
 import io
-import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -11,10 +10,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from moe_pretrain.run_folder.paths import PROBES
+from moe_pretrain.run_folder.paths import PROBES, probe_file, probe_step
 from moe_pretrain.system.files import write_whole
 
-_FILE = re.compile(r"step_(\d{8})\.npz")
 ValidationPart = dict[str, np.ndarray]
 """``row``, ``document``, ``tokens``, ``loss`` of pieces; ``hashed_row``, ``hash``, ``routes [rows, ...]`` of rows."""
 
@@ -96,16 +94,16 @@ class ProbeFiles:
     """The probes of a run folder."""
 
     def __init__(self, run_folder: Path):
-        self.folder = run_folder / PROBES
+        self._run_folder, self.folder = run_folder, run_folder / PROBES
 
     def steps(self) -> list[int]:
         """Steps of the probes that are there, rising."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(match.group(1)) for name in names if (match := _FILE.fullmatch(name)))
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(step for path in paths if (step := probe_step(path)) is not None)
 
     def path(self, step: int) -> Path:
-        """Where the probe of ``step`` is."""
-        return self.folder / f"step_{step:08d}.npz"
+        """Path of the probe of ``step``."""
+        return probe_file(self._run_folder, step)
 
     def write(self, probe: Probe) -> None:
         """Write one whole or not at all.

@@ -1,9 +1,10 @@
-"""What a run folder says of its run beside the metrics: the resolved configuration, sizes, versions."""
+"""Provenance of a run, written and read at this one place: command words, resolved configuration, sizes, versions."""
 
 import contextlib
+import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE, SUMMARY_FILE, sick_step_file
 from moe_pretrain.system.files import write_json, write_whole
+from moe_pretrain.system.words import one_line
 
 _GIT_SECONDS = 10.0
 
@@ -27,14 +29,50 @@ def claim_overrides(folder: Path, overrides: Sequence[str]) -> None:
         write_overrides(folder, overrides)
 
 
+def read_overrides(folder: Path) -> list[str]:
+    """The words that the run was started with; none where it recorded none."""
+    path = folder / OVERRIDES_FILE
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the resolved configuration, plain values only; a resume replaces that of the attempt before."""
     write_whole(folder / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=False))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration; empty where the run recorded none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    return _read(folder / CONFIG_FILE, yaml.safe_load)
+
+
 def write_summary(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the facts that hold for the whole run: sizes, corpus, versions, device."""
     write_json(folder / SUMMARY_FILE, facts)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The facts of ``write_summary``; empty where the run recorded none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    return _read(folder / SUMMARY_FILE, json.loads)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = parse(path.read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: damaged: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: damaged: it holds no names and values")
+    return values
 
 
 def write_sick_step(folder: Path, step: int, facts: Mapping[str, Any]) -> None:

@@ -1,16 +1,15 @@
 """The run folders below a folder: what each was to do, how far it came, and which are the same but for the seed."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
-from moe_pretrain.run_folder.paths import RUN_FILES
+from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, RUN_FILES
+from moe_pretrain.run_folder.provenance import read_config, read_summary
+from moe_pretrain.system.words import one_line
 
 State = Literal["finished", "diverged", "failed", "unfinished", "unreadable"]
 
@@ -95,39 +94,36 @@ def find_runs(root: Path) -> list[RunRecord]:
             children.clear()  # what lies in a run folder (wandb's files, checkpoints) is no run
         children[:] = sorted(child for child in children if not child.startswith("."))
     if not found:
-        raise ValueError(f"FOLDER={root} must have runs below it: folders with config.yaml and metrics.jsonl")
+        raise ValueError(f"FOLDER={root} must have runs below it: folders with {CONFIG_FILE} and {METRICS_FILE}")
     return sorted(found, key=lambda run: run.name)
 
 
 def _read_run(folder: Path, root: Path) -> RunRecord:
-    problems, values, facts, rows = [], {}, {}, []
+    values, facts, rows, problems = {}, {}, [], []
     try:
-        values = flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+        values = flatten(read_config(folder))
         if "seed" not in values:
-            raise ValueError("it has no seed")
-        if "optimizer.learning_rate" in values:
-            values.setdefault("optimizer.name", "adamw")  # the only one, before it had a name
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        values = {}
-        problems.append(f"config.yaml: {_one_line(error)}")
+            problems.append(f"{CONFIG_FILE}: {'it has no seed' if values else 'missing'}")
+            values = {}
+    except ValueError as error:
+        problems.append(one_line(error))
     try:
-        rows = read_rows(folder / "metrics.jsonl")
+        rows = read_rows(folder / METRICS_FILE)
     except (OSError, ValueError) as error:
-        problems.append(_one_line(error))
+        problems.append(one_line(error))
     try:
-        if (folder / "summary.json").exists():
-            facts = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError) as error:
-        problems.append(f"summary.json: {_one_line(error)}")
+        facts = read_summary(folder)
+    except ValueError as error:
+        problems.append(one_line(error))
     state, problem = _judge(rows)
-    train, validation, events = ([row for row in rows if row["kind"] == kind] for kind in _KINDS)
+    kinds = _by_kind(rows)
     return RunRecord(
         name=str(folder.relative_to(root)),
         values=values,
         facts=facts,
-        train=train,
-        validation=validation,
-        events=events,
+        train=kinds["train"],
+        validation=kinds["validation"],
+        events=kinds["event"],
         state="unreadable" if problems else state,
         problem="; ".join(problems) or problem,
         is_complete=_last_word(rows)[0] == "finished" and not problems,
@@ -135,7 +131,8 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
     )
 
 
-_KINDS = ("train", "validation", "event")
+def _by_kind(rows: Sequence[MetricsRow]) -> dict[str, list[MetricsRow]]:
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "validation", "event")}
 
 
 def _last_word(rows: Sequence[MetricsRow]) -> tuple[State, str]:
@@ -162,12 +159,6 @@ def _judge(rows: Sequence[MetricsRow]) -> tuple[State, str]:
     return state, message if state in ("diverged", "failed") else ""
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "missing"
-    return " ".join(str(error).split())[:200]
-
-
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings to one with dotted keys."""
     flat: dict[str, Any] = {}
@@ -190,29 +181,15 @@ def show(values: Mapping[str, Any], key: str) -> str:
 
 
 def load_rows(run_dir: Path) -> dict[str, list[MetricsRow]]:
-    """Read the metrics of a run, sorted by kind.
+    """Read the metrics of a run, by kind.
 
     Raises:
         ValueError: The folder has no ``metrics.jsonl``, or it has no train rows yet.
     """
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS_FILE
     if not path.exists():
-        raise ValueError(f"{run_dir} is not a run folder: it has no metrics.jsonl")
-    kinds: dict[str, list[MetricsRow]] = {"train": [], "validation": [], "event": []}
-    for row in read_rows(path):
-        kinds[row["kind"]].append(row)
+        raise ValueError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
+    kinds = _by_kind(read_rows(path))
     if not kinds["train"]:
         raise ValueError(f"{path} has no train rows yet: nothing to report")
     return kinds
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that a run recorded; empty without one."""
-    path = run_dir / "config.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
-
-
-def recorded_facts(run_dir: Path) -> dict[str, Any]:
-    """``summary.json``, or nothing."""
-    path = run_dir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,13 +1,6 @@
-"""What a sweep's folder says of its jobs, readable from anywhere, true after a kill at any moment.
+"""Jobs of a sweep as its folder tells of them, readable from anywhere, true after a kill at any moment.
 
-SWEEP/sweep.json            the command
-SWEEP/.lock                 held by the process that drives the sweep
-SWEEP/JOB                   run folder of one job, and in it, beside what every run has:
-    job.json                what it is to do, written once, before any job starts
-    job_state.json          how far that came
-    .job.lock               held by the job's process, and so let go of whenever that dies
-    log.txt                 what its process printed
-
+The files are in the map of ``run_folder.paths``.
 What the run itself recorded wins over ``job_state.json``: that is written a moment later, or by a process that is dead.
 """
 
@@ -23,9 +16,6 @@ from moe_pretrain.system.files import read_json, write_json
 
 State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]
 STATES: tuple[State, ...] = ("waiting", "running", "finished", "stopped", "failed", "diverged")
-
-SWEEP_FILE = "sweep.json"
-SWEEP_LOCK = ".lock"
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from moe_pretrain.config.compose import ROOT_CONFIG, config_folder
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.parallel.rendezvous import launched_world_size
+from moe_pretrain.run_folder.paths import SWEEP_FILE, SWEEP_LOCK
 from moe_pretrain.sweep.hydra_plugins import LAUNCHER, register
-from moe_pretrain.sweep.job_record import SWEEP_FILE, SWEEP_LOCK
 from moe_pretrain.sweep.launcher import SweepStopped, TrainJob
 from moe_pretrain.sweep.planned_jobs import Sweep, job_name, load_job, quoted, sweep_name
 from moe_pretrain.sweep.status import describe_sweep, read_progress, table

@@ -15,14 +15,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.run_folder.paths import SLURM_FILE
 from moe_pretrain.sweep.job_record import SweepJob, correct
 from moe_pretrain.sweep.launcher import SweepLauncher, SweepStopped, must_run
 from moe_pretrain.sweep.running_job import passed_on
 from moe_pretrain.sweep.slurm_task import SlurmTask
 from moe_pretrain.system.files import read_json, write_json
 
-SLURM_FILE = "slurm_job.json"
-"""In a job's folder: the number that SLURM gave it."""
 _QUEUE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _SRUN = ["--export=ALL", "--distribution=block", "--kill-on-bad-exit=0", "--wait=300"]

@@ -10,14 +10,8 @@ from typing import Any
 
 from moe_pretrain.metrics.console import TextStream
 from moe_pretrain.run_folder.metrics_file import last_rows
-from moe_pretrain.sweep.job_record import (
-    STATES,
-    SWEEP_FILE,
-    JobState,
-    SweepJob,
-    look,
-    read_jobs,
-)
+from moe_pretrain.run_folder.paths import METRICS_FILE, SWEEP_FILE
+from moe_pretrain.sweep.job_record import STATES, JobState, SweepJob, look, read_jobs
 from moe_pretrain.system.words import short_duration
 
 _SECONDS_BETWEEN_READS = 1.0
@@ -84,7 +78,7 @@ def _progress(job: SweepJob, before: JobProgress | None) -> JobProgress:
     state = look(job.folder)
     if before is not None and before.state == state and state.state != "running":
         return before
-    rows = last_rows(job.folder / "metrics.jsonl")
+    rows = last_rows(job.folder / METRICS_FILE)
     steps = [row for row in rows if row["kind"] != "event"]
     train = [row for row in rows if row["kind"] == "train" and row["attempt"] == rows[-1]["attempt"]]
     eta = None

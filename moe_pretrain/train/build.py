@@ -112,7 +112,7 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
     data = open_run_data(config, plan, _prepare_corpora(config, context), mesh)
     meter = data.meter
     plan = plan.with_steps(meter.num_steps)  # the data may end before the budget
-    for line in describe_corpus(data, plan):
+    for line in describe_corpus(data, plan, config):
         say(line)
 
     model = DecoderLM(config.model, config.router, mesh.shard)

@@ -23,12 +23,20 @@ class RunData:
         evaluation_sets: Sets that are logged by name beside the corpus's own validation.
         loader: Micro-batches of this rank.
         meter: Budget meter: FLOPs and seconds spent; ends the run when the budget is spent or the data ends.
+        validation_text: Size and baseline of the text that each of the corpus's own sets is validated on; empty on
+            ranks other than the first, which says it.
     """
 
     corpus: data.TrainingCorpus
     evaluation_sets: dict[str, data.ShardReader]
     loader: data.TrainLoader
     meter: BudgetMeter
+    validation_text: dict[str, data.ValidationText]
+
+    @property
+    def unigram_cross_entropy(self) -> float:
+        """The line that the validation loss has to beat, nats per token: a mixture's sources by their shares."""
+        return sum(self.corpus.shares[name] * text.unigram_cross_entropy for name, text in self.validation_text.items())
 
 
 def open_run_data(config: Config, plan: RunPlan, corpora: Corpora, mesh: Mesh) -> RunData:
@@ -57,7 +65,21 @@ def open_run_data(config: Config, plan: RunPlan, corpora: Corpora, mesh: Mesh) -
     )
     limit = steps_until_exhausted(loader) if corpus.stops_when_exhausted else None
     meter = BudgetMeter(config.budget, batches.tokens_per_step, plan.size.training_flops_per_token, limit)
-    return RunData(corpus, sets, loader, meter)
+    return RunData(corpus, sets, loader, meter, _examine_validation(config, corpus) if mesh.is_main else {})
+
+
+def _examine_validation(config: Config, corpus: data.TrainingCorpus) -> dict[str, data.ValidationText]:
+    counts, packing = corpus.train_token_counts(), config.packing
+    return {
+        name: data.examine_validation(
+            reader,
+            counts[name],
+            config.model.sequence_length,
+            config.evaluation.max_rows,
+            packing.isolate_documents,
+        )
+        for name, reader in corpus.validation_sets().items()
+    }
 
 
 def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool = True, number: int = 0) -> Corpora:
@@ -150,14 +172,13 @@ def steps_until_exhausted(loader: data.TrainLoader) -> int | None:
     return steps[first]
 
 
-def describe_corpus(run: RunData, plan: RunPlan) -> list[str]:
-    """Lines about the corpus and how often it is read; of a mixture also when which source runs out."""
+def describe_corpus(run: RunData, plan: RunPlan, config: Config) -> list[str]:
+    """Lines about the corpus, how often it is read, of a mixture also when which source runs out, and validation."""
     corpus, loader, sources = run.corpus, run.loader, run.corpus.sources
     num_steps, rows_per_step = plan.batches.num_steps, plan.batches.rows_per_step
-    entropy = f"unigram entropy {corpus.unigram_entropy:.3f} nats/token"
     epochs = f"; {num_steps * rows_per_step / loader.num_rows:.2f} epochs" if loader.num_rows and not sources else ""
     waste = f"; packing leaves {loader.waste:.2%} of the positions empty" if loader.waste else ""
-    lines = [f"corpus: {corpus.describe_size()}, {entropy}{epochs}{waste}"]
+    lines = [f"corpus: {corpus.describe_size()}{epochs}{waste}"]
     exhaustion = loader.exhaustion_steps()
     for name, use in loader.source_use(num_steps).items():
         source, ends = sources[name], exhaustion.get(name, num_steps)
@@ -170,4 +191,7 @@ def describe_corpus(run: RunData, plan: RunPlan) -> list[str]:
         elif ends == num_steps and corpus.stops_when_exhausted and name in exhaustion:
             line += f"; would run out in step {ends + 1}: the run ends after step {ends}"
         lines.append(line + source.describe_duplicates())
+    for name, text in run.validation_text.items():
+        where = f" on {name}" if sources else ""
+        lines.append(f"validation{where}: {text.describe(config.evaluation.max_rows, config.model.sequence_length)}")
     return lines

@@ -23,8 +23,8 @@ def say_end(code: int, config: Config, data: RunData, progress: RunProgress, say
     if code == FINISHED:
         say(
             f"done: {progress.step} steps, {progress.tokens:,} tokens; validation loss "
-            f"{progress.validation_loss:.3f} nats/token, unigram entropy "
-            f"{data.corpus.unigram_entropy:.3f} nats/token"
+            f"{progress.validation_loss:.3f} nats/token, unigram cross-entropy "
+            f"{data.unigram_cross_entropy:.3f} nats/token"
         )
         say(f"spent: {progress.meter.describe_spending()}")
         if matched := config.budget.matched:

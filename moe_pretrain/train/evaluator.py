@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from moe_pretrain.config.preflight import RunPlan
@@ -10,6 +11,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.data import ShardReader, validation_batches, validation_rows
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.step_result import Evaluation
 from moe_pretrain.metrics.probe_collector import Collector
 from moe_pretrain.metrics.step_rows import evaluation_row, mixed_evaluation_row, part_time_row
 from moe_pretrain.moe.part_timer import PartClock, time_source
@@ -50,21 +52,26 @@ class Evaluator:
         """
         losses: dict[str, float] = {}
         parts: dict[str, ValidationPart] = {}
+        layers = [layer.router.layer for layer in self._engine.model.moe_layers()]
+        experts = np.zeros(len(layers))  # routed experts per token, by layer
         clock = PartClock(time_source(self._engine.mesh.device.type))
         for name, reader in self._readers.items():
             collector = self._collector(reader)
-            loss = self._loss_on(reader, step, (collector, clock) if name in self._shares else None)
-            if loss is None:
+            found = self._evaluate_on(reader, step, (collector, clock) if name in self._shares else None)
+            if found is None:
                 return None
-            losses[name] = loss
+            losses[name] = found.loss
             if name in self._shares:
+                experts += self._shares[name] * np.array(found.experts_per_token)
                 parts[name] = collector.gather()
         sizes = {name: _bytes_per_token(reader) for name, reader in self._readers.items()}
         row = mixed_evaluation_row(losses, sizes, self._shares)
         for name in self._logged_sets:
             own = evaluation_row(losses[name], sizes[name])
             row |= {key.replace("validation/", f"validation/{name}/"): value for key, value in own.items()}
-        layers = [layer.router.layer for layer in self._engine.model.moe_layers()]
+        row |= {
+            f"moe/layer_{k:02d}/validation_experts_per_token": e for k, e in zip(layers, experts.tolist(), strict=True)
+        }
         return Validation(row | part_time_row(clock.batches), put_together(step, parts, self._shares, layers))
 
     def _collector(self, reader: ShardReader) -> Collector:
@@ -72,8 +79,10 @@ class Evaluator:
         num_rows = len(validation_rows(reader, length, self._config.evaluation.max_rows))
         return Collector(reader.document_ends, length, num_rows, layers[0].num_experts if layers else 0)
 
-    def _loss_on(self, reader: ShardReader, step: int, observers: tuple[Collector, PartClock] | None) -> float | None:
-        """Mean nats per token of one set, whose batches the ``observers`` see."""
+    def _evaluate_on(
+        self, reader: ShardReader, step: int, observers: tuple[Collector, PartClock] | None
+    ) -> Evaluation | None:
+        """Result of one set, whose batches the ``observers`` see."""
         mesh, packing = self._engine.mesh, self._config.packing
         batches = validation_batches(
             reader,
@@ -99,7 +108,7 @@ class Evaluator:
 
             with clock:
                 evaluation = self._engine.evaluate(watched, note)
-        return None if was_stopped else evaluation.loss
+        return None if was_stopped else evaluation
 
     def _until_stopped(self, batches: Iterable[MicroBatch], step: int, was_stopped: list[int]) -> Iterator[MicroBatch]:
         """The batches up to an agreed signal, which is noted; every rank has equally many."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from moe_pretrain.checkpoint.manifest import complete_names, step_of
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config, to_values
-from moe_pretrain.data import TrainingCorpus
 from moe_pretrain.metrics.writer import MetricsWriter
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.plan.layer_cost import layer_cost
@@ -80,7 +79,7 @@ class RunRecorder:
         self._metrics.close()
 
 
-def write_facts(config: Config, plan: RunPlan, corpus: TrainingCorpus, mesh: Mesh) -> None:
+def write_facts(config: Config, plan: RunPlan, data: RunData, mesh: Mesh) -> None:
     """Write ``config.yaml`` and ``summary.json`` into the run's folder."""
     folder, size = config.run.folder, plan.size
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +90,9 @@ def write_facts(config: Config, plan: RunPlan, corpus: TrainingCorpus, mesh: Mes
         "active_parameters": size.active_parameters,
         "flops_per_token": size.training_flops_per_token,
         "planned_steps": config.num_steps,
-        "unigram_entropy": corpus.unigram_entropy,
-        "corpus_fingerprint": corpus.fingerprint,
+        "unigram_cross_entropy": data.unigram_cross_entropy,
+        "validation_text": {name: asdict(text) for name, text in data.validation_text.items()},
+        "corpus_fingerprint": data.corpus.fingerprint,
         "versions": versions(),
         "commit": commit(),
         "device": device,

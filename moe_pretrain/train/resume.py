@@ -9,6 +9,7 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
 from moe_pretrain.train.context import RunContext
@@ -38,7 +39,7 @@ class Resumer:
         self.rules = ResumeRules(config, data.corpus, context.mesh.world_size)
         self._config, self._engine, self._mesh, self._say = config, engine, context.mesh, context.say
         self._progress, self._recorder, self._loader = progress, recorder, data.loader
-        self._folder, self._checkpoints = config.run.folder, config.run.folder / store.CHECKPOINTS
+        self._folder, self._checkpoints = config.run.folder, config.run.folder / CHECKPOINTS
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, or begin, as ``checkpoint.resume`` asks.
@@ -143,9 +144,14 @@ class Resumer:
         state = train_state(manifest)
         if self._progress.rewinds.taken or state.rewinds:
             self._leave(state.step)
-        store.restore(self._engine, path, manifest)
+        missing = store.restore(self._engine, path, manifest)
         self._progress.restore(state)
         self._recorder.go_on()
+        if missing:
+            self._recorder.event(
+                "state_begins_anew",
+                f"{path.name} is of an earlier release, without {', '.join(missing)}: they begin anew",
+            )
 
     def _leave(self, step: int) -> None:
         """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""

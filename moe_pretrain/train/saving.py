@@ -1,8 +1,9 @@
 """Checkpoints that a run writes while it trains."""
 
-from moe_pretrain.checkpoint.store import CHECKPOINTS, Saver, TrainState
+from moe_pretrain.checkpoint.store import Saver, TrainState
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.train.context import RunContext
 from moe_pretrain.train.progress import RunProgress
 from moe_pretrain.train.recorder import RunRecorder

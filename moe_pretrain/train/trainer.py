@@ -69,7 +69,7 @@ class Trainer:
         """
         self.resumer.resume()
         if self.context.mesh.is_main:  # not before: settings that were refused are not the run's
-            write_facts(self.config, self.plan, self.data.corpus, self.context.mesh)
+            write_facts(self.config, self.plan, self.data, self.context.mesh)
             write_overrides(self.config.run.folder, overrides)
         try:
             code = self._train_to_the_end()

@@ -25,9 +25,8 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from moe_pretrain.config.load import load
 from moe_pretrain.data import (
-    BuiltinCorpusConfig,
-    FilesCorpusConfig,
     MixedShards,
     MixtureConfig,
     ShardReader,
@@ -42,6 +41,7 @@ from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.system.cpu import keep_freed_memory
 
 SEQUENCE, ROWS, MEAN_DOCUMENT, VOCAB = 2048, 64, 500, 50257
+VALIDATION = 0.1
 
 
 def write_shards(folder: Path, tokens: int) -> ShardReader:
@@ -86,7 +86,7 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
         return TrainLoader(shards, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate, **options)
 
     with_masks, without = loader(), loader(False)
-    corpus = BuiltinCorpusConfig("builtin", 0.5)  # only its name is used
+    corpus = load([]).data  # only its name is used
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     mixture = MixtureConfig("mixture", dict.fromkeys(weights, corpus), weights, (), "repeat")
     mixed = loader(shards=MixedShards(dict.fromkeys(weights, reader), mixture))
@@ -125,6 +125,12 @@ def _library_alone(work: tuple[str, list[str]]) -> tuple[float, float]:
     return started, time.perf_counter()
 
 
+def corpus_words(folder: Path) -> list[str]:
+    """Overrides that read the texts of ``folder``."""
+    fraction = f"data.validation_fraction={VALIDATION}"
+    return ["data=files", f"data.paths=['{folder}/*.txt']", fraction, "data.invalid_utf8=replace"]
+
+
 def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
     text, characters = [], 0
     for path in itertools.chain(
@@ -136,22 +142,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
             break
     for number, one in enumerate(text):
         (folder / f"{number:05d}.txt").write_text(one)
-    config = FilesCorpusConfig(
-        "files",
-        (str(folder / "*.txt"),),
-        (".txt",),
-        "text",
-        0.02,
-        "hash",
-        None,
-        "ignore",
-        "replace",
-        "fail",
-        "fail",
-        "sampled",
-        None,
-        None,
-    )
+    config = load(corpus_words(folder)).data
     tokenizer = TokenizerConfig("train", 8192, None)
     first = prepare(config, tokenizer, folder / "cache", None, workers, None)
     file = folder / "tokenizer.json"
@@ -179,8 +170,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
 def bench_waiting(folder: Path, steps: int) -> None:
     """Train on what ``bench_tokenising`` has left in ``folder``."""
     overrides = [
-        "model=tiny", "model.vocab_size=8192", "data=files", f"data.paths=['{folder}/*.txt']",
-        "data.validation_fraction=0.02", "data.invalid_utf8=replace", "tokenizer=pretrained",
+        "model=tiny", "model.vocab_size=8192", *corpus_words(folder), "tokenizer=pretrained",
         f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
         "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
         f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192",

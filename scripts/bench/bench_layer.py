@@ -6,7 +6,7 @@
 All MoE variants hold the same weights (the very same memory), get the same input and upstream gradient, and are
 compared with ours in output and input gradient. Tokens are made such that each prefers its experts clearly:
 variants that compute router logits in bfloat16 then still choose the same experts, and the load is what the
-title says.
+title says. One more variant is ours with ``router=uniform``: no router to compute, and every expert the same load.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.routers.uniform import UniformConfig, UniformRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 from moe_pretrain.system.cpu import keep_freed_memory
 
 COPY_LIMIT_BYTES = 2 << 30
-DENSE, OURS = "dense SwiGLU, equal FLOPs", "moe_pretrain"
+DENSE, OURS, EVEN = "dense SwiGLU, equal FLOPs", "moe_pretrain", "moe_pretrain, router=uniform"
 
 
 @dataclass
@@ -46,6 +47,7 @@ def main() -> None:
     torch.manual_seed(0)
     layer = build_ours(options).to(device)
     variants = {DENSE: build_dense(options, device, dtype), OURS: wrap_ours(layer, options, device)}
+    variants[EVEN] = wrap_ours(build_even(options, layer), options, device)
     variants |= build_transformers(options, layer) | build_deepspeed(options, layer, device)
     if options.only:
         variants = {name: v for name, v in variants.items() if any(part in name for part in options.only.split(","))}
@@ -112,12 +114,22 @@ def build_ours(options: argparse.Namespace) -> MoELayer:
     )
     router = TopKRouter(config, options.hidden, options.experts, layer=0)
     experts = SwiGLUExperts(options.experts, options.hidden, options.width, ExpertShard())
-    layer = MoELayer(MoEConfig(options.experts, options.width, 0, 1, 1, 0, None, 8), router, experts, options.hidden)
+    layer = MoELayer(layer_config(options), router, experts, options.hidden)
     nn.init.orthogonal_(router.weight)
     for parameter in layer.experts.parameters():
         nn.init.normal_(parameter, std=0.02)
     layer.experts.to(getattr(torch, options.dtype))
     return layer
+
+
+def build_even(options: argparse.Namespace, layer: MoELayer) -> MoELayer:
+    """The same experts, whose tokens are dealt out."""
+    router = UniformRouter(UniformConfig(name="uniform", top_k=options.top_k), options.experts, layer=0)
+    return MoELayer(layer_config(options), router, layer.experts, options.hidden)
+
+
+def layer_config(options: argparse.Namespace) -> MoEConfig:
+    return MoEConfig(options.experts, options.width, 0, 1, 1, 0, None, 8)
 
 
 def wrap_ours(layer: MoELayer, options: argparse.Namespace, device: torch.device) -> Variant:
@@ -173,10 +185,10 @@ def build_deepspeed(options: argparse.Namespace, layer: MoELayer, device: torch.
     """DeepSpeed's own layer without dropping, its experts the same SwiGLU as ours."""
     from deepspeed.moe.layer import MoE
 
-    from moe_pretrain.parallel.config import ParallelConfig
+    from moe_pretrain.config.load import load
     from moe_pretrain.parallel.mesh import build_mesh
 
-    build_mesh(ParallelConfig(1, 1, 600), device.type)
+    build_mesh(load([]).parallel, device.type)
     block = MoE(
         options.hidden,
         SwiGLU(options.hidden, options.width),
@@ -240,7 +252,7 @@ def bench(
         dense = ratio_of_medians(times[DENSE], times[name]) if DENSE in usable else "-"
         ours = ratio_of_medians(times[name], times[OURS]) if OURS in usable else "-"
         errors = ["-", "-"]
-        if name != DENSE and OURS in usable:
+        if name not in (DENSE, EVEN) and OURS in usable:
             errors = [f"{relative_error(a, b):.0e}" for a, b in zip(outputs[name], outputs[OURS], strict=True)]
         median = float(torch.tensor(times[name]).median())
         rows.append([name, f"{median:.2f}", dense, ours, f"{saved[name]:.1f}", *errors])

@@ -2,6 +2,7 @@
 
     python scripts/bench/bench_step.py                                         # the tiny model on a CPU
     python scripts/bench/bench_step.py model=700m batch.micro_batch_size=8 batch.global_batch_tokens=16384
+    python scripts/bench/bench_step.py router=uniform                          # every expert the same load
 
 Words of the form ``key=value`` are the overrides of ``moe-pretrain train``. All variants take the same batch of random
 tokens, each row one document. The dense twin is the same model with ``router=dense``, of equal active size. The

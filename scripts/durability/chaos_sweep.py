@@ -34,11 +34,11 @@ SHAPE = [
     *("metrics.log_every_steps=1", "metrics.wandb=off", "checkpoint.every_steps=5"),
 ]
 SWEEPS = {
-    "schemes": [f"router={','.join(ROUTERS)}"],
+    "schemes": [],
     "twin": ["router=top_k", "model.recompute=full"],
     "worse": ["router=top_k", "optimizer.learning_rate=1e-5"],
 }
-"""The sweep that is killed, and the variants that are added: overrides by ``sweep.name``."""
+"""The sweep that is killed, of the schemes asked for, and the variants that are added: overrides by ``sweep.name``."""
 PROGRAM = [sys.executable, "-m", "moe_pretrain"]
 
 
@@ -49,9 +49,11 @@ class Sweep:
         self.outputs, self.log = home / "outputs", home / f"{name}.log"
         self.folder = self.outputs / name
         self.steps = options.tokens // TOKENS_PER_STEP
-        self._words = [*SHAPE, *SWEEPS[name], f"seed={','.join(map(str, SEEDS))}", f"sweep.name={name}"]
+        self.num_runs = len(SEEDS) * (len(options.schemes) if name == "schemes" else 1)
+        added = SWEEPS[name] or [f"router={','.join(options.schemes)}"]
+        self._words = [*SHAPE, *added, f"seed={','.join(map(str, SEEDS))}", f"sweep.name={name}"]
         self._words += [f"run.output_dir={self.outputs}", f"budget.tokens={options.tokens}"]
-        self._words += [f"sweep.parallel={options.jobs}"]
+        self._words += [f"sweep.parallel={options.jobs}", *options.overrides]
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
@@ -76,7 +78,7 @@ class Sweep:
 
 def kill_at_random(sweep: Sweep, generator: random.Random, kills_left: int) -> str:
     """Start the sweep and kill it somewhere on its way; in words, what was hit and when."""
-    total, before = len(ROUTERS) * len(SEEDS) * sweep.steps, sweep.steps_done()
+    total, before = sweep.num_runs * sweep.steps, sweep.steps_done()
     target = before + generator.randrange(max(1, (total - before) * 9 // 10 // kills_left))
     process = sweep.start()
     while sweep.steps_done() <= target:
@@ -116,7 +118,7 @@ def check_runs(sweep: Sweep, kept: dict[str, list[MetricsRow]]) -> str:
         if [row["step"] for row in train] != list(range(1, sweep.steps + 1)):
             raise SystemExit(f"FAILED: {name} has the steps {[row['step'] for row in train]}")
         read.setdefault(seed_of(name), set()).add(tuple(row["data/token_hash"] for row in train))
-    if len(found) != len(ROUTERS) * len(SEEDS) or any(len(hashes) > 1 for hashes in read.values()):
+    if len(found) != sweep.num_runs or any(len(hashes) > 1 for hashes in read.values()):
         raise SystemExit(f"FAILED: {len(found)} runs, of one seed {[len(hashes) for hashes in read.values()]} data")
     if any(found.get(name) != rows for name, rows in kept.items()):
         raise SystemExit("FAILED: a finished run was touched")
@@ -171,9 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schemes", nargs="+", default=ROUTERS, help="values of router, top_k and another at least")
     parser.add_argument("--tokens", type=int, default=50 * TOKENS_PER_STEP, help="of each run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--folder", type=Path, help="where to work; kept if given")
+    parser.add_argument("--overrides", nargs="+", default=[], help="key=value for every run, after the script's own")
     options = parser.parse_args()
     home, generator = fresh_home(options.folder), random.Random(options.seed)
     sweeps = [Sweep(home, name, options) for name in SWEEPS]

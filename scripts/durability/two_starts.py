@@ -1,6 +1,6 @@
 """Start one run twice on one folder, again and again, and show that exactly one of the two ever writes.
 
-    python scripts/durability/two_starts.py [--rounds 50] [--seed 0] [--folder DIR]
+    python scripts/durability/two_starts.py [--rounds 50] [--steps 150] [--seed 0] [--folder DIR]
 
 Each round starts a run twice at the same moment, on random topologies. One must train and the other be refused with a
 line that names the first. Then the first is killed with -9, in half of the rounds all but one stopped rank of it, an
@@ -21,7 +21,7 @@ from attempts import Run, Topology, fresh_home, import_everything, poll, remove,
 from moe_pretrain.run_folder import lock as ownership
 
 TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2)]
-NUM_STEPS, EVERY_STEPS = 150, 2
+EVERY_STEPS = 2
 DUEL_SECONDS, PATIENCE_SECONDS = 1.0, 60.0
 ORPHAN_SECONDS = 2.0
 
@@ -53,9 +53,9 @@ def duel(run: Run, generator: random.Random) -> list[int]:
     return winner
 
 
-def one_round(home: Path, number: int, generator: random.Random, hashes: list[str]) -> bool:
+def one_round(home: Path, number: int, num_steps: int, generator: random.Random, hashes: list[str]) -> bool:
     """Whether there was an orphan."""
-    run = Run(home, f"twice-{number}", NUM_STEPS, EVERY_STEPS)
+    run = Run(home, f"twice-{number}", num_steps, EVERY_STEPS)
     winner = duel(run, generator)
     wait_until("the first trains", lambda: len(run.rows()) > 2 * EVERY_STEPS, run)
     orphan = winner[-1] if len(winner) > 1 and generator.random() < 0.75 else None
@@ -76,7 +76,7 @@ def one_round(home: Path, number: int, generator: random.Random, hashes: list[st
         wait([orphan], PATIENCE_SECONDS)
     if any(codes := wait(third, 300.0)):
         raise SystemExit(f"FAILED: the third start ended with {codes}; see {run.log}")
-    if [row["step"] for row in run.rows()] != list(range(1, NUM_STEPS + 1)):
+    if [row["step"] for row in run.rows()] != list(range(1, num_steps + 1)):
         raise SystemExit("FAILED: a step is missing or twice in metrics.jsonl")
     if [row["data/token_hash"] for row in run.rows()] != hashes:
         raise SystemExit("FAILED: other tokens were read")
@@ -90,18 +90,19 @@ def one_round(home: Path, number: int, generator: random.Random, hashes: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=150, help="of each run; they must take longer than a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
     options = parser.parse_args()
     import_everything()
     home = fresh_home(options.folder)
-    straight = Run(home, "straight", NUM_STEPS, EVERY_STEPS)
+    straight = Run(home, "straight", options.steps, EVERY_STEPS)
     straight.prepare()
     if any(codes := wait(straight.start(Topology(1, 1)), 600)):
         raise SystemExit(f"FAILED: the undisturbed run ended with {codes}; see {straight.log}")
     hashes = [row["data/token_hash"] for row in straight.rows()]
     generator = random.Random(options.seed)
-    orphans = sum(one_round(home, number, generator, hashes) for number in range(options.rounds))
+    orphans = sum(one_round(home, number, options.steps, generator, hashes) for number in range(options.rounds))
     print(
         f"{options.rounds} runs started twice at once: one trained and one was refused, every time; {orphans} started "
         f"again beside an orphan waited for its end; token hash of every step equal ({hashes[-1]})"

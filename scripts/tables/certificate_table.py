@@ -1,10 +1,11 @@
 """Print the certificates of all shipped schemes as one Markdown table with notes, for the README.
 
-    python scripts/tables/certificate_table.py
+    python scripts/tables/certificate_table.py [--schemes top_k top_p]
 
 Every cell is asked of the scheme on the spot, on one process and, with `verify`, on two with experts spread over both.
 """
 
+import argparse
 import subprocess
 import sys
 
@@ -37,20 +38,22 @@ COLUMNS = {
 
 
 def main() -> None:
+    shipped = sorted(file.stem for file in (config_folder() / "router").glob("*.yaml") if file.stem != "dense")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", nargs="+", default=shipped, choices=shipped, metavar="SCHEME")
+    schemes = parser.parse_args().schemes
     notes: dict[str, int] = {}
     print("| `router=` | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
-    for file in sorted((config_folder() / "router").glob("*.yaml")):
-        if file.stem == "dense":
-            continue
-        overrides = [f"router={file.stem}"]
+    for scheme in schemes:
+        overrides = [f"router={scheme}"]
         rows = {row.property: row for row in examine(load(overrides))}
         left_out = rows.keys() - {name for names in COLUMNS.values() for name in names}
         assert not left_out, f"rows without a column: {left_out}"
         cells = {title: cell([rows[name] for name in names], notes) for title, names in COLUMNS.items()}
         if not same_on_ranks(overrides):
             cells["gradients, 1 and 2 ranks"] = "**FAIL**"
-        print(f"| `{file.stem}` | " + " | ".join(cells.values()) + " |", flush=True)
+        print(f"| `{scheme}` | " + " | ".join(cells.values()) + " |", flush=True)
     print()
     for text, number in notes.items():
         print(f"{number}. {text}")

@@ -65,6 +65,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     options.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    options.add_argument("--overrides", nargs="+", default=[], help="key=value for every run, after the script's own")
     chosen = options.parse_args()
     jobs = [(variant, seed) for seed in chosen.seeds for variant in chosen.variants]
     train(jobs[0], chosen)  # alone, so that only one process prepares the corpus
@@ -128,7 +129,7 @@ def train(job: tuple[str, int], chosen: argparse.Namespace) -> None:
     if any(row.get("event") == "finished" for row in rows):
         return
     words = [*VARIANTS[variant], *SHAPE, f"seed={seed}", f"run.name={folder.name}", f"run.output_dir={chosen.folder}"]
-    words.append(f"budget.tokens={steps * 4096}")
+    words += [f"budget.tokens={steps * 4096}", *chosen.overrides]
     log = chosen.folder / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,6 +169,7 @@ class Runs:
 
 def cut(rows: list[MetricsRow], part: slice) -> list[MetricsRow]:
     start, stop = (round(len(rows) * (bound or 0) / 100) for bound in (part.start, part.stop))
+    start = min(start, len(rows) - 1)  # of a run of a few rows, the last
     return rows[start : max(stop, start + 1)]
 
 

@@ -1,26 +1,39 @@
 """Every topology, every way to take the step, against the oracle: one line per topology with the worst errors.
 
-Words restrict it to lines of the table: ``scripts/parity.sh 4x2 bfloat16``.
+    bash scripts/parity.sh [4x2] [bfloat16] [--covering]
+
+Words restrict it to lines of the table: a topology (ranks x expert-parallel size), a dtype, or both.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from helpers.parity import TOPOLOGIES, all_cases, run_cases
+from helpers.parity import TOPOLOGIES, all_cases, covering_cases, run_cases
+
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> int:
     """Run the whole product and print the table; 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*(f"{ranks}x{size}" for ranks, size in TOPOLOGIES), *DTYPES]
+    parser.add_argument("lines", nargs="*", metavar="LINE", help=f"of the table: {', '.join(names)}")
+    parser.add_argument("--covering", action="store_true", help="only a part in which any two choices meet")
+    options = parser.parse_args()
+    if unknown := [line for line in options.lines if line not in names]:
+        parser.error(f"{unknown[0]} must be one of {', '.join(names)}")
     failed = 0
     header = True
-    for dtype in ("float32", "bfloat16"):
+    cases = covering_cases() if options.covering else all_cases()
+    for dtype in DTYPES:
         for ranks, size in TOPOLOGIES:
-            if not {f"{ranks}x{size}", dtype} >= set(sys.argv[1:]):
+            if not {f"{ranks}x{size}", dtype} >= set(options.lines):
                 continue
-            own = [case for case in all_cases() if (case.ranks, case.expert_parallel_size) == (ranks, size)]
+            own = [case for case in cases if (case.ranks, case.expert_parallel_size) == (ranks, size)]
             own = [case for case in own if case.dtype == dtype]
             started = time.perf_counter()
             results = run_cases(own, timeout=7200)
@@ -40,6 +53,8 @@ def main() -> int:
                 f"{name:<15} {len(own):>5} " + "".join(f"{e:>19.1e}" for e in worst.values()) + f"  {seconds:.0f}",
                 flush=True,
             )
+    if header:
+        parser.error(f"{' '.join(options.lines)} must be a topology, a dtype, or one of each")
     print("the same as the oracle everywhere" if not failed else f"{failed} quantities differ")
     return int(failed > 0)
 

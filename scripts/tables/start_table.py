@@ -1,12 +1,12 @@
 """How loud does every scheme start? One line a scheme: its MoE layers' output and its experts' gradients at step 0.
 
-    python scripts/tables/start_table.py model=tiny
+    python scripts/tables/start_table.py [--schemes top_k hash] model=tiny
 
 Words are overrides of every configuration. Output and gradient are root mean squares relative to `top_k`'s, on random
 tokens (`moe_pretrain/verify/start_loudness.py`).
 """
 
-import sys
+import argparse
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
@@ -15,7 +15,11 @@ from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
 def main() -> None:
     names = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml") if path.stem != "dense")
-    found = {name: measure(name, sys.argv[1:]) for name in names}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="key=value, as for moe-pretrain train")
+    parser.add_argument("--schemes", nargs="+", default=names, choices=names, metavar="SCHEME", help="top_k is added")
+    options = parser.parse_args()
+    found = {name: measure(name, options.overrides) for name in dict.fromkeys(["top_k", *options.schemes])}
     reference = found["top_k"]
     print(f"top_k: output {reference.output:.3g}, gradient of the experts {reference.expert_gradient:.3g}\n")
     print("| scheme | output | experts' gradient | sum of weights | experts per token |")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.builders import tiny
+from helpers.builders import random_batches, tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 from torch import Tensor
@@ -21,7 +21,6 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import Routing
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import build_engine as build_recorded_engine
 from moe_pretrain.verify.verify import compare, own_micro_batches, record, verify
 
@@ -79,7 +78,7 @@ def _train_without_routes() -> list[str]:
     mesh = build_mesh(config.parallel, "cpu")
     engine = build_recorded_engine(config, "float32", mesh, _close_all_gates_of_one_layer)
     oracle = Oracle(config, 3, change_model=_close_all_gates_of_one_layer)
-    steps = random_batches(config, mesh.world_size)
+    steps = random_batches(config, engine._plan)
     run = [record(engine, i, own_micro_batches(step, engine._plan, mesh.rank)) for i, step in enumerate(steps)]
     expected = [oracle.step(i, step) for i, step in enumerate(steps)]
     assert all(step.tokens_per_expert[0].sum() == 0 < step.tokens_per_expert[1].sum() for step in run)
@@ -92,7 +91,7 @@ def test_a_layer_without_routes_equals_the_oracle() -> None:
 
 
 def _thresholds(folder: str) -> dict[str, Any]:
-    """Three steps: buffers after each, and every micro-batch's cut-offs times its text tokens, of this rank."""
+    """Three steps: buffers after each, and every micro-batch's ``cutoff_sums``, of this rank."""
     config = _config("router=expert_choice", f"router.threshold_decay={DECAY}")
     engine = build_engine(config)
     sums: list[Tensor] = []
@@ -101,7 +100,7 @@ def _thresholds(folder: str) -> dict[str, Any]:
             lambda module, inputs, routing: sums.append(_sums_of(routing)) if module.training else None
         )
     states, tokens = [], []
-    steps = random_batches(config, dist.get_world_size())
+    steps = random_batches(config, engine._plan)
     for step, batches in enumerate(steps):
         result = engine.step(step, own_micro_batches(batches, engine._plan, dist.get_rank()))
         tokens.append(result.tokens)
@@ -113,9 +112,24 @@ def _thresholds(folder: str) -> dict[str, Any]:
     other = build_engine(config)
     path, manifest = store.newest(Path(folder), pytest.fail)
     store.restore(other, path, manifest)
-    own = torch.stack(sums).view(len(steps), -1, 2, 4)  # [steps, micro-batches, layers, experts]
-    restored = dict(other.model.named_buffers())
-    return {"states": states, "evaluated": evaluated, "restored": restored, "own": own, "tokens": tokens}
+    own = torch.stack(sums).view(len(steps), -1, 2, 3, 4)  # [steps, micro-batches, layers, sums, experts]
+    restored = {name: buffer.clone() for name, buffer in other.model.named_buffers()}
+    later = ("cutoff_z_scores", "z_score_steps")
+    of_before = [each for each in manifest["intervals"] if not each["tensor"].endswith(later)]
+    missing = store.restore(other, path, {**manifest, "intervals": of_before})
+    older = dict(other.model.named_buffers())
+    with pytest.raises(store.CheckpointError, match="covers 0 of 4 elements of buffer of [^\n]*thresholds"):
+        no_buffers = [each for each in of_before if each["kind"] != "buffer"]
+        store.restore(other, path, {**manifest, "intervals": no_buffers})
+    return {
+        "states": states,
+        "evaluated": evaluated,
+        "restored": restored,
+        "older": older,
+        "missing": missing,
+        "own": own,
+        "tokens": tokens,
+    }
 
 
 def _sums_of(routing: Routing) -> Tensor:
@@ -137,24 +151,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_thresholds_are_the_same_on_every_rank(runs: list[dict[str, Any]]) -> None:
     first, second, alone = runs
     for ours, theirs, single in zip(first["states"], second["states"], alone["states"], strict=True):
-        assert len(ours) == 4  # two buffers in two layers
+        assert len(ours) == 6  # three buffers in two layers
         assert same_bits(ours, theirs)
         for name, value in ours.items():
             torch.testing.assert_close(value, single[name], rtol=1e-4, atol=0)
 
 
+def _expected_thresholds(sums: Tensor, tokens: list[int]) -> Tensor:
+    """``[layers, experts]`` after the steps with these sums ``[steps, layers, 3, experts]``."""
+    cutoff, mean, square = (sums / torch.tensor(tokens, dtype=torch.float64)[:, None, None, None]).unbind(dim=2)
+    spread = (square - mean.square()).sqrt()
+    weights = torch.tensor([DECAY**2, DECAY, 1.0], dtype=torch.float64)
+    z_score = (weights[:, None, None] * (cutoff - mean) / spread).sum(dim=0) / weights.sum()
+    return mean[-1] + spread[-1] * z_score
+
+
 def test_thresholds_move_by_the_cutoffs_of_all_micro_batches(runs: list[dict[str, Any]]) -> None:
     first, second, _ = runs
-    assert first["own"].shape == second["own"].shape == (3, 2, 2, 4)
-    total = (first["own"] + second["own"]).sum(dim=1)  # [steps, layers, experts]
-    cutoffs = total / torch.tensor(first["tokens"], dtype=torch.float64)[:, None, None]
-    weights = torch.tensor([DECAY**2, DECAY, 1.0], dtype=torch.float64)
-    expected = (weights[:, None, None] * cutoffs).sum(dim=0) / weights.sum()
-    own = 2 * (weights[:, None, None] * first["own"].sum(dim=1) / cutoffs.new_tensor(first["tokens"])[:, None, None])
+    assert first["own"].shape == second["own"].shape == (3, 2, 2, 3, 4)
+    expected = _expected_thresholds((first["own"] + second["own"]).sum(dim=1), first["tokens"])
+    own = _expected_thresholds(2 * first["own"].sum(dim=1), first["tokens"])
     for layer in (0, 1):
         thresholds = first["states"][-1][f"blocks.{layer}.feed_forward.router.evaluation.thresholds"].double()
         torch.testing.assert_close(thresholds, expected[layer], rtol=1e-5, atol=0)
-        assert (thresholds - own.sum(dim=0)[layer] / weights.sum()).abs().max() > 1e-3, "one rank would do"
+        assert (thresholds - own[layer]).abs().max() > 1e-3, "one rank would do"
+
+
+def test_a_checkpoint_of_before_the_z_scores_keeps_its_thresholds(runs: list[dict[str, Any]]) -> None:
+    for run in runs:
+        for name, value in run["restored"].items():
+            if name.endswith("thresholds"):
+                assert torch.equal(run["older"][name], value) and value.min() > 0
+            else:
+                assert (run["older"][name] == 0).all() and value.abs().max() > 0
+        assert sorted(run["missing"]) == sorted(name for name in run["restored"] if not name.endswith("thresholds"))
 
 
 def test_thresholds_are_saved_and_evaluation_moves_nothing(runs: list[dict[str, Any]]) -> None:

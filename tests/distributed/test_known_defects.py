@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.builders import WITH_ALL_PARTS, context_of, tiny
+from helpers.builders import WITH_ALL_PARTS, context_of, random_batches, tiny
 from helpers.processes import run_on_ranks
 from torch import Tensor
 from torch.nn import functional
@@ -29,7 +29,6 @@ from moe_pretrain.parallel.exchange import AllToAll
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import build_engine, own_micro_batches, record
 
 RANKS = 4

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.builders import NUM_STEPS, tiny
+from helpers.builders import NUM_STEPS, random_batches, tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.moe.types import RoutingContext
-from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import own_micro_batches
 
 EXPERTS, TOP_K, BINS = 4, 2, 1000

@@ -30,17 +30,18 @@ def shards(folder: Path, name: str, shift: int) -> None:
     write_shards(folder / name, [[*random.integers(10, 64, length).tolist(), 9] for length in LENGTHS], vocab_size=64)
 
 
-def _probe(engine: TrainEngine, folder: str, step: int, isolate: bool) -> Probe:
-    parts = {}
+def _probe(engine: TrainEngine, folder: str, step: int, isolate: bool) -> tuple[Probe, dict[str, list[float]]]:
+    """The probe, and by set the experts per token of each layer."""
+    parts, experts = {}, {}
     for name in SHARES:
         reader = ShardReader(Path(folder) / name)
         collector = probes.Collector(reader.document_ends, SEQUENCE, ROWS, 4)
         mesh = engine.mesh
-        engine.evaluate(
+        evaluation = engine.evaluate(
             validation_batches(reader, SEQUENCE, 2, mesh.rank, mesh.world_size, ROWS, isolate), collector.add
         )
-        parts[name] = collector.gather()
-    return put_together(step, parts, SHARES, [0, 1])
+        parts[name], experts[name] = collector.gather(), evaluation.experts_per_token
+    return put_together(step, parts, SHARES, [0, 1]), experts
 
 
 def _change_layer_1(engine: TrainEngine) -> None:
@@ -78,12 +79,12 @@ def _examine(folder: str, isolate: bool) -> Found:
     ranks = torch.distributed.get_world_size()
     topology = (f"parallel.processes={ranks}", f"parallel.expert_parallel_size={ranks}")
     engine = build_engine(tiny("router=top_p", "router.threshold=0.5", *topology, rows=4, micro_batch_size=2))
-    before = _probe(engine, folder, 1, isolate)
+    before, experts = _probe(engine, folder, 1, isolate)
     loops = [_by_loops(engine, folder, name, isolate) for name in SHARES] if ranks == 1 else []
     _change_layer_1(engine)
-    after = _probe(engine, folder, 2, isolate)
+    after, _ = _probe(engine, folder, 2, isolate)
     moved = [_by_loops(engine, folder, name, isolate) for name in SHARES] if ranks == 1 else []
-    return {"before": vars(before), "after": vars(after), "loops": loops, "moved": moved}
+    return {"before": vars(before), "after": vars(after), "experts": experts, "loops": loops, "moved": moved}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["isolated", "not isolated"])
@@ -115,6 +116,14 @@ def test_equal_sets_have_equal_hashes_and_unequal_ones_do_not(found: dict[int, F
         assert [number[one] for one in sets] == probe.routes[layer].tolist()
         assert len(set(number.values())) == len(number) > 3
         assert len({len(one) for one in sets}) > 1, "tokens have one expert, or more"
+
+
+def test_experts_per_token_are_those_of_the_loops_on_any_ranks(found: dict[int, Found]):
+    for index, name in enumerate(SHARES):
+        loops = [np.mean([len(one) for one in sets]) for sets in found[1]["loops"][index]["sets"]]
+        assert min(loops) > 1.0 and loops[0] != loops[1]
+        for ranks in (1, 2):
+            assert found[ranks]["experts"][name] == pytest.approx(loops, rel=1e-9)
 
 
 def test_drift_is_the_share_of_tokens_whose_set_changed(found: dict[int, Found]):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.builders import NUM_STEPS, tiny
+from helpers.builders import NUM_STEPS, random_batches, tiny
 from helpers.engines import build_engine
 from helpers.processes import run_on_ranks
 from torch import Tensor
@@ -21,7 +21,6 @@ from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.moe.types import MoEOutput, StepUse
-from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import own_micro_batches
 
 SCHEMES = {

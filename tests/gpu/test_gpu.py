@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.builders import tiny
+from helpers.builders import random_batches, tiny
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,7 +21,6 @@ from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingConte
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
-from moe_pretrain.verify.small_twin import random_batches
 from moe_pretrain.verify.verify import build_engine, compare, record
 
 pytestmark = pytest.mark.gpu

@@ -4,10 +4,12 @@ import torch
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.moe.types import RoutingContext, StepUse
+from moe_pretrain.verify import small_twin
 
 SEQUENCE = 12
 NUM_STEPS = 3
@@ -71,3 +73,8 @@ def step_use(tokens_per_expert: list[float] | torch.Tensor, tokens: int, sums: t
     """What ``after_step`` gets in a model of one MoE layer."""
     routes = torch.as_tensor(tokens_per_expert, dtype=torch.float64)
     return StepUse(routes, tokens, float(routes.sum()) / max(1, tokens), routes.new_zeros(0) if sums is None else sums)
+
+
+def random_batches(config: Config, ranks: int, seed: int = 0) -> list[list[MicroBatch]]:
+    """``small_twin.random_batches`` of the batches that the plan has on so many ranks."""
+    return small_twin.random_batches(config, plan_run(config, ranks).batches, seed)

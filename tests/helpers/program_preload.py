@@ -16,7 +16,12 @@ OURS = (
     "analysis.compare.page",
     "analysis.report",
 )
-THEIRS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx")
+THEIRS = (
+    "torch.distributed.run",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+)
 for late in (*(f"moe_pretrain.{name}" for name in OURS), *THEIRS):
     importlib.import_module(late)
 gc.freeze()

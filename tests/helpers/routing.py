@@ -1,11 +1,17 @@
 """Small contexts for routers, and their decisions as plain numbers."""
 
-from dataclasses import replace
+import copy
+import functools
+from dataclasses import asdict, replace
 from typing import Any
 
+import pytest
 import torch
 
+from moe_pretrain.config.compose import compose_values, validate
+from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.moe.layer import MoEConfig
+from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 
@@ -39,3 +45,18 @@ def experts_only(num_experts: int, width: int) -> MoEConfig:
         gate_rank=None,
         expert_width_multiple=8,
     )
+
+
+def refusal(config: RouterConfig, num_experts: int, **changes: Any) -> str:
+    """The complaint about a run whose router is ``config`` with ``changes``, in a model of ``num_experts``."""
+    values = copy.deepcopy(_values())
+    values["router"] = asdict(config) | changes  # type: ignore[call-overload]  # every scheme is a dataclass
+    values["model"]["moe"]["num_experts"] = num_experts
+    with pytest.raises(ConfigError) as caught:
+        validate(values)
+    return str(caught.value)
+
+
+@functools.cache
+def _values() -> dict[str, Any]:
+    return compose_values([])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,14 +39,14 @@ TINY = [
 
 
 class Program:
-    """The program in a process of its own, forked where its imports are done; what `subprocess.Popen` can, of it."""
+    """``python WORDS`` in a process of its own, forked where imports are done; what `subprocess.Popen` can, of it."""
 
-    def __init__(self, home: Path, words: tuple[str, ...]):
+    def __init__(self, home: Path, words: tuple[str, ...], more: Mapping[str, str] | None = None):
         self._folder = tempfile.TemporaryDirectory()
         self._output, self._errors = (Path(self._folder.name) / name for name in ("output", "errors"))
         self._output.touch()
         self._errors.touch()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
         self.pid = _ask(Start(words, str(home), environment, str(self._output), str(self._errors)))
         self.returncode: int | None = None
 
@@ -98,13 +99,21 @@ def _server() -> Connection:
 
 def start(home: Path, *words: str) -> Program:
     """Start the program in ``home``."""
-    return Program(home, words)
+    return Program(home, ("-m", "moe_pretrain", *words))
 
 
 def run(home: Path, *words: str) -> tuple[int, str, str]:
     """Run the program in ``home`` to its end: exit code, standard output and errors."""
     program = start(home, *words)
     out, err = program.communicate()
+    assert program.returncode is not None
+    return program.returncode, out, err
+
+
+def run_script(home: Path, script: Path, *words: str, timeout: float = 280.0) -> tuple[int, str, str]:
+    """Run ``python SCRIPT WORDS`` in ``home`` to its end: exit code, standard output and errors."""
+    program = Program(home, (str(script), *words))
+    out, err = program.communicate(timeout)
     assert program.returncode is not None
     return program.returncode, out, err
 

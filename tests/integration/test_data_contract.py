@@ -18,6 +18,7 @@ from helpers.processes import RanksFailed, run_on_ranks
 from helpers.turns import plain_loop
 
 from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import preflight
 from moe_pretrain.data import RowPermutation
 from moe_pretrain.data.rows.packing import count_rows
 from moe_pretrain.data.rows.positions import seed_of
@@ -74,7 +75,8 @@ def _launch(home: str, words: list[str], dies_in_step: int | None) -> None:
         return original(self, number, micro_batches)
 
     TrainEngine.step = step
-    assert pretrain.train(load(words)) == 0
+    config = load(words)
+    assert pretrain.train(config, preflight(config, config.parallel.processes)) == 0
 
 
 def launch(

@@ -17,7 +17,7 @@ def straight(home: Path) -> Path:
     """A run without interruption, on one process."""
     code, out, err = run_python(home, *train_words("straight"))
     assert code == 0, err
-    assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram entropy", out)
+    assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram cross-entropy", out)
     assert "NOT CAUSAL" not in out
     return home
 

@@ -57,7 +57,7 @@ def writers(home: Path) -> list[int]:
     for folder in Path("/proc").iterdir():
         try:
             ours = folder.name.isdigit() and (folder / "cwd").resolve() == home
-            if ours and b"stream_writer" in (folder / "cmdline").read_bytes():
+            if ours and b"stream.writer" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
         except OSError:
             continue  # gone meanwhile

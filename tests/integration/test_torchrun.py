@@ -3,13 +3,11 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers.runs import rows_of, run, train_words, wait_for_step
+from helpers.runs import Program, rows_of, run, train_words, wait_for_step
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.store import train_state
@@ -19,20 +17,13 @@ SPREAD = ["parallel.expert_parallel_size=2"]
 ALONE = "parallel.expert_parallel_size=1"
 
 
-def torchrun(home: Path, *words: str, options: tuple[str, ...] = (), grace: int = 60) -> subprocess.Popen[str]:
+def torchrun(home: Path, *words: str, options: tuple[str, ...] = (), grace: int = 60) -> Program:
     """torchrun with two ranks of ``moe_pretrain``; ``grace`` seconds from a signal to SIGKILL, 30 before torch 2.12."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    return subprocess.Popen(
-        [*launcher, "-m", "moe_pretrain", *words],
-        cwd=home,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options)
+    return Program(home, (*launcher, "-m", "moe_pretrain", *words), {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)})
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
+def workers_of(process: Program) -> list[int]:
     children = Path(f"/proc/{process.pid}/task").glob("*/children")
     return [int(word) for file in children for word in file.read_text().split()]
 

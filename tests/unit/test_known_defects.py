@@ -5,7 +5,7 @@ Rows that need several ranks are in ``tests/distributed/test_known_defects.py``.
 
 import pytest
 import torch
-from helpers.builders import SEQUENCE, WITH_ALL_PARTS, context_of, tiny
+from helpers.builders import SEQUENCE, WITH_ALL_PARTS, context_of, random_batches, tiny
 from torch import Tensor
 
 from moe_pretrain.config.schema import Config
@@ -17,7 +17,6 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
-from moe_pretrain.verify.small_twin import random_batches
 
 
 def build(config: Config, shard: ExpertShard | None = None) -> DecoderLM:

@@ -36,7 +36,17 @@ _VALIDATION_KEYS = (
 """What decides which tokens are validated on, and what they see."""
 
 MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
+    "unigram_cross_entropy": (
+        "Unigram cross-entropy, nats",
+        lambda run: run.facts.get("unigram_cross_entropy"),
+        ".3f",
+    ),
     "experts_per_token": ("Experts per token", lambda run: measures.at_end(run.train, "experts_per_token"), ".3g"),
+    "validation_experts_per_token": (
+        "Experts per token in evaluation",
+        lambda run: measures.at_end(run.validation[-1:], "validation_experts_per_token"),
+        ".3g",
+    ),
     "flops_per_token": ("FLOPs per token", lambda run: _last(measures.training_flops(run.train), run), ".3g"),
     "training_flops": ("Training FLOPs", lambda run: _last(measures.training_flops(run.train)), ".3g"),
     "training_seconds": ("Seconds in steps", lambda run: _last(measures.training_seconds(run.train)), ".4g"),

@@ -10,6 +10,13 @@ from moe_pretrain.analysis.figures import chart, write_png
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
 from moe_pretrain.analysis.html import charts, folded, legend, page, section, table, warnings
 from moe_pretrain.analysis.measures import INCIDENT_HEADER, incidents, not_judged
+from moe_pretrain.run_folder.paths import (
+    COMPARE_PAGE,
+    COMPARE_PICTURE,
+    COMPARE_RUNS,
+    COMPARE_TEXT,
+    COMPARE_VARIANTS,
+)
 from moe_pretrain.run_folder.record import RunRecord, differences, show
 from moe_pretrain.system.files import write_whole
 
@@ -34,13 +41,13 @@ def write_comparison(root: Path, reference: str | None = None) -> tuple[Path, st
     losses = draws.loss_drawings(found.variants, colors, found.key, found.unit)
     difference = draws.difference_drawing(found.paired, found.reference, found.unit)
     text = tables.markdown(found)
-    write_whole(root / "compare.md", text)
-    write_whole(root / "compare.csv", tables.csv_text(tables.variant_rows(found)))
-    write_whole(root / "compare_runs.csv", tables.csv_text(tables.run_rows(found)))
+    write_whole(root / COMPARE_TEXT, text)
+    write_whole(root / COMPARE_VARIANTS, tables.csv_text(tables.variant_rows(found)))
+    write_whole(root / COMPARE_RUNS, tables.csv_text(tables.run_rows(found)))
     height = max(4.2, 1.8 + 0.2 * len(found.variants))
-    write_png(root / "compare.png", [losses[0], losses[1], difference], (15, height), draws.legend_colors(colors))
-    write_whole(root / "compare.html", _page(root, found, colors, losses, difference))
-    return root / "compare.html", text
+    write_png(root / COMPARE_PICTURE, [losses[0], losses[1], difference], (15, height), draws.legend_colors(colors))
+    write_whole(root / COMPARE_PAGE, _page(root, found, colors, losses, difference))
+    return root / COMPARE_PAGE, text
 
 
 def _page(

@@ -57,7 +57,7 @@ def method(found: Comparison) -> str:
 def answer(found: Comparison) -> Table:
     """The table of the main result: header and lines, best variant first, those without a result last."""
     header = ["Rank", "Variant", "Verdict", f"Validation, {found.unit}", "Difference", "Finished"]
-    shown = ("experts_per_token", "flops_per_token", "tokens_per_second")
+    shown = ("experts_per_token", "validation_experts_per_token", "flops_per_token", "tokens_per_second")
     header += [MEASURES[name][0] for name in shown]
     by_name = {variant.name: variant for variant in found.variants}
     ranked = {each.name: each for each in found.ranking.places}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from moe_pretrain.data.documents.config import version_and_licence
@@ -72,10 +73,9 @@ class TokenizedMixture:
         facts = sorted((name, source.fingerprint) for name, source in self.sources.items())
         return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
 
-    @property
-    def unigram_entropy(self) -> float:
-        """Loss of a model that knows the source and how often each token occurs in it, nats per token of the run."""
-        return sum(self.shares[name] * source.unigram_entropy for name, source in self.sources.items())
+    def train_token_counts(self) -> dict[str, np.ndarray]:
+        """How often each token occurs in the training text of each source."""
+        return {name: source.train.token_counts() for name, source in self.sources.items()}
 
     @property
     def can_rewind(self) -> bool:

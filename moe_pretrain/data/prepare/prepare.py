@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import xxhash
 
 from moe_pretrain.data.corpus_changes import source_file_facts
@@ -69,8 +70,6 @@ class TokenizedCorpus(SingleCorpus):
         validation: Tokens held out.
         tokenizer: What made them.
         fingerprint: Hash of all tokens and of the tokenizer; a run's data is a function of it.
-        unigram_entropy: Entropy of the training tokens' frequencies, nats per token. A model
-            whose loss is not below it has learnt nothing from context.
         counts: Documents in and out.
     """
 
@@ -78,7 +77,6 @@ class TokenizedCorpus(SingleCorpus):
     validation: ShardReader
     tokenizer: Tokenizer
     fingerprint: str
-    unigram_entropy: float
     counts: Counts
 
     @property
@@ -95,6 +93,10 @@ class TokenizedCorpus(SingleCorpus):
     def can_rewind(self) -> bool:
         """True: every row can be read at any time."""
         return True
+
+    def train_token_counts(self) -> dict[str, np.ndarray]:
+        """How often each token occurs in the training text."""
+        return {HELD_OUT: self.train.token_counts()}
 
     def facts(self, config: DataConfig) -> dict[str, Any]:
         """Plain values that decide and describe the tokens, for checkpoints: see ``explain_change``."""
@@ -367,6 +369,5 @@ def _open(folder: Path, pretrained: Tokenizer | None) -> TokenizedCorpus:
         validation=validation,
         tokenizer=tokenizer,
         fingerprint=xxhash.xxh3_128_hexdigest((train.fingerprint + validation.fingerprint).encode()),
-        unigram_entropy=train.manifest.unigram_entropy_nats,
         counts=Counts(**json.loads((folder / COUNTS_FILE).read_bytes())),
     )

@@ -3,6 +3,7 @@
 A folder holds
     shard-00000.bin   tokens, little-endian uint16 (vocabularies up to 65,536) or uint32
     shard-00000.idx   uint64, for each document the offset in the shard where it ends, in tokens
+    token-counts.bin  uint64 [vocab_size], how often each token occurs in all shards
     manifest.json     sizes, checksums, tokenizer, totals; written last, so it makes the folder whole
 
 Every document ends with the end-of-document token and lies in one shard. ``shard_writer`` writes them.
@@ -25,7 +26,9 @@ import xxhash
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+TOKEN_COUNTS_NAME = "token-counts.bin"
 INDEX_DTYPE = np.dtype("<u8")
+_COUNTED_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class Manifest:
         tokens: Sum over the shards.
         documents: Sum over the shards.
         text_bytes: Sum over the shards.
-        unigram_entropy_nats: Entropy of the token frequencies, nats per token: the loss of a
-            model that knows them and nothing else.
+        unigram_entropy_nats: Entropy of the token frequencies, nats per token.
     """
 
     format_version: int
@@ -195,6 +197,24 @@ class ShardReader:
                 rows[index] = self.read(start, start + length)
         return rows
 
+    def token_counts(self) -> np.ndarray:
+        """How often each token occurs in the stream, int64 [vocab_size].
+
+        Read from the file beside the manifest; where an earlier release left none, or it does not agree with the
+        manifest, all tokens are counted.
+        """
+        path = self.folder / TOKEN_COUNTS_NAME
+        if path.is_file():
+            counts = np.frombuffer(path.read_bytes()[: 8 * self.manifest.vocab_size], INDEX_DTYPE).astype(np.int64)
+            is_whole = len(counts) == self.manifest.vocab_size and counts.sum() == self.num_tokens
+            if is_whole and math.isclose(entropy_nats(counts), self.manifest.unigram_entropy_nats, rel_tol=1e-9):
+                return counts
+        counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
+        for start in range(0, self.num_tokens, _COUNTED_AT_ONCE):
+            tokens = self.read(start, min(start + _COUNTED_AT_ONCE, self.num_tokens))
+            counts += np.bincount(tokens, minlength=len(counts))
+        return counts
+
     def verify(self) -> None:
         """Read every file and compare its checksum.
 
@@ -211,6 +231,12 @@ class ShardReader:
         if damaged:
             more = f" (and {len(damaged) - 1} more damaged files)" if len(damaged) > 1 else ""
             raise ValueError(f"{damaged[0]}{more}; delete {self.folder.parent} to write it again")
+
+
+def entropy_nats(counts: np.ndarray) -> float:
+    """Entropy of the frequencies that ``counts`` say, nats."""
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
 
 
 def is_complete(folder: Path) -> bool:

@@ -15,9 +15,11 @@ from moe_pretrain.data.shards.reader import (
     FORMAT_VERSION,
     INDEX_DTYPE,
     MANIFEST_NAME,
+    TOKEN_COUNTS_NAME,
     Manifest,
     Origin,
     ShardInfo,
+    entropy_nats,
 )
 from moe_pretrain.system.files import WholeFile, sync_folder, write_whole
 
@@ -145,6 +147,7 @@ def write_manifest(
         ValueError: There is no shard.
     """
     manifest = make_manifest(folder, shards, token_counts, end_of_document, tokenizer_fingerprint, origin)
+    write_whole(folder / TOKEN_COUNTS_NAME, np.asarray(token_counts).astype(INDEX_DTYPE).tobytes())
     # The shards' names must be on the disk before the manifest that vouches for them.
     sync_folder(folder)
     write_whole(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n"))
@@ -176,14 +179,9 @@ def make_manifest(
         tokens=sum(shard.tokens for shard in shards),
         documents=sum(shard.documents for shard in shards),
         text_bytes=sum(shard.text_bytes for shard in shards),
-        unigram_entropy_nats=_entropy_nats(token_counts),
+        unigram_entropy_nats=entropy_nats(token_counts),
     )
 
 
 def _token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
-
-
-def _entropy_nats(counts: np.ndarray) -> float:
-    probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_pretrain.data.documents.config import CorpusConfig
-from moe_pretrain.data.prepare.prepare import SingleCorpus, folder_name
+from moe_pretrain.data.prepare.prepare import HELD_OUT, SingleCorpus, folder_name
 from moe_pretrain.data.rows.mixture import DataConfig
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
@@ -27,7 +29,7 @@ class StreamedCorpus(SingleCorpus):
         validation: Held out of the first ``streaming.validation_shards``.
         tokenizer: What makes the tokens.
         fingerprint: Hash of the first shards, of the tokenizer and of what else the order depends on.
-        unigram_entropy: As in ``TokenizedCorpus``, of the first shards.
+        token_counts: How often each token occurs in the training text of the first shards, int64 [vocab_size].
         counts: Documents in and out of the first shards.
     """
 
@@ -35,7 +37,7 @@ class StreamedCorpus(SingleCorpus):
     validation: ShardReader
     tokenizer: Tokenizer
     fingerprint: str
-    unigram_entropy: float
+    token_counts: np.ndarray
     counts: Counts
 
     @property
@@ -52,6 +54,10 @@ class StreamedCorpus(SingleCorpus):
     def can_rewind(self) -> bool:
         """False: a stream is read forwards; the next attempt can begin earlier."""
         return False
+
+    def train_token_counts(self) -> dict[str, np.ndarray]:
+        """How often each token occurs in the training text of the first shards."""
+        return {HELD_OUT: self.token_counts}
 
     def facts(self, config: DataConfig) -> dict[str, Any]:
         """Nothing: the stream's own position, which checkpoints keep, says what changed."""
@@ -131,11 +137,11 @@ def open_stream(
     try:
         stream.agree(number)
         stream.load_tokenizer(tokenizer)
-        validation, entropy, counts = stream.validation(lambda: False)
+        validation, token_counts, counts = stream.validation(lambda: False)
         tokens = stream.count_tokens(range(config.validation_shards))
         unknown = stream.tokenizer.describe_unknown(counts.unknown, tokens, tokenizer.max_unknown)
         report(stream.tokenizer.describe() + unknown)
     except BaseException:
         stream.close()
         raise
-    return StreamedCorpus(stream, validation, stream.tokenizer, stream.fingerprint(), entropy, counts)
+    return StreamedCorpus(stream, validation, stream.tokenizer, stream.fingerprint(), token_counts, counts)

@@ -203,8 +203,8 @@ class ShardStream:
         infos = [info for shard in shards if (info := self._records[shard].shards[0])]
         return self._reader(SIDES[0], infos, np.ones(self.tokenizer.vocab_size, dtype=np.int64))
 
-    def validation(self, cancelled: Callable[[], bool]) -> tuple[ShardReader, float, Counts]:
-        """Documents held out of the first shards, the entropy of the training tokens there, and what was counted.
+    def validation(self, cancelled: Callable[[], bool]) -> tuple[ShardReader, np.ndarray, Counts]:
+        """Documents held out of the first shards, token counts of the training text there, and what was counted.
 
         Raises:
             ValueError: There is none, or no document to train on.
@@ -229,7 +229,7 @@ class ShardStream:
         for record in head:
             token_counts += read_token_counts(self.folder, record.index)
         reader = self._reader(SIDES[1], [info for record in head if (info := record.shards[1])], token_counts)
-        return reader, reader.manifest.unigram_entropy_nats, counts
+        return reader, token_counts, counts
 
     def count_tokens(self, shards: range) -> int:
         """Tokens of both sides of the shards of which there is a record, without ends of documents."""

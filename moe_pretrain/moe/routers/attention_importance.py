@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts, router_logits
+from moe_pretrain.moe.routers.base import (
+    Fraction,
+    LinearRouter,
+    LinearRouterConfig,
+    check_within_experts,
+    router_logits,
+)
 from moe_pretrain.moe.types import AttentionStatistic, Routing, RoutingContext, StepUse
 
 ROUNDING = 1e-5
@@ -57,14 +64,14 @@ class AttentionImportanceConfig(LinearRouterConfig):
     importance: Literal["row_max", "corrected_row_max", "predictor", "entropy", "received"]
     exclude_self: bool
     complement: bool
-    predictor_loss_weight: float
+    predictor_loss_weight: NonNegativeFloat
     allow_non_causal: bool
     weights: Literal["raw", "renormalised"]
-    scale: float
-    min_experts: int
+    scale: Annotated[float, Field(ge=1 / LARGEST_SCALE, le=LARGEST_SCALE)]
+    min_experts: PositiveInt
     max_experts: int | None
     target_experts: float | None
-    controller_rate: float
+    controller_rate: Fraction
     expected_experts: float
 
     def __post_init__(self) -> None:
@@ -85,19 +92,15 @@ class AttentionImportanceConfig(LinearRouterConfig):
                 f"router.allow_non_causal={str(self.allow_non_causal).lower()} must be {needed} when "
                 f"router.importance={self.importance}: {why}"
             )
-        if (self.predictor_loss_weight > 0) != (self.importance == "predictor") or self.predictor_loss_weight < 0:
+        if (self.predictor_loss_weight > 0) != (self.importance == "predictor"):
             needed = "positive" if self.importance == "predictor" else "0"
             raise ValueError(
                 f"router.predictor_loss_weight={self.predictor_loss_weight} must be {needed} when "
                 f"router.importance={self.importance}: it trains the predictor's head"
             )
-        if not 1 / LARGEST_SCALE <= self.scale <= LARGEST_SCALE:
-            raise ValueError(f"router.scale={self.scale} must be in [{1 / LARGEST_SCALE}, {LARGEST_SCALE:.0f}]")
         self._check_counts()
 
     def _check_counts(self) -> None:
-        if self.min_experts < 1:
-            raise ValueError(f"router.min_experts={self.min_experts} must be at least 1")
         for field in ("max_experts", "target_experts", "expected_experts"):
             value = getattr(self, field)
             if value is not None and value < self.min_experts:
@@ -116,9 +119,9 @@ class AttentionImportanceConfig(LinearRouterConfig):
                 f"router.controller_rate={self.controller_rate} must be 0 when router.target_experts is not set: "
                 "there is nothing to control"
             )
-        if self.target_experts is not None and not 0 < self.controller_rate < 1:
+        if self.target_experts is not None and self.controller_rate == 0:
             raise ValueError(
-                f"router.controller_rate={self.controller_rate} must be in (0, 1) when "
+                f"router.controller_rate={self.controller_rate} must be positive when "
                 f"router.target_experts={self.target_experts}: it is the part by which the scale moves"
             )
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,20 +32,14 @@ class AttentiveFields(BalancedRouterConfig):
             ``micro_batch``. The paper compares the two losses and does not combine them.
     """
 
-    top_k: int
-    key_size: int
+    top_k: PositiveInt
+    key_size: PositiveInt
     weights: Literal["selected", "full"]
-    similarity_weight: float
-    importance_weight: float
+    similarity_weight: NonNegativeFloat
+    importance_weight: NonNegativeFloat
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("top_k", "key_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"router.{field}={getattr(self, field)} must be at least 1")
-        for field in ("similarity_weight", "importance_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
         if self.top_k == 1 and self.weights == "selected":
             raise ValueError(
                 "router.weights=selected must be full when router.top_k=1: the weight would always be 1 and the gate "
@@ -77,20 +72,16 @@ class AttentiveConfig(AttentiveFields):
     Attributes:
         name: ``attentive``.
         num_candidates: Experts whose keys a token sees, in (top_k, num_experts]; a linear router chooses them.
-        distillation_weight: Coefficient of the loss that teaches the linear router the gate's choice, > 0.
+        distillation_weight: Coefficient of the loss that teaches the linear router the gate's choice, > 0: nothing
+            else teaches it.
     """
 
     name: Literal["attentive"]
-    num_candidates: int
-    distillation_weight: float
+    num_candidates: PositiveInt
+    distillation_weight: PositiveFloat
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.distillation_weight > 0:
-            raise ValueError(
-                f"router.distillation_weight={self.distillation_weight} must be positive: nothing else teaches the "
-                "router of candidates"
-            )
         if self.num_candidates <= self.top_k:
             raise ValueError(
                 f"router.num_candidates={self.num_candidates} must be more than router.top_k={self.top_k}: "
@@ -143,12 +134,7 @@ class AttentiveLowRankConfig(AttentiveFields):
     """
 
     name: Literal["attentive_low_rank"]
-    gate_rank: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gate_rank < 1:
-            raise ValueError(f"router.gate_rank={self.gate_rank} must be at least 1")
+    gate_rank: PositiveInt
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "AttentiveLowRankRouter":
         """The module of layer ``layer``."""

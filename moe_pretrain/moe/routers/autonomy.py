@@ -5,12 +5,25 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
-from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig, check_within_experts
-from moe_pretrain.moe.routers.expert_choice import ThresholdMean, check_expert_choice, choose_tokens
+from moe_pretrain.moe.routers.base import (
+    BalancedRouter,
+    BalancedRouterConfig,
+    Fraction,
+    MeanExperts,
+    ProbabilityMass,
+    check_within_experts,
+)
+from moe_pretrain.moe.routers.expert_choice import (
+    NUM_CUTOFF_SUMS,
+    EvaluationThresholds,
+    choose_tokens,
+    cutoff_sums,
+)
 from moe_pretrain.moe.routers.top_p import top_p_mask
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
@@ -34,14 +47,9 @@ class AutonomyFields(BalancedRouterConfig):
             ``W_down`` as every rank does, computes it again (layout B): less traffic, more FLOPs, the same numbers.
     """
 
-    gate_rank: int
+    gate_rank: PositiveInt
     weights: Literal["selected", "full"]
     gate_activation: Literal["travels", "recomputed"]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gate_rank < 1:
-            raise ValueError(f"router.gate_rank={self.gate_rank} must be at least 1")
 
     @property
     def payload_size(self) -> int:
@@ -63,12 +71,7 @@ class AutonomyConfig(AutonomyFields):
     """
 
     name: Literal["autonomy"]
-    top_k: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k < 1:
-            raise ValueError(f"router.top_k={self.top_k} must be at least 1")
+    top_k: PositiveInt
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -97,21 +100,10 @@ class AutonomyTopPConfig(AutonomyFields):
     """
 
     name: Literal["autonomy_top_p"]
-    threshold: float
-    dynamic_weight: float
-    max_experts: int | None
-    expected_experts: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"router.threshold={self.threshold} must be in (0, 1]")
-        if self.dynamic_weight < 0:
-            raise ValueError(f"router.dynamic_weight={self.dynamic_weight} must not be negative")
-        for field in ("max_experts", "expected_experts"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"router.{field}={value} must be at least 1")
+    threshold: ProbabilityMass
+    dynamic_weight: NonNegativeFloat
+    max_experts: PositiveInt | None
+    expected_experts: MeanExperts
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -139,12 +131,8 @@ class AutonomyExpertChoiceConfig(AutonomyFields):
     """
 
     name: Literal["autonomy_expert_choice"]
-    capacity_factor: float
-    threshold_decay: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_expert_choice(self.capacity_factor, self.threshold_decay)
+    capacity_factor: PositiveFloat
+    threshold_decay: Fraction
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -298,8 +286,8 @@ class AutonomyExpertChoiceRouter(AutonomyBase):
         super().__init__(config, hidden_size, num_experts, layer)
         config.check_num_experts(num_experts)
         self.config = config
-        self.num_sums = num_experts
-        self.evaluation = ThresholdMean(num_experts, 0.0, config.threshold_decay)
+        self.num_sums = NUM_CUTOFF_SUMS * num_experts
+        self.evaluation = EvaluationThresholds(num_experts, 0.0, config.threshold_decay)
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """In training the experts choose; in evaluation thresholds decide."""
@@ -307,8 +295,8 @@ class AutonomyExpertChoiceRouter(AutonomyBase):
         if not self.training:
             return (norms > self.evaluation.thresholds) & text[:, None], None
         taken, cutoffs = choose_tokens(norms, text, self.config.capacity_factor)
-        return taken, cutoffs.double() * text.sum()
+        return taken, cutoff_sums(norms, cutoffs, text)
 
     def after_step(self, use: StepUse) -> None:
-        """Move the thresholds towards the cut-offs of the step."""
+        """Move the thresholds by the cut-offs of the step."""
         self.evaluation.after_step(use)

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,6 +15,12 @@ from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_lo
 from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
 
 JITTER_STREAM = 1
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+"""A number in [0, 1), such as a decay."""
+MeanExperts = Annotated[float, Field(ge=1)]
+"""Mean experts per token of a scheme that gives every token one at least."""
+ProbabilityMass = Annotated[float, Field(gt=0, le=1)]
+"""A number in (0, 1] that the probabilities of the chosen experts must exceed."""
 
 
 class RouterConfig(ABC):
@@ -23,9 +30,15 @@ class RouterConfig(ABC):
     choice in the group ``router``. It must define ``build``, ``check_num_experts`` and ``mean_experts_per_token``; all
     other members have defaults that fit a plain router. No field may be called like one of them: a dataclass would take
     the member for the field's default.
+
+    The range of a field stands in its type, as in ``top_k: PositiveInt``. Checks across fields stand in
+    ``__post_init__``, which calls ``super().__post_init__()`` first.
     """
 
     name: str
+
+    def __post_init__(self) -> None:  # noqa: B027  # most schemes have nothing to check
+        """Check fields against each other; ``ValueError`` names the field, its value and the constraint."""
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> Router:
         """The module that routes in layer ``layer``; its parameters are empty until ``model.init`` fills them."""
@@ -92,14 +105,9 @@ class BalancedRouterConfig(RouterConfig):
         router_z_weight: Coefficient of the router z-loss, >= 0.
     """
 
-    load_balance_weight: float
+    load_balance_weight: NonNegativeFloat
     load_balance_level: BalanceLevel
-    router_z_weight: float
-
-    def __post_init__(self) -> None:
-        for field in ("load_balance_weight", "router_z_weight"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
+    router_z_weight: NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +118,7 @@ class LinearRouterConfig(BalancedRouterConfig):
         jitter: Half width of the multiplicative noise on the router's input in training, in [0, 1).
     """
 
-    jitter: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"router.jitter={self.jitter} must be in [0, 1)")
+    jitter: Fraction
 
     def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
         """With noise: the noise, and the input with it."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from moe_pretrain.moe.routers.base import RouterConfig
 
 
@@ -16,11 +18,7 @@ class DenseConfig(RouterConfig):
     """
 
     name: Literal["dense"]
-    active_experts: int
-
-    def __post_init__(self) -> None:
-        if self.active_experts < 1:
-            raise ValueError(f"router.active_experts={self.active_experts} must be at least 1")
+    active_experts: PositiveInt
 
     def check_num_experts(self, num_experts: int) -> None:
         """Any number fits: none is built."""

@@ -5,12 +5,16 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
+
+NUM_CUTOFF_SUMS = 3
+"""Numbers for each expert that ``EvaluationThresholds`` need of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +25,13 @@ class ExpertChoiceConfig(RouterConfig):
         name: ``expert_choice``.
         capacity_factor: Mean experts per token, in (0, num_experts]; an expert takes ``capacity_factor * text tokens /
             num_experts`` tokens of a micro-batch.
-        threshold_decay: Decay per step of the running mean of each expert's cut-off, by which evaluation routes, in
-            [0, 1); 0 keeps the last step's alone.
+        threshold_decay: Decay per step of the running mean of each expert's cut-off, as a z-score of its scores, by
+            which evaluation routes, in [0, 1); 0 keeps the last step's alone.
     """
 
     name: Literal["expert_choice"]
-    capacity_factor: float
-    threshold_decay: float
-
-    def __post_init__(self) -> None:
-        check_expert_choice(self.capacity_factor, self.threshold_decay)
+    capacity_factor: PositiveFloat
+    threshold_decay: Fraction
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -44,14 +45,6 @@ class ExpertChoiceConfig(RouterConfig):
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertChoiceRouter":
         """The module of layer ``layer``."""
         return ExpertChoiceRouter(self, hidden_size, num_experts, layer)
-
-
-def check_expert_choice(capacity_factor: float, threshold_decay: float) -> None:
-    """Raise if a field of a scheme in which experts choose is out of range."""
-    if not capacity_factor > 0:
-        raise ValueError(f"router.capacity_factor={capacity_factor} must be positive")
-    if not 0 <= threshold_decay < 1:
-        raise ValueError(f"router.threshold_decay={threshold_decay} must be in [0, 1)")
 
 
 def choose_tokens(
@@ -80,10 +73,31 @@ def choose_tokens(
     return taken, cutoff
 
 
-class ThresholdMean(nn.Module):
-    """Running mean over steps of every expert's cut-off, by which evaluation routes where experts choose in training.
+def cutoff_sums(
+    scores: Float[Tensor, "tokens experts"], cutoffs: Float[Tensor, "experts"], text: Bool[Tensor, "tokens"]
+) -> Float[Tensor, "sums"]:
+    """A micro-batch's part of what ``EvaluationThresholds`` need: ``NUM_CUTOFF_SUMS`` numbers for each expert.
 
-    ``thresholds [experts]`` is the exponential mean of the steps' cut-offs, free of the bias to its start.
+    Args:
+        scores: Those that the experts chose by; no gradient.
+        cutoffs: ``choose_tokens`` of them.
+        text: True for text tokens; the others count for nothing.
+
+    Returns:
+        float64: cut-offs weighted by text tokens, sums of the text's scores, sums of their squares.
+    """
+    seen = scores.double().masked_fill(~text[:, None], 0.0)
+    return torch.cat([cutoffs.double() * text.sum(), seen.sum(dim=0), seen.square().sum(dim=0)])
+
+
+class EvaluationThresholds(nn.Module):
+    """Every expert's threshold, by which evaluation routes where experts choose in training.
+
+    ``thresholds [experts]`` stand at the running mean of the cut-offs' z-scores in the last step's scores: that step's
+    mean and standard deviation of the expert's scores say where that is. Cut-offs themselves grow with the scores for
+    the first tens of steps (of ``autonomy_expert_choice`` fourfold within 20), so that their running mean lags
+    behind them and lets most tokens pass; the z-score of a quantile stays where it is. The running mean is
+    exponential and free of the bias to its start, so that after one step the threshold is the cut-off.
 
     Args:
         num_experts: Experts.
@@ -91,22 +105,34 @@ class ThresholdMean(nn.Module):
         decay: How much of the mean stays at each step, in [0, 1).
     """
 
+    later_buffers = frozenset({"cutoff_z_scores", "z_score_steps"})
+    """Not in checkpoints of the releases in which the thresholds were running means of the cut-offs themselves."""
+
     def __init__(self, num_experts: int, start: float, decay: float):
         super().__init__()
         self._decay = decay
         self.thresholds: Tensor
-        self.steps: Tensor
+        self.cutoff_z_scores: Tensor
+        self.z_score_steps: Tensor
         self.register_buffer("thresholds", torch.full((num_experts,), start))
-        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("cutoff_z_scores", torch.zeros(num_experts))
+        self.register_buffer("z_score_steps", torch.zeros(()))
 
     def after_step(self, use: StepUse) -> None:
-        """Move towards the step's cut-offs, whose sum weighted by text tokens is ``use.sums``."""
+        """Move by a step's ``cutoff_sums``, added up over micro-batches and ranks."""
         if not use.tokens:
             return
-        self.steps += 1
+        cutoff, mean, square = (use.sums / use.tokens).view(NUM_CUTOFF_SUMS, -1)
+        spread = (square - mean.square()).clamp(min=0).sqrt()
+        now = torch.where(spread > 0, (cutoff - mean) / spread, 0.0)
+        self.z_score_steps += 1
         # What the first of n steps of an exponential mean weighs, over what all n weigh: 1 in the first step.
-        rate = (1 - self._decay) / (1 - self._decay ** self.steps.double())
-        self.thresholds += (rate * (use.sums / use.tokens - self.thresholds.double())).float()
+        rate = (1 - self._decay) / (1 - self._decay ** self.z_score_steps.double())
+        running = self.cutoff_z_scores.double().lerp(now, rate)
+        self.cutoff_z_scores.copy_(running)
+        # Written as a move from the cut-off, so that without a past it is the cut-off to the last bit: the best token
+        # that was not taken has exactly that score. A cut-off of 0 says that all tokens are taken.
+        self.thresholds.copy_(torch.where(cutoff > 0, (cutoff + spread * (running - now)).clamp(min=0), 0.0))
 
 
 class ExpertChoiceRouter(Router):
@@ -119,8 +145,9 @@ class ExpertChoiceRouter(Router):
     sequences, and on the micro-batch's size: training is not causal.
 
     Evaluation, which must be causal: a token goes to every expert with which it scores above that expert's threshold,
-    whatever else is in the batch. The threshold is the exponential mean, over training steps and free of the
-    bias to its start, of the expert's cut-off: the best score that it did not take (0 when it took all), averaged over
+    whatever else is in the batch. The threshold is the last step's mean score of the expert plus its standard deviation
+    times the exponential mean, over training steps and free of the bias to its start, of the z-score of the
+    expert's cut-off: the best score that it did not take (0 when it took all), averaged over
     the micro-batches of all ranks by their text tokens. In a micro-batch the rule "above the cut-off" is exactly what
     the expert took. Before the first step thresholds are ``1 / experts``, a score that is better than even.
 
@@ -137,9 +164,9 @@ class ExpertChoiceRouter(Router):
         super().__init__(layer)
         config.check_num_experts(num_experts)
         self.config = config
-        self.num_experts = self.num_sums = num_experts
+        self.num_experts, self.num_sums = num_experts, NUM_CUTOFF_SUMS * num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.evaluation = ThresholdMean(num_experts, 1 / num_experts, config.threshold_decay)
+        self.evaluation = EvaluationThresholds(num_experts, 1 / num_experts, config.threshold_decay)
 
     @property
     def aux_weights(self) -> dict[str, float]:
@@ -155,14 +182,14 @@ class ExpertChoiceRouter(Router):
         """Let every expert choose its tokens; in evaluation let thresholds decide."""
         text = context.token_mask
         probs = router_logits(hidden, self.weight).softmax(dim=-1)
-        cutoffs = None
+        sums = None
         if self.training:
             taken, cutoffs = choose_tokens(probs.detach(), text, self.config.capacity_factor)
+            sums = cutoff_sums(probs.detach(), cutoffs, text)
         else:
             taken = (probs > self.evaluation.thresholds) & text[:, None]
         token_index, expert_index = taken.nonzero(as_tuple=True)
         counts = count_routes(expert_index, text[token_index], torch.zeros_like(token_index), 1, self.num_experts)[0]
-        sums = None if cutoffs is None else cutoffs.double() * text.sum()
         return Routing(
             token_index,
             expert_index,
@@ -172,5 +199,5 @@ class ExpertChoiceRouter(Router):
         )
 
     def after_step(self, use: StepUse) -> None:
-        """Move the thresholds towards the cut-offs of the step."""
+        """Move the thresholds by the cut-offs of the step."""
         self.evaluation.after_step(use)

@@ -1,16 +1,17 @@
 """Expert threshold routing: an expert takes every token whose score exceeds the expert's running quantile."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
-from moe_pretrain.moe.routers.pooled_quantile import check_ema_decay, check_num_bins, count_in_bins, value_at
+from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse, as_count
 
 
@@ -31,21 +32,11 @@ class ExpertThresholdRouterConfig(RouterConfig):
     """
 
     name: Literal["expert_threshold"]
-    target_experts: float
-    initial_threshold: float
-    ema_decay: float
-    num_bins: int
-    warmup_steps: int
-
-    def __post_init__(self) -> None:
-        if self.target_experts <= 0:
-            raise ValueError(f"router.target_experts={self.target_experts} must be positive")
-        if not 0 < self.initial_threshold < 1:
-            raise ValueError(f"router.initial_threshold={self.initial_threshold} must be in (0, 1)")
-        check_ema_decay(self.ema_decay)
-        check_num_bins(self.num_bins)
-        if self.warmup_steps < 0:
-            raise ValueError(f"router.warmup_steps={self.warmup_steps} must not be negative")
+    target_experts: PositiveFloat
+    initial_threshold: Annotated[float, Field(gt=0, lt=1)]
+    ema_decay: Fraction
+    num_bins: NumBins
+    warmup_steps: NonNegativeInt
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""

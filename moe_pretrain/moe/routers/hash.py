@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from moe_pretrain.moe.counter_noise import counter_uniform
@@ -33,18 +34,15 @@ class HashConfig(RouterConfig):
     """
 
     name: Literal["hash"]
-    top_k: int
+    top_k: PositiveInt
     table: Literal["balanced", "random"]
     weights: Literal["equal", "learned"]
-    weight_scale: float
+    weight_scale: PositiveFloat
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"router.top_k={self.top_k} must be at least 1")
+        super().__post_init__()
         if self.top_k == 1 and self.weights == "learned":
             raise ValueError("router.weights=learned must be equal when router.top_k=1: it would always be 1")
-        if not self.weight_scale > 0:
-            raise ValueError(f"router.weight_scale={self.weight_scale} must be positive")
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""

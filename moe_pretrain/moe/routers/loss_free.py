@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat
 
 from moe_pretrain.moe.routers.top_k import BiasedTopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import StepUse
@@ -19,12 +20,7 @@ class LossFreeRouterConfig(TopKRouterConfig):
     """
 
     name: Literal["loss_free"]  # type: ignore[assignment]  # a variant of its own in the union of routers
-    bias_update_rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bias_update_rate < 0:
-            raise ValueError(f"router.bias_update_rate={self.bias_update_rate} must not be negative")
+    bias_update_rate: NonNegativeFloat
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "LossFreeRouter":
         """The module of layer ``layer``."""

@@ -6,7 +6,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_pretrain.moe.routers.pooled_quantile import check_ema_decay, check_num_bins, count_in_bins, value_at
+from moe_pretrain.moe.routers.base import Fraction
+from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
 from moe_pretrain.moe.routers.top_k import BiasedTopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import RoutingContext, StepUse
 
@@ -25,13 +26,11 @@ class QuantileRouterConfig(TopKRouterConfig):
 
     name: Literal["quantile"]  # type: ignore[assignment]  # a variant of its own in the union of routers
     score: Literal["softmax", "sigmoid"]
-    num_bins: int
-    ema_decay: float
+    num_bins: NumBins
+    ema_decay: Fraction
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_num_bins(self.num_bins)
-        check_ema_decay(self.ema_decay)
         if self.num_groups > 1:
             raise ValueError(
                 f"router.num_groups={self.num_groups} must be 1 with router=quantile: its cutoffs are over all experts"

@@ -1,10 +1,11 @@
 """ReMoE: the gates are ReLUs, so an expert is used where its gate is open, and an adaptive L1 norm closes gates."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import sparsity_loss
@@ -35,17 +36,10 @@ class ReLUConfig(RouterConfig):
     """
 
     name: Literal["relu"]
-    target_experts: float
-    initial_sparsity_weight: float
-    sparsity_weight_factor: float
+    target_experts: PositiveFloat
+    initial_sparsity_weight: PositiveFloat
+    sparsity_weight_factor: Annotated[float, Field(gt=1)]
     load_balance_level: BalanceLevel
-
-    def __post_init__(self) -> None:
-        for field in ("target_experts", "initial_sparsity_weight"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"router.{field}={getattr(self, field)} must be positive")
-        if not self.sparsity_weight_factor > 1:
-            raise ValueError(f"router.sparsity_weight_factor={self.sparsity_weight_factor} must be above 1")
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""

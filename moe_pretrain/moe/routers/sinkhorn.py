@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import PositiveInt
 from torch import Tensor
 
 from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
@@ -25,15 +26,9 @@ class SinkhornConfig(LinearRouterConfig):
     """
 
     name: Literal["sinkhorn"]
-    top_k: int
+    top_k: PositiveInt
     score: Literal["softmax", "sigmoid"]
-    iterations: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field in ("top_k", "iterations"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"router.{field}={getattr(self, field)} must be at least 1")
+    iterations: PositiveInt
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,25 +35,19 @@ class TopKRouterConfig(LinearRouterConfig):
     """
 
     name: Literal["top_k"]
-    top_k: int
+    top_k: PositiveInt
     score: Score
     weights: Literal["renormalised", "raw"]
-    weight_scale: float
-    num_groups: int
-    groups_per_token: int
-    projection_size: int | None
+    weight_scale: PositiveFloat
+    num_groups: PositiveInt
+    groups_per_token: PositiveInt
+    projection_size: PositiveInt | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("top_k", "num_groups", "projection_size"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"router.{field}={value} must be at least 1")
-        if not self.weight_scale > 0:
-            raise ValueError(f"router.weight_scale={self.weight_scale} must be positive")
-        if not 1 <= self.groups_per_token <= self.num_groups:
+        if self.groups_per_token > self.num_groups:
             raise ValueError(
-                f"router.groups_per_token={self.groups_per_token} must be in [1, router.num_groups={self.num_groups}]"
+                f"router.groups_per_token={self.groups_per_token} must be at most router.num_groups={self.num_groups}"
             )
         if self.top_k == 1 and self.weights == "renormalised":
             raise ValueError(

@@ -5,11 +5,18 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
+from moe_pretrain.moe.routers.base import (
+    LinearRouter,
+    LinearRouterConfig,
+    MeanExperts,
+    ProbabilityMass,
+    check_within_experts,
+)
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 
@@ -31,29 +38,17 @@ class TopPRouterConfig(LinearRouterConfig):
     """
 
     name: Literal["top_p"]
-    threshold: float
+    threshold: ProbabilityMass
     weights: Literal["raw", "renormalised"]
-    dynamic_weight: float
-    max_experts: int | None
-    target_experts: float | None
-    controller_rate: float
-    expected_experts: float
+    dynamic_weight: NonNegativeFloat
+    max_experts: PositiveInt | None
+    target_experts: MeanExperts | None
+    controller_rate: NonNegativeFloat
+    expected_experts: MeanExperts
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"router.threshold={self.threshold} must be in (0, 1]")
-        for field in ("dynamic_weight", "controller_rate"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"router.{field}={getattr(self, field)} must not be negative")
-        for field in ("max_experts", "target_experts", "expected_experts"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"router.{field}={value} must be at least 1")
-        self._check_controller()
-
-    def _check_controller(self) -> None:
-        """A controller needs a target that it can reach and a rate; one without the other would do nothing."""
+        # A controller needs a target that it can reach and a rate; one without the other would do nothing.
         if self.target_experts is None:
             if self.controller_rate > 0:
                 raise ValueError(

@@ -84,7 +84,7 @@ def make_run(run_dir: Path, steps: int = STEPS) -> Path:
         "total_parameters": 1_234_567,
         "active_parameters": 456_789,
         "flops_per_token": 2.5e6,
-        "unigram_entropy": 6.789,
+        "unigram_cross_entropy": 6.789,
         "corpus_fingerprint": "abc123",
         "versions": {"torch": "2.13.0"},
         "device": "cpu",
@@ -130,7 +130,7 @@ def test_page_states_the_numbers_beside_their_names(finished_run):
         "Active parameters": "457k",
         "Final train loss": f"{train_loss:.4f}",
         "Final validation loss": f"{last_row(finished_run, 'validation')['validation/loss']:.4f}",
-        "Unigram entropy of the corpus": "6.7890",
+        "Unigram cross-entropy of the validation text": "6.7890",
         "Tokens per second, median": "8.15k",
         "Wall time": "2:30",
         "Resumes": "1",
@@ -158,7 +158,7 @@ def test_page_has_every_chart(finished_run):
         "Tokens per second",
     ]
     assert all("viewbox" in chart and "width" not in chart for chart in reader.charts)
-    for words in ("train", "validation", "unigram entropy", "resumed", "Layer 0", "Layer 3"):
+    for words in ("train", "validation", "unigram cross-entropy", "resumed", "Layer 0", "Layer 3"):
         assert words in reader.text
     assert "Layer 4" not in reader.text
     assert "from <step 200> & on 4 ranks" in reader.text
@@ -186,7 +186,7 @@ def test_page_of_a_run_that_is_going_on(tmp_path):
     assert "going-on" in reader.text
     assert reader.text[reader.text.index("Steps") + 1] == "12"
     assert reader.text[reader.text.index("Final train loss") + 1] == "not finite"
-    assert "unigram entropy" not in reader.text
+    assert "unigram cross-entropy" not in reader.text
 
 
 def test_page_of_a_dense_run_says_that_there_is_no_router(tmp_path):

@@ -82,7 +82,11 @@ def test_the_built_in_corpus_of_before_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("source", BEFORE_OF_CORPORA)
 def test_a_record_is_completed_with_every_field_that_it_lacks(source: str):
-    more = {"files": FILES[1:], "tokens": (FILES[1], "tokenizer=pretrained", "tokenizer.path=x"), "hub": ("data.name=a",)}.get(source, ())
+    more = {
+        "files": FILES[1:],
+        "tokens": (FILES[1], "tokenizer=pretrained", "tokenizer.path=x"),
+        "hub": ("data.name=a",),
+    }.get(source, ())
     values = recorded(f"data={source}", *more)
     assert completed(values)["data"].keys() == to_values(load([f"data={source}", *more]))["data"].keys()
 

@@ -45,6 +45,8 @@ ROUTERS = {
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
     "hash": ["router=hash"],
+    "random": ["router=random"],
+    "uniform": ["router=uniform"],
     "learned hash": ["router=hash", "router.weights=learned"],
     "loss_free": ["router=loss_free"],
     "quantile": ["router=quantile"],
@@ -106,7 +108,7 @@ def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, reco
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
     # What recomputation leaves is little, and what a table keeps, which has no scores, is less than is estimated.
-    tolerance = 0.025 if recompute == "none" else 0.08 if router == "hash" else 0.06
+    tolerance = 0.025 if recompute == "none" else 0.08 if router in ("hash", "random", "uniform") else 0.06
     assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.02 if router == "top_k" else tolerance)
 
 

@@ -837,6 +837,15 @@ def test_fields_come_from_the_file_and_overrides(tmp_path: Path) -> None:
     assert load(["router_file=null"]) == load([])
 
 
+def test_a_file_may_give_its_fields_ranges(tmp_path: Path) -> None:
+    source = EXAMPLE.replace("import torch\n", "import torch\nfrom pydantic import PositiveFloat\n", 1)
+    file = write(tmp_path, source.replace("temperature: float", "temperature: PositiveFloat"))
+    assert load([file]).router.temperature == 0.1
+    with pytest.raises(ConfigError) as caught:
+        load([file, "router.temperature=0"])
+    assert str(caught.value) == "router.temperature=0 must be positive"
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [
@@ -846,7 +855,8 @@ def test_fields_come_from_the_file_and_overrides(tmp_path: Path) -> None:
             "router.temprature=1 is not a field of CosineConfig; did you mean temperature?",
         ),
         (("", ""), ["router.temperature=hot"], "router.temperature='hot': input should be a valid number"),
-        (("", ""), ["router.router_z_weight=-2"], "router.router_z_weight=-2.0 must not be negative"),
+        (("", ""), ["router.router_z_weight=-2"], "router.router_z_weight=-2 must not be negative"),
+        (("router_z_weight: float = 0.0", "router_z_weight: float = -2.0"), [], "router_z_weight=-2.0 must not be neg"),
         (("", ""), ["router.load_balance_level=layer"], "router.load_balance_level='layer': input should be"),
         (("", ""), ["model.moe.num_experts=1"], "model.moe.num_experts=1 must be at least 2"),
         (("", ""), ["router=top_k"], "router=top_k and router_file="),

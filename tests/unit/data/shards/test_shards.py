@@ -49,6 +49,7 @@ def test_files_have_the_documented_bytes(tmp_path):
         "shard-00000.bin",
         "shard-00000.idx",
         "manifest.json",
+        "token-counts.bin",
     }
 
 
@@ -83,7 +84,7 @@ def test_without_a_manifest_a_folder_is_incomplete(tmp_path):
     reader = write(tmp_path, [[1, 2]])
     assert is_complete(tmp_path)
     assert reader.read(0, 3).tolist() == [1, 2, END]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     assert (reader.manifest.version, reader.manifest.licence) == ("v1", "CC0-1.0")
 
 

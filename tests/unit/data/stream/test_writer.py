@@ -19,6 +19,7 @@ from moe_pretrain.data.stream.rows import StreamedRows
 from moe_pretrain.data.stream.shard_stream import ShardStream
 from moe_pretrain.data.stream.writer import Demand, StreamJob, serve
 from moe_pretrain.data.stream.writer_process import WriterProcess
+from moe_pretrain.data.tokenizer import make_tokenizer
 from moe_pretrain.system.files import WholeFile
 
 
@@ -100,8 +101,11 @@ def test_the_writer_dies_with_its_parent(corpus, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    make_tokenizer(corpus, TOKENIZER, folder, lambda line: None)  # written whole as well, but the disk fills later
     write = WholeFile.write
-    left = [6000]
+    left = [6000]  # a few shards and a part of one
 
     def write_until_full(self, data):
         if len(data) > left[0]:
@@ -110,7 +114,6 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monk
         write(self, data)
 
     monkeypatch.setattr(WholeFile, "write", write_until_full)
-    folder = tmp_path / "cache"
     ours, theirs = Pipe()
     ours.send(StreamJob(folder, corpus, TOKENIZER, streaming(shards_ahead=100), 1))
     ours.send(Demand(0, 1))

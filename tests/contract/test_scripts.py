@@ -1,0 +1,252 @@
+"""Every script starts and comes to its end on the smallest input; what the READMEs say of scripts is so."""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from helpers import parity
+from helpers.parity import Case
+from helpers.runs import run_script
+
+from moe_pretrain.config.load import load
+from moe_pretrain.verify.verify import QuantityCheck
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "outputs", "build"} & set(path.parts))
+FILES = {str(path.relative_to(SCRIPTS)) for kind in ("*.py", "*.sh", "*.sbatch") for path in SCRIPTS.rglob(kind)}
+
+SMALL_MODEL = [
+    *("model.num_layers=2", "model.hidden_size=32", "model.vocab_size=512", "model.sequence_length=64"),
+    *("model.moe.expert_hidden_size=32", "batch.global_batch_tokens=256", "batch.micro_batch_size=2"),
+]
+SMALL_RUNS = [
+    *("model.num_layers=2", "model.moe.expert_hidden_size=32", "model.vocab_size=512"),
+    *("tokenizer.vocab_size=512", "data=files", "data.paths=[{home}/corpus.jsonl]", "data.validation_fraction=0.1"),
+    *("evaluation.max_rows=8", "metrics.log_every_steps=1", "schedule.warmup_steps=1"),
+]
+SMALLEST: dict[str, tuple[list[str], list[str]]] = {
+    "bench/bench_checkpoint.py": (
+        ["--rounds=1", "--steps=1", "--folder={home}", "model=tiny", *SMALL_MODEL],
+        ["speed against torch.save", "bytes per parameter"],
+    ),
+    "bench/bench_data.py": (
+        ["--seconds=0.05", "--tokens=300000", "--prepare-megabytes=2", "--workers=1", "--train-steps=2"],
+        ["prepare, 1 processes", "training waits for data", "our loader with masks, prefetch thread"],
+    ),
+    "bench/bench_layer.py": (
+        ["--cpu-clock", "--rounds=1", "--tokens=64", "--hidden=64", "--width=64"],
+        ["\nmoe_pretrain ", "\nOLMoE grouped_mm ", "\nDeepSpeed MoE, no drop "],
+    ),
+    "bench/bench_step.py": (
+        ["--cpu-clock", "--rounds=1", *SMALL_MODEL],
+        ["\nmoe_pretrain ", "\ndense twin ", "\ntransformers Mixtral "],
+    ),
+    "durability/chaos_sweep.py": (
+        ["--kills=1", "--tokens=12288", "--jobs=1", "--schemes", "top_k", "hash", "--folder={home}"]
+        + ["--overrides", *SMALL_RUNS],
+        ["killed ", "6 runs of 3 steps, each step once", "planted mistake found, twin not distinguishable"],
+    ),
+    "durability/two_starts.py": (
+        ["--rounds=1", "--steps=60", "--folder={home}"],
+        ["1 runs started twice at once: one trained and one was refused"],
+    ),
+    "tables/certificate_table.py": (["--schemes", "hash"], ["| `hash` | pass | pass |"]),
+    "tables/learning_table.py": (
+        ["--folder={home}/learning", "--tokens=8192", "--jobs=1", "--seeds", "1", "2"]
+        + ["--variants", "dense", "top_k", "top_k_no_balance", "--overrides", *SMALL_RUNS],
+        ["top_k_no_balance-seed2: done", "| `top_k` | "],
+    ),
+    "tables/start_table.py": ([*SMALL_MODEL, "--schemes", "hash"], ["| `top_k` | 1.00 | 1.00 |", "| `hash` | "]),
+}
+"""Of each script, the words that make it short, and what it must print."""
+ELSEWHERE = {
+    "check.sh": "contract/test_scripts.py",
+    "durability/chaos.py": "integration/test_durability.py",
+    "durability/signal_storm.py": "integration/test_durability.py",
+    "durability/two_hosts.py": "integration/test_two_hosts.py",
+    "environment.sh": "contract/test_scripts.py",
+    "gpu_check.sh": "contract/test_scripts.py",
+    "parity.sh": "contract/test_scripts.py",
+    "quickstart.sh": "contract/test_scripts.py",
+    "slurm/local_cluster.sh": "helpers/slurm.py",
+    "slurm/train.sbatch": "integration/test_slurm.py",
+    "tables/parity.py": "contract/test_scripts.py",
+    "test.sh": "contract/test_scripts.py",
+}
+"""Scripts that other tests start, with the file that does."""
+PARTS = {"bench/bench_tools.py", "durability/attempts.py"}
+"""What scripts import."""
+
+
+def test_every_script_is_started_by_a_test():
+    assert set(SMALLEST) | set(ELSEWHERE) | PARTS == FILES
+    for script, test in ELSEWHERE.items():
+        assert Path(script).name in (ROOT / "tests" / test).read_text()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scripts")
+    rows = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+    (folder / "corpus.jsonl").write_text(rows)
+    return folder
+
+
+@pytest.mark.parametrize("script", SMALLEST)
+def test_a_script_comes_to_its_end(home: Path, script: str):
+    words, expected = SMALLEST[script]
+    code, out, err = run_script(home, SCRIPTS / script, *(word.format(home=home) for word in words))
+    assert code == 0, out[-3000:] + err[-3000:]
+    for text in expected:
+        assert text in out, out[-3000:]
+
+
+@pytest.mark.parametrize("error,code", [(0.0, 0), (1.0, 1)])
+def test_the_table_of_parity(error: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The cases themselves are run by ``distributed/test_parity.py``."""
+    asked: list[Case] = []
+
+    def run_cases(cases: list[Case], timeout: float) -> dict[Case, list[QuantityCheck]]:
+        asked.extend(cases)
+        return {case: [QuantityCheck("loss", "step 1", error, 0.5)] for case in cases}
+
+    monkeypatch.setattr(parity, "run_cases", run_cases)
+    monkeypatch.setattr(sys, "argv", ["parity.py", "2x2", "bfloat16", "--covering"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / "tables" / "parity.py"), run_name="__main__")
+    assert end.value.code == code
+    assert {(case.ranks, case.expert_parallel_size, case.dtype) for case in asked} == {(2, 2, "bfloat16")}
+    out = capsys.readouterr().out
+    assert f"2x2 bfloat16    {len(asked):>5} {error:19.1e}" in out
+    assert out.count("DIFFERS") == code * len(asked) and ("the same as the oracle everywhere" in out) == (not code)
+
+
+@pytest.mark.parametrize("words", [["3x3"], ["2x2", "4x4"]], ids=str)
+def test_a_line_that_parity_has_not_is_an_error(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(parity, "run_cases", None)
+    monkeypatch.setattr(sys, "argv", ["parity.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / "tables" / "parity.py"), run_name="__main__")
+    assert end.value.code == 2
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the shell scripts with a finished environment, whose commands say what they were asked."""
+    (tmp_path / "scripts").mkdir()
+    for script in SCRIPTS.glob("*.sh"):
+        (tmp_path / "scripts" / script.name).write_text(script.read_text())
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    commands = tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    for name in ("python", "moe-pretrain", "ruff", "mypy"):
+        (commands / name).write_text(
+            f'#!/bin/bash\n[ "$1" = -c ] || echo "{name} $*"\n[ -z "$FAILING" ] || [ "$*" != "$FAILING" ]\n'
+        )
+        (commands / name).chmod(0o755)
+    (commands / "activate").write_text(f"PATH={commands}:$PATH\n")
+    return tmp_path
+
+
+def shell(checkout: Path, script: str, *words: str, **variables: str) -> tuple[int, str, str]:
+    command = ["bash", str(checkout / "scripts" / script), *words]
+    done = subprocess.run(command, cwd="/", env={**os.environ, **variables}, text=True, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+PYTEST = "python -m pytest -m not gpu and not slow -n 3 --dist loadfile --no-loadscope-reorder"
+
+
+@pytest.mark.parametrize(
+    "script,words,said",
+    [
+        ("quickstart.sh", ["budget.tokens=5"], ["moe-pretrain train run.name=quickstart budget.tokens=5"]),
+        ("parity.sh", ["4x2", "bfloat16"], ["python scripts/tables/parity.py 4x2 bfloat16"]),
+        ("test.sh", ["tests/unit"], [f"{PYTEST} tests/unit"]),
+        ("check.sh", [], ["ruff format --check .", "ruff check .", "mypy ", f"{PYTEST} "]),
+    ],
+)
+def test_a_shell_script_makes_the_environment_once_and_starts_its_command(
+    checkout: Path, script: str, words: list[str], said: list[str]
+):
+    code, out, err = shell(checkout, script, *words)
+    installing, *commands = [line.strip() for line in out.splitlines() if line.strip()]
+    assert code == 0 and installing.startswith("installing moe_pretrain") and not err
+    assert commands == [line.strip() for line in said]
+    code, out, _ = shell(checkout, script, *words)
+    assert code == 0 and "installing" not in out, "nothing has changed"
+
+
+def test_an_environment_that_cannot_be_made_is_one_error(checkout: Path):
+    extras = "-m pip install --quiet --disable-pip-version-check -e ."
+    code, out, err = shell(checkout, "quickstart.sh", FAILING=extras)
+    assert code == 1 and "moe-pretrain" not in out
+    assert err.splitlines()[-1] == "error: pip install failed; its last lines are above"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which the script would use for minutes")
+def test_the_gpu_check_without_a_gpu_is_one_error():
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "gpu_check.sh")],
+        env={**os.environ, "PYTHON": sys.executable},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: {sys.executable} finds no CUDA device\n" and not done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(script for script in FILES if not script.endswith(".py")))
+def test_shell_scripts_parse(script: str):
+    done = subprocess.run(["bash", "-n", str(SCRIPTS / script)], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def readme_commands() -> list[str]:
+    """Commands that start a script, in code blocks and between backticks."""
+    text = "\n".join(path.read_text() for path in READMES).replace("\\\n", " ")
+    found = re.findall(r"(?:python|bash|sbatch|^|`)\s*(scripts/[\w/]+\.(?:py|sh|sbatch)[^`\n]*)", text, re.MULTILINE)
+    return sorted({re.split(r"\s+# ", command)[0].strip() for command in found})
+
+
+def test_files_of_scripts_that_readmes_name_exist():
+    for path in READMES:
+        for name in re.findall(r"scripts/[\w/]*[\w.]+", path.read_text()):
+            assert (ROOT / name.rstrip(".")).exists(), f"{path.relative_to(ROOT)} names {name}"
+    for name in re.findall(r"^\| (`.*?`(?:, `.*?`)*) \|", (SCRIPTS / "README.md").read_text(), re.MULTILINE):
+        for one in re.findall(r"`([\w/]+(?:\.sh|/))`", name):
+            assert (SCRIPTS / one).exists(), f"scripts/README.md names {one}"
+
+
+class _Parsed(Exception):
+    """The command line was taken."""
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_are_taken(command: str, monkeypatch: pytest.MonkeyPatch):
+    script, *words = shlex.split(command)
+    if not script.endswith(".py"):
+        load([word for word in words if "=" in word])
+        assert all("=" in word or (ROOT / word).exists() for word in words)
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser: argparse.ArgumentParser, *given: object) -> None:
+        parse(parser, *given)  # type: ignore[call-overload]
+        raise _Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    with pytest.raises(_Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
