@@ -41,7 +41,7 @@ def test_configuration_with_a_folder_of_ones_own(command: str, folder: Path, cap
     assert main([*words, "--cfg", "job", "--resolve"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["run"]["name"].startswith("mine-")
     assert main([*words, "--cfg", "job"]) == 0
-    assert "${model.name}-${router.name}" in capsys.readouterr().out
+    assert "${model.name}-${hydra:runtime.choices.router}" in capsys.readouterr().out
     assert main([*words, "--help"]) == 0
     assert "mine" in capsys.readouterr().out
     assert main([*words, "--info", "searchpath"]) == 0

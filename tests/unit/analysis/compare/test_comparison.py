@@ -263,7 +263,7 @@ def test_the_tables_hold_the_raw_numbers(sweep: Path):
     assert len(runs) == 9
     assert float(runs["deep/autonomy-2"]["validation_loss"]) == pytest.approx(BASE[2] + AUTONOMY_DIFFERS_BY[2])
     table = (sweep / "compare.md").read_text()
-    assert "| 2 to 3 | top_p | worse | 3.0667 [" in table and "| 3 of 3 | 3.5 | 4e+06 |" in table
+    assert "| 2 to 3 | top_p | worse | 3.0667 [" in table and "| 3 of 3 | 3.5 | - | 4e+06 |" in table
 
 
 def test_page_has_every_chart_and_loads_nothing(sweep: Path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +26,6 @@ from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
 from moe_pretrain.moe.routers.top_k import TopKRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from helpers.routing import by_token, make_context
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from moe_pretrain.moe.routers.expert_choice import (
     cutoff_sums,
 )
 from moe_pretrain.moe.types import ExpertShard, step_uses
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 20, 8, 5

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.builders import context_of, step_use, tiny
+from helpers.builders import context_of, random_batches, step_use, tiny
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
@@ -17,7 +17,6 @@ from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig, top_p_mask
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, Routing, RoutingContext
-from moe_pretrain.verify.small_twin import random_batches
 from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
