@@ -7,10 +7,12 @@ from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.compose import RENAMED
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.recorded import kept
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
-from moe_pretrain.run_folder.provenance import read_overrides, write_overrides
+from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
+from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.train.build import train
 
 
@@ -36,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
         from moe_pretrain.sweep.multirun import multirun  # Hydra's plugins are looked for when it is imported
 
         return multirun(overrides)
-    overrides = with_earlier_overrides(overrides)
+    if not is_worker():  # its launcher has added them
+        overrides = with_earlier_overrides(overrides)
     if shows(options, overrides):
         return 0
     config = load(overrides)
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     plan = preflight(config, launched or config.parallel.processes)
     if launched is None and config.parallel.processes > 1:
         with owned(config.run.folder, print):
-            write_overrides(config.run.folder, overrides)
+            claim_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)
     code = train(config, plan, overrides)
     if launched_rank() == 0:
@@ -53,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def with_earlier_overrides(overrides: list[str]) -> list[str]:
-    """A run that exists goes on with the overrides it was started with; new ones come after and win.
+    """A run that exists goes on with what it was started with, defaults of that day included; new overrides win.
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
@@ -63,11 +66,13 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     explicit_name = any(word.startswith("run.name=") for word in named)
     if not explicit_name:
         return overrides
-    recorded = read_overrides(load(named).run.folder)
+    folder = load(named).run.folder
+    recorded = read_overrides(folder)
     if not recorded:
         return overrides
-    merged: dict[str, str] = {}
-    earlier = [word.partition("=") for word in recorded]
-    for word in [*(f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in earlier), *overrides]:
-        merged[word.split("=")[0].lstrip("+")] = word
-    return list(merged.values())
+    lines = [word.partition("=") for word in recorded]
+    earlier = [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in lines]
+    merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides]}
+    words = list(merged.values())
+    values = read_config(folder)  # read after the overrides: whoever writes them writes it first
+    return words + kept(earlier, values, words) if values else words

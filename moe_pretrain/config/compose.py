@@ -28,8 +28,34 @@ from moe_pretrain.config.schema import Config, ConfigError
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
 """Fields by their names in earlier releases."""
-BEFORE = {"model.init": "normal", "model.gate_init": "paper", "optimizer.name": "adamw"}
+BEFORE = {
+    "model.init": "normal",
+    "model.gate_init": "paper",
+    "optimizer.name": "adamw",
+    "tokenizer.end_of_document": None,
+    "tokenizer.max_unknown": 1.0,
+    "metrics.collapse_ratio": 1.25,
+}
 """Fields that earlier releases did not have, with what they did."""
+BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {
+    "builtin": {"near_duplicates": "ignore"},
+    "files": {
+        "validation_split": "hash",
+        "validation_paths": None,
+        "near_duplicates": "ignore",
+        "invalid_text": "fail",
+        "content_check": "sampled",
+    },
+    "hub": {"near_duplicates": "ignore", "invalid_utf8": "fail", "invalid_text": "fail"},
+    "tokens": {
+        "megatron_documents": "index",
+        "validation_split": "hash",
+        "validation_paths": None,
+        "near_duplicates": "ignore",
+        "content_check": "sampled",
+    },
+}
+"""The same of a corpus by its source, wherever it stands: as data, in a mixture, as an evaluation set."""
 _SEARCH_PATH = "hydra.searchpath="
 
 
@@ -55,6 +81,26 @@ def folder_override(folder: Path) -> str:
 
 def _quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def setting(field: str, value: Any) -> str:
+    """The override that gives a field a plain value, whether the composed values have the field or not."""
+    return f"++{field}={_word(value)}"
+
+
+def _word(value: Any) -> str:
+    """A plain value as the right side of an override."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_word(inner)}' for key, inner in value.items())}}}"
+    return repr(value)
 
 
 def _own_folders(overrides: Sequence[str]) -> list[Path]:
@@ -145,14 +191,32 @@ def _own_part_kept() -> Iterator[None]:
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """Values that a run has recorded, with the fields that did not exist then."""
+    """Values that a run has recorded, with the fields that did not exist then, and renamed ones by their new names."""
+    for old, new in RENAMED.items():
+        part, _, field = old.partition(".")
+        if field in values.get(part, {}):
+            part_now, _, field_now = new.partition(".")
+            values[part_now].setdefault(field_now, values[part].pop(field))
     for name, value in BEFORE.items():
         *parts, field = name.split(".")
-        part = values
+        part_of: dict[str, Any] = values
         for each in parts:
-            part = part[each]
-        part.setdefault(field, value)
+            part_of = part_of[each]
+        part_of.setdefault(field, value)
+    for _, corpus in corpora_of(values):
+        for field, value in BEFORE_OF_CORPORA.get(corpus["source"], {}).items():
+            corpus.setdefault(field, value)
     return values
+
+
+def corpora_of(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every corpus in resolved values, with its place: what is trained on, sources of a mixture, evaluation sets."""
+    corpus = values["data"]
+    trained_on = {"data": corpus}
+    if corpus["source"] == "mixture":
+        trained_on = {f"data.sources.{name}": source for name, source in corpus["sources"].items()}
+    sets = {f"evaluation.sets.{name}": source for name, source in values["evaluation"]["sets"].items()}
+    return list((trained_on | sets).items())
 
 
 def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Config:

@@ -38,6 +38,15 @@ def _router_file(overrides: Sequence[str]) -> str | None:
     return None if file == "null" else file
 
 
+def router_file_defaults(overrides: Sequence[str]) -> dict[str, Any]:
+    """Defaults of the scheme in a user's own file; none without one."""
+    file = _router_file(overrides)
+    if file is None:
+        return {}
+    scheme = load_router_file(file)()
+    return {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
+
+
 def in_hydras_words(overrides: Sequence[str]) -> list[str]:
     """The overrides as Hydra can compose them, which knows no fields of a router in a user's own file.
 

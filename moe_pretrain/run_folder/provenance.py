@@ -23,6 +23,12 @@ def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
     write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in overrides))
 
 
+def claim_overrides(folder: Path, overrides: Sequence[str]) -> None:
+    """Write down what a new run was started with; one that has its record keeps it until new words are accepted."""
+    if not (folder / CONFIG_FILE).exists():
+        write_overrides(folder, overrides)
+
+
 def read_overrides(folder: Path) -> list[str]:
     """The words that the run was started with; none where it recorded none."""
     path = folder / OVERRIDES_FILE

@@ -10,8 +10,10 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from moe_pretrain.config.compose import completed
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.recorded import kept
 from moe_pretrain.config.schema import Config, SweepConfig, to_values
 from moe_pretrain.run_folder.paths import STATE_FILE
 from moe_pretrain.run_folder.record import differences, flatten, show
@@ -107,14 +109,38 @@ class Sweep:
             namesake = by_name.get(name)
             same = namesake if namesake and identity(namesake.values) == identity(values) else None
             same = same or by_identity.get(identity(values))
+            words: tuple[str, ...] = ()
+            if same is None and namesake is not None:
+                same, words = self._of_another_release(namesake, swept)
             if same is None and namesake is not None and (namesake.folder / STATE_FILE).exists():
                 raise ValueError(self._conflict(namesake, values))
             old = same or namesake
             place, at = (old.folder, old.number) if old else (self.folder / name, number)
-            job = SweepJob(place, at, self._words(swept, place.name), num_steps, values)
+            all_words = (*self._words(swept, place.name), *words)
+            if words:
+                config = load_job(all_words, place.name)
+                values, num_steps = json.loads(json.dumps(to_values(config))), config.num_steps
+            job = SweepJob(place, at, all_words, num_steps, values)
             jobs[swept] = by_name[job.name] = by_identity[identity(values)] = job
             number += old is None
         return jobs
+
+    def _of_another_release(
+        self, namesake: SweepJob, swept: tuple[str, ...]
+    ) -> tuple[SweepJob | None, tuple[str, ...]]:
+        """The job of this name if only defaults have moved since, with the overrides that keep those it had.
+
+        Raises:
+            ConfigError: A text of the job is another one in this release.
+        """
+        words = self._words(swept, namesake.name)
+        # What keeps older defaults stands behind the words of the sweep, the last of which is its name.
+        own = 1 + max((at for at, word in enumerate(namesake.words) if word.startswith("sweep.name=")), default=-1)
+        keeping = tuple(kept(namesake.words[:own], namesake.values, words))
+        now = to_values(load_job([*words, *keeping], namesake.name))
+        then = completed(json.loads(json.dumps(namesake.values)))
+        is_same = identity(json.loads(json.dumps(now))) == identity(then)
+        return (namesake, keeping) if is_same else (None, ())
 
     def _conflict(self, started: SweepJob, values: Mapping[str, Any]) -> str:
         then, now = (what_it_is(each) for each in (started.values, values))

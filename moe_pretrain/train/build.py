@@ -24,7 +24,7 @@ from moe_pretrain.parallel.heartbeat import Heartbeat
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.parallel.rendezvous import Rendezvous, meet
 from moe_pretrain.run_folder.lock import RunInUse, joined, owned
-from moe_pretrain.run_folder.provenance import write_overrides
+from moe_pretrain.run_folder.provenance import claim_overrides
 from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.cpu import keep_freed_memory
@@ -65,7 +65,7 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
         with _claimed(folder, overrides, meeting), Heartbeat(meeting, folder, parallel.heartbeat_seconds) as heartbeat:
             context = build_context(config.fault, build_mesh(parallel, plan.device, meeting), stop, heartbeat)
             try:
-                return build_trainer(config, plan, context).train()
+                return build_trainer(config, plan, context).train(overrides)
             except StoppedEarly:
                 context.say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
                 return STOPPED
@@ -84,7 +84,7 @@ def _claimed(folder: Path, overrides: Sequence[str], meeting: Rendezvous) -> Ite
             try:
                 if not is_worker():  # else our launcher owns it
                     held.enter_context(owned(folder, print))
-                    write_overrides(folder, overrides)
+                    claim_overrides(folder, overrides)
             except Exception as error:
                 refusal = str(error) or repr(error)
                 raise

@@ -1,5 +1,7 @@
 """The training loop of a run, read from top to bottom: resume, train, validate, save, stop, finish."""
 
+from collections.abc import Sequence
+
 import torch
 
 from moe_pretrain.checkpoint.store import TrainState
@@ -12,6 +14,7 @@ from moe_pretrain.engine.step_result import StepResult
 from moe_pretrain.metrics.router_health import RouterHealth
 from moe_pretrain.metrics.step_rows import train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
+from moe_pretrain.run_folder.provenance import write_overrides
 from moe_pretrain.system.exit_codes import FINISHED, STOPPED, UNSAVED
 from moe_pretrain.train.context import RunContext
 from moe_pretrain.train.corpora import RunData
@@ -50,20 +53,24 @@ class Trainer:
         self.stopwatch = Stopwatch()
         layers = [layer.router.layer for layer in engine.model.moe_layers()]
         self.router_health = RouterHealth(layers, config.metrics.router_health_steps, config.metrics.collapse_ratio)
-        if context.mesh.is_main:
-            write_facts(config, plan, data, context.mesh)
         self.recorder = RunRecorder(config, plan, data, context.mesh, self.progress)
         self.evaluator = Evaluator(config, plan, data, engine, context)
         self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder)
         self.saving = CheckpointSaving(config, engine, context, self.progress, self.recorder)
 
-    def train(self) -> int:
+    def train(self, overrides: Sequence[str] = ()) -> int:
         """Resume the newest checkpoint, then train until the budget is spent, the data ends or a signal comes.
+
+        Args:
+            overrides: Words of the command line, for the run's folder.
 
         Returns:
             Exit code: FINISHED if the last step and its validation are done and saved, else STOPPED or UNSAVED.
         """
         self.resumer.resume()
+        if self.context.mesh.is_main:  # not before: settings that were refused are not the run's
+            write_facts(self.config, self.plan, self.data, self.context.mesh)
+            write_overrides(self.config.run.folder, overrides)
         try:
             code = self._train_to_the_end()
         except BaseException:

@@ -1,0 +1,105 @@
+"""A run of an earlier release: its settings, defaults of that day included, win over the defaults of this one."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_pretrain.commands.train import with_earlier_overrides
+from moe_pretrain.config.compose import BEFORE, BEFORE_OF_CORPORA, completed
+from moe_pretrain.config.load import load
+from moe_pretrain.config.schema import Config, ConfigError, to_values
+from moe_pretrain.sweep.job_record import JobState, SweepJob
+from moe_pretrain.sweep.planned_jobs import Sweep
+from moe_pretrain.train.resume_rules import changes
+
+FILES = ("data=files", "data.paths=[text/*.txt]")
+
+
+def recorded(*words: str) -> dict[str, Any]:
+    """What a release wrote that had other defaults, and none of the fields that came since."""
+    values = plain(load(words))
+    for name in BEFORE:
+        part, field = name.split(".")
+        del values[part][field]
+    for field in BEFORE_OF_CORPORA[values["data"]["source"]]:
+        values["data"].pop(field, None)
+    values["evaluation"]["max_rows"] = 99
+    values["data"]["validation_fraction"] = 0.125
+    return values
+
+
+def plain(config: Config) -> dict[str, Any]:
+    return json.loads(json.dumps(to_values(config)))
+
+
+def run_of_before(folder: Path, *words: str) -> list[str]:
+    words = (*words, "run.name=old", f"run.output_dir={folder}")
+    (folder / "old").mkdir()
+    (folder / "old" / "overrides.txt").write_text("".join(f"{word}\n" for word in words))
+    (folder / "old" / "config.yaml").write_text(yaml.safe_dump(recorded(*words)))
+    return ["run.name=old", f"run.output_dir={folder}"]
+
+
+def test_a_run_keeps_the_defaults_of_its_day(tmp_path: Path):
+    named = run_of_before(tmp_path, *FILES, "seed=3")
+    then = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    for again in (named, [*named, *FILES]):  # the same command again names nothing new
+        config = load(with_earlier_overrides(again))
+        assert config.evaluation.max_rows == 99 and config.data.validation_fraction == 0.125
+        assert config.model.init == "normal" and config.data.near_duplicates == "ignore" and config.seed == 3
+        found = changes(copy.deepcopy(then), to_values(config))
+        assert not found.refused and all("not known then" in word for word in found.allowed)
+
+
+def test_new_words_win_and_are_judged(tmp_path: Path):
+    named = run_of_before(tmp_path, *FILES)
+    then = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    default = load(FILES).data.validation_fraction
+    config = load(
+        with_earlier_overrides([*named, f"data.validation_fraction={default}", "optimizer.learning_rate=1e-5"])
+    )
+    assert config.optimizer.learning_rate == 1e-5 and config.evaluation.max_rows == 99
+    assert changes(then, to_values(config)).refused == [f"data.validation_fraction={default} must stay 0.125"]
+
+
+def test_words_that_were_added_are_the_same_words_next_time(tmp_path: Path):
+    named = run_of_before(tmp_path, *FILES)
+    words = with_earlier_overrides(named)
+    (tmp_path / "old" / "overrides.txt").write_text("".join(f"{word}\n" for word in words))
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(plain(load(words))))
+    assert with_earlier_overrides(named) == words
+
+
+def test_the_built_in_corpus_of_before_is_refused(tmp_path: Path):
+    named = run_of_before(tmp_path)
+    with pytest.raises(ConfigError, match=r"data: the built-in corpus is another text in this release.*run\.name"):
+        with_earlier_overrides(named)
+
+
+@pytest.mark.parametrize("source", BEFORE_OF_CORPORA)
+def test_a_record_is_completed_with_every_field_that_it_lacks(source: str):
+    more = {
+        "files": FILES[1:],
+        "tokens": (FILES[1], "tokenizer=pretrained", "tokenizer.path=x"),
+        "hub": ("data.name=a",),
+    }.get(source, ())
+    values = recorded(f"data={source}", *more)
+    assert completed(values)["data"].keys() == to_values(load([f"data={source}", *more]))["data"].keys()
+
+
+def test_a_sweep_goes_on_with_the_defaults_of_its_day(tmp_path: Path):
+    sweep = Sweep(tmp_path / "s", FILES, "cache", load().sweep)
+    (job,) = sweep.plan([["router=top_p"]])
+    SweepJob(job.folder, 0, job.words, job.num_steps, recorded(*job.words)).write()
+    JobState("stopped").write(job.folder)
+    for _ in range(2):
+        (again,) = Sweep(tmp_path / "s", FILES, "cache", load().sweep).plan([["router=top_p"]])
+        config = load(again.words)
+        assert again.folder == job.folder and config.evaluation.max_rows == 99 and config.model.init == "normal"
+        assert again.values["evaluation"]["max_rows"] == 99
+    with pytest.raises(ValueError, match=r"was started with other settings: seed=7 \(was 0\)"):
+        Sweep(tmp_path / "s", (*FILES, "seed=7"), "cache", load().sweep).plan([["router=top_p"]])
