@@ -21,6 +21,7 @@ def test_logits_and_gradients_equal_mixtral():
             "model.moe.num_experts=4",
             "model.moe.expert_hidden_size=24",
             "model.tie_embeddings=false",
+            "model.init=normal",
             "model.init_std=0.2",
         ]
     )

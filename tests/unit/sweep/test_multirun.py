@@ -47,11 +47,26 @@ def test_fields_that_only_a_swept_choice_has():
     assert multirun("data=files,files", "data.paths=[a b.txt]", "router=top_p", "router.threshold=0.3,0.4") == 0
 
 
+MINE = """
+from dataclasses import dataclass
+from typing import Literal
+from moe_pretrain.moe.types import Router
+
+@dataclass(frozen=True)
+class Mine:
+    width: int = 1
+    name: Literal['mine'] = 'mine'
+    mean_experts_per_token = 1.0
+
+    def check_num_experts(self, num_experts): ...
+
+    def build(self, hidden_size, num_experts, layer):
+        return Router(layer)
+"""
+
+
 def test_a_scheme_of_ones_own(home: Path):
-    text = "from dataclasses import dataclass\nfrom typing import Literal\n@dataclass(frozen=True)\nclass Mine:\n"
-    text += "    width: int = 1\n    name: Literal['mine'] = 'mine'\n    def build(self): ...\n"
-    text += "    def check_num_experts(self, number): ...\n    def mean_experts_per_token(self): return 1.0\n"
-    (home / "mine.py").write_text(text)
+    (home / "mine.py").write_text(MINE)
     assert multirun("router_file=mine.py", "router.width=1,2", "sweep.name=own") == 0
     assert len(list((home / "outputs" / "own").glob("*/metrics.jsonl"))) == 2
 
