@@ -355,9 +355,9 @@ def test_the_command_describes_a_run(capsys):
     ("word", "complaint"),
     [
         ("--mfu=0", "--mfu=0.0 must be in (0, 1]"),
-        ("--peak=fast", "--peak='fast' must be a number"),
+        ("--peak=fast", "argument --peak: 'fast' must be a number"),
         ("--worst-load=0.5", "--worst-load=0.5 must be at least 1"),
-        ("--memory=3", "--memory must be one of --mfu, --peak, --gpu-memory, --worst-load"),
+        ("--memory=3", "unrecognized arguments: --memory=3; see moe-pretrain plan --help"),
         ("model.hidden_size=100", "model.hidden_size=100 must be a multiple of model.num_heads=12; nearest: 96, 108"),
     ],
 )

@@ -10,11 +10,11 @@ import yaml
 from helpers.processes import run_on_ranks
 
 from moe_pretrain import cli
+from moe_pretrain.commands import certify as certify_command
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run, preflight
 from moe_pretrain.config.schema import Config, ConfigError
-from moe_pretrain.parallel import launcher as launch
 from moe_pretrain.train.build import train
 from moe_pretrain.verify.certificate import certify as certificate
 from moe_pretrain.verify.certificate.certify import PropertyResult, ask, examine
@@ -700,7 +700,7 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
     ),
     (
         ["router=expert_choice", "router.capacity_factor=1.3"],
-        {TRAINING_CAUSALITY: "tokens from position 1 on move", STATE: "steps, thresholds: "},
+        {TRAINING_CAUSALITY: "tokens from position 1 on move", STATE: "cutoff_z_scores, thresholds, z_score_steps: "},
     ),
     (
         ["router=top_p", "router.weights=renormalised", "packing.isolate_documents=false"],
@@ -787,7 +787,7 @@ def test_ranks_are_verified_in_workers(
         started.append((arguments, processes))
         return code
 
-    monkeypatch.setattr(launch, "run_workers", run_workers)
+    monkeypatch.setattr(certify_command, "run_workers", run_workers)
     monkeypatch.setattr(certificate, "examine", lambda config: [PropertyResult("a property", "PASS", "found")])
     assert cli.main(["certify", *overrides]) == code
     assert started == [(["verify", *overrides], 2)]
