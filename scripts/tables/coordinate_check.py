@@ -33,7 +33,8 @@ AXES: dict[str, tuple[list[int], Callable[[int], list[str]]]] = {
     "depth": ([2, 4, 8, 16], lambda depth: [f"model.num_layers={depth}"]),
     "expert_width": ([64, 128, 256, 512], lambda width: [f"model.moe.expert_hidden_size={width}"]),
     "num_experts": ([4, 8, 16, 32], lambda number: [f"model.moe.num_experts={number}"]),
-    "top_k": ([1, 2, 4, 8], lambda k: [f"router.top_k={k}"]),
+    # With one expert a renormalised weight is 1 and teaches the router nothing: there the probability itself.
+    "top_k": ([1, 2, 4, 8], lambda k: [f"router.top_k={k}", *(["router.weights=raw"] if k == 1 else [])]),
 }
 """What grows: its usual values, and the overrides of one. Widths differ in the number of heads, not in their size."""
 SHAPE = ("model=tiny", "model.vocab_size=512", "tokenizer.vocab_size=512", "model.sequence_length=64")
