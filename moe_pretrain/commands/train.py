@@ -13,6 +13,7 @@ from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
 from moe_pretrain.system.child_process import is_worker
+from moe_pretrain.system.open_files import allow_open_files
 from moe_pretrain.train.build import train
 
 
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     config = load(overrides)
     launched = launched_world_size()
     plan = preflight(config, launched or config.parallel.processes)
+    allow_open_files(plan.world_size)
     if launched is None and config.parallel.processes > 1:
         with owned(config.run.folder, print):
             claim_overrides(config.run.folder, overrides)
