@@ -178,7 +178,7 @@ def bench_waiting(folder: Path, steps: int) -> None:
         "model=tiny", "model.vocab_size=8192", *corpus_words(folder), "tokenizer=pretrained",
         f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
         "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
-        f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192",
+        f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192", "schedule.warmup_steps=1",
     ]  # fmt: skip
     command = [sys.executable, "-m", "moe_pretrain", "train", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from moe_pretrain.system.words import short_duration, short_number
 
 
 def row(step, **more):
-    return {"kind": "train", "step": step, "tokens": step * 10, "seconds": step / 2, "attempt": 0, **more}
+    return {"kind": "train", "step": step, "tokens": step * 10, "seconds": step / 2, "train/loss": None, **more}
 
 
 def test_rows_are_readable_before_the_file_is_closed(tmp_path):

@@ -48,7 +48,7 @@ def test_a_signal_while_packages_are_imported(number: signal.Signals, code: int,
 
 
 def test_an_interrupted_command_has_no_traceback(tmp_path: Path):
-    program = IMPORTING.replace("train", "report").replace("run.name=early", str(tmp_path))
+    program = IMPORTING.replace('"train", "run.name=early"', '"report", "."')
     process = subprocess.Popen(
         [sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )
