@@ -36,7 +36,7 @@ from moe_pretrain.system.threads import start_thread
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one save; the same on every rank, but for the times.
+    """Outcome of one save; the same on every rank, but for the times.
 
     Attributes:
         step: Finished steps of the state that was saved.

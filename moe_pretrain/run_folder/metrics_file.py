@@ -34,7 +34,7 @@ _NEEDED_OF_KIND: dict[str, dict[str, tuple[type, ...]]] = {
     "validation": {"tokens": (int,), "validation/loss": _NUMBER_OR_NULL},
     "event": {"event": (str,), "message": (str,)},
 }
-"""What readers of a row rely on."""
+"""Keys that readers of a row rely on."""
 
 
 def read_rows(path: Path) -> list[MetricsRow]:
@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[MetricsRow]:
 
 
 def _problem_of(row: Any) -> str | None:
-    """Why this is not a metrics row; None if it is one. Kinds and keys of later releases may be there too."""
+    """Reason why this is not a metrics row; None if it is. Kinds and keys of later releases may be there too."""
     if not isinstance(row, dict):
         return "not a JSON object"
     needed = {**_NEEDED, **_NEEDED_OF_KIND.get(str(row.get("kind")), {})}
