@@ -29,7 +29,7 @@ class ParallelConfig:
 
     @property
     def collective_seconds(self) -> int:
-        """How long a collective may take: so much more that the rank that is waited for is named before it fails."""
+        """Limit of a collective: so much more that the rank that is waited for is named before it fails."""
         return self.timeout_seconds + max(_NAMING_SECONDS, self.timeout_seconds // 10)
 
     def check(self, world_size: int, num_experts: int) -> None:

@@ -40,7 +40,7 @@ from moe_pretrain.system.exit_codes import LOST_RANK
 from moe_pretrain.system.threads import start_thread
 
 STACK_SIGNAL = signal.SIGUSR2
-"""What makes a worker write the stacks of its threads."""
+"""Signal that makes a worker write the stacks of its threads."""
 
 _PREFIX = "moe_pretrain/liveness"
 _ALARM = "alarm"
@@ -49,8 +49,8 @@ _END_SECONDS = 5.0
 """How long telling the others and writing stacks may take; the network or the disk may be what is gone."""
 
 Sign = dict[str, Any]
-"""What a rank publishes: host, count, phase, step, line of the program, collectives begun in each group, whether it has
-ended, and by what failure."""
+"""Sign of life of a rank: host, count, phase, step, line of the program, collectives begun in each group, whether it
+has ended, and by what failure."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def last_seen(store: dist.Store, rank: int) -> str:
 
 
 def _begun_collectives() -> dict[str, int]:
-    """How many collectives this rank has begun in each group, by the group's name, which all its ranks have in common.
+    """Number of collectives that this rank has begun in each group, by the group's name, the same on all its ranks.
 
     torch counts them in every backend; its flight recorder compares ranks by the same numbers.
     """
