@@ -51,9 +51,7 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         ValueError: One line naming the field.
     """
     plan, moe = plan_run(config, world_size), config.model.moe
-    odd = config.schedule.check(plan.batches.num_steps)
-    if odd and config.budget.flops is None:  # of FLOPs, the number of steps is an estimate
-        raise ValueError(odd)
+    config.schedule.check(plan.batches.num_steps)
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
     if config.checkpoint.warm_start is not None:
         locate(Path(config.checkpoint.warm_start))

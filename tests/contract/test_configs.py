@@ -247,6 +247,8 @@ MISTAKES = [
     (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
     (["data=files", "data.paths=a.jsonl"], "data.paths=a.jsonl must be a list: 'data.paths=[a.jsonl]'"),
+    (["hydra.run.dir=/d/runs"], "hydra.run.dir=/d/runs has no effect: a run's folder is run.output_dir/run.name"),
+    (["seed=true"], "seed=true must be a number"),
     (["run.output_dir=/d/lr=1e-3"], """quote it: 'run.output_dir="/d/lr=1e-3"'"""),
 ]
 

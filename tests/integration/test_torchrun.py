@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers.runs import Program, rows_of, run, train_words, wait_for_step
 
 from moe_pretrain.checkpoint import store

@@ -23,7 +23,7 @@ def test_parts_that_fit_never_fall_in_a_step(warmup, fraction):
     assert all(a - b < 1.001 / max(1, decay) for a, b in zip(factors, factors[1:], strict=False))
 
 
-def test_a_warm_up_that_does_not_end_is_refused():
+def test_a_warm_up_that_does_not_end_is_said():
     for schedule in (
         CosineScheduleConfig("cosine", 500, 0.1),
         WarmupStableDecayScheduleConfig("warmup_stable_decay", 500, 0.0, 0.1),
@@ -31,11 +31,6 @@ def test_a_warm_up_that_does_not_end_is_refused():
         assert "schedule.warmup_steps=500 must be at most the run's 20 steps" in schedule.check(20)
         assert f"only rise to {schedule.factor(19, 20):.1%} of" in schedule.check(20)
         assert schedule.check(500) == ""
-
-    words = ["schedule.warmup_steps=301"]
-    with pytest.raises(ValueError, match=r"^schedule.warmup_steps=301 must be at most the run's 300 steps: "):
-        preflight(load(words), 1)
-    preflight(load([*words, "budget.tokens=null", "budget.flops=1e13"]), 1)  # whose number of steps is an estimate
 
 
 def test_a_run_with_overlapping_parts_does_not_start():
