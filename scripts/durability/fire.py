@@ -36,7 +36,8 @@ BOUND_SECONDS = 90.0
 TWO_RANKS = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
 STREAM = [
     *("streaming.mode=always", "streaming.shard_bytes=20000", "streaming.window_shards=2"),
-    *("streaming.validation_shards=2", "streaming.shards_ahead=2", "streaming.cache_shards=8"),
+    *("streaming.validation_shards=3", "streaming.shards_ahead=2", "streaming.cache_shards=8"),
+    "data.validation_fraction=0.3",
 ]
 ASKED = {signal.SIGTERM: {STOPPED}, signal.SIGUSR1: {STOPPED}, signal.SIGINT: {STOPPED, INTERRUPTED}}
 """Exit codes after a signal that asks; 0 as well, where the run had come to its end."""
