@@ -45,6 +45,8 @@ STACK_SIGNAL = signal.SIGUSR2
 _PREFIX = "moe_pretrain/liveness"
 _ALARM = "alarm"
 _POLL_SECONDS = 1.0
+_START_SECONDS = 120.0
+"""Least limit of a rank's start-up, which imports packages from a disk that may be slow."""
 _END_SECONDS = 5.0
 """How long telling the others and writing stacks may take; the network or the disk may be what is gone."""
 
@@ -175,7 +177,8 @@ class Heartbeat:
         # Polls are counted and not seconds: after the whole job was paused, nobody is accused.
         while not self._ending.wait(_POLL_SECONDS):
             try:
-                if own.is_too_long((self._entered, _begun_collectives())):
+                is_stuck = own.is_too_long((self._entered, _begun_collectives()))
+                if is_stuck and (self._entered or own.polls >= _START_SECONDS / _POLL_SECONDS):
                     self._end_with(self._describe_stuck(self._read_all()))
                 failures = 0
                 if self._world_size == 1:
@@ -204,7 +207,8 @@ class Heartbeat:
         known = {rank: sign for rank, sign in enumerate(signs) if sign is not None and not _is_done(sign)}
         known[self._rank] = self._sign()
         stuck = find_awaited(known) or (list(known) if len(known) == 1 else [])
-        limit = f"for {self._stuck_polls * _POLL_SECONDS:.0f} s (parallel.timeout_seconds)"
+        seconds = self._stuck_polls * _POLL_SECONDS if self._entered else max(self._stuck_polls, _START_SECONDS)
+        limit = f"for {seconds:.0f} s (parallel.timeout_seconds)"
         if stuck:
             named = _name_together({rank: _describe_sign(known[rank], True) for rank in stuck})
             return f"stuck, in one place of its loop {limit}: {named}"

@@ -69,13 +69,13 @@ def test_a_stopped_rank_ends_the_run_and_is_named(home: Path, rank: int):
     assert code == 0, err
 
 
-STUCK = "stuck, in one place of its loop for 5 s (parallel.timeout_seconds): rank "
+STUCK = "stuck, in one place of its loop for 8 s (parallel.timeout_seconds): rank "
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_alive_but_stuck_is_named_and_not_those_that_wait_for_it(home: Path, rank: int):
     name = f"alive-{rank}"
-    words = [*fault("train.backward", "hang", 3, rank=rank), "parallel.timeout_seconds=5"]
+    words = [*fault("train.backward", "hang", 3, rank=rank), "parallel.timeout_seconds=8"]
     code, _, err = run(home, *train_words(name, *TWO, *words))
     assert code == 69, err
     lines = [line for line in err.splitlines() if STUCK in line]
@@ -85,7 +85,7 @@ def test_a_rank_that_is_alive_but_stuck_is_named_and_not_those_that_wait_for_it(
 
 
 def test_a_run_of_one_process_that_is_stuck_ends(home: Path):
-    words = [*fault("evaluate.batch", "hang", 6), "parallel.timeout_seconds=5"]
+    words = [*fault("evaluate.batch", "hang", 6), "parallel.timeout_seconds=8"]
     code, _, err = run(home, *train_words("alone", *words))
     assert code == 69 and f"{STUCK}0 on" in err and "step 6, phase evaluate.batch, in reach (faults.py:" in err, err
     code, _, err = run(home, "train", "run.name=alone", "fault.point=null")

@@ -77,10 +77,10 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(cluster: slurm.Cluster, h
 
 def test_a_rank_that_is_alive_but_stuck_is_named_and_the_job_fails(cluster: slurm.Cluster, home: Path):
     stuck = ["fault.point=train.backward", "fault.action=hang", "fault.step=2", "fault.rank=1"]
-    number = train(cluster, home, "stuck", ["--ntasks-per-node=2"], *stuck, "parallel.timeout_seconds=5")
+    number = train(cluster, home, "stuck", ["--ntasks-per-node=2"], *stuck, "parallel.timeout_seconds=10")
     cluster.wait(number, "FAILED", ExitCode="69:0")
     log = (home / "stuck.log").read_text()
-    named = "stuck, in one place of its loop for 5 s (parallel.timeout_seconds): rank 1 on"
+    named = "stuck, in one place of its loop for 10 s (parallel.timeout_seconds): rank 1 on"
     assert log.count(named) == 1 and "step 2, phase train.backward, in reach (faults.py:" in log, log
 
 

@@ -103,11 +103,11 @@ def test_ranks_die_with_torchrun(home: Path):
 def test_a_stuck_or_stopped_rank_ends_the_run_and_is_named(home: Path, action: str, rank: int):
     name = f"torchrun-{action}"
     stuck = ["fault.point=train.backward", f"fault.action={action}", "fault.step=2", f"fault.rank={rank}"]
-    limits = ["parallel.timeout_seconds=5" if action == "hang" else "parallel.heartbeat_seconds=4"]
+    limits = ["parallel.timeout_seconds=8" if action == "hang" else "parallel.heartbeat_seconds=4"]
     process = torchrun(home, *train_words(name, *LONG, *SPREAD, *stuck, *limits), grace=2)
     out, err = process.communicate(timeout=100)
     assert process.returncode != 0, out
-    what = "stuck, in one place of its loop for 5 s" if action == "hang" else "stuck or gone, no sign of life for 4 s"
+    what = "stuck, in one place of its loop for 8 s" if action == "hang" else "stuck or gone, no sign of life for 4 s"
     (line,) = [line for line in err.splitlines() if what in line]
     assert f": rank {rank} on" in line and "step 2, phase train.backward" in line
 

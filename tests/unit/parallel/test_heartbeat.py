@@ -73,6 +73,7 @@ def test_the_rank_that_is_waited_for_is_the_one_that_waits_for_nobody(collective
 
 
 def test_a_stuck_rank_is_named_with_its_line(watcher: Heartbeat):
+    watcher._entered = 1  # past its start-up
     for rank, begun in enumerate((7, 7, 6, 7)):
         place = {**PLACE, "line": f"forward (router_{rank}.py:27)", "collectives": {"0": begun}}
         publish(watcher, rank, {"host": "host-b", "count": 5, **place})
