@@ -1,7 +1,7 @@
 """Our MoE layer with copied weights equals transformers' blocks: OLMoE, Qwen3-MoE, DeepSeek-V3 and V4, ERNIE 4.5.
 
-Not ours, and set aside in the blocks: the limit of the SwiGLU's inputs of DeepSeek-V4, and ERNIE's floor of the weights'
-sum of 1e-12, which no sum reaches. V4 looks experts up in its first layers only; our ``hash`` does in all.
+Not ours, and set aside in the blocks: the limit of the SwiGLU's inputs of DeepSeek-V4, and ERNIE's floor under the sum
+of weights, 1e-12, which no sum reaches. V4 looks experts up in its first layers only; our ``hash`` does in all.
 """
 
 import pytest
