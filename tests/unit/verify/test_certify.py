@@ -886,3 +886,13 @@ def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], override
 def test_the_readme_shows_the_example_word_for_word():
     readme = Path(__file__).parents[3] / "moe_pretrain" / "moe" / "README.md"
     assert f"```python\n{EXAMPLE}```" in readme.read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["router=autonomy", "model.init=normal", "model.gate_init=paper"], ["router=top_k", "router.weight_scale=10"]],
+)
+def test_a_scheme_that_starts_too_quiet_or_too_loud_is_told_so(words: list[str]) -> None:
+    """Two factors of 0.02 at a narrow width, and weights that are ten times too large."""
+    row = ask("loudness at the start", Subject(load(words)))
+    assert row.verdict == "FAIL" and "decides a comparison by itself" in row.detail
