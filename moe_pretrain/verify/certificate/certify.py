@@ -101,7 +101,9 @@ def certify(
     name = "gradient parity on ranks"
     if verify_on_ranks is None:
         row = PropertyResult(
-            name, "not applicable", "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it"
+            name,
+            "not applicable",
+            "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it (the default where two fit)",
         )
     else:
         size, ranks = config.parallel.expert_parallel_size, config.parallel.processes

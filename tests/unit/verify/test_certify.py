@@ -796,6 +796,21 @@ def test_ranks_are_verified_in_workers(
     assert last == ("certified" if code == 0 else "not certified: 1 of 2 properties fail")
 
 
+@pytest.mark.parametrize(
+    ("words", "cores", "ranks"),
+    [([], 2, 2), ([], 1, 1), (["parallel.processes=1"], 2, 1), (["model.moe.num_experts=7"], 2, 1)],
+)
+def test_two_ranks_are_tried_where_they_fit(
+    words: list[str], cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Not on one core, not against the user's own words, and not where two ranks cannot share the experts."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(certify_command, "run_workers", lambda arguments, processes: 0)
+    monkeypatch.setattr(certificate, "examine", lambda config: [])
+    assert cli.main(["certify", *SMALL, *words]) == 0
+    assert ("verify on 2 ranks, expert parallel 2" in capsys.readouterr().out) == (ranks == 2)
+
+
 def _verify(overrides: list[str]) -> tuple[int, list[str]]:
     said: list[str] = []
     config = load(overrides)
