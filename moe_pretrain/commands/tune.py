@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     overrides = overrides_of(options)
     if options.cfg or options.info or options.resolve:
         raise ValueError("--cfg, --resolve and --info show one configuration: use them with train")
-    from moe_pretrain.sweep.tune import TuneSettings, tune  # Hydra's plugins are looked for when it is imported
+    from moe_pretrain.sweep.tune import tune  # Hydra's plugins are looked for when it is imported
+    from moe_pretrain.sweep.tune_schemes import TuneSettings
 
     schemes = tuple(tuple(shlex.split(each)) for each in options.scheme)
     return tune(
