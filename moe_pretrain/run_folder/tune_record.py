@@ -61,7 +61,7 @@ class TunedScheme:
 
 @dataclass(frozen=True)
 class TuneRecord:
-    """What a tuned sweep tried and chose.
+    """Record of a tuned sweep: what it tried and chose.
 
     Attributes:
         rule: The rule of the search in words.

@@ -16,7 +16,7 @@ _DIGITS = 6
 """Significant digits of a rate, so that its word in a job's name is short and the same on every machine."""
 
 Setting = tuple[tuple[str, str], ...]
-"""What a trial overrides: fields and values in the words of an override, the searched rate first."""
+"""Overrides of a trial: fields and values in the words of an override, the searched rate first."""
 
 
 def rule(factor: float) -> str:

@@ -141,7 +141,7 @@ class _Tuning:
         self._record.write(self._sweep.folder)
 
     def _describe(self) -> Iterator[str]:
-        """What was chosen for each scheme, and what to know of it."""
+        """Say what was chosen for each scheme, and what to know of it."""
         for scheme, recorded in zip(self._schemes, map(_recorded, self._schemes), strict=True):
             tried = ", ".join(_in_words(trial) for trial in sorted(recorded.trials, key=lambda t: t.values[RATE]))
             if recorded.chosen is None:

@@ -14,14 +14,14 @@ from moe_pretrain.sweep.planned_jobs import Sweep, identity, load_job
 from moe_pretrain.sweep.rate_search import FEWEST_RATES, MOST_TRIALS, Search, Setting
 
 RATE = "optimizer.learning_rate"
-"""What is searched for every scheme."""
+"""The field that is searched for every scheme."""
 SEED = "seed"
 _FACTORS = (1.05, 100.0)
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """How schemes are tuned.
+    """Settings of a tuning.
 
     Attributes:
         trials: Trials of each scheme.
@@ -87,7 +87,7 @@ class Scheme:
 def schemes_and_seeds(
     words: Sequence[str], settings: TuneSettings, parser: OverridesParser
 ) -> tuple[Command, list[tuple[str, ...]], list[int]]:
-    """What all jobs share with an example of one, the overrides of each scheme, and the final seeds.
+    """Overrides that all jobs share with an example of one, the overrides of each scheme, and the final seeds.
 
     Raises:
         ConfigError: There are no final seeds, one of them is the tuning seed, or what is searched is listed.

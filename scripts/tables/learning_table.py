@@ -132,7 +132,7 @@ class Row:
 
 
 class LearningTable:
-    """What the runs of the folder come to."""
+    """The table that the runs of the folder come to."""
 
     def __init__(self, chosen: argparse.Namespace):
         self.chosen = chosen
@@ -164,7 +164,7 @@ class LearningTable:
         return f"{table}\n\n{self.note()}\n\nSignatures:\n\n{signatures}\n\nTo be aware of:\n\n{cautions}\n"
 
     def note(self) -> str:
-        """What the table is of."""
+        """A line that says what the table is of."""
         tuned = next(iter(self.found.tuned.values()))
         tokens = self.chosen.steps * STEP_TOKENS
         return (
@@ -225,7 +225,7 @@ class LearningTable:
         figure.savefig(path, dpi=110)
 
     def signatures(self) -> list[tuple[str, str, str]]:
-        """What the papers report, found or not, on these runs: verdict, claim, figures."""
+        """The papers' reports, found or not, on these runs: verdict, claim, figures."""
         rows = {row.name: row for row in self.rows}
         found: list[tuple[str, str, str]] = []
 

@@ -40,7 +40,7 @@ _RECORDED = "validation/loss"
 
 @dataclass(frozen=True)
 class Choice:
-    """How sure the choice among a scheme's trials is.
+    """Certainty of the choice among a scheme's trials.
 
     Attributes:
         shares: Share of resamples in which each trial wins, [trials].
@@ -55,7 +55,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was tried for a variant before its final runs.
+    """Trials of a variant before its final runs.
 
     Attributes:
         scheme: Its trials and what they decided.
@@ -140,7 +140,7 @@ def seed_noise(samples: Mapping[str, Sample]) -> dict[str, float]:
 
 
 def choice(losses: Sequence[float], noise: float) -> Choice:
-    """How sure it is which of a scheme's trials is the best.
+    """Find how sure it is which of a scheme's trials is the best.
 
     Args:
         losses: Of the trials, at least one of them finite.
@@ -168,7 +168,7 @@ def certainties(found: Mapping[str, Tuning], samples: Mapping[str, Sample]) -> d
 def warn_of_tuning(
     found: Mapping[str, Tuning], variants: Sequence[Variant], folders: Mapping[Path, TuningFolder]
 ) -> list[str]:
-    """What makes tuned variants less comparable than they seem; nothing where no variant was tuned."""
+    """Warn of what makes tuned variants less comparable than they seem."""
     lines = _disagreements(found, folders)
     for folder in folders.values():
         for scheme in folder.record.schemes:

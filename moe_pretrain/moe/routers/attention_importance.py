@@ -136,7 +136,7 @@ class AttentionImportanceConfig(LinearRouterConfig):
 
     @property
     def attention_statistic(self) -> AttentionStatistic:
-        """What the block's attention must measure."""
+        """Statistic that the block's attention must measure."""
         if self.importance == "predictor":
             return "received"
         if self.importance == "corrected_row_max" and self.exclude_self:

@@ -200,7 +200,7 @@ class AutonomyBase(BalancedRouter):
         return None
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
-        """Which experts each token takes, and the scheme's own sums."""
+        """Experts that each token takes, and the scheme's own sums."""
         raise NotImplementedError
 
     def expert_arguments(self, experts: range) -> dict[str, Tensor]:

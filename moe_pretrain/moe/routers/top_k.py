@@ -132,7 +132,7 @@ class TopKRouter(LinearRouter):
         return scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
 
     def sums(self, scores: Float[Tensor, "tokens experts"], context: RoutingContext) -> Float[Tensor, "sums"] | None:
-        """What a scheme wants in ``RouterUse.sums``; nothing here."""
+        """Scheme's own entries of ``RouterUse.sums``; nothing here."""
         return None
 
     def _within_groups(self, scores: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
@@ -161,7 +161,7 @@ class BiasedTopKRouter(TopKRouter):
         return super().select(scores + self.expert_bias)
 
     def metrics(self, use: StepUse) -> dict[str, float]:
-        """How far apart the experts' biases are, in units of the score."""
+        """Spread of the experts' biases, in units of the score."""
         return {"expert_bias_range": float(self.expert_bias.max() - self.expert_bias.min())}
 
 

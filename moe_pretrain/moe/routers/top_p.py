@@ -83,7 +83,7 @@ class TopPRouterConfig(LinearRouterConfig):
 def top_p_mask(
     probs: Float[Tensor, "tokens experts"], threshold: Tensor | float, max_experts: int | None
 ) -> Bool[Tensor, "tokens experts"]:
-    """Which experts each token takes: the shortest prefix of its ordered probabilities with mass above ``threshold``.
+    """Experts that each token takes: the shortest prefix of its ordered probabilities with mass above ``threshold``.
 
     Args:
         probs: Rows sum to 1; no gradient.

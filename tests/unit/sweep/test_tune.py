@@ -39,7 +39,7 @@ def behave(home: Path, **chosen: str) -> None:
 
 
 def started(home: Path) -> dict[str, int]:
-    """How often each job was started."""
+    """Starts of each job."""
     files = (home / "outputs" / "contest").glob("*/job_state.json")
     return {path.parent.name: json.loads(path.read_text())["attempts"] for path in files}
 
