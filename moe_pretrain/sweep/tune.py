@@ -16,7 +16,7 @@ from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.run_folder.paths import RUN_FILES, SWEEP_FILE
 from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningTrial, read_tune_record
-from moe_pretrain.sweep.job_record import JobState, SweepJob, look
+from moe_pretrain.sweep.job_record import JobState, SweepJob, look, read_jobs
 from moe_pretrain.sweep.launcher import must_run
 from moe_pretrain.sweep.multirun import drive, launcher_of, opened_hydra, prepare
 from moe_pretrain.sweep.planned_jobs import Sweep, sweep_name
@@ -212,7 +212,7 @@ def _known_record(folder: Path, settings: TuneSettings) -> TuneRecord | None:
         raise ConfigError(f"sweep.name={folder.name}: {folder} is the folder of a run; give another sweep.name")
     known = read_tune_record(folder)
     if known is None:
-        if (folder / SWEEP_FILE).exists() and list(folder.glob("*/job.json")):
+        if (folder / SWEEP_FILE).exists() and read_jobs(folder):
             raise ConfigError(
                 f"sweep.name={folder.name}: {folder} is a sweep that was not tuned; give another sweep.name"
             )
