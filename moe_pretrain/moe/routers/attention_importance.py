@@ -197,7 +197,7 @@ class AttentionImportanceRouter(LinearRouter):
         probs = logits.softmax(dim=-1)
         predicted = self._predict(hidden) if self.config.importance == "predictor" else None
         count = self.num_experts_of(statistic if predicted is None else predicted.detach(), text)
-        best = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.config.max_experts]
+        best = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.config.max_experts]
         taken = torch.arange(best.shape[1], device=best.device) < count[:, None]
         token_index, slot = taken.nonzero(as_tuple=True)
         scores = probs.gather(1, best)
