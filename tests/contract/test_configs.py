@@ -14,6 +14,8 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from moe_pretrain.commands import tune
+from moe_pretrain.commands.options import Parser
 from moe_pretrain.config.compose import compose_values, config_folder, validate
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
@@ -22,6 +24,7 @@ from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.sweep.multirun import parse
+from moe_pretrain.sweep.tune_schemes import TuneSettings, schemes_and_seeds
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
@@ -249,7 +252,7 @@ READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "outp
 def readme_commands() -> list[str]:
     blocks = [block for path in READMES for block in re.findall(r"```(?:bash|sh|)\n(.*?)```", path.read_text(), re.S)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = r"moe-pretrain (train|prepare|plan|verify|certify) .*="
+    commands = r"moe-pretrain (train|tune|prepare|plan|verify|certify) .*="
     return sorted({line.split(" # ")[0].strip() for line in lines if re.match(commands, line)})
 
 
@@ -267,6 +270,16 @@ def test_the_first_readme_is_short():
 def test_readme_commands_compose(command: str):
     """``router_file=`` names a file that the reader writes; the example itself is run by the certificate's tests."""
     overrides = [word for word in shlex.split(command)[2:] if not word.startswith("router_file=")]
+    if command.startswith("moe-pretrain tune"):
+        parser = Parser("tune", "")
+        tune.arguments(parser)
+        options = parser.parse(overrides)
+        schemes = tuple(tuple(each.split(" ")) for each in options.scheme)
+        settings = TuneSettings(options.trials, options.tuning_seed, options.factor, tuple(options.also), schemes)
+        shared, found, _ = schemes_and_seeds(options.overrides, settings, OverridesParser.create())
+        for scheme in found:
+            load([*shared.fixed, *scheme])
+        return
     if "--multirun" in overrides:
         sweep = parse([word for word in overrides if word != "--multirun"], OverridesParser.create())
         overrides = [*sweep.fixed, *sweep.example]

@@ -70,6 +70,7 @@ PARSERS = {
     "JOB_FILE": {"sweep/job_record.py"},
     "STATE_FILE": {"sweep/job_record.py"},
     "SLURM_FILE": {"sweep/slurm.py"},
+    "TUNE_FILE": {"run_folder/tune_record.py"},
     "SPECIALISATION_FILE": {"analysis/findings.py"},
     "CERTIFICATE": {"analysis/findings.py"},
 }

@@ -68,6 +68,7 @@ class Subject:
     """``config``, shrunk as ``verify`` shrinks it, and what the properties do with it."""
 
     def __init__(self, config: Config):
+        self.unshrunk = config
         small = shrink(config, plan_run(config, 1))
         self.config = replace(small, model=replace(small.model, recompute="none"))
         self.sequence = small.model.sequence_length
@@ -114,7 +115,7 @@ class Subject:
         global_routes: Callable[[int, Tensor], Tensor] | None,
         global_tokens: int | None = None,
     ) -> RoutingContext:
-        """What the engine tells the routers of ``batch``; it is the global batch unless ``global_tokens`` differs."""
+        """Facts that the engine tells the routers of ``batch``: the global batch unless ``global_tokens`` differs."""
         if global_tokens is None and global_routes is not None:
             global_tokens = int((batch.document_ids >= 0).sum())
         return routing_context(batch, self.config.seed, step, global_routes, global_tokens)
@@ -191,7 +192,7 @@ def routers_of(model: DecoderLM) -> list[Router]:
 
 
 def move_state(model: DecoderLM, seen: Pass) -> None:
-    """What the engine does with the routers after an optimizer step."""
+    """Move the routers' state as the engine does after an optimizer step."""
     for router, use in zip(routers_of(model), step_uses(seen.output.uses), strict=True):
         router.after_step(use)
 

@@ -145,8 +145,8 @@ BROKEN = {
     ),
     "routes a token to one expert twice": (
         """
-        def select(self, scores):
-            return super().select(scores)[:, :1].expand(-1, self.config.top_k)
+        def select(self, scores, logits):
+            return super().select(scores, logits)[:, :1].expand(-1, self.config.top_k)
         """,
         {"conservation of routes", "finite at ties", PARITY},
     ),
@@ -225,15 +225,15 @@ BROKEN = {
     ),
     "chooses with Python's random numbers": (
         """
-        def select(self, scores):
-            return (super().select(scores) + random.randrange(self.num_experts)) % self.num_experts
+        def select(self, scores, logits):
+            return (super().select(scores, logits) + random.randrange(self.num_experts)) % self.num_experts
         """,
         {"determinism", "recompute", OTHERS},
     ),
     "keeps its state in an attribute": (
         """
-        def select(self, scores):
-            return super().select(scores + getattr(self, "bias", 0.0))
+        def select(self, scores, logits):
+            return super().select(scores + getattr(self, "bias", 0.0), logits)
 
         def after_step(self, use):
             push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
@@ -243,8 +243,8 @@ BROKEN = {
     ),
     "keeps its state where no attribute shows it": (
         """
-        def select(self, scores):
-            return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0))
+        def select(self, scores, logits):
+            return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0), logits)
 
         def after_step(self, use):
             push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
@@ -515,8 +515,8 @@ SUBTLE = {
             self.register_buffer("bias", torch.zeros(self.num_experts))
             self.register_buffer("own", torch.zeros(self.num_experts), persistent=False)
 
-        def select(self, scores):
-            chosen = super().select(scores + self.bias)
+        def select(self, scores, logits):
+            chosen = super().select(scores + self.bias, logits)
             if self.training:
                 self.own = torch.bincount(chosen.flatten(), minlength=self.num_experts).float()
             return chosen
@@ -533,9 +533,9 @@ SUBTLE = {
             self.register_buffer("level", torch.zeros(()))
             self.seen = []
 
-        def select(self, scores):
+        def select(self, scores, logits):
             self.seen.append(float(scores.std()))
-            return super().select(scores)
+            return super().select(scores, logits)
 
         def after_step(self, use):
             self.level.fill_(sum(self.seen) / len(self.seen))
@@ -627,8 +627,8 @@ SOUND = """
             keys = context.seed, 7, context.step, self.layer
             return logits + 0.1 * counter_uniform(context.token_position, self.num_experts, *keys)
 
-        def select(self, scores):
-            return super().select(scores + self.bias)
+        def select(self, scores, logits):
+            return super().select(scores + self.bias, logits)
 
         def after_step(self, use):
             self.bias += 0.01 * (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
@@ -796,6 +796,21 @@ def test_ranks_are_verified_in_workers(
     assert last == ("certified" if code == 0 else "not certified: 1 of 2 properties fail")
 
 
+@pytest.mark.parametrize(
+    ("words", "cores", "ranks"),
+    [([], 2, 2), ([], 1, 1), (["parallel.processes=1"], 2, 1), (["model.moe.num_experts=7"], 2, 1)],
+)
+def test_two_ranks_are_tried_where_they_fit(
+    words: list[str], cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Not on one core, not against the user's own words, and not where two ranks cannot share the experts."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(certify_command, "run_workers", lambda arguments, processes: 0)
+    monkeypatch.setattr(certificate, "examine", lambda config: [])
+    assert cli.main(["certify", *SMALL, *words]) == 0
+    assert ("verify on 2 ranks, expert parallel 2" in capsys.readouterr().out) == (ranks == 2)
+
+
 def _verify(overrides: list[str]) -> tuple[int, list[str]]:
     said: list[str] = []
     config = load(overrides)
@@ -886,3 +901,13 @@ def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], override
 def test_the_readme_shows_the_example_word_for_word():
     readme = Path(__file__).parents[3] / "moe_pretrain" / "moe" / "README.md"
     assert f"```python\n{EXAMPLE}```" in readme.read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["router=autonomy", "model.init=normal", "model.gate_init=paper"], ["router=top_k", "router.weight_scale=10"]],
+)
+def test_a_scheme_that_starts_too_quiet_or_too_loud_is_told_so(words: list[str]) -> None:
+    """Two factors of 0.02 at a narrow width, and weights that are ten times too large."""
+    row = ask("loudness at the start", Subject(load(words)))
+    assert row.verdict == "FAIL" and "decides a comparison by itself" in row.detail
