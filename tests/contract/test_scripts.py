@@ -66,15 +66,25 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         + ["--steps=2", "--rows=1", "--picture={home}/transfer.png"],
         ["mup width=64 rate 0.01 seed 1: ", "| mup | 32 | "],
     ),
+    "durability/fire.py": (
+        ["--hits=2", "--seed=1", "--folder={home}"],
+        ["2 hits (", "every step once; token hash and loss of every step"],
+    ),
     "durability/two_starts.py": (
         ["--rounds=1", "--steps=60", "--folder={home}"],
         ["1 runs started twice at once: one trained and one was refused"],
     ),
     "tables/certificate_table.py": (["--schemes", "hash"], ["| `hash` | pass | pass |"]),
     "tables/learning_table.py": (
-        ["--folder={home}/learning", "--tokens=8192", "--jobs=1", "--seeds", "1", "2"]
-        + ["--variants", "dense", "top_k", "top_k_no_balance", "--overrides", *SMALL_RUNS],
-        ["top_k_no_balance-seed2: done", "| `top_k` | "],
+        ["--folder={home}/learning", "--steps=2", "--jobs=1", "--trials=3", "--seeds", "1", "2"]
+        + ["--schemes", "random", "top_k", "--overrides", *SMALL_RUNS],
+        [
+            "8 jobs: 8 finished",
+            "| `top_k` | ",
+            " | 1.00 | 1.00 | ",
+            "8,192 training tokens",
+            "top_k DOES NOT BEAT RANDOM",
+        ],
     ),
     "tables/start_table.py": ([*SMALL_MODEL, "--schemes", "hash"], ["| `top_k` | 1.00 | 1.00 |", "| `hash` | "]),
 }
