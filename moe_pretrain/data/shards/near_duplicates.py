@@ -21,6 +21,7 @@ _RUN_TOKENS = 5
 # Of a longer document only the runs of smallest hash count: a fair sample of it, so that a book costs no more than a
 # page. Of a short document inside a book of many pages it sees less, and so finds less.
 _MOST_RUNS = 1024
+_RUNS_AT_ONCE = 2**18
 _NUM_PERMUTATIONS = 64  # standard error of an estimated similarity: 0.06
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbouring token ids over all bits
 _MISSED_WEIGHT = 0.9  # a candidate too many costs a comparison of 64 numbers, one too few is a duplicate not found
@@ -92,9 +93,17 @@ def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> t
 
 
 def _smallest_runs(tokens: np.ndarray) -> np.ndarray:
-    """uint32, rising: the smallest hashes of runs of neighbouring tokens; of a shorter document, of the whole."""
-    hashes = np.zeros(max(1, len(tokens) - _RUN_TOKENS + 1), np.uint64)
-    for offset in range(min(_RUN_TOKENS, len(tokens))):
-        hashes = (hashes + tokens[offset : offset + len(hashes)].astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
-        hashes ^= hashes >> np.uint64(29)
-    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))[:_MOST_RUNS]
+    """uint32, rising: the smallest hashes of runs of neighbouring tokens; of a shorter document, of the whole.
+
+    A long document is hashed in blocks: of all its runs at once the hashes take 30 times the bytes of its tokens.
+    """
+    smallest = np.zeros(0, np.uint32)
+    num_runs = max(1, len(tokens) - _RUN_TOKENS + 1)
+    for start in range(0, num_runs, _RUNS_AT_ONCE):
+        hashes = np.zeros(min(_RUNS_AT_ONCE, num_runs - start), np.uint64)
+        for offset in range(start, start + min(_RUN_TOKENS, len(tokens))):
+            hashes = (hashes + tokens[offset : offset + len(hashes)].astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
+            hashes ^= hashes >> np.uint64(29)
+        found = (hashes >> np.uint64(32)).astype(np.uint32)
+        smallest = np.unique(np.concatenate([smallest, found]))[:_MOST_RUNS]
+    return smallest

@@ -146,7 +146,7 @@ def write_unit(
                     counted[row.reason] += 1
                     continue
                 content = row.tokens if isinstance(row, TokenDocument) else row.text
-                ids = row.tokens if isinstance(row, TokenDocument) else np.asarray(next(tokens), dtype=np.int64)
+                ids = row.tokens if isinstance(row, TokenDocument) else np.asarray(next(tokens))
                 text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
                 counted["packed"] += isinstance(row, TokenDocument) and row.packed
                 if validation_fraction and unit.held_out is not None:
