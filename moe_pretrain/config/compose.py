@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.model.parameter_groups import GROUP_NAMES
 
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
@@ -31,7 +33,10 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 BEFORE = {
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.mup_base_width": 128,
+    "model.mup_base_layers": 4,
     "optimizer.name": "adamw",
+    "optimizer.groups": {name: {"lr_scale": 1.0} for name in GROUP_NAMES},
     "tokenizer.end_of_document": None,
     "tokenizer.max_unknown": 1.0,
     "metrics.collapse_ratio": 1.25,
@@ -57,6 +62,7 @@ BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {
     },
 }
 """The same of a corpus by its source, wherever it stands: as data, in a mixture, as an evaluation set."""
+_WITHOUT_EFFECT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
 _SEARCH_PATH = "hydra.searchpath="
 
 
@@ -170,7 +176,14 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Hydra]:
 
 
 def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed values as plain dictionaries, interpolations resolved."""
+    """The composed values as plain dictionaries, interpolations resolved.
+
+    Raises:
+        ConfigError: They cannot be composed, or a word says where Hydra is to put what is not its to put.
+    """
+    for word in overrides:
+        if word.lstrip("+~").startswith(_WITHOUT_EFFECT):
+            raise ConfigError(f"{word} has no effect: a run's folder is run.output_dir/run.name, a sweep's sweep.name")
     with _hydra(overrides), _own_part_kept():
         composed = compose(ROOT_CONFIG, overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)
@@ -203,7 +216,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         part_of: dict[str, Any] = values
         for each in parts:
             part_of = part_of[each]
-        part_of.setdefault(field, value)
+        part_of.setdefault(field, deepcopy(value))
     for _, corpus in corpora_of(values):
         for field, value in BEFORE_OF_CORPORA.get(corpus["source"], {}).items():
             corpus.setdefault(field, value)

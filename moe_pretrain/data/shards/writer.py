@@ -21,6 +21,7 @@ from moe_pretrain.data.shards.reader import (
     ShardInfo,
     entropy_nats,
 )
+from moe_pretrain.data.shards.token_file import BlockSums
 from moe_pretrain.system.files import WholeFile, sync_folder, write_whole
 
 _TOKENS_PER_WRITE = 2**20
@@ -55,6 +56,7 @@ class ShardWriter:
         self._text_bytes = 0
         self._document_ends: list[int] = []
         self._bin: WholeFile | None = None
+        self._sums = BlockSums()
         # Documents not yet written; small documents are far cheaper to handle many at a time.
         self._waiting: list[np.ndarray] = []
         self._waiting_tokens = 0
@@ -100,6 +102,7 @@ class ShardWriter:
         self._write_waiting()
         assert self._bin is not None
         self._bin.commit()
+        write_whole(self._folder / f"{self._name}.sums", self._sums.content(self._bin.checksum.digest()))
         with WholeFile(self._folder / f"{self._name}.idx") as index:
             index.write(np.array(self._document_ends, dtype=INDEX_DTYPE).tobytes())
         return ShardInfo(
@@ -126,7 +129,9 @@ class ShardWriter:
         for start in range(0, len(tokens), _TOKENS_PER_WRITE):  # one document may be many times as long
             some = tokens[start : start + _TOKENS_PER_WRITE]
             self.token_counts += np.bincount(some, minlength=self._vocab_size)
-            self._bin.write(some.tobytes())
+            content = some.tobytes()
+            self._bin.write(content)
+            self._sums.add(content)
         self._waiting_tokens = 0
 
 
