@@ -4,7 +4,7 @@ import argparse
 
 from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
-from moe_pretrain.config.compose import RENAMED
+from moe_pretrain.config.compose import RENAMED, choices
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
 from moe_pretrain.config.recorded import kept
@@ -62,8 +62,8 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     """
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
-    named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
-    explicit_name = any(word.startswith("run.name=") for word in named)
+    named = [word for word in overrides if word.lstrip("+").startswith(("run.name=", "run.output_dir="))]
+    explicit_name = any(word.lstrip("+").startswith("run.name=") for word in named)
     if not explicit_name:
         return overrides
     folder = load(named).run.folder
@@ -72,7 +72,17 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
         return overrides
     lines = [word.partition("=") for word in recorded]
     earlier = [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in lines]
-    merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides]}
+    left = _left_behind(earlier, overrides)
+    merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides] if word not in left}
     words = list(merged.values())
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first
     return words + kept(earlier, values, words) if values else words
+
+
+def _left_behind(earlier: list[str], overrides: list[str]) -> list[str]:
+    """Earlier overrides of fields in a group of which another choice is made now: they were fields of the other."""
+    then = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in earlier)}
+    groups = [group for group in choices(overrides) if group not in ("budget", "experiment")]
+    chosen = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in overrides) if key in groups}
+    anew = tuple(f"{group}." for group, value in chosen.items() if then.get(group) != value)
+    return [word for word in earlier if word.lstrip("+~").startswith(anew)] if anew else []

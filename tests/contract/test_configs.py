@@ -203,7 +203,9 @@ MISTAKES = [
     (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
     (["data=files", "data.paths=a.jsonl"], "data.paths=a.jsonl must be a list: 'data.paths=[a.jsonl]'"),
-    (["run.output_dir=/d/lr=1e-3"], """quote it: 'run.output_dir="/d/lr=1e-3"'"""),
+    (["run.output_dir=/d/lr=1e-3"], """quote the text: 'run.output_dir="/d/lr=1e-3"'"""),
+    (["run.output_dir=gr\u00f6\u00dfe"], """quote the text: 'run.output_dir="gr\u00f6\u00dfe"'"""),
+    (["data=files", "data.paths=[a.txt,\u00fc.txt]"], """'data.paths=["a.txt","\u00fc.txt"]'"""),
 ]
 
 
@@ -231,6 +233,17 @@ def test_no_number_may_be_a_truth_value_or_infinite(path: str):
             validate(values)
         # As 1, a number may first contradict another field.
         assert value is True or str(caught.value) == f"{path}={value} must be finite"
+
+
+def test_the_yardsticks_have_the_same_active_size():
+    """Beside the routers: the mixture is compared with the dense network."""
+    words = ["data.paths=[a.txt]"]
+    dense, mixture = (load([f"experiment=tiny_shakespeare{kind}", *words]) for kind in ("", "_moe"))
+    sizes = [model_size(config.model, config.router) for config in (dense, mixture)]
+    assert mixture.data == dense.data and mixture.budget == dense.budget and mixture.optimizer == dense.optimizer
+    routers = mixture.model.num_layers * mixture.model.moe.num_experts * mixture.model.hidden_size
+    assert sizes[1].active_parameters - sizes[0].active_parameters == routers
+    assert sizes[1].total_parameters > 2 * sizes[0].total_parameters
 
 
 READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "outputs", "build"} & set(path.parts))

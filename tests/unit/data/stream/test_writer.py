@@ -51,7 +51,7 @@ def test_a_killed_writer_is_replaced_and_the_rows_are_the_same(corpus, tmp_path)
         stream.load_tokenizer(TOKENIZER)
         rows = StreamedRows(stream, 16, 3, True)
         found = read(rows, range(2))
-        maps = Path(f"/proc/{writer._process.pid}/maps").read_text()
+        maps = Path(f"/proc/{writer._process.pid}/maps").read_text(encoding="utf-8")
         assert "tokenizers" in maps and "libtorch" not in maps and "libcuda" not in maps, "it holds no GPU"
         for steps in (range(2, 8), range(8, 20)):
             writer._process.send_signal(signal.SIGTERM)  # not for it
@@ -95,7 +95,7 @@ def test_the_writer_dies_with_its_parent(corpus, tmp_path):
         pid = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8"):
             assert time.monotonic() < deadline, "an orphan is left"
             time.sleep(0.02)
 
