@@ -118,7 +118,10 @@ def read_run(folder: Path) -> Config:
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
     values = completed(recorded)
     file = values["router_file"]
-    config = validate(values, None if file is None else load_router_file(file))
+    try:
+        config = validate(values, None if file is None else load_router_file(file))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE} is of another release, or was changed by hand: {error}") from error
     if config.router.dense_experts or not config.model.moe_layers:
         raise ConfigError(f"router={config.router.name} in {folder}: a model without routing has nothing to specialise")
     return config
