@@ -31,12 +31,19 @@ SKETCH_DTYPE = np.dtype([("content", "<u8"), ("text_bytes", "<u8"), ("minima", "
 
 
 class Sketcher:
-    """Sketches of documents, in order."""
+    """Sketches of documents, in order.
 
-    def __init__(self) -> None:
+    Args:
+        near: Whether near duplicates are looked for too; else the minima stay 0.
+    """
+
+    def __init__(self, near: bool = True) -> None:
+        self._sketches: list[np.ndarray] = []
+        self._near = near
+        if not near:
+            return
         from datasketch import MinHash  # here and not above: it imports scipy, and shards that are ready need none
 
-        self._sketches: list[np.ndarray] = []
         self._minhash = MinHash
         self._permutations = MinHash(_NUM_PERMUTATIONS).permutations
 
@@ -46,9 +53,10 @@ class Sketcher:
         sketch = np.zeros((), SKETCH_DTYPE)
         sketch["content"] = xxhash.xxh3_64_intdigest(tokens.tobytes())
         sketch["text_bytes"] = text_bytes
-        minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
-        minhash.update_batch(_smallest_runs(tokens).tolist())
-        sketch["minima"] = minhash.hashvalues
+        if self._near:
+            minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
+            minhash.update_batch(_smallest_runs(tokens).tolist())
+            sketch["minima"] = minhash.hashvalues
         self._sketches.append(sketch)
 
     def sketches(self) -> np.ndarray:
@@ -61,16 +69,24 @@ def read_sketches(path: Path) -> np.ndarray:
     return np.fromfile(path, SKETCH_DTYPE)
 
 
-def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def find_duplicates(
+    held_out: np.ndarray, trained_on: Iterable[np.ndarray], near: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Held-out documents that are also trained on.
 
     Args:
         held_out: Sketches [documents].
         trained_on: Sketches of the training documents, some at a time.
+        near: Whether to look for near duplicates too.
 
     Returns:
         bool [documents] of those that are equal to a training document, and of those equal or nearly equal.
     """
+    exact = np.zeros(len(held_out), bool)
+    if not near:
+        for some in trained_on:
+            exact |= np.isin(held_out["content"], some["content"])
+        return exact, exact
     from datasketch import MinHash, MinHashLSH
 
     permutations = MinHash(_NUM_PERMUTATIONS).permutations
@@ -79,7 +95,6 @@ def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> t
         return MinHash(hashvalues=minima, permutations=permutations, scheme="affine32")
 
     index = MinHashLSH(SIMILARITY, _NUM_PERMUTATIONS, weights=(1 - _MISSED_WEIGHT, _MISSED_WEIGHT))
-    exact = np.zeros(len(held_out), bool)
     found = np.zeros(len(held_out), bool)
     for number, minima in enumerate(held_out["minima"]):
         index.insert(number, minhash(minima))

@@ -132,7 +132,7 @@ def write_unit(
     train, validation = (
         ShardWriter(folder / side, unit.index, tokenizer.vocab_size, tokenizer.end_of_document) for side in SIDES
     )
-    sketchers = [Sketcher() for _ in SIDES] if sketch else []
+    sketchers = [Sketcher(config.near_duplicates != "ignore") for _ in SIDES] if sketch else []
     counted = {field.name: 0 for field in dataclasses.fields(Counts)}
     limited = False
     try:
