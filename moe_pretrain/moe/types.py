@@ -225,6 +225,10 @@ class Router(nn.Module):
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
         raise NotImplementedError
 
+    def logits(self, hidden: Tensor, context: RoutingContext) -> Tensor | None:
+        """Logits ``[tokens, experts]`` of ``hidden``; None for schemes whose scores are not linear in it."""
+        return None
+
     def after_step(self, use: StepUse) -> None:
         """Move state that has no gradient; called once per optimizer step, on every rank alike.
 

@@ -23,7 +23,6 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.layer import MoELayer
-from moe_pretrain.moe.routers.base import LinearRouter
 from moe_pretrain.moe.types import ExpertShard, Routing, step_uses
 
 QUANTITIES = ("attention", "MoE layer", "residual stream", "logits", "router logits", "sum of weights")
@@ -98,8 +97,9 @@ class PlainTraining:
             def note_router(module: nn.Module, inputs: tuple[Any, ...], routing: Routing) -> None:
                 sums = torch.zeros(tokens).index_add(0, routing.token_index, routing.weight)
                 found["sum of weights"] = sums, None
-                if isinstance(router, LinearRouter) and isinstance(first_router, LinearRouter):
-                    found["router logits"] = router.logits(*inputs), first_router.logits(*inputs)
+                logits, as_before = router.logits(*inputs), first_router.logits(*inputs)
+                if logits is not None:
+                    found["router logits"] = logits, as_before
 
             handles.append(router.register_forward_hook(note_router))
         self.model.train()
