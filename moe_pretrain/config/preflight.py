@@ -13,6 +13,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import num_routed_experts, width_problems
 from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
 _SMALLEST_HEAD_ON_CUDA = 16
@@ -107,6 +108,19 @@ def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
             f"engine.dtype=bfloat16 must be auto or float32: {torch.cuda.get_device_name()} has no bfloat16 arithmetic"
         )
     return device, config.dtype
+
+
+def check_warm_up(config: Config, plan: RunPlan) -> None:
+    """Refuse a run that would end before its learning rate is up.
+
+    Not where the number of steps is an estimate, as in a budget of FLOPs, nor where an earlier release has begun it.
+
+    Raises:
+        ValueError: The warm-up is longer than the run.
+    """
+    odd = config.schedule.check(plan.batches.num_steps)
+    if odd and config.budget.flops is None and not (config.run.folder / CHECKPOINTS).is_dir():
+        raise ValueError(odd)
 
 
 def check_devices(plan: RunPlan, local_ranks: int) -> None:

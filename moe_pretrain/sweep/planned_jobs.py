@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe_pretrain.config.compose import completed
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.preflight import check_warm_up, preflight
 from moe_pretrain.config.recorded import kept
 from moe_pretrain.config.schema import Config, SweepConfig, to_values
 from moe_pretrain.run_folder.paths import STATE_FILE
@@ -160,7 +160,7 @@ def load_job(words: Sequence[str], name: str) -> Config:
     """
     try:
         config = load(words)
-        preflight(config, config.parallel.processes)
+        check_warm_up(config, preflight(config, config.parallel.processes))
     except ValueError as error:
         raise ValueError(f"job {name}: {error}") from error
     return config

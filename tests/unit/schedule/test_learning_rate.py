@@ -3,7 +3,7 @@
 import pytest
 
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.preflight import check_warm_up, preflight
 from moe_pretrain.schedule.learning_rate import CosineScheduleConfig, WarmupStableDecayScheduleConfig
 
 
@@ -23,7 +23,7 @@ def test_parts_that_fit_never_fall_in_a_step(warmup, fraction):
     assert all(a - b < 1.001 / max(1, decay) for a, b in zip(factors, factors[1:], strict=False))
 
 
-def test_a_warm_up_that_does_not_end_is_said():
+def test_a_warm_up_that_does_not_end_is_refused():
     for schedule in (
         CosineScheduleConfig("cosine", 500, 0.1),
         WarmupStableDecayScheduleConfig("warmup_stable_decay", 500, 0.0, 0.1),
@@ -31,6 +31,17 @@ def test_a_warm_up_that_does_not_end_is_said():
         assert "schedule.warmup_steps=500 must be at most the run's 20 steps" in schedule.check(20)
         assert f"only rise to {schedule.factor(19, 20):.1%} of" in schedule.check(20)
         assert schedule.check(500) == ""
+
+
+def test_a_run_of_steps_whose_warm_up_does_not_end_does_not_start(tmp_path):
+    words = ["schedule.warmup_steps=301", "run.name=long", f"run.output_dir={tmp_path}"]
+    config = load(words)
+    with pytest.raises(ValueError, match=r"^schedule.warmup_steps=301 must be at most the run's 300 steps: "):
+        check_warm_up(config, preflight(config, 1))
+    of_flops = load([*words, "budget.tokens=null", "budget.flops=1e13"])
+    check_warm_up(of_flops, preflight(of_flops, 1))  # whose number of steps is an estimate
+    (tmp_path / "long" / "checkpoints").mkdir(parents=True)
+    check_warm_up(config, preflight(config, 1))  # an earlier release began it
 
 
 def test_a_run_with_overlapping_parts_does_not_start():
