@@ -195,7 +195,8 @@ class Heartbeat:
                     neighbour.polls = 0
                 if neighbour.polls == self._limit_polls // 2:
                     signs = self._read_all()
-                if is_silent:
+                # One that was never heard of may still import packages.
+                if is_silent and (heard.watched is not None or neighbour.polls >= _START_SECONDS / _POLL_SECONDS):
                     self._end_with(self._describe_silent_ranks(signs))
             except Exception as error:  # out of memory, say
                 failures += 1
@@ -239,7 +240,10 @@ class Heartbeat:
             if old == new and rank != self._rank and not _is_done(new):
                 silent[rank] = _describe_sign(new)
         named = _name_together(silent or {self._watched: _describe_sign(self._heard.watched)})
-        return f"stuck or gone, no sign of life for {self._limit_polls * _POLL_SECONDS:.0f} s: {named}"
+        seconds = self._limit_polls * _POLL_SECONDS
+        if self._heard.watched is None:
+            seconds = max(seconds, _START_SECONDS)
+        return f"stuck or gone, no sign of life for {seconds:.0f} s: {named}"
 
     def _read_all(self) -> list[Sign | None]:
         """Messages that all ranks publish; nothing when the store fails, which ``_talk`` finds out too."""
