@@ -47,6 +47,7 @@ _ALARM = "alarm"
 _POLL_SECONDS = 1.0
 _START_SECONDS = 120.0
 """Least limit of a rank's start-up, which imports packages from a disk that may be slow."""
+_NEVER = ", never heard of"
 _END_SECONDS = 5.0
 """How long telling the others and writing stacks may take; the network or the disk may be what is gone."""
 
@@ -241,7 +242,7 @@ class Heartbeat:
                 silent[rank] = _describe_sign(new)
         named = _name_together(silent or {self._watched: _describe_sign(self._heard.watched)})
         seconds = self._limit_polls * _POLL_SECONDS
-        if self._heard.watched is None:
+        if _NEVER in named:
             seconds = max(seconds, _START_SECONDS)
         return f"stuck or gone, no sign of life for {seconds:.0f} s: {named}"
 
@@ -403,7 +404,7 @@ def _name_together(described: dict[int, str]) -> str:
 
 def _describe_sign(sign: Sign | None, with_line: bool = False) -> str:
     if sign is None:
-        return ", never heard of"
+        return _NEVER
     line = f", in {sign['line']}" if with_line and sign["line"] else ""
     failure = f", failed with {sign['failure']}" if sign["failure"] else ""
     return f" on {sign['host']}, last seen at {_place(sign)}{line}{failure}"
