@@ -4,10 +4,9 @@ import argparse
 
 from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
-from moe_pretrain.config.compose import RENAMED
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
-from moe_pretrain.config.recorded import kept
+from moe_pretrain.config.recorded import earlier_words, kept, words_at_start
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
@@ -70,9 +69,6 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     recorded = read_overrides(folder)
     if not recorded:
         return overrides
-    lines = [word.partition("=") for word in recorded]
-    earlier = [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in lines]
-    merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides]}
-    words = list(merged.values())
+    words = earlier_words(folder, recorded, overrides)
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first
-    return words + kept(earlier, values, words) if values else words
+    return words + kept(words_at_start(folder, recorded, overrides), values, words) if values else words

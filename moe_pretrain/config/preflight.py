@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moe_pretrain.checkpoint.store import locate
+from moe_pretrain.checkpoint.store import complete_names, locate
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
@@ -13,6 +13,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import num_routed_experts, width_problems
 from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
 
@@ -48,7 +49,8 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     plan, moe = plan_run(config, world_size), config.model.moe
     config.schedule.check(plan.batches.num_steps)
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
-    if config.checkpoint.warm_start is not None:
+    # One that has checkpoints goes on from those, also where what it began with is gone.
+    if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
         locate(Path(config.checkpoint.warm_start))
     if config.optimizer.trainable == "routers":
         with torch.device("meta"):

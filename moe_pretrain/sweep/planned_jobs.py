@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from moe_pretrain.config.compose import completed
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
-from moe_pretrain.config.recorded import kept
+from moe_pretrain.config.recorded import kept, words_at_start
 from moe_pretrain.config.schema import Config, SweepConfig, to_values
 from moe_pretrain.run_folder.paths import STATE_FILE
 from moe_pretrain.run_folder.record import differences, flatten, show
@@ -136,7 +136,8 @@ class Sweep:
         words = self._words(swept, namesake.name)
         # What keeps older defaults stands behind the words of the sweep, the last of which is its name.
         own = 1 + max((at for at, word in enumerate(namesake.words) if word.startswith("sweep.name=")), default=-1)
-        keeping = tuple(kept(namesake.words[:own], namesake.values, words))
+        earlier = words_at_start(namesake.folder, namesake.words[:own], words)
+        keeping = tuple(kept(earlier, namesake.values, words))
         now = to_values(load_job([*words, *keeping], namesake.name))
         then = completed(json.loads(json.dumps(namesake.values)))
         is_same = identity(json.loads(json.dumps(now))) == identity(then)

@@ -55,8 +55,8 @@ class Trainer:
         self.router_health = RouterHealth(layers, config.metrics.router_health_steps, config.metrics.collapse_ratio)
         self.recorder = RunRecorder(config, plan, data, context.mesh, self.progress)
         self.evaluator = Evaluator(config, plan, data, engine, context)
-        self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder)
         self.saving = CheckpointSaving(config, engine, context, self.progress, self.recorder)
+        self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder, self.saving)
 
     def train(self, overrides: Sequence[str] = ()) -> int:
         """Resume the newest checkpoint, then train until the budget is spent, the data ends or a signal comes.
