@@ -1,4 +1,4 @@
-"""What commands have found out about a run and left in its folder, for the pages: certificate, specialisation, cost."""
+"""Findings of other commands in a run's folder, for the pages: certificate, specialisation, cost."""
 
 import json
 from collections.abc import Mapping, Sequence

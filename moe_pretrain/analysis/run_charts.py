@@ -1,4 +1,4 @@
-"""Which charts describe one run: rows of ``metrics.jsonl`` in, SVG elements out."""
+"""Charts that describe one run: rows of ``metrics.jsonl`` in, SVG elements out."""
 
 import re
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ def layer_colors(layers: Sequence[str]) -> dict[str, str]:
 
 
 def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow]) -> tuple[list[str], dict[str, str]]:
-    """How even, decided and steady the routing is, a line per layer; and the colour of each layer."""
+    """Charts of even, decided and steady routing, a line per layer; and the colour of each layer."""
     titles = {
         "load_max_over_mean": "Busiest expert over the mean (1 = even)",
         "router_entropy": "Mean entropy of a token's routing (nats)",

@@ -1,4 +1,4 @@
-"""What a trained model's experts specialise in: the newest checkpoint of a run over its validation rows."""
+"""Specialisation of a trained model's experts: the newest checkpoint of a run over its validation rows."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ NUM_CLASSES = 64
 
 @dataclass(frozen=True)
 class Information:
-    """What experts and classes say of each other, bits.
+    """Mutual information of experts and classes, bits.
 
     Attributes:
         mutual: ``I(E;Y)``, from 0 when they are independent to ``min(H(E), H(Y))``.
@@ -221,7 +221,7 @@ class Tally:
         self._tokens += len(gate)
 
     def result(self) -> Specialisation:
-        """What all parts together say."""
+        """Findings of all parts together."""
         hard, soft, hard_shuffled, soft_shuffled = (information(joint) for joint in self._joint)
         gate_entropy = self._gate_entropy / max(1, self._tokens)
         return Specialisation(hard, soft, hard_shuffled.mutual, soft_shuffled.mutual, gate_entropy, self._tokens)

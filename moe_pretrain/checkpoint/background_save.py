@@ -34,7 +34,7 @@ from moe_pretrain.system.faults import NO_FAULTS, Faults
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one save; the same on every rank, but for the times.
+    """Outcome of one save; the same on every rank, but for the times.
 
     Attributes:
         step: Finished steps of the state that was saved.

@@ -1,4 +1,4 @@
-"""When checkpoints are written, how, and how many stay."""
+"""Checkpoint settings: times of writing, the way of it, and the number that stay."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, how, and how many stay.
+    """Checkpoint settings: times of writing, the way of it, and the number that stay.
 
     Attributes:
         every_steps: Steps between checkpoints; one is always written at the end.

@@ -1,4 +1,4 @@
-"""Which intervals of which global tensors this rank holds.
+"""Intervals of the global tensors that this rank holds.
 
 Every logical tensor (float32 master weight, and the optimizer's moments of it) is one flat array over all experts,
 keyed by the parameter's name. What a ZeRO rank holds of it is an interval ``[start, start + length)``. A checkpoint is
@@ -51,7 +51,7 @@ class OwnedInterval:
 
     @property
     def updates(self) -> Tensor:
-        """How many updates the optimizer has made; a view."""
+        """Number of updates the optimizer has made; a view."""
         return self.state[self.kept.counter]
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and how that is verified before anything of it is believed.
+"""Manifest: a checkpoint's words about itself, verified before anything of it is believed.
 
 A checkpoint is a folder ``step_00000100`` with one safetensors file per rank that holds intervals (see ``layout``) and
 ``manifest.json``: which file holds which interval of which tensor, the size and hash of every file, the run's state,
@@ -62,7 +62,7 @@ SET_ASIDE = "set_aside"
 
 @dataclass(frozen=True)
 class Interval:
-    """Where ``length`` elements from ``start`` of one array are: ``key`` in ``file``."""
+    """Place of ``length`` elements from ``start`` of one array: ``key`` in ``file``."""
 
     tensor: str
     kind: str

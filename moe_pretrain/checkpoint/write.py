@@ -41,7 +41,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 def work_folder(target: Path) -> Path:
-    """Where the checkpoint ``target`` is written before it gets its name."""
+    """Folder in which the checkpoint ``target`` is written before it gets its name."""
     return target.with_name(target.name + TEMPORARY)
 
 

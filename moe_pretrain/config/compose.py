@@ -277,7 +277,7 @@ def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Conf
 
 @functools.lru_cache(maxsize=8)  # a router file makes a class of its own
 def _validator(root: Any) -> Callable[[dict[str, Any]], Any]:
-    """What makes a ``root``; to make it takes longer than to use it."""
+    """Validator of a ``root``; to make it takes longer than to use it."""
     return pydantic.TypeAdapter(root).validate_python
 
 

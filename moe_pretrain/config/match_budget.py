@@ -137,7 +137,7 @@ def _is_valid(check: Callable[[int], object], value: int) -> bool:
 
 
 def describe_match(model: ModelConfig, router: RouterConfig, budget: BudgetConfig) -> list[str]:
-    """What ``budget.match`` chose, and how near every measure is; nothing without it."""
+    """Choice of ``budget.match``, and the nearness of every measure; nothing without it."""
     matched = budget.matched
     if matched is None:
         return []

@@ -50,7 +50,7 @@ def _check_folder_name(field: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives.
+    """Folder, name and seed of a run.
 
     Attributes:
         name: Name of the run's folder. The same name again resumes the run.
@@ -76,7 +76,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How ``train --multirun`` runs its jobs: one for each combination of the values that overrides list.
+    """Settings of ``train --multirun``: one job for each combination of the values that overrides list.
 
     Attributes:
         name: Name of the sweep's folder in ``run.output_dir``; the same name again goes on with that sweep, or adds to

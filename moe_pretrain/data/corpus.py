@@ -34,7 +34,7 @@ class TrainingCorpus(Protocol):
         """Hash of all tokens and of the tokenizer; a run's data is a function of it."""
 
     def train_token_counts(self) -> dict[str, np.ndarray]:
-        """How often each token occurs in the training text, int64 [vocab_size], by the names of ``validation_sets``."""
+        """Occurrences of each token in the training text, int64 [vocab_size], by the names of ``validation_sets``."""
 
     @property
     def folders(self) -> list[Path]:
@@ -60,7 +60,7 @@ class TrainingCorpus(Protocol):
         """Held-out documents by name, one set for each source."""
 
     def describe_size(self) -> str:
-        """How much there is, in a few words."""
+        """Size of the corpus, in a few words."""
 
     def describe_prepared(self, num_tokens: int) -> str:
         """Documents and tokens in the cache, once ``num_tokens`` training tokens or all there are lie there."""

@@ -116,7 +116,7 @@ class TrainLoader:
         return whole if isinstance(whole, Mixed) else None
 
     def source_use(self, step: int) -> dict[str, SourceUse]:
-        """What the first ``step`` steps take from each source of a mixture; empty for a single corpus."""
+        """Rows that the first ``step`` steps take from each source of a mixture; empty for a single corpus."""
         return self._mixed.use(step * self._global_batch_rows) if self._mixed else {}
 
     def exhaustion_steps(self) -> dict[str, int]:
@@ -129,7 +129,7 @@ class TrainLoader:
         self.rows.reach(step * self._global_batch_rows, (step + 1) * self._global_batch_rows, lambda: False)
 
     def state(self, step: int) -> dict[str, Any] | None:
-        """What a checkpoint before ``step`` keeps for ``restore``."""
+        """State that a checkpoint before ``step`` keeps for ``restore``."""
         return self.rows.cursor(step * self._global_batch_rows)
 
     def restore(self, state: dict[str, Any] | None) -> None:

@@ -48,7 +48,7 @@ _PROBE = "The 3 quick foxes\n\tdidn't  pay 1,024.50; def f(x):\n        return x
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer.
+    """Choice of the tokenizer.
 
     Attributes:
         kind: ``train`` learns a byte-level BPE from the corpus' training documents,

@@ -187,7 +187,7 @@ class TrainEngine:
         global_counts: GlobalCounts,
         gradient_norm: float,
     ) -> str:
-        """Where a loss or gradient that is not finite arose: the step once more, watched and without an update."""
+        """Source of a loss or gradient that is not finite: the step once more, watched and without an update."""
         with first_non_finite(self.model) as found:
             loss = self._accumulate(step, batches, text_tokens, global_counts).loss_sum
         self.client_optimizer.withheld = True

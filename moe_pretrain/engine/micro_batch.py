@@ -1,4 +1,4 @@
-"""What routers may know of a micro-batch, made from the batch in one place."""
+"""Routers' view of a micro-batch, made from the batch in one place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

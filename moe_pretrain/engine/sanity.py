@@ -71,7 +71,7 @@ def check_replicas(model: DecoderLM, mesh: Mesh, step: int) -> None:
 
 
 def _differences(model: DecoderLM, mesh: Mesh) -> list[str]:
-    """What this rank sees to be wrong; runs every collective whatever it finds."""
+    """Faults that this rank sees; runs every collective whatever it finds."""
     complaints = []
     for expert, group in ((False, None), (True, mesh.expert_data_group)):
         named = [(name, p) for name, p in model.named_parameters() if is_expert(p) == expert]

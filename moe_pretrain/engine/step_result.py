@@ -1,4 +1,4 @@
-"""What a step and an evaluation found, and the sums over micro-batches and ranks that it comes from."""
+"""Results of a step and of an evaluation, and the sums over micro-batches and ranks that they come from."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from moe_pretrain.moe.types import StepUse
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, summed over ranks and micro-batches.
+    """Result of one optimizer step, summed over ranks and micro-batches.
 
     Attributes:
         loss: Cross-entropy per counted token of the global batch, nats; never with aux losses (defect C19).
@@ -52,7 +52,7 @@ class StepResult:
         return float(self.tokens_per_expert.sum()) / max(1, len(self.tokens_per_expert) * self.tokens)
 
     def layer_uses(self) -> list[StepUse]:
-        """What each MoE layer's router may move its state by."""
+        """Sums by which each MoE layer's router may move its state."""
         routes = self.tokens_per_expert.to(self.sums.device)
         mean = self.experts_per_token
         return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]

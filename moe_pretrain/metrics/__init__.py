@@ -1,1 +1,1 @@
-"""What a run writes down about itself: router statistics, throughput, and where the rows go."""
+"""Records of a run about itself: router statistics, throughput, and the places of the rows."""

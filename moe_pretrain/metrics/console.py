@@ -1,4 +1,4 @@
-"""What a user sees of a run while it trains."""
+"""Lines that a user sees of a run while it trains."""
 
 from time import monotonic
 from typing import Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from moe_pretrain.system.words import short_duration, short_number
 
 @runtime_checkable
 class TextStream(Protocol):
-    """Where lines go: standard error, or what a test puts in its place."""
+    """Stream for the lines: standard error, or a test's in its place."""
 
     def write(self, text: str, /) -> int:
         """Write ``text``."""

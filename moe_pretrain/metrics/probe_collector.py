@@ -1,4 +1,4 @@
-"""What a validation finds piece by piece: losses that pair with another run's, and where every token was sent.
+"""Pieces of a validation: losses that pair with another run's, and the routes of every token.
 
 A piece is the part of one document that lies in one row. The rows are drawn over the whole validation set, the same for
 all runs of one corpus, tokenizer and row length (see ``validation_rows``): ``fingerprint`` says so.

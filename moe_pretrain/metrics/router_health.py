@@ -76,6 +76,6 @@ class RouterHealth:
 
 
 def effective_experts(routes: Float[Tensor, "experts"]) -> float:
-    """How many evenly used experts would have the entropy of this load: 1 for a single one, all for an even load."""
+    """Number of evenly used experts with the entropy of this load: 1 for a single one, all for an even load."""
     share = routes.double() / routes.sum().clamp(min=1)
     return math.exp(float(torch.special.entr(share).sum()))

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens per second, and the share of the hardware's peak that it uses."""
+"""Speed of a run: tokens per second, and the share of the hardware's peak that it uses."""
 
 import re
 import time
@@ -61,7 +61,7 @@ def model_flops_utilization(flops_per_token: float, tokens_per_second: float, nu
 
 @dataclass(frozen=True)
 class Window:
-    """What happened between two readings of a ``Stopwatch``.
+    """Tokens, steps and seconds between two readings of a ``Stopwatch``.
 
     Attributes:
         tokens_per_second: Tokens counted, over the time that was not paused.

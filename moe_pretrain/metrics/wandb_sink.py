@@ -33,7 +33,7 @@ LAYERS_TABLE = "moe/layers"
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What wandb knows a run by.
+    """Names by which wandb knows a run.
 
     Attributes:
         folder: Run folder; wandb's files and ``wandb_id.txt`` live in it.
@@ -274,7 +274,7 @@ def layer_table(rows: Sequence[MetricsRow]) -> tuple[list[str], list[list[Any]]]
 def wandb_run(
     run_dir: Path, project: str, group: str | None, run_name: str, resolved_config: Mapping[str, Any]
 ) -> WandbRun:
-    """What wandb knows a run by, from its folder and configuration."""
+    """Names by which wandb knows a run, from its folder and configuration."""
     return WandbRun(run_dir, project, group or run_dir.resolve().parent.name, run_name, resolved_config)
 
 

@@ -1,4 +1,4 @@
-"""What must be known before wandb starts: is there a key, a server that answers, an earlier run.
+"""Checks before wandb starts: a key, a server that answers, an earlier run.
 
 Nothing here prompts, or imports wandb.
 """

@@ -1,4 +1,4 @@
-"""Where metric rows go: the run's JSONL file, the console, and wandb."""
+"""Destinations of metric rows: the run's JSONL file, the console, and wandb."""
 
 import sys
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from moe_pretrain.run_folder.paths import METRICS_FILE
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What is logged, and where.
+    """Logging: the metrics, their intervals and destinations.
 
     Attributes:
         log_every_steps: Steps between two train rows, at least 1.

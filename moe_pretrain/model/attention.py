@@ -18,7 +18,7 @@ from moe_pretrain.moe.types import AttentionStatistic
 
 @dataclass(frozen=True)
 class DocumentMask:
-    """What every layer's attention needs to know of the documents, made once per micro-batch.
+    """Document borders for every layer's attention, made once per micro-batch.
 
     Attributes:
         first_key: Position in its row of the first token of each token's document.
@@ -54,7 +54,7 @@ def document_mask(document_ids: Int[Tensor, "batch sequence"]) -> DocumentMask:
 
 
 def _first_keys(document_ids: Int[Tensor, "batch sequence"]) -> Int[Tensor, "batch sequence"]:
-    """Where in its row each token's document begins."""
+    """Start of each token's document in its row."""
     begins = functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
     return (torch.arange(document_ids.shape[1], device=document_ids.device) * begins).cummax(dim=1).values
 

@@ -1,4 +1,4 @@
-"""What a router may learn of its block's attention: one number per token, without the matrix of weights.
+"""Attention statistic for routers: one number per token of their block's attention, without the matrix of weights.
 
 ``A[h, t, j]`` is head ``h``'s weight of key ``j`` for query ``t``: the softmax over the keys that ``t`` sees, which are
 the earlier ones of its document in its row and itself. Fused attention kernels never form ``A``, so its scores are made
@@ -118,7 +118,7 @@ def _corrected_row_max_without_self(block: _Block) -> Tensor:
 
 
 def _excess(block: _Block, excluded: Tensor) -> Tensor:
-    """How far the largest weight that is not excluded is from a uniform row, as a share of how far it could be."""
+    """Largest weight that is not excluded: its distance from a uniform row, as a share of the largest one."""
     largest = block.weights.masked_fill(excluded[:, None], 0.0).amax(dim=-1).mean(dim=1)
     uniform = 1 / block.visible.sum(dim=-1)
     # Without a key left the largest is 0, the numerator negative and the value 0, also where the denominator is 0.

@@ -227,7 +227,7 @@ class DecoderLM(nn.Module):
 
 @contextmanager
 def recorded_routings(model: DecoderLM) -> Iterator[list[Routing]]:
-    """What the routers decide while this is entered, bottom up in each forward pass."""
+    """Record the routers' decisions while this is entered, bottom up in each forward pass."""
     found: list[Routing] = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...], routing: Routing) -> None:

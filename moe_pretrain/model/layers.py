@@ -80,7 +80,7 @@ def token_losses(
     labels: Int[Tensor, "tokens"],
     chunk_tokens: int,
 ) -> Float[Tensor, "tokens"]:
-    """What ``chunked_cross_entropy`` sums: nats of each position, float32, 0 where not counted; no gradient."""
+    """Terms of ``chunked_cross_entropy``: nats of each position, float32, 0 where not counted; no gradient."""
     parts = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
     losses = [
         functional.cross_entropy(

@@ -218,7 +218,7 @@ def _count(expert_index: Int[Tensor, "routes"], num_experts: int) -> Int[Tensor,
 
 
 def _exchange_sizes(counts: Int[Tensor, "experts"], exchange: Exchange) -> tuple[Tensor, list[int], list[int]]:
-    """What every rank sends this one, ``[ranks, local_experts]``, and the rows of the blocks sent and received."""
+    """Sizes of what every rank sends this one, ``[ranks, local_experts]``, and of the blocks sent and received."""
     received_counts = exchange.exchange_counts(counts.view(exchange.size, -1))
     # The one host synchronisation that a dropless exchange needs: the sizes of the blocks.
     sizes = torch.stack([counts.view(exchange.size, -1).sum(1), received_counts.sum(1)]).tolist()

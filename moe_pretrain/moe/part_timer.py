@@ -1,4 +1,4 @@
-"""Where the forward passes of MoE layers spend their time, part by part.
+"""Time that the forward passes of MoE layers spend, part by part.
 
 =====================  ==================================================================================
 ``router``             all that is run to decide: the router, experts that it asks together with the exchange that
@@ -68,7 +68,7 @@ class CudaTime:
 
 
 def time_source(device_type: str) -> TimeSource:
-    """What measures the work of a ``cuda`` or ``cpu`` device."""
+    """Clock for the work of a ``cuda`` or ``cpu`` device."""
     return CudaTime() if device_type == "cuda" else HostTime()
 
 

@@ -33,7 +33,7 @@ AttentionStatistic = Literal["row_max", "corrected_row_max", "corrected_row_max_
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a router may know beside the hidden states of its layer.
+    """Facts that a router may know beside the hidden states of its layer.
 
     Attributes:
         token_mask: True where a token is text, False where it is padding.
@@ -128,7 +128,7 @@ class RouterUse:
 
 @dataclass(frozen=True)
 class StepUse:
-    """What one layer's router did in one optimizer step, over the whole global batch; the same on every rank.
+    """Use of one layer's router in one optimizer step, over the whole global batch; the same on every rank.
 
     Attributes:
         tokens_per_expert: Routes of text tokens to each expert, float64.
@@ -154,7 +154,7 @@ class MoEOutput:
 
 @dataclass(frozen=True)
 class ExpertShard:
-    """Which of the layer's experts this rank holds: a contiguous block of ``num_experts / size``."""
+    """Share of the layer's experts that this rank holds: a contiguous block of ``num_experts / size``."""
 
     rank: int = 0
     size: int = 1
@@ -166,7 +166,7 @@ class ExpertShard:
 
 
 def step_uses(uses: Sequence[RouterUse]) -> list[StepUse]:
-    """What the routers of all MoE layers get after a step in which this micro-batch was the global batch."""
+    """Uses that the routers of all MoE layers get after a step in which this micro-batch was the global batch."""
     routes = torch.stack([use.tokens_per_expert for use in uses])
     tokens = int(uses[0].tokens)
     mean = float(routes.sum()) / max(1, len(uses) * tokens)
@@ -287,7 +287,7 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class ExpertRowLayout:
-    """How source rows are laid out for the experts: a gather, and its adjoint sum.
+    """Layout of source rows for the experts: a gather, and its adjoint sum.
 
     Attributes:
         source_of_row: Source row of each expert row; rows are sorted by local expert.

@@ -1,1 +1,1 @@
-"""What makes the model parallel: process groups, the token exchange, and DeepSpeed's view of the experts."""
+"""Parallelism of the model: process groups, the token exchange, and DeepSpeed's view of the experts."""

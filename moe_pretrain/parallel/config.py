@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How many processes train, and how experts are spread over them.
+    """Number of processes that train, and the spread of experts over them.
 
     Attributes:
         processes: Processes that ``train`` starts by itself. Under torchrun, ``deepspeed`` or SLURM the launcher's

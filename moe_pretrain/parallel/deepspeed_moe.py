@@ -1,4 +1,4 @@
-"""What makes DeepSpeed treat our layers as experts.
+"""Marks by which DeepSpeed treats our layers as experts.
 
 DeepSpeed's engine knows experts by one test, ``isinstance(module, deepspeed.moe.layer.MoE)``, and by two attributes of
 a parameter, ``allreduce`` and ``group_name``. Its own layers cannot host other routers, so the model stays plain and

@@ -83,7 +83,7 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """Where this rank is, in words."""
+        """Place of this rank, in words."""
         return _describe(*self._where)
 
     def __enter__(self) -> "Heartbeat":
@@ -191,7 +191,7 @@ class Heartbeat:
         return f"stuck or gone, no sign of life for {self._limit_polls * _POLL_SECONDS:.0f} s: {named}"
 
     def _read_all(self) -> list[Sign | None]:
-        """What all ranks publish; nothing when the store fails, which ``_talk`` finds out too."""
+        """Messages that all ranks publish; nothing when the store fails, which ``_talk`` finds out too."""
         found: list[Sign | None] = []
         _try_for_a_while(lambda: found.extend([_read(self._store, rank) for rank in range(self._world_size)]))
         return found
@@ -229,7 +229,7 @@ class Heartbeat:
 
 
 def last_seen(store: dist.Store, rank: int) -> str:
-    """Where ``rank`` was when it last published, in words; ``store`` is the launcher's."""
+    """Place of ``rank`` when it last published, in words; ``store`` is the launcher's."""
     seen = _read(_liveness_store(store, 0), rank)
     return _place(seen) if seen else "start-up"
 

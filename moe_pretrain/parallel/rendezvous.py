@@ -1,4 +1,4 @@
-"""Which of this machine's network interfaces leads to the other hosts."""
+"""Network interface of this machine that leads to the other hosts."""
 
 import fcntl
 import os
@@ -63,7 +63,7 @@ def launched_number(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks have met, before any of them can wait for another in a collective.
+    """Meeting of the ranks, before any of them can wait for another in a collective.
 
     Attributes:
         store: What they share: the launcher's store, or the one that rank 0 holds.

@@ -1,1 +1,1 @@
-"""What a run would cost, counted from the configuration."""
+"""Cost of a run, counted from the configuration."""

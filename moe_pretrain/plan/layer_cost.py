@@ -1,4 +1,4 @@
-"""What the parts of one MoE layer cost in a forward pass: counted from the configuration; ``moe.parts`` times them.
+"""Cost of the parts of one MoE layer in a forward pass: counted from the configuration; ``moe.parts`` times them.
 
 Routes are charged by the number that a run was measured to have, so adaptive schemes pay for what they use. Bytes are
 what a part reads and writes in memory, or for the exchange what one rank sends and gets back.

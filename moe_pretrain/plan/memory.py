@@ -213,13 +213,13 @@ class Routed:
 
 
 def routes_of_rank(config: Config, dtype: Dtype, micro_batch_size: int) -> Routed:
-    """What one rank sends through one layer's exchange, to all ranks together."""
+    """Routes that one rank sends through one layer's exchange, to all ranks together."""
     layers = _Layers(config, "cuda", dtype, micro_batch_size, 1.0)
     return Routed(layers.routes * layers.message, layers.routes * layers.row)
 
 
 class _Layers:
-    """What the layers keep of one micro-batch, in bytes."""
+    """Bytes that the layers keep of one micro-batch."""
 
     def __init__(self, config: Config, device: str, dtype: Dtype, micro_batch_size: int, worst_load: float):
         self.on_cpu = device == "cpu"
@@ -354,7 +354,7 @@ class _Layers:
         return self.tokens * 4 * (2 * experts + own) + self.routes * (8 + 4 + 8 + 4)
 
     def _asking(self, recompute: str) -> float:
-        """Where experts are asked for keys: their first layers, what these are multiplied with, scores and indices.
+        """Bytes of asking experts for keys: their first layers, what these are multiplied with, scores, indices.
 
         Recomputation keeps what came from other ranks.
         """

@@ -1,4 +1,4 @@
-"""What a run would cost, before anything is started: parameters, FLOPs, memory, traffic, time; and what fits where."""
+"""Plan of a run, before anything is started: parameters, FLOPs, memory, traffic, time; and what fits where."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the configuration does not say.
+    """Assumptions on what the configuration does not say.
 
     Attributes:
         mfu: Share of the peak that model FLOPs reach, in (0, 1].
@@ -100,7 +100,7 @@ def problems(config: Config) -> list[str]:
 
 
 def epochs(config: Config, tokens: int) -> str:
-    """How often ``tokens`` tokens go through the corpus, if that is in the cache."""
+    """Number of passes that ``tokens`` tokens make through the corpus, if that is in the cache."""
     known = None
     if not isinstance(config.data, data.MixtureConfig) and not config.streaming.applies_to(config.data):
         cache = Path(config.run.cache_dir)

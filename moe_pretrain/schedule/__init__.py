@@ -1,1 +1,1 @@
-"""When and how much: batches, budget, learning rate, spikes. Plain numbers, no torch."""
+"""Schedules: batches, budget, learning rate, spikes. Plain numbers, no torch."""

@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How many tokens a step has, and a pass.
+    """Batch sizes: the tokens of a step, and of a pass.
 
     Attributes:
         global_batch_tokens: Tokens per optimizer step over all ranks; a multiple of the sequence length.
@@ -20,7 +20,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step is cut.
+    """Division of one optimizer step into ranks and micro-batches.
 
     Attributes:
         rows_per_step: Sequences per optimizer step over all ranks.

@@ -1,4 +1,4 @@
-"""What ends a run: tokens, FLOPs or seconds; and the meter of what it has spent."""
+"""Budget of a run in tokens, FLOPs or seconds; and the meter of what it has spent."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ Unknown = Literal["expert_width", "num_experts", "top_k"]
 
 @dataclass(frozen=True)
 class Matched:
-    """What ``budget.match`` came to.
+    """Outcome of ``budget.match``.
 
     Attributes:
         field: What was solved, ``model.moe.expert_hidden_size`` or its like; its value stands there.
@@ -26,7 +26,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """What a run may spend, and what its model is to cost.
+    """Budget of a run, and the cost that its model is to have.
 
     Exactly one of ``tokens`` and ``flops`` is the run's planned end; ``seconds`` may end it before. The step that
     reaches a budget is a whole one and the last.
@@ -81,7 +81,7 @@ class BudgetConfig:
         return -(-round(self.flops) // step_flops(tokens_per_step, flops_per_token))
 
     def describe(self) -> str:
-        """What ends the run beside its planned steps, for the line that it begins with."""
+        """Limits of the run beside its planned steps, for the line that it begins with."""
         of_flops = "" if self.flops is None else f", until {self.flops:.4g} FLOPs are spent"
         return of_flops + ("" if self.seconds is None else f", for at most {self.seconds:g} s of training")
 
@@ -92,7 +92,7 @@ def step_flops(tokens_per_step: int, flops_per_token: float) -> int:
 
 
 class BudgetMeter:
-    """What a run has spent and how long it will be: the same on every rank, and after a resume on any topology.
+    """Budget meter: FLOPs and seconds spent, and the length of the run; the same on every rank and topology.
 
     ``limit`` is the number of steps after which the data ends, or None.
     """
@@ -155,7 +155,7 @@ class BudgetMeter:
         return self._config.seconds is not None
 
     def describe_end(self) -> str:
-        """Why the run is over, in a few words; after a number of steps by itself when those were planned."""
+        """Reason of the end, in a few words; after a number of steps by itself when those were planned."""
         text = f"after {self.steps} steps"
         if self._config.flops is not None and self._planned_end:
             text += f": {self.flops:.4g} FLOPs are spent, of budget.flops={self._config.flops:g}"

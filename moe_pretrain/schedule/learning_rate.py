@@ -24,7 +24,7 @@ class CosineScheduleConfig:
     floor: Share
 
     def check(self, num_steps: int) -> str:
-        """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing."""
+        """Oddity of this schedule in a run of ``num_steps``, in a line, or nothing."""
         return _long_warmup(self.warmup_steps, num_steps)
 
     def factor(self, step: int, num_steps: int) -> float:
@@ -52,7 +52,7 @@ class WarmupStableDecayScheduleConfig:
     floor: Share
 
     def check(self, num_steps: int) -> str:
-        """What is odd about this schedule in a run of ``num_steps``, in a line, or nothing.
+        """Oddity of this schedule in a run of ``num_steps``, in a line, or nothing.
 
         Raises:
             ValueError: The decay would begin before the warm-up ends: the rate would fall in one step.

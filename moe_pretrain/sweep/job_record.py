@@ -50,7 +50,7 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class JobState:
-    """How far a job came.
+    """Progress of a job.
 
     Attributes:
         state: ``waiting``: never started. ``running``. ``finished``: made its last step. ``stopped``: by a signal,
@@ -88,7 +88,7 @@ def read_job(folder: Path) -> SweepJob:
 
 
 def written_state(folder: Path) -> JobState:
-    """What is written about a job, true or not."""
+    """State that is written about a job, true or not."""
     path = folder / STATE_FILE
     return JobState(**read_json(path)) if path.exists() else JobState()
 
@@ -130,7 +130,7 @@ def judge(folder: Path, otherwise: JobState) -> JobState:
 
 
 def _written_at(path: Path) -> int:
-    """When a file was last written; before everything if there is none."""
+    """Time at which a file was last written; before everything if there is none."""
     return path.stat().st_mtime_ns if path.exists() else -1
 
 

@@ -44,7 +44,7 @@ class SweepStopped(Exception):
 
 
 class TrainJob:
-    """What Hydra calls the task: one job of a sweep, from its overrides; can be pickled."""
+    """Task that Hydra calls: one job of a sweep, from its overrides; can be pickled."""
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
@@ -62,7 +62,7 @@ class TrainJob:
 
 
 class SweepLauncher(Launcher):
-    """What all launchers of a sweep share: jobs are planned before any of them starts, and their results looked up."""
+    """Launchers' common part: jobs are planned before any of them starts, and their results looked up."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Learn which sweep it is."""
@@ -110,7 +110,7 @@ def must_run(state: JobState, retry: str) -> bool:
 
 
 def objective(state: JobState) -> float:
-    """What a search minimises: the last validation loss, or infinity where there is none: a trial to keep away from."""
+    """Value that a search minimises: the last validation loss, or infinity (keep away) where there is none."""
     return math.inf if state.validation_loss is None else state.validation_loss
 
 

@@ -35,7 +35,7 @@ _SHOWN_DIFFERENCES = 3
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all jobs of a sweep share.
+    """Settings that all jobs of a sweep share.
 
     Attributes:
         folder: Its folder.

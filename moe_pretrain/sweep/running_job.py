@@ -39,7 +39,7 @@ class RunsElsewhere(ValueError):
 
 
 class Signalled(Protocol):
-    """What signals are passed on to."""
+    """Receiver of passed-on signals."""
 
     def signal(self, number: int) -> None:
         """Pass a signal on, if it still runs."""
@@ -99,7 +99,7 @@ class RunningJob:
         return state
 
     def _by_code(self, ended: JobState, code: int) -> JobState:
-        """What the exit code says, where the run's own rows do not say more."""
+        """Meaning of the exit code, where the run's own rows do not say more."""
         if code == STOPPED:
             return replace(ended, state="stopped", reason="stopped by a signal, its checkpoint written")
         if code == INTERRUPTED or code - 128 in _STOPPING:

@@ -16,7 +16,7 @@ _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 
 
 class SlurmTask:
-    """What submitit pickles and calls in every task of a job.
+    """Task that submitit pickles and calls in every task of a job.
 
     The first rank keeps the job's record. If a signal ended the run, its exit code is ``signals.STOPPED`` and submitit
     hears of no result; the batch script then queues the job again, and the same call goes on.
@@ -36,7 +36,7 @@ class SlurmTask:
             os._exit(STOPPED)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again after a signal that came before ours are heeded."""
+        """Task that submitit queues again after a signal that came before ours are heeded."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

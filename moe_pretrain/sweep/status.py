@@ -1,4 +1,4 @@
-"""How far the jobs of a sweep are, from its files alone: a line for each, on this terminal or on another one."""
+"""Status of the jobs of a sweep, from its files alone: a line for each, on this terminal or on another one."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
         job: The job.
@@ -62,7 +62,7 @@ def read_progress(sweep: Path, before: Mapping[str, JobProgress] | None = None) 
 
 
 def describe_sweep(jobs: Sequence[JobProgress]) -> str:
-    """How many jobs are in which state."""
+    """Number of jobs in each state."""
     counts = {state: sum(job.state.state == state for job in jobs) for state in STATES}
     states = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     return f"{len(jobs)} job{'s' if len(jobs) != 1 else ''}" + (f": {states}" if states else "")

@@ -269,7 +269,7 @@ class Oracle:
     def _top_k(
         self, hidden: Tensor, router: TopKRouter, context: RoutingContext
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Which (token, expert) pairs are routes, the weight of each, and the aux losses."""
+        """Routes as (token, expert) pairs, the weight of each, and the aux losses."""
         config, num_experts = router.config, router.num_experts
         if config.jitter and router.training:
             keys = (context.seed, JITTER_STREAM, context.step, router.layer)
@@ -360,7 +360,7 @@ def _context(
     global_routes: Tensor | None,
     layer: MoELayer,
 ) -> RoutingContext:
-    """What routers may know of ``num_rows`` rows, which are the global batch unless ``global_routes`` is given."""
+    """Facts that routers may know of ``num_rows`` rows: the global batch unless ``global_routes`` is given."""
     part = slice(first_row, first_row + num_rows)
     length = rows.document_ids.shape[1]
     return RoutingContext(

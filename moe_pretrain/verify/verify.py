@@ -172,7 +172,7 @@ def _relative(ours: Tensor | float, theirs: Tensor | float) -> float:
 
 
 def _relative_scale(ours: Tensor, theirs: Tensor) -> float:
-    """How far ``ours`` along ``theirs`` is from 1; what is zero must be exactly zero."""
+    """Distance from 1 of ``ours`` along ``theirs``; what is zero must be exactly zero."""
     ours, theirs = ours.double(), theirs.double()
     size = float(theirs.square().sum())
     return abs(float((ours * theirs).sum()) / size - 1) if size else _relative(ours, theirs)

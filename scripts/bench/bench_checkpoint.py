@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training waits, how fast it reaches the disk, how large it is.
+"""Cost of a checkpoint: the wait of training, its speed to the disk, its size.
 
     python scripts/bench/bench_checkpoint.py [--rounds 5] [--steps 6] [--folder DIR] [OVERRIDE ...]
 

@@ -1,4 +1,4 @@
-"""What both benchmarks share: interleaved timing and ratios with intervals.
+"""Common part of both benchmarks: interleaved timing and ratios with intervals.
 
 Machines change speed while they are measured, so a ratio is only taken between variants of one run: every round runs
 each variant once, in a new order.

@@ -46,7 +46,7 @@ _TINY = [
 
 @dataclass(frozen=True)
 class Topology:
-    """How an attempt is spread."""
+    """Spread of an attempt over ranks."""
 
     ranks: int
     expert_parallel_size: int

@@ -127,7 +127,7 @@ def check_runs(sweep: Sweep, kept: dict[str, list[MetricsRow]]) -> str:
 
 
 def check_answer(sweeps: list[Sweep]) -> str:
-    """What `compare` says against the raw rows."""
+    """Check the answer of `compare` against the raw rows."""
     outputs = sweeps[0].outputs
     print(subprocess.run([*PROGRAM, "compare", str(outputs)], check=True, capture_output=True, text=True).stdout)
     answer = {row["variant"]: row for row in read_csv(outputs / "compare.csv")}

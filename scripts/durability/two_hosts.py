@@ -97,7 +97,7 @@ def _environment() -> dict[str, str]:
 
 
 def why_not() -> str | None:
-    """Why two hosts cannot be made here; None if they can."""
+    """Reason why two hosts cannot be made here; None if they can."""
     if os.geteuid():
         return "network namespaces need root"
     for program in ("ip", "unshare", "mount"):
@@ -115,7 +115,7 @@ def why_not() -> str | None:
 
 
 def launch_words(launch: str, number: int, ranks_per_host: int, master: str, address: str) -> list[list[str]]:
-    """What to start on host ``number``: one command, or one per rank."""
+    """Command to start on host ``number``: one, or one per rank."""
     program = [sys.executable, "-m", "moe_pretrain"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
     torchrun += ["--nproc-per-node", str(ranks_per_host), "--local-addr", address]
@@ -144,7 +144,7 @@ class Attempt:
                 self._logs.append((number, log))
 
     def text(self, number: int) -> str:
-        """What a host's processes have printed."""
+        """Output of a host's processes."""
         return "".join(log.read_text() for host, log in self._logs if host == number)
 
     def is_over(self) -> bool:

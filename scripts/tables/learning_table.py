@@ -177,7 +177,7 @@ END = slice(80, 100)
 
 
 def print_signatures(chosen: argparse.Namespace) -> None:
-    """What the papers report, found or not, on these runs."""
+    """Print the papers' signatures, found or not, on these runs."""
     has = set(chosen.variants)
     found = []
 

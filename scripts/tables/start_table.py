@@ -1,4 +1,4 @@
-"""How loud does every scheme start? One line a scheme: its MoE layers' output and its experts' gradients at step 0.
+"""Start loudness of every scheme, one line each: its MoE layers' output and its experts' gradients at step 0.
 
     python scripts/tables/start_table.py [--schemes top_k hash] model=tiny
 

@@ -1,4 +1,4 @@
-"""What the choice of validation text does to a run's loss: documents resampled, alike for all runs of the same rows.
+"""Bootstrap over validation documents, drawn alike for all runs of the same rows: the effect of the text on a loss.
 
 Axis names:
     resamples  bootstrap resamples of the documents

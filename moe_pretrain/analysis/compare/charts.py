@@ -1,4 +1,4 @@
-"""Which charts compare variants: runs in, SVG elements or drawings out.
+"""Charts that compare variants: runs in, SVG elements or drawings out.
 
 Axis names:
     points    steps that all runs of a variant have
@@ -74,7 +74,7 @@ def has_bands(colors: Mapping[str, str]) -> bool:
 
 
 def legend_colors(colors: Mapping[str, str]) -> dict[str, str]:
-    """What a legend shows of ``variant_colors``: the others as one."""
+    """Legend's share of ``variant_colors``: the others as one."""
     rest = [name for name, color in colors.items() if color == OTHERS]
     shown = {name: color for name, color in colors.items() if color != OTHERS}
     return shown | ({f"{len(rest)} others": OTHERS} if rest else {})

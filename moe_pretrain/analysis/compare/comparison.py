@@ -1,4 +1,4 @@
-"""Which variant is better, by how much, and can it be told? What the runs of a folder say, in numbers and warnings.
+"""Comparison of the runs of a folder, numbers and warnings: which is better, by how much, and can that be told.
 
 Runs of one seed share data order and, by global expert id, initial weights, whatever their scheme; so variants are
 compared seed by seed, which takes out what the seed does to the loss.
@@ -76,7 +76,7 @@ def _last(cumulated: np.ndarray, per_token_of: RunRecord | None = None) -> float
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the runs of a folder say.
+    """Answer of the runs of a folder.
 
     Attributes:
         runs: Every run, in any state.
@@ -225,7 +225,7 @@ def _warn_of_seeds(
 
 
 def _warn_of_data(variants: Sequence[Variant], key: str) -> list[str]:
-    """What was not the same though it should be."""
+    """Warn of data that was not the same though it should be."""
     found = []
     counted = [run for variant in variants for run in variant.counted]
     values = [variant.values for variant in variants]

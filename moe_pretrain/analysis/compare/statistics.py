@@ -60,7 +60,7 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 @dataclass(frozen=True)
 class Sample:
-    """What is known of one variant's loss.
+    """Mean, spread and seeds of one variant's loss.
 
     Attributes:
         losses: Seed -> final loss.
@@ -93,7 +93,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval says of a loss: not distinguishable when it holds 0."""
+        """Verdict of an interval on a loss: not distinguishable when it holds 0."""
         if self.difference is None or self.p_value is None:
             return "not tested"
         if self.difference.low <= 0 <= self.difference.high:
@@ -108,7 +108,7 @@ FEWEST_SEEDS = 3
 
 
 def shared_prior(samples: Mapping[str, Sample]) -> VariancePrior:
-    """What all pairs that have ``FEWEST_SEEDS`` in common tell of the variance of one pair's differences.
+    """Prior for the variance of one pair's differences, from all pairs that have ``FEWEST_SEEDS`` in common.
 
     Of twins one is taken: the other adds no knowledge, and their own difference is of another kind.
     """
@@ -234,7 +234,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which variants are better, by tests of all pairs at once.
+    """Order of the variants, by tests of all pairs at once.
 
     Attributes:
         places: Of the variants with a loss, best first.
@@ -284,7 +284,7 @@ def rank(samples: Mapping[str, Sample]) -> Ranking:
 
 
 def _difference_to_win(of: Sample, to: Sample, prior: VariancePrior, pairs: int) -> float:
-    """What the first of ``pairs`` pairs to win a place must differ by, if it is this one."""
+    """Smallest difference with which the first of ``pairs`` pairs wins a place, if it is this one."""
     apart = np.array([[of.losses[seed] - to.losses[seed] for seed in of.losses.keys() & to.losses.keys()]])
     degrees = apart.shape[1] - 1 + prior.degrees
     error = _mean_and_error([apart, np.zeros_like(apart)], True, prior)[1]

@@ -32,7 +32,7 @@ def markdown(found: Comparison) -> str:
 
 
 def method(found: Comparison) -> str:
-    """What the numbers are and how differences are tested."""
+    """Explanation of the numbers and of the tests for differences."""
     texts = (
         f"in {RESAMPLES} resamples of the {found.documents} documents of the validation rows, whose losses per token "
         "are paired too"
@@ -191,7 +191,7 @@ def ranking(found: Comparison) -> Table:
 
 
 def power(found: Comparison) -> str:
-    """How much is needed to win a place."""
+    """Difference that is needed to win a place."""
     needed = found.ranking.needed
     if needed is None:
         return ""
@@ -280,7 +280,7 @@ def specialisation(found: Comparison) -> Table:
 
 
 def layer_times(found: Comparison) -> Table:
-    """What the parts of one MoE layer take per token, as measured; the last cell says so where runs have no times."""
+    """Measured times of the parts of one MoE layer per token; the last cell says so where runs have no times."""
     lines = []
     for variant in found.variants:
         times = _measured_times(variant.counted)
@@ -294,7 +294,7 @@ def layer_times(found: Comparison) -> Table:
 
 
 def layer_costs(found: Comparison) -> Table:
-    """What the parts of one MoE layer cost per token, at the experts per token that were measured."""
+    """Costs of the parts of one MoE layer per token, at the experts per token that were measured."""
     cells: dict[str, dict[str, str]] = {}
     for variant in found.variants:
         facts: dict[str, object] = next((run.facts for run in variant.counted if "moe_layer_cost" in run.facts), {})

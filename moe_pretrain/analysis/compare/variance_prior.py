@@ -1,4 +1,4 @@
-"""What all pairs of variants together tell of the variance between seeds, of which one pair's few seeds know little.
+"""Prior of the variance between seeds: all pairs of variants together tell of it, one pair's few seeds know little.
 
 Three seeds leave a pair two degrees of freedom: among 15 variants a place takes a difference of 46 standard errors.
 Pairs vary alike, but not the same: the moderated variance of a pair is its own and that of all pairs, weighted by
@@ -27,7 +27,7 @@ _AS_IF_EQUAL = 100
 
 @dataclass(frozen=True)
 class VariancePrior:
-    """What is known of a pair's variance before its own seeds are looked at.
+    """Prior of a pair's variance, before its own seeds are looked at.
 
     Attributes:
         degrees: How much that weighs, as degrees of freedom; 0 for nothing known.

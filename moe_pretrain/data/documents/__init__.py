@@ -1,1 +1,1 @@
-"""Where text comes from."""
+"""Sources of text."""

@@ -1,4 +1,4 @@
-"""Which corpora there are: their configurations, and what is known of one without reading it."""
+"""Corpora by configuration, and the facts that are known of one without reading it."""
 
 import platform
 from dataclasses import dataclass
@@ -180,7 +180,7 @@ def describe(config: CorpusConfig) -> str:
 
 
 def version_and_licence(config: CorpusConfig) -> tuple[str | None, str | None]:
-    """What the manifest says of the corpus beside its source."""
+    """Version and licence of the corpus, for the manifest, beside its source."""
     if isinstance(config, BuiltinCorpusConfig):
         return f"Python {platform.python_version()}", "PSF-2.0"
     return config.version, config.licence

@@ -25,7 +25,7 @@ _OVERLOADED = (408, 425, 429)  # statuses below 500 that another try may mend
 
 @dataclass(frozen=True)
 class Place:
-    """Where a streamed source stands between two rows.
+    """Position of a streamed source between two rows.
 
     Attributes:
         rows: Rows before it.

@@ -29,7 +29,7 @@ class Matches:
     again: list[tuple[Path, Path]]
 
     def describe_again(self) -> str:
-        """What is left out of the matches, in one line, or nothing."""
+        """Names that are left out of the matches, in one line, or nothing."""
         if not self.again:
             return ""
         name, first = self.again[0]

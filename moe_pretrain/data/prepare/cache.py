@@ -23,7 +23,7 @@ _STALE_SECONDS = 7 * 24 * 3600.0
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a corpus is prepared before it gets its name."""
+    """Folder in which a corpus is prepared before it gets its name."""
     return folder.with_name(folder.name + _PARTIAL)
 
 

@@ -23,7 +23,7 @@ _TOKENIZER_SAMPLE_BYTES = 20_000_000  # of all sources together, the same from e
 
 @dataclass(frozen=True)
 class RunLength:
-    """How much a run reads.
+    """Length of a run in rows and tokens.
 
     Attributes:
         num_steps: Its steps.
@@ -54,7 +54,7 @@ class TokenizedMixture:
 
     @property
     def folders(self) -> list[Path]:
-        """Where the sources are in the cache."""
+        """Folders of the sources in the cache."""
         return [folder for source in self.sources.values() for folder in source.folders]
 
     @property
@@ -74,7 +74,7 @@ class TokenizedMixture:
         return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
 
     def train_token_counts(self) -> dict[str, np.ndarray]:
-        """How often each token occurs in the training text of each source."""
+        """Occurrences of each token in the training text of each source."""
         return {name: source.train.token_counts() for name, source in self.sources.items()}
 
     @property
@@ -96,7 +96,7 @@ class TokenizedMixture:
         return {"sources": {name: one.facts(self.config.sources[name]) for name, one in self.sources.items()}}
 
     def describe_size(self) -> str:
-        """How much there is, in a few words."""
+        """Size of the mixture, in a few words."""
         return f"a mixture of {len(self.sources)} sources"
 
     def describe_prepared(self, num_tokens: int) -> str:
@@ -192,7 +192,7 @@ def _build_tokenizer(
 
 
 def _tokenizer_file(config: MixtureConfig, tokenizer: TokenizerConfig, cache_dir: Path) -> Path:
-    """Where a learnt tokenizer is, by a hash of what decides it."""
+    """Path of a learnt tokenizer, by a hash of what decides it."""
     facts = [asdict(tokenizer)]
     for name, source in sorted(config.sources.items()):
         with naming(f"data.sources.{name}"):

@@ -81,12 +81,12 @@ class TokenizedCorpus(SingleCorpus):
 
     @property
     def folders(self) -> list[Path]:
-        """Where it is in the cache."""
+        """Folder in the cache."""
         return [self.train.folder.parent]
 
     @property
     def tokenizer_file(self) -> Path:
-        """Where the tokenizer is, if it was learnt from this corpus."""
+        """Path of the tokenizer, if it was learnt from this corpus."""
         return self.folders[0] / TOKENIZER_FILE
 
     @property
@@ -95,7 +95,7 @@ class TokenizedCorpus(SingleCorpus):
         return True
 
     def train_token_counts(self) -> dict[str, np.ndarray]:
-        """How often each token occurs in the training text."""
+        """Occurrences of each token in the training text."""
         return {HELD_OUT: self.train.token_counts()}
 
     def facts(self, config: DataConfig) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class TokenizedCorpus(SingleCorpus):
         }
 
     def describe_size(self) -> str:
-        """How much there is, in a few words."""
+        """Size of the corpus, in a few words."""
         sizes = f"{self.train.num_tokens:,} training and {self.validation.num_tokens:,} validation tokens"
         return sizes + self.describe_duplicates()
 
@@ -147,7 +147,7 @@ class TokenizedCorpus(SingleCorpus):
         )
 
     def describe_duplicates(self) -> str:
-        """What is known of held-out documents that are trained on too: nothing, or a clause."""
+        """Held-out documents that are trained on too, in a clause; nothing where none is known."""
         counts = self.counts
         if not counts.near_duplicates:
             return ""
@@ -160,7 +160,7 @@ class TokenizedCorpus(SingleCorpus):
 
 @runtime_checkable
 class TrainedOn(Protocol):
-    """What an evaluation set must know of the corpus, or the mixture, that is trained on."""
+    """Corpus, or mixture, that is trained on, as an evaluation set must know it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -168,7 +168,7 @@ class TrainedOn(Protocol):
 
     @property
     def tokenizer_file(self) -> Path:
-        """Where that is, if it was learnt."""
+        """Path of the tokenizer, if it was learnt from this corpus."""
 
 
 def prepare(

@@ -34,7 +34,7 @@ class WriteError(ValueError):
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """What all units of one corpus have in common.
+    """Settings that all units of one corpus have in common.
 
     Attributes:
         folder: Folder of the corpus being prepared.

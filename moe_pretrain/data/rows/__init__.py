@@ -1,1 +1,1 @@
-"""Which tokens make row n of the run."""
+"""Rows of the run: the tokens of row n."""

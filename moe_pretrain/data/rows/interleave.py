@@ -1,4 +1,4 @@
-"""Which source of a mixture serves position n of a run: pure functions, whole numbers, no state.
+"""Interleaving of sources: the source that serves position n of a run; pure functions, whole numbers, no state.
 
 Weights are whole parts; a pattern as long as their sum gives each source its parts and is repeated for ever, so
 any position is found in the same time, and exactly.
@@ -88,7 +88,7 @@ class Pattern:
 
 
 class Turns:
-    """Which source serves each position of a run, and how many it has served before.
+    """Turns of the sources: the one that serves each position of a run, and its number of rows before.
 
     Args:
         phases: First position of each stretch of the run and the parts of every source in it; the first begins at 0,
@@ -138,7 +138,7 @@ class Turns:
         ]
 
     def position(self, source: int, index: int) -> int | None:
-        """Where ``source`` serves its row number ``index``, or None if it never comes to it."""
+        """Position at which ``source`` serves its row number ``index``, or None if it never comes to it."""
         number = max(n for n, before in enumerate(self._before) if before[source] <= index)
         # A phase without this source has the same count at its end: the last such phase decides.
         pattern = self._patterns[number]

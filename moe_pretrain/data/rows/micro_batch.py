@@ -22,7 +22,7 @@ PADDING_POSITION = -1
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads.
+    """Input of one forward pass.
 
     Attributes:
         input_ids: int64 [batch, sequence].
@@ -57,7 +57,7 @@ class MicroBatch:
         )
 
     def num_valid_labels(self) -> int:
-        """How many labels count in the loss."""
+        """Number of labels that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
@@ -136,7 +136,7 @@ def build_micro_batches(
 
 
 def mark_document_starts(document_ends: np.ndarray, first_tokens: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Where documents begin inside rows.
+    """Mark the places inside rows at which documents begin.
 
     A row's own first token is never marked: whatever came before it is not in the row.
 

@@ -80,7 +80,7 @@ class MixtureConfig:
                 raise ValueError(f"data.phases: step={phase.step} must be below the run's {num_steps} steps")
 
     def turns(self, rows_per_step: int) -> Turns:
-        """Which source serves each position; the sources are the names in sorted order."""
+        """Source that serves each position; the sources are the names in sorted order."""
         names = sorted(self.sources)
         starts = [0, *(phase.step * rows_per_step for phase in self.phases)]
         parts = [parts_of([weights[name] for name in names]) for weights in self._weights().values()]

@@ -1,4 +1,4 @@
-"""Which tokens make up row r: two ways to pack a stream of documents into rows of ``sequence + 1`` tokens.
+"""Packing of a stream of documents into rows of ``sequence + 1`` tokens, in two ways: the tokens of row r.
 
 ``Concatenated`` cuts the stream every ``sequence`` tokens and wastes nothing; a document may be cut anywhere.
 ``BestFit`` keeps every document that fits into a row whole and pads the rows.
@@ -177,7 +177,7 @@ def _assign(lengths: np.ndarray, patterns: list[tuple[tuple[int, ...], int]]) ->
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How documents share a row.
+    """Packing: the way in which documents share a row.
 
     Attributes:
         method: ``concatenate`` cuts the stream of documents into rows and wastes nothing; ``best_fit`` keeps each

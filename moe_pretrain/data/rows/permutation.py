@@ -1,4 +1,4 @@
-"""Which row stands at position n of a run: pure functions, no tables, no state.
+"""Order of rows: the row at position n of a run; pure functions, no tables, no state.
 
 Position n counts the rows that a run consumes, over all epochs. Its epoch is ``n // num_rows``; in
 each epoch the rows are permuted by a keyed Feistel network, so any position is found in the same

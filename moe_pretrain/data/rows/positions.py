@@ -1,4 +1,4 @@
-"""What stands at position n of a run: the rows of one corpus in its order, or of several that take turns.
+"""Rows by position in a run: of one corpus in its order, or of several that take turns.
 
 Axis names:
     positions   positions of the run, in the caller's order
@@ -29,7 +29,7 @@ class Positions(Protocol):
     waste: float
 
     def find(self, positions: np.ndarray) -> np.ndarray:
-        """Where the rows of int64 [positions] are, one entry each, for ``read``; cheaper for many at a time."""
+        """Places of the rows of int64 [positions], one entry each, for ``read``; cheaper for many at a time."""
 
     def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Tokens, document starts and tokens used of what ``find`` found, or of a part of it: see ``rows.Rows``."""
@@ -54,7 +54,7 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run has taken from one source.
+    """Rows, tokens and epochs that a run has taken from one source.
 
     Attributes:
         rows: Rows.
@@ -101,7 +101,7 @@ class Mixed:
         return _scatter(where, tokens), _scatter(where, starts), None if used[0] is None else _scatter(where, used)
 
     def use(self, position: int) -> dict[str, SourceUse]:
-        """What the run has taken from each source before ``position``."""
+        """Use of each source by the run before ``position``."""
         counts = self._turns.counts(position)
         return {
             name: SourceUse(count, count / source.num_rows)
@@ -136,7 +136,7 @@ def _scatter(where: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> np.nda
 
 
 class PositionedRows(Protocol):
-    """What names the row at each position of a run.
+    """Names of the rows at each position of a run.
 
     Attributes:
         num_rows: Rows in one epoch; None where that is not known yet.
@@ -150,7 +150,7 @@ class PositionedRows(Protocol):
         """Wait until positions ``[start, stop)`` can be read; False if the data ends before."""
 
     def find(self, positions: np.ndarray) -> np.ndarray:
-        """Where the rows at int64 [positions] are, one entry each, for ``read``; cheaper for many at a time."""
+        """Places of the rows of int64 [positions], one entry each, for ``read``; cheaper for many at a time."""
 
     def read(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """As ``rows.Rows.read``, of what ``find`` found, or of a part of it."""
@@ -159,7 +159,7 @@ class PositionedRows(Protocol):
         """No rank reads a position below this one again."""
 
     def cursor(self, position: int) -> dict[str, Any] | None:
-        """What a checkpoint keeps to go on at a position; None if the position is enough."""
+        """Entry that a checkpoint keeps to go on at a position; None if the position is enough."""
 
     def restore(self, cursor: dict[str, Any] | None) -> None:
         """Go on from a checkpoint; raises ValueError if it was made with other settings."""

@@ -54,7 +54,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the text came from, for the manifest: in words, not for any decision."""
+    """Origin of the text, for the manifest: in words, not for any decision."""
 
     source: str
     version: str | None
@@ -63,7 +63,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` says.
+    """Contents of ``manifest.json``.
 
     Attributes:
         format_version: Version of this layout.
@@ -198,7 +198,7 @@ class ShardReader:
         return rows
 
     def token_counts(self) -> np.ndarray:
-        """How often each token occurs in the stream, int64 [vocab_size].
+        """Occurrences of each token in the stream, int64 [vocab_size].
 
         Read from the file beside the manifest; where an earlier release left none, or it does not agree with the
         manifest, all tokens are counted.

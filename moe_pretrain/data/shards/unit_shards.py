@@ -77,7 +77,7 @@ NOTHING = Counts(*(0 for _ in dataclasses.fields(Counts)))
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What became of one unit.
+    """Record of one finished unit.
 
     Attributes:
         index: The unit's.
@@ -244,7 +244,7 @@ def read_records(folder: Path) -> dict[int, UnitRecord]:
 
 
 def record_path(folder: Path, index: int) -> Path:
-    """Where a unit's record is once the unit is done."""
+    """Path of a unit's record once the unit is done."""
     return folder / UNITS / f"unit-{index:05d}.json"
 
 

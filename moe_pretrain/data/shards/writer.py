@@ -162,7 +162,7 @@ def make_manifest(
     tokenizer_fingerprint: str,
     origin: Origin,
 ) -> Manifest:
-    """What ``write_manifest`` writes, which has the arguments' meanings."""
+    """Contents for ``write_manifest``, which has the arguments' meanings."""
     if not shards:
         raise ValueError(f"{folder}: no document was written")
     vocab_size = len(token_counts)

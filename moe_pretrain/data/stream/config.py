@@ -1,4 +1,4 @@
-"""How a corpus is streamed: the settings."""
+"""Settings of streaming a corpus."""
 
 from dataclasses import dataclass
 from typing import Literal

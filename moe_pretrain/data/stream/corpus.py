@@ -42,12 +42,12 @@ class StreamedCorpus(SingleCorpus):
 
     @property
     def folders(self) -> list[Path]:
-        """Where it is in the cache."""
+        """Folder in the cache."""
         return [self.train.folder]
 
     @property
     def tokenizer_file(self) -> Path:
-        """Where the tokenizer is, if it was learnt from this corpus."""
+        """Path of the tokenizer, if it was learnt from this corpus."""
         return self.train.folder / TOKENIZER_FILE
 
     @property
@@ -56,7 +56,7 @@ class StreamedCorpus(SingleCorpus):
         return False
 
     def train_token_counts(self) -> dict[str, np.ndarray]:
-        """How often each token occurs in the training text of the first shards."""
+        """Occurrences of each token in the training text of the first shards."""
         return {HELD_OUT: self.token_counts}
 
     def facts(self, config: DataConfig) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class StreamedCorpus(SingleCorpus):
         return found
 
     def describe_size(self) -> str:
-        """How much there is, in a few words."""
+        """Size of the corpus, in a few words."""
         config = self.train.config
         return (
             f"streamed, rows shuffled in windows of {config.window_shards} shards of {config.shard_bytes:,} bytes; "

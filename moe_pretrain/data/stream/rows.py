@@ -28,7 +28,7 @@ _OPEN_WINDOWS = 4
 
 
 class Windows:
-    """Which rows each window of one epoch holds, as far as the shards are known.
+    """Rows of each window of one epoch, as far as the shards are known.
 
     Args:
         window_shards: Shards of a window.
@@ -201,7 +201,7 @@ class StreamedRows:
             self._stream.keep(self._turn(epoch, windows.shards(window).start))
 
     def cursor(self, position: int) -> dict[str, Any]:
-        """What a checkpoint keeps to go on at ``position`` without what lies before, with or without the cache."""
+        """Entry that a checkpoint keeps to go on at ``position`` without the rows before, with or without the cache."""
         epoch, window = self._located(max(0, position - 1))
         windows = self._windows(epoch)
         shards = windows.shards(window)

@@ -44,7 +44,7 @@ Found = TypeVar("Found")
 
 @runtime_checkable
 class Writer(Protocol):
-    """What the first rank holds of the process that writes."""
+    """First rank's side of the process that writes."""
 
     status: str
 
@@ -55,7 +55,7 @@ class Writer(Protocol):
         """Shards are read from ``kept`` to ``last``, places in the order of reading over all epochs."""
 
     def start_from(self, shard: int, place: Place | None, num_shards: int | None) -> None:
-        """Where the source stands before a shard, and how many there are if that is known."""
+        """Position of the source before a shard, and the number of shards if that is known."""
 
     def close(self) -> None:
         """End the process."""
@@ -101,12 +101,12 @@ class ShardStream:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What makes the tokens."""
+        """Tokenizer of the stream."""
         assert self._tokenizer is not None
         return self._tokenizer
 
     def settings(self) -> dict[str, Any]:
-        """What the order of rows depends on, beside the text and the seed."""
+        """Settings on which the order of rows depends, beside the text and the seed."""
         names = ("shard_bytes", "window_shards", "validation_shards", "at_end")
         return {name: getattr(self.config, name) for name in names}
 
@@ -133,7 +133,7 @@ class ShardStream:
         return info.bin_xxh3 if info else None
 
     def place_after(self, shard: int) -> Place | None:
-        """Where the source stands after a shard; None for corpora of local files, which need none."""
+        """Position of the source after a shard; None for corpora of local files, which need none."""
         record = self._record(shard)
         return record.end if record else None
 

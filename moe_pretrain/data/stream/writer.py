@@ -36,7 +36,7 @@ from moe_pretrain.system.words import one_line
 
 @dataclass(frozen=True)
 class StreamJob:
-    """What the process is to write.
+    """Task of the process that writes.
 
     Attributes:
         folder: Where.
@@ -55,7 +55,7 @@ class StreamJob:
 
 @dataclass(frozen=True)
 class Demand:
-    """What the run reads, told anew whenever it changes.
+    """Demand of the run: the shards that it reads, told anew whenever they change.
 
     Attributes:
         kept: First shard that may be read again, a place in the order of reading over all epochs.

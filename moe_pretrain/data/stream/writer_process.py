@@ -1,4 +1,4 @@
-"""What the first rank holds of the process that writes a stream's shards: it asks, listens and replaces it."""
+"""First rank's side of the process that writes a stream's shards: it asks, listens and replaces it."""
 
 import dataclasses
 import subprocess

@@ -136,7 +136,7 @@ class AttentionImportanceConfig(LinearRouterConfig):
 
     @property
     def attention_statistic(self) -> AttentionStatistic:
-        """What the block's attention must measure."""
+        """Statistic that the block's attention must measure."""
         if self.importance == "predictor":
             return "received"
         if self.importance == "corrected_row_max" and self.exclude_self:
@@ -197,7 +197,7 @@ class AttentionImportanceRouter(LinearRouter):
         probs = logits.softmax(dim=-1)
         predicted = self._predict(hidden) if self.config.importance == "predictor" else None
         count = self.num_experts_of(statistic if predicted is None else predicted.detach(), text)
-        best = probs.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.config.max_experts]
+        best = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.config.max_experts]
         taken = torch.arange(best.shape[1], device=best.device) < count[:, None]
         token_index, slot = taken.nonzero(as_tuple=True)
         scores = probs.gather(1, best)

@@ -200,7 +200,7 @@ class AutonomyBase(BalancedRouter):
         return None
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
-        """Which experts each token takes, and the scheme's own sums."""
+        """Experts that each token takes, and the scheme's own sums."""
         raise NotImplementedError
 
     def expert_arguments(self, experts: range) -> dict[str, Tensor]:
@@ -261,7 +261,7 @@ class AutonomyTopPRouter(AutonomyBase):
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """The shortest prefix of the ordered probabilities that passes the threshold."""
-        return top_p_mask(norms.softmax(dim=-1), self.config.threshold, self.config.max_experts), None
+        return top_p_mask(norms.softmax(dim=-1), self.config.threshold, self.config.max_experts, norms), None
 
     def more_aux(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
         """The dynamic loss."""

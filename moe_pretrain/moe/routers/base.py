@@ -266,6 +266,22 @@ def check_within_experts(config: object, num_experts: int, *fields: str) -> None
             raise ValueError(f"router.{field}={value} must be at most model.moe.num_experts={num_experts}")
 
 
+def best_first(
+    scores: Float[Tensor, "tokens experts"], ties: Float[Tensor, "tokens experts"] | None, dim: int = -1
+) -> Int[Tensor, "tokens experts"]:
+    """Indices along ``dim`` by score, best first; of equal scores the larger of ``ties``, then the lower index.
+
+    Scores saturate where logits do not: in float32 a softmax is exactly 1 or 0 beyond gaps of 17 and 104, a sigmoid
+    exactly 1 above 16.7. By scores alone all of these go to the lowest index, whatever the router has learnt. Both
+    sorts are stable, and neither is ``topk``, which does not say which of two equals it takes.
+    """
+    if ties is None:
+        return scores.sort(dim=dim, descending=True, stable=True).indices
+    by_tie = ties.sort(dim=dim, descending=True, stable=True).indices
+    by_score = scores.gather(dim, by_tie).sort(dim=dim, descending=True, stable=True).indices
+    return by_tie.gather(dim, by_score)
+
+
 def router_logits(
     hidden: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "experts hidden"]
 ) -> Float[Tensor, "tokens experts"]:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import (
+    Fraction,
+    RouterConfig,
+    best_first,
+    check_within_experts,
+    router_logits,
+    router_use,
+)
 from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3
@@ -49,7 +56,10 @@ class ExpertChoiceConfig(RouterConfig):
 
 
 def choose_tokens(
-    scores: Float[Tensor, "tokens experts"], text: Bool[Tensor, "tokens"], capacity_factor: float
+    scores: Float[Tensor, "tokens experts"],
+    text: Bool[Tensor, "tokens"],
+    capacity_factor: float,
+    ties: Float[Tensor, "tokens experts"] | None = None,
 ) -> tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "experts"]]:
     """Let every expert take its best tokens, all the same number.
 
@@ -58,20 +68,28 @@ def choose_tokens(
         text: True for text tokens; the others are never taken.
         capacity_factor: An expert takes ``capacity_factor * text tokens / experts`` tokens, rounded to the nearest
             whole number (a half to the even one), but at least 1 and at most all.
+        ties: Decide between equal scores, the larger first: for scores that saturate.
 
     Returns:
-        Which tokens each expert takes (of equal scores the earlier token), and its cut-off: the best score of text
-        that it does not take, or 0. No host synchronisation takes place.
+        Which tokens each expert takes (of equal scores and ties the earlier token), and its cut-off: the best score of
+        text that it does not take, or 0. No host synchronisation takes place.
     """
     num_tokens = text.sum()
     capacity = (capacity_factor * num_tokens.double() / scores.shape[1]).round().clamp(min=1)
     capacity = torch.minimum(capacity, num_tokens.double()).long()
-    best_first, token = scores.masked_fill(~text[:, None], -1.0).sort(dim=0, descending=True, stable=True)
+    eligible = scores.masked_fill(~text[:, None], -1.0)
+    token = best_first(eligible, ties, dim=0)
     is_within = torch.arange(len(scores), device=scores.device) < capacity
     taken = torch.zeros_like(scores, dtype=torch.bool).scatter(0, token, is_within[:, None].expand_as(scores))
     # A row of zeros below, for when all is taken; padding's -1 is no score either.
-    cutoff = functional.pad(best_first, (0, 0, 0, 1)).index_select(0, capacity[None])[0].clamp(min=0.0)
+    cutoff = functional.pad(eligible.gather(0, token), (0, 0, 0, 1)).index_select(0, capacity[None])[0].clamp(min=0.0)
     return taken, cutoff
+
+
+def margins(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
+    """Distance of each logit from the best other one of its token: goes on growing where the softmax saturates."""
+    best, second = functional.pad(logits, (0, 1), value=-torch.inf).topk(2, dim=-1).values.split(1, dim=-1)
+    return logits - torch.where(logits == best, second.clamp(min=logits.min()), best)
 
 
 def cutoff_sums(
@@ -183,10 +201,11 @@ class ExpertChoiceRouter(Router):
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Let every expert choose its tokens; in evaluation let thresholds decide."""
         text = context.token_mask
-        probs = router_logits(hidden, self.weight).softmax(dim=-1)
+        logits = router_logits(hidden, self.weight)
+        probs = logits.softmax(dim=-1)
         sums = None
         if self.training:
-            taken, cutoffs = choose_tokens(probs.detach(), text, self.config.capacity_factor)
+            taken, cutoffs = choose_tokens(probs.detach(), text, self.config.capacity_factor, margins(logits.detach()))
             sums = cutoff_sums(probs.detach(), cutoffs, text)
         else:
             taken = (probs > self.evaluation.thresholds) & text[:, None]

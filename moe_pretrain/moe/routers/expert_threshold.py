@@ -102,10 +102,11 @@ class ExpertThresholdRouter(Router):
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Route every token to the experts that want it."""
-        scores = router_logits(hidden, self.weight).sigmoid()
+        logits = router_logits(hidden, self.weight)
+        scores = logits.sigmoid()
         seen, text = scores.detach(), context.token_mask
         if self.training and context.step < self.config.warmup_steps:
-            taken, _ = choose_tokens(seen, text, self.config.target_experts)
+            taken, _ = choose_tokens(seen, text, self.config.target_experts, logits.detach())
         else:
             taken = seen > self.threshold
         token_index, expert_index = taken.nonzero(as_tuple=True)

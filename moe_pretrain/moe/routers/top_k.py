@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
+from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, best_first, check_within_experts
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -84,8 +84,8 @@ class TopKRouterConfig(LinearRouterConfig):
 class TopKRouter(LinearRouter):
     """Linear router; every token goes to its ``top_k`` best experts.
 
-    Logits, scores, selection and losses are float32 whatever the engine's dtype. Ties go to the lower expert id
-    (a stable sort), so a recomputed or re-sharded run selects the same experts.
+    Logits, scores, selection and losses are float32 whatever the engine's dtype. Selection orders logits where scores
+    saturate; ties go to the lower expert id (stable), so a recomputed or re-sharded run selects the same experts.
 
     Source:
         Shazeer et al. 2017 (arXiv:1701.06538); Switch (arXiv:2101.03961), eq. 1-2 for ``weights=raw``; Mixtral
@@ -106,7 +106,7 @@ class TopKRouter(LinearRouter):
         logits = self.logits(hidden, context)
         scores = scores_of(logits, config.score)
         probs = scores if config.score == "softmax" else scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        chosen = self.select(scores.detach())
+        chosen = self.select(scores.detach(), logits.detach())
         weight = scores.gather(1, chosen)
         if config.weights == "renormalised":
             weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)
@@ -124,25 +124,30 @@ class TopKRouter(LinearRouter):
             sums=self.sums(scores.detach(), context),
         )
 
-    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
-        """The ``top_k`` experts of each token, best first."""
+    def select(
+        self, scores: Float[Tensor, "tokens experts"], logits: Float[Tensor, "tokens experts"]
+    ) -> Int[Tensor, "tokens slots"]:
+        """The ``top_k`` experts of each token by score, best first; ``logits`` decide between equal scores."""
         if self.config.num_groups > 1:
-            scores = self._within_groups(scores)
-        # sort, not topk: topk does not say which of two equal experts it takes.
-        return scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.top_k]
+            scores = self._within_groups(scores, logits)
+        return best_first(scores, logits)[:, : self.config.top_k]
 
     def sums(self, scores: Float[Tensor, "tokens experts"], context: RoutingContext) -> Float[Tensor, "sums"] | None:
-        """What a scheme wants in ``RouterUse.sums``; nothing here."""
+        """Scheme's own entries of ``RouterUse.sums``; nothing here."""
         return None
 
-    def _within_groups(self, scores: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
+    def _within_groups(
+        self, scores: Float[Tensor, "tokens experts"], logits: Float[Tensor, "tokens experts"]
+    ) -> Float[Tensor, "tokens experts"]:
         """Scores with those of all but the best groups at the bottom."""
         config = self.config
-        grouped = scores.unflatten(1, (config.num_groups, -1))
-        of_group = grouped.sort(dim=-1, descending=True).values[:, :, :2].sum(dim=-1)
-        best = of_group.sort(dim=-1, descending=True, stable=True).indices[:, : config.groups_per_token]
+        of_group, ties = (
+            values.unflatten(1, (config.num_groups, -1)).sort(dim=-1, descending=True).values[:, :, :2].sum(dim=-1)
+            for values in (scores, logits)
+        )
+        best = best_first(of_group, ties)[:, : config.groups_per_token]
         kept = torch.zeros_like(of_group, dtype=torch.bool).scatter(1, best, True)
-        return grouped.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+        return scores.masked_fill(~kept.repeat_interleave(scores.shape[1] // config.num_groups, dim=1), -torch.inf)
 
 
 class BiasedTopKRouter(TopKRouter):
@@ -156,12 +161,14 @@ class BiasedTopKRouter(TopKRouter):
         self.expert_bias: Tensor
         self.register_buffer("expert_bias", torch.zeros(num_experts))
 
-    def select(self, scores: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens slots"]:
+    def select(
+        self, scores: Float[Tensor, "tokens experts"], logits: Float[Tensor, "tokens experts"]
+    ) -> Int[Tensor, "tokens slots"]:
         """The best ``top_k`` by biased score."""
-        return super().select(scores + self.expert_bias)
+        return super().select(scores + self.expert_bias, logits)
 
     def metrics(self, use: StepUse) -> dict[str, float]:
-        """How far apart the experts' biases are, in units of the score."""
+        """Spread of the experts' biases, in units of the score."""
         return {"expert_bias_range": float(self.expert_bias.max() - self.expert_bias.min())}
 
 

@@ -81,16 +81,21 @@ class TopPRouterConfig(LinearRouterConfig):
 
 
 def top_p_mask(
-    probs: Float[Tensor, "tokens experts"], threshold: Tensor | float, max_experts: int | None
+    probs: Float[Tensor, "tokens experts"],
+    threshold: Tensor | float,
+    max_experts: int | None,
+    logits: Float[Tensor, "tokens experts"],
 ) -> Bool[Tensor, "tokens experts"]:
-    """Which experts each token takes: the shortest prefix of its ordered probabilities with mass above ``threshold``.
+    """Experts that each token takes: the shortest prefix of its ordered probabilities with mass above ``threshold``.
 
     Args:
         probs: Rows sum to 1; no gradient.
         threshold: In (0, 1]; at 1 all experts are taken.
         max_experts: Most experts of one token, or None.
+        logits: Those of ``probs``: they order experts, also where probabilities are 0.
     """
-    ordered, expert = probs.sort(dim=-1, descending=True, stable=True)
+    expert = logits.sort(dim=-1, descending=True, stable=True).indices
+    ordered = probs.gather(1, expert)
     # Mass before each expert: it is taken while that has not passed the threshold. Shifted, not the sum minus the
     # expert's own: that difference rounds to either side of a tie.
     before = functional.pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
@@ -133,7 +138,7 @@ class TopPRouter(LinearRouter):
         """Route every token to as many experts as its distribution is wide."""
         logits = self.logits(hidden, context)
         probs = logits.softmax(dim=-1)
-        taken = top_p_mask(probs.detach(), self.threshold, self.config.max_experts)
+        taken = top_p_mask(probs.detach(), self.threshold, self.config.max_experts, logits.detach())
         token_index, expert_index = taken.nonzero(as_tuple=True)
         scores = probs
         if self.config.weights == "renormalised":

@@ -158,7 +158,7 @@ def _moves_router_by_losses(subject: Subject) -> str:
 
 
 def _judge_loss(probe: _Probe, loss: str) -> str:
-    """What was found of one loss."""
+    """Verdict on one loss."""
     router = probe.router
     reason = router.gradients_by_design.get(loss)
 

@@ -130,7 +130,7 @@ def _few(subject: Subject) -> int:
 
 
 def _routed_when_uniform(subject: Subject, router: Router, decision: Decision) -> Routing | str:
-    """What the router decides with uniform probabilities, or why it cannot be brought there."""
+    """Routing with uniform probabilities, or the reason why it cannot be brought there."""
     with _parameters_set(router, torch.zeros_like):
         routing = router(decision.hidden, decision.context)
     entropy = float(routing.use.router_entropy / routing.use.tokens)
@@ -140,7 +140,7 @@ def _routed_when_uniform(subject: Subject, router: Router, decision: Decision) -
 
 
 def _routed_when_collapsed(subject: Subject, router: Router, decision: Decision) -> Routing | str:
-    """What the router decides when it is sure of few experts, or why it cannot be brought there."""
+    """Routing when the router is sure of few experts, or the reason why it cannot be brought there."""
     num_experts, few, hidden = subject.num_experts, _few(subject), decision.hidden
     if not all(parameter.shape[0] == num_experts for parameter in router.parameters()):
         return "its parameters do not belong to one expert each, so they cannot be set to collapse"
@@ -299,7 +299,7 @@ def _survives_recompute(subject: Subject) -> str:
 
 
 def _keeps_state(subject: Subject) -> str:
-    """What ``after_step`` moves is in buffers, survives saving, and is moved by nothing else (C22, C33)."""
+    """State moved by ``after_step`` is in buffers, survives saving, and is moved by nothing else (C22, C33)."""
     model, batch = subject.model(), subject.batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for training in (False, True):

@@ -105,7 +105,7 @@ def _is_alone_the_same(subject: Subject) -> str:
 
 
 def _ignores_padding(subject: Subject) -> str:
-    """What stands in padding, or how much there is, changes no count, sum, entropy, loss or route of text (C17)."""
+    """Padding, its contents and amount, changes no count, sum, entropy, loss or route of text (C17)."""
     batch = subject.batch(padding=(1, 2))
     text = (batch.document_ids >= 0).flatten()
     other_ids = torch.where(batch.document_ids < 0, (batch.input_ids + 1) % 7, batch.input_ids)

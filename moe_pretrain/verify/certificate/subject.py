@@ -114,7 +114,7 @@ class Subject:
         global_routes: Callable[[int, Tensor], Tensor] | None,
         global_tokens: int | None = None,
     ) -> RoutingContext:
-        """What the engine tells the routers of ``batch``; it is the global batch unless ``global_tokens`` differs."""
+        """Facts that the engine tells the routers of ``batch``: the global batch unless ``global_tokens`` differs."""
         if global_tokens is None and global_routes is not None:
             global_tokens = int((batch.document_ids >= 0).sum())
         return routing_context(batch, self.config.seed, step, global_routes, global_tokens)
@@ -191,7 +191,7 @@ def routers_of(model: DecoderLM) -> list[Router]:
 
 
 def move_state(model: DecoderLM, seen: Pass) -> None:
-    """What the engine does with the routers after an optimizer step."""
+    """Move the routers' state as the engine does after an optimizer step."""
     for router, use in zip(routers_of(model), step_uses(seen.output.uses), strict=True):
         router.after_step(use)
 

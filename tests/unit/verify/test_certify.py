@@ -145,8 +145,8 @@ BROKEN = {
     ),
     "routes a token to one expert twice": (
         """
-        def select(self, scores):
-            return super().select(scores)[:, :1].expand(-1, self.config.top_k)
+        def select(self, scores, logits):
+            return super().select(scores, logits)[:, :1].expand(-1, self.config.top_k)
         """,
         {"conservation of routes", "finite at ties", PARITY},
     ),
@@ -225,15 +225,15 @@ BROKEN = {
     ),
     "chooses with Python's random numbers": (
         """
-        def select(self, scores):
-            return (super().select(scores) + random.randrange(self.num_experts)) % self.num_experts
+        def select(self, scores, logits):
+            return (super().select(scores, logits) + random.randrange(self.num_experts)) % self.num_experts
         """,
         {"determinism", "recompute", OTHERS},
     ),
     "keeps its state in an attribute": (
         """
-        def select(self, scores):
-            return super().select(scores + getattr(self, "bias", 0.0))
+        def select(self, scores, logits):
+            return super().select(scores + getattr(self, "bias", 0.0), logits)
 
         def after_step(self, use):
             push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
@@ -243,8 +243,8 @@ BROKEN = {
     ),
     "keeps its state where no attribute shows it": (
         """
-        def select(self, scores):
-            return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0))
+        def select(self, scores, logits):
+            return super().select(scores + self.__dict__.setdefault("state", {}).get("bias", 0.0), logits)
 
         def after_step(self, use):
             push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
@@ -515,8 +515,8 @@ SUBTLE = {
             self.register_buffer("bias", torch.zeros(self.num_experts))
             self.register_buffer("own", torch.zeros(self.num_experts), persistent=False)
 
-        def select(self, scores):
-            chosen = super().select(scores + self.bias)
+        def select(self, scores, logits):
+            chosen = super().select(scores + self.bias, logits)
             if self.training:
                 self.own = torch.bincount(chosen.flatten(), minlength=self.num_experts).float()
             return chosen
@@ -533,9 +533,9 @@ SUBTLE = {
             self.register_buffer("level", torch.zeros(()))
             self.seen = []
 
-        def select(self, scores):
+        def select(self, scores, logits):
             self.seen.append(float(scores.std()))
-            return super().select(scores)
+            return super().select(scores, logits)
 
         def after_step(self, use):
             self.level.fill_(sum(self.seen) / len(self.seen))
@@ -627,8 +627,8 @@ SOUND = """
             keys = context.seed, 7, context.step, self.layer
             return logits + 0.1 * counter_uniform(context.token_position, self.num_experts, *keys)
 
-        def select(self, scores):
-            return super().select(scores + self.bias)
+        def select(self, scores, logits):
+            return super().select(scores + self.bias, logits)
 
         def after_step(self, use):
             self.bias += 0.01 * (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()

@@ -397,7 +397,7 @@ def test_all_padding_gives_zero_losses() -> None:
 
 
 def taken_by(router: TopPRouter, probs: Tensor) -> Tensor:
-    return top_p_mask(probs, router.threshold, router.config.max_experts)
+    return top_p_mask(probs, router.threshold, router.config.max_experts, probs)
 
 
 def after(router: TopPRouter, routes: list[int], tokens: int) -> float:
