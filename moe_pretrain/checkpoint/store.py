@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from moe_pretrain.checkpoint.background_save import Outcome, Saver
 from moe_pretrain.checkpoint.config import CheckpointConfig
+from moe_pretrain.checkpoint.intervals import updates_made
 from moe_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointError,
@@ -49,6 +50,7 @@ __all__ = [
     "restore",
     "set_aside",
     "train_state",
+    "updates_made",
     "warm_start",
 ]
 

@@ -32,6 +32,11 @@ FINISHED = 0
 """Exit code of a run whose last step and its validation are done and saved."""
 
 
+NOT_FINITE = 65
+"""Exit code of a run that has come to its end without a result: EX_DATAERR.
+
+Its last validation is not finite, or all of its steps were skipped.
+"""
 LOST_RANK = 69
 """Exit code of ranks that ended because another one was stuck or gone: EX_UNAVAILABLE."""
 USAGE_CODE = 2
