@@ -143,12 +143,15 @@ def kept(earlier: Sequence[str], recorded: Mapping[str, Any], words: Sequence[st
     Raises:
         ConfigError: A text of the run is another one in this release, or the overrides are wrong.
     """
-    then = completed(deepcopy(dict(recorded)))
+    try:
+        then = completed(deepcopy(dict(recorded)))
+        solved, corpora = _solved(then), corpora_of(recorded)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"the run's recorded configuration is damaged: {type(error).__name__} {error}") from error
     now = _composed(words)
     base = now if list(earlier) == list(words) else _composed(earlier)
-    _refuse_other_text(recorded, now)
+    _refuse_other_text(corpora, now)
     named = {path for word in words if word not in earlier for path in _named(word, words)}
-    solved = _solved(then)
     found = []
     for path, value in _leaves(now).items():
         recorded_value, before = _at(then, path), _at(base, path)
@@ -166,11 +169,11 @@ def kept(earlier: Sequence[str], recorded: Mapping[str, Any], words: Sequence[st
     return found
 
 
-def _refuse_other_text(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_other_text(corpora: Sequence[tuple[str, dict[str, Any]]], now: Mapping[str, Any]) -> None:
     """Refuse a built-in corpus from before tables were left out of it, which is when its fields grew."""
     goes_on = {place for place, corpus in corpora_of(now) if corpus.get("source") == "builtin"}
-    for place, corpus in corpora_of(recorded):
-        if corpus["source"] == "builtin" and "near_duplicates" not in corpus and place in goes_on:
+    for place, corpus in corpora:
+        if corpus.get("source") == "builtin" and "near_duplicates" not in corpus and place in goes_on:
             way_out = "choose another run.name (of a sweep: sweep.name) to start anew"
             if place.startswith("evaluation."):
                 way_out = f"leave the set out with '~{place}'"

@@ -16,7 +16,7 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE
 def is_of_the_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that it was made of, is that the disk or the network behind it refuses."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        if getattr(error, "errno", None) in _OF_THE_DISK:
             return True
         error = error.__cause__ or error.__context__
     return False

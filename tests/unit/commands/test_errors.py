@@ -7,6 +7,7 @@ import pytest
 
 from moe_pretrain.checkpoint.manifest import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from moe_pretrain.commands.errors import code_of, describe
+from moe_pretrain.data.prepare.worker_pool import WriteError
 
 
 def disk_error(number: int) -> OSError:
@@ -39,3 +40,7 @@ def test_other_errors_have_others():
     assert [code_of(error) for error in (KeyError("x"), BrokenPipeError("a worker is gone"), OSError("x"))] == [
         None
     ] * 3
+
+
+def test_a_full_disk_that_another_process_has_met_has_it_too():
+    assert [code_of(WriteError("shards", number)) for number in (errno.ENOSPC, None)] == [74, 2]

@@ -171,3 +171,14 @@ def test_the_router_file_of_a_run_is_one_that_the_command_names(recorded: str, g
 def test_without_one_of_its_own_it_is_refused(given: list[str]):
     with pytest.raises(ConfigError, match="run names router_file=a.py, python that would be run"):
         allowed_router_file("a.py", given, "run")
+
+
+@pytest.mark.parametrize("damage", ["budget", "data", "evaluation"])
+def test_a_record_that_is_no_configuration_is_one_line(tmp_path: Path, damage: str):
+    named = run_of_before(tmp_path, *FILES)
+    file = tmp_path / "old" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    for wrong in (None, [], "x"):
+        file.write_text(yaml.safe_dump({**values, damage: wrong}))
+        with pytest.raises(ConfigError, match="recorded configuration is damaged"):
+            with_earlier_overrides(named)
