@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from moe_pretrain.commands import COMMANDS
 from moe_pretrain.system.child_process import die_with_launcher
 from moe_pretrain.system.exit_codes import READER_GONE, USAGE_CODE
+from moe_pretrain.system.utf8_mode import restart_in_utf8_mode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors that a user can cause are one line on stderr; ``--debug`` shows the traceback.
     """
+    if arguments is None:
+        restart_in_utf8_mode()
     die_with_launcher()
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
@@ -31,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file has each line at once, and loses none to a kill
+        # A log file has each line at once, and loses none to a kill. What it cannot hold (PYTHONIOENCODING=ascii, a
+        # name that is not UTF-8) is written as \xe9: a run does not die of its own progress line.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if words[:1] == ["--version"]:

@@ -39,7 +39,7 @@ def read_finding(path: Path) -> dict[str, Any] | None:
         ValueError: It is damaged.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -233,7 +233,7 @@ def write_report(run_dir: Path) -> Path:
     ]
     config_path = run_dir / CONFIG_FILE
     if config_path.exists():
-        sections.append(folded("Configuration", config_path.read_text()))
+        sections.append(folded("Configuration", config_path.read_text(encoding="utf-8")))
     name = str(summary["run_name"])
     text = page(name, f"Pretraining run, as of step {summary['steps']:,d}.", sections)
     path = run_dir / REPORT_FILE

@@ -7,6 +7,10 @@ COMMANDS = {
         "train",
         "train a model; the same run.name again resumes; --multirun router=top_k,top_p seed=1,2: a sweep",
     ),
+    "tune": (
+        "tune",
+        "the same number of trials of the learning rate for every scheme, then runs of each at its best; resumable",
+    ),
     "sweep-status": ("sweep_status", "how far the jobs of a sweep are, from another terminal too"),
     "verify": ("verify", "compare the training step of this configuration, shrunk, with a one-process oracle"),
     "certify": ("certify", "what a scheme must do, PASS or FAIL: your own with router_file=PATH, or those of a FOLDER"),

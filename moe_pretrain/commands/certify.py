@@ -1,6 +1,7 @@
 """``certify``: the certificate of a router, or of those of the runs in a folder."""
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 
@@ -50,9 +51,26 @@ def _certify_run(folder: Path, given: list[str]) -> int:
 
 def certify_one(overrides: list[str], write: Path | None) -> int:
     """Print the certificate of a configuration's router; on several ranks ``verify`` is part of it."""
+    overrides = _on_two_ranks(overrides)
     config = load(overrides)
     processes = config.parallel.processes
     preflight(config, processes)
     on_ranks = (lambda: run_workers(["verify", *overrides], processes)) if processes > 1 else None
     code = commit() or f"moe_pretrain {versions()['moe_pretrain']}"
     return certify(config, on_ranks, partial(print, flush=True), write, code)  # in order with what the workers print
+
+
+def _on_two_ranks(overrides: list[str]) -> list[str]:
+    """``overrides`` with two ranks, experts spread over both, unless they choose ranks themselves or two do not fit.
+
+    State that a scheme moves by its own rank's tokens alone looks right in one process, and is another scheme on two.
+    """
+    chosen = any(word.startswith("parallel.") for word in overrides)
+    if chosen or len(os.sched_getaffinity(0)) < 2:
+        return overrides
+    two = [*overrides, "parallel.processes=2", "parallel.expert_parallel_size=2"]
+    try:
+        preflight(load(two), 2)
+    except ValueError:
+        return overrides
+    return two

@@ -61,8 +61,8 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     """
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
-    named = [word for word in overrides if word.startswith(("run.name=", "run.output_dir="))]
-    explicit_name = any(word.startswith("run.name=") for word in named)
+    named = [word for word in overrides if word.lstrip("+").startswith(("run.name=", "run.output_dir="))]
+    explicit_name = any(word.lstrip("+").startswith("run.name=") for word in named)
     if not explicit_name:
         return overrides
     folder = load(named).run.folder

@@ -43,6 +43,7 @@ BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {
         "validation_split": "hash",
         "validation_paths": None,
         "near_duplicates": "ignore",
+        "sha256": None,
         "invalid_text": "fail",
         "content_check": "sampled",
     },
@@ -342,6 +343,25 @@ def _refuse_unknown(part: Any, values: Any, path: str) -> None:
         raise ConfigError(f"{path.removesuffix('.')}={str(values).lower()} must be a number")
 
 
+def _mended(override: str) -> str | None:
+    """The override with its texts quoted, if Hydra can read it only so: a = of its own, a letter beyond ASCII."""
+
+    def is_read(word: str) -> bool:
+        try:
+            OverridesParser.create().parse_override(word)
+        except HydraException:
+            return False
+        return True
+
+    if is_read(override):
+        return None
+    key, _, value = override.partition("=")
+    texts = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
+    quoted = ",".join(text if text.startswith(("'", '"')) else f'"{text}"' for text in texts)
+    mended = f"{key}=[{quoted}]" if value.startswith("[") else f"{key}={quoted}"
+    return mended if is_read(mended) else None
+
+
 def _suggest(word: str, known: Sequence[str] | set[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
@@ -358,10 +378,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if (key := override.partition("=")[0]) in RENAMED:
             return f"{override}: {key} is called {RENAMED[key]}"
     for override in overrides:
-        key, _, value = override.partition("=")
-        # Hydra reads a second = as a mistake; who writes a list or quotes has thought of it.
-        if "=" in value and not value.startswith(("[", "{", "'", '"')) and "(" not in value:
-            return f"{override}: the value has a = of its own, quote it: '{key}=\"{value}\"'"
+        if (mended := _mended(override)) is not None:
+            return f"{override}: Hydra cannot read it, quote the text: '{mended}'"
     chosen = [word for word in overrides if word.startswith(_SEARCH_PATH)]
     groups = choices(chosen)
     for override in overrides:

@@ -49,10 +49,11 @@ def earlier_words(folder: Path, recorded: Sequence[str], given: Sequence[str]) -
     here = folder if folder.name not in ("", "..") else folder.resolve()
     place = {"run.output_dir": str(here.parent), "run.name": here.name}
     named = {_key(word): word for word in given}
+    left = _left_behind(recorded, given)
     words: dict[str, str] = {}
     for word in recorded:
         key, equals, value = word.partition("=")
-        if _key(word) not in place:
+        if _key(word) not in place and word not in left:
             words[_key(word)] = f"{RENAMED.get(key, key)}{equals}{value}"
     refuse_strange_words([word for key, word in words.items() if key not in named], given, str(folder))
     here_words = {key: f"{key}={quoted(value)}" for key, value in place.items()}
@@ -68,6 +69,15 @@ def words_at_start(folder: Path, recorded: Sequence[str], given: Sequence[str]) 
     own = [word for word in recorded if _key(word) not in named or not _strangeness(word)]
     place = [word for word in given if _key(word) in ("router_file", "run.output_dir", "run.name")]
     return earlier_words(folder, own, place)
+
+
+def _left_behind(earlier: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Earlier overrides of fields in a group of which another choice is made now: they were fields of the other."""
+    then = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in earlier)}
+    groups = [group for group in choices(overrides) if group not in ("budget", "experiment")]
+    chosen = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in overrides) if key in groups}
+    anew = tuple(f"{group}." for group, value in chosen.items() if then.get(group) != value)
+    return [word for word in earlier if word.lstrip("+~").startswith(anew)] if anew else []
 
 
 def _key(word: str) -> str:

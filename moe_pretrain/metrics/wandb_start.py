@@ -116,4 +116,4 @@ def run_id(path: Path) -> str:
     """Return the wandb id that a run folder keeps over its resumes; the first call makes it up."""
     if not path.exists():
         write_whole(path, uuid.uuid4().hex[:8] + "\n")
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()

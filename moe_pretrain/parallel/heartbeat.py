@@ -121,7 +121,7 @@ class Heartbeat:
     def _open_stacks(self) -> TextIO:
         try:
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
-            return self._stacks.open("w")
+            return self._stacks.open("w", encoding="utf-8")
         except OSError:
             return sys.stderr
 

@@ -109,7 +109,7 @@ def _try_own(path: Path) -> int | None:
 
 def _holder(path: Path) -> str:
     try:
-        owner = path.read_text().strip()
+        owner = path.read_text(encoding="utf-8").strip()
     except OSError:
         owner = ""
     return f"{owner or 'another process'}, or by ranks of that run which have not ended"

@@ -18,6 +18,7 @@ RUN/                         who writes it, when, and what it holds
     wandb/                   wandb: its own files
 SWEEP/                       the folder of a sweep; each job's run folder lies in it
     sweep.json               the sweep at its start: its command
+    tune.json                ``tune`` before and after each batch of trials: what was tried and chosen, ``tune_record``
     .lock                    held by the process that drives the sweep
     JOB/job.json             the sweep before any job starts: what the job is to do
     JOB/job_state.json       the job's driver at each change: how far the job came
@@ -51,6 +52,7 @@ RUN_FILES = {CONFIG_FILE, METRICS_FILE, OVERRIDES_FILE}
 """A folder with any of these is a run: one that broke before its first step must not vanish from the comparison."""
 
 SWEEP_FILE = "sweep.json"
+TUNE_FILE = "tune.json"
 SWEEP_LOCK = ".lock"
 JOB_FILE = "job.json"
 STATE_FILE = "job_state.json"

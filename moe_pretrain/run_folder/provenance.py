@@ -36,7 +36,7 @@ def claim_overrides(folder: Path, overrides: Sequence[str]) -> None:
 def read_overrides(folder: Path) -> list[str]:
     """The words that the run was started with; none where it recorded none."""
     path = folder / OVERRIDES_FILE
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def write_sick_step(folder: Path, step: int, facts: Mapping[str, Any]) -> None:
 def processor() -> str:
     """Its model where Linux tells it: times compare between equal ones only."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "cpu"
@@ -112,7 +112,11 @@ def commit() -> str | None:
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(file.parent), *words], capture_output=True, text=True, timeout=_GIT_SECONDS
+                ["git", "-C", str(file.parent), *words],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",  # names of files may be in another
+                timeout=_GIT_SECONDS,
             )
         except (OSError, subprocess.TimeoutExpired):
             return None

@@ -1,8 +1,8 @@
-"""``train --multirun``: from the command to a sweep, which Hydra's sweeper and launcher run."""
+"""``train --multirun``: from the command to a sweep, which Hydra's sweeper and launcher run; and for other drivers."""
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -71,46 +72,90 @@ def multirun(words: Sequence[str]) -> int:
     Raises:
         ValueError: The command or one of its jobs is wrong; one line, and nothing was started.
     """
+    with opened_hydra("--multirun", words) as hydra:
+        command = parse(words, OverridesParser.create(hydra.config_loader))
+        sweep, master = prepare(hydra, command, sweep_name(command.keys, [*command.fixed, *command.swept]))
+        grid = _combinations(hydra, command, master)
+        for swept in grid:
+            sweep.check(swept)
+
+        def run() -> set[Path]:
+            sweeper = Plugins.instance().instantiate_sweeper(
+                config=master, hydra_context=_context(hydra, master), task_function=TrainJob(sweep)
+            )
+            sweeper.sweep(arguments=_for_hydra(command.swept, command))
+            return set()
+
+        return drive(sweep, words, grid, run)
+
+
+@contextmanager
+def opened_hydra(command: str, words: Sequence[str]) -> Iterator[Hydra]:
+    """Hydra with our files and launchers, for a command that starts jobs; what it complains of is one line.
+
+    Raises:
+        ConfigError: The command was started by torchrun, an optional package is missing, or Hydra complains.
+    """
     if launched_world_size() is not None:
-        raise ConfigError("--multirun starts processes of its own: start it without torchrun")
+        raise ConfigError(f"{command} starts processes of its own: start it without torchrun")
     _require_packages(words)
     register()
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3", job_name="train"):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
-            return _multirun(hydra, words)
+            yield hydra
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def _multirun(hydra: Hydra, words: Sequence[str]) -> int:
-    command = parse(words, OverridesParser.create(hydra.config_loader))
+def prepare(hydra: Hydra, command: Command, default_name: str) -> tuple[Sweep, DictConfig]:
+    """The sweep that a command is for, checked by its first job, and Hydra's configuration of it."""
     config = load_job([*command.fixed, *command.example], job_name(command.example))
-    name = config.sweep.name or sweep_name(command.keys, [*command.fixed, *command.swept])
-    folder = Path(config.run.output_dir) / name
+    folder = Path(config.run.output_dir) / (config.sweep.name or default_name)
     sweep = Sweep(folder, tuple(command.fixed), config.run.cache_dir, config.sweep)
-    master = _compose(hydra, command, config, folder)
-    grid = _combinations(hydra, command, master)
-    for swept in grid:
-        sweep.check(swept)
-    with _driving(folder):
-        write_json(folder / SWEEP_FILE, {"name": name, "command": list(words)})
-        sweep.plan(grid)
-        print(f"{folder}: {describe_sweep(read_progress(folder))}", flush=True)
+    return sweep, _compose(hydra, command, config, folder)
+
+
+def launcher_of(hydra: Hydra, master: DictConfig, sweep: Sweep) -> Launcher:
+    """The launcher that the command names, for batches that follow from the results of earlier ones."""
+    return Plugins.instance().instantiate_launcher(
+        hydra_context=_context(hydra, master), task_function=TrainJob(sweep), config=master
+    )
+
+
+def _context(hydra: Hydra, master: DictConfig) -> HydraContext:
+    return HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
+
+
+def drive(sweep: Sweep, words: Sequence[str], batch: Sequence[Sequence[str]], run: Callable[[], set[Path]]) -> int:
+    """Hold the sweep's folder, write its command down, run its jobs and say what became of them.
+
+    Args:
+        sweep: The sweep.
+        words: Its command.
+        batch: Overrides of the jobs that are known before any of them starts.
+        run: Runs the jobs; returns the folders of those that need not be finished.
+
+    Returns:
+        The exit code of ``multirun``.
+
+    Raises:
+        ValueError: Another process drives the sweep, or a job is wrong.
+    """
+    with _driving(sweep.folder):
+        write_json(sweep.folder / SWEEP_FILE, {"name": sweep.folder.name, "command": list(words)})
+        sweep.plan(batch)
+        print(f"{sweep.folder}: {describe_sweep(read_progress(sweep.folder))}", flush=True)
         try:
-            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(master))
-            sweeper = Plugins.instance().instantiate_sweeper(
-                config=master, hydra_context=context, task_function=TrainJob(sweep)
-            )
-            sweeper.sweep(arguments=_for_hydra(command.swept, command))
+            settled = run()
         except SweepStopped as stopped:
-            _summarise(folder)
+            _summarise(sweep.folder)
             return INTERRUPTED if stopped.is_killed else STOPPED
         except ValueError:  # a trial of a search is wrong
-            _summarise(folder)
+            _summarise(sweep.folder)
             raise
-        return _summarise(folder)
+        return _summarise(sweep.folder, settled)
 
 
 def parse(words: Sequence[str], parser: OverridesParser) -> Command:
@@ -118,6 +163,18 @@ def parse(words: Sequence[str], parser: OverridesParser) -> Command:
 
     Raises:
         ConfigError: No override has several values, or one that says where a run lives.
+    """
+    command = sort_overrides(words, parser)
+    if not command.swept and not any(word.startswith("hydra.sweeper.params") for word in command.hydra):
+        raise ConfigError("--multirun: no override lists several values, as router=top_k,top_p or seed=1,2,3 do")
+    return command
+
+
+def sort_overrides(words: Sequence[str], parser: OverridesParser) -> Command:
+    """Sort overrides, of which some may have several values.
+
+    Raises:
+        ConfigError: One that says where a run lives has several values, or names a single run.
     """
     parsed = [(word, parser.parse_overrides([word])[0]) for word in words]
     swept = [(word, one) for word, one in parsed if one.is_sweep_override() and not one.is_hydra_override()]
@@ -128,8 +185,6 @@ def parse(words: Sequence[str], parser: OverridesParser) -> Command:
         keys=[one.get_key_element() for _, one in swept],
         example=[f"{one.get_key_element()}={_first_value(one)}" for _, one in swept],
     )
-    if not swept and not any(word.startswith("hydra.sweeper.params") for word in command.hydra):
-        raise ConfigError("--multirun: no override lists several values, as router=top_k,top_p or seed=1,2,3 do")
     for key in command.keys:
         if key.lstrip("+").startswith(("run.", "sweep.")):
             raise ConfigError(f"{key}: what says where and how runs are kept cannot be swept")
@@ -221,14 +276,14 @@ def _driving(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _summarise(folder: Path) -> int:
-    """Say what became of the jobs, of those that are not finished why; the exit code."""
+def _summarise(folder: Path, settled: Container[Path] = ()) -> int:
+    """Say what became of the jobs, of those that are not finished why; the exit code, by all but ``settled`` ones."""
     jobs = read_progress(folder)
     print(f"{folder}: {describe_sweep(jobs)}")
     for line in table([job for job in jobs if job.state.state != "finished"]):
         print(f"  {line}")
     print(f"compare them:  moe-pretrain compare {quoted(str(folder))}")
-    states = {job.state.state for job in jobs}
+    states = {job.state.state for job in jobs if job.job.folder not in settled}
     if states & {"failed", "diverged"}:
         return NOT_ALL_FINISHED
     if states - {"finished"}:

@@ -134,7 +134,7 @@ def queued(otherwise: set[str] | None = None) -> set[str]:
     """
     words = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
     try:
-        return set(subprocess.run(words, check=True, text=True, capture_output=True).stdout.split())
+        return set(subprocess.run(words, check=True, encoding="utf-8", capture_output=True).stdout.split())
     except FileNotFoundError:
         raise ConfigError("hydra/launcher=submitit_slurm needs SLURM: there is no squeue here") from None
     except subprocess.CalledProcessError as error:

@@ -87,4 +87,5 @@ def _first_address(nodes: str) -> str:
 
 
 def _scontrol(*words: str) -> str:
-    return subprocess.run(["scontrol", *words], check=True, text=True, stdout=subprocess.PIPE, stderr=sys.stderr).stdout
+    done = subprocess.run(["scontrol", *words], check=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=sys.stderr)
+    return done.stdout

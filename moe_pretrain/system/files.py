@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: It is no such file any more.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is broken ({error}): delete it to go on") from None
     if not isinstance(values, dict):

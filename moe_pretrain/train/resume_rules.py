@@ -29,6 +29,8 @@ _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
 _ONLY_AT_THE_START = ("model.init", "model.gate_init")
 """Fields that act in step 0 alone: a run from before they existed goes on with its weights, and nothing is news."""
+_KINDS = ("data.source", "tokenizer.kind", "router.name", "optimizer.name", "schedule.name")
+"""Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
 _ABSENT = object()
 
 
@@ -112,8 +114,10 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
     found = Changes([], [])
     elastic = all(_engine(config).get("determinism") == "elastic" for config in (then, now))
     kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
-    for name, (before, after) in _differences("", then, json.loads(json.dumps(now))).items():
-        if _is_within(name, _SILENT):
+    differences = _differences("", then, json.loads(json.dumps(now)))
+    of_another_kind = tuple(kind.partition(".")[0] for kind in _KINDS if kind in differences)
+    for name, (before, after) in differences.items():
+        if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
         must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
         if before is _ABSENT and name in _ONLY_AT_THE_START:

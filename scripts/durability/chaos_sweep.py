@@ -99,7 +99,9 @@ def kill_at_random(sweep: Sweep, generator: random.Random, kills_left: int) -> s
 
 def descendants(process: int) -> list[int]:
     try:
-        found = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        found = [
+            int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text(encoding="utf-8").split()
+        ]
     except FileNotFoundError:  # it has ended
         return []
     return found + [deeper for child in found for deeper in descendants(child)]
@@ -165,7 +167,7 @@ def check_variant(name: str, found: dict[str, str], own: dict[int, float], refer
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

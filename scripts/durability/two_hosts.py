@@ -76,7 +76,7 @@ class Hosts:
         names.write_text("127.0.0.1 localhost\n" + "".join(f"127.0.1.1 {name}\n" for name in self.names))
         prepare = f"mount --bind {shlex.quote(str(names))} /etc/hosts && hostname {self.names[number]}"
         inside = f"{prepare} && exec {shlex.join(words)}"
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self._spaces[number], "unshare", "--uts", "--mount", "sh", "-c", inside],
                 cwd=home,

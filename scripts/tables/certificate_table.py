@@ -33,6 +33,7 @@ COLUMNS = {
     "no text, ties, recompute": ["no text tokens", "finite at ties", "recompute"],
     "derivatives": ["aux losses move the router", "weights' gradient is a derivative"],
     "state": ["aux losses named", "state round trip", "state alike on ranks"],
+    "loudness": ["loudness at the start"],
     "gradients, 1 and 2 ranks": ["gradient parity with the oracle"],
 }
 

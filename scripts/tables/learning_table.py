@@ -1,42 +1,58 @@
-"""Does every scheme learn, and do the papers' signatures show? All schemes, three seeds, on the built-in text.
+"""Does every scheme learn, and do the papers' signatures show? All schemes, tuned, several seeds, built-in text.
 
     python scripts/tables/learning_table.py --jobs 2 --folder outputs/learning
+    python scripts/tables/learning_table.py --size wide --folder outputs/learning-wide
 
-A run is `moe-pretrain train` with one scheme and one seed; same rows in the same order, same initial weights by
-global expert id, equal parameters (Autonomy-of-Experts by its equation 5; `dense` has equal active parameters
-instead). Finished runs are kept, so the script may be stopped and started. At the end it prints the comparison
-(`moe-pretrain compare`) and the signatures.
+It is one `moe-pretrain tune` of all schemes (each has the same number of trials of its learning rate, by one run each
+of the tuning seed, then a run for each final seed at the best), on the same rows in the same order with the same
+initial weights by global expert id, at equal parameters (Autonomy-of-Experts by its equation 5; `dense` has equal
+active parameters instead). The same command again goes on where it was stopped. At the end it writes
+`moe-pretrain compare`'s page and the table, `learning.md`, with the signatures.
 """
 
 import argparse
-import json
+import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 
-from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
+from moe_pretrain.analysis.compare.comparison import MEASURES, Comparison, compare
+from moe_pretrain.analysis.compare.page import write_comparison
+from moe_pretrain.analysis.compare.statistics import Estimate
+from moe_pretrain.analysis.compare.variants import Variant
+from moe_pretrain.config.load import load
+from moe_pretrain.run_folder.metrics_file import MetricsRow
+from moe_pretrain.system.exit_codes import STOPPED, USAGE_CODE
+from moe_pretrain.system.files import write_whole
+from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
-SHAPE = (
-    *("model=tiny", "model.num_layers=4", "model.hidden_size=96", "model.moe.expert_hidden_size=192"),
+STEP_TOKENS = 4096
+SIZES = {
+    "small": ["model.hidden_size=96", "model.moe.expert_hidden_size=192"],
+    "wide": ["model.hidden_size=192", "model.moe.expert_hidden_size=384"],
+}
+SHAPE = [
+    *("model=tiny", "model.num_layers=4"),
     *("model.sequence_length=128", "model.vocab_size=2048", "tokenizer.vocab_size=2048"),
-    *("batch.global_batch_tokens=4096", "schedule.warmup_steps=20", "evaluation.max_rows=256", "metrics.wandb=off"),
-    *(
-        "metrics.progress=false",
-        "metrics.log_every_steps=5",
-        "evaluation.every_steps=50",
-        "checkpoint.every_steps=1000",
-    ),
-)
-VARIANTS = {
+    *(f"batch.global_batch_tokens={STEP_TOKENS}", "schedule.warmup_steps=20", "metrics.wandb=off"),
+    *("metrics.progress=false", "metrics.log_every_steps=5", "checkpoint.every_steps=1000"),
+    # 204,800 held-out tokens, once: at the end.
+    *("evaluation.max_rows=1600", "evaluation.every_steps=1000"),
+]
+SCHEMES = {
     "dense": ["router=dense"],
+    "random": ["router=random"],
+    "uniform": ["router=uniform"],
     "top_k": ["router=top_k"],
     "top_k_no_balance": ["router=top_k", "router.load_balance_weight=0", "router.router_z_weight=0"],
+    "top_k_factorised": ["router=top_k_factorised"],
     "loss_free": ["router=loss_free"],
     "quantile": ["router=quantile"],
     "hash": ["router=hash"],
@@ -45,7 +61,9 @@ VARIANTS = {
     "expert_threshold": ["router=expert_threshold"],
     "relu": ["router=relu"],
     "top_p": ["router=top_p"],
+    "top_p_renormalised": ["router=top_p_renormalised"],
     "attention_importance": ["router=attention_importance"],
+    "attention_importance_renormalised": ["router=attention_importance_renormalised"],
     "attentive": ["router=attentive"],
     "attentive_dense": ["router=attentive_dense"],
     "attentive_low_rank": ["router=attentive_low_rank"],
@@ -54,184 +72,267 @@ VARIANTS = {
     "autonomy_top_p": ["router=autonomy_top_p"],
     "autonomy_expert_choice": ["router=autonomy_expert_choice"],
 }
-REFERENCE = "top_k load_balance_weight=0.01"
-"""What `compare` calls the variant `top_k` beside the one without a balance loss."""
+REFERENCE = "top_k"
 
 
-def main() -> None:
+def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, default=Path("outputs/learning"))
-    options.add_argument("--tokens", type=int, default=614_400)
+    options.add_argument("--size", choices=SIZES, default="small")
+    options.add_argument("--steps", type=int, default=150, help=f"of {STEP_TOKENS} tokens")
+    options.add_argument("--trials", type=int, default=5, help="of each scheme's learning rate")
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    options.add_argument("--tuning-seed", type=int, default=100)
+    options.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    options.add_argument("--table-only", action="store_true", help="of what is there; starts nothing")
     options.add_argument("--overrides", nargs="+", default=[], help="key=value for every run, after the script's own")
     chosen = options.parse_args()
-    jobs = [(variant, seed) for seed in chosen.seeds for variant in chosen.variants]
-    train(jobs[0], chosen)  # alone, so that only one process prepares the corpus
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        list(pool.map(lambda job: train(job, chosen), jobs[1:]))
-    subprocess.run(
-        [sys.executable, "-m", "moe_pretrain", "compare", str(chosen.folder), "--reference", REFERENCE], check=True
-    )
-    draw(print_table(chosen), chosen.folder / "learning.png")
-    print_signatures(chosen)
+    code = 0 if chosen.table_only else tune(chosen)
+    if code not in (0, 1):  # 1: some have no result; the table is of those that have
+        return code
+    table = LearningTable(chosen)
+    text = table.text()
+    write_whole(chosen.folder / "learning.md", text)
+    table.draw(chosen.folder / "learning.png")
+    print(text)
+    return code
 
 
-def print_table(chosen: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
-    """A Markdown table of all variants, best first; of each the final losses and loads of its finished seeds."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    lines = {}
-    for variant in chosen.variants:
-        runs = Runs(variant, chosen)
-        if not runs.losses:
-            continue
-        mean = statistics.fmean(runs.losses)
-        spread = f"{min(runs.losses):.3f} to {max(runs.losses):.3f}"
-        columns = [f"`{variant}`", f"{mean:.3f} ({spread}, {len(runs.losses)} seeds)"]
-        loads = [] if variant == "dense" else runs.mean("load_max_over_mean", END)
-        for name in ("experts_per_token", "load_max_over_mean", "router_entropy"):
-            columns.append("" if variant == "dense" else f"{statistics.fmean(runs.mean(name, END)):.2f}")
-        lines[variant] = "| " + " | ".join(columns) + " |"
-        found[variant] = runs.losses, loads
-    print("| scheme | final validation loss | experts per token | load max / mean | router entropy |")
-    print("|---|---|---|---|---|")
-    order = sorted(found, key=lambda variant: statistics.fmean(found[variant][0]))
-    for variant in order:
-        print(lines[variant])
-    return {variant: found[variant] for variant in order}
+def shared_words(chosen: argparse.Namespace) -> list[str]:
+    """Overrides of every run."""
+    return [*SHAPE, *SIZES[chosen.size], *chosen.overrides]
 
 
-def draw(found: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """Final loss and load of every scheme, a dot per seed."""
-    figure = Figure(figsize=(9, 0.28 * len(found) + 1), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, index, title in zip(
-        panels, (0, 1), ("final validation loss, nats per token", "largest load / mean load, last fifth"), strict=True
-    ):
-        for row, values in enumerate(found.values()):
-            axes.plot(values[index], [row] * len(values[index]), "o", ms=5, alpha=0.7, color="#2563a8")
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.grid(axis="x", color="#e6e6e6")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    panels[0].set_yticks(range(len(found)), list(found))
-    panels[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
+def tune(chosen: argparse.Namespace) -> int:
+    """Run what is left of the tuning; its exit code."""
+    command = [sys.executable, "-m", "moe_pretrain", "tune", f"--trials={chosen.trials}"]
+    command += [f"--tuning-seed={chosen.tuning_seed}"]
+    command += [f"--scheme={shlex.join(SCHEMES[name])}" for name in chosen.schemes]
+    command += [*shared_words(chosen), f"budget.tokens={chosen.steps * STEP_TOKENS}", f"sweep.parallel={chosen.jobs}"]
+    command += [f"seed={','.join(map(str, chosen.seeds))}", f"sweep.name={chosen.folder.name}"]
+    command += [f"run.output_dir='{chosen.folder.parent}'"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode if done.returncode >= 0 else STOPPED
 
 
-def train(job: tuple[str, int], chosen: argparse.Namespace) -> None:
-    """One run, unless it is finished."""
-    variant, seed = job
-    folder = run_folder(variant, seed, chosen)
-    rows = read_rows(folder / "metrics.jsonl")
-    steps = chosen.tokens // 4096
-    if any(row.get("event") == "finished" for row in rows):
-        return
-    words = [*VARIANTS[variant], *SHAPE, f"seed={seed}", f"run.name={folder.name}", f"run.output_dir={chosen.folder}"]
-    words += [f"budget.tokens={steps * 4096}", *chosen.overrides]
-    log = chosen.folder / f"{folder.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("a") as file:
-        command = [sys.executable, "-m", "moe_pretrain", "train", *words]
-        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    print(f"{folder.name}: {'done' if code == 0 else f'FAILED with {code}, see {log}'}", flush=True)
+@dataclass(frozen=True)
+class Row:
+    """One scheme of the table.
+
+    Attributes:
+        name: The scheme's.
+        variant: Its final runs.
+        losses: Of its final seeds.
+    """
+
+    name: str
+    variant: Variant
+    losses: list[float]
 
 
-def run_folder(variant: str, seed: int, chosen: argparse.Namespace) -> Path:
-    return chosen.folder / f"{variant}-seed{seed}"
+class LearningTable:
+    """The table that the runs of the folder come to."""
 
+    def __init__(self, chosen: argparse.Namespace):
+        self.chosen = chosen
+        self.found = compare_with(REFERENCE, chosen.folder)
+        by_scheme = {each.scheme.words: name for name, each in self.found.tuned.items()}
+        variants = {variant.name: variant for variant in self.found.variants}
+        rows = []
+        for name in chosen.schemes:
+            variant = variants.get(by_scheme.get(tuple(SCHEMES[name]), ""))
+            if variant is not None and self.found.losses[variant.name]:
+                rows.append(Row(name, variant, list(self.found.losses[variant.name].values())))
+        self.rows = sorted(rows, key=lambda row: statistics.fmean(row.losses))
 
-class Runs:
-    """The train rows and final losses of one variant, all finished seeds."""
+    def text(self) -> str:
+        """The table as Markdown, best first, and the signatures."""
+        header = ["scheme", "validation loss", f"difference to `{REFERENCE}`", "place", "experts per token, training"]
+        header += [
+            "in evaluation",
+            "load max / mean",
+            "router entropy",
+            "output at start",
+            "experts' gradient at start",
+        ]
+        header += ["learning rate", "chosen in"]
+        lines = [header, ["---"] * len(header), *map(self.line, self.rows)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        cautions = "\n".join(f"- {line}" for line in self.found.warnings)
+        signatures = "\n".join(f"- **{verdict}:** {claim} ({figures})" for verdict, claim, figures in self.signatures())
+        return f"{table}\n\n{self.note()}\n\nSignatures:\n\n{signatures}\n\nTo be aware of:\n\n{cautions}\n"
 
-    def __init__(self, variant: str, chosen: argparse.Namespace):
-        folders = [run_folder(variant, seed, chosen) for seed in chosen.seeds]
-        read = {seed: read_rows(folder / "metrics.jsonl") for seed, folder in zip(chosen.seeds, folders, strict=True)}
-        kept = {seed: rows for seed, rows in read.items() if any(row.get("event") == "finished" for row in rows)}
-        self.seeds, every = list(kept), list(kept.values())
-        self.rows = [[row for row in rows if row["kind"] == "train"] for rows in every]
-        self.losses = [[row["validation/loss"] for row in rows if row["kind"] == "validation"][-1] for rows in every]
-        self.layers = yaml.safe_load((folders[0] / "config.yaml").read_text())["model"]["num_layers"]
+    def note(self) -> str:
+        """A line that says what the table is of."""
+        tuned = next(iter(self.found.tuned.values()))
+        tokens = self.chosen.steps * STEP_TOKENS
+        return (
+            f"{tokens:,} training tokens, `--size {self.chosen.size}`; {len(self.chosen.seeds)} final seeds with their "
+            f"95% intervals, {tuned.record.trials} trials of each scheme's learning rate with seed "
+            f"{tuned.record.tuning_seed}. Loads and entropies: means over layers, seeds and the last fifth of the run. "
+            f"At start: relative to `{REFERENCE}`. Chosen in: the share of resamples in which this trial wins."
+        )
 
-    def mean(self, name: str, part: slice, layers: range | None = None) -> list[float]:
-        """Of each seed: mean over layers and over the rows of ``part`` (by share of the run, in percent)."""
+    def line(self, row: Row) -> list[str]:
+        """One scheme's cells."""
+        name = row.variant.name
+        ranked = next(each for each in self.found.ranking.places if each.name == name)
+        paired, tuned = self.found.paired[name].difference, self.found.tuned[name]
+        is_dense = row.name == "dense"
+        shown = ("experts_per_token", "validation_experts_per_token", "load_max_over_mean", "router_entropy")
+        loudness = [""] * 2 if is_dense else [f"{value:.2f}" for value in self.loudness(row.name)]
         return [
-            statistics.fmean(
-                row[f"moe/layer_{layer:02d}/{name}"]
-                for row in cut(rows, part)
-                for layer in layers or range(self.layers)
-            )
-            for rows in self.rows
+            f"`{row.name}`",
+            interval(ranked.estimate),
+            "" if name == self.found.reference or paired is None else interval(paired, "+"),
+            f"{ranked.rank} to {ranked.last_rank}" if ranked.equals else str(ranked.rank),
+            *("" if is_dense else self.measured(row.variant, measure) for measure in shown),
+            *loudness,
+            tuned.setting(tuned.scheme.trials[tuned.chosen]) + (" (edge)" if tuned.scheme.at_edge else ""),
+            "" if tuned.choice is None else f"{tuned.choice.shares[tuned.chosen]:.0%}",
         ]
 
+    def measured(self, variant: Variant, measure: str) -> str:
+        """Mean over seeds of one of ``compare``'s numbers."""
+        values = variant.by_seed(MEASURES[measure][1])
+        return f"{statistics.fmean(values.values()):.2f}" if values else ""
 
-def cut(rows: list[MetricsRow], part: slice) -> list[MetricsRow]:
-    start, stop = (round(len(rows) * (bound or 0) / 100) for bound in (part.start, part.stop))
-    start = min(start, len(rows) - 1)  # of a run of a few rows, the last
-    return rows[start : max(stop, start + 1)]
+    def loudness(self, name: str) -> tuple[float, float]:
+        """Output and experts' gradient of a scheme at step 0, relative to the reference's."""
+        own, to = (self.at_start(each) for each in (name, REFERENCE))
+        return own.output / to.output, own.expert_gradient / to.expert_gradient
+
+    def at_start(self, name: str) -> StartLoudness:
+        config = load([*SCHEMES[name], *shared_words(self.chosen)])
+        return start_loudness(config.model, config.router, seed=0)
+
+    def draw(self, path: Path) -> None:
+        """Final loss and load of every scheme, a dot per seed."""
+        figure = Figure(figsize=(9, 0.28 * len(self.rows) + 1), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        loads = [list(row.variant.by_seed(MEASURES["load_max_over_mean"][1]).values()) for row in self.rows]
+        titles = ("final validation loss, nats per token", "largest load / mean load, last fifth")
+        for axes, values, title in zip(panels, ([row.losses for row in self.rows], loads), titles, strict=True):
+            for place, dots in enumerate(values):
+                axes.plot(dots, [place] * len(dots), "o", ms=5, alpha=0.7, color="#2563a8")
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.grid(axis="x", color="#e6e6e6")
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        panels[0].set_yticks(range(len(self.rows)), [row.name for row in self.rows])
+        panels[0].invert_yaxis()
+        figure.savefig(path, dpi=110)
+
+    def signatures(self) -> list[tuple[str, str, str]]:
+        """The papers' reports, found or not, on these runs: verdict, claim, figures."""
+        rows = {row.name: row for row in self.rows}
+        found: list[tuple[str, str, str]] = []
+
+        def by_seed(claim: str, holds: Sequence[bool], figures: str) -> None:
+            some = f"in {sum(holds)} of {len(holds)} seeds"
+            found.append(("found" if all(holds) else some if any(holds) else "not found", claim, figures))
+
+        def no_worse(name: str, claim: str, also: bool = True, more: str = "") -> None:
+            """A claim that a scheme's loss is at most the reference's, with its interval."""
+            paired = self.found.paired[rows[name].variant.name]
+            if paired.difference is None or paired.verdict == "not tested":
+                found.append(("not tested", claim, "fewer than two seeds"))
+                return
+            holds = {"better": "found", "worse": "not found"}.get(paired.verdict, "not distinguishable")
+            found.append((holds if also else "not found", claim, interval(paired.difference, "+") + more))
+
+        if {"autonomy", REFERENCE} <= rows.keys():
+            no_worse("autonomy", f"autonomy's loss is at or below {REFERENCE}'s at equal parameters")
+        if {"top_p", REFERENCE} <= rows.keys():
+            measure = MEASURES["validation_experts_per_token"][1]
+            experts = {
+                name: statistics.fmean(rows[name].variant.by_seed(measure).values()) for name in ("top_p", REFERENCE)
+            }
+            fewer = experts["top_p"] < experts[REFERENCE]
+            figures = f"; {experts['top_p']:.2f} experts per token in evaluation against {experts[REFERENCE]:.2f}"
+            no_worse("top_p", f"top_p's loss is at or below {REFERENCE}'s with fewer experts", fewer, figures)
+        if {"autonomy_no_balance", "top_k_no_balance"} <= rows.keys():
+            for name, claim in (
+                ("load_max_over_mean", "autonomy balances better than top_k, both without a balance loss"),
+                ("router_entropy", "autonomy's routing entropy is lower than top_k's, both without a balance loss"),
+            ):
+                ours, plain = (
+                    rows[scheme].variant.by_seed(MEASURES[name][1])
+                    for scheme in ("autonomy_no_balance", "top_k_no_balance")
+                )
+                both = sorted(ours.keys() & plain.keys())
+                left, right = [ours[seed] for seed in both], [plain[seed] for seed in both]
+                holds = [a < b for a, b in zip(left, right, strict=True)]
+                by_seed(claim, holds, f"{numbers(left)} against {numbers(right)}")
+        if "top_p" in rows:
+            variant = rows["top_p"].variant
+            early, late = (means(variant, "experts_per_token", part) for part in (slice(5, 15), END))
+            by_seed(
+                "top_p's mean number of experts falls during training",
+                [b < a for a, b in zip(early, late, strict=True)],
+                f"{numbers(early)} at a tenth, {numbers(late)} at the end",
+            )
+            last = variant.counted[0].values["model.num_layers"] - 1
+            low, high = (means(variant, "experts_per_token", END, [layer]) for layer in (0, last))
+            by_seed(
+                "top_p uses more experts in low layers",
+                [a > b for a, b in zip(low, high, strict=True)],
+                f"{numbers(low)} in the lowest, {numbers(high)} in the highest layer",
+            )
+        if "quantile" in rows:
+            variant = rows["quantile"].variant
+            early, late = (means(variant, "load_max_over_mean", part) for part in (slice(0, 5), END))
+            first = variant.counted[0].train[0]["step"]
+            by_seed(
+                "quantile balances within a few steps (largest load under 1.5 times the mean)",
+                [value < 1.5 for value in early],
+                f"{numbers(early)} over the first twentieth, from step {first} on; {numbers(late)} at the end",
+            )
+        return found
+
+
+def compare_with(scheme: str, folder: Path) -> Comparison:
+    """The comparison of a folder to the variant of a scheme, if that is there; its page is written."""
+    found = compare(folder)
+    words = tuple(SCHEMES[scheme])
+    reference = next((name for name, each in found.tuned.items() if each.scheme.words == words), found.reference)
+    write_comparison(folder, reference)
+    return found if found.reference == reference else compare(folder, reference)
+
+
+def interval(value: Estimate, sign: str = "") -> str:
+    text = f"{value.mean:{sign}.3f}"
+    return text if math.isnan(value.low) else f"{text} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3g}" for value in values)
 
 
 END = slice(80, 100)
 
 
-def print_signatures(chosen: argparse.Namespace) -> None:
-    """Print the papers' signatures, found or not, on these runs."""
-    has = set(chosen.variants)
-    found = []
+def means(variant: Variant, name: str, part: slice, layers: Sequence[int] | None = None) -> list[float]:
+    """Of each seed: mean over layers and over the rows of ``part`` (by share of the run, in percent)."""
+    number = variant.values["model.num_layers"]
+    return [
+        statistics.fmean(
+            row[f"moe/layer_{layer:02d}/{name}"] for row in cut(run.train, part) for layer in layers or range(number)
+        )
+        for run in variant.counted
+    ]
 
-    def report(claim: str, holds: list[bool], figures: str) -> None:
-        verdict = "found" if all(holds) else "not found" if not any(holds) else f"in {sum(holds)} of {len(holds)} seeds"
-        found.append({"claim": claim, "verdict": verdict, "figures": figures})
 
-    def numbers(values: list[float]) -> str:
-        return ", ".join(f"{value:.3g}" for value in values)
-
-    if {"autonomy_no_balance", "top_k_no_balance"} <= has:
-        ours, plain = Runs("autonomy_no_balance", chosen), Runs("top_k_no_balance", chosen)
-        for name, claim in (
-            ("load_max_over_mean", "autonomy balances better than top_k, both without a balance loss"),
-            ("router_entropy", "autonomy's routing entropy is lower than top_k's, both without a balance loss"),
-        ):
-            both = [seed for seed in ours.seeds if seed in plain.seeds]
-            left, right = (
-                [value for seed, value in zip(runs.seeds, runs.mean(name, END), strict=True) if seed in both]
-                for runs in (ours, plain)
-            )
-            report(
-                claim, [a < b for a, b in zip(left, right, strict=True)], f"{numbers(left)} against {numbers(right)}"
-            )
-    if "top_p" in has:
-        runs = Runs("top_p", chosen)
-        early, late = (runs.mean("experts_per_token", part) for part in (slice(5, 15), END))
-        report(
-            "top_p's mean number of experts falls during training",
-            [b < a for a, b in zip(early, late, strict=True)],
-            f"{numbers(early)} at a tenth, {numbers(late)} at the end",
-        )
-        low, high = (
-            runs.mean("experts_per_token", END, layers) for layers in (range(1), range(runs.layers - 1, runs.layers))
-        )
-        report(
-            "top_p uses more experts in low layers",
-            [a > b for a, b in zip(low, high, strict=True)],
-            f"{numbers(low)} in the lowest, {numbers(high)} in the highest layer",
-        )
-    if "quantile" in has:
-        runs = Runs("quantile", chosen)
-        first = [rows[0]["step"] for rows in runs.rows]
-        values = runs.mean("load_max_over_mean", slice(0, 5))
-        late = runs.mean("load_max_over_mean", END)
-        report(
-            "quantile balances within a few steps (largest load under 1.5 times the mean)",
-            [value < 1.5 for value in values],
-            f"{numbers(values)} over the first twentieth, from step {first[0]} on; {numbers(late)} at the end",
-        )
-    for row in found:
-        print(f"{row['verdict']:>18}: {row['claim']} ({row['figures']})")
-    (chosen.folder / "signatures.json").write_text(json.dumps(found, indent=2))
+def cut(rows: Sequence[MetricsRow], part: slice) -> Sequence[MetricsRow]:
+    start, stop = (round(len(rows) * (bound or 0) / 100) for bound in (part.start, part.stop))
+    start = min(start, len(rows) - 1)  # of a run of a few rows, the last
+    return rows[start : max(stop, start + 1)]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"learning_table: {error}", file=sys.stderr)
+        sys.exit(USAGE_CODE)

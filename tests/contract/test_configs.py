@@ -14,6 +14,8 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from moe_pretrain.commands import tune
+from moe_pretrain.commands.options import Parser
 from moe_pretrain.config.compose import compose_values, config_folder, validate
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
@@ -22,6 +24,7 @@ from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.sweep.multirun import parse
+from moe_pretrain.sweep.tune_schemes import TuneSettings, schemes_and_seeds
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
@@ -200,7 +203,9 @@ MISTAKES = [
     (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
     (["data=files", "data.paths=a.jsonl"], "data.paths=a.jsonl must be a list: 'data.paths=[a.jsonl]'"),
-    (["run.output_dir=/d/lr=1e-3"], """quote it: 'run.output_dir="/d/lr=1e-3"'"""),
+    (["run.output_dir=/d/lr=1e-3"], """quote the text: 'run.output_dir="/d/lr=1e-3"'"""),
+    (["run.output_dir=gr\u00f6\u00dfe"], """quote the text: 'run.output_dir="gr\u00f6\u00dfe"'"""),
+    (["data=files", "data.paths=[a.txt,\u00fc.txt]"], """'data.paths=["a.txt","\u00fc.txt"]'"""),
 ]
 
 
@@ -230,13 +235,24 @@ def test_no_number_may_be_a_truth_value_or_infinite(path: str):
         assert value is True or str(caught.value) == f"{path}={value} must be finite"
 
 
+def test_the_yardsticks_have_the_same_active_size():
+    """Beside the routers: the mixture is compared with the dense network."""
+    words = ["data.paths=[a.txt]"]
+    dense, mixture = (load([f"experiment=tiny_shakespeare{kind}", *words]) for kind in ("", "_moe"))
+    sizes = [model_size(config.model, config.router) for config in (dense, mixture)]
+    assert mixture.data == dense.data and mixture.budget == dense.budget and mixture.optimizer == dense.optimizer
+    routers = mixture.model.num_layers * mixture.model.moe.num_experts * mixture.model.hidden_size
+    assert sizes[1].active_parameters - sizes[0].active_parameters == routers
+    assert sizes[1].total_parameters > 2 * sizes[0].total_parameters
+
+
 READMES = sorted(path for path in ROOT.rglob("README.md") if not {".venv", "outputs", "build"} & set(path.parts))
 
 
 def readme_commands() -> list[str]:
     blocks = [block for path in READMES for block in re.findall(r"```(?:bash|sh|)\n(.*?)```", path.read_text(), re.S)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    commands = r"moe-pretrain (train|prepare|plan|verify|certify) .*="
+    commands = r"moe-pretrain (train|tune|prepare|plan|verify|certify) .*="
     return sorted({line.split(" # ")[0].strip() for line in lines if re.match(commands, line)})
 
 
@@ -254,6 +270,16 @@ def test_the_first_readme_is_short():
 def test_readme_commands_compose(command: str):
     """``router_file=`` names a file that the reader writes; the example itself is run by the certificate's tests."""
     overrides = [word for word in shlex.split(command)[2:] if not word.startswith("router_file=")]
+    if command.startswith("moe-pretrain tune"):
+        parser = Parser("tune", "")
+        tune.arguments(parser)
+        options = parser.parse(overrides)
+        schemes = tuple(tuple(each.split(" ")) for each in options.scheme)
+        settings = TuneSettings(options.trials, options.tuning_seed, options.factor, tuple(options.also), schemes)
+        shared, found, _ = schemes_and_seeds(options.overrides, settings, OverridesParser.create())
+        for scheme in found:
+            load([*shared.fixed, *scheme])
+        return
     if "--multirun" in overrides:
         sweep = parse([word for word in overrides if word != "--multirun"], OverridesParser.create())
         overrides = [*sweep.fixed, *sweep.example]

@@ -44,7 +44,7 @@ def spelt_names(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_file_names_of_a_run_are_spelt_in_the_map_only(path: Path):
-    assert spelt_names(path.read_text()) == [], f"import the name from {MAP}"
+    assert spelt_names(path.read_text(encoding="utf-8")) == [], f"import the name from {MAP}"
 
 
 def test_a_spelt_name_is_found_and_words_about_it_are_not():
@@ -70,6 +70,7 @@ PARSERS = {
     "JOB_FILE": {"sweep/job_record.py"},
     "STATE_FILE": {"sweep/job_record.py"},
     "SLURM_FILE": {"sweep/slurm.py"},
+    "TUNE_FILE": {"run_folder/tune_record.py"},
     "SPECIALISATION_FILE": {"analysis/findings.py"},
     "CERTIFICATE": {"analysis/findings.py"},
 }
@@ -91,7 +92,7 @@ def readers(source: str) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_each_kind_of_file_is_read_at_one_place(path: Path):
     name = str(path.relative_to(PACKAGE))
-    strangers = {file for file in readers(path.read_text()) if name not in PARSERS[file]}
+    strangers = {file for file in readers(path.read_text(encoding="utf-8")) if name not in PARSERS[file]}
     assert not strangers, f"{name} reads {sorted(strangers)}; so does {[sorted(PARSERS[file]) for file in strangers]}"
 
 

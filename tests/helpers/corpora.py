@@ -11,6 +11,7 @@ def files(*paths, column="text", fraction=0.5, **changes):
         "invalid_json": "fail",
         "invalid_text": "fail",
         "content_check": "sampled",
+        "sha256": None,
         "near_duplicates": "ignore",
         "validation_split": "hash",
         "validation_paths": None,

@@ -32,7 +32,7 @@ class PageReader(HTMLParser):
 
 def read_page(path: Path) -> PageReader:
     reader = PageReader()
-    reader.feed(path.read_text())
+    reader.feed(path.read_text(encoding="utf-8"))
     return reader
 
 
@@ -45,7 +45,7 @@ def assert_loads_nothing(path: Path) -> None:
         if name in ("src", "href", "xlink:href"):
             assert value.startswith(("#", "data:")), (tag, name, value)
     assert not any(tag in ("script", "link", "iframe") for tag, _, _ in reader.attributes)
-    without_namespaces = re.sub(r'xmlns[:\w]*="[^"]*"', "", path.read_text())
+    without_namespaces = re.sub(r'xmlns[:\w]*="[^"]*"', "", path.read_text(encoding="utf-8"))
     assert not re.search(r"https?://|@import|<script", without_namespaces)
 
 

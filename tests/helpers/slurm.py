@@ -118,7 +118,7 @@ class Cluster:
     def log(self, number: str) -> str:
         """What a job has printed so far."""
         path = Path(self.job(number)["StdOut"])
-        return path.read_text() if path.is_file() else ""
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
 
     def start_now(self, number: str) -> None:
         """Have a job that was queued again start at once; SLURM would make it wait for two minutes."""
@@ -162,6 +162,6 @@ def stop_in(*steps: int) -> list[str]:
 
 def _is_stopped(process: int) -> bool:
     try:
-        return "\nState:\tT" in Path(f"/proc/{process}/status").read_text()
+        return "\nState:\tT" in Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return False  # it has ended

@@ -20,7 +20,7 @@ def streaming(**changes):
 def write_lines(path, rows, first=0):
     """Numbered documents of different lengths, one of them empty."""
     generator = np.random.default_rng(first)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for number in range(first, first + rows):
             text = f"{number} " + "word " * int(generator.integers(0, 30)) if number % 37 != 5 else ""
             file.write(json.dumps({"text": text}) + "\n")

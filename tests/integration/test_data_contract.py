@@ -71,7 +71,7 @@ def _launch(home: str, words: list[str], dies_in_step: int | None) -> None:
             for batch in micro_batches
             for position, row in zip(batch.row_positions.tolist(), batch.input_ids.tolist(), strict=True)
         ]
-        path.write_text(json.dumps(given))
+        path.write_text(json.dumps(given), encoding="utf-8")
         return original(self, number, micro_batches)
 
     TrainEngine.step = step
@@ -156,7 +156,7 @@ def test_kills_and_other_ranks_consume_the_rows_of_an_uninterrupted_run(
 
 def _refuses_another_corpus(home: Path, words: list[str]) -> None:
     """One line that says what is different, and where: the tokenizer is learnt from all sources, the rest is b's."""
-    with open("b.jsonl", "a") as corpus:
+    with open("b.jsonl", "a", encoding="utf-8") as corpus:
         corpus.writelines(json.dumps({"text": text}) + "\n" for text in ("one more", "two more", "three more"))
     with pytest.raises(RanksFailed) as caught:
         run_on_ranks(_launch, 1, str(home), words, None)

@@ -31,7 +31,7 @@ def workers_of(process: Program) -> list[int]:
 def state(process: int) -> str:
     """The kernel's letter for what a process does; X when there is none."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
     except OSError:
         return "X"
 

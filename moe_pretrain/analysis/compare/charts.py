@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocato
 
 from moe_pretrain.analysis import measures
 from moe_pretrain.analysis.compare.statistics import CONFIDENCE, Difference, Estimate, student_t_quantile
+from moe_pretrain.analysis.compare.tuning import Tuning
 from moe_pretrain.analysis.compare.variants import Variant
 from moe_pretrain.analysis.figures import (
     BLUE,
@@ -202,6 +203,58 @@ def _look_at_most(found: Sequence[Estimate], axes: Axes) -> None:
         ends += [each.mean for each in found]
         margin = 0.04 * (max(ends) - min(ends)) or 1e-3
         axes.set_xlim(min(ends) - margin, max(ends) + margin)
+
+
+def rate_chart(tuned: Mapping[str, Tuning], colors: Mapping[str, str], unit: str) -> list[str]:
+    """Loss of each trial over its rate, a line for each tuned variant; nothing where nothing was tuned.
+
+    A ring marks what was chosen, a cross at the top a trial that diverged, a dot beside the line one with further
+    fields changed.
+    """
+    title = "Loss over learning rate, tuning seed"
+
+    def draw(axes: Axes) -> None:
+        finite: list[float] = []
+        rates: set[float] = set()
+        for name, tuning in tuned.items():
+            trials = list(zip(tuning.scheme.trials, tuning.losses, strict=True))
+            points = sorted((tuning.rate(trial), loss) for trial, loss in trials if len(trial.values) == 1)
+            line = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
+            finite += [loss for _, loss in line]
+            rates |= {rate for rate, _ in points}
+            color, zorder = colors[name], 1 if colors[name] == OTHERS else 2
+            axes.plot([rate for rate, _ in line], [loss for _, loss in line], "o-", color=color, ms=3, zorder=zorder)
+            for trial, loss in trials:
+                if len(trial.values) > 1 and math.isfinite(loss):
+                    axes.plot(tuning.rate(trial), loss, ".", color=color, ms=4, zorder=zorder)
+                if math.isinf(loss):
+                    top = axes.get_xaxis_transform()
+                    axes.plot(tuning.rate(trial), 0.98, "x", color=color, ms=5, transform=top, zorder=zorder)
+            chosen, loss = trials[tuning.chosen]
+            axes.plot(tuning.rate(chosen), loss, "o", mfc="none", mec=color, ms=8, zorder=zorder)
+        lowest = min(finite)
+        highest = min(max(finite), lowest + 3 * (float(np.median(finite)) - lowest))
+        if highest > lowest:
+            margin = 0.08 * (highest - lowest)
+            axes.set_ylim(lowest - margin, highest + margin)
+        axes.set_ylabel(unit)
+        as_written = FuncFormatter(lambda value, _: f"{value:.2g}")
+        finish(axes, title, "learning rate", as_written)
+        axes.set_xscale("log")
+        axes.set_xticks(_apart(sorted(rates)))
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter(as_written)
+
+    return [chart("rates", title, draw, (6.5, 3.6))] if tuned else []
+
+
+def _apart(rates: Sequence[float]) -> list[float]:
+    """Of rates in order those whose labels have room, each at least 1.8 times the one before."""
+    kept: list[float] = []
+    for rate in rates:
+        if not kept or rate >= 1.8 * kept[-1]:
+            kept.append(rate)
+    return kept
 
 
 def layer_charts(

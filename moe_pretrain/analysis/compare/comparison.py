@@ -4,8 +4,8 @@ Runs of one seed share data order and, by global expert id, initial weights, wha
 compared seed by seed, which takes out what the seed does to the loss.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from moe_pretrain.analysis.compare.statistics import (
     difference,
     rank,
 )
+from moe_pretrain.analysis.compare.tuning import Tuning, certainties, tunings, warn_of_tuning
 from moe_pretrain.analysis.compare.variants import Variant, group, unnamed_differences
 from moe_pretrain.run_folder.record import RunRecord, differences, find_runs
+from moe_pretrain.run_folder.tune_record import split_trials, tuned_fields
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
@@ -79,7 +81,7 @@ class Comparison:
     """Answer of the runs of a folder.
 
     Attributes:
-        runs: Every run, in any state.
+        runs: Every run, in any state, without the trials of a tuning.
         variants: Runs of equal configuration.
         reference: Name of the variant that the others are compared to.
         key: What is compared: ``LOSS``, or ``BITS`` when tokenizers or corpora differ.
@@ -87,6 +89,7 @@ class Comparison:
         documents: Documents of the validation set that the intervals are over; 0 where they are over seeds alone.
         paired: Variant -> its difference to the reference.
         ranking: The places of variants with a loss.
+        tuned: Variant -> its tuning, of those that were tuned.
         warnings: Everything that makes the comparison less than it seems.
     """
 
@@ -98,6 +101,7 @@ class Comparison:
     documents: int
     paired: dict[str, Difference]
     ranking: Ranking
+    tuned: dict[str, Tuning]
     warnings: list[str]
 
     @property
@@ -125,8 +129,11 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     Raises:
         ValueError: There are no runs, or not one variant of that name.
     """
-    runs = find_runs(root)
-    variants = group(runs)
+    runs, folders = split_trials(find_runs(root))
+    if not runs:
+        raise ValueError(f"FOLDER={root} has only trials of a tuning so far: the final runs come after them")
+    fields = tuned_fields(folders)
+    variants = group(runs, fields)
     if not variants:
         raise ValueError(
             f"FOLDER={root}: no run below it has a readable config.yaml; {runs[0].name}: {runs[0].problem}"
@@ -137,6 +144,9 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     key = BITS if len(corpora) > 1 or tokenizers_differ else LOSS
     losses = {variant.name: variant.by_seed(lambda run: run.final(key)) for variant in variants}
     samples, documents, cautions = _samples(variants, losses, key)
+    tuned = certainties(tunings(variants, folders, key), samples)
+    for name, tuning in tuned.items():
+        samples[name] = replace(samples[name], choice_variance=tuning.choice.mean_square if tuning.choice else 0.0)
     paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
     return Comparison(
         runs=runs,
@@ -147,8 +157,11 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         documents=documents,
         paired=paired,
         ranking=rank(samples),
+        tuned=tuned,
         warnings=[
-            *_warn_of_data(variants, key),
+            *_warn_of_random(variants, samples, UNITS[key]),
+            *_warn_of_data(variants, key, fields),
+            *warn_of_tuning(tuned, variants, folders),
             *cautions,
             *_warn_of_runs(runs, variants, losses),
             *_warn_of_seeds(paired, losses, chosen),
@@ -224,7 +237,30 @@ def _warn_of_seeds(
     return [f"NOT PAIRED: {', '.join(others)} and {reference} share fewer than two seeds: means over all seeds differ."]
 
 
-def _warn_of_data(variants: Sequence[Variant], key: str) -> list[str]:
+def _warn_of_random(variants: Sequence[Variant], samples: Mapping[str, Sample], unit: str) -> list[str]:
+    """Schemes that are not clearly better than random routing of the same model, where that is among the variants."""
+    controls = [variant for variant in variants if variant.values.get("router.name") == "random"]
+    found = []
+    for variant in variants:
+        if not controls or variant.values.get("router.name") in ("random", "dense"):
+            continue
+        control = min(controls, key=lambda each: len(_beside_the_router(variant, each)))
+        apart = difference(samples[variant.name], samples[control.name])
+        if apart.verdict == "better" or not samples[variant.name].losses:
+            continue
+        by = apart.difference
+        figures = "not tested, fewer than two seeds in common"
+        if by is not None and apart.verdict != "not tested":
+            figures = f"difference {by.mean:+.4f} [{by.low:+.4f}, {by.high:+.4f}] {unit}"
+        found.append(f"{variant.name} DOES NOT BEAT RANDOM ROUTING ({control.name}): {figures}.")
+    return found
+
+
+def _beside_the_router(variant: Variant, other: Variant) -> list[str]:
+    return [key for key in differences([variant.values, other.values]) if not key.startswith("router.")]
+
+
+def _warn_of_data(variants: Sequence[Variant], key: str, tuned: Container[str]) -> list[str]:
     """Warn of data that was not the same though it should be."""
     found = []
     counted = [run for variant in variants for run in variant.counted]
@@ -244,7 +280,7 @@ def _warn_of_data(variants: Sequence[Variant], key: str) -> list[str]:
         told = ", ".join(f"{name}: {' and '.join(f'{n:,}' for n in each)}" for name, each in ends.items() if each)
         found.append(f"UNEQUAL TOKENS: {told}. Final losses are of runs of different length.")
     found += _warn_of_order(variants)
-    others = unnamed_differences(variants)
+    others = unnamed_differences(variants, tuned)
     if others:
         found.append(f"Variants also differ in {', '.join(others)}: see the table of differences.")
     for fact, consequence in (("versions", ""), ("device", " Speeds do not compare.")):

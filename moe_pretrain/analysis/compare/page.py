@@ -95,6 +95,7 @@ def _page(
             "Left of 0 is better. Grey: not distinguishable. Intervals far wider than most are cut.",
             layout="single",
         ),
+        *_tuning(found, key, colors),
         charts("Validation loss", [key, *curves], band_note),
         charts("Experts per token", [key, *experts] if experts else [], layer_note),
         charts("Balance", [key, *balance] if balance else [], layer_note),
@@ -111,6 +112,18 @@ def _page(
     ]
     subtitle = f"{len(found.runs)} runs of {len(variants)} variants, compared in {found.unit}."
     return page(f"Comparison of {root.resolve().name}", subtitle, sections)
+
+
+def _tuning(found: Comparison, key: str, colors: Mapping[str, str]) -> list[str]:
+    """Curves of loss over rate and what was chosen; nothing where nothing was tuned."""
+    if not found.tuned:
+        return []
+    note = "Ring: chosen. Cross at the top: diverged. Losses far above the others are cut."
+    curves = draws.rate_chart(found.tuned, colors, found.unit)
+    return [
+        charts("Loss over learning rate", [key, *curves], note, layout="single"),
+        section("Tuned", table(*tables.tuning(found)), tables.TUNING_NOTE),
+    ]
 
 
 def _incident_table(runs: Sequence[RunRecord]) -> str:

@@ -8,6 +8,7 @@ documents it is the paired t-interval over seeds; without differences between se
 interval over documents. A bootstrap of three seeds would call one in four pairs of identical variants different.
 The ranking, which tests all pairs at once, moderates each one's variance between seeds by that of all
 (``variance_prior``); a single difference does not, for the interval of one noisy variant would be too narrow.
+Where variants were tuned, ``e`` also holds what choosing their values by few runs may cost (``tuning``).
 
 Axis names:
     resamples  of the documents of the validation set
@@ -66,11 +67,14 @@ class Sample:
         losses: Seed -> final loss.
         resampled: Seed -> the same over resampled documents [resamples]; empty where losses by document are missing.
         rows: Says which rows ``resampled`` is of; only resamples of the same rows go together.
+        choice_variance: Added to the squared standard error of its mean for not knowing that its tuned values are the
+            best, see ``tuning``.
     """
 
     losses: Mapping[int, float]
     resampled: Mapping[int, np.ndarray] = field(default_factory=dict)
     rows: str = ""
+    choice_variance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Diffe
     sides = [(sample, common if is_paired else sorted(sample.losses)) for sample in (of, to)]
     if not is_paired:
         prior = NO_PRIOR
-    point = _mean_and_error([np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired, prior)
+    choices = of.choice_variance + to.choice_variance
+    point = _mean_and_error(
+        [np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired, prior, choices
+    )
     over_texts = of.rows == to.rows != "" and all(s in sample.resampled for sample, own in sides for s in own)
     if not seeds:
         return Difference([], True, False, None, None)
@@ -153,7 +160,7 @@ def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Diffe
         return Difference(seeds, True, False, Estimate(mean, math.nan, math.nan, 1), None)
     if over_texts:
         drawn = _mean_and_error(
-            [np.stack([sample.resampled[s] for s in own], axis=1) for sample, own in sides], is_paired, prior
+            [np.stack([sample.resampled[s] for s in own], axis=1) for sample, own in sides], is_paired, prior, choices
         )
     else:
         drawn = point
@@ -165,15 +172,18 @@ def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Diffe
 
 
 def _mean_and_error(
-    losses: Sequence[np.ndarray], is_paired: bool, prior: VariancePrior
+    losses: Sequence[np.ndarray], is_paired: bool, prior: VariancePrior, choices: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean difference and its standard error over seeds, each [resamples]; of two sides' losses [resamples, seeds]."""
+    """Mean difference and its standard error over seeds, each [resamples]; of two sides' losses [resamples, seeds].
+
+    ``choices`` is the variance that both sides' choice of tuned values adds.
+    """
     of, to = losses
     if of.shape[1] < 2 or to.shape[1] < 2:
         return np.array([of.mean() - to.mean() if of.size and to.size else math.nan]), np.array([math.nan])
     samples = [of - to] if is_paired else [of, to]
     squares = [prior.moderate(each.var(axis=1, ddof=1), each.shape[1] - 1) / each.shape[1] for each in samples]
-    return of.mean(axis=1) - to.mean(axis=1), np.sqrt(np.sum(squares, axis=0))
+    return of.mean(axis=1) - to.mean(axis=1), np.sqrt(np.sum(squares, axis=0) + choices)
 
 
 def _share_below(value: float, mean: np.ndarray, error: np.ndarray, degrees: int) -> float:
@@ -287,5 +297,5 @@ def _difference_to_win(of: Sample, to: Sample, prior: VariancePrior, pairs: int)
     """Smallest difference with which the first of ``pairs`` pairs wins a place, if it is this one."""
     apart = np.array([[of.losses[seed] - to.losses[seed] for seed in of.losses.keys() & to.losses.keys()]])
     degrees = apart.shape[1] - 1 + prior.degrees
-    error = _mean_and_error([apart, np.zeros_like(apart)], True, prior)[1]
+    error = _mean_and_error([apart, np.zeros_like(apart)], True, prior, of.choice_variance + to.choice_variance)[1]
     return student_t_quantile(1 - (1 - CONFIDENCE) / pairs, degrees) * float(error[0])

@@ -12,6 +12,7 @@ from moe_pretrain.analysis import findings
 from moe_pretrain.analysis.compare.bootstrap import RESAMPLES
 from moe_pretrain.analysis.compare.comparison import MEASURES, Comparison
 from moe_pretrain.analysis.compare.statistics import Estimate, Ranked
+from moe_pretrain.analysis.compare.tuning import RESAMPLES as RESAMPLED_CHOICES
 from moe_pretrain.analysis.compare.variants import Variant
 from moe_pretrain.analysis.measures import part_times
 from moe_pretrain.moe.part_timer import PARTS, LayerPart
@@ -24,11 +25,16 @@ Table = tuple[Sequence[str], list[list[str]]]
 
 def markdown(found: Comparison) -> str:
     """The main result as a Markdown table with what it rests on."""
-    header, lines = answer(found)
-    rows = [header, ["---"] * len(header), *lines]
-    text = "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in rows)
+    text = _markdown_table(answer(found))
+    tuned = f"\n{_markdown_table(tuning(found))}\n\n{TUNING_NOTE}\n" if found.tuned else ""
     cautions = "".join(f"\n- {escaped(line)}" for line in found.warnings)
-    return f"{text}\n\n{escaped(method(found))}\n" + (f"\nTo be aware of:\n{cautions}\n" if cautions else "")
+    return f"{text}\n\n{escaped(method(found))}\n{tuned}" + (f"\nTo be aware of:\n{cautions}\n" if cautions else "")
+
+
+def _markdown_table(table: Table) -> str:
+    header, lines = table
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in rows)
 
 
 def escaped(text: str) -> str:
@@ -59,6 +65,7 @@ def method(found: Comparison) -> str:
         f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with its 95% interval: "
         f"Student's t over the seeds' differences {texts}. Not distinguishable when that holds 0. Rank: the places it "
         f"may have by the same test of all pairs at 5%, Holm-corrected for {_count_pairs(found)}{moderated}."
+        + (" Tuned variants are compared at the best of their trials." if found.tuned else "")
     )
 
 
@@ -66,6 +73,8 @@ def answer(found: Comparison) -> Table:
     """The table of the main result: header and lines, best variant first, those without a result last."""
     header = ["Rank", "Variant", "Verdict", f"Validation, {found.unit}", "Difference", "Finished"]
     shown = ("experts_per_token", "validation_experts_per_token", "flops_per_token", "tokens_per_second")
+    if found.tuned:
+        header.append("Tuned")
     header += [MEASURES[name][0] for name in shown]
     by_name = {variant.name: variant for variant in found.variants}
     ranked = {each.name: each for each in found.ranking.places}
@@ -81,10 +90,50 @@ def answer(found: Comparison) -> Table:
                 _interval(place.estimate if place else None),
                 MISSING if is_reference else _interval(found.paired[name].difference, "+"),
                 _finished(variant),
+                *([_tuned(found, name)] if found.tuned else []),
                 *(_measured(variant, measure) for measure in shown),
             ]
         )
     return header, lines
+
+
+def _tuned(found: Comparison, name: str) -> str:
+    tuning = found.tuned.get(name)
+    if tuning is None:
+        return "no"
+    return f"{tuning.setting(tuning.scheme.trials[tuning.chosen])}, best of {len(tuning.losses)}"
+
+
+TUNING_NOTE = (
+    f"Each trial is one run of the tuning seed. Chosen in: the share of {RESAMPLED_CHOICES:,} resamples in which it "
+    "wins too, the trials' losses drawn with the noise that the final seeds show between variants (half of the "
+    "variance of their seed-by-seed differences). Cost: the mean loss by which the winners of resamples are worse, by "
+    "these losses; its mean square is in the standard error of the differences and ranks above. What lies between "
+    "trials and beyond their edges is in none of it."
+)
+
+
+def tuning(found: Comparison) -> Table:
+    """Trials of each tuned variant, and how sure the choice is."""
+    lines = []
+    for name, each in found.tuned.items():
+        trials = each.scheme.trials
+        order = sorted(range(len(trials)), key=lambda at: (each.rate(trials[at]), at))
+        curve = [
+            f"{each.setting(trials[at])}: {'diverged' if math.isinf(each.losses[at]) else f'{each.losses[at]:.4f}'}"
+            for at in order
+        ]
+        sure = each.choice
+        lines.append(
+            [
+                name,
+                each.setting(trials[each.chosen]) + (" (at the edge)" if each.scheme.at_edge else ""),
+                MISSING if sure is None else f"{sure.shares[each.chosen]:.0%}",
+                MISSING if sure is None else f"{sure.cost:.4f}",
+                ", ".join(curve),
+            ]
+        )
+    return ("Variant", "Chosen rate", "Chosen in", f"Cost of choosing, {found.unit}", "Trials"), lines
 
 
 def _place(ranked: Ranked) -> str:
@@ -141,9 +190,23 @@ def variant_rows(found: Comparison) -> list[Record]:
         row |= {"p_value": paired.p_value, "over_texts": paired.over_texts}
         row |= {"verdict": "reference" if variant.name == found.reference else paired.verdict}
         row |= {"indistinguishable_from": "; ".join(place.equals) if place else None}
+        row |= _tuning_columns(found, variant.name)
         row |= {name: _mean(variant, name) for name in MEASURES}
         rows.append(row | _part_columns(variant.counted))
     return rows
+
+
+def _tuning_columns(found: Comparison, name: str) -> Record:
+    """Trials of a variant, what was chosen, and how sure it is; empty of one that was not tuned."""
+    tuning = found.tuned.get(name)
+    sure = tuning.choice if tuning else None
+    return {
+        "trials": tuning and len(tuning.losses),
+        "chosen": tuning and tuning.setting(tuning.scheme.trials[tuning.chosen]),
+        "chosen_share": float(sure.shares[tuning.chosen]) if tuning and sure else None,
+        "choice_cost": sure and sure.cost,
+        "choice_error": sure and sure.mean_square**0.5,
+    }
 
 
 def run_rows(found: Comparison) -> list[Record]:

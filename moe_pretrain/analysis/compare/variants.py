@@ -1,7 +1,7 @@
 """Variants of a sweep: runs that differ in nothing but their seed, and what tells variants apart."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from moe_pretrain.run_folder.identity import SPEED, deciding
 from moe_pretrain.run_folder.paths import RUN_FILES
 from moe_pretrain.run_folder.record import RunRecord, differences, find_runs, show
+from moe_pretrain.run_folder.tune_record import split_trials, tuned_fields
 
 _HEADS = ("model.name", "router.name")
 
@@ -49,7 +50,10 @@ def one_of_each_variant(root: Path) -> list[Path]:
     """
     if root.is_dir() and RUN_FILES & {path.name for path in root.iterdir()}:
         return [root]
-    variants = [each for each in group(find_runs(root)) if each.values.get("router.name") != "dense" and each.counted]
+    runs, tuned = split_trials(find_runs(root))
+    variants = [
+        each for each in group(runs, tuned_fields(tuned)) if each.values.get("router.name") != "dense" and each.counted
+    ]
     if not variants:
         raise ValueError(f"FOLDER={root} must be a run, or have complete runs of models with routing below it")
     return [variant.counted[0].folder for variant in variants]
@@ -60,21 +64,25 @@ def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if (key in own or key in SPEED) and key != "seed"}
 
 
-def group(runs: Iterable[RunRecord]) -> list[Variant]:
+def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant]:
     """Put runs of equal configuration together and name them by what differs, in order of their first run.
 
     Runs without a readable configuration belong to no variant.
+
+    Args:
+        runs: Any runs.
+        tuned: Fields that name a variant only where nothing else does: they were chosen for it, and are not what it is.
     """
     grouped: dict[str, tuple[dict[str, Any], list[RunRecord]]] = {}
     for run in runs:
         if run.values:
             values = _experiment(run.values)
             grouped.setdefault(json.dumps(values, sort_keys=True, default=str), (values, []))[1].append(run)
-    names = _names([values for values, _ in grouped.values()])
+    names = _names([values for values, _ in grouped.values()], tuned)
     return [Variant(name, values, own) for name, (values, own) in zip(names, grouped.values(), strict=True)]
 
 
-def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
+def _names(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:
     """Size and scheme where they differ, then what tells variants of the same size and scheme apart."""
     differing = differences(values)
     leaves = [_leaf(key) for key in differing]
@@ -87,7 +95,7 @@ def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
         head = tuple(show(each, key) for key in heads)
         rest = [
             f"{_leaf(key) if leaves.count(_leaf(key)) == 1 else key}={show(each, key)}"
-            for key in _telling(kin[head])
+            for key in _telling(kin[head], tuned)
             if key in each
         ]
         names.append(" ".join([*head, *rest]) or show(each, "router.name"))
@@ -98,8 +106,11 @@ def _leaf(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _telling(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fewest of the differing keys, taken one by one where they tell most, that tell all ``values`` apart."""
+def _telling(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:
+    """The fewest of the differing keys, taken one by one where they tell most, that tell all ``values`` apart.
+
+    Those in ``tuned`` are taken last.
+    """
     differing = differences(values)
     chosen: list[str] = []
 
@@ -107,17 +118,20 @@ def _telling(values: Sequence[Mapping[str, Any]]) -> list[str]:
         return len({tuple(show(each, key) for key in keys) for each in values})
 
     while kinds(chosen) < len(values) and len(chosen) < len(differing):
-        chosen.append(max((key for key in differing if key not in chosen), key=lambda key: kinds([*chosen, key])))
+        left = [key for key in differing if key not in chosen]
+        useful = [key for key in left if key not in tuned and kinds([*chosen, key]) > kinds(chosen)]
+        chosen.append(max(useful or left, key=lambda key: kinds([*chosen, key])))
     return [key for key in differing if key in chosen]
 
 
-def unnamed_differences(variants: Sequence[Variant]) -> list[str]:
+def unnamed_differences(variants: Sequence[Variant], tuned: Container[str] = ()) -> list[str]:
     """Keys that differ between variants though neither their names nor the change of scheme or size tells so.
 
     Where schemes differ, so do their own fields; where sizes differ, so does the model. Anything else, such as a
-    learning rate that changes together with the scheme, leaves open what made the difference.
+    learning rate that changes together with the scheme, leaves open what made the difference. Fields in ``tuned`` were
+    chosen for each variant, which the table of what was tuned tells.
     """
     differing = differences([variant.values for variant in variants])
     told = tuple(key.partition(".")[0] + "." for key in _HEADS if key in differing)
     shown = {word.partition("=")[0] for variant in variants for word in variant.name.split(" ")}
-    return [key for key in differing if not {key, _leaf(key)} & shown and not key.startswith(told)]
+    return [key for key in differing if key not in tuned and not {key, _leaf(key)} & shown and not key.startswith(told)]

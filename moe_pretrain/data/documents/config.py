@@ -57,6 +57,8 @@ class FilesCorpusConfig:
             ``skip`` leaves it out and counts it.
         content_check: Sign by which a changed file is noticed beside its size: ``sampled`` takes the time of change
             and a hash of 64 blocks, ``full`` a hash of all, which reads the files at every start.
+        sha256: SHA-256 that each file of ``paths`` must have, in order, as ``sha256sum`` prints it: of a yardstick
+            whose numbers are for one text. None for any files.
         version: Version of the corpus, in words, for the manifest; or None.
         licence: Licence of the corpus, in words, for the manifest; or None.
     """
@@ -73,6 +75,7 @@ class FilesCorpusConfig:
     invalid_json: JsonPolicy
     invalid_text: TextPolicy
     content_check: ContentCheck
+    sha256: tuple[str, ...] | None
     version: str | None
     licence: str | None
 

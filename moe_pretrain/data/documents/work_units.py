@@ -5,6 +5,7 @@ the number of processes, so each can be tokenised anywhere and at any time, and 
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -243,16 +244,34 @@ def content_identity(config: CorpusConfig) -> str:
     path, size and what ``content_check`` says. A hub dataset is known by its name alone.
 
     Raises:
-        ValueError: A local file is missing or a glob pattern matches nothing.
+        ValueError: A local file is missing or a glob pattern matches nothing, or a file is not the one that
+            ``sha256`` means.
     """
     if isinstance(config, BuiltinCorpusConfig):
         return json.dumps([[piece.name, piece.size_bytes] for piece in builtin_pieces()])
     if isinstance(config, HubCorpusConfig):
         return config.name  # and what else its configuration says
-    files = [*local_files(config).files, *validation_files(config)]
+    files = local_files(config).files
+    if isinstance(config, FilesCorpusConfig) and config.sha256 is not None:
+        _check_sha256(files, config.sha256)
+    files = [*files, *validation_files(config)]
     if isinstance(config, TokensCorpusConfig):
         files += [index for path in files if (index := path.with_suffix(".idx")).is_file()]
     return json.dumps([[str(path), *_content_sign(path, config.content_check)] for path in files])
+
+
+def _check_sha256(files: list[Path], expected: tuple[str, ...]) -> None:
+    way_out = "data.sha256=null takes any text, whose numbers are then not those of the one that is meant"
+    if len(files) != len(expected):
+        raise ValueError(f"data.paths: {len(files)} files, data.sha256 means {len(expected)}; {way_out}")
+    for path, checksum in zip(files, expected, strict=True):
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != checksum.lower():
+            raise ValueError(
+                f"data.paths: {path} is not the text that data.sha256 means: {path.stat().st_size:,} bytes of sha256 "
+                f"{found}, not {checksum}; {way_out}"
+            )
 
 
 def _content_sign(path: Path, check: ContentCheck) -> list[int | str]:

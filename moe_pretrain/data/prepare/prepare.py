@@ -333,9 +333,11 @@ def folder_name(
     **more: Any,
 ) -> str:
     """Name of a corpus' folder: a hash of everything that decides its content."""
+    values = dataclasses.asdict(corpus)
+    values.pop("sha256", None)  # says which text it must be, not what becomes of it
     facts = {
         "format_version": shards.FORMAT_VERSION,
-        "corpus": dataclasses.asdict(corpus),
+        "corpus": values,
         "content": content_identity(corpus),
         "python": platform.python_version() if corpus.source == "builtin" else None,
         "tokenizer": pretrained.fingerprint if pretrained else dataclasses.asdict(tokenizer),

@@ -3,7 +3,8 @@
 ``certify`` builds a tiny model around the configured router in one process and prints one row per property. How a
 property is tested stands in the docstring of its function: ``route_properties`` (what a decision is and whether it
 looks ahead), ``dependence_properties`` (what else it may not know), ``learning_properties`` (losses, gradients,
-recomputation, state) and ``derivative_properties`` (gradients beside finite differences).
+recomputation, state), ``derivative_properties`` (gradients beside finite differences) and ``start_properties`` (how
+loud it starts).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
 from moe_pretrain.verify.certificate.route_properties import ROUTES
+from moe_pretrain.verify.certificate.start_properties import START
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
 
-PROPERTIES: dict[str, Callable[[Subject], str]] = ROUTES | DEPENDENCE | LEARNING | DERIVATIVES
+PROPERTIES: dict[str, Callable[[Subject], str]] = ROUTES | DEPENDENCE | LEARNING | DERIVATIVES | START
 """Name of the row -> the question behind it, in the order of the certificate."""
 PropertyVerdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
 
@@ -99,7 +101,9 @@ def certify(
     name = "gradient parity on ranks"
     if verify_on_ranks is None:
         row = PropertyResult(
-            name, "not applicable", "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it"
+            name,
+            "not applicable",
+            "one process; parallel.processes=2 parallel.expert_parallel_size=2 adds it (the default where two fit)",
         )
     else:
         size, ranks = config.parallel.expert_parallel_size, config.parallel.processes

@@ -68,6 +68,7 @@ class Subject:
     """``config``, shrunk as ``verify`` shrinks it, and what the properties do with it."""
 
     def __init__(self, config: Config):
+        self.unshrunk = config
         small = shrink(config, plan_run(config, 1))
         self.config = replace(small, model=replace(small.model, recompute="none"))
         self.sequence = small.model.sequence_length

@@ -75,6 +75,21 @@ def test_words_that_were_added_are_the_same_words_next_time(tmp_path: Path):
     assert with_earlier_overrides(named) == words
 
 
+def test_another_choice_leaves_the_fields_of_the_first_behind(tmp_path: Path):
+    named = run_of_before(tmp_path, *FILES, "schedule=warmup_stable_decay", "schedule.decay_fraction=0.2")
+    then = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    config = load(with_earlier_overrides([*named, "data=builtin", "schedule=cosine"]))
+    assert config.schedule.name == "cosine"
+    assert changes(then, to_values(config)).refused == ["data.source=builtin must stay files"]
+    same = load(with_earlier_overrides([*named, "data=files"]))  # the same choice again keeps them
+    assert same.data.paths == load(FILES).data.paths and same.schedule.decay_fraction == 0.2
+
+
+def test_a_forced_name_is_a_name(tmp_path: Path):
+    (name, folder) = run_of_before(tmp_path, *FILES, "seed=3")
+    assert load(with_earlier_overrides([f"++{name}", f"++{folder}"])).seed == 3
+
+
 def test_the_built_in_corpus_of_before_is_refused(tmp_path: Path):
     named = run_of_before(tmp_path)
     with pytest.raises(ConfigError, match=r"data: the built-in corpus is another text in this release.*run\.name"):

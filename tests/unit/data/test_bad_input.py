@@ -235,7 +235,7 @@ folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv
 policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
 for number, path in enumerate(sorted(folder.glob("case*"))):
     policy = ("hash", None, "ignore", *policies[number % 3], "fail", "sampled")
-    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policy, None, None)
+    config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policy, None, None, None)
     print(path.name, flush=True, end="\\t")
     try:
         corpus = prepare(config, tokenizer, folder / "cache", None, 1, None)

@@ -796,6 +796,21 @@ def test_ranks_are_verified_in_workers(
     assert last == ("certified" if code == 0 else "not certified: 1 of 2 properties fail")
 
 
+@pytest.mark.parametrize(
+    ("words", "cores", "ranks"),
+    [([], 2, 2), ([], 1, 1), (["parallel.processes=1"], 2, 1), (["model.moe.num_experts=7"], 2, 1)],
+)
+def test_two_ranks_are_tried_where_they_fit(
+    words: list[str], cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Not on one core, not against the user's own words, and not where two ranks cannot share the experts."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(certify_command, "run_workers", lambda arguments, processes: 0)
+    monkeypatch.setattr(certificate, "examine", lambda config: [])
+    assert cli.main(["certify", *SMALL, *words]) == 0
+    assert ("verify on 2 ranks, expert parallel 2" in capsys.readouterr().out) == (ranks == 2)
+
+
 def _verify(overrides: list[str]) -> tuple[int, list[str]]:
     said: list[str] = []
     config = load(overrides)
@@ -886,3 +901,13 @@ def test_mistakes_are_one_line(tmp_path: Path, change: tuple[str, str], override
 def test_the_readme_shows_the_example_word_for_word():
     readme = Path(__file__).parents[3] / "moe_pretrain" / "moe" / "README.md"
     assert f"```python\n{EXAMPLE}```" in readme.read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["router=autonomy", "model.init=normal", "model.gate_init=paper"], ["router=top_k", "router.weight_scale=10"]],
+)
+def test_a_scheme_that_starts_too_quiet_or_too_loud_is_told_so(words: list[str]) -> None:
+    """Two factors of 0.02 at a narrow width, and weights that are ten times too large."""
+    row = ask("loudness at the start", Subject(load(words)))
+    assert row.verdict == "FAIL" and "decides a comparison by itself" in row.detail

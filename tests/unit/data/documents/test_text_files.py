@@ -1,6 +1,7 @@
 """Where text comes from: every format is read, every bad input is one line that names the place."""
 
 import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_the_built_in_corpus_is_the_standard_library_and_the_manual():
     first_topic = names.index("builtin:pydoc_data.topics/assert")
     assert names[:first_topic] == sorted(names[:first_topic])
     assert names[first_topic:] == sorted(names[first_topic:])
-    assert found["builtin:json/decoder.py"] == Path(json.decoder.__file__).read_text()
+    assert found["builtin:json/decoder.py"] == Path(json.decoder.__file__).read_text(encoding="utf-8")
     assert "builtin:pydoc_data.topics/lambda" in found
     assert sum(map(len, found.values())) > 5_000_000
     parts = {part for identity in found for part in identity.removeprefix("builtin:").split("/")}
@@ -247,3 +248,15 @@ def test_every_field_of_a_hub_corpus_that_decides_its_text_is_in_the_cache_key()
     changes = [{}, {"version": "v1"}, {"version": "v2"}, {"name": "org/other"}, {"subset": "x"}, {"split": "test"}]
     names = {folder_name(hub(**change), tokenizer, None, 100, SIDES) for change in changes}
     assert len(names) == len(changes)
+
+
+def test_a_yardsticks_text_is_the_one_that_is_meant(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    checksums = [hashlib.sha256(name.encode()).hexdigest() for name in ("a.txt", "b.txt")]
+    both = tmp_path / "*.txt"
+    content_identity(files(both, sha256=(checksums[0], checksums[1].upper())))
+    with pytest.raises(ValueError, match=r"b\.txt is not the text that data\.sha256 means: 5 bytes of sha256 .*=null"):
+        content_identity(files(both, sha256=(checksums[0], checksums[0])))
+    with pytest.raises(ValueError, match=r"data\.paths: 2 files, data\.sha256 means 1;"):
+        content_identity(files(both, sha256=(checksums[0],)))

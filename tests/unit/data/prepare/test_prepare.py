@@ -90,7 +90,7 @@ def test_another_cache_gives_the_same_fingerprint_and_another_text_does_not(conf
     first = prepare(config, TOKENIZER, tmp_path / "one", None, None)
     second = prepare(config, TOKENIZER, tmp_path / "two", None, None)
     assert first.fingerprint == second.fingerprint
-    with open(config.paths[0], "a") as file:
+    with open(config.paths[0], "a", encoding="utf-8") as file:
         file.write('{"text": "one more"}\n')
     third = prepare(config, TOKENIZER, tmp_path / "one", None, None)
     assert third.fingerprint != first.fingerprint
@@ -124,7 +124,7 @@ def test_an_incomplete_folder_is_redone(config, tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(config, tmp_path):
-    with open(config.paths[0], "a") as file:
+    with open(config.paths[0], "a", encoding="utf-8") as file:
         file.write('{"text": 5}\n')
     with pytest.raises(ValueError, match=r"text\.jsonl:251: column 'text' must be a string, got 5"):
         prepare(config, TOKENIZER, tmp_path / "cache", None, None)
@@ -348,7 +348,7 @@ def test_lines_are_cut_at_any_byte(tmp_path, monkeypatch, size):
     expected = [document.text for document in documents(files(path))]
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", size)
     assert [document.text for document in documents(files(path))] == expected
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write('{"text": 5}')
     number = path.read_bytes().count(b"\n") + 1
     with pytest.raises(ValueError, match=rf"a\.jsonl:{number}: "):
@@ -365,7 +365,7 @@ sources._SMALLEST_UNIT_BYTES = 10_000
 units._BATCH_CHARACTERS = 2_000
 paths, cache, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 policies = ("hash", None, "ignore", "replace", "skip", "fail", "sampled")
-config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, *policies, None, None)
+config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, *policies, None, None, None)
 prepare(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
 """
 

@@ -25,7 +25,7 @@ from moe_pretrain.data.documents import work_units as sources
 sources._SMALLEST_UNIT_BYTES = 1000
 multiprocessing.connection.wait = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 policies = ("hash", None, "ignore", "fail", "fail", "fail", "sampled")
-config = FilesCorpusConfig("files", (sys.argv[1],), (".txt",), "text", 0.5, *policies, None, None)
+config = FilesCorpusConfig("files", (sys.argv[1],), (".txt",), "text", 0.5, *policies, None, None, None)
 prepare(config, TokenizerConfig("train", 300, None), Path(sys.argv[2]), None, 2, None)
 """
 # Keeps a worker from its first line until a file is there: a machine that is busy with other things.

@@ -51,7 +51,7 @@ def test_a_killed_writer_is_replaced_and_the_rows_are_the_same(corpus, tmp_path)
         stream.load_tokenizer(TOKENIZER)
         rows = StreamedRows(stream, 16, 3, True)
         found = read(rows, range(2))
-        maps = Path(f"/proc/{writer._process.pid}/maps").read_text()
+        maps = Path(f"/proc/{writer._process.pid}/maps").read_text(encoding="utf-8")
         assert "tokenizers" in maps and "libtorch" not in maps and "libcuda" not in maps, "it holds no GPU"
         for steps in (range(2, 8), range(8, 20)):
             writer._process.send_signal(signal.SIGTERM)  # not for it
@@ -95,7 +95,7 @@ def test_the_writer_dies_with_its_parent(corpus, tmp_path):
         pid = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8"):
             assert time.monotonic() < deadline, "an orphan is left"
             time.sleep(0.02)
 
@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monk
     thread.join()
     text, number = message[1]
     assert "cannot write shards: " in text and "No space left on device" in text and number == errno.ENOSPC
-    assert message[1].endswith("finished shards are kept, the same command goes on from there")
+    assert text.endswith("finished shards are kept, the same command goes on from there")
     done = {path: path.stat().st_mtime_ns for path in (folder / "units").glob("*.json")}
     assert done and not list(folder.rglob("*.tmp"))
     left[0] = 10**9

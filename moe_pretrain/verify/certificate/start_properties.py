@@ -1,0 +1,72 @@
+"""Row of the certificate on the start: a scheme that begins quieter than others loses to them for that alone."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.moe.routers.top_k import TopKRouterConfig
+from moe_pretrain.verify.certificate.subject import NotApplicable, Subject, require
+from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
+
+LOUDEST = 4.0
+"""Largest factor between a scheme and plain top-2 at the start.
+
+Raw weights keep a third of the mass at the least (a factor of 3 at most); the two factors of 0.02 that cost
+Autonomy-of-Experts 0.25 nats in 150 steps at width 96 make it 7 times too quiet.
+"""
+WIDEST_EXPERT = 256
+"""Largest inner width of an expert here, for the time of this row: 0.29 of top_k is 0.34 at four times the width."""
+
+
+def _starts_as_loud(subject: Subject) -> str:
+    """Output of the MoE layers and gradient of their experts at step 0, as shares of top-2's in the same model.
+
+    Of all rows only this one keeps the model's own width, on which the loudness of an initialisation depends.
+    """
+    model, router = subject.unshrunk.model, subject.unshrunk.router
+    if model.moe.num_experts < 2:
+        raise NotApplicable("with one expert there is no other scheme to be as loud as")
+    moe = replace(model.moe, expert_hidden_size=min(model.moe.expert_hidden_size, WIDEST_EXPERT))
+    model = replace(model, moe=moe)
+    ours = start_loudness(model, router, subject.config.seed)
+    plain = _of_top_2(replace(model, moe=replace(moe, gate_rank=None)), subject.config.seed)
+    ratios = {
+        "output": ours.output / plain.output,
+        "experts' gradient": ours.expert_gradient / plain.expert_gradient,
+    }
+    found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    found += f" of top_k's; weights add up to {ours.weight_sum:.2f} over {ours.experts_per_token:.2f} experts"
+    for name, ratio in ratios.items():
+        require(
+            1 / LOUDEST < ratio < LOUDEST,
+            f"{found}: a factor of {max(ratio, 1 / max(ratio, 1e-9)):.1f} in {name} decides a comparison by itself; "
+            "see model.init, model.gate_init and the scheme's weights",
+        )
+    return found
+
+
+_TOP_2 = TopKRouterConfig(
+    name="top_k",
+    top_k=2,
+    score="softmax",
+    weights="renormalised",
+    weight_scale=1.0,
+    num_groups=1,
+    groups_per_token=1,
+    projection_size=None,
+    jitter=0.0,
+    load_balance_weight=0.0,
+    load_balance_level="micro_batch",
+    router_z_weight=0.0,
+)
+"""The plain scheme whose loudness is the measure."""
+
+
+@functools.cache
+def _of_top_2(model: ModelConfig, seed: int) -> StartLoudness:
+    return start_loudness(model, _TOP_2, seed)
+
+
+START: dict[str, Callable[[Subject], str]] = {"loudness at the start": _starts_as_loud}
+"""Name of the row -> the question behind it."""

@@ -1,0 +1,65 @@
+"""transformers' Mixtral beside our decoder: the same sizes, and weights copied from one to the other."""
+
+import torch
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from moe_pretrain.config.schema import Config
+
+
+def build_mixtral(config: Config) -> MixtralForCausalLM:
+    """Mixtral of the sizes of ``config``, whose router must be ``top_k`` with renormalised weights."""
+    model = config.model
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.moe.expert_hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            num_local_experts=model.moe.num_experts,
+            num_experts_per_tok=config.router.top_k,
+            rms_norm_eps=model.norm_epsilon,
+            rope_theta=model.rope_base,
+            sliding_window=None,
+            attn_implementation="eager",
+        )
+    )
+
+
+def in_mixtrals_names(ours: dict[str, Tensor], theirs: nn.Module) -> dict[str, Tensor]:
+    """Our weights, or their gradients, by name under the names that they have in ``theirs``.
+
+    Query, key and value are rows of one matrix of ours.
+    """
+    found = {
+        "model.embed_tokens.weight": ours["embedding.weight"],
+        "model.norm.weight": ours["norm.weight"],
+        "lm_head.weight": ours["head.weight"],
+    }
+    sizes = {name: len(parameter) for name, parameter in theirs.named_parameters()}
+    for i in range(theirs.config.num_hidden_layers):
+        them, us = f"model.layers.{i}", f"blocks.{i}"
+        found |= {
+            f"{them}.input_layernorm.weight": ours[f"{us}.attention_norm.weight"],
+            f"{them}.post_attention_layernorm.weight": ours[f"{us}.feed_forward_norm.weight"],
+            f"{them}.self_attn.o_proj.weight": ours[f"{us}.attention.out_weight"],
+            f"{them}.mlp.gate.weight": ours[f"{us}.feed_forward.router.weight"],
+            f"{them}.mlp.experts.gate_up_proj": ours[f"{us}.feed_forward.experts.in_weight"],
+            f"{them}.mlp.experts.down_proj": ours[f"{us}.feed_forward.experts.out_weight"],
+        }
+        names = [f"{them}.self_attn.{name}_proj.weight" for name in "qkv"]
+        parts = ours[f"{us}.attention.qkv_weight"].split([sizes[name] for name in names])
+        found |= dict(zip(names, parts, strict=True))
+    return found
+
+
+@torch.no_grad()
+def copy_weights(ours: nn.Module, theirs: MixtralForCausalLM) -> None:
+    """Give ``theirs`` all weights of our decoder."""
+    weights = in_mixtrals_names(dict(ours.named_parameters()), theirs)
+    parameters = dict(theirs.named_parameters())
+    assert weights.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])

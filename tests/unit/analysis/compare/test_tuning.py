@@ -1,0 +1,243 @@
+"""Tuned variants: what is compared, how sure the choice of a rate is, and what that does to differences."""
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+from helpers.planted import AUTONOMY, TOP_P, Planted
+from scipy.stats import norm
+
+from moe_pretrain.analysis.compare.comparison import compare
+from moe_pretrain.analysis.compare.page import write_comparison
+from moe_pretrain.analysis.compare.statistics import Sample, student_t_quantile
+from moe_pretrain.analysis.compare.tuning import choice, seed_noise
+from moe_pretrain.analysis.compare.variants import one_of_each_variant
+from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningTrial, read_tune_record
+
+RATE = "optimizer.learning_rate"
+TOP_K = {"name": "top_k", "top_k": 2}
+RANDOM = {"name": "random", "top_k": 2}
+CURVE = {0.001: 3.4, 0.002: 3.0, 0.004: 3.01, 0.008: math.inf}
+"""Rate -> loss of a trial; its best has one near neighbour."""
+
+
+def plant(
+    root: Path,
+    router: Mapping,
+    finals: Mapping[int, float],
+    curve: Mapping[float, float] = CURVE,
+    name: str = "",
+    other: Mapping | None = None,
+    by_document: tuple[float, ...] | None = None,
+) -> TunedScheme:
+    """The trials and final runs of one scheme, and its part of the folder's record."""
+    name, chosen = name or router["name"], min(curve, key=lambda rate: (curve[rate], rate))
+    folder = root / "tuned"
+
+    def run(rate: float, seed: int, loss: float) -> str:
+        job = f"{name}-{rate}-{seed}"
+        lost = {"end": ("diverged", "loss=nan")} if math.isinf(loss) else {}
+        at = {RATE: rate, **(other or {})}
+        planted = Planted(job, 9.0 if lost else loss, seed, dict(router), at, by_document=by_document, **lost)
+        planted.write(folder)
+        return job
+
+    trials = tuple(
+        TuningTrial(run(rate, 0, loss), {RATE: rate}, None if lost else loss, "diverged" if lost else "finished")
+        for rate, loss in curve.items()
+        if (lost := math.isinf(loss)) in (True, False)
+    )
+    ends = tuple(run(chosen, seed, loss) for seed, loss in finals.items())
+    at_edge = chosen in (min(curve), max(curve))
+    scheme = TunedScheme(f"router={name}", (f"router={name}",), trials, {RATE: chosen}, at_edge, ends)
+    record = read_tune_record(folder) or TuneRecord("rule", RATE, 2.0, len(curve), 0)
+    record.with_schemes([scheme]).write(folder)
+    return scheme
+
+
+BASE = {1: 3.00, 2: 3.10, 3: 2.95}
+APART = {1: 0.049, 2: 0.070, 3: 0.031}
+WORSE = {seed: loss + APART[seed] for seed, loss in BASE.items()}
+
+
+def test_a_trial_of_the_chosen_rate_is_no_seed_of_its_variant(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE, {0.001: 9.0, 0.002: 1.0, 0.004: 8.0})
+    plant(tmp_path, TOP_P, WORSE)
+    found = compare(tmp_path)
+    assert found.losses == {"top_k": pytest.approx(BASE), "top_p": pytest.approx(WORSE)}
+    assert len(found.runs) == 6 and set(found.tuned) == {"top_k", "top_p"}
+    assert not any("learning_rate" in line for line in found.warnings), "both are at the rate chosen for them"
+    assert [folder.name for folder in one_of_each_variant(tmp_path)] == ["top_k-0.002-1", "top_p-0.002-1"]
+
+
+def test_only_trials_are_nothing_to_compare(tmp_path: Path):
+    plant(tmp_path, TOP_K, {})
+    with pytest.raises(ValueError, match="has only trials of a tuning so far"):
+        compare(tmp_path)
+
+
+@pytest.mark.parametrize("gap,noise", [(0.05, 0.001), (0.01, 0.01), (0.2, 0.0001), (0.0, 0.01)])
+def test_the_choice_between_two_trials_is_the_normal_distributions(gap: float, noise: float):
+    found = choice([3.0, 3.0 + gap, math.inf], noise)
+    wrong = norm.cdf(-gap / math.sqrt(2 * noise))
+    assert found.shares == pytest.approx([1 - wrong, wrong, 0], abs=0.02)
+    assert found.cost == pytest.approx(gap * found.shares[1])
+    assert found.mean_square == pytest.approx(gap**2 * found.shares[1])
+
+
+def test_without_noise_the_choice_is_sure():
+    found = choice([3.1, 3.0, math.inf], 0.0)
+    assert found.shares.tolist() == [0, 1, 0] and found.cost == found.mean_square == 0
+
+
+def test_the_noise_is_half_of_the_variance_of_differences():
+    """What a seed does to all alike moves no choice."""
+    apart = [0.01, -0.02, 0.03]
+    samples = {
+        "a": Sample({seed: 100.0 * seed for seed in range(3)}),
+        "b": Sample({seed: 100.0 * seed + apart[seed] for seed in range(3)}),
+    }
+    assert seed_noise(samples) == pytest.approx(dict.fromkeys("ab", stdev(apart) ** 2 / 2))
+    alone = {"a": Sample({1: 3.0, 2: 3.2}), "b": Sample({3: 3.0})}
+    assert seed_noise(alone) == pytest.approx({"a": 0.02}), "without pairs, what a variant's own seeds tell"
+
+
+def test_a_difference_holds_what_both_choices_may_cost(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE)
+    plant(tmp_path, TOP_P, WORSE)
+    found = compare(tmp_path)
+    of = found.paired["top_p"].difference
+    noise = stdev(APART.values()) ** 2 / 2
+    assert of is not None and noise > 0
+    cost = 0.01**2 * norm.cdf(-0.01 / math.sqrt(2 * noise))  # of the one near neighbour
+    half = student_t_quantile(0.95, 2) * math.sqrt(stdev(APART.values()) ** 2 / 3 + 2 * cost)
+    assert of.mean == pytest.approx(fmean(APART.values()))
+    assert of.high - of.mean == pytest.approx(half, rel=0.01)
+    alone = student_t_quantile(0.95, 2) * stdev(APART.values()) / math.sqrt(3)
+    assert half > 1.1 * alone, "the widening shows"
+
+
+def test_the_choice_widens_intervals_over_documents_and_what_wins_a_place_too(tmp_path: Path):
+    def halves(curve: Mapping[float, float], at: str) -> tuple[float, float]:
+        for router, losses in ((TOP_K, BASE), (TOP_P, WORSE), (AUTONOMY, {s: v + 0.5 for s, v in BASE.items()})):
+            plant(tmp_path / at, router, losses, curve, by_document=tuple(np.linspace(-0.5, 0.5, 20)))
+        found = compare(tmp_path / at)
+        of = found.paired["top_p"]
+        assert of.difference is not None and of.over_texts and found.ranking.needed is not None
+        return of.difference.high - of.difference.mean, found.ranking.needed
+
+    sure, unsure = halves({0.001: 9.0, 0.002: 3.0, 0.004: 9.0}, "sure"), halves(CURVE, "unsure")
+    assert unsure[0] > 1.1 * sure[0] and unsure[1] > 1.02 * sure[1]
+
+
+def test_the_text_says_what_was_tuned_and_how(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE)
+    plant(tmp_path, TOP_P, WORSE, {0.001: 3.0, 0.002: 3.5, 0.004: 4.0, 0.008: 5.0, 0.016: 6.0})
+    for seed, loss in BASE.items():
+        Planted(f"untuned-{seed}", loss, seed, AUTONOMY, {RATE: 0.004}, by_document=None).write(tmp_path)
+    page, text = write_comparison(tmp_path, "top_k")
+    rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| 1")}
+    assert "| 0.002, best of 4 |" in rows["top_k"] and "| no |" in rows["autonomy"]
+    assert "0.001: 3.4000, 0.002: 3.0000, 0.004: 3.0100, 0.008: diverged" in text
+    assert "| top_p | 0.001 (at the edge) | 100% | 0.0000 |" in text
+    for line in (
+        "NOT ALL TUNED: autonomy ran at the learning rate of the configuration, top_k, top_p at the best of several.",
+        "UNEQUAL TUNING: top_k: 4, top_p: 5 trials.",
+        "top_p: the best rate lies at the edge of what was tried (0.001 to 0.016): a better one may lie beyond.",
+        "top_k: 1 of its 4 trials diverged, at 0.008.",
+    ):
+        assert f"- {line}" in text.splitlines()
+    html = page.read_text()
+    assert "Loss over learning rate, tuning seed" in html and "Chosen in" in html
+    row = next(row for row in csv.DictReader((tmp_path / "compare.csv").open()) if row["variant"] == "top_k")
+    assert (row["trials"], row["chosen"]) == ("4", "0.002") and 0.5 < float(row["chosen_share"]) < 1
+    assert float(row["choice_cost"]) == pytest.approx(0.01 * (1 - float(row["chosen_share"])))
+
+
+def test_untuned_runs_are_told_nothing_of_tuning(tmp_path: Path):
+    for seed, loss in BASE.items():
+        Planted(f"a-{seed}", loss, seed).write(tmp_path)
+    _, text = write_comparison(tmp_path)
+    assert "Tuned" not in text and "rate" not in text.partition("To be aware of")[2]
+
+
+def test_one_final_seed_leaves_the_choice_without_an_error_and_says_so(tmp_path: Path):
+    plant(tmp_path, TOP_K, {1: 3.0})
+    found = compare(tmp_path)
+    assert found.tuned["top_k"].choice is None
+    assert any(line.startswith("The chosen rates of top_k are taken as the best") for line in found.warnings)
+
+
+def test_a_record_that_is_not_of_these_runs_is_said(tmp_path: Path):
+    """Numbers are the runs' own, whatever the record says of them."""
+    scheme = plant(tmp_path, TOP_K, BASE)
+    plant(tmp_path, TOP_P, WORSE)
+    assert not any("RECORD" in line for line in compare(tmp_path).warnings)
+    record = read_tune_record(tmp_path / "tuned")
+    assert record is not None
+    trials = (replace(scheme.trials[0], loss=2.0), *scheme.trials[1:])
+    lied = replace(scheme, trials=trials, chosen=trials[2].values)
+    record.with_schemes([lied]).write(tmp_path / "tuned")
+    found = compare(tmp_path)
+    assert found.tuned["top_k"].losses == pytest.approx([3.4, 3.0, 3.01, math.inf])
+    told = "\n".join(found.warnings)
+    assert "THE TUNE RECORD IS NOT OF THESE RUNS: top_k-0.001-0 has loss 3.4000, the record says 2.0000" in told
+    assert "top_k: its final runs are not at the best of its trials (3.0100 against 3.0000)" in told
+
+
+def test_a_scheme_without_a_choice_is_said(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE)
+    record = read_tune_record(tmp_path / "tuned")
+    assert record is not None
+    waiting = TunedScheme("router=hash", ("router=hash",), (TuningTrial("gone", {RATE: 0.1}, None, "waiting"),))
+    record.with_schemes([waiting]).write(tmp_path / "tuned")
+    assert "router=hash: no rate chosen, with 0 of 4 trials made." in compare(tmp_path).warnings
+
+
+def test_variants_are_not_named_by_the_rate_that_was_chosen_for_them(tmp_path: Path):
+    """Though it tells three of them apart, and the balance loss only two."""
+    weights = {"heavy": 0.1, "light": 0.01, "none": 0.0}
+    for at, (name, weight) in enumerate(weights.items()):
+        curve = {0.001 * 2**at: 3.0, 0.001 * 2 ** (at + 1): 4.0, 0.001 * 2 ** (at + 2): 5.0}
+        plant(tmp_path, {**TOP_K, "load_balance_weight": weight}, BASE, curve, name)
+    assert [variant.name for variant in compare(tmp_path).variants] == [
+        f"load_balance_weight={weight}" for weight in weights.values()
+    ]
+    plant(tmp_path, {**TOP_K, "load_balance_weight": 0.1}, BASE, {0.064: 2.0, 0.1: 3.0, 0.2: 4.0}, "again")
+    names = [variant.name for variant in compare(tmp_path).variants]
+    assert len(set(names)) == 4 and sum("learning_rate=" in name for name in names) == 4, "where nothing else does"
+
+
+def random_and(tmp_path: Path, **by: Mapping[int, float]) -> list[str]:
+    """What is said of schemes that differ so from random routing."""
+    for seed, loss in BASE.items():
+        Planted(f"random-{seed}", loss, seed, RANDOM, by_document=None).write(tmp_path)
+    for name, apart in by.items():
+        for seed, value in apart.items():
+            router = {"name": name, "top_k": 2}
+            Planted(f"{name}-{seed}", BASE[seed] + value, seed, router, by_document=None).write(tmp_path)
+    return [line for line in compare(tmp_path).warnings if "RANDOM" in line]
+
+
+def test_a_scheme_that_does_not_beat_random_says_so(tmp_path: Path):
+    better, unclear = {1: -0.049, 2: -0.050, 3: -0.051}, {1: -0.01, 2: 0.02, 3: -0.015}
+    worse = {seed: -value for seed, value in better.items()}
+    lines = random_and(tmp_path, top_k=better, hash=unclear, sinkhorn=worse, top_p={1: -0.5}, dense=worse)
+    assert [line.partition(":")[0] for line in sorted(lines)] == [
+        f"{name} DOES NOT BEAT RANDOM ROUTING (random)" for name in ("hash", "sinkhorn", "top_p")
+    ]
+    told = dict(line.split(" DOES NOT BEAT RANDOM ROUTING (random): ") for line in lines)
+    assert told["sinkhorn"].startswith("difference +0.0500 [+0.0475, +0.0525] nats per token")
+    assert told["top_p"] == "not tested, fewer than two seeds in common."
+
+
+def test_without_random_routing_nothing_is_said_of_it(tmp_path: Path):
+    for seed, loss in BASE.items():
+        Planted(f"a-{seed}", loss, seed).write(tmp_path)
+        Planted(f"b-{seed}", loss, seed, TOP_P).write(tmp_path)
+    assert not any("RANDOM" in line for line in compare(tmp_path).warnings)
