@@ -1,5 +1,6 @@
 """``moe-pretrain COMMAND``, and what all commands share: errors of one line, ``--debug``, a reader that is gone."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import io
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 
 from moe_pretrain.commands import COMMANDS
 from moe_pretrain.system.child_process import die_with_launcher
-from moe_pretrain.system.exit_codes import READER_GONE, USAGE_CODE
+from moe_pretrain.system.early_signals import ending_early_on_signals
+from moe_pretrain.system.exit_codes import INTERRUPTED, READER_GONE, USAGE_CODE
 from moe_pretrain.system.utf8_mode import restart_in_utf8_mode
 
 
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return READER_GONE
+    except KeyboardInterrupt:
+        print("moe-pretrain: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _main(words: list[str]) -> int:
@@ -49,8 +54,10 @@ def _main(words: list[str]) -> int:
     # DeepSpeed reports its settings while it is imported and built; the user sees our progress instead.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    is_run = words[0] == "train" and not {"-m", "--multirun"} & set(words)
     try:
-        return _run(words[0], words[1:])
+        with ending_early_on_signals() if is_run else contextlib.nullcontext():
+            return _run(words[0], words[1:])
     except Exception as error:
         from moe_pretrain.commands.errors import code_of, describe  # imports the packages whose errors it knows
 

@@ -5,6 +5,7 @@ of their own, on every stage: if one rank cannot write, no rank's checkpoint cou
 run goes on with its last good checkpoint.
 """
 
+import queue
 import shutil
 import threading
 import time
@@ -30,6 +31,7 @@ from moe_pretrain.checkpoint.write import (
 )
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.system.faults import NO_FAULTS, Faults
+from moe_pretrain.system.threads import start_thread
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ class Saver:
         self._retention = Retention(folder, config) if engine.mesh.is_main else None
         # Of its own, on the CPU: the thread's messages must not mix with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._thread: threading.Thread | None = None
+        self._writes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._written = threading.Event()
+        self._is_under_way = False
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
+        start_thread(self._work, "checkpoint")
 
     def went_on_from(self, step: int) -> None:
         """Learn which checkpoint the run went on from: nothing newer that lay there is ever removed."""
@@ -101,7 +106,7 @@ class Saver:
             state: Everything beside tensors that the run needs to go on.
             before_commit: Called on the main rank before the checkpoint counts, in the writing thread.
         """
-        assert self._thread is None and self._outcome is None, "the outcome of the save before was not taken"
+        assert not self._is_under_way and self._outcome is None, "the outcome of the save before was not taken"
         started = time.perf_counter()
         step = state.step
         staged, problem = None, None
@@ -122,10 +127,11 @@ class Saver:
             except BaseException as error:  # raised in the main thread by take()
                 self._failure = error
 
-        self._thread = threading.Thread(target=write, name="moe-pretrain-checkpoint", daemon=True)
-        self._thread.start()
+        self._written.clear()
+        self._is_under_way = True
+        self._writes.put(write)
         if not self._config.asynchronous:
-            self._thread.join()
+            self._written.wait()
 
     def take(self, wait: bool) -> Outcome | None:
         """The outcome of the last ``save``, once.
@@ -136,19 +142,25 @@ class Saver:
         Returns:
             The outcome, or None if there is none to take.
         """
-        if self._thread is None or (not wait and self._thread.is_alive()):
+        if not self._is_under_way or not (wait or self._written.is_set()):
             return None
-        self._thread.join()
-        self._thread = None
+        self._written.wait()
+        self._is_under_way = False
         if self._failure is not None:
             raise self._failure
         outcome, self._outcome = self._outcome, None
         return outcome
 
+    def _work(self) -> None:
+        """Body of the thread: one save after the other."""
+        while True:
+            self._writes.get()()
+            self._written.set()
+
     def _write(
         self, staged: Staged | None, problem: str | None, state: TrainState, before_commit: Callable[[], None]
     ) -> tuple[Path | None, str | None]:
-        """Body of the thread: the stages of a save, each agreed by all ranks."""
+        """The stages of a save, each agreed by all ranks."""
         target = self._folder / folder_name(state.step)
         work: Path | None = None
         part: Any = None

@@ -5,13 +5,14 @@ import argparse
 from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.preflight import check_devices, preflight
 from moe_pretrain.config.recorded import earlier_words, kept, words_at_start
 from moe_pretrain.parallel.launcher import run_workers
-from moe_pretrain.parallel.rendezvous import launched_rank, launched_world_size
+from moe_pretrain.parallel.rendezvous import launched_number, launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
 from moe_pretrain.system.child_process import is_worker
+from moe_pretrain.system.open_files import allow_open_files
 from moe_pretrain.train.build import train
 
 
@@ -44,6 +45,9 @@ def run(options: argparse.Namespace) -> int:
     config = load(overrides)
     launched = launched_world_size()
     plan = preflight(config, launched or config.parallel.processes)
+    allow_open_files(plan.world_size)
+    own_ranks = launched_number("LOCAL_WORLD_SIZE") or (launched_number("LOCAL_RANK") or 0) + 1
+    check_devices(plan, own_ranks if launched else plan.world_size)
     if launched is None and config.parallel.processes > 1:
         with owned(config.run.folder, print):
             claim_overrides(config.run.folder, overrides)

@@ -57,6 +57,7 @@ BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {
     },
 }
 """The same of a corpus by its source, wherever it stands: as data, in a mixture, as an evaluation set."""
+_WITHOUT_EFFECT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
 _SEARCH_PATH = "hydra.searchpath="
 
 
@@ -203,7 +204,14 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed values as plain dictionaries, interpolations resolved."""
+    """The composed values as plain dictionaries, interpolations resolved.
+
+    Raises:
+        ConfigError: They cannot be composed, or a word says where Hydra is to put what is not its to put.
+    """
+    for word in overrides:
+        if word.lstrip("+~").startswith(_WITHOUT_EFFECT):
+            raise ConfigError(f"{word} has no effect: a run's folder is run.output_dir/run.name, a sweep's sweep.name")
     with _hydra(overrides), _own_part_kept():
         composed = compose(ROOT_CONFIG, overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)

@@ -135,7 +135,10 @@ def read_run(folder: Path, choose_router_file: Callable[[str | None], str | None
         raise ConfigError(f"{folder / CONFIG_FILE}: damaged: {type(error).__name__} {error}") from error
     file = choose_router_file(file)
     values["router_file"] = file
-    config = validate(values, None if file is None else load_router_file(file))
+    try:
+        config = validate(values, None if file is None else load_router_file(file))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE} is of another release, or was changed by hand: {error}") from error
     if config.router.dense_experts or not config.model.moe_layers:
         raise ConfigError(f"router={config.router.name} in {folder}: a model without routing has nothing to specialise")
     return config

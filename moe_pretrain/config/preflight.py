@@ -16,6 +16,11 @@ from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
+_SMALLEST_HEAD_ON_CUDA = 16
+"""FlexAttention's kernels multiply blocks that are no narrower."""
+_BFLOAT16_CAPABILITY = 8
+"""Ampere; older GPUs only emulate it, and have no grouped products."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -61,6 +66,12 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":
         check_elastic(config.model, config.router, config.batch, plan.batches, world_size, plan.device, plan.dtype)
+    if plan.device == "cuda" and config.model.head_size < _SMALLEST_HEAD_ON_CUDA:
+        raise ValueError(
+            f"model.hidden_size/num_heads={config.model.head_size} must be at least {_SMALLEST_HEAD_ON_CUDA} on CUDA, "
+            f"whose attention kernels take no smaller heads: model.num_heads at most "
+            f"{config.model.hidden_size // _SMALLEST_HEAD_ON_CUDA}"
+        )
     if plan.device == "cuda" and plan.dtype == "bfloat16":
         for problem in width_problems(moe, config.router, config.model.hidden_size):
             raise ValueError(problem)
@@ -84,12 +95,30 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
 
 
 def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
-    """``auto`` to what this machine has: a GPU with bfloat16, else the CPU with float32."""
+    """``auto`` to what this machine has: a GPU, with bfloat16 if it knows that; else the CPU with float32."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("engine.device=cuda must be auto or cpu: torch finds no CUDA device")
+    has_bfloat16 = device == "cpu" or torch.cuda.get_device_capability()[0] >= _BFLOAT16_CAPABILITY
     if config.dtype == "auto":
-        return device, "bfloat16" if device == "cuda" else "float32"
+        return device, "bfloat16" if device == "cuda" and has_bfloat16 else "float32"
+    if config.dtype == "bfloat16" and not has_bfloat16:
+        raise ValueError(
+            f"engine.dtype=bfloat16 must be auto or float32: {torch.cuda.get_device_name()} has no bfloat16 arithmetic"
+        )
     return device, config.dtype
+
+
+def check_devices(plan: RunPlan, local_ranks: int) -> None:
+    """Refuse more ranks on this host than it has GPUs.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    if plan.device == "cuda" and (devices := torch.cuda.device_count()) < local_ranks:
+        raise ValueError(
+            f"{local_ranks} ranks on this host must be at most its {devices} CUDA device{'s' if devices != 1 else ''}, "
+            "one for each: parallel.processes or torchrun's --nproc-per-node (CUDA_VISIBLE_DEVICES says which it sees)"
+        )

@@ -22,6 +22,7 @@ from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.stream.rows import StreamedRows
 from moe_pretrain.data.stream.shard_stream import ShardStream
 from moe_pretrain.system.cpu import keep_freed_memory
+from moe_pretrain.system.threads import start_thread
 
 PackingMethod = Literal["concatenate", "best_fit"]
 PACKINGS: dict[PackingMethod, Callable[[ShardReader, int], Rows]] = {"concatenate": Concatenated, "best_fit": BestFit}
@@ -164,8 +165,7 @@ class TrainLoader:
                     return
                 step += 1
 
-        thread = threading.Thread(target=work, name="moe-pretrain-prefetch", daemon=True)
-        thread.start()
+        thread = start_thread(work, "prefetch")
         try:
             while True:
                 step, result = ready.get()

@@ -15,7 +15,7 @@ class EngineConfig:
 
     Attributes:
         device: ``auto`` takes a GPU when there is one.
-        dtype: ``auto`` is bfloat16 on a GPU and float32 on a CPU. bfloat16 keeps float32 master weights, float32
+        dtype: ``auto`` is bfloat16 on a GPU that has it, else float32. bfloat16 keeps float32 master weights, float32
             gradient accumulation and reduction, and float32 routers.
         zero_stage: 0: nothing is partitioned; 1: optimizer states; 2: also gradients.
         gradient_clipping: Largest global gradient norm; 0 switches clipping off.

@@ -31,6 +31,8 @@ from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.faults import NO_FAULTS, Faults
 
+_LARGEST_SQUARE = torch.finfo(torch.float32).max
+
 
 class NonFiniteError(RuntimeError):
     """More steps in succession than allowed had a loss or gradient that is not finite; none changed a weight."""
@@ -188,14 +190,19 @@ class TrainEngine:
         gradient_norm: float,
     ) -> str:
         """Source of a loss or gradient that is not finite: the step once more, watched and without an update."""
-        with first_non_finite(self.model) as found:
+        with first_non_finite(self.model) as (found, largest):
             loss = self._accumulate(step, batches, text_tokens, global_counts).loss_sum
         self.client_optimizer.withheld = True
         self._update(step)
         everywhere: list[Any] = [None] * self.mesh.world_size
-        dist.all_gather_object(everywhere, found)
-        places = [f"{places[0]} on rank {rank}" for rank, places in enumerate(everywhere) if places]
-        where = f"first in {places[0]}" if places else "in no module's output and no parameter's gradient"
+        dist.all_gather_object(everywhere, (found, max(largest.items(), key=lambda own: own[1], default=("", 0.0))))
+        places = [f"{found[0]} on rank {rank}" for rank, (found, _) in enumerate(everywhere) if found]
+        if places:
+            where = f"first in {places[0]}"
+        else:
+            value, name, rank = max((value, name, rank) for rank, (_, (name, value)) in enumerate(everywhere))
+            where = f"every gradient is finite, but not the sum of their squares: the largest is {value:.1e}, of {name}"
+            where += f" on rank {rank}"
         return f"loss={loss / max(global_counts.labels, 1)} gradient_norm={gradient_norm} must be finite; {where}"
 
     def _update(self, step: int) -> float:
@@ -208,6 +215,8 @@ class TrainEngine:
             own_norm = self._elastic.norm
         elif clips_itself(self.config):
             own_norm = float(self._clip())
+        if own_norm is not None and own_norm**2 > _LARGEST_SQUARE:
+            own_norm = math.inf  # as DeepSpeed has it, which sums the squares in float32
         if own_norm is not None and not math.isfinite(own_norm):
             self.client_optimizer.withheld = True  # under ZeRO, DeepSpeed withholds it by itself
         self.deepspeed.step()

@@ -107,12 +107,16 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
+def first_non_finite(model: nn.Module) -> Iterator[tuple[list[str], dict[str, float]]]:
     """Within the block, note module outputs and parameter gradients that are not finite, in the order they come.
 
     Slow, since it looks at every one: for the one step that is known to be sick.
+
+    Returns:
+        The notes; and for each parameter the largest element of its gradients.
     """
     found: list[str] = []
+    largest: dict[str, float] = {}
 
     def watch_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -126,6 +130,8 @@ def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
         def look(gradient: Tensor) -> None:
             if not gradient.isfinite().all():
                 found.append(f"the gradient of {name}")
+            elif gradient.numel():
+                largest[name] = max(largest.get(name, 0.0), float(gradient.abs().max()))
 
         return look
 
@@ -135,7 +141,7 @@ def first_non_finite(model: nn.Module) -> Iterator[list[str]]:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_hook(watch_gradient(name)).remove)
-        yield found
+        yield found, largest
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention import Attention, document_mask
 from moe_pretrain.model.block import Block, Recompute
-from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, rotary_table, token_losses
+from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
@@ -216,7 +216,7 @@ class DecoderLM(nn.Module):
         """All blocks: hidden states before the final norm, and the MoE layers' outputs."""
         rotary = rotary_table(position_ids, self.config.head_size, self.config.rope_base)
         mask = document_mask(document_ids)
-        hidden = self.embedding(input_ids)
+        hidden = embed(input_ids, self.embedding.weight)
         outputs = []
         for block in self.blocks:
             hidden, output = block(hidden, rotary, mask, context)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from pydantic import PositiveInt
 
+_NAMING_SECONDS = 20
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -15,14 +17,20 @@ class ParallelConfig:
         expert_parallel_size: Ranks over which one copy of the experts is spread; divides the number of ranks and
             the number of experts. Neighbouring ranks form a group, so the exchange stays inside a node while
             this is at most the node's number of GPUs.
-        timeout_seconds: How long a collective may take before the run ends with an error.
-        heartbeat_seconds: How long a rank may give no sign of life before the run ends and names it.
+        timeout_seconds: How long a rank's loop may stay in one place, where the others wait for it in a collective,
+            before the run ends and names it; also how long ranks may take to meet.
+        heartbeat_seconds: How long a rank's process may give no sign of life before the run ends and names it.
     """
 
     processes: PositiveInt
     expert_parallel_size: PositiveInt
     timeout_seconds: PositiveInt
     heartbeat_seconds: PositiveInt
+
+    @property
+    def collective_seconds(self) -> int:
+        """Limit of a collective: so much more that the rank that is waited for is named before it fails."""
+        return self.timeout_seconds + max(_NAMING_SECONDS, self.timeout_seconds // 10)
 
     def check(self, world_size: int, num_experts: int) -> None:
         """Raise if the experts cannot be spread over ``world_size`` ranks; ``num_experts`` is 0 without routing."""

@@ -1,21 +1,31 @@
 """A rank that is stuck or gone is noticed and named, and the run ends, instead of waiting for it in a collective.
 
-Every rank publishes where it is (step and phase) whenever that changes, and a count once a second, through the store
-that the launcher holds, and watches the rank after it. When that one's count stands still, the watcher names it, with
-all others that have fallen silent, and all ranks write the stacks of their threads into ``RUN/stacks`` and end. Where
-the network is cut nothing tells the other side: no error comes from a socket for a quarter of an hour, and the ranks
-that the store cannot reach end because it no longer answers them.
+Every rank publishes where its loop is, how many collectives it has begun in each group, and a count once a second,
+through the store that the launcher holds. Three things are watched:
+
+* the count of the rank after this one: when it stands still, that process is stopped or gone. The watcher names it,
+  with all others that have fallen silent;
+* the rank's own loop, which may be stuck while its threads are well: when it neither begins a collective nor comes to
+  another place for the longer limit, the rank that the others wait for is named, and where in the program it is. That
+  is one that has begun fewer collectives of a group than another, and waits in no other group itself;
+* the store: where the network is cut nothing tells the other side, no error comes from a socket for a quarter of an
+  hour, and the ranks that the store cannot reach end because it no longer answers them.
+
+All ranks then write the stacks of their threads into ``RUN/stacks`` and end. No thread is started once the run is under
+way: memory may be at its limit, and what ends the process must need none.
 """
 
 import contextlib
 import faulthandler
 import json
 import os
+import queue
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,18 +37,22 @@ import torch.distributed as dist
 from moe_pretrain.parallel.rendezvous import Rendezvous
 from moe_pretrain.run_folder.paths import stacks_file
 from moe_pretrain.system.exit_codes import LOST_RANK
+from moe_pretrain.system.threads import start_thread
 
 STACK_SIGNAL = signal.SIGUSR2
-"""What makes a worker write the stacks of its threads."""
+"""Signal that makes a worker write the stacks of its threads."""
 
 _PREFIX = "moe_pretrain/liveness"
 _ALARM = "alarm"
 _POLL_SECONDS = 1.0
+_START_SECONDS = 120.0
+"""Least limit of a rank's start-up, which imports packages from a disk that may be slow."""
 _END_SECONDS = 5.0
 """How long telling the others and writing stacks may take; the network or the disk may be what is gone."""
 
 Sign = dict[str, Any]
-"""What a rank publishes: host, count, phase, step, whether it has ended, and by what failure."""
+"""Sign of life of a rank: host, count, phase, step, line of the program, collectives begun in each group, whether it
+has ended, and by what failure."""
 
 
 @dataclass(frozen=True)
@@ -52,32 +66,39 @@ class _Heard:
 
 
 class Heartbeat:
-    """Context of one rank: publishes where it is, and watches the next rank."""
+    """Context of one rank: publishes where it is, and watches the next rank and its own loop."""
 
-    def __init__(self, meeting: Rendezvous, folder: Path, limit_seconds: float):
+    def __init__(self, meeting: Rendezvous, folder: Path, limit_seconds: float, stuck_seconds: float):
         """Nothing is watched yet.
 
         Args:
-            meeting: Where the ranks have met; with one rank there is nobody to watch.
+            meeting: Where the ranks have met; with one rank only its own loop is watched.
             folder: The run's folder.
             limit_seconds: How long a rank may give no sign of life.
+            stuck_seconds: How long a rank's loop may stay in one place.
         """
         self._meeting, self._rank, self._world_size = meeting, meeting.rank, meeting.world_size
         self._watched = (self._rank + 1) % self._world_size
         self._limit_polls = max(2, round(limit_seconds / _POLL_SECONDS))
+        self._stuck_polls = max(2, round(stuck_seconds / _POLL_SECONDS))
         self._stacks = stacks_file(folder, self._rank)
         self._where: tuple[str, int] = ("start-up", 0)
+        self._main_thread = threading.main_thread().ident or 0
+        self._entered = 0
         self._count = 0
         self._failure: str | None = None
         self._heard = _Heard()
         self._problem = ""
         self._ending = threading.Event()
+        self._fate: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def enter(self, phase: str, step: int) -> None:
         """Publish that this rank has come to ``phase`` of ``step``."""
         self._where = (phase, step)
-        if self._threads:
+        self._entered += 1
+        if self._threads and self._world_size > 1:
             with contextlib.suppress(Exception):  # ``_watch`` decides when a silent store is the end
                 self._publish()
 
@@ -96,20 +117,23 @@ class Heartbeat:
             store = base.clone()  # type: ignore[attr-defined]  # missing in the stubs
             store.set_timeout(timedelta(seconds=self._limit_polls * _POLL_SECONDS))
             self._store = _liveness_store(store, self._meeting.attempt)
-            for body in (self._talk, self._watch):
-                self._threads.append(threading.Thread(target=body, name=f"moe-pretrain-liveness{body.__name__}"))
-                self._threads[-1].daemon = True
-                self._threads[-1].start()
+            self._threads.append(start_thread(self._talk, "liveness-talk"))
+        start_thread(self._run_errands, "errands")
+        start_thread(self._end_at_last, "last-resort")
+        self._threads.append(start_thread(self._watch, "liveness-watch"))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if type(error) is RuntimeError or isinstance(error, dist.DistError):  # what collectives raise
-            print(f"moe-pretrain: rank {self._rank} failed at {self.where}", file=sys.stderr, flush=True)
+            waited = self._describe_awaited() if self._world_size > 1 else ""
+            print(f"moe-pretrain: rank {self._rank} failed at {self.where}{waited}", file=sys.stderr, flush=True)
         if error is not None:
             self._failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         self._ending.set()
+        self._errands.put(None)
+        self._fate.put(False)
         for thread in self._threads:
             thread.join(self._limit_polls * _POLL_SECONDS)  # the store may be silent
         faulthandler.unregister(STACK_SIGNAL)
@@ -133,7 +157,7 @@ class Heartbeat:
                 self._publish()
                 self._heard = _Heard(
                     self._heard.answers + 1,
-                    self._store.get(_ALARM).decode() if self._store.check([_ALARM]) else None,
+                    _reason_of(self._store.get(_ALARM).decode()) if self._store.check([_ALARM]) else None,
                     _read(self._store, self._watched),
                     _read(self._store, 0),
                 )
@@ -145,28 +169,59 @@ class Heartbeat:
             return  # the run is over, and so is the store
 
     def _watch(self) -> None:
-        before, silent_polls, silent_store_polls = self._heard, 0, 0
+        """Until the run is over: end this process when it, or another rank, is stuck or gone."""
+        hearing, own = _Stillness(self._limit_polls), _Stillness(self._stuck_polls)
+        neighbour = _Stillness(self._limit_polls)
         signs: list[Sign | None] = []
+        failures = 0
         # Polls are counted and not seconds: after the whole job was paused, nobody is accused.
         while not self._ending.wait(_POLL_SECONDS):
-            heard = self._heard
-            if heard.alarm is not None:
-                self._end(heard.alarm)
-            if heard.answers == before.answers:
-                silent_store_polls += 1
-                if silent_store_polls >= self._limit_polls:
-                    self._say(reason := self._describe_silent_store())
-                    self._end(reason)
-                continue
-            silent_store_polls = 0
-            silent_polls = silent_polls + 1 if heard.watched == before.watched and not _is_done(heard.watched) else 0
-            before = heard
-            if silent_polls == self._limit_polls // 2:
-                signs = self._read_all()
-            if silent_polls >= self._limit_polls:
-                self._say(reason := self._describe_silent_ranks(signs))
-                self._tell(reason)
-                self._end(reason)
+            try:
+                is_stuck = own.is_too_long((self._entered, _begun_collectives()))
+                if is_stuck and (self._entered or own.polls >= _START_SECONDS / _POLL_SECONDS):
+                    self._end_with(self._describe_stuck(self._read_all()))
+                failures = 0
+                if self._world_size == 1:
+                    continue
+                heard = self._heard
+                if heard.alarm is not None:
+                    self._end(heard.alarm)
+                if hearing.is_too_long(heard.answers):
+                    self._end_with(self._describe_silent_store(), tell=False)
+                if hearing.polls:
+                    continue
+                is_silent = neighbour.is_too_long(None if _is_done(heard.watched) else heard.watched)
+                if _is_done(heard.watched):
+                    neighbour.polls = 0
+                if neighbour.polls == self._limit_polls // 2:
+                    signs = self._read_all()
+                if is_silent:
+                    self._end_with(self._describe_silent_ranks(signs))
+            except Exception as error:  # out of memory, say
+                failures += 1
+                if failures >= self._limit_polls:
+                    self._end(f"its watcher cannot go on: {type(error).__name__}: {error}")
+
+    def _describe_stuck(self, signs: Sequence[Sign | None]) -> str:
+        """Name the ranks that the others wait for; where none is known, say where each rank is."""
+        known = {rank: sign for rank, sign in enumerate(signs) if sign is not None and not _is_done(sign)}
+        known[self._rank] = self._sign()
+        stuck = find_awaited(known) or (list(known) if len(known) == 1 else [])
+        seconds = self._stuck_polls * _POLL_SECONDS if self._entered else max(self._stuck_polls, _START_SECONDS)
+        limit = f"for {seconds:.0f} s (parallel.timeout_seconds)"
+        if stuck:
+            named = _name_together({rank: _describe_sign(known[rank], True) for rank in stuck})
+            return f"stuck, in one place of its loop {limit}: {named}"
+        named = _name_together({rank: _describe_sign(sign, True) for rank, sign in known.items()})
+        return f"no rank has come forward {limit}, and no single one is waited for: {named}"
+
+    def _describe_awaited(self) -> str:
+        """After a collective has failed: the ranks that this one waited for."""
+        known = {rank: sign for rank, sign in enumerate(self._read_all()) if sign is not None}
+        known[self._rank] = self._sign()
+        ranks = [rank for rank in find_awaited(known) if rank != self._rank]
+        named = _name_together({rank: _describe_sign(known[rank], True) for rank in ranks})
+        return f"; behind the others: {named}" if ranks else ""
 
     def _describe_silent_store(self) -> str:
         first = self._heard.first
@@ -179,53 +234,107 @@ class Heartbeat:
 
     def _describe_silent_ranks(self, before: list[Sign | None]) -> str:
         """Name the watched rank and all others without a new sign since ``before``, those of one host together."""
-        silent: dict[str, list[int]] = {}
+        silent: dict[int, str] = {}
         for rank, (old, new) in enumerate(zip(before, self._read_all(), strict=False)):
             if old == new and rank != self._rank and not _is_done(new):
-                silent.setdefault(_describe_sign(new), []).append(rank)
-        silent = silent or {_describe_sign(self._heard.watched): [self._watched]}
-        named = "; ".join(
-            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}{described}"
-            for described, ranks in silent.items()
-        )
+                silent[rank] = _describe_sign(new)
+        named = _name_together(silent or {self._watched: _describe_sign(self._heard.watched)})
         return f"stuck or gone, no sign of life for {self._limit_polls * _POLL_SECONDS:.0f} s: {named}"
 
     def _read_all(self) -> list[Sign | None]:
         """Messages that all ranks publish; nothing when the store fails, which ``_talk`` finds out too."""
         found: list[Sign | None] = []
-        _try_for_a_while(lambda: found.extend([_read(self._store, rank) for rank in range(self._world_size)]))
+        if self._world_size > 1:
+            self._try_for_a_while(lambda: found.extend([_read(self._store, rank) for rank in range(self._world_size)]))
         return found
 
-    def _publish(self, ended: bool = False) -> None:
+    def _sign(self, ended: bool = False) -> Sign:
         phase, step = self._where
-        value = {
+        return {
             "host": socket.gethostname(),
             "count": self._count,
             "phase": phase,
             "step": step,
+            "line": _line_of(self._main_thread),
+            "collectives": _begun_collectives(),
             "ended": ended,
             "failure": self._failure,
         }
-        self._store.set(f"rank_{self._rank}", json.dumps(value))
 
-    def _say(self, reason: str) -> None:
-        print(f"moe-pretrain: {reason}; stacks in {self._stacks.parent}", file=sys.stderr, flush=True)
+    def _publish(self, ended: bool = False) -> None:
+        self._store.set(f"rank_{self._rank}", json.dumps(self._sign(ended)))
 
-    def _tell(self, reason: str) -> None:
-        """Have the other ranks end too; those that cannot be told find out by themselves."""
-        _try_for_a_while(lambda: self._store.set(_ALARM, reason))
+    def _end_with(self, reason: str, tell: bool = True) -> None:
+        """Have the other ranks end too, say the reason unless one of them has, and leave.
+
+        Those that cannot be told find out by themselves.
+        """
+        own = f"{self._rank} {reason}"
+        told = [own]
+        if tell and self._world_size > 1:
+            self._try_for_a_while(lambda: told.append(self._store.compare_set(_ALARM, "", own).decode()))
+        if told[-1] == own:
+            print(f"moe-pretrain: {reason}; stacks in {self._stacks.parent}", file=sys.stderr, flush=True)
+        self._end(_reason_of(told[-1]))
 
     def _end(self, reason: str) -> None:
         """Write the stacks and leave; the main thread may wait in a collective for ever."""
-        last_resort = threading.Timer(_END_SECONDS, os._exit, [LOST_RANK])
-        last_resort.daemon = True
-        last_resort.start()
         try:
+            self._fate.put(True)
             print(f"rank {self._rank}, at {self.where}: {reason}", file=self._stack_file, flush=True)
             faulthandler.dump_traceback(file=self._stack_file, all_threads=True)
-        except OSError:
-            pass  # a full disk must not keep the rank alive
-        os._exit(LOST_RANK)
+        finally:  # neither a full disk nor a lack of memory must keep the rank alive
+            os._exit(LOST_RANK)
+
+    def _end_at_last(self) -> None:
+        """Leave where ``_end`` cannot, as when the disk that holds the stacks hangs."""
+        if self._fate.get():
+            time.sleep(_END_SECONDS)
+            os._exit(LOST_RANK)
+
+    def _run_errands(self) -> None:
+        while (errand := self._errands.get()) is not None:
+            body, is_done = errand
+            with contextlib.suppress(Exception):
+                body()
+            is_done.set()
+
+    def _try_for_a_while(self, body: Callable[[], None]) -> None:
+        """Have ``body`` called, which may fail or block for ever."""
+        is_done = threading.Event()
+        self._errands.put((body, is_done))
+        is_done.wait(_END_SECONDS)
+
+
+class _Stillness:
+    """For how many polls a value has been the same."""
+
+    def __init__(self, limit: int):
+        self.polls, self._limit = 0, limit
+        self._before: Any = None
+
+    def is_too_long(self, value: Any) -> bool:
+        """Count a poll; whether the value has been the same for as many as the limit."""
+        self.polls = self.polls + 1 if value == self._before else 0
+        self._before = value
+        return self.polls >= self._limit
+
+
+def find_awaited(signs: dict[int, Sign]) -> list[int]:
+    """Ranks that others wait for in a collective and that wait in none themselves.
+
+    A rank that has begun more collectives of a group than another waits for that one, by itself or through others.
+
+    Args:
+        signs: By rank, with ``collectives``: how many it has begun in each of its groups.
+    """
+    begun: dict[str, dict[int, int]] = {}
+    for rank, sign in signs.items():
+        for group, number in (sign.get("collectives") or {}).items():
+            begun.setdefault(group, {})[rank] = number
+    waiting = {rank for ranks in begun.values() for rank, number in ranks.items() if number > min(ranks.values())}
+    awaited = {rank for ranks in begun.values() for rank, number in ranks.items() if number < max(ranks.values())}
+    return sorted(awaited - waiting)
 
 
 def last_seen(store: dist.Store, rank: int) -> str:
@@ -234,20 +343,33 @@ def last_seen(store: dist.Store, rank: int) -> str:
     return _place(seen) if seen else "start-up"
 
 
+def _begun_collectives() -> dict[str, int]:
+    """Number of collectives that this rank has begun in each group, by the group's name, the same on all its ranks.
+
+    torch counts them in every backend; its flight recorder compares ranks by the same numbers.
+    """
+    if not dist.is_initialized():
+        return {}
+    begun: dict[str, int] = {}
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # not agreed on yet
+            begun[str(group.group_name)] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # stubs
+    return begun
+
+
+def _line_of(thread: int) -> str:
+    """The line of the program that ``thread`` is at: in the innermost function outside of torch's own files."""
+    innermost = frame = sys._current_frames().get(thread)
+    while frame is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return ""
+    return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
 def _liveness_store(store: dist.Store, attempt: int) -> dist.Store:
     return dist.PrefixStore(f"{_PREFIX}/{attempt}", store)
-
-
-def _try_for_a_while(body: Callable[[], None]) -> None:
-    """Call ``body``, which may fail or block for ever."""
-
-    def quietly() -> None:
-        with contextlib.suppress(Exception):
-            body()
-
-    thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
-    thread.join(_END_SECONDS)
 
 
 def _read(store: dist.Store, rank: int) -> Sign | None:
@@ -255,16 +377,32 @@ def _read(store: dist.Store, rank: int) -> Sign | None:
     return json.loads(store.get(key)) if store.check([key]) else None
 
 
+def _reason_of(alarm: str) -> str:
+    """An alarm without the rank that raised it, which keeps two alarms of the same words apart."""
+    return alarm.partition(" ")[2]
+
+
 def _is_done(sign: Sign | None) -> bool:
     """Whether the rank has come to its end without a failure; another may be long at its report."""
     return sign is not None and sign["ended"] and not sign["failure"]
 
 
-def _describe_sign(sign: Sign | None) -> str:
+def _name_together(described: dict[int, str]) -> str:
+    """Ranks with what is said of them, those of which the same is said together."""
+    together: dict[str, list[int]] = {}
+    for rank, words in described.items():
+        together.setdefault(words, []).append(rank)
+    return "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}{words}" for words, ranks in together.items()
+    )
+
+
+def _describe_sign(sign: Sign | None, with_line: bool = False) -> str:
     if sign is None:
         return ", never heard of"
+    line = f", in {sign['line']}" if with_line and sign["line"] else ""
     failure = f", failed with {sign['failure']}" if sign["failure"] else ""
-    return f" on {sign['host']}, last seen at {_place(sign)}{failure}"
+    return f" on {sign['host']}, last seen at {_place(sign)}{line}{failure}"
 
 
 def _place(sign: Sign) -> str:

@@ -100,11 +100,13 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_inter
     failed = 0
     deadline = float("inf")
     while time.monotonic() < deadline:
-        is_over = all(worker.poll() is not None for worker in workers)
-        codes = {rank: worker.returncode for rank, worker in enumerate(workers) if worker.returncode}
+        # Every one of them is asked: the first may be stopped while another has ended.
+        found = [worker.poll() for worker in workers]
+        is_over = None not in found
+        codes = {rank: code for rank, code in enumerate(found) if code}
         if codes and not failed:
             # One that was killed before those that then missed it.
-            rank, failed = min(codes.items(), key=lambda found: found[1] > 0)
+            rank, failed = min(codes.items(), key=lambda ended: ended[1] > 0)
             deadline = time.monotonic() + _GRACE_SECONDS
             if failed < 0 and not is_interrupted():
                 name = signal.Signals(-failed).name

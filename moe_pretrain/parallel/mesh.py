@@ -77,7 +77,7 @@ def build_mesh(config: ParallelConfig, device_type: str, meeting: Rendezvous | N
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = timedelta(seconds=config.timeout_seconds)
+        timeout = timedelta(seconds=config.collective_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         met = meeting or meet(config)
         dist.init_process_group(
@@ -89,7 +89,7 @@ def build_mesh(config: ParallelConfig, device_type: str, meeting: Rendezvous | N
             timeout=timeout,
         )
         os.environ.update(RANK=str(met.rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(met.world_size))
-    init_deepspeed_communication(device_type, config.timeout_seconds)
+    init_deepspeed_communication(device_type, config.collective_seconds)
     expert_group, expert_data_group = expert_groups(config.expert_parallel_size)
     return Mesh(
         rank=dist.get_rank(),

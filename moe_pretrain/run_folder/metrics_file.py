@@ -26,6 +26,16 @@ _TAIL_BYTES = 400_000
 
 MetricsRow = dict[str, Any]
 
+_NOT_THERE = object()
+_NEEDED: dict[str, tuple[type, ...]] = {"kind": (str,), "step": (int,)}
+_NUMBER_OR_NULL = (float, int, type(None))
+_NEEDED_OF_KIND: dict[str, dict[str, tuple[type, ...]]] = {
+    "train": {"tokens": (int,), "train/loss": _NUMBER_OR_NULL},
+    "validation": {"tokens": (int,), "validation/loss": _NUMBER_OR_NULL},
+    "event": {"event": (str,), "message": (str,)},
+}
+"""Keys that readers of a row rely on."""
+
 
 def read_rows(path: Path) -> list[MetricsRow]:
     """Read a metrics file that may still be growing.
@@ -38,7 +48,7 @@ def read_rows(path: Path) -> list[MetricsRow]:
         written, or was torn by a crash, and is left out.
 
     Raises:
-        ValueError: A complete line is not a JSON object; the message names file and line.
+        ValueError: A complete line is not a row; the message names file and line.
     """
     if not path.exists():
         return []
@@ -49,10 +59,22 @@ def read_rows(path: Path) -> list[MetricsRow]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object; delete that line to go on")
+        if (problem := _problem_of(row)) is not None:
+            raise ValueError(f"{path}, line {number}: {problem}; delete that line to go on")
         rows.append(row)
     return rows
+
+
+def _problem_of(row: Any) -> str | None:
+    """Reason why this is not a metrics row; None if it is. Kinds and keys of later releases may be there too."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    needed = {**_NEEDED, **_NEEDED_OF_KIND.get(str(row.get("kind")), {})}
+    for key, kinds in needed.items():
+        value = row.get(key, _NOT_THERE)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return f"{key} is missing" if value is _NOT_THERE else f"{key}={value!r} is no {kinds[0].__name__}"
+    return None
 
 
 class JsonlSink:

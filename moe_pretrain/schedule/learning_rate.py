@@ -100,8 +100,8 @@ def _long_warmup(warmup_steps: int, num_steps: int) -> str:
     if warmup_steps <= num_steps:
         return ""
     return (
-        f"learning rate: schedule.warmup_steps={warmup_steps} does not end in the run's {num_steps} steps: the rate "
-        f"rises to {num_steps / warmup_steps:.1%} of optimizer.learning_rate and the run ends"
+        f"schedule.warmup_steps={warmup_steps} must be at most the run's {num_steps} steps: the rate would only rise "
+        f"to {num_steps / warmup_steps:.1%} of optimizer.learning_rate; a shorter warm-up, or a larger budget"
     )
 
 

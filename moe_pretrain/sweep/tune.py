@@ -6,6 +6,7 @@ looked up, so a tuning that was killed anywhere goes on, and can be replayed fro
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.run_folder.paths import RUN_FILES, SWEEP_FILE
 from moe_pretrain.run_folder.record import flatten
-from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningTrial, read_tune_record
+from moe_pretrain.run_folder.tune_record import TrialState, TunedScheme, TuneRecord, TuningTrial, read_tune_record
 from moe_pretrain.sweep.job_record import JobState, SweepJob, look, read_jobs
 from moe_pretrain.sweep.launcher import must_run
 from moe_pretrain.sweep.multirun import drive, launcher_of, opened_hydra, prepare
@@ -60,20 +61,15 @@ class _Tuning:
         self, sweep: Sweep, settings: TuneSettings, schemes: list[Scheme], seeds: list[int], known: TuneRecord | None
     ):
         self._sweep, self._settings, self._schemes, self._seeds = sweep, settings, schemes, seeds
-        self._record = TuneRecord(
-            rule(settings.factor), RATE, settings.factor, settings.trials, settings.tuning_seed,
-            known.schemes if known else (), known.former if known else (),
-        )  # fmt: skip
+        own = TuneRecord(rule(settings.factor), RATE, settings.factor, settings.trials, settings.tuning_seed)
+        self._record = own if known is None else replace(own, schemes=known.schemes, former=known.former)
         self._launched: set[Path] = set()
 
     def run(self, launcher: Launcher) -> set[Path]:
         """Make what is left of the trials and the final runs; folders of jobs that need not be finished."""
         while batch := [words for scheme in self._schemes for words in self._next_trials(scheme)]:
             self._launch(launcher, batch)
-        for scheme in self._schemes:
-            self._choose(scheme)
         # By seed, so that a tuning that is stopped has the same seeds of all schemes.
-        self._write()
         finals = [
             self._final_words(scheme, seed) for seed, scheme in product(self._seeds, self._schemes) if scheme.chosen
         ]
@@ -90,7 +86,10 @@ class _Tuning:
         return diverged | {self._sweep.folder / name for name in self._record.former}
 
     def _next_trials(self, scheme: Scheme) -> list[tuple[str, ...]]:
-        """Take up every result that is there; the jobs that the search needs next."""
+        """Take up every result that is there; the jobs that the search needs next.
+
+        What is known already is taken up before anything is started, so that the record never forgets a choice.
+        """
         while not scheme.failed:
             settings = scheme.search.next(scheme.losses)
             words = [self._words(scheme, setting, self._settings.tuning_seed) for setting in settings]
@@ -101,20 +100,19 @@ class _Tuning:
             if left:
                 return left
             if not settings:
+                if scheme.chosen is not None:
+                    scheme.finals = self._plan([self._final_words(scheme, seed) for seed in self._seeds])
                 break
             for setting, state in zip(settings, states, strict=True):
                 if state.state in ("finished", "diverged"):
                     scheme.losses[setting] = _loss(state)
-                else:
+                else:  # failed, or somebody stopped or holds it: its loss is not known
                     scheme.failed = True
         return []
 
     def _is_left(self, job: SweepJob, state: JobState) -> bool:
-        return (
-            job.folder not in self._launched
-            and must_run(state, self._sweep.settings.retry)
-            or (state.state == "running")
-        )
+        is_open = must_run(state, self._sweep.settings.retry) or state.state == "running"  # SLURM may have it still
+        return is_open and job.folder not in self._launched
 
     def _launch(self, launcher: Launcher, batch: Sequence[Sequence[str]]) -> None:
         self._write()
@@ -132,10 +130,6 @@ class _Tuning:
         assert scheme.chosen is not None
         return self._words(scheme, scheme.chosen, seed)
 
-    def _choose(self, scheme: Scheme) -> None:
-        if scheme.chosen is not None:
-            scheme.finals = [self._plan([self._final_words(scheme, seed)])[0] for seed in self._seeds]
-
     def _write(self) -> None:
         self._record = self._record.with_schemes([_recorded(scheme) for scheme in self._schemes])
         self._record.write(self._sweep.folder)
@@ -148,19 +142,22 @@ class _Tuning:
                 why = (
                     "all its trials diverged"
                     if scheme.is_searched
-                    else "a trial failed: the same command tries it again"
+                    else "a trial failed or did not end: the same command tries it again"
                 )
                 yield f"{scheme.name}: no value chosen, {why} ({tried})"
                 continue
-            chosen = ", ".join(f"{key}={value:g}" for key, value in recorded.chosen.items())
+            chosen = ", ".join(f"{key}={_shown(value)}" for key, value in recorded.chosen.items())
             edge = "; the best rate lies at the edge of what was tried" if recorded.at_edge else ""
             yield f"{scheme.name}: {chosen}, the best of {len(recorded.trials)} trials ({tried}){edge}"
 
 
 def _in_words(trial: TuningTrial) -> str:
-    rate, *others = (f"{value:g}" if isinstance(value, float) else str(value) for value in trial.values.values())
-    of = " with ".join([rate, *others])
+    of = " with ".join(map(_shown, trial.values.values()))
     return f"{of}: {trial.state if trial.loss is None else format(trial.loss, '.4f')}"
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _loss(state: JobState) -> float:
@@ -172,22 +169,12 @@ def _recorded(scheme: Scheme) -> TunedScheme:
     trials = []
     for setting, job in scheme.trials.items():
         loss, flat = scheme.losses.get(setting), flatten(job.values)
-        state = look(job.folder).state
-        is_over = setting in scheme.losses
-        trials.append(
-            TuningTrial(
-                job=job.name,
-                values={key: flat[key] for key, _ in setting},
-                loss=None if loss is None or math.isinf(loss) else loss,
-                state="failed"
-                if state == "failed"
-                else "waiting"
-                if not is_over
-                else "diverged"
-                if loss == math.inf
-                else "finished",
-            )
-        )
+        state: TrialState = "finished"
+        if loss is None:
+            state = "failed" if look(job.folder).state == "failed" else "waiting"
+        elif math.isinf(loss):
+            state, loss = "diverged", None
+        trials.append(TuningTrial(job.name, {key: flat[key] for key, _ in setting}, loss, state))
     chosen = scheme.chosen
     of_chosen = next(
         (trial.values for trial, setting in zip(trials, scheme.trials, strict=True) if setting == chosen), None

@@ -57,7 +57,7 @@ class Scheme:
         search: What is tried for it.
         losses: Loss of each trial that has one, infinite where it diverged, in the order they were decided on.
         trials: Every trial that was decided on, as jobs.
-        failed: A trial of it has failed: what is to be tried next is not known.
+        failed: A trial of it has failed or did not end: what is to be tried next is not known.
         finals: Its final runs.
     """
 
@@ -110,6 +110,9 @@ def schemes_and_seeds(
             "another --tuning-seed"
         )
     command = sort_overrides([word for word in words if word not in of_seed], parser)
+    for word in command.hydra:
+        if word.startswith(("hydra/sweeper", "hydra.sweeper")):
+            raise ConfigError(f"{word} has no effect: tune searches by its own rule; leave it out")
     searched = [RATE, *(word.partition("=")[0] for word in settings.also)]
     for key in command.keys:
         if key.lstrip("+") in searched:

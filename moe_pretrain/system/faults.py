@@ -9,6 +9,7 @@ import difflib
 import errno
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -55,6 +56,7 @@ SICK_POINTS = {
 """What can be made sick, and the one action that each knows."""
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+_HANG = "hang"
 _ERRORS = ("ENOSPC", "EROFS", "EIO", "EDQUOT", "ENOENT")
 ALL_RANKS = -1
 
@@ -65,10 +67,10 @@ class FaultConfig:
 
     Attributes:
         point: Where: one of ``SAVE_POINTS``, ``RUN_POINTS`` or ``SICK_POINTS``.
-        action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process; an error of the disk by its errno name (ENOSPC,
-            EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite`` for the loss or the gradient; ``collapse`` for
-            the router, which then sends every token to the same experts; ``poison`` for the data, whose targets
-            become wrong ones.
+        action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process, or ``hang``: stay alive in an endless loop; an
+            error of the disk by its errno name (ENOSPC, EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite``
+            for the loss or the gradient; ``collapse`` for the router, which then sends every token to the same experts;
+            ``poison`` for the data, whose targets become wrong ones.
         step: First step at which it happens: for saving the number of finished steps, for the data the step in its
             own order, else the step's own number.
         num_steps: How many steps in succession it happens at.
@@ -102,7 +104,7 @@ class FaultConfig:
         if self.point in SAVE_POINTS:
             return (*_SIGNALS, *_ERRORS)
         if self.point in RUN_POINTS:
-            return tuple(_SIGNALS)
+            return (*_SIGNALS, _HANG)
         return (SICK_POINTS[self.point],) if self.point in SICK_POINTS else ()
 
 
@@ -130,6 +132,9 @@ class Faults:
         action = self._config.action
         if action in _SIGNALS:
             os.kill(os.getpid(), _SIGNALS[action])
+        elif action == _HANG:
+            while True:
+                time.sleep(1.0)
         else:
             raise OSError(getattr(errno, action), f"{os.strerror(getattr(errno, action))} (fault.point={point})")
 

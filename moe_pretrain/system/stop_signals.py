@@ -2,13 +2,13 @@
 
 import os
 import signal
-import threading
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
 from moe_pretrain.system.exit_codes import INTERRUPTED
+from moe_pretrain.system.threads import start_thread
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -37,8 +37,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._thread = threading.Thread(target=self._listen, args=(read_end,), name="moe-pretrain-signals", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(lambda: self._listen(read_end), "signals")
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in HANDLED:
             self._before[number] = signal.signal(number, _ignore)

@@ -62,8 +62,11 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
     keep_wandb_inside(folder)
     with StopRequest() as stop:  # first: from here on a signal never leaves one rank alone
         meeting = meet(parallel)
+        # A stream may be waited for while the network fails.
+        waits = config.streaming.retry_seconds if config.streaming.applies_to(config.data) else 0.0
+        watched = Heartbeat(meeting, folder, parallel.heartbeat_seconds, parallel.timeout_seconds + waits)
         # Before the process group: its making can hang too.
-        with _claimed(folder, overrides, meeting), Heartbeat(meeting, folder, parallel.heartbeat_seconds) as heartbeat:
+        with _claimed(folder, overrides, meeting), watched as heartbeat:
             context = build_context(config.fault, build_mesh(parallel, plan.device, meeting), stop, heartbeat)
             try:
                 return build_trainer(config, plan, context).train(overrides)
@@ -91,10 +94,24 @@ def _claimed(folder: Path, overrides: Sequence[str], meeting: Rendezvous) -> Ite
                 raise
             finally:
                 meeting.store.set(f"{_CLAIM}/{meeting.attempt}", refusal)
-        elif refusal := meeting.store.get(f"{_CLAIM}/{meeting.attempt}").decode():
+        elif refusal := _read_claim(meeting):
             raise RunInUse(refusal)
         held.enter_context(joined(folder))
         yield
+
+
+def _read_claim(meeting: Rendezvous) -> str:
+    """The first rank's word: empty, or why it is refused the folder.
+
+    Raises:
+        ValueError: It does not come, as when that rank is stopped.
+    """
+    try:
+        return meeting.store.get(f"{_CLAIM}/{meeting.attempt}").decode()
+    except dist.DistStoreError:
+        raise ValueError(
+            "rank 0 has met the others, and then not come to its start-up within parallel.timeout_seconds"
+        ) from None
 
 
 def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer:

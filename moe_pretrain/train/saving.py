@@ -16,7 +16,7 @@ class CheckpointSaving:
         self, config: Config, engine: TrainEngine, context: RunContext, progress: RunProgress, recorder: RunRecorder
     ):
         """Nothing is written yet; every rank makes one, at the same time."""
-        folder, timeout = config.run.folder / CHECKPOINTS, config.parallel.timeout_seconds
+        folder, timeout = config.run.folder / CHECKPOINTS, config.parallel.collective_seconds
         self._saver = Saver(engine, folder, config.checkpoint, timeout, context.faults)
         self._progress, self._recorder = progress, recorder
 

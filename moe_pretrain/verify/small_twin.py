@@ -36,7 +36,8 @@ def shrink(config: Config, plan: RunPlan) -> Config:
         vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
         sequence_length=sequence,
         num_layers=min(model.num_layers, leading + moe.every_k_layers + 1),
-        hidden_size=heads * 8,
+        # The kernels of attention on CUDA take no smaller heads.
+        hidden_size=heads * (16 if plan.device == "cuda" else 8),
         num_heads=heads,
         num_key_value_heads=heads // heads_per_key_value,
         ffn_hidden_size=28,

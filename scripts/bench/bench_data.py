@@ -77,10 +77,15 @@ def bench_loader(reader: ShardReader, seconds: float) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # for the plain read as well
 
+    mapped = [
+        np.asarray(np.memmap(reader.folder / f"{shard.name}.bin", dtype="<u2", mode="r"))
+        for shard in reader.manifest.shards
+    ]
+
     def plain(step: int) -> None:
-        starts = np.random.default_rng(step).integers(0, reader.num_tokens - SEQUENCE - 1, size=ROWS)
+        starts = np.random.default_rng(step).integers(0, min(map(len, mapped)) - SEQUENCE - 1, size=ROWS)
         for start in starts.tolist():
-            torch.from_numpy(reader.read(start, start + SEQUENCE + 1).astype(np.int64))
+            torch.from_numpy(mapped[step % len(mapped)][start : start + SEQUENCE + 1].astype(np.int64))
 
     def loader(isolate: bool = True, shards: ShardReader | MixedShards = reader, **options: Any) -> TrainLoader:
         return TrainLoader(shards, SEQUENCE, ROWS, ROWS // 8, 0, 1, 0, isolate, **options)
@@ -173,7 +178,7 @@ def bench_waiting(folder: Path, steps: int) -> None:
         "model=tiny", "model.vocab_size=8192", *corpus_words(folder), "tokenizer=pretrained",
         f"tokenizer.path={folder}/tokenizer.json", f"run.cache_dir={folder}/cache0", f"run.output_dir={folder}/runs",
         "run.name=waiting", "metrics.wandb=off", "metrics.log_every_steps=1", "evaluation.max_rows=8",
-        f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192",
+        f"budget.tokens={steps * 8192}", "batch.global_batch_tokens=8192", "schedule.warmup_steps=1",
     ]  # fmt: skip
     command = [sys.executable, "-m", "moe_pretrain", "train", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -88,10 +88,19 @@ class Run:
         ]
         self._count = 0
 
-    def prepare(self) -> None:
-        """Write and tokenise the corpus, in a process of its own."""
+    @property
+    def words(self) -> list[str]:
+        """Overrides of the run's command."""
+        return list(self._overrides)
+
+    def write_corpus(self) -> None:
+        """Write the text that the run trains on."""
         rows = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
         (self._home / "corpus.jsonl").write_text(rows)
+
+    def prepare(self) -> None:
+        """Write and tokenise the corpus, in a process of its own."""
+        self.write_corpus()
         (code,) = wait([_fork(lambda: prepare_corpora(load(self._overrides), print) and 0, self.log)], 300)
         if code:
             raise SystemExit(f"the corpus could not be prepared; see {self.log}")

@@ -11,6 +11,7 @@ active parameters instead). The same command again goes on where it was stopped.
 """
 
 import argparse
+import functools
 import math
 import os
 import shlex
@@ -200,8 +201,12 @@ class LearningTable:
 
     def loudness(self, name: str) -> tuple[float, float]:
         """Output and experts' gradient of a scheme at step 0, relative to the reference's."""
-        own, to = (self.at_start(each) for each in (name, REFERENCE))
+        own, to = self.at_start(name), self.reference_at_start
         return own.output / to.output, own.expert_gradient / to.expert_gradient
+
+    @functools.cached_property
+    def reference_at_start(self) -> StartLoudness:
+        return self.at_start(REFERENCE)
 
     def at_start(self, name: str) -> StartLoudness:
         config = load([*SCHEMES[name], *shared_words(self.chosen)])

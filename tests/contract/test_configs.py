@@ -1,17 +1,19 @@
 """Every shipped YAML composes and builds; every field is read by something; mistakes are one line."""
 
-import ast
 import copy
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from helpers.config_reads import Reads, modules_below
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moe_pretrain.commands import tune
@@ -107,29 +109,74 @@ def test_dense_twin_has_the_same_active_size(size: str):
     assert dense.batch == sparse.batch and dense.optimizer == sparse.optimizer
 
 
-def test_every_field_is_read():
-    """A field that no code reads is a knob without effect (defect C18)."""
-    read: set[str] = set()
-    for path in (ROOT / "moe_pretrain").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                # __post_init__ only checks; a field read nowhere else has no effect.
-                continue
-            if isinstance(node, ast.FunctionDef) and node.name != "__post_init__":
-                read.update(
-                    child.attr
-                    for child in ast.walk(node)
-                    if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load)
-                )
-    unread = []
-    todo: list[type] = [Config]
+PYDANTIC_READS = {"name", "source"}
+"""Fields that choose a variant of a group: their readers are the unions' discriminators."""
+
+
+def fields_below(root: type) -> set[tuple[type, str]]:
+    """Each field of a configuration and its parts, with the class that it is a field of."""
+    found: set[tuple[type, str]] = set()
+    todo, seen = [root], {root}
     while todo:
         part = todo.pop()
         for field in dataclasses.fields(part):
-            if field.name not in read:
-                unread.append(f"{part.__name__}.{field.name}")
-            todo.extend(t for t in dataclass_types(field.type) if t not in todo)
-    assert not unread, unread
+            found.add((part, field.name))
+            new = set(dataclass_types(field.type)) - seen
+            seen |= new
+            todo.extend(new)
+    return found
+
+
+def unread_fields(root: type, modules: list[ModuleType]) -> list[str]:
+    fields = [(part, name) for part, name in fields_below(root) if name not in PYDANTIC_READS]
+    reads = Reads(modules, {name for _, name in fields})
+    return sorted(f"{part.__name__}.{name}" for part, name in fields if not reads.is_read(part, name))
+
+
+def test_every_field_is_read():
+    """A field that no code reads is a knob without effect (defect C18); by types, for a third share their names."""
+    assert unread_fields(Config, modules_below(ROOT / "moe_pretrain", "moe_pretrain")) == []
+
+
+KNOBS = """
+from dataclasses import dataclass, replace
+
+@dataclass(frozen=True)
+class Part:
+    every_steps: int
+    weight: float
+    unused: int
+    def __post_init__(self) -> None:
+        if self.unused < 0:
+            raise ValueError
+
+@dataclass(frozen=True)
+class Other:
+    every_steps: int
+    weight: float
+    unused: int
+
+@dataclass(frozen=True)
+class Knobs:
+    part: Part
+    others: dict[str, Other]
+
+class Trainer:
+    def __init__(self, knobs: Knobs):
+        self._knobs, self._part = knobs, knobs.part
+    def step(self) -> float:
+        return self._part.weight + sum(other.every_steps for other in self._knobs.others.values())
+    def rest(self) -> None:
+        for name, other in self._knobs.others.items():
+            print(name, replace(other).unused)
+"""
+
+
+def test_a_field_that_shares_its_name_with_one_that_is_read_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "knobs_of_a_test.py").write_text(KNOBS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("knobs_of_a_test")
+    assert unread_fields(module.Knobs, [module]) == ["Other.weight", "Part.every_steps", "Part.unused"]
 
 
 def dataclass_types(annotation: object) -> list[type]:
@@ -164,7 +211,7 @@ MISTAKES = [
     (["metrics.collapse_ratio=nan"], "metrics.collapse_ratio"),
     (["fault.point=save.rename"], "nearest: save.renamed"),
     (["fault.point=train.loss"], "fault.action=kill must be one of not_finite at train.loss"),
-    (["fault.point=train.step", "fault.action=EIO"], "fault.action=EIO must be one of kill, stop at train.step"),
+    (["fault.point=train.step", "fault.action=EIO"], "fault.action=EIO must be one of kill, stop, hang at train.step"),
     (["fault.rank=-2"], "fault.rank=-2 must be at least -1"),
     (["engine.dtype=bfloat16", "engine.zero_stage=0"], "zero_stage=0"),
     (["data=files"], "data.paths"),
@@ -203,6 +250,8 @@ MISTAKES = [
     (["data=files"], "data.paths is missing: it must be given"),
     (["data=mixture", "+data@data.sources.a=builtin", "data.weights.a=1"], "write +data.weights.a=1"),
     (["data=files", "data.paths=a.jsonl"], "data.paths=a.jsonl must be a list: 'data.paths=[a.jsonl]'"),
+    (["hydra.run.dir=/d/runs"], "hydra.run.dir=/d/runs has no effect: a run's folder is run.output_dir/run.name"),
+    (["seed=true"], "seed=true must be a number"),
     (["run.output_dir=/d/lr=1e-3"], """quote the text: 'run.output_dir="/d/lr=1e-3"'"""),
     (["run.output_dir=gr\u00f6\u00dfe"], """quote the text: 'run.output_dir="gr\u00f6\u00dfe"'"""),
     (["data=files", "data.paths=[a.txt,\u00fc.txt]"], """'data.paths=["a.txt","\u00fc.txt"]'"""),

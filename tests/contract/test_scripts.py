@@ -56,6 +56,10 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         + ["--overrides", *SMALL_RUNS],
         ["killed ", "6 runs of 3 steps, each step once", "planted mistake found, twin not distinguishable"],
     ),
+    "durability/fire.py": (
+        ["--hits=2", "--seed=1", "--folder={home}"],
+        ["2 hits (", "every step once; token hash and loss of every step"],
+    ),
     "durability/two_starts.py": (
         ["--rounds=1", "--steps=60", "--folder={home}"],
         ["1 runs started twice at once: one trained and one was refused"],

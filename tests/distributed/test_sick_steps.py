@@ -128,6 +128,33 @@ def test_the_first_module_whose_output_is_sick_is_named():
     assert "first in the output of blocks.1.attention on rank 0" in sickness
 
 
+def overflowing_norm(overrides: tuple[str, ...], size: float) -> tuple[str | None, list[str]]:
+    """Every gradient is finite; with ``size`` 1e19 and more the sum of their squares is not, in float32."""
+    engine = build_engine(tiny("engine.check_every_steps=0", *overrides, micro_batch_size=4))
+    engine.step(0, random_batches(engine, 0))
+    before = state_of(engine)
+    parameter = engine.model.get_parameter("blocks.1.attention.out_weight")
+    handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, size))
+    result = engine.step(1, random_batches(engine, 1))
+    handle.remove()
+    return result.sickness, differing(before, state_of(engine))
+
+
+STAGES = [(f"engine.zero_stage={stage}",) for stage in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("overrides", [*STAGES, ("engine.zero_stage=0", "engine.determinism=elastic")], ids=str)
+def test_a_finite_gradient_whose_norm_overflows_is_treated_alike_at_every_stage(overrides: tuple[str, ...]):
+    for sickness, changed in run_on_ranks(overflowing_norm, 2, overrides, 1e25):
+        assert changed == []
+        assert (
+            sickness is not None and "gradient_norm=inf must be finite; every gradient is finite, but not" in sickness
+        )
+        assert "of blocks.1.attention.out_weight on rank" in sickness
+    for sickness, changed in run_on_ranks(overflowing_norm, 2, overrides, 1e10):
+        assert sickness is None and changed
+
+
 def collapsed_routes() -> list[list[int]]:
     engine = sick_engine(("engine.check_every_steps=0",), "train.router", "collapse", rank=0)
     results = [engine.step(step, random_batches(engine, step)) for step in range(3)]

@@ -1,11 +1,12 @@
 """Runs that fall ill, as processes: what is said, what is left, and the exit code."""
 
 import json
+import resource
 import signal
 from pathlib import Path
 
 import pytest
-from helpers.runs import rows_of, run, train_words
+from helpers.runs import rows_of, run, start, train_words, wait_for_step
 
 TWO = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
 
@@ -52,18 +53,61 @@ def test_a_collapsed_router_is_warned_of_by_name(home: Path):
     assert "collapsed_router" in (home / "outputs" / "collapsed" / "report.html").read_text()
 
 
-def test_a_stopped_rank_ends_the_run_and_is_named(home: Path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_ends_the_run_and_is_named(home: Path, rank: int):
     """SIGSTOP: no message, no exit, no error in any collective before its long timeout."""
-    words = fault("train.backward", "stop", 3, rank=1)
-    code, _, err = run(home, *train_words("stuck", *TWO, *words, "parallel.heartbeat_seconds=4"))
+    name = f"stopped-rank-{rank}"
+    words = fault("train.backward", "stop", 3, rank=rank)
+    code, _, err = run(home, *train_words(name, *TWO, *words, "parallel.heartbeat_seconds=4"))
     assert code == 69, err
-    assert "stuck or gone, no sign of life for 4 s: rank 1 on" in err and "step 3, phase train.backward" in err
-    stacks = home / "outputs" / "stuck" / "stacks"
-    for rank in (0, 1):
-        text = (stacks / f"rank_{rank:05d}.txt").read_text()
+    assert f"stuck or gone, no sign of life for 4 s: rank {rank} on" in err and "step 3, phase train.backward" in err
+    stacks = home / "outputs" / name / "stacks"
+    for one in (0, 1):
+        text = (stacks / f"rank_{one:05d}.txt").read_text()
         assert "engine.py" in text, "the stopped rank is woken to write its stacks too"
-    code, _, err = run(home, "train", "run.name=stuck", "fault.point=null")
+    code, _, err = run(home, "train", f"run.name={name}", "fault.point=null")
     assert code == 0, err
+
+
+STUCK = "stuck, in one place of its loop for 8 s (parallel.timeout_seconds): rank "
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_alive_but_stuck_is_named_and_not_those_that_wait_for_it(home: Path, rank: int):
+    name = f"alive-{rank}"
+    words = [*fault("train.backward", "hang", 3, rank=rank), "parallel.timeout_seconds=8"]
+    code, _, err = run(home, *train_words(name, *TWO, *words))
+    assert code == 69, err
+    lines = [line for line in err.splitlines() if STUCK in line]
+    assert len(lines) == 1 and f"{STUCK}{rank} on" in lines[0], err
+    assert "step 3, phase train.backward, in reach (faults.py:" in lines[0]
+    assert f"rank {1 - rank} on" not in lines[0]
+
+
+def test_a_run_of_one_process_that_is_stuck_ends(home: Path):
+    words = [*fault("evaluate.batch", "hang", 6), "parallel.timeout_seconds=8"]
+    code, _, err = run(home, *train_words("alone", *words))
+    assert code == 69 and f"{STUCK}0 on" in err and "step 6, phase evaluate.batch, in reach (faults.py:" in err, err
+    code, _, err = run(home, "train", "run.name=alone", "fault.point=null")
+    assert code == 0, err
+
+
+def test_memory_at_its_limit_ends_the_run(home: Path):
+    """Nothing can be allocated, and no thread be started, on one rank."""
+    name = "memory"
+    long = ["budget.tokens=100000000", "evaluation.every_steps=100000", "parallel.heartbeat_seconds=5"]
+    process = start(home, *train_words(name, *TWO, *long, "parallel.timeout_seconds=10"))
+    wait_for_step(home, name, 5, process)
+    worker = min(children_of(process.pid))  # rank 0
+    size = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(worker, resource.RLIMIT_AS, (size, size))
+    out, err = process.communicate(timeout=100)
+    assert process.returncode not in (0, None), err
+
+
+def children_of(process: int) -> list[int]:
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(word) for file in files for word in file.read_text().split()]
 
 
 def test_a_killed_rank_is_named(home: Path):
@@ -71,6 +115,23 @@ def test_a_killed_rank_is_named(home: Path):
     code, _, err = run(home, *train_words("dead", *TWO, *words))
     assert code == 128 + signal.SIGKILL, err
     assert "rank 1 was killed by SIGKILL, last seen at step " in err
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed"])
+def test_shards_that_change_under_a_run_end_it_in_one_line(home: Path, damage: str):
+    name = f"shards-{damage.split()[0]}"
+    long = ["budget.tokens=100000000", "evaluation.every_steps=100000", f"run.cache_dir={home}/{name}"]
+    process = start(home, *train_words(name, *long))
+    wait_for_step(home, name, 3, process)
+    (shard,) = (home / name).glob("*/train/shard-00000.bin")
+    with open(shard, "r+b") as file:
+        if damage == "changed":
+            file.write(bytes(shard.stat().st_size // 2))
+        else:
+            file.truncate(shard.stat().st_size // 2)
+    out, err = process.communicate(timeout=60)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == 2 and "shard-00000.bin: damaged: " in last and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])

@@ -75,6 +75,16 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(cluster: slurm.Cluster, h
     assert message == "by SIGTERM, checkpoint written" and files_of_step(home, "cancelled", step)
 
 
+def test_a_rank_that_is_alive_but_stuck_is_named_and_the_job_fails(cluster: slurm.Cluster, home: Path):
+    stuck = ["fault.point=train.backward", "fault.action=hang", "fault.step=2", "fault.rank=1"]
+    number = train(cluster, home, "stuck", ["--ntasks-per-node=2"], *stuck, "parallel.timeout_seconds=10")
+    cluster.wait(number, "FAILED", ExitCode="69:0")
+    log = (home / "stuck.log").read_text()
+    named = "stuck, in one place of its loop for 10 s (parallel.timeout_seconds): rank 1 on"
+    assert named in log and "step 2, phase train.backward, in reach (faults.py:" in log, log
+    assert "rank 0 on" not in log, "it only waits; rank 1 may say the same, since the store ends with rank 0"
+
+
 @pytest.fixture
 def stub(tmp_path: Path) -> Path:
     """A folder with an environment in ``.venv`` whose python is the shell script ``stub.sh``."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers.runs import Program, rows_of, run, train_words, wait_for_step
 
 from moe_pretrain.checkpoint import store
@@ -96,6 +97,19 @@ def test_ranks_die_with_torchrun(home: Path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.mark.parametrize("action,rank", [("hang", 1), ("stop", 0)])
+def test_a_stuck_or_stopped_rank_ends_the_run_and_is_named(home: Path, action: str, rank: int):
+    name = f"torchrun-{action}"
+    stuck = ["fault.point=train.backward", f"fault.action={action}", "fault.step=2", f"fault.rank={rank}"]
+    limits = ["parallel.timeout_seconds=8" if action == "hang" else "parallel.heartbeat_seconds=4"]
+    process = torchrun(home, *train_words(name, *LONG, *SPREAD, *stuck, *limits), grace=2)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode != 0, out
+    what = "stuck, in one place of its loop for 8 s" if action == "hang" else "stuck or gone, no sign of life for 4 s"
+    (line,) = [line for line in err.splitlines() if what in line]
+    assert f": rank {rank} on" in line and "step 2, phase train.backward" in line
 
 
 def test_torchrun_starts_the_ranks_again_and_the_run_goes_on(home: Path):

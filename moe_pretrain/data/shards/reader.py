@@ -1,7 +1,8 @@
-"""Token shards: the tokens of a corpus on disk, written once, read as one long memory-mapped stream.
+"""Token shards: the tokens of a corpus on disk, written once, read as one long stream.
 
 A folder holds
     shard-00000.bin   tokens, little-endian uint16 (vocabularies up to 65,536) or uint32
+    shard-00000.sums  checksums of the blocks of the tokens: see ``token_file``
     shard-00000.idx   uint64, for each document the offset in the shard where it ends, in tokens
     token-counts.bin  uint64 [vocab_size], how often each token occurs in all shards
     manifest.json     sizes, checksums, tokenizer, totals; written last, so it makes the folder whole
@@ -17,12 +18,15 @@ import bisect
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+
+from moe_pretrain.data.shards.token_file import BlockSums, TokenFile
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -97,7 +101,7 @@ class Manifest:
 
 
 class ShardReader:
-    """Reads a folder of shards as one stream, memory-mapped.
+    """Reads a folder of shards as one stream.
 
     Args:
         folder: A folder that ``write_manifest`` completed.
@@ -113,7 +117,7 @@ class ShardReader:
 
     Raises:
         ValueError: No manifest, a manifest that makes no sense, or a file that is missing or
-            has another size than the manifest says. Contents are checked by ``verify``.
+            has another size than the manifest says. Tokens are checked when they are read, all by ``verify``.
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
@@ -130,14 +134,12 @@ class ShardReader:
         tokens_per_shard = (shard.tokens for shard in self.manifest.shards)
         self._starts = list(itertools.accumulate(tokens_per_shard, initial=0))
         self._shard_starts = np.array(self._starts)
-        # As plain arrays over the mapped files: slicing np.memmap itself is ten times slower.
         self._tokens = [
-            np.asarray(np.memmap(folder / f"{shard.name}.bin", dtype=self._dtype, mode="r"))
-            for shard in self.manifest.shards
+            TokenFile(folder / f"{shard.name}.bin", self._dtype, shard.bin_xxh3) for shard in self.manifest.shards
         ]
         self.document_ends = np.concatenate(
             [
-                _read_index(folder / f"{shard.name}.idx", shard.tokens) + start
+                _read_index(folder / f"{shard.name}.idx", shard) + start
                 for shard, start in zip(self.manifest.shards, self._starts[:-1], strict=True)
             ]
         )
@@ -159,11 +161,10 @@ class ShardReader:
         """Tokens ``[start, stop)`` of the stream.
 
         Returns:
-            uint16 or uint32 [stop - start]; a read-only view of the file where one shard holds
-            it all.
+            uint16 or uint32 [stop - start], read-only where one shard holds it all.
 
         Raises:
-            ValueError: The range is not inside the stream.
+            ValueError: The range is not inside the stream, or a shard is not what was written.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) must be inside [0, {self.num_tokens})")
@@ -172,7 +173,7 @@ class ShardReader:
         parts = []
         while True:
             shard_start, shard_stop = self._starts[shard], self._starts[shard + 1]
-            parts.append(self._tokens[shard][start - shard_start : stop - shard_start])
+            parts.append(self._tokens[shard].read(start - shard_start, min(stop, shard_stop) - shard_start))
             if stop <= shard_stop:
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
             start = shard_stop
@@ -185,14 +186,14 @@ class ShardReader:
             uint16 or uint32 [batch, length], a copy.
 
         Raises:
-            ValueError: A row is not inside the stream.
+            ValueError: A row is not inside the stream, or a shard is not what was written.
         """
         rows = np.empty((len(starts), length), dtype=self._dtype)
         shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
         for index, (start, shard) in enumerate(zip(starts.tolist(), shards.tolist(), strict=True)):
             if 0 <= start and start + length <= self._starts[min(shard + 1, len(self._tokens))]:
                 offset = start - self._starts[shard]
-                rows[index] = self._tokens[shard][offset : offset + length]
+                rows[index] = self._tokens[shard].read(offset, offset + length)
             else:  # over the end of a shard, or of the stream
                 rows[index] = self.read(start, start + length)
         return rows
@@ -223,11 +224,15 @@ class ShardReader:
         """
         damaged = []
         for shard in self.manifest.shards:
-            for ending, expected in (("bin", shard.bin_xxh3), ("idx", shard.idx_xxh3)):
-                path = self.folder / f"{shard.name}.{ending}"
-                found = _checksum(path)
+            path, sums = self.folder / f"{shard.name}.bin", BlockSums()
+            for one, found, expected in (
+                (path, _checksum(path, sums.add), shard.bin_xxh3),
+                (path.with_suffix(".idx"), _checksum(path.with_suffix(".idx")), shard.idx_xxh3),
+            ):
                 if found != expected:
-                    damaged.append(f"{path}: damaged: xxh3 is {found}, {MANIFEST_NAME} says {expected}")
+                    damaged.append(f"{one}: damaged: xxh3 is {found}, {MANIFEST_NAME} says {expected}")
+            if not sums.agree_with(path, shard.bin_xxh3):
+                damaged.append(f"{path.with_suffix('.sums')}: damaged: xxh3 of blocks are not those of {path.name}")
         if damaged:
             more = f" (and {len(damaged) - 1} more damaged files)" if len(damaged) > 1 else ""
             raise ValueError(f"{damaged[0]}{more}; delete {self.folder.parent} to write it again")
@@ -244,18 +249,22 @@ def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).is_file()
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Path, add: Callable[[bytes], None] = lambda block: None) -> str:
     checksum = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(2**22):
             checksum.update(block)
+            add(block)
     return checksum.hexdigest()
 
 
-def _read_index(path: Path, tokens: int) -> np.ndarray:
-    ends = np.fromfile(path, INDEX_DTYPE).astype(np.int64)
-    if not ends.size or ends[-1] != tokens or ends[0] < 1 or np.any(ends[1:] <= ends[:-1]):
-        raise ValueError(f"{path}: damaged: the document ends do not rise to the shard's {tokens} tokens")
+def _read_index(path: Path, shard: ShardInfo) -> np.ndarray:
+    content = path.read_bytes()
+    if (found := xxhash.xxh3_128_hexdigest(content)) != shard.idx_xxh3:
+        raise ValueError(f"{path}: damaged: xxh3 is {found}, {MANIFEST_NAME} says {shard.idx_xxh3}")
+    ends = np.frombuffer(content, INDEX_DTYPE).astype(np.int64)
+    if not ends.size or ends[-1] != shard.tokens or ends[0] < 1 or np.any(ends[1:] <= ends[:-1]):
+        raise ValueError(f"{path}: damaged: the document ends do not rise to the shard's {shard.tokens} tokens")
     return ends
 
 

@@ -281,7 +281,7 @@ def forget_unit(folder: Path, index: int) -> None:
 def forget_shards(folder: Path, index: int, sides: tuple[str, ...]) -> None:
     """Remove a unit's shards of some sides."""
     for side in sides:
-        for ending in ("bin", "idx"):
+        for ending in ("bin", "sums", "idx"):
             (folder / side / f"shard-{index:05d}.{ending}").unlink(missing_ok=True)
 
 

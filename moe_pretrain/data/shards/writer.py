@@ -21,6 +21,7 @@ from moe_pretrain.data.shards.reader import (
     ShardInfo,
     entropy_nats,
 )
+from moe_pretrain.data.shards.token_file import BlockSums
 from moe_pretrain.system.files import WholeFile, sync_folder, write_whole
 
 _TOKENS_PER_WRITE = 2**20
@@ -55,6 +56,7 @@ class ShardWriter:
         self._text_bytes = 0
         self._document_ends: list[int] = []
         self._bin: WholeFile | None = None
+        self._sums = BlockSums()
         # Documents not yet written; small documents are far cheaper to handle many at a time.
         self._waiting: list[np.ndarray] = []
         self._waiting_tokens = 0
@@ -97,6 +99,7 @@ class ShardWriter:
         self._write_waiting()
         assert self._bin is not None
         self._bin.commit()
+        write_whole(self._folder / f"{self._name}.sums", self._sums.content(self._bin.checksum.digest()))
         with WholeFile(self._folder / f"{self._name}.idx") as index:
             index.write(np.array(self._document_ends, dtype=INDEX_DTYPE).tobytes())
         return ShardInfo(
@@ -120,7 +123,9 @@ class ShardWriter:
             self._bin = WholeFile(self._folder / f"{self._name}.bin")
         tokens = np.concatenate(self._waiting)
         self.token_counts += np.bincount(tokens, minlength=self._vocab_size)
-        self._bin.write(tokens.astype(self._dtype).tobytes())
+        content = tokens.astype(self._dtype).tobytes()
+        self._bin.write(content)
+        self._sums.add(content)
         self._waiting = []
         self._waiting_tokens = 0
 

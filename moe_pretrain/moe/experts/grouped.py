@@ -97,7 +97,20 @@ class AllRows:
 
     def outer(self, left: Tensor, right: Tensor, stack: Tensor | None) -> Tensor:
         """As ``ExpertRows.outer``; there is no previous block."""
-        return functional.grouped_mm(left.t(), right, offs=self._ends)
+        products = functional.grouped_mm(left.t(), right, offs=self._ends)
+        if _leaves_empty_products(left.device):
+            begins = functional.pad(self._ends[:-1], (1, 0))
+            products.masked_fill_((self._ends == begins)[:, None, None], 0.0)
+        return products
+
+
+@functools.cache
+def _leaves_empty_products(device: torch.device) -> bool:
+    """Whether the kernel for ``device`` writes nothing for an expert without rows: Blackwell's (pytorch#172439).
+
+    What memory held before would be that expert's gradient, and through the global norm everyone's.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def row_blocks(rows_per_expert: Int[Tensor, "local_experts"], dtype: torch.dtype) -> list[ExpertRows] | list[AllRows]:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.experts import grouped
 from moe_pretrain.moe.experts.grouped import AllRows, row_blocks
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
@@ -249,3 +250,33 @@ def test_scores_save_only_sources_factors_and_preactivations() -> None:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in [*experts.parameters(), key_weight]}
     elements = sum(t.untyped_storage().nbytes() // 4 for at, t in saved.items() if at not in parameters)
     assert elements == tokens * (HIDDEN + key + WIDTH) + tokens * slots * 2 * WIDTH
+
+
+def test_empty_experts_get_zero_gradients_where_the_kernel_writes_none(monkeypatch: pytest.MonkeyPatch):
+    """Blackwell's grouped product leaves what memory held for an expert without rows; played with NaN on the CPU."""
+    rows_per_expert = torch.tensor([3, 0, 2, 0])
+    left, right = torch.randn(5, 8).bfloat16(), torch.randn(5, 16).bfloat16()
+    products = functional.grouped_mm
+    parts = zip(left.split([3, 0, 2, 0]), right.split([3, 0, 2, 0]), strict=True)
+    expected = torch.stack([part.t() @ other for part, other in parts])
+
+    def unwritten(*operands: Tensor, offs: Tensor) -> Tensor:
+        result = products(*operands, offs=offs)
+        result[rows_per_expert == 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(functional, "grouped_mm", unwritten)
+    for is_blackwell in (True, False):
+        monkeypatch.setattr(grouped, "_leaves_empty_products", lambda device, found=is_blackwell: found)
+        stack = grouped.AllRows(rows_per_expert).outer(left, right, None)
+        assert stack.isfinite().all() == is_blackwell
+        if is_blackwell:
+            torch.testing.assert_close(stack.float(), expected.float(), rtol=1e-2, atol=1e-2)
+            assert (stack[rows_per_expert == 0] == 0).all()
+
+
+@pytest.mark.parametrize("capability,leaves", [((9, 0), False), ((10, 0), True), ((12, 0), True)])
+def test_which_devices_leave_them(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], leaves: bool):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert grouped._leaves_empty_products.__wrapped__(torch.device("cuda", 0)) == leaves
+    assert not grouped._leaves_empty_products.__wrapped__(torch.device("cpu"))

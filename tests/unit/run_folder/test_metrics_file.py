@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from moe_pretrain.system.words import short_duration, short_number
 
 
 def row(step, **more):
-    return {"kind": "train", "step": step, "tokens": step * 10, "seconds": step / 2, "attempt": 0, **more}
+    return {"kind": "train", "step": step, "tokens": step * 10, "seconds": step / 2, "train/loss": None, **more}
 
 
 def test_rows_are_readable_before_the_file_is_closed(tmp_path):
@@ -164,3 +165,27 @@ def test_a_deleted_file_is_written_anew_with_all_its_rows(tmp_path):
     sink.write(row(2))
     sink.close()
     assert read_rows(sink.path) == [row(1), row(2)]
+
+
+@pytest.mark.parametrize(
+    "line,problem",
+    [
+        ("[]", "not a JSON object"),
+        ("{}", "kind is missing"),
+        ('{"kind": "train", "step": 3, "tokens": 4}', "train/loss is missing"),
+        ('{"kind": "train", "step": "3", "tokens": 4, "train/loss": 1.0}', "step='3' is no int"),
+        (
+            '{"kind": "validation", "step": 3, "tokens": 4, "validation/loss": "low"}',
+            "validation/loss='low' is no float",
+        ),
+        ('{"kind": "event", "step": true, "event": "resumed", "message": ""}', "step=True is no int"),
+        ('{"kind": "event", "step": 3, "event": "resumed"}', "message is missing"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named_with_its_number(tmp_path: Path, line: str, problem: str):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"kind": "train", "step": 1, "tokens": 2, "train/loss": null, "later/field": [1]}'
+    path.write_text(f"{good}\n" + '{"kind": "later", "step": 1}\n' + f"{line}\n")
+    with pytest.raises(ValueError) as caught:
+        read_rows(path)
+    assert str(caught.value) == f"{path}, line 3: {problem}; delete that line to go on"

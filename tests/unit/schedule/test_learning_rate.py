@@ -32,8 +32,8 @@ def test_a_warm_up_that_does_not_end_is_said():
         CosineScheduleConfig("cosine", 500, 0.1),
         WarmupStableDecayScheduleConfig("warmup_stable_decay", 500, 0.0, 0.1),
     ):
-        assert "schedule.warmup_steps=500 does not end in the run's 20 steps" in schedule.check(20)
-        assert f"rises to {schedule.factor(19, 20):.1%} of" in schedule.check(20)
+        assert "schedule.warmup_steps=500 must be at most the run's 20 steps" in schedule.check(20)
+        assert f"only rise to {schedule.factor(19, 20):.1%} of" in schedule.check(20)
         assert schedule.check(500) == ""
 
 

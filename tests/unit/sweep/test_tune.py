@@ -112,6 +112,24 @@ def test_further_fields_of_the_schemes_that_have_them(home: Path):
     assert without.words == ("router=top_k", "router.load_balance_weight=0")
 
 
+def test_a_choice_is_never_forgotten_while_another_scheme_is_tuned(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """A comparison made meanwhile has the final runs of what was tuned before."""
+    words = ["seed=1", "optimizer.learning_rate=0.6", "--trials=3"]
+    assert tune("router=top_k", *words) == 0
+    before, written = record(home), []
+    monkeypatch.setattr(TuneRecord, "write", lambda self, folder: written.append(self))
+    assert tune("router=top_k,hash", *words) == 0
+    assert len(written) > 2 and written[0].schemes[1].chosen is None
+    for each in written:
+        assert each.schemes[0] == before.schemes[0] and each.former == ()
+
+
+def test_values_of_a_further_field_may_be_words(home: Path, capsys: pytest.CaptureFixture[str]):
+    also = ["--also", "router.load_balance_level=sequence", "--trials=4", "seed=1", "optimizer.learning_rate=0.6"]
+    assert tune("router=top_k", *also) == 0
+    assert " 1.2 with sequence: 3.5792" in capsys.readouterr().out
+
+
 def test_more_trials_for_all_leave_no_stray_runs(home: Path):
     words = ["router=top_k", "seed=1", "optimizer.learning_rate=0.1"]
     assert tune(*words, "--trials=3") == 0
@@ -145,6 +163,7 @@ def test_more_trials_for_all_leave_no_stray_runs(home: Path):
         (["router=top_k", "seed=1", "--also", "router.top_k=1,3,4"], "leaves 2 for the rate of router=top_k"),
         (["router=top_k", "seed=1", "run.name=x"], "run.name: a sweep names its runs itself"),
         (["router=top_k", "seed=1", "--cfg", "job"], "show one configuration"),
+        (["router=top_k", "seed=1", "hydra/sweeper=optuna"], "hydra/sweeper=optuna has no effect"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -227,3 +227,21 @@ def test_wrong_override_gets_one_line() -> None:
     with pytest.raises(ConfigError) as caught:
         tiny("router=loss_free", "router.bias_update_rate=-1")
     assert "router.bias_update_rate=-1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_groups_are_closed_to_a_token_by_more_than_a_low_score():
+    """Biased scores may be below zero: an expert outside of the token's groups must lose to those too."""
+    experts, config = 8, replace(CONFIG, num_groups=4, groups_per_token=2, top_k=4)
+    router = LossFreeRouter(config, HIDDEN, experts, layer=3)
+    torch.nn.init.normal_(router.weight, std=0.5)
+    router.expert_bias.copy_(torch.linspace(-2.0, -1.2, experts))
+    hidden = torch.randn(TOKENS, HIDDEN)
+    chosen = router(hidden, make_context()).expert_index.view(TOKENS, 4)
+    biased = (hidden @ router.weight.t()).sigmoid() + router.expert_bias
+    assert (biased < 0).all()
+    for token in range(TOKENS):
+        sums = [float(biased[token, first : first + 2].sum()) for first in range(0, experts, 2)]
+        groups = sorted(range(4), key=lambda group: -sums[group])[:2]
+        allowed = [expert for group in groups for expert in (2 * group, 2 * group + 1)]
+        expected = sorted(allowed, key=lambda expert: -float(biased[token, expert]))
+        assert chosen[token].tolist() == expected

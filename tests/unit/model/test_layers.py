@@ -1,0 +1,67 @@
+"""Sums and angles that bfloat16 cannot hold: positions, rotations, gradients of the head and of the embedding."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from moe_pretrain.model.layers import apply_rotary, chunked_cross_entropy, embed, rotary_table
+
+
+@pytest.mark.parametrize("last", [300, 8191])
+def test_neighbouring_positions_keep_apart_at_any_distance(last: int):
+    """bfloat16 knows no odd position above 256."""
+    positions = torch.arange(last - 40, last + 1)[None]
+    cosine, sine = rotary_table(positions, 16, 10_000.0)
+    angle = positions[0].numpy()[:, None] * 10_000.0 ** -(np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(cosine[0, 0].numpy(), np.cos(angle), atol=2e-3)
+    np.testing.assert_allclose(sine[0, 0].numpy(), np.sin(angle), atol=2e-3)
+    assert (cosine[0, 0, 1:] != cosine[0, 0, :-1]).any(dim=1).all()
+
+
+def test_bfloat16_heads_are_rotated_in_float32_and_rounded_once():
+    heads = torch.randn(2, 3, 64, 16).bfloat16()
+    table = rotary_table(torch.arange(500, 564).expand(2, -1), 16, 10_000.0)
+    rotated = apply_rotary(heads, table)
+    cosine, sine = (part.double() for part in table)
+    first, second = heads.double().chunk(2, dim=-1)
+    exact = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    assert rotated.dtype == torch.bfloat16
+    different = rotated != exact.to(torch.bfloat16)
+    assert different.float().mean() < 1e-3, "of float32's rounding before that to bfloat16"
+
+
+def test_the_heads_gradient_is_summed_over_chunks_in_float32():
+    """512 chunks with one target: in bfloat16 the sum stands still once it is 256 times a chunk's part."""
+    tokens, vocab, width = 4096, 4, 8
+    hidden = (torch.rand(tokens, width) + 0.5).bfloat16()
+    weight = torch.zeros(vocab, width, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(tokens, dtype=torch.long)
+    chunked_cross_entropy(hidden, weight, labels, 8).backward()
+    exact = torch.zeros(vocab, width, requires_grad=True)
+    functional.cross_entropy(hidden.float() @ exact.t(), labels, reduction="sum").backward()
+    torch.testing.assert_close(weight.grad.float(), exact.grad, rtol=5e-3, atol=0)
+
+
+def test_the_embeddings_gradient_of_a_frequent_token_is_summed_in_float32():
+    """In bfloat16 on the CPU it was 6% short for a token in every tenth position."""
+    vocab, width = 16, 8
+    ids = torch.randint(0, 2, (4, 1000)) * 3
+    upstream = (torch.rand(4, 1000, width) + 0.5).bfloat16()
+    weight = torch.randn(vocab, width).bfloat16().requires_grad_()
+    embed(ids, weight).backward(upstream)
+    exact = torch.zeros(vocab, width, dtype=torch.float64)
+    exact.index_add_(0, ids.flatten(), upstream.double().flatten(0, 1))
+    assert weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=2**-8, atol=0)
+
+
+def test_float32_embeddings_keep_their_bits():
+    ids, upstream = torch.randint(0, 5, (3, 70)), torch.randn(3, 70, 8)
+    grads = []
+    for look_up in (embed, functional.embedding):
+        weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        output = look_up(ids, weight)
+        output.backward(upstream)
+        grads.append((output.detach(), weight.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
