@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.model.parameter_groups import GROUP_NAMES
 
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
@@ -31,7 +33,10 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 BEFORE = {
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.mup_base_width": 128,
+    "model.mup_base_layers": 4,
     "optimizer.name": "adamw",
+    "optimizer.groups": {name: {"lr_scale": 1.0} for name in GROUP_NAMES},
     "tokenizer.end_of_document": None,
     "tokenizer.max_unknown": 1.0,
     "metrics.collapse_ratio": 1.25,
@@ -244,7 +249,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         part_of: dict[str, Any] = values
         for each in parts:
             part_of = part_of[each]
-        part_of.setdefault(field, value)
+        part_of.setdefault(field, deepcopy(value))
     for _, corpus in corpora_of(values):
         for field, value in BEFORE_OF_CORPORA.get(corpus["source"], {}).items():
             corpus.setdefault(field, value)

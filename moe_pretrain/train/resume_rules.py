@@ -1,6 +1,7 @@
 """Rules of resuming: the facts of a run that its checkpoints keep, and which of them must stay as they were."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,17 @@ _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 """With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
-_ONLY_AT_THE_START = ("model.init", "model.gate_init")
-"""Fields that act in step 0 alone: a run from before they existed goes on with its weights, and nothing is news."""
+_WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
+    "model.init": lambda now: now != "mup",
+    "model.gate_init": lambda now: True,
+    "model.mup_base_width": lambda now: True,
+    "model.mup_base_layers": lambda now: True,
+    "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
+}
+"""Fields that a run from before they existed goes on without, and which of their values are no news to it.
+
+``init`` and ``gate_init`` act in step 0 alone, but for ``mup``, which scales rates.
+"""
 _KINDS = ("data.source", "tokenizer.kind", "router.name", "optimizer.name", "schedule.name")
 """Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
 _ABSENT = object()
@@ -120,9 +130,11 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
         if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
         must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
-        if before is _ABSENT and name in _ONLY_AT_THE_START:
+        if before is _ABSENT and name in _WHEN_ABSENT and _WHEN_ABSENT[name](after):
             continue
-        if before is _ABSENT or after is _ABSENT:
+        if before is _ABSENT and name == "model.init":
+            found.refused.append(f"{name}={after} must stay normal or width_aware")
+        elif before is _ABSENT or after is _ABSENT:
             absent = "not known then" if before is _ABSENT else f"was {_word(before)}, no longer exists"
             found.allowed.append(f"{name}={_word(after)} ({absent})" if after is not _ABSENT else f"{name} ({absent})")
         elif must_stay:

@@ -58,6 +58,7 @@ SCHEMES = {
     "quantile": ["router=quantile"],
     "hash": ["router=hash"],
     "sinkhorn": ["router=sinkhorn"],
+    "k_means": ["router=k_means"],
     "expert_choice": ["router=expert_choice"],
     "expert_threshold": ["router=expert_threshold"],
     "relu": ["router=relu"],

@@ -56,6 +56,16 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         + ["--overrides", *SMALL_RUNS],
         ["killed ", "6 runs of 3 steps, each step once", "planted mistake found, twin not distinguishable"],
     ),
+    "tables/coordinate_check.py": (
+        ["--values", "32", "64", "--inits", "mup", "--steps", "0", "1", "--rows=1", "--schemes", "hash", "relu"]
+        + ["--picture={home}/coordinates.png", *SMALL_MODEL[:1], *SMALL_MODEL[2:4]],
+        ["| relu, mup | sum of weights | ", "| hash, mup | logits | "],
+    ),
+    "tables/rate_transfer.py": (
+        ["--folder={home}/transfer", "--values", "32", "64", "--inits", "mup", "--rates", "0.001", "0.01"]
+        + ["--steps=2", "--rows=1", "--picture={home}/transfer.png"],
+        ["mup width=64 rate 0.01 seed 1: ", "| mup | 32 | "],
+    ),
     "durability/fire.py": (
         ["--hits=2", "--seed=1", "--folder={home}"],
         ["2 hits (", "every step once; token hash and loss of every step"],
