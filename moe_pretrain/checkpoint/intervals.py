@@ -75,7 +75,7 @@ def kept_moments(engine: TrainEngine) -> dict[str, list[str]]:
 
 
 def updates_made(engine: TrainEngine) -> int:
-    """How many updates the optimizer has made: the steps so far, but for those that were skipped."""
+    """Number of updates that the optimizer has made: the steps so far, but for those that were skipped."""
     return max((int(piece.updates) for piece in pieces(engine)), default=0)
 
 

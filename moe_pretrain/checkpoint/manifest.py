@@ -223,7 +223,7 @@ def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], Any]:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    """What an error of the system says of a checkpoint's file."""
+    """Error of a checkpoint's file, from that of the system."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return DamagedCheckpoint(f"checkpoint file {path} is missing")
     if error.errno in (None, errno.ELOOP, errno.ENXIO):

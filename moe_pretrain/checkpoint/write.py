@@ -214,7 +214,7 @@ class Retention:
 
     @contextlib.contextmanager
     def _each(self, path: Path, problems: list[str]) -> Iterator[None]:
-        """What happens to one path keeps nobody from the others."""
+        """Keep what happens to one path from the others."""
         try:
             yield
         except (OSError, CheckpointError) as error:

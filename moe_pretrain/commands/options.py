@@ -102,7 +102,7 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
 
 
 def router_files(words: Sequence[str]) -> list[str]:
-    """What may stand behind a folder of runs: python of their own routers that may be run.
+    """Words behind a folder of runs: python of their own routers that may be run.
 
     Raises:
         ValueError: Something else does.

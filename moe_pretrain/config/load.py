@@ -108,7 +108,7 @@ def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: 
 
 
 def _moved(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Where a run lives, for one that was copied or moved; the cache moves along unless it was put elsewhere."""
+    """Place of a run that was copied or moved; the cache moves along unless it was put elsewhere."""
     here = folder if folder.name not in ("", "..") else folder.resolve()
     cache = f"{here.parent}/cache" if run["cache_dir"] == f"{run['output_dir']}/cache" else run["cache_dir"]
     return {**run, "output_dir": str(here.parent), "name": here.name, "cache_dir": cache}

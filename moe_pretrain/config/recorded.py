@@ -85,7 +85,7 @@ def _key(word: str) -> str:
 
 
 def _strangeness(word: str) -> str:
-    """What a recorded override does beside setting a value or naming a choice; empty for most."""
+    """Effect of a recorded override beside setting a value or naming a choice; empty for most."""
     key, _, value = word.partition("=")
     key = key.lstrip("+~")
     if key == "router_file" and value != "null":

@@ -28,7 +28,7 @@ class CosineScheduleConfig:
         return _long_warmup(self.warmup_steps, num_steps)
 
     def last(self, num_steps: int) -> float:
-        """Where the schedule comes to, as a fraction of the peak."""
+        """Last learning rate, as a fraction of the peak."""
         return self.floor
 
     def factor(self, step: int, num_steps: int) -> float:
@@ -71,7 +71,7 @@ class WarmupStableDecayScheduleConfig:
         return _long_warmup(self.warmup_steps, num_steps)
 
     def last(self, num_steps: int) -> float:
-        """Where the schedule comes to, as a fraction of the peak."""
+        """Last learning rate, as a fraction of the peak."""
         return self.floor if round(self.decay_fraction * num_steps) else 1.0
 
     def factor(self, step: int, num_steps: int) -> float:
@@ -86,7 +86,7 @@ class WarmupStableDecayScheduleConfig:
 
 
 def describe_last_rate(schedule: "ScheduleConfig", steps: int, num_steps: int) -> str:
-    """Where the learning rate stood in the last of ``steps``, planned as ``num_steps``, if that is not its end."""
+    """Line on the learning rate in the last of ``steps``, planned as ``num_steps``, if that is not its end."""
     factor, last = schedule.factor(steps - 1, num_steps), schedule.last(num_steps)
     if not steps or math.isclose(factor, last, rel_tol=1e-3, abs_tol=1e-6):
         return ""
