@@ -164,7 +164,7 @@ class BudgetMeter:
         return text
 
     def describe_excess(self) -> str:
-        """Line on a budget that is below what is spent by more than the last step, as after a resume with less; or nothing."""
+        """Line on a budget that is below what is spent, by more than the last step; or nothing."""
         config, before_last = self._config, 1 - 1 / max(1, self.steps)
         found = ""
         if config.tokens is not None and self.steps > self._planned_steps:
