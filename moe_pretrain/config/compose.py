@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.model.parameter_groups import GROUP_NAMES
 
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
@@ -31,7 +33,10 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 BEFORE = {
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.mup_base_width": 128,
+    "model.mup_base_layers": 4,
     "optimizer.name": "adamw",
+    "optimizer.groups": {name: {"lr_scale": 1.0} for name in GROUP_NAMES},
     "tokenizer.end_of_document": None,
     "tokenizer.max_unknown": 1.0,
     "metrics.collapse_ratio": 1.25,
@@ -76,12 +81,13 @@ def folder_override(folder: Path) -> str:
     Raises:
         ConfigError: There is no such folder, or a file in it has the name of a shipped one, which would win.
     """
-    word = f"{_SEARCH_PATH}[{_quoted(f'file://{folder.resolve()}')}]"
+    word = f"{_SEARCH_PATH}[{quoted(f'file://{folder.resolve()}')}]"
     _check_folders([word], f"--config-dir={folder}")
     return word
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as the right side of an override, taken as it is."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
@@ -97,7 +103,7 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return _quoted(value)
+        return quoted(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_word, value))}]"
     if isinstance(value, dict):
@@ -170,6 +176,38 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Hydra]:
         raise ConfigError(_explain(error, overrides)) from error
 
 
+_RESOLVER = re.compile(r"\$\{\s*(?!hydra\s*:)[\w.]+\s*:")
+"""An interpolation that runs something, ``${oc.env:HOME}``; not one that names another field, and not Hydra's own."""
+
+
+def refuse_resolvers(overrides: Sequence[str], given: Sequence[str]) -> None:
+    """Raise if a YAML file that the overrides of a run's folder lead to asks for more than other fields' values.
+
+    Args:
+        overrides: In Hydra's words.
+        given: Those of them that stand on the command line, which may ask for anything.
+
+    Raises:
+        ConfigError: The first such value.
+    """
+    with _hydra(overrides):
+        values = OmegaConf.to_container(compose(ROOT_CONFIG, overrides=list(overrides)), resolve=False)
+    for path, value in _texts(values, ""):
+        if _RESOLVER.search(value) and not any(value in word for word in given):
+            raise ConfigError(f"{path}={value} is not evaluated for a run's folder: give it on the command line")
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, path)
+    elif isinstance(value, str):
+        yield path, value
+
+
 def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed values as plain dictionaries, interpolations resolved.
 
@@ -211,7 +249,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         part_of: dict[str, Any] = values
         for each in parts:
             part_of = part_of[each]
-        part_of.setdefault(field, value)
+        part_of.setdefault(field, deepcopy(value))
     for _, corpus in corpora_of(values):
         for field, value in BEFORE_OF_CORPORA.get(corpus["source"], {}).items():
             corpus.setdefault(field, value)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from moe_pretrain.checkpoint.store import locate
+from moe_pretrain.checkpoint.store import complete_names, locate
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
-from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.engine.optimizers.base import check_groups
+from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import num_routed_experts, width_problems
-from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
@@ -54,13 +54,14 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     plan, moe = plan_run(config, world_size), config.model.moe
     config.schedule.check(plan.batches.num_steps)
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
-    if config.checkpoint.warm_start is not None:
+    # One that has checkpoints goes on from those, also where what it began with is gone.
+    if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
         locate(Path(config.checkpoint.warm_start))
     if config.optimizer.trainable == "routers":
-        with torch.device("meta"):
-            model = DecoderLM(config.model, config.router, ExpertShard())
+        model = meta_model(config.model, config.router)
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
             raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
+    check_groups(config.optimizer, config.model, config.router)
     if plan.dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":

@@ -159,7 +159,7 @@ class Tokenizer:
         parts, start = [], 0
         while start < len(text):
             stop = self._next_cut(text, start + _LONGEST_WHOLE // 2)
-            parts.append(np.array(self._encode([text[start:stop]])[0], dtype=np.int64))
+            parts.append(np.array(self._encode([text[start:stop]])[0], dtype=np.uint32))  # half of what int64 takes
             start = stop
         return np.concatenate(parts)
 
@@ -205,8 +205,20 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, file: Path) -> None:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
+    model.train_from_iterator((part for text in texts for part in _parts(text)), trainer)
     write_whole(file, model.to_str(pretty=True))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A long text cut before white space, where ``ByteLevel`` cuts too: the words and their counts stay the same."""
+    start = 0
+    while len(text) - start > _LONGEST_WHOLE:
+        found = _SPACE_AFTER_WORD.search(text, start + _LONGEST_WHOLE // 2)
+        if found is None:
+            break
+        yield text[start : found.end() - 1]
+        start = found.end() - 1
+    yield text[start:]
 
 
 def load_tokenizer_file(file: Path, end_of_document: str | None = None) -> Tokenizer:
@@ -324,7 +336,9 @@ def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer
 
     def load(local_files_only: bool) -> Any:
         try:
-            return transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+            return transformers.AutoTokenizer.from_pretrained(
+                name, local_files_only=local_files_only, trust_remote_code=False
+            )
         except Exception as error:  # whatever the tokenizer's class raises
             raise ValueError(f"tokenizer.path={name}: {one_line(error)}") from None
 

@@ -15,7 +15,7 @@ from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.elastic import ElasticGradients, GradientCarrier, clip_scale, exact_sum
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
-from moe_pretrain.engine.optimizers import OptimizerConfig, build_optimizer
+from moe_pretrain.engine.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from moe_pretrain.engine.sanity import (
     check_optimizer_covers,
     check_replicas,
@@ -87,7 +87,7 @@ class TrainEngine:
         self.deepspeed, self.optimizer, _, _ = initialised
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of ``step``."""
+        """Learning rate of ``step``, of which each group of parameters has its multiple."""
         return self.optimizer_config.learning_rate * self._learning_rate_factor(step)
 
     def step(self, step: int, micro_batches: list[MicroBatch]) -> StepResult:
@@ -208,8 +208,7 @@ class TrainEngine:
     def _update(self, step: int) -> float:
         """Set the learning rate, clip, update unless the gradient is not finite; the global norm before clipping."""
         self._enter("train.update", step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        set_learning_rate(self.optimizer.param_groups, self.learning_rate(step))
         own_norm = None
         if self._elastic is not None:
             own_norm = self._elastic.norm

@@ -38,8 +38,13 @@ class ModelConfig:
         norm_epsilon: Epsilon of RMSNorm.
         tie_embeddings: Use the embedding as output head.
         init: Standard deviation of the normal initialisation over widths: ``normal``: ``init_std`` at every width;
-            ``width_aware``: ``init_std * sqrt(768 / hidden_size)``. ``model.init`` has the table.
-        init_std: Standard deviation of the initialisation, at a width of 768 with ``init=width_aware``.
+            ``width_aware``: ``init_std * sqrt(768 / hidden_size)``. ``mup``: the maximal update parameterisation, which
+            scales learning rates too, so that one found at a small shape holds at a large one (arXiv:2203.03466,
+            2505.01618, 2508.09752). ``model.init`` and ``model.parameter_groups`` have the tables.
+        init_std: Standard deviation of the initialisation, at a width of 768 with ``init=width_aware`` and ``mup``.
+        mup_base_width: Width at which ``mup`` scales nothing, >= 1; read by no other ``init``. A rate is meant at this
+            width, wherever it was found: small and large model must have the same.
+        mup_base_layers: Number of layers at which ``mup`` scales nothing, likewise.
         gate_init: Two maps that stand in the place of one (a factorised gate, a large router, attentive gating's query
             and key): ``variance_preserving``: together as loud as that one; ``paper``: each with the standard
             deviation of any other matrix, as in released code.
@@ -61,8 +66,10 @@ class ModelConfig:
     rope_base: PositiveFloat
     norm_epsilon: PositiveFloat
     tie_embeddings: bool
-    init: Literal["normal", "width_aware"]
+    init: Literal["normal", "width_aware", "mup"]
     init_std: PositiveFloat
+    mup_base_width: PositiveInt
+    mup_base_layers: PositiveInt
     gate_init: Literal["variance_preserving", "paper"]
     scale_residual_init: bool
     cross_entropy_chunk_tokens: PositiveInt
@@ -77,6 +84,11 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"model.hidden_size/num_heads={self.head_size} must be even: rotary positions turn pairs")
+        if self.init == "mup" and self.gate_init == "paper":
+            raise ValueError(
+                "model.gate_init=paper must be variance_preserving with model.init=mup, which says how the two factors "
+                "of a gate start at every width and rank"
+            )
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_key_value_heads={self.num_key_value_heads} must divide model.num_heads={self.num_heads}"

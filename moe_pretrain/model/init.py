@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
+from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, parameter_roles
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.routers.attentive import QueryKey
@@ -25,9 +26,12 @@ Autonomy-of-Experts model, from which 0.02 comes. A map of a normed input then h
 def initialise(model: DecoderLM, seed: int) -> None:
     """Fill every parameter of ``model``: RMSNorm weights with 1, all others from a normal distribution of mean 0.
 
+    With ``model.init=mup`` the final norm starts at ``mup_base_width / hidden_size``, which scales the logits.
+
     ``base_std`` is ``init_std`` with ``model.init=normal`` and ``init_std * sqrt(768 / hidden_size)`` with
     ``width_aware``, so that router logits, gate pre-activations and attention projections of a normed input start with
-    the same spread at every width. ``parameter_std`` makes the rest of the table:
+    the same spread at every width. ``mup`` has a table of its own in ``model/parameter_groups.py``: the same numbers
+    at its base shape, and other laws of width, depth and rank. For the other two ``parameter_std`` makes the rest:
 
     ==============================  ==============================================================================
     parameter                       standard deviation
@@ -49,6 +53,7 @@ def initialise(model: DecoderLM, seed: int) -> None:
     size or on what else the model contains, and no two experts are alike (defect C30). The draws are
     always made on the CPU, so every device starts from the same weights.
     """
+    config, roles = model.config, parameter_roles(model)
     filled: set[int] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -57,9 +62,10 @@ def initialise(model: DecoderLM, seed: int) -> None:
             filled.add(id(parameter))
             full_name = f"{module_name}.{name}"
             if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
+                is_scale = roles[full_name].is_final_norm and config.init == "mup"
+                parameter.fill_(config.mup_base_width / config.hidden_size if is_scale else 1.0)
                 continue
-            std = parameter_std(module, name, parameter, model.config)
+            std = parameter_std(module, name, parameter, roles[full_name], config)
             if isinstance(module, SwiGLUExperts | FactorisedExperts):
                 for expert_id, expert in zip(module.expert_ids, parameter.unbind(0), strict=True):
                     _fill_normal(expert, std, seed, f"{full_name}/{expert_id}")
@@ -69,25 +75,31 @@ def initialise(model: DecoderLM, seed: int) -> None:
             for name in module.frozen_weights:
                 buffer = module.get_buffer(name)
                 if not buffer.is_meta:
-                    _fill_normal(buffer, base_std(model.config), seed, f"{module_name}.{name}")
+                    std = base_std(config) * (_output_factor(config) if config.init == "mup" else 1.0)
+                    _fill_normal(buffer, std, seed, f"{module_name}.{name}")
 
 
 def base_std(config: ModelConfig) -> float:
     """Standard deviation of a matrix that reads the residual stream."""
-    if config.init == "width_aware":
-        return config.init_std * math.sqrt(REFERENCE_WIDTH / config.hidden_size)
-    return config.init_std
+    return config.init_std if config.init == "normal" else _width_aware_std(config, config.hidden_size)
 
 
-def parameter_std(module: nn.Module, name: str, parameter: Tensor, config: ModelConfig) -> float:
-    """Standard deviation with which a parameter starts: the table of ``initialise``.
+def _width_aware_std(config: ModelConfig, width: int) -> float:
+    return config.init_std * math.sqrt(REFERENCE_WIDTH / width)
+
+
+def parameter_std(module: nn.Module, name: str, parameter: Tensor, role: ParameterRole, config: ModelConfig) -> float:
+    """Standard deviation with which a parameter starts: the table of ``initialise``, or that of ``mup``.
 
     Args:
         module: That holds the parameter.
         name: Its name in ``module``.
         parameter: Its shape says the rank of a factor.
+        role: Its role in the model.
         config: Of the model.
     """
+    if config.init == "mup":
+        return _mup_std(module, name, parameter, role, config)
     std = base_std(config)
     if name == "out_weight":
         return std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
@@ -97,6 +109,31 @@ def parameter_std(module: nn.Module, name: str, parameter: Tensor, config: Model
         return _query_key_std(module, name, parameter, config)
     rank = _rank(module, name, parameter)
     return std if rank is None else math.sqrt(std / math.sqrt(rank))
+
+
+def _mup_std(module: nn.Module, name: str, parameter: Tensor, role: ParameterRole, config: ModelConfig) -> float:
+    """The table of ``model/parameter_groups.py``."""
+    at_base = _width_aware_std(config, config.mup_base_width)
+    if role.reads in ("nothing", "fixed"):
+        return at_base
+    spread = math.sqrt(base_fan_in(role.reads, config) / parameter.shape[-1])
+    if role.writes_residual:
+        by_depth = config.mup_base_layers / config.num_layers
+        by_depth /= math.sqrt(2 * config.mup_base_layers) if config.scale_residual_init else 1.0
+        return at_base * spread * by_depth
+    is_output = role.group == "router" and parameter.ndim == 2  # with the experts' own factors, it has one per expert
+    if isinstance(module, QueryKey):
+        output = _output_factor(config) if name == "query_weight" else 1.0
+        return _query_key_std(module, name, parameter, config) * output
+    if _rank(module, name, parameter) is not None:
+        factor = math.sqrt(at_base / math.sqrt(base_fan_in("rank", config))) * spread
+        return factor * _output_factor(config) if role.reads == "rank" and is_output else factor
+    return at_base * spread * (_output_factor(config) if is_output else 1.0)
+
+
+def _output_factor(config: ModelConfig) -> float:
+    """Of ``mup``: how much smaller a matrix from the residual stream to a few numbers starts than a hidden one."""
+    return math.sqrt(config.mup_base_width / config.hidden_size)
 
 
 def _rank(module: nn.Module, name: str, parameter: Tensor) -> int | None:
@@ -123,6 +160,9 @@ def _query_key_std(module: QueryKey, name: str, parameter: Tensor, config: Model
     std, inner = base_std(config), parameter.shape[1]
     if module.reads == "low_rank":
         size = math.sqrt(std / math.sqrt(inner) * config.hidden_size)  # of x W_down
+        if config.init == "mup":
+            rank, width = base_fan_in("rank", config), config.mup_base_width
+            size = math.sqrt(_width_aware_std(config, width) / math.sqrt(rank) * width)
     else:
         size = swiglu_size(std * math.sqrt(config.hidden_size))
     return 1 / (size * math.sqrt(inner))

@@ -14,7 +14,9 @@ from moe_pretrain.config.match_budget import describe_match
 from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.engine.optimizers.base import check_groups, describe_rates, rate_scales_by_group
 from moe_pretrain.model.block import Recompute
+from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import build_router, num_routed_experts, width_problems
 from moe_pretrain.plan.memory import (
@@ -178,6 +180,7 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         ValueError: The configuration is wrong.
     """
     config = load(overrides)
+    check_groups(config.optimizer, config.model, config.router)
     size = model_size(config.model, config.router)
     ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
     say(
@@ -187,6 +190,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     )
     for line in describe_match(config.model, config.router, config.budget):
         say(line)
+    if rates := describe_rates(rate_scales_by_group(meta_model(config.model, config.router), config.optimizer)):
+        say(rates)
     _say_flops(size, say)
     found = problems(config)
     for problem in found:

@@ -16,6 +16,7 @@ from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data import TrainLoader
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.optimizers.base import describe_rates, rate_scales_by_group
 from moe_pretrain.metrics.wandb_start import keep_wandb_inside
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -49,7 +50,8 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
 
     Returns:
         Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint,
-        ``signals.UNSAVED`` when its last checkpoint could not be written.
+        ``exit_codes.UNSAVED`` when its last checkpoint could not be written, ``exit_codes.NOT_FINITE`` when it has come
+        to its end without a result.
 
     Raises:
         RunInUse: The run's folder belongs to another run.
@@ -134,6 +136,8 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
 
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
+    if rates := describe_rates(rate_scales_by_group(model, config.optimizer)):
+        say(rates)
     _tell_token_counts(model, data.loader, plan.batches, mesh)
     if competition := _describe_competition(config.router.name, model):
         say(competition)

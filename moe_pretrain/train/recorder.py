@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from moe_pretrain.checkpoint.manifest import complete_names, step_of
+from moe_pretrain.checkpoint.manifest import CheckpointError, complete_names, step_of
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config, to_values
+from moe_pretrain.engine.optimizers.base import rate_scales_by_group
 from moe_pretrain.metrics.writer import MetricsWriter
+from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.plan.layer_cost import layer_cost
 from moe_pretrain.run_folder.paths import CHECKPOINTS, sick_step_file
@@ -60,7 +62,7 @@ class RunRecorder:
             self._probes.write(probe)
             checkpoints = complete_names(self._checkpoints)
             self._probes.remove_before(step_of(checkpoints[-1]) or 0 if checkpoints else 0)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             self.event("probe_failed", f"losses by document and routes are not complete: {error}")
         return {f"moe/layer_{layer:02d}/routing_drift": share for layer, share in drift.items()}
 
@@ -90,6 +92,8 @@ def write_facts(config: Config, plan: RunPlan, data: RunData, mesh: Mesh) -> Non
         "active_parameters": size.active_parameters,
         "flops_per_token": size.training_flops_per_token,
         "planned_steps": config.num_steps,
+        # Of each group the different ones; a row's train/learning_rate times these are the rates of its step.
+        "learning_rate_scales": rate_scales_by_group(meta_model(config.model, config.router), config.optimizer),
         "unigram_cross_entropy": data.unigram_cross_entropy,
         "validation_text": {name: asdict(text) for name, text in data.validation_text.items()},
         "corpus_fingerprint": data.corpus.fingerprint,

@@ -1,6 +1,7 @@
 """Rules of resuming: the facts of a run that its checkpoints keep, and which of them must stay as they were."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,17 @@ _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 """With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
-_ONLY_AT_THE_START = ("model.init", "model.gate_init")
-"""Fields that act in step 0 alone: a run from before they existed goes on with its weights, and nothing is news."""
+_WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
+    "model.init": lambda now: now != "mup",
+    "model.gate_init": lambda now: True,
+    "model.mup_base_width": lambda now: True,
+    "model.mup_base_layers": lambda now: True,
+    "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
+}
+"""Fields that a run from before they existed goes on without, and which of their values are no news to it.
+
+``init`` and ``gate_init`` act in step 0 alone, but for ``mup``, which scales rates.
+"""
 _KINDS = ("data.source", "tokenizer.kind", "router.name", "optimizer.name", "schedule.name")
 """Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
 _ABSENT = object()
@@ -75,8 +85,11 @@ class ResumeRules:
         if then.corpus_fingerprint != now.corpus_fingerprint:
             raise ConfigError(
                 f"data: the corpus has changed since {path} was made: "
-                f"{data.explain_change(then.corpus_facts, now.corpus_facts)}; choose another run.name to start anew"
+                f"{_explained(then.corpus_facts, now.corpus_facts)}; choose another run.name to start anew"
             )
+        tokens = state.step * now.config["batch"]["global_batch_tokens"]
+        if state.tokens not in (None, tokens):
+            raise ConfigError(f"{path} cannot be resumed: state.tokens={state.tokens} must be {tokens} after its steps")
         return found.allowed
 
     def refuse_tokenizer(self, state: TrainState, path: Path) -> None:
@@ -109,7 +122,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
     then is contradicted.
     """
     found = Changes([], [])
-    elastic = all(config.get("engine", {}).get("determinism") == "elastic" for config in (then, now))
+    elastic = all(_engine(config).get("determinism") == "elastic" for config in (then, now))
     kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
     differences = _differences("", then, json.loads(json.dumps(now)))
     of_another_kind = tuple(kind.partition(".")[0] for kind in _KINDS if kind in differences)
@@ -117,9 +130,11 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
         if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
         must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
-        if before is _ABSENT and name in _ONLY_AT_THE_START:
+        if before is _ABSENT and name in _WHEN_ABSENT and _WHEN_ABSENT[name](after):
             continue
-        if before is _ABSENT or after is _ABSENT:
+        if before is _ABSENT and name == "model.init":
+            found.refused.append(f"{name}={after} must stay normal or width_aware")
+        elif before is _ABSENT or after is _ABSENT:
             absent = "not known then" if before is _ABSENT else f"was {_word(before)}, no longer exists"
             found.allowed.append(f"{name}={_word(after)} ({absent})" if after is not _ABSENT else f"{name} ({absent})")
         elif must_stay:
@@ -127,6 +142,19 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
         else:
             found.allowed.append(f"{name}={_word(after)} (was {_word(before)})")
     return found
+
+
+def _engine(config: dict[str, Any]) -> dict[str, Any]:
+    engine = config.get("engine")
+    return engine if isinstance(engine, dict) else {}
+
+
+def _explained(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Differences of two corpora, of which the first is described by a file that may hold anything."""
+    try:
+        return data.explain_change(then, now)
+    except (AttributeError, TypeError, ValueError, KeyError):
+        return "what it was is not readable"
 
 
 def _word(value: Any) -> str:

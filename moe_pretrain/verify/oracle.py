@@ -32,7 +32,7 @@ from moe_pretrain.moe.types import (
     StepUse,
     float32_parameters,
 )
-from moe_pretrain.verify.oracle_optimizers import UPDATES
+from moe_pretrain.verify.oracle_optimizers import UPDATES, rate_scale
 from moe_pretrain.verify.oracle_parts import rms_norm, rotate, run_expert, score, statistic_of_matrices, swiglu
 
 JITTER_STREAM = 1
@@ -336,7 +336,8 @@ class Oracle:
         scale = min(1.0, clipping / (norm + 1e-6)) if clipping else 1.0
         rate = config.learning_rate * self.config.schedule.factor(step, self.num_steps)
         for name, weight in self.weights.items():
-            UPDATES[config.name](config, weight, gradients[name] * scale, self.moments[name], rate, step + 1)
+            own = rate_scale(self.config, name, weight)
+            UPDATES[config.name](config, weight, gradients[name] * scale, self.moments[name], rate, own, step + 1)
 
 
 _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]] = {

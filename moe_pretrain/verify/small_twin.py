@@ -1,5 +1,6 @@
 """A user's configuration shrunk to a size that the oracle can follow."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import PADDING_POSITION, MicroBatch, build_micro_batch
+from moe_pretrain.model.init import REFERENCE_WIDTH
 from moe_pretrain.moe.build import expert_gate
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
@@ -47,6 +49,14 @@ def shrink(config: Config, plan: RunPlan) -> Config:
         init_std=0.2,
         moe=small_moe,
     )
+    if model.init == "mup":  # the same spread, and no rate that is another's
+        small_model = replace(
+            small_model,
+            init="mup",
+            init_std=0.2 * math.sqrt(small_model.hidden_size / REFERENCE_WIDTH),
+            mup_base_width=small_model.hidden_size // 2,
+            mup_base_layers=2 * small_model.num_layers,
+        )
     return replace(
         config,
         model=small_model,

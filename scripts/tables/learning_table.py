@@ -58,6 +58,7 @@ SCHEMES = {
     "quantile": ["router=quantile"],
     "hash": ["router=hash"],
     "sinkhorn": ["router=sinkhorn"],
+    "k_means": ["router=k_means"],
     "expert_choice": ["router=expert_choice"],
     "expert_threshold": ["router=expert_threshold"],
     "relu": ["router=relu"],
@@ -162,7 +163,8 @@ class LearningTable:
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         cautions = "\n".join(f"- {line}" for line in self.found.warnings)
         signatures = "\n".join(f"- **{verdict}:** {claim} ({figures})" for verdict, claim, figures in self.signatures())
-        return f"{table}\n\n{self.note()}\n\nSignatures:\n\n{signatures}\n\nTo be aware of:\n\n{cautions}\n"
+        parts = [table, self.note(), "Signatures:" if signatures else "", signatures, "To be aware of:", cautions]
+        return "\n\n".join(filter(None, parts)) + "\n"
 
     def note(self) -> str:
         """A line that says what the table is of."""

@@ -15,7 +15,7 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.manifest import self_hash
 from moe_pretrain.checkpoint.store import TrainState, train_state
 
-SHAPES = (*WITH_ALL_PARTS, "engine.check_every_steps=0")
+SHAPES = (*WITH_ALL_PARTS, "engine.check_every_steps=0", "model.init=mup", "optimizer.groups.router.lr_scale=0.5")
 
 
 def overrides_of(ep: int, stage: int, dtype: str = "float32") -> tuple[str, ...]:

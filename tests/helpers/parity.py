@@ -29,6 +29,11 @@ _VARIANTS = {
     "mixtral": ("router.load_balance_level=global_batch",),
     "deepseek": (*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
     "switch": ("router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch"),
+    "scaled": (
+        *WITH_ALL_PARTS,
+        *("model.init=mup", "model.init_std=0.04", "model.mup_base_width=8", "model.moe.gate_rank=6"),
+        *("optimizer.groups.router.lr_scale=0.3", "optimizer.groups.experts.lr_scale=2", "optimizer.weight_decay=0.5"),
+    ),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
 """What varies the model and not the step; taken in turn."""

@@ -25,7 +25,7 @@ class BuiltinCorpusConfig:
         source: The word that chooses this corpus.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: Held-out documents of which training has the same or nearly the same text: ``drop`` takes them
-            out of the validation set and counts them, ``count`` counts them, ``ignore`` does not look for them. Of a
+            out of the validation set and counts them, ``count`` counts them, ``ignore`` counts equal ones alone. Of a
             streamed corpus there is no whole to compare with.
     """
 

@@ -1,5 +1,6 @@
 """One document, how it is read from a line of text, and which side of the split it falls on."""
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -97,14 +98,20 @@ def row_of(
     return checked_text(identity, text.removeprefix(_BYTE_ORDER_MARK), on_utf8, repaired)
 
 
-def parse_object(line: str) -> dict[str, object]:
+def parse_object(line: str, column: str) -> dict[str, object]:
     """One line of JSON.
 
+    Args:
+        line: The line.
+        column: A name that it may have once.
+
     Raises:
-        ValueError: It is not one JSON object.
+        ValueError: It is not one JSON object, or an object in it has the column twice.
     """
+    # Of several the reader takes the last, silently. The hook costs time, and is for lines with the name in them twice.
+    hook = functools.partial(_once, column) if line.count(f'"{column}"') > 1 else None
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
@@ -112,6 +119,12 @@ def parse_object(line: str) -> dict[str, object]:
     if not isinstance(row, dict):
         raise ValueError(f"each line must be one JSON object, got {one_line(line)}")
     return row
+
+
+def _once(column: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if sum(name == column for name, _ in pairs) > 1:
+        raise ValueError(f"{column!r} stands there more than once")
+    return dict(pairs)
 
 
 def checked_text(identity: str, text: str, policy: Utf8Policy, repaired: bool = False) -> CorpusRow:

@@ -134,7 +134,7 @@ def _json_row(place: str, line: bytes, config: FilesCorpusConfig) -> CorpusRow:
     if text is None:
         return LeftOut(place, "invalid_utf8")
     try:
-        row = parse_object(text)
+        row = parse_object(text, config.text_column)
     except ValueError:
         if config.invalid_json == "fail":
             raise

@@ -133,6 +133,8 @@ class _Named:
 
 def _open(path: Path, config: TokensCorpusConfig) -> np.ndarray | _Megatron:
     index = path.with_suffix(".idx")
+    if not path.stat().st_size:
+        raise ValueError("the file is empty")
     if path.suffix.lower() == ".npy":
         with open(path, "rb") as file:
             if file.read(len(_NUMPY_MAGIC)) != _NUMPY_MAGIC:
@@ -158,8 +160,6 @@ def _open(path: Path, config: TokensCorpusConfig) -> np.ndarray | _Megatron:
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     size = path.stat().st_size
-    if not size:
-        raise ValueError("the file is empty")
     if size % dtype.itemsize:
         raise ValueError(f"{size} bytes are no whole number of {dtype.name} tokens (data.flat_dtype)")
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

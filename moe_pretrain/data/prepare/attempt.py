@@ -15,6 +15,7 @@ from moe_pretrain.data.documents.config import (
     HubCorpusConfig,
     TokensCorpusConfig,
     describe,
+    has_own_split,
     version_and_licence,
 )
 from moe_pretrain.data.documents.hub import START, Place
@@ -223,8 +224,11 @@ class Preparation:
 
     @property
     def _sketched(self) -> bool:
-        """Whether documents that are held out are looked for among those that are trained on."""
-        return self.sides == SIDES and self._corpus.near_duplicates != "ignore"
+        """Whether documents that are held out are looked for among those that are trained on.
+
+        Equal ones always: where the hash of a text decides its side they cannot be on both.
+        """
+        return self.sides == SIDES and (self._corpus.near_duplicates != "ignore" or has_own_split(self._corpus))
 
     def _find_duplicates(self, tokenizer: Tokenizer) -> Counts:
         """Look for held-out documents in the training side, and leave them out where that is asked for.
@@ -237,8 +241,9 @@ class Preparation:
         edges = np.cumsum([len(some) for some in held_out])[:-1]
         self.report(f"looking for {sum(map(len, held_out)):,} held-out documents in the training side")
         trained_on = (read_unit_sketches(self._partial, record.index, SIDES[0]) for record in records)
-        exact, near = find_duplicates(np.concatenate(held_out), trained_on)
-        if self._corpus.near_duplicates == "count":
+        near_too = self._corpus.near_duplicates != "ignore"
+        exact, near = find_duplicates(np.concatenate(held_out), trained_on, near_too)
+        if self._corpus.near_duplicates != "drop":
             return dataclasses.replace(NOTHING, near_duplicates=int(near.sum()), exact_duplicates=int(exact.sum()))
         by_unit = zip(records, np.split(exact, edges), np.split(near, edges), strict=True)
         for record, exact_here, near_here in by_unit:

@@ -97,7 +97,10 @@ class TokenizedMixture:
 
     def describe_size(self) -> str:
         """Size of the mixture, in a few words."""
-        return f"a mixture of {len(self.sources)} sources"
+        return (
+            f"a mixture of {len(self.sources)} sources; held-out documents are looked for in the training side of "
+            "their own source, not of the others"
+        )
 
     def describe_prepared(self, num_tokens: int) -> str:
         """Documents and tokens in and out of every source: all of them are in the cache."""

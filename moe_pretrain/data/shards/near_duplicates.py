@@ -21,6 +21,7 @@ _RUN_TOKENS = 5
 # Of a longer document only the runs of smallest hash count: a fair sample of it, so that a book costs no more than a
 # page. Of a short document inside a book of many pages it sees less, and so finds less.
 _MOST_RUNS = 1024
+_RUNS_AT_ONCE = 2**18
 _NUM_PERMUTATIONS = 64  # standard error of an estimated similarity: 0.06
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbouring token ids over all bits
 _MISSED_WEIGHT = 0.9  # a candidate too many costs a comparison of 64 numbers, one too few is a duplicate not found
@@ -30,12 +31,19 @@ SKETCH_DTYPE = np.dtype([("content", "<u8"), ("text_bytes", "<u8"), ("minima", "
 
 
 class Sketcher:
-    """Sketches of documents, in order."""
+    """Sketches of documents, in order.
 
-    def __init__(self) -> None:
+    Args:
+        near: Whether near duplicates are looked for too; else the minima stay 0.
+    """
+
+    def __init__(self, near: bool = True) -> None:
+        self._sketches: list[np.ndarray] = []
+        self._near = near
+        if not near:
+            return
         from datasketch import MinHash  # here and not above: it imports scipy, and shards that are ready need none
 
-        self._sketches: list[np.ndarray] = []
         self._minhash = MinHash
         self._permutations = MinHash(_NUM_PERMUTATIONS).permutations
 
@@ -45,9 +53,10 @@ class Sketcher:
         sketch = np.zeros((), SKETCH_DTYPE)
         sketch["content"] = xxhash.xxh3_64_intdigest(tokens.tobytes())
         sketch["text_bytes"] = text_bytes
-        minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
-        minhash.update_batch(_smallest_runs(tokens).tolist())
-        sketch["minima"] = minhash.hashvalues
+        if self._near:
+            minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
+            minhash.update_batch(_smallest_runs(tokens).tolist())
+            sketch["minima"] = minhash.hashvalues
         self._sketches.append(sketch)
 
     def sketches(self) -> np.ndarray:
@@ -60,16 +69,24 @@ def read_sketches(path: Path) -> np.ndarray:
     return np.fromfile(path, SKETCH_DTYPE)
 
 
-def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def find_duplicates(
+    held_out: np.ndarray, trained_on: Iterable[np.ndarray], near: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Held-out documents that are also trained on.
 
     Args:
         held_out: Sketches [documents].
         trained_on: Sketches of the training documents, some at a time.
+        near: Whether to look for near duplicates too.
 
     Returns:
         bool [documents] of those that are equal to a training document, and of those equal or nearly equal.
     """
+    exact = np.zeros(len(held_out), bool)
+    if not near:
+        for some in trained_on:
+            exact |= np.isin(held_out["content"], some["content"])
+        return exact, exact
     from datasketch import MinHash, MinHashLSH
 
     permutations = MinHash(_NUM_PERMUTATIONS).permutations
@@ -78,7 +95,6 @@ def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> t
         return MinHash(hashvalues=minima, permutations=permutations, scheme="affine32")
 
     index = MinHashLSH(SIMILARITY, _NUM_PERMUTATIONS, weights=(1 - _MISSED_WEIGHT, _MISSED_WEIGHT))
-    exact = np.zeros(len(held_out), bool)
     found = np.zeros(len(held_out), bool)
     for number, minima in enumerate(held_out["minima"]):
         index.insert(number, minhash(minima))
@@ -92,9 +108,17 @@ def find_duplicates(held_out: np.ndarray, trained_on: Iterable[np.ndarray]) -> t
 
 
 def _smallest_runs(tokens: np.ndarray) -> np.ndarray:
-    """uint32, rising: the smallest hashes of runs of neighbouring tokens; of a shorter document, of the whole."""
-    hashes = np.zeros(max(1, len(tokens) - _RUN_TOKENS + 1), np.uint64)
-    for offset in range(min(_RUN_TOKENS, len(tokens))):
-        hashes = (hashes + tokens[offset : offset + len(hashes)].astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
-        hashes ^= hashes >> np.uint64(29)
-    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))[:_MOST_RUNS]
+    """uint32, rising: the smallest hashes of runs of neighbouring tokens; of a shorter document, of the whole.
+
+    A long document is hashed in blocks: of all its runs at once the hashes take 30 times the bytes of its tokens.
+    """
+    smallest = np.zeros(0, np.uint32)
+    num_runs = max(1, len(tokens) - _RUN_TOKENS + 1)
+    for start in range(0, num_runs, _RUNS_AT_ONCE):
+        hashes = np.zeros(min(_RUNS_AT_ONCE, num_runs - start), np.uint64)
+        for offset in range(start, start + min(_RUN_TOKENS, len(tokens))):
+            hashes = (hashes + tokens[offset : offset + len(hashes)].astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
+            hashes ^= hashes >> np.uint64(29)
+        found = (hashes >> np.uint64(32)).astype(np.uint32)
+        smallest = np.unique(np.concatenate([smallest, found]))[:_MOST_RUNS]
+    return smallest

@@ -132,7 +132,7 @@ def write_unit(
     train, validation = (
         ShardWriter(folder / side, unit.index, tokenizer.vocab_size, tokenizer.end_of_document) for side in SIDES
     )
-    sketchers = [Sketcher() for _ in SIDES] if sketch else []
+    sketchers = [Sketcher(config.near_duplicates != "ignore") for _ in SIDES] if sketch else []
     counted = {field.name: 0 for field in dataclasses.fields(Counts)}
     limited = False
     try:
@@ -146,7 +146,7 @@ def write_unit(
                     counted[row.reason] += 1
                     continue
                 content = row.tokens if isinstance(row, TokenDocument) else row.text
-                ids = row.tokens if isinstance(row, TokenDocument) else np.asarray(next(tokens), dtype=np.int64)
+                ids = row.tokens if isinstance(row, TokenDocument) else np.asarray(next(tokens))
                 text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
                 counted["packed"] += isinstance(row, TokenDocument) and row.packed
                 if validation_fraction and unit.held_out is not None:

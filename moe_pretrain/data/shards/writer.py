@@ -76,14 +76,17 @@ class ShardWriter:
         Raises:
             ValueError: A token is not in ``[0, vocab_size)``.
         """
-        tokens = np.empty(len(token_ids) + 1, dtype=np.int64)
-        tokens[:-1] = token_ids
-        tokens[-1] = self._end_of_document
-        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+        ids = np.asarray(token_ids)
+        end = self._end_of_document
+        lowest, highest = (min(ids.min(), end), max(ids.max(), end)) if len(ids) else (end, end)
+        if lowest < 0 or highest >= self._vocab_size:
             raise ValueError(
-                f"document {self.num_documents}: token ids from {tokens.min()} to "
-                f"{tokens.max()} must be from 0 to vocab_size-1={self._vocab_size - 1}"
+                f"document {self.num_documents}: token ids from {lowest} to {highest} must be from 0 to "
+                f"vocab_size-1={self._vocab_size - 1}"
             )
+        tokens = np.empty(len(ids) + 1, dtype=self._dtype)
+        tokens[:-1] = ids
+        tokens[-1] = end
         self._waiting.append(tokens)
         self._waiting_tokens += len(tokens)
         self.num_tokens += len(tokens)
@@ -122,11 +125,13 @@ class ShardWriter:
         if self._bin is None:
             self._bin = WholeFile(self._folder / f"{self._name}.bin")
         tokens = np.concatenate(self._waiting)
-        self.token_counts += np.bincount(tokens, minlength=self._vocab_size)
-        content = tokens.astype(self._dtype).tobytes()
-        self._bin.write(content)
-        self._sums.add(content)
         self._waiting = []
+        for start in range(0, len(tokens), _TOKENS_PER_WRITE):  # one document may be many times as long
+            some = tokens[start : start + _TOKENS_PER_WRITE]
+            self.token_counts += np.bincount(some, minlength=self._vocab_size)
+            content = some.tobytes()
+            self._bin.write(content)
+            self._sums.add(content)
         self._waiting_tokens = 0
 
 

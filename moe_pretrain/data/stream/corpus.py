@@ -90,7 +90,8 @@ class StreamedCorpus(SingleCorpus):
         config = self.train.config
         return (
             f"streamed, rows shuffled in windows of {config.window_shards} shards of {config.shard_bytes:,} bytes; "
-            f"{self.validation.num_tokens:,} validation tokens of the first {config.validation_shards} shards"
+            f"{self.validation.num_tokens:,} validation tokens of the first {config.validation_shards} shards, near "
+            "duplicates of which in the stream are not looked for"
         )
 
 

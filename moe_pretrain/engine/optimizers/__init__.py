@@ -7,9 +7,9 @@ and a test. Nothing else names an optimizer.
 import importlib
 import pkgutil
 
-from moe_pretrain.engine.optimizers.base import OptimizerConfig, OptimizerState, build_optimizer
+from moe_pretrain.engine.optimizers.base import OptimizerConfig, OptimizerState, build_optimizer, set_learning_rate
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OptimizerConfig", "OptimizerState", "build_optimizer"]
+__all__ = ["OptimizerConfig", "OptimizerState", "build_optimizer", "set_learning_rate"]

@@ -10,6 +10,9 @@ import torch
 from pydantic_core import core_schema
 from torch import Tensor, nn
 
+from moe_pretrain.model.decoder import DecoderLM, ModelConfig
+from moe_pretrain.model.parameter_groups import GROUP_NAMES, GroupName, meta_model, parameter_roles, rate_scale
+from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import Router, float32_parameters
 from moe_pretrain.parallel.deepspeed_moe import split_expert_groups
 
@@ -53,12 +56,63 @@ class Withholding(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True)
+class GroupRate:
+    """Learning rate of one group of parameters.
+
+    Attributes:
+        lr_scale: The group's rate as a multiple of ``optimizer.learning_rate`` in every step of the schedule, > 0;
+            multiplied with what ``model.init=mup`` asks for. Weight decay does not follow it.
+    """
+
+    lr_scale: pydantic.PositiveFloat
+
+
+@dataclass(frozen=True)
+class GroupRates:
+    """Learning rates of the groups of parameters; ``model.parameter_groups`` says which parameter is in which.
+
+    Attributes:
+        embedding: The embedding, and with ``model.tie_embeddings`` the head that it is.
+        head: The output head.
+        norms: Weights of all norms.
+        attention: Projections of attention.
+        router: All weights of the routing scheme, factorised ones and those of attentive gating too, and the ``W_down``
+            by which Autonomy-of-Experts routes.
+        experts: The routed experts.
+        ffn: Dense networks, the dense twin of ``router=dense`` and the shared experts.
+    """
+
+    embedding: GroupRate
+    head: GroupRate
+    norms: GroupRate
+    attention: GroupRate
+    router: GroupRate
+    experts: GroupRate
+    ffn: GroupRate
+
+    def scale(self, name: GroupName) -> float:
+        """``lr_scale`` of a group."""
+        rates: dict[GroupName, GroupRate] = {
+            "embedding": self.embedding,
+            "head": self.head,
+            "norms": self.norms,
+            "attention": self.attention,
+            "router": self.router,
+            "experts": self.experts,
+            "ffn": self.ffn,
+        }
+        return rates[name].lr_scale
+
+
+@dataclass(frozen=True)
 class OptimizerConfig(ABC):
     """Fields of every optimizer; ``name`` of a subclass chooses it.
 
     Attributes:
         learning_rate: Peak learning rate.
-        weight_decay: Decoupled decay of matrices; norms and other vectors do not decay.
+        groups: Rates of groups of parameters, relative to it.
+        weight_decay: Decoupled decay of matrices; norms and other vectors do not decay. Per step a matrix loses the
+            share ``learning rate of the step * weight_decay``, whatever scale its own rate has.
         trainable: ``all``, or ``routers``: everything else keeps the bits it starts with, to teach a router of another
             kind the choices of trained experts (``checkpoint.warm_start``). This is the distillation of attentive
             gating (arXiv:2302.14703), with the language model's loss.
@@ -66,6 +120,7 @@ class OptimizerConfig(ABC):
 
     name: str
     learning_rate: pydantic.PositiveFloat
+    groups: GroupRates
     weight_decay: pydantic.NonNegativeFloat
     trainable: Literal["all", "routers"]
 
@@ -83,7 +138,7 @@ class OptimizerConfig(ABC):
         """The optimizer over ``parameter_groups``.
 
         Args:
-            groups: Parameters, ``name`` and ``weight_decay`` of each group.
+            groups: Parameters, ``name``, ``weight_decay`` and ``lr_scale`` of each group.
             is_exact: Every element must be rounded alike, wherever in a tensor it lies.
         """
 
@@ -121,28 +176,79 @@ def freeze_all_but_routers(model: nn.Module) -> set[int]:
     return {id(parameter) for parameter in frozen}
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig, frozen: Collection[int] = ()) -> list[dict[str, Any]]:
+def rate_scales(model: DecoderLM, config: OptimizerConfig) -> dict[str, float]:
+    """Learning rate of every parameter by name, as a multiple of ``optimizer.learning_rate``."""
+    roles = parameter_roles(model)
+    return {
+        name: rate_scale(roles[name], parameter, model.config) * config.groups.scale(roles[name].group)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def rate_scales_by_group(model: DecoderLM, config: OptimizerConfig) -> dict[GroupName, list[float]]:
+    """The different scales within each group that ``model`` has, largest first."""
+    roles, scales = parameter_roles(model), rate_scales(model, config)
+    found: dict[GroupName, set[float]] = {name: set() for name in GROUP_NAMES}
+    for name, scale in scales.items():
+        found[roles[name].group].add(scale)
+    return {group: sorted(values, reverse=True) for group, values in found.items() if values}
+
+
+def describe_rates(by_group: dict[GroupName, list[float]]) -> str | None:
+    """In a line, what is learnt at another rate than ``optimizer.learning_rate``; None if nothing is."""
+    words = [
+        f"{group} {' and '.join(f'{scale:.4g}' for scale in scales)}"
+        for group, scales in by_group.items()
+        if scales != [1.0]
+    ]
+    return f"learning rates, as multiples of optimizer.learning_rate: {', '.join(words)}; else 1" if words else None
+
+
+def check_groups(config: OptimizerConfig, model: ModelConfig, router: RouterConfig) -> None:
+    """Raise ``ValueError`` if a group has a rate of its own that nothing would learn by."""
+    own = [name for name in GROUP_NAMES if config.groups.scale(name) != 1]
+    present = {role.group for role in parameter_roles(meta_model(model, router)).values()} if own else set()
+    for name in own:
+        field = f"optimizer.groups.{name}.lr_scale={config.groups.scale(name):g} must be 1"
+        if name not in present:
+            raise ValueError(
+                f"{field}: this model (router={router.name}, model.tie_embeddings={str(model.tie_embeddings).lower()}) "
+                f"has no weights in that group; it has {', '.join(group for group in GROUP_NAMES if group in present)}"
+            )
+        if config.trainable == "routers" and name != "router":
+            raise ValueError(f"{field} with optimizer.trainable=routers: nothing else is trained")
+
+
+def parameter_groups(model: DecoderLM, config: OptimizerConfig, frozen: Collection[int] = ()) -> list[dict[str, Any]]:
     """Every trainable parameter once.
 
-    Apart from each other: decayed or not (as are the ``frozen`` ids), those kept in float32, those of different state,
-    experts.
+    Apart from each other: those of different rates, decayed or not (as are the ``frozen`` ids), those kept in float32,
+    those of different state, experts. Each group says by its ``lr_scale`` how its rate follows
+    ``optimizer.learning_rate``, and has a decay that makes up for it: AdamW multiplies the two.
     """
     kept = {id(parameter) for parameter in float32_parameters(model)}
+    scales = rate_scales(model, config)
     groups: dict[str, dict[str, Any]] = {}
     for own_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        scale = scales[own_name]
         decayed = decays(parameter) and id(parameter) not in frozen
         words = ["decayed" if decayed else "plain", *(["float32"] if id(parameter) in kept else [])]
-        name = "_".join([*words, *config.state(own_name, parameter).moments])
-        group = groups.setdefault(
-            name, {"params": [], "name": name, "weight_decay": config.weight_decay if decayed else 0.0}
-        )
+        name = "_".join([*words, *config.state(own_name, parameter).moments, *([f"x{scale!r}"] if scale != 1 else [])])
+        decay = config.weight_decay / scale if decayed else 0.0
+        group = groups.setdefault(name, {"params": [], "name": name, "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
     return split_expert_groups(list(groups.values()))
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, is_exact: bool = False) -> Withholding:
+def set_learning_rate(param_groups: list[dict[str, Any]], rate: float) -> None:
+    """Give every group its multiple of ``rate``."""
+    for group in param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def build_optimizer(model: DecoderLM, config: OptimizerConfig, is_exact: bool = False) -> Withholding:
     """The optimizer of ``config`` over ``model``; with ``is_exact`` it rounds every element of a tensor alike."""
     frozen = freeze_all_but_routers(model) if config.trainable == "routers" else ()
     return config.build(parameter_groups(model, config, frozen), is_exact)

@@ -9,6 +9,7 @@ import transformers
 from helpers.corpora import files
 
 from moe_pretrain.data import prepare
+from moe_pretrain.data import tokenizer as tokenizer_module
 from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
     load_pretrained,
@@ -230,6 +231,15 @@ def test_a_long_text_is_cut_where_that_changes_no_token(file, tmp_path, monkeypa
     assert [list(ids) for ids in tokenizer.encode_batch(texts[:1])] == whole[:1]
     assert (longest < 2000) == (kind != "whole")
     assert [list(ids) for ids in tokenizer.encode_batch(texts)] == whole
+
+
+def test_a_tokenizer_learnt_from_a_long_text_in_parts_is_that_of_the_whole(tmp_path, monkeypatch):
+    text = "It's  a text,\n\n of 12 words\tand naïve 東京 spaces. don't" * 300
+    train_tokenizer(iter([text]), 400, tmp_path / "whole.json")
+    monkeypatch.setattr("moe_pretrain.data.tokenizer._LONGEST_WHOLE", 500)
+    assert len(list(tokenizer_module._parts(text))) > 10 and "".join(tokenizer_module._parts(text)) == text
+    train_tokenizer(iter([text]), 400, tmp_path / "parts.json")
+    assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_a_missing_package_and_a_closed_folder_are_named(tmp_path, monkeypatch):

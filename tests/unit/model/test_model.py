@@ -251,6 +251,8 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=loss_free"],
         ["router=relu"],
         ["router=sinkhorn"],
+        ["router=k_means"],
+        ["router=k_means", "router.rule=least_squares"],
         ["router=expert_choice"],
         ["router=autonomy_top_p", "router.gate_rank=8"],
         ["router=autonomy_expert_choice", "router.gate_rank=8"],

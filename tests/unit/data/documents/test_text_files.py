@@ -260,3 +260,11 @@ def test_a_yardsticks_text_is_the_one_that_is_meant(tmp_path):
         content_identity(files(both, sha256=(checksums[0], checksums[0])))
     with pytest.raises(ValueError, match=r"data\.paths: 2 files, data\.sha256 means 1;"):
         content_identity(files(both, sha256=(checksums[0],)))
+
+
+def test_a_text_that_a_line_has_twice_is_not_guessed(tmp_path):
+    rows = ['{"text": "a", "meta": {"text": "inner"}}', '{"text": "say \\"text\\""}', '{"text": "b", "text": "c"}']
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: broken JSON: 'text' stands there more than once"):
+        list(documents(files(path)))
+    assert [row.text for row in documents(files(path, invalid_json="skip"))] == ["a", 'say "text"']

@@ -91,6 +91,16 @@ def test_the_same_document_on_both_sides_is_counted(tmp_path, texts):
     assert (counts.exact_duplicates, counts.duplicate, counts.validation) == (7, 7, 2)
 
 
+def test_equal_documents_are_counted_even_where_near_ones_are_ignored(tmp_path, texts):
+    near = "text number 7 is 343 and " + " ".join(texts[:40])
+    write_lines(tmp_path / "a.jsonl", [*texts, near])
+    write_lines(tmp_path / "b.jsonl", [texts[3], near + " more", *texts[5:7]])
+    config = files(tmp_path / "a.jsonl", validation_paths=(str(tmp_path / "b.jsonl"),), near_duplicates="ignore")
+    corpus = prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+    assert (corpus.counts.exact_duplicates, corpus.counts.near_duplicates) == (3, 3)
+    assert corpus.validation.num_documents == 4 and "(3 exact), kept" in corpus.describe_size()
+
+
 def test_the_end_of_tokens_is_held_out(tmp_path, texts):
     config = files(write_lines(tmp_path / "a.jsonl", texts))
     made = prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)

@@ -46,6 +46,18 @@ def test_a_long_document_is_compared_by_a_sample():
     assert not exact.any() and near.all()
 
 
+def test_a_long_document_in_blocks_has_the_sketch_of_the_whole(monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 500, 5000)
+    monkeypatch.setattr("moe_pretrain.data.shards.near_duplicates._MOST_RUNS", 100)
+    found = []
+    for runs in (10_000, 333):
+        monkeypatch.setattr("moe_pretrain.data.shards.near_duplicates._RUNS_AT_ONCE", runs)
+        sketcher = Sketcher()
+        sketcher.add(tokens, 0)
+        found.append(sketcher.sketches()["minima"])
+    assert np.array_equal(*found)
+
+
 def test_documents_shorter_than_a_run_and_empty_ones():
     held_out = sketches([], [1], [1, 2, 3, 4], [4, 3, 2, 1])
     exact, near = find_duplicates(held_out, [sketches([1, 2, 3, 4], [1])])

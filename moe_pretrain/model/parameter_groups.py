@@ -1,0 +1,149 @@
+"""Groups of parameters: the part of the model that each belongs to, what it reads, and the scale of its learning rate.
+
+``model.init=mup`` is the maximal update parameterisation for AdamW: a learning rate found on a small model holds on a
+large one. Let ``m = hidden_size / mup_base_width``, and let a matrix's fan-in be the width of what it multiplies.
+
+======================================  ============================  ================================================
+parameter                               learning rate                 standard deviation at the start
+======================================  ============================  ================================================
+embedding, head                         1                             constant
+final norm                              1 / m                         (starts at 1 / m instead of 1)
+other norms                             1                             (start at 1)
+matrices that read the residual         1 / m                         ``~ 1 / sqrt(hidden_size)``
+stream: attention, experts, FFN
+matrices that write into it             base fan-in / fan-in          ``~ 1 / sqrt(fan-in)``, and
+(``out_weight``)                        ``* base layers / layers``    ``* base layers / layers``
+router, and every map from the          1 / m                         ``~ 1 / hidden_size``
+residual stream to a few numbers
+factorised gate: ``W_down``, ``W_up``   1 / m, base rank / rank       ``~ 1 / sqrt(hidden_size)``, ``~ 1 / sqrt(rank)``
+======================================  ============================  ================================================
+
+The base of an inner width (of an expert, of a dense FFN) is ``2 * mup_base_width`` and that of a gate's rank
+``mup_base_width / 4``, the shapes of ``model=tiny``; there every factor is 1 and the start is that of
+``init=width_aware``. Number of experts and ``top_k`` do not enter: with weights that sum to 1 the output of a layer is
+a mean of experts, and AdamW's update of an expert does not depend on how much gradient reaches it. The width of an
+expert does, as its fan-in, and the shared experts count as one network of their summed width.
+
+No factor is applied in the forward pass. Under AdamW a factor ``c`` in front of a weight is the same as a start and a
+rate ``c`` times as large, so the 1 / m of the logits stands in the final norm, which serves a tied embedding too, and
+what a block adds is scaled in its ``out_weight``. So the model, its export and the oracle know nothing of it. What does
+differ is the gradient's global norm, to which the final norm contributes ``m`` times as much.
+
+A router's matrix is an output matrix (width to a few numbers), so its logits start ``1 / sqrt(m)`` as large; with the
+spread of a hidden matrix its gradient into the residual stream would outgrow the language model's by ``sqrt(m)``.
+Attention keeps ``1 / sqrt(head_size)``: widths differ in the number of heads.
+
+Weight decay does not follow these scales: a matrix shrinks by ``learning_rate(step) * weight_decay`` per step whatever
+its own rate. AdamW's epsilon is not scaled: gradients of hidden matrices fall as 1 / m, so it must stay far below them.
+
+Source:
+    Yang et al. 2022 (arXiv:2203.03466), tables 3 and 8, for widths; Dey et al. 2025 (arXiv:2505.01618) for depth with
+    alpha = 1; Wang and Aitchison 2024 (arXiv:2405.13698) for weight decay. That this carries over to experts and
+    routers is the subject of arXiv:2508.09752, 2601.20205 and 2605.23893, whose setups differ from this one in details;
+    what was measured here stands in the README of this folder.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moe_pretrain.model.attention import Attention
+from moe_pretrain.model.decoder import DecoderLM, ModelConfig
+from moe_pretrain.model.layers import RMSNorm
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.routers.attentive import QueryKey
+from moe_pretrain.moe.routers.base import LinearRouter, RouterConfig
+from moe_pretrain.moe.types import ExpertShard, Router
+
+GroupName = Literal["embedding", "head", "norms", "attention", "router", "experts", "ffn"]
+GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
+"""``router`` holds all of a routing scheme's own weights, so the ``W_down`` of Autonomy-of-Experts too; ``ffn`` the
+dense networks and the shared experts; ``embedding`` also the output head where the two are tied."""
+Reads = Literal["hidden", "inner", "rank", "fixed", "nothing"]
+
+_GROUP_OF: dict[type[nn.Module], GroupName] = {
+    nn.Embedding: "embedding",
+    nn.Linear: "head",
+    RMSNorm: "norms",
+    Attention: "attention",
+    SwiGLUExperts: "experts",
+    FactorisedExperts: "experts",
+    SwiGLU: "ffn",
+}
+
+
+@dataclass(frozen=True)
+class ParameterRole:
+    """Place of one parameter in the model.
+
+    Attributes:
+        group: Its group.
+        reads: What a matrix multiplies: the residual stream (``hidden``), the inner activation of an expert or FFN
+            (``inner``), the ``rank`` numbers between two maps that stand in the place of one, or something of a user's
+            own router that does not grow (``fixed``). ``nothing`` for vectors, the embedding and the head.
+        is_final_norm: Whether it is the norm before the head.
+        writes_residual: Whether what it makes is added to the residual stream.
+    """
+
+    group: GroupName
+    reads: Reads
+    is_final_norm: bool = False
+    writes_residual: bool = False
+
+
+def parameter_roles(model: DecoderLM) -> dict[str, ParameterRole]:
+    """Role of every parameter of ``model`` by name, each once."""
+    routers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Router))
+    found = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}"
+            group = "router" if full_name.startswith(routers) else _GROUP_OF[type(module)]
+            found[full_name] = ParameterRole(
+                group=group,
+                reads=_reads(module, name, parameter, group, model.config),
+                is_final_norm=module is model.norm,
+                writes_residual=name == "out_weight",
+            )
+    return found
+
+
+def _reads(module: nn.Module, name: str, parameter: Tensor, group: GroupName, config: ModelConfig) -> Reads:
+    if parameter.ndim < 2 or group in ("embedding", "head"):
+        return "nothing"
+    if name == "out_weight" and group in ("experts", "ffn"):
+        return "inner"
+    if isinstance(module, QueryKey) and name == "key_weight":
+        return "inner" if module.reads == "activation" else "rank"
+    if isinstance(module, FactorisedExperts) and name == "up_weight":
+        return "rank"
+    if isinstance(module, LinearRouter) and module.projection is not None and name == "weight":
+        return "rank"
+    return "hidden" if parameter.shape[-1] == config.hidden_size else "fixed"
+
+
+def base_fan_in(reads: Reads, config: ModelConfig) -> float:
+    """Fan-in at which the rate and the spread of a matrix have the factor 1."""
+    base = config.mup_base_width
+    return {"hidden": base, "inner": 2 * base, "rank": base / 4}[reads]
+
+
+def rate_scale(role: ParameterRole, parameter: Tensor, config: ModelConfig) -> float:
+    """Factor of a parameter's learning rate that ``model.init`` asks for; 1 unless that is ``mup``."""
+    if config.init != "mup":
+        return 1.0
+    if role.is_final_norm:
+        return config.mup_base_width / config.hidden_size
+    if role.reads in ("nothing", "fixed"):
+        return 1.0
+    scale = base_fan_in(role.reads, config) / parameter.shape[-1]
+    return scale * config.mup_base_layers / config.num_layers if role.writes_residual else scale
+
+
+def meta_model(config: ModelConfig, router: RouterConfig) -> DecoderLM:
+    """The model without storage, to ask what parameters it has."""
+    with torch.device("meta"):
+        return DecoderLM(config, router, ExpertShard())
