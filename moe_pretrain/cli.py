@@ -59,12 +59,13 @@ def _main(words: list[str]) -> int:
         with ending_early_on_signals() if is_run else contextlib.nullcontext():
             return _run(words[0], words[1:])
     except Exception as error:
-        from moe_pretrain.commands.errors import is_users  # imports the packages whose errors it knows
+        from moe_pretrain.commands.errors import code_of, describe  # imports the packages whose errors it knows
 
-        if debug or not is_users(error):
+        code = code_of(error)
+        if debug or code is None:
             raise
-        print(f"moe-pretrain {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_CODE
+        print(f"moe-pretrain {words[0]}: {describe(error)}", file=sys.stderr)
+        return code
 
 
 def _reader_is_gone() -> bool:

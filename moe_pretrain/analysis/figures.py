@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _IDLE_ZEROS = re.compile(r"\.0+(?=[kMBT])|(?<=\.\d)0(?=[kMBT])")
 _COUNT = FuncFormatter(lambda value, _: _IDLE_ZEROS.sub("", short_number(value)))
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names are anybody's: a $ in one is no formula
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -259,4 +261,4 @@ def _to_svg(figure: Figure, name: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)

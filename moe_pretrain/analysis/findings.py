@@ -42,7 +42,9 @@ def read_finding(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: damaged: not a JSON object")

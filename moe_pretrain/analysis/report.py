@@ -64,7 +64,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
     last, last_validation = train[-1], validation[-1] if validation else {}
     validation_losses = [row["validation/loss"] for row in validation]
     return {
-        "run_name": _lookup(config, "run.name") or run_dir.name,
+        "run_name": run_dir.resolve().name,  # not the recorded one: a copy is the run where it lies
         "router": _lookup(config, "router", "router.name", "moe.router", "moe.router.name"),
         "model": _lookup(config, "model", "model.name", "model.size"),
         "total_parameters": recorded.get("total_parameters"),

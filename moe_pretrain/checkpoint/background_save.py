@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.host_copy import Staged, Staging
-from moe_pretrain.checkpoint.manifest import folder_name
+from moe_pretrain.checkpoint.manifest import CheckpointError, folder_name
 from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.checkpoint.write import (
     Reach,
@@ -79,7 +79,7 @@ class Saver:
         self._folder, self._config, self._faults = folder, config, faults
         self._mesh = engine.mesh
         self._staging = Staging(engine)
-        self._retention = Retention(folder, config)
+        self._retention = Retention(folder, config) if engine.mesh.is_main else None
         # Of its own, on the CPU: the thread's messages must not mix with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._writes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -88,6 +88,16 @@ class Saver:
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
         start_thread(self._work, "checkpoint")
+
+    def went_on_from(self, step: int) -> None:
+        """Learn which checkpoint the run went on from: nothing newer that lay there is ever removed."""
+        if self._retention is not None:
+            self._retention.went_on_from(step)
+
+    def leave(self, step: int) -> None:
+        """Take checkpoints of later steps out of the way, for the run goes on from ``step`` on another course."""
+        if self._retention is not None:
+            self._retention.leave(step)
 
     def save(self, state: TrainState, before_commit: Callable[[], None] = lambda: None) -> None:
         """Begin a checkpoint of the engine and ``state``; every rank must call it, after ``take`` of the one before.
@@ -174,8 +184,10 @@ class Saver:
             if self._mesh.is_main:  # no rank writes any more; on a full disk the half-written files are in the way
                 shutil.rmtree(work_folder(target), ignore_errors=True)
             return None, problem
-        if self._mesh.is_main:
-            _, problem = self._try(lambda: self._retention.apply(state.step, reach))
+        if self._retention is not None:
+            retention = self._retention
+            said, problem = self._try(lambda: retention.apply(state.step, reach))
+            problem = problem or said
             problem = f"an old checkpoint could not be removed: {problem}" if problem else None
         _, problem = self._agree(None, problem)
         _, own = self._try(lambda: reach("save.announced"))
@@ -189,10 +201,10 @@ class Saver:
         """The action's result, or what the disk said."""
         try:
             return action(), None
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             return None, self._word(error)
 
-    def _word(self, error: OSError) -> str:
+    def _word(self, error: Exception) -> str:
         return f"rank {self._mesh.rank}: {' '.join(str(error).split())}"
 
     def _agree(self, value: Any, problem: str | None) -> tuple[list[Any], str | None]:

@@ -18,8 +18,10 @@ class CheckpointConfig:
             validation; 0 for none.
         asynchronous: Training waits only until its state is copied to host memory (12 bytes per parameter that the
             rank saves); a thread writes it behind. False: training waits for the disk.
-        resume: ``auto``: go on from the newest good checkpoint if there is one; ``must``: fail if there is none;
-            ``never``: fail if there is one.
+        resume: ``auto``: go on from the newest good checkpoint if there is one, begin if there is none at all, and fail
+            if there are some and none is good; ``must``: fail if there is none; ``never``: fail if there is one;
+            ``restart``: as ``auto``, but where none is good they are set aside (``checkpoints/set_aside``) and the run
+            begins anew. It is for one start: the run's record does not keep it.
         warm_start: A checkpoint of another run, or that run's folder for its newest, whose weights a new run starts
             from. Its router may be another: routers' weights that fit by name and shape are taken over, the others
             start as ever. Optimizer, schedule, data and balancer state start anew. None for no such.
@@ -30,5 +32,5 @@ class CheckpointConfig:
     keep_every_steps: PositiveInt | None
     keep_best: NonNegativeInt
     asynchronous: bool
-    resume: Literal["auto", "must", "never"]
+    resume: Literal["auto", "must", "never", "restart"]
     warm_start: str | None

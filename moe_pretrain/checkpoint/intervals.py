@@ -74,6 +74,11 @@ def kept_moments(engine: TrainEngine) -> dict[str, list[str]]:
     return {name: list(state(name, parameter).moments) for name, parameter in engine.model.named_parameters()}
 
 
+def updates_made(engine: TrainEngine) -> int:
+    """Number of updates that the optimizer has made: the steps so far, but for those that were skipped."""
+    return max((int(piece.updates) for piece in pieces(engine)), default=0)
+
+
 def pieces(engine: TrainEngine) -> Iterator[OwnedInterval]:
     """Every interval this rank's optimizer owns, with optimizer states that exist even before the first step."""
     optimizer = engine.client_optimizer

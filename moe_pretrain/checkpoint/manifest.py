@@ -6,6 +6,7 @@ and a hash of itself. Only JSON and safetensors are read, so loading runs no cod
 no signature, a manifest may also be hostile: what it names must lie in its folder, be no link, and fit together.
 """
 
+import errno
 import json
 import math
 import os
@@ -44,7 +45,19 @@ _MOST_MANIFEST_BYTES = 1 << 30
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message names the file."""
+    """A checkpoint cannot be used; the message names the file. By itself: it is hostile, or of another release."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file is missing, or its size or hash is not what was written: only this is damage, and is passed over."""
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """The system refuses to read: an error of the disk, the network or a permission says nothing of the checkpoint."""
+
+
+SET_ASIDE = "set_aside"
+"""Folder among the checkpoints for those that were in the way and that nobody has asked to remove."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +106,22 @@ def folder_name(step: int) -> str:
 def step_of(path: Path) -> int | None:
     """Finished steps of a checkpoint's folder, None for any other name."""
     match = _FOLDER_NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and path.name == folder_name(int(match[1])) else None
 
 
 def complete_names(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first; not yet verified."""
-    found = [(step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None]
+    """Checkpoint folders, newest first; not yet verified.
+
+    Raises:
+        UnreadableCheckpoint: The folder cannot be listed, which is not the same as an empty one.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    found = [(step, path) for name in names if (step := step_of(path := folder / name)) is not None]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -108,7 +131,7 @@ def locate(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    if (path / MANIFEST).exists():
+    if os.path.lexists(path / MANIFEST):
         return path
     found = complete_names(path / CHECKPOINTS)
     if not found:
@@ -117,11 +140,15 @@ def locate(path: Path) -> Path:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, and its manifest; ``warn`` hears of every newer one that does not."""
+    """The newest checkpoint that verifies, and its manifest; ``warn`` hears of every newer one that is damaged.
+
+    Raises:
+        CheckpointError: A newer one cannot be read, is hostile or of another release.
+    """
     for path in complete_names(folder):
         try:
             return path, read_manifest(path)
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             warn(f"{error}; falling back to the checkpoint before it")
     return None
 
@@ -130,7 +157,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and verify a whole checkpoint.
 
     Raises:
-        CheckpointError: Something is damaged, missing, hostile, or of another format version.
+        CheckpointError: Something is damaged, missing, not readable, hostile, or of another format version.
     """
     manifest = open_manifest(path)
     verify_files(path, manifest, manifest["files"])
@@ -141,32 +168,70 @@ def open_manifest(path: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest and verify it against its own hash and itself, not yet its files.
 
     Raises:
-        CheckpointError: It is damaged, missing, hostile, or of another format version.
+        CheckpointError: It is damaged, missing, not readable, hostile, or of another format version.
     """
     file = path / MANIFEST
-    try:
-        if path.is_symlink():
-            raise OSError("the folder is a link")
-        with open_regular(file) as opened:
-            if os.fstat(opened.fileno()).st_size > _MOST_MANIFEST_BYTES:
-                raise OSError(f"it is larger than {_MOST_MANIFEST_BYTES} bytes")
-            manifest = json.loads(opened.read())
-        expected = manifest.pop("self")
-        actual = self_hash(manifest)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {file} cannot be read: {error}") from error
-    if actual != expected:
-        raise CheckpointError(f"checkpoint {file} is damaged: its hash does not match")
+    manifest, expected = _parse(file, _content(path))
     version = manifest.get("format_version")
+    if self_hash(manifest) != expected:
+        # A later release may hash otherwise; but one flipped bit in the number of this format is damage.
+        is_ours = self_hash({**manifest, "format_version": FORMAT_VERSION}) == expected
+        if type(version) is not int or version <= FORMAT_VERSION or is_ours:
+            raise DamagedCheckpoint(f"checkpoint {file} is damaged: its hash does not match")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"checkpoint {path} has format_version={version}, this program reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"checkpoint {path} has format_version={version}, this program reads {FORMAT_VERSION}: go on with the "
+            "release that wrote it"
+        )
     try:
         _check(_FIELDS.validate_json(json.dumps(manifest), strict=True))
     except ValueError as error:
         detail = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
         reason = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
         raise CheckpointError(f"checkpoint {file} is refused: {reason}") from error
+    step = manifest["state"]["step"]
+    if step_of(path) not in (None, step):
+        raise DamagedCheckpoint(
+            f"checkpoint {path} holds step {step} and was renamed: its name must be {folder_name(step)}"
+        )
     return manifest
+
+
+def _content(path: Path) -> bytes:
+    file = path / MANIFEST
+    try:
+        if path.is_symlink():
+            raise CheckpointError(f"checkpoint {file} is refused: the folder is a link")
+        with open_regular(file) as opened:
+            if os.fstat(opened.fileno()).st_size > _MOST_MANIFEST_BYTES:
+                raise CheckpointError(f"checkpoint {file} is refused: it is larger than {_MOST_MANIFEST_BYTES} bytes")
+            return opened.read()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], Any]:
+    """The manifest without its own hash, and that hash."""
+    try:
+        manifest = json.loads(content)
+        json.dumps(manifest)  # as deep as Python can write, since it is hashed
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"checkpoint {file} is damaged: it is no JSON ({type(error).__name__})") from error
+    if not isinstance(manifest, dict):
+        raise DamagedCheckpoint(f"checkpoint {file} is damaged: its hash does not match")
+    return manifest, manifest.pop("self", None)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Error of a checkpoint's file, from that of the system."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return DamagedCheckpoint(f"checkpoint file {path} is missing")
+    if error.errno in (None, errno.ELOOP, errno.ENXIO):
+        return CheckpointError(f"checkpoint file {path} is refused: a link or no regular file")
+    return UnreadableCheckpoint(
+        f"checkpoint file {path} cannot be read: {error.strerror}; nothing was changed: the same command goes on once "
+        "it can be read"
+    )
 
 
 def train_state(manifest: dict[str, Any]) -> TrainState:
@@ -181,7 +246,10 @@ def _check(manifest: _Fields) -> None:
             raise ValueError(f"it names the file {file!r}, outside its folder or not of a rank")
         if facts.bytes < 0:
             raise ValueError(f"files.{file}.bytes={facts.bytes} must not be negative")
-    TrainState.from_json(manifest.state)
+    state = TrainState.from_json(manifest.state)
+    updates = manifest.adam_step
+    if not (math.isfinite(updates) and updates == int(updates) and 0 <= updates <= state.step):
+        raise ValueError(f"{UPDATES}={updates} must be a whole number from 0 to the {state.step} steps done")
     arrays: dict[tuple[str, str], list[Interval]] = {}
     for interval in manifest.intervals:
         if interval.file not in manifest.files:
@@ -220,7 +288,7 @@ def verify_files(path: Path, manifest: dict[str, Any], files: Iterable[str]) -> 
     """Compare ``files`` of a checkpoint with the sizes and hashes in its manifest.
 
     Raises:
-        CheckpointError: One is missing, damaged or no regular file.
+        CheckpointError: One is missing, damaged, not readable or no regular file.
     """
     for name in files:
         try:
@@ -228,9 +296,9 @@ def verify_files(path: Path, manifest: dict[str, Any], files: Iterable[str]) -> 
                 size = os.fstat(file.fileno()).st_size
                 actual = {"bytes": size, "xxh3_128": _hash(file) if size == manifest["files"][name]["bytes"] else ""}
         except OSError as error:
-            raise CheckpointError(f"checkpoint file {path / name} cannot be read: {error}") from error
+            raise _unreadable(path / name, error) from error
         if actual != manifest["files"][name]:
-            raise CheckpointError(f"checkpoint file {path / name} is damaged: its size or hash does not match")
+            raise DamagedCheckpoint(f"checkpoint file {path / name} is damaged: its size or hash does not match")
 
 
 def _hash(file: BinaryIO) -> str:

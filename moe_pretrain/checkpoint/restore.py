@@ -1,5 +1,6 @@
 """A checkpoint into an engine, whatever topology either has."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, CheckpointError, I
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.decoder import DecoderLM
 
+SQUARES = ("exp_avg_sq",)
+"""Moments whose root an optimizer takes."""
 ROUTER = ".router."
 """What the names of routers' weights have in common, and no other."""
 
@@ -49,7 +52,7 @@ def restore(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> list[s
         if name in missing:
             buffer.zero_()
         else:
-            buffer.copy_(reader.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer))
+            buffer.copy_(reader.read_buffer(engine.model, name, buffer))
     for piece in pieces(engine):
         for kind, values in piece.arrays().items():
             if kind != WEIGHT:
@@ -149,10 +152,10 @@ def load_model(model: DecoderLM, path: Path, manifest: dict[str, Any]) -> None:
     _check_shapes({name: list(parameter.shape) for name, parameter in parameters.items()}, path, manifest)
     missing = missing_buffers(model, reader)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in missing}
-    for kind, tensors in ((WEIGHT, parameters), (BUFFER, buffers)):
-        for name, tensor in tensors.items():
-            stored = tensor.dtype if kind == BUFFER else torch.float32
-            tensor.copy_(reader.read(name, kind, 0, tensor.numel(), stored).view_as(tensor))
+    for name, tensor in parameters.items():
+        tensor.copy_(reader.read(name, WEIGHT, 0, tensor.numel()).view_as(tensor))
+    for name, buffer in buffers.items():
+        buffer.copy_(reader.read_buffer(model, name, buffer))
 
 
 def _check_shapes(shapes: dict[str, list[int]], path: Path, manifest: dict[str, Any]) -> None:
@@ -207,7 +210,8 @@ class Reader:
         """Elements ``[start, start + length)`` of an array.
 
         Raises:
-            CheckpointError: The intervals on disk do not cover the range.
+            CheckpointError: The intervals on disk do not cover the range, are of another type, or hold what no run
+                writes: a number that is not finite, a mean of squares below 0.
         """
         out = torch.empty(length, dtype=dtype)
         covered = 0
@@ -215,10 +219,36 @@ class Reader:
             first = max(start, interval.start)
             stop = min(start + length, interval.start + interval.length)
             if first < stop:
-                out[first - start : stop - start] = self.part(interval, first - interval.start, stop - interval.start)
+                part = self.part(interval, first - interval.start, stop - interval.start)
+                if part.dtype != dtype:
+                    raise CheckpointError(f"checkpoint {self._path}: {kind} of {tensor} is {part.dtype}, not {dtype}")
+                out[first - start : stop - start] = part
                 covered += stop - first
         if covered != length:
             raise CheckpointError(
                 f"checkpoint {self._path} covers {covered} of {length} elements of {kind} of {tensor}"
             )
+        if dtype.is_floating_point and not bool(out.isfinite().all()):
+            raise CheckpointError(f"checkpoint {self._path}: {kind} of {tensor} is not finite")
+        if kind in SQUARES and bool((out < 0).any()):
+            raise CheckpointError(f"checkpoint {self._path}: {kind} of {tensor}, a mean of squares, is negative")
         return out
+
+    def read_buffer(self, model: nn.Module, name: str, buffer: Tensor) -> Tensor:
+        """The whole of a buffer of ``model``, in its shape and within the range that its module gives.
+
+        Raises:
+            CheckpointError: As ``read``; or it is longer, or leaves its range.
+        """
+        stored = sum(interval.length for interval in self._intervals.get((name, BUFFER), []))
+        if stored > buffer.numel():
+            raise CheckpointError(f"checkpoint {self._path}: {name} has {stored} elements, not {buffer.numel()}")
+        values = self.read(name, BUFFER, 0, buffer.numel(), buffer.dtype).view_as(buffer)
+        owner, _, own_name = name.rpartition(".")
+        low, high = getattr(model.get_submodule(owner), "buffer_ranges", {}).get(own_name, (-math.inf, math.inf))
+        if values.numel() and not (low <= values.min().item() and values.max().item() <= high):
+            raise CheckpointError(
+                f"checkpoint {self._path}: {name} must be from {low} to {high}, has {values.min().item()} to "
+                f"{values.max().item()}"
+            )
+        return values

@@ -8,9 +8,12 @@ import torch.distributed as dist
 
 from moe_pretrain.checkpoint.background_save import Outcome, Saver
 from moe_pretrain.checkpoint.config import CheckpointConfig
+from moe_pretrain.checkpoint.intervals import updates_made
 from moe_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointError,
+    DamagedCheckpoint,
+    UnreadableCheckpoint,
     complete_names,
     locate,
     newest,
@@ -22,33 +25,42 @@ from moe_pretrain.checkpoint.manifest import (
 )
 from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, warm_start
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
-from moe_pretrain.checkpoint.write import discard_after
+from moe_pretrain.checkpoint.write import keep_copy, set_aside
 from moe_pretrain.parallel.mesh import Mesh
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointConfig",
     "CheckpointError",
+    "DamagedCheckpoint",
     "Outcome",
     "RunIdentity",
     "Saver",
     "TrainState",
+    "UnreadableCheckpoint",
     "WarmStart",
     "agree_on",
     "agree_on_newest",
-    "discard_after",
+    "complete_names",
+    "keep_copy",
     "load_model",
     "locate",
     "newest",
     "read_manifest",
     "restore",
+    "set_aside",
     "train_state",
+    "updates_made",
     "warm_start",
 ]
 
 
 def agree_on_newest(
-    folder: Path, mesh: Mesh, warn: Callable[[str], None], accept: Callable[[TrainState], bool] = lambda state: True
+    folder: Path,
+    mesh: Mesh,
+    warn: Callable[[str], None],
+    accept: Callable[[TrainState], bool] = lambda state: True,
+    is_lenient: bool = False,
 ) -> tuple[Path, dict[str, Any]] | None:
     """``newest`` for all ranks together: each verifies its share of the files, and all take the same checkpoint.
 
@@ -57,15 +69,20 @@ def agree_on_newest(
         mesh: This rank's place.
         warn: Hears, on every rank, of every newer checkpoint that does not verify.
         accept: Of a checkpoint's state, whether it may be taken; the same on all ranks.
+        is_lenient: Pass over hostile ones and those of another release too, as over damaged ones.
+
+    Raises:
+        CheckpointError: A newer one cannot be read, or, unless ``is_lenient``, is hostile or of another release; on
+            every rank.
     """
-    names: list[Any] = [complete_names(folder)]
-    dist.broadcast_object_list(names, src=0, device=mesh.device)
-    for path in names[0]:
+    for path in mesh.on_main(lambda: complete_names(folder)):
         try:
             manifest = agree_on(path, mesh)
             if accept(train_state(manifest)):
                 return path, manifest
         except CheckpointError as error:
+            if isinstance(error, UnreadableCheckpoint) or not (is_lenient or isinstance(error, DamagedCheckpoint)):
+                raise
             warn(f"{error}; falling back to the checkpoint before it")
     return None
 
@@ -74,16 +91,23 @@ def agree_on(path: Path, mesh: Mesh) -> dict[str, Any]:
     """The verified manifest of one checkpoint; each rank verifies its share of the files.
 
     Raises:
-        CheckpointError: Something is damaged, missing, hostile, or of another format version; on every rank.
+        CheckpointError: Something is damaged, missing, not readable, hostile, or of another format version; the same on
+            every rank, and of several what says least of the checkpoint itself.
     """
-    complaint, manifest = None, {}
+    complaint: CheckpointError | None = None
+    manifest: dict[str, Any] = {}
     try:
         manifest = open_manifest(path)
         verify_files(path, manifest, share(manifest["files"], mesh.rank, mesh.world_size))
     except CheckpointError as error:
-        complaint = str(error)
-    complaints: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(complaints, complaint)
-    if first := next((found for found in complaints if found), None):
-        raise CheckpointError(first)
+        complaint = error
+    gathered: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(gathered, complaint)
+    complaints = [found for found in gathered if found is not None]
+    for kind in (UnreadableCheckpoint, CheckpointError):
+        for found in complaints:
+            if type(found) is kind:
+                raise found
+    if complaints:
+        raise complaints[0]
     return manifest

@@ -17,6 +17,8 @@ _Parsed = TypeVar("_Parsed")
 
 _INT64 = range(-(2**63), 2**63)
 _COUNT = range(2**63)
+_FLOPS = range(2**200)
+"""A long run of a large model spends more than 64 bits count; this much is still a float."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class TrainState:
             step=fields.whole("step", _COUNT, required=True) or 0,
             tokens=fields.whole("tokens", _COUNT),
             token_hash=fields.whole("token_hash", _INT64),
-            flops=fields.read("flops", _flops),
+            flops=fields.whole("flops", _FLOPS),
             train_seconds=fields.read("train_seconds", _not_negative),
             validation_loss=fields.read("validation_loss", _not_negative),
             rewinds=fields.read("rewinds", _rewinds) or (),
@@ -140,17 +142,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _flops(value: Any) -> int:
-    # Without an upper end: a long run of a large model spends more than 64 bits count.
-    if type(value) is not int or value < 0:
-        raise ValueError("a whole number of at least 0")
-    return value
-
-
 def _not_negative(value: Any) -> float:
-    if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
+    if not _is_finite(value) or value < 0:
         raise ValueError("a finite number of at least 0")
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float holds; a whole number of JSON may be as long as a file."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _text(value: Any) -> str:
@@ -190,6 +193,6 @@ def _spikes(value: Any) -> SpikeState:
     losses = value.get("losses") if isinstance(value, dict) else None
     if not isinstance(losses, list) or type(value.get("is_high")) is not bool:
         raise ValueError("a mapping with a list of losses and is_high, true or false")
-    if not all(type(loss) in (int, float) and math.isfinite(loss) for loss in losses):
+    if not all(map(_is_finite, losses)):
         raise ValueError("a mapping whose losses are finite numbers")
     return SpikeState(tuple(map(float, losses)), value["is_high"])

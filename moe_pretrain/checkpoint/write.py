@@ -2,11 +2,15 @@
 
 A checkpoint is written under another name, flushed to the disk and renamed, so a folder with the right name is complete
 unless the disk damaged it. What goes is renamed first and then deleted, so a half-deleted one never has the right name.
+Only what this process has written or verified goes; what else is in the way is set aside.
 """
 
+import contextlib
 import json
+import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,11 @@ from moe_pretrain.checkpoint.host_copy import Staged
 from moe_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    SET_ASIDE,
     TEMPORARY,
     UPDATES,
     CheckpointError,
+    UnreadableCheckpoint,
     complete_names,
     open_manifest,
     read_manifest,
@@ -26,7 +32,7 @@ from moe_pretrain.checkpoint.manifest import (
     step_of,
     train_state,
 )
-from moe_pretrain.system.files import WholeFile, sync_folder
+from moe_pretrain.system.files import WholeFile, sync_folder, write_whole
 
 Reach = Callable[[str], None]
 """Called with the name of every place that is passed; see ``faults``."""
@@ -73,7 +79,7 @@ def commit(
     work: Path, target: Path, parts: list[dict[str, Any]], staged: Staged, state: dict[str, Any], reach: Reach
 ) -> None:
     """Write the manifest of the ranks' ``parts`` and give the folder its name."""
-    if target.exists() and _verifies(target):
+    if os.path.lexists(target) and _verifies(target):
         shutil.rmtree(work)  # the same step of the same run: replacing it would only risk it
         return
     manifest: dict[str, Any] = {
@@ -96,8 +102,8 @@ def commit(
     reach("save.manifest_flushed")
     sync_folder(work)  # the files of ranks on other hosts too
     reach("save.folder_flushed")
-    if target.exists():  # a damaged one of the same step, which resume has passed over
-        target.rename(_free_name(target))
+    if os.path.lexists(target):  # one of the same step that resume has passed over
+        set_aside(target)
         reach("save.replaced_moved")
     work.rename(target)
     reach("save.renamed")
@@ -108,76 +114,155 @@ def commit(
 def _verifies(path: Path) -> bool:
     try:
         read_manifest(path)
+    except UnreadableCheckpoint:
+        raise
     except CheckpointError:
         return False
     return True
 
 
 def _free_name(path: Path) -> Path:
-    """A temporary name beside ``path`` that nothing has, so that ``retain`` sweeps it up."""
+    """A temporary name beside ``path`` that nothing has, so that ``Retention`` sweeps it up."""
     taken = 0
-    while (free := path.with_name(f"{path.name}.{taken}{TEMPORARY}")).exists():
+    while os.path.lexists(free := path.with_name(f"{path.name}.{taken}{TEMPORARY}")):
         taken += 1
     return free
 
 
-def discard_after(folder: Path, step: int) -> None:
-    """Take checkpoints of later steps out of the way, for the run goes on from ``step`` on another course."""
-    for path in complete_names(folder):
-        if step_of(path) > step:  # type: ignore[operator]  # complete names have a step
-            path.rename(_free_name(path))
+def set_aside(path: Path) -> Path:
+    """Move a checkpoint out of the way; its new place, which nothing of ours removes."""
+    place = _place_aside(path.parent, path.name)
+    path.rename(place)
+    sync_folder(place.parent)
+    sync_folder(path.parent)
+    return place
+
+
+def keep_copy(file: Path, checkpoints: Path) -> Path:
+    """Put a copy of a file of the run beside the checkpoints that were set aside; its place."""
+    place = _place_aside(checkpoints, file.name)
+    if file.exists():
+        write_whole(place, file.read_bytes())
+    return place
+
+
+def _place_aside(checkpoints: Path, name: str) -> Path:
+    folder = checkpoints / SET_ASIDE
+    folder.mkdir(parents=True, exist_ok=True)
+    taken, place = 0, folder / name
+    while os.path.lexists(place):
+        taken += 1
+        place = folder / f"{name}.{taken}"
+    return place
 
 
 class Retention:
-    """Decides which checkpoints stay, and removes the others."""
+    """Decides which checkpoints stay, and removes the others.
+
+    Only what this process has written or verified is removed. What lay there at the start counts as neither until it
+    has been read, and whatever is newer than the checkpoint that the run went on from stays for ever.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
+        """Nothing is decided yet."""
         self._folder, self._config = folder, config
         self._losses: dict[int, float | None] = {}
+        self._said: set[Path] = set()
+        self._went_on_from = math.inf
+        self._strange: set[int | None] | None = None  # steps of what lay there at the start, not yet looked at
 
-    def apply(self, step: int, reach: Reach) -> None:
+    def went_on_from(self, step: int) -> None:
+        """Learn which checkpoint the run went on from, which it has verified."""
+        self._went_on_from = step
+        self._strange = {step_of(path) for path in complete_names(self._folder)} - {step}
+
+    def leave(self, step: int) -> None:
+        """Take checkpoints of later steps out of the way, for the run goes on from ``step`` on another course."""
+        for path in complete_names(self._folder):
+            found = step_of(path)
+            if found is not None and found > step:
+                if found in (self._strange or ()):
+                    set_aside(path)
+                else:
+                    path.rename(_free_name(path))
+
+    def apply(self, step: int, reach: Reach) -> str | None:
         """Remove what need not stay, now that the checkpoint of ``step`` is complete.
 
-        Checkpoints of later steps are removed too: the run has come to ``step`` anew, so they did not verify.
+        Returns:
+            What could not be removed and why, in one line, each path once; the next call tries it again. None if there
+            is nothing to say.
         """
         self._losses.pop(step, None)  # it may have replaced a damaged one
-        staying = self._staying(step)
-        doomed = [path for path in complete_names(self._folder) if step_of(path) not in staying]
+        if self._strange is None:
+            self._strange = {step_of(path) for path in complete_names(self._folder)}
+        self._strange.discard(step)
+        problems: list[str] = []
+        doomed = self._doomed(step)
         reach("retain.chosen")
         for path in doomed:
-            path.rename(_free_name(path))
-            reach("retain.renamed")
+            with self._each(path, problems):
+                if step_of(path) in self._strange:
+                    read_manifest(path)
+                path.rename(_free_name(path))
+                reach("retain.renamed")
         for path in self._folder.glob(f"step_*{TEMPORARY}"):
-            if path.is_symlink():
-                path.unlink()
-                continue
-            first = next(path.iterdir(), None)
-            if first is not None and first.is_file():
-                first.unlink()
-                reach("retain.half_deleted")
-            shutil.rmtree(path)
-            reach("retain.deleted")
+            with self._each(path, problems):
+                _remove(path, reach)
         reach("retain.done")
+        return "; ".join(problems) or None
 
-    def _staying(self, step: int) -> set[int]:
+    @contextlib.contextmanager
+    def _each(self, path: Path, problems: list[str]) -> Iterator[None]:
+        """Keep what happens to one path from the others."""
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            if path not in self._said:
+                self._said.add(path)
+                problems.append(" ".join(str(error).split()))
+
+    def _doomed(self, step: int) -> list[Path]:
         config = self._config
-        steps = [found for path in complete_names(self._folder) if (found := step_of(path)) is not None]
-        steps = [found for found in steps if found <= step]
+        found = {number: path for path in complete_names(self._folder) if (number := step_of(path)) is not None}
+        steps = [number for number in found if number <= step and not self._is_newer_than_the_start(number)]
         staying = set(steps[: config.keep_last])
         if config.keep_every_steps is not None:
-            staying |= {found for found in steps if found and found % config.keep_every_steps == 0}
+            staying |= {number for number in steps if number and number % config.keep_every_steps == 0}
         if config.keep_best:
-            losses = [(loss, -found) for found in steps if (loss := self._validation_loss(found)) is not None]
-            staying |= {-found for _, found in sorted(losses)[: config.keep_best]}
-        return staying
+            losses = [(loss, -number) for number in steps if (loss := self._validation_loss(found[number])) is not None]
+            staying |= {-number for _, number in sorted(losses)[: config.keep_best]}
+        return [found[number] for number in steps if number not in staying]
 
-    def _validation_loss(self, step: int) -> float | None:
-        """Validation loss at a checkpoint's step; None if there was no validation or it cannot be read."""
+    def _is_newer_than_the_start(self, step: int) -> bool:
+        return step > self._went_on_from and step in (self._strange or ())
+
+    def _validation_loss(self, path: Path) -> float | None:
+        """Validation loss at a checkpoint's step; None if there was no validation, or it is damaged.
+
+        One that cannot be read now is the best there may be, and stays until it can.
+        """
+        step = step_of(path)
+        assert step is not None
         if step not in self._losses:
-            path = next(path for path in complete_names(self._folder) if step_of(path) == step)
             try:
                 loss = train_state(open_manifest(path)).validation_loss
+            except UnreadableCheckpoint:
+                return -math.inf
             except CheckpointError:
                 loss = None
             self._losses[step] = loss
         return self._losses[step]
+
+
+def _remove(path: Path, reach: Reach) -> None:
+    """Delete what has a temporary name; a link itself, and not what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    first = next(path.iterdir(), None)
+    if first is not None and first.is_file():
+        first.unlink()
+        reach("retain.half_deleted")
+    shutil.rmtree(path)
+    reach("retain.deleted")

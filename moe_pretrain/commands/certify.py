@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from moe_pretrain.commands.errors import for_one_of_each_variant
-from moe_pretrain.commands.options import Parser, overrides_of, shows
+from moe_pretrain.commands.options import Parser, overrides_of, router_files, shows
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.recorded import allowed_router_file, earlier_words
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
 from moe_pretrain.run_folder.provenance import commit, read_overrides, versions
@@ -18,24 +19,34 @@ from moe_pretrain.verify.certificate.certify import certify
 def arguments(parser: Parser) -> None:
     """Overrides, or a folder of runs."""
     parser.add_overrides("Hydra overrides, GROUP=CHOICE or FIELD=VALUE; or FOLDER: a run, or runs below it")
-    parser.add_examples("router=top_p", "router_file=my_router.py parallel.processes=2", "outputs/my_sweep")
+    parser.add_examples(
+        "router=top_p",
+        "router_file=my_router.py parallel.processes=2",
+        "outputs/my_sweep",
+        "outputs/own router_file=my_router.py",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the certificate of a router, or write those of runs into their folders."""
     words = options.overrides
-    if len(words) != 1 or ("=" in words[0] and not Path(words[0]).is_dir()):
+    if not words or ("=" in words[0] and not Path(words[0]).is_dir()):
         overrides = overrides_of(options)
         return 0 if shows(options, overrides) else certify_one(overrides, None)
     if options.cfg or options.resolve or options.info or options.config_dir:
         raise ValueError(f"FOLDER={words[0]} must stand alone: its runs have configurations of their own")
-    return for_one_of_each_variant(Path(words[0]), _certify_run)
+    given = router_files(words[1:])
+    return for_one_of_each_variant(Path(words[0]), lambda folder: _certify_run(folder, given))
 
 
-def _certify_run(folder: Path) -> int:
+def _certify_run(folder: Path, given: list[str]) -> int:
     if not (folder / OVERRIDES_FILE).exists():
         raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
-    return certify_one(read_overrides(folder), folder / CERTIFICATE)
+    recorded = read_overrides(folder)
+    named = [word.partition("=")[2] for word in recorded if word.startswith("router_file=")]
+    file = allowed_router_file(named[-1] if named and named[-1] != "null" else None, given, str(folder))
+    words = earlier_words(folder, recorded, [] if file is None else [f"router_file={file}"])
+    return certify_one(words, folder / CERTIFICATE)
 
 
 def certify_one(overrides: list[str], write: Path | None) -> int:

@@ -5,15 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_pretrain.analysis.compare.variants import one_of_each_variant
-from moe_pretrain.checkpoint.store import CheckpointError
+from moe_pretrain.checkpoint.store import CheckpointError, UnreadableCheckpoint
 from moe_pretrain.engine.engine import NonFiniteError
 from moe_pretrain.engine.sanity import SanityError
-from moe_pretrain.system.exit_codes import USAGE_CODE
+from moe_pretrain.system.exit_codes import UNSAVED, USAGE_CODE, is_of_the_disk
 
 
-def is_users(error: Exception) -> bool:
-    """Whether the error is one that the user can mend, and so needs no traceback."""
-    return isinstance(error, ValueError | CheckpointError | NonFiniteError | SanityError)
+def code_of(error: Exception) -> int | None:
+    """Exit code of an error that the user can mend, and that so needs no traceback; None for any other."""
+    if isinstance(error, UnreadableCheckpoint) or is_of_the_disk(error):
+        return UNSAVED
+    # A lost pipe to a process of ours has no file; it is a mistake of ours.
+    is_users = isinstance(error, ValueError | CheckpointError | NonFiniteError | SanityError)
+    return USAGE_CODE if is_users or (isinstance(error, OSError) and error.filename is not None) else None
+
+
+def describe(error: Exception) -> str:
+    """The error in one line."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}; once that is mended the same command goes on"
+    return " ".join(str(error).split())
 
 
 def for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> int:
@@ -30,9 +42,9 @@ def for_one_of_each_variant(folder: Path, command: Callable[[Path], int]) -> int
         try:
             code = command(run)
         except Exception as error:
-            if not is_users(error):
+            if (found := code_of(error)) is None:
                 raise
-            print(" ".join(str(error).split()), file=sys.stderr)
-            code = USAGE_CODE
+            print(describe(error), file=sys.stderr)
+            code = found
         worst = max(worst, code)
     return worst

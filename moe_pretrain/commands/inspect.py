@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe_pretrain.checkpoint.inspection import inspect
-from moe_pretrain.checkpoint.manifest import CheckpointError
+from moe_pretrain.checkpoint.manifest import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from moe_pretrain.commands.options import Parser
 
 DAMAGED_CODE = 1
@@ -17,11 +17,14 @@ def arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Describe a checkpoint and verify it; 1 if it is damaged."""
+    """Describe a checkpoint and verify it; 1 if it is damaged or refused."""
     try:
         for line in inspect(options.folder):
             print(line)
+    except UnreadableCheckpoint:
+        raise
     except CheckpointError as error:
-        print(f"DAMAGED: {' '.join(str(error).split())}")
+        verdict = "DAMAGED" if isinstance(error, DamagedCheckpoint) else "REFUSED"
+        print(f"{verdict}: {' '.join(str(error).split())}")
         return DAMAGED_CODE
     return 0

@@ -101,6 +101,17 @@ def overrides_of(options: argparse.Namespace) -> list[str]:
     return words if options.config_dir is None else [folder_override(options.config_dir), *words]
 
 
+def router_files(words: Sequence[str]) -> list[str]:
+    """Words behind a folder of runs: python of their own routers that may be run.
+
+    Raises:
+        ValueError: Something else does.
+    """
+    if others := [word for word in words if not word.startswith("router_file=")]:
+        raise ValueError(f"{others[0]}: beside a folder of runs only router_file=PATH may stand, which each may need")
+    return list(words)
+
+
 def shows(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
     """Print the configuration or how it is composed if ``--cfg`` or ``--info`` asks for it; whether one did."""
     if options.resolve and not options.cfg:

@@ -4,10 +4,9 @@ import argparse
 
 from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
-from moe_pretrain.config.compose import RENAMED, choices
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import check_devices, preflight
-from moe_pretrain.config.recorded import kept
+from moe_pretrain.config.preflight import check_devices, check_warm_up, preflight
+from moe_pretrain.config.recorded import earlier_words, kept, words_at_start
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_number, launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
@@ -46,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     config = load(overrides)
     launched = launched_world_size()
     plan = preflight(config, launched or config.parallel.processes)
+    check_warm_up(config, plan)
     allow_open_files(plan.world_size)
     own_ranks = launched_number("LOCAL_WORLD_SIZE") or (launched_number("LOCAL_RANK") or 0) + 1
     check_devices(plan, own_ranks if launched else plan.world_size)
@@ -74,19 +74,6 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     recorded = read_overrides(folder)
     if not recorded:
         return overrides
-    lines = [word.partition("=") for word in recorded]
-    earlier = [f"{RENAMED.get(key, key)}{equals}{value}" for key, equals, value in lines]
-    left = _left_behind(earlier, overrides)
-    merged = {word.split("=")[0].lstrip("+"): word for word in [*earlier, *overrides] if word not in left}
-    words = list(merged.values())
+    words = earlier_words(folder, recorded, overrides)
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first
-    return words + kept(earlier, values, words) if values else words
-
-
-def _left_behind(earlier: list[str], overrides: list[str]) -> list[str]:
-    """Earlier overrides of fields in a group of which another choice is made now: they were fields of the other."""
-    then = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in earlier)}
-    groups = [group for group in choices(overrides) if group not in ("budget", "experiment")]
-    chosen = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in overrides) if key in groups}
-    anew = tuple(f"{group}." for group, value in chosen.items() if then.get(group) != value)
-    return [word for word in earlier if word.lstrip("+~").startswith(anew)] if anew else []
+    return words + kept(words_at_start(folder, recorded, overrides), values, words) if values else words

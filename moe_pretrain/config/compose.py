@@ -81,12 +81,13 @@ def folder_override(folder: Path) -> str:
     Raises:
         ConfigError: There is no such folder, or a file in it has the name of a shipped one, which would win.
     """
-    word = f"{_SEARCH_PATH}[{_quoted(f'file://{folder.resolve()}')}]"
+    word = f"{_SEARCH_PATH}[{quoted(f'file://{folder.resolve()}')}]"
     _check_folders([word], f"--config-dir={folder}")
     return word
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as the right side of an override, taken as it is."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
@@ -102,7 +103,7 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return _quoted(value)
+        return quoted(value)
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_word, value))}]"
     if isinstance(value, dict):
@@ -173,6 +174,38 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Hydra]:
             yield hydra
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
+
+
+_RESOLVER = re.compile(r"\$\{\s*(?!hydra\s*:)[\w.]+\s*:")
+"""An interpolation that runs something, ``${oc.env:HOME}``; not one that names another field, and not Hydra's own."""
+
+
+def refuse_resolvers(overrides: Sequence[str], given: Sequence[str]) -> None:
+    """Raise if a YAML file that the overrides of a run's folder lead to asks for more than other fields' values.
+
+    Args:
+        overrides: In Hydra's words.
+        given: Those of them that stand on the command line, which may ask for anything.
+
+    Raises:
+        ConfigError: The first such value.
+    """
+    with _hydra(overrides):
+        values = OmegaConf.to_container(compose(ROOT_CONFIG, overrides=list(overrides)), resolve=False)
+    for path, value in _texts(values, ""):
+        if _RESOLVER.search(value) and not any(value in word for word in given):
+            raise ConfigError(f"{path}={value} is not evaluated for a run's folder: give it on the command line")
+
+
+def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, path)
+    elif isinstance(value, str):
+        yield path, value
 
 
 def compose_values(overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The configuration that a command's overrides ask for: routers of the user's own, and matched budgets."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +107,34 @@ def _reference_size(values: Mapping[str, Any], overrides: Sequence[str], words: 
     return model_size(config.model, config.router)
 
 
-def read_run(folder: Path) -> Config:
-    """The configuration that the run in ``folder`` was last started with.
+def _moved(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Place of a run that was copied or moved; the cache moves along unless it was put elsewhere."""
+    here = folder if folder.name not in ("", "..") else folder.resolve()
+    cache = f"{here.parent}/cache" if run["cache_dir"] == f"{run['output_dir']}/cache" else run["cache_dir"]
+    return {**run, "output_dir": str(here.parent), "name": here.name, "cache_dir": cache}
+
+
+def read_run(folder: Path, choose_router_file: Callable[[str | None], str | None]) -> Config:
+    """The configuration that the run in ``folder`` was last started with, at the place where it lies now.
+
+    Args:
+        folder: The run's folder.
+        choose_router_file: From the file of its own router that the run names, to the one that may be imported.
 
     Raises:
-        ConfigError: There is none, or its model routes nothing.
+        ConfigError: There is none, it is no configuration, or its model routes nothing.
     """
     recorded = read_config(folder)
     if not recorded:
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
-    values = completed(recorded)
-    file = values["router_file"]
+    try:
+        values = completed(recorded)
+        values["run"] = _moved(values["run"], folder)
+        file = values["router_file"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: damaged: {type(error).__name__} {error}") from error
+    file = choose_router_file(file)
+    values["router_file"] = file
     try:
         config = validate(values, None if file is None else load_router_file(file))
     except ConfigError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from moe_pretrain.checkpoint.store import locate
+from moe_pretrain.checkpoint.store import complete_names, locate
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
@@ -13,6 +13,7 @@ from moe_pretrain.engine.optimizers.base import check_groups
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import num_routed_experts, width_problems
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
 _SMALLEST_HEAD_ON_CUDA = 16
@@ -53,7 +54,8 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     plan, moe = plan_run(config, world_size), config.model.moe
     config.schedule.check(plan.batches.num_steps)
     config.parallel.check(world_size, num_routed_experts(moe, config.router))
-    if config.checkpoint.warm_start is not None:
+    # One that has checkpoints goes on from those, also where what it began with is gone.
+    if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
         locate(Path(config.checkpoint.warm_start))
     if config.optimizer.trainable == "routers":
         model = meta_model(config.model, config.router)
@@ -107,6 +109,19 @@ def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
             f"engine.dtype=bfloat16 must be auto or float32: {torch.cuda.get_device_name()} has no bfloat16 arithmetic"
         )
     return device, config.dtype
+
+
+def check_warm_up(config: Config, plan: RunPlan) -> None:
+    """Refuse a run that would end before its learning rate is up.
+
+    Not where the number of steps is an estimate, as in a budget of FLOPs, nor where an earlier release has begun it.
+
+    Raises:
+        ValueError: The warm-up is longer than the run.
+    """
+    odd = config.schedule.check(plan.batches.num_steps)
+    if odd and config.budget.flops is None and not (config.run.folder / CHECKPOINTS).is_dir():
+        raise ValueError(odd)
 
 
 def check_devices(plan: RunPlan, local_ranks: int) -> None:

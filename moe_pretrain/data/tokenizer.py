@@ -336,7 +336,9 @@ def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer
 
     def load(local_files_only: bool) -> Any:
         try:
-            return transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+            return transformers.AutoTokenizer.from_pretrained(
+                name, local_files_only=local_files_only, trust_remote_code=False
+            )
         except Exception as error:  # whatever the tokenizer's class raises
             raise ValueError(f"tokenizer.path={name}: {one_line(error)}") from None
 

@@ -290,5 +290,5 @@ def wandb_runs(root: Path, say: Callable[[str], None]) -> Iterator[WandbRun]:
             continue
         config = read_config(run.folder)
         metrics = config["metrics"]
-        name = config["run"]["name"]
+        name = run.folder.resolve().name  # not the recorded one: a copy is the run where it lies
         yield wandb_run(run.folder, metrics["wandb_project"], metrics.get("wandb_group"), name, config)

@@ -194,6 +194,8 @@ class Router(nn.Module):
         gradients_by_design: What has on purpose a gradient that is not its derivative -> why: names of aux losses that
             hold something constant, or ``weight``.
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
+        buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
+            checkpoint with others is refused.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
             it depends on how the global batch is cut.
     """
@@ -210,6 +212,7 @@ class Router(nn.Module):
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""
     losses_depend_on_cut: bool = False
+    buffer_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     def __init__(self, layer: int):
         super().__init__()

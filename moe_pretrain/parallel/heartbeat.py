@@ -47,6 +47,7 @@ _ALARM = "alarm"
 _POLL_SECONDS = 1.0
 _START_SECONDS = 120.0
 """Least limit of a rank's start-up, which imports packages from a disk that may be slow."""
+_NEVER = ", never heard of"
 _END_SECONDS = 5.0
 """How long telling the others and writing stacks may take; the network or the disk may be what is gone."""
 
@@ -195,7 +196,8 @@ class Heartbeat:
                     neighbour.polls = 0
                 if neighbour.polls == self._limit_polls // 2:
                     signs = self._read_all()
-                if is_silent:
+                # One that was never heard of may still import packages.
+                if is_silent and (heard.watched is not None or neighbour.polls >= _START_SECONDS / _POLL_SECONDS):
                     self._end_with(self._describe_silent_ranks(signs))
             except Exception as error:  # out of memory, say
                 failures += 1
@@ -239,7 +241,10 @@ class Heartbeat:
             if old == new and rank != self._rank and not _is_done(new):
                 silent[rank] = _describe_sign(new)
         named = _name_together(silent or {self._watched: _describe_sign(self._heard.watched)})
-        return f"stuck or gone, no sign of life for {self._limit_polls * _POLL_SECONDS:.0f} s: {named}"
+        seconds = self._limit_polls * _POLL_SECONDS
+        if _NEVER in named:
+            seconds = max(seconds, _START_SECONDS)
+        return f"stuck or gone, no sign of life for {seconds:.0f} s: {named}"
 
     def _read_all(self) -> list[Sign | None]:
         """Messages that all ranks publish; nothing when the store fails, which ``_talk`` finds out too."""
@@ -399,7 +404,7 @@ def _name_together(described: dict[int, str]) -> str:
 
 def _describe_sign(sign: Sign | None, with_line: bool = False) -> str:
     if sign is None:
-        return ", never heard of"
+        return _NEVER
     line = f", in {sign['line']}" if with_line and sign["line"] else ""
     failure = f", failed with {sign['failure']}" if sign["failure"] else ""
     return f" on {sign['host']}, last seen at {_place(sign)}{line}{failure}"

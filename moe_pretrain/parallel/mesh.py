@@ -1,6 +1,7 @@
 """Sizes to ranks and groups. The only file beside ``pretrain.py`` that reads the environment."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -44,6 +45,23 @@ class Mesh:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """The result of ``action`` on the main rank, on every rank; every rank must call it.
+
+        Raises:
+            Exception: The action has failed, on every rank: none waits for a main rank that has gone.
+        """
+        result: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                result = (action(), None)
+            except (OSError, ValueError, RuntimeError) as error:
+                result = (None, error)
+        value, failure = self.share(result)
+        if failure is not None:
+            raise failure
+        return value
 
 
 def build_mesh(config: ParallelConfig, device_type: str, meeting: Rendezvous | None = None) -> Mesh:

@@ -19,8 +19,12 @@ _GIT_SECONDS = 10.0
 
 
 def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
-    """Write down what the run was started with, which the same name goes on with; other ranks may read it meanwhile."""
-    write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in overrides))
+    """Write down what the run was started with, which the same name goes on with; other ranks may read it meanwhile.
+
+    ``checkpoint.resume=restart`` is for one start: kept, it would begin anew whenever later checkpoints are lost.
+    """
+    kept = [word for word in overrides if word.lstrip("+") != "checkpoint.resume=restart"]
+    write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in kept))
 
 
 def claim_overrides(folder: Path, overrides: Sequence[str]) -> None:
@@ -44,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration; empty where the run recorded none.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or cannot be read.
     """
     return _read(folder / CONFIG_FILE, yaml.safe_load)
 
@@ -58,17 +62,21 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The facts of ``write_summary``; empty where the run recorded none.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or cannot be read.
     """
     return _read(folder / SUMMARY_FILE, json.loads)
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        values = parse(content.decode())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: damaged: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: damaged: it holds no names and values")

@@ -160,11 +160,20 @@ class BudgetMeter:
         if self._config.flops is not None and self._planned_end:
             text += f": {self.flops:.4g} FLOPs are spent, of budget.flops={self._config.flops:g}"
         elif self._out_of_time and not self._planned_end:
-            text += (
-                f": {self.seconds:.1f} s are spent, of budget.seconds={self._config.seconds:g}; the learning-rate "
-                f"schedule was at step {self.steps} of {self.num_steps}, NOT AT ITS END"
-            )
+            text += f": {self.seconds:.1f} s are spent, of budget.seconds={self._config.seconds:g}"
         return text
+
+    def describe_excess(self) -> str:
+        """Line on a budget that is below what is spent, by more than the last step; or nothing."""
+        config, before_last = self._config, 1 - 1 / max(1, self.steps)
+        found = ""
+        if config.tokens is not None and self.steps > self._planned_steps:
+            found = f"budget.tokens={config.tokens} is below the {self.steps * self._tokens_per_step} tokens done"
+        elif config.flops is not None and self.flops * before_last >= config.flops:
+            found = f"budget.flops={config.flops:g} is below the {self.flops:.4g} FLOPs spent"
+        elif config.seconds is not None and self.seconds * before_last >= config.seconds:
+            found = f"budget.seconds={config.seconds:g} is below the {self.seconds:.1f} s spent"
+        return f"{found}: nothing is trained, and the learning rate of these steps was a longer run's" if found else ""
 
     def describe_spending(self) -> str:
         """FLOPs and seconds, and how far FLOPs are from what was expected."""

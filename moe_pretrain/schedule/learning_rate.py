@@ -27,6 +27,10 @@ class CosineScheduleConfig:
         """Oddity of this schedule in a run of ``num_steps``, in a line, or nothing."""
         return _long_warmup(self.warmup_steps, num_steps)
 
+    def last(self, num_steps: int) -> float:
+        """Last learning rate, as a fraction of the peak."""
+        return self.floor
+
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
         if step < self.warmup_steps:
@@ -66,6 +70,10 @@ class WarmupStableDecayScheduleConfig:
             )
         return _long_warmup(self.warmup_steps, num_steps)
 
+    def last(self, num_steps: int) -> float:
+        """Last learning rate, as a fraction of the peak."""
+        return self.floor if round(self.decay_fraction * num_steps) else 1.0
+
     def factor(self, step: int, num_steps: int) -> float:
         """Learning rate of ``step`` (from 0) as a fraction of the peak."""
         if step < self.warmup_steps:
@@ -75,6 +83,17 @@ class WarmupStableDecayScheduleConfig:
         if into_decay <= 0:
             return 1.0
         return 1.0 - (1 - self.floor) * min(1.0, into_decay / decay_steps)
+
+
+def describe_last_rate(schedule: "ScheduleConfig", steps: int, num_steps: int) -> str:
+    """Line on the learning rate in the last of ``steps``, planned as ``num_steps``, if that is not its end."""
+    factor, last = schedule.factor(steps - 1, num_steps), schedule.last(num_steps)
+    if not steps or math.isclose(factor, last, rel_tol=1e-3, abs_tol=1e-6):
+        return ""
+    return (
+        f"the learning-rate schedule was at step {steps} of {num_steps}, NOT AT ITS END: the last rate is {factor:.1%} "
+        f"of the peak, its end {last:.1%}"
+    )
 
 
 def _long_warmup(warmup_steps: int, num_steps: int) -> str:

@@ -12,6 +12,9 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+MOST_SKIPPED_STEPS = 100_000
+"""Largest number of steps whose rows one rewind leaves out: they are read and thrown away one by one."""
+
 
 @dataclass(frozen=True)
 class SpikeConfig:
@@ -24,7 +27,7 @@ class SpikeConfig:
         nats: ... and this many nats per token, > 0.
         rewind: Go back to the newest checkpoint before the rows to be skipped, and go on without these rows. False:
             only say it.
-        skip_steps: Steps whose rows are skipped, the spike's the last of them.
+        skip_steps: Steps whose rows are skipped, the spike's the last of them; at most ``MOST_SKIPPED_STEPS``.
         max_rewinds: Rewinds of one run; later spikes are only said.
     """
 
@@ -32,7 +35,7 @@ class SpikeConfig:
     deviations: PositiveFloat
     nats: PositiveFloat
     rewind: bool
-    skip_steps: PositiveInt
+    skip_steps: Annotated[int, Field(ge=1, le=MOST_SKIPPED_STEPS)]
     max_rewinds: PositiveInt
 
 
@@ -124,10 +127,12 @@ class Rewinds:
 
     def data_step(self, step: int) -> int:
         """The step of the data that step ``step`` of the run reads."""
-        left_out = sorted({at for one in self.taken for at in range(one.first, one.stop)})
-        for at in left_out:
-            if at <= step:
-                step += 1
+        reached = 0  # end of the data that was looked at
+        for one in sorted(self.taken, key=lambda one: one.first):
+            first = max(one.first, reached)
+            if first < one.stop and first <= step:
+                step += one.stop - first
+            reached = max(reached, one.stop)
         return step
 
     def accept(self, step: int, num_rewinds: int) -> bool:

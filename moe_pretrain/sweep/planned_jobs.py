@@ -12,9 +12,10 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from moe_pretrain.config.compose import completed
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import preflight
-from moe_pretrain.config.recorded import kept
+from moe_pretrain.config.preflight import check_warm_up, preflight
+from moe_pretrain.config.recorded import kept, words_at_start
 from moe_pretrain.config.schema import Config, SweepConfig, to_values
+from moe_pretrain.run_folder.identity import decides, deciding
 from moe_pretrain.run_folder.paths import STATE_FILE
 from moe_pretrain.run_folder.record import differences, flatten, show
 from moe_pretrain.sweep.job_record import SweepJob, read_jobs
@@ -22,14 +23,6 @@ from moe_pretrain.sweep.job_record import SweepJob, read_jobs
 MAX_BYTES = 120
 """Longest name: file systems take 255 bytes, wandb 128 characters."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.=,@+-]+")
-NOT_THE_SWEEP = ("hydra.", "hydra/", "run.", "metrics.", "fault.", "checkpoint.", "parallel.", "sweep.")
-"""Beginnings of overrides that say how a sweep is run, not what it is."""
-
-_NOT_THE_JOB = (
-    *("run.", "sweep.", "metrics.", "checkpoint.", "fault.", "parallel."),
-    *("model.recompute.", "model.cross_entropy_chunk_tokens."),
-)
-"""Keys (or their beginnings) that may differ between two starts of one job: how it is run, not what comes out."""
 _SHOWN_DIFFERENCES = 3
 
 
@@ -136,7 +129,8 @@ class Sweep:
         words = self._words(swept, namesake.name)
         # What keeps older defaults stands behind the words of the sweep, the last of which is its name.
         own = 1 + max((at for at, word in enumerate(namesake.words) if word.startswith("sweep.name=")), default=-1)
-        keeping = tuple(kept(namesake.words[:own], namesake.values, words))
+        earlier = words_at_start(namesake.folder, namesake.words[:own], words)
+        keeping = tuple(kept(earlier, namesake.values, words))
         now = to_values(load_job([*words, *keeping], namesake.name))
         then = completed(json.loads(json.dumps(namesake.values)))
         is_same = identity(json.loads(json.dumps(now))) == identity(then)
@@ -160,7 +154,7 @@ def load_job(words: Sequence[str], name: str) -> Config:
     """
     try:
         config = load(words)
-        preflight(config, config.parallel.processes)
+        check_warm_up(config, preflight(config, config.parallel.processes))
     except ValueError as error:
         raise ValueError(f"job {name}: {error}") from error
     return config
@@ -168,7 +162,7 @@ def load_job(words: Sequence[str], name: str) -> Config:
 
 def what_it_is(values: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration, with dotted keys, that decides a job's result."""
-    return {key: value for key, value in flatten(values).items() if not f"{key}.".startswith(_NOT_THE_JOB)}
+    return deciding(flatten(values))
 
 
 def identity(values: Mapping[str, Any]) -> str:
@@ -187,7 +181,8 @@ def job_name(swept: Sequence[str]) -> str:
 def sweep_name(swept_keys: Iterable[str], words: Iterable[str]) -> str:
     """Default name of a sweep: what is swept, and a hash of the command without what only says how to run it."""
     keys = "-".join(key.lstrip("+") for key in swept_keys)
-    recipe = sorted(word for word in words if not word.lstrip("+~").startswith(NOT_THE_SWEEP))
+    fields = {word: word.partition("=")[0].lstrip("+~") for word in words}
+    recipe = sorted(word for word, field in fields.items() if decides(field) and not field.startswith("hydra"))
     return _folder_name(f"sweep-{keys}-{_digest(recipe)}")
 
 

@@ -50,7 +50,8 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
 
     Returns:
         Exit code: 0 when the run is finished, ``signals.STOPPED`` when a signal ended it after a checkpoint,
-        ``signals.UNSAVED`` when its last checkpoint could not be written.
+        ``exit_codes.UNSAVED`` when its last checkpoint could not be written, ``exit_codes.NOT_FINITE`` when it has come
+        to its end without a result.
 
     Raises:
         RunInUse: The run's folder belongs to another run.

@@ -20,14 +20,22 @@ class RunProgress:
         rewinds: Returns so far, whose rows are left out.
         spikes: Detector of spikes in the training loss.
         meter: Budget meter: FLOPs and seconds spent; decides the last step.
+        skipped: Steps that changed nothing; known at the end.
     """
 
     def __init__(self, spike: SpikeConfig, tokens_per_step: int, meter: BudgetMeter):
         self.step, self.token_hash = 0, 0
         self.saved_step: int | None = None
         self.validation_loss: float | None = None
+        self.skipped = 0
         self.rewinds, self.spikes, self.meter = Rewinds(), SpikeDetector(spike), meter
         self._tokens_per_step = tokens_per_step
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the run, at its end, has anything to show: a weight that moved and a finite validation loss."""
+        loss = self.validation_loss
+        return self.skipped < max(1, self.step) and loss is not None and math.isfinite(loss)
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_pretrain.checkpoint.manifest import complete_names, step_of
+from moe_pretrain.checkpoint.manifest import CheckpointError, complete_names, step_of
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config, to_values
 from moe_pretrain.engine.optimizers.base import rate_scales_by_group
@@ -62,7 +62,7 @@ class RunRecorder:
             self._probes.write(probe)
             checkpoints = complete_names(self._checkpoints)
             self._probes.remove_before(step_of(checkpoints[-1]) or 0 if checkpoints else 0)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             self.event("probe_failed", f"losses by document and routes are not complete: {error}")
         return {f"moe/layer_{layer:02d}/routing_drift": share for layer, share in drift.items()}
 

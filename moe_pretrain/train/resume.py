@@ -9,7 +9,8 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.engine import TrainEngine
-from moe_pretrain.run_folder.paths import CHECKPOINTS
+from moe_pretrain.run_folder.metrics_file import read_rows
+from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE
 from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
 from moe_pretrain.train.context import RunContext
@@ -17,6 +18,7 @@ from moe_pretrain.train.corpora import RunData
 from moe_pretrain.train.progress import RunProgress
 from moe_pretrain.train.recorder import RunRecorder
 from moe_pretrain.train.resume_rules import ResumeRules
+from moe_pretrain.train.saving import CheckpointSaving
 
 
 class Resumer:
@@ -34,34 +36,42 @@ class Resumer:
         context: RunContext,
         progress: RunProgress,
         recorder: RunRecorder,
+        saving: CheckpointSaving,
     ):
         """Nothing is taken over yet: ``progress`` and ``engine`` are replaced when a checkpoint is."""
         self.rules = ResumeRules(config, data.corpus, context.mesh.world_size)
         self._config, self._engine, self._mesh, self._say = config, engine, context.mesh, context.say
-        self._progress, self._recorder, self._loader = progress, recorder, data.loader
+        self._progress, self._recorder, self._loader, self._saving = progress, recorder, data.loader, saving
         self._folder, self._checkpoints = config.run.folder, config.run.folder / CHECKPOINTS
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, or begin, as ``checkpoint.resume`` asks.
 
         Raises:
-            ConfigError: The checkpoints do not fit ``checkpoint.resume``, are of another run, or are damaged.
+            ConfigError: The checkpoints do not fit ``checkpoint.resume``, are of another run, or none of them is good.
+            CheckpointError: One cannot be read, is hostile or of another release.
         """
         policy = self._config.checkpoint.resume
         warnings: list[str] = []
-        self._progress.rewinds = self._read_rewinds()
-        found = self._newest(warnings.append)
+        self._progress.rewinds = self._mesh.on_main(lambda: read_rewinds(self._folder))
+        found = self._newest(warnings.append, is_lenient=policy == "restart")
+        names: list[Path] = self._mesh.on_main(lambda: store.complete_names(self._checkpoints))
         if found is None and policy == "must":
             raise ConfigError(
                 f"checkpoint.resume=must needs a good checkpoint in {self._checkpoints}; there is none"
                 + "".join(f"; {warning}" for warning in warnings)
             )
-        if found is not None and policy == "never":
-            raise ConfigError(f"checkpoint.resume=never, but {found[0]} exists; choose another run.name")
-        if found is None:
-            self._begin(warnings)
-        else:
+        if names and policy == "never":
+            raise ConfigError(f"checkpoint.resume=never, but {names[0]} exists; choose another run.name")
+        if found is not None:
+            if policy == "restart":
+                self._say(f"checkpoint.resume=restart: {found[0].name} is good, the run goes on from it")
             self._go_on(*found, warnings)
+        elif policy == "restart":
+            self._restart(names, warnings)
+        else:
+            self._refuse_to_start_over(names, warnings)
+            self._begin(warnings)
 
     def go_back(self, spike: str) -> bool:
         """Go back before the spike of the last step, whose rows are left out from now on.
@@ -93,31 +103,59 @@ class Resumer:
         )
         return True
 
-    def _read_rewinds(self) -> Rewinds:
-        """The record in the run's folder, as the main rank reads it; one that is damaged is refused on every rank."""
-        rewinds, complaint = Rewinds(), ""
-        if self._mesh.is_main:
-            try:
-                rewinds = read_rewinds(self._folder)
-            except ValueError as error:
-                complaint = str(error)
-        taken, complaint = self._mesh.share((rewinds.taken, complaint))
-        if complaint:
-            raise ConfigError(complaint)
-        return Rewinds(taken)
+    def _refuse_to_start_over(self, names: list[Path], warnings: list[str]) -> None:
+        """Raise if the run has saved something: to begin anew would put other checkpoints and metrics in its place.
 
-    def _newest(self, warn: Callable[[str], None], latest: float = math.inf) -> tuple[Path, dict[str, Any]] | None:
+        Raises:
+            ConfigError: There are checkpoints of which none is good, or the metrics tell of some that are gone.
+        """
+        way_out = "; checkpoint.resume=restart sets what is there aside and begins anew, as does another run.name"
+        if names:
+            raise ConfigError(
+                f"{self._checkpoints} has {len(names)} checkpoint{'s' * (len(names) > 1)} and none that this run can "
+                f"go on from: {'; '.join(warnings) or 'they are of a course that was left'}{way_out}"
+            )
+        saved = self._mesh.on_main(self._last_saved)
+        if saved is not None:
+            raise ConfigError(
+                f"{self._checkpoints} is empty, but {METRICS_FILE} tells of a checkpoint of step {saved}: is a disk "
+                f"missing, or a link broken?{way_out}"
+            )
+
+    def _last_saved(self) -> int | None:
+        rows = [row for row in read_rows(self._folder / METRICS_FILE) if row.get("event") == "checkpoint"]
+        return rows[-1]["step"] if rows else None
+
+    def _restart(self, names: list[Path], warnings: list[str]) -> None:
+        """Set aside what the run has, of which nothing is good, and begin anew."""
+
+        def clear() -> str | None:
+            metrics = self._folder / METRICS_FILE
+            if not names and self._last_saved() is None:
+                return None
+            for path in names:
+                store.set_aside(path)
+            return str(store.keep_copy(metrics, self._checkpoints).parent)
+
+        place = self._mesh.on_main(clear)
+        self._begin(warnings)
+        if place is not None:
+            self._recorder.event(
+                "restarted", f"{len(names)} checkpoints and the metrics so far were set aside: {place}"
+            )
+
+    def _newest(
+        self, warn: Callable[[str], None], latest: float = math.inf, is_lenient: bool = False
+    ) -> tuple[Path, dict[str, Any]] | None:
         """The newest good checkpoint on the run's course, of ``latest`` steps at most."""
 
         def accept(state: TrainState) -> bool:
             return state.step <= latest and self._progress.rewinds.accept(state.step, len(state.rewinds))
 
-        return store.agree_on_newest(self._checkpoints, self._mesh, warn, accept)
+        return store.agree_on_newest(self._checkpoints, self._mesh, warn, accept, is_lenient)
 
     def _begin(self, warnings: list[str]) -> None:
         """Start at step 0, with the weights of another run if that is asked for."""
-        if self._progress.rewinds.taken:
-            self._leave(-1)
         self._recorder.go_on()
         self._report_damage(warnings)
         self._say(f"starting {self._folder}")
@@ -129,6 +167,7 @@ class Resumer:
         state = train_state(manifest)
         allowed = self.rules.refuse_changes(state, path)
         self._loader.restore(state.stream)
+        self._mesh.on_main(lambda: self._saving.went_on_from(state.step))
         self._take_over(path, manifest)
         self._report_damage(warnings)
         self._recorder.event("resumed", f"from {path.name} on {self._mesh.world_size} ranks")
@@ -155,13 +194,11 @@ class Resumer:
 
     def _leave(self, step: int) -> None:
         """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""
-        if self._mesh.is_main:
-            store.discard_after(self._checkpoints, step)
-        self._mesh.share(None)  # no rank goes on before that is done
+        self._mesh.on_main(lambda: self._saving.leave(step))  # no rank goes on before that is done
 
     def _warm_start(self, where: Path) -> None:
         """Begin with the weights of another run."""
-        path = store.locate(where)
+        path = self._mesh.on_main(lambda: store.locate(where))
         manifest = store.agree_on(path, self._mesh)
         self.rules.refuse_tokenizer(train_state(manifest), path)
         became = store.warm_start(self._engine, path, manifest)

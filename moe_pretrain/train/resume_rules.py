@@ -85,8 +85,11 @@ class ResumeRules:
         if then.corpus_fingerprint != now.corpus_fingerprint:
             raise ConfigError(
                 f"data: the corpus has changed since {path} was made: "
-                f"{data.explain_change(then.corpus_facts, now.corpus_facts)}; choose another run.name to start anew"
+                f"{_explained(then.corpus_facts, now.corpus_facts)}; choose another run.name to start anew"
             )
+        tokens = state.step * now.config["batch"]["global_batch_tokens"]
+        if state.tokens not in (None, tokens):
+            raise ConfigError(f"{path} cannot be resumed: state.tokens={state.tokens} must be {tokens} after its steps")
         return found.allowed
 
     def refuse_tokenizer(self, state: TrainState, path: Path) -> None:
@@ -119,7 +122,7 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
     then is contradicted.
     """
     found = Changes([], [])
-    elastic = all(config.get("engine", {}).get("determinism") == "elastic" for config in (then, now))
+    elastic = all(_engine(config).get("determinism") == "elastic" for config in (then, now))
     kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
     differences = _differences("", then, json.loads(json.dumps(now)))
     of_another_kind = tuple(kind.partition(".")[0] for kind in _KINDS if kind in differences)
@@ -139,6 +142,19 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
         else:
             found.allowed.append(f"{name}={_word(after)} (was {_word(before)})")
     return found
+
+
+def _engine(config: dict[str, Any]) -> dict[str, Any]:
+    engine = config.get("engine")
+    return engine if isinstance(engine, dict) else {}
+
+
+def _explained(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Differences of two corpora, of which the first is described by a file that may hold anything."""
+    try:
+        return data.explain_change(then, now)
+    except (AttributeError, TypeError, ValueError, KeyError):
+        return "what it was is not readable"
 
 
 def _word(value: Any) -> str:

@@ -20,6 +20,14 @@ class CheckpointSaving:
         self._saver = Saver(engine, folder, config.checkpoint, timeout, context.faults)
         self._progress, self._recorder = progress, recorder
 
+    def went_on_from(self, step: int) -> None:
+        """Learn which checkpoint the run went on from."""
+        self._saver.went_on_from(step)
+
+    def leave(self, step: int) -> None:
+        """Take checkpoints of later steps out of the way: the run goes on from ``step`` on another course."""
+        self._saver.leave(step)
+
     def begin(self, state: TrainState) -> None:
         """Begin a checkpoint of the engine and ``state``; the outcome of the one before was taken."""
         self._saver.save(state, before_commit=self._recorder.sync)

@@ -1,10 +1,11 @@
 """The training loop of a run, read from top to bottom: resume, train, validate, save, stop, finish."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from moe_pretrain.checkpoint.store import TrainState
+from moe_pretrain.checkpoint.store import TrainState, updates_made
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data import IGNORE_INDEX
@@ -15,7 +16,8 @@ from moe_pretrain.metrics.router_health import RouterHealth
 from moe_pretrain.metrics.step_rows import train_row
 from moe_pretrain.metrics.throughput import Stopwatch, peak_flops_per_second
 from moe_pretrain.run_folder.provenance import write_overrides
-from moe_pretrain.system.exit_codes import FINISHED, STOPPED, UNSAVED
+from moe_pretrain.schedule.learning_rate import describe_last_rate
+from moe_pretrain.system.exit_codes import FINISHED, NOT_FINITE, STOPPED, UNSAVED
 from moe_pretrain.train.context import RunContext
 from moe_pretrain.train.corpora import RunData
 from moe_pretrain.train.ending import say_end
@@ -55,8 +57,8 @@ class Trainer:
         self.router_health = RouterHealth(layers, config.metrics.router_health_steps, config.metrics.collapse_ratio)
         self.recorder = RunRecorder(config, plan, data, context.mesh, self.progress)
         self.evaluator = Evaluator(config, plan, data, engine, context)
-        self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder)
         self.saving = CheckpointSaving(config, engine, context, self.progress, self.recorder)
+        self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder, self.saving)
 
     def train(self, overrides: Sequence[str] = ()) -> int:
         """Resume the newest checkpoint, then train until the budget is spent, the data ends or a signal comes.
@@ -65,9 +67,12 @@ class Trainer:
             overrides: Words of the command line, for the run's folder.
 
         Returns:
-            Exit code: FINISHED if the last step and its validation are done and saved, else STOPPED or UNSAVED.
+            Exit code: FINISHED if the last step and its validation are done and saved, NOT_FINITE if they are but came
+            to nothing, else STOPPED or UNSAVED.
         """
         self.resumer.resume()
+        if excess := self.data.meter.describe_excess():
+            self.recorder.event("budget", excess)
         if self.context.mesh.is_main:  # not before: settings that were refused are not the run's
             write_facts(self.config, self.plan, self.data, self.context.mesh)
             write_overrides(self.config.run.folder, overrides)
@@ -80,11 +85,27 @@ class Trainer:
         self.saving.take_outcome(wait=True)
         self.context.enter("report", self.progress.step)
         if code == FINISHED:
-            self.recorder.event("finished", self.data.meter.describe_end())
+            code = self._finish()
         self.recorder.close()
         if self.context.mesh.is_main:
             say_end(code, self.config, self.data, self.progress, self.context.say)
         return code
+
+    def _finish(self) -> int:
+        """Record the end of the run with everything that makes it less than it seems; the exit code."""
+        progress, meter = self.progress, self.data.meter
+        updates: int = self.context.mesh.on_main(lambda: updates_made(self.engine))
+        progress.skipped = progress.step - updates
+        notes = [meter.describe_end(), describe_last_rate(self.config.schedule, progress.step, meter.num_steps)]
+        if progress.skipped:
+            notes.append(f"{progress.skipped} of {progress.step} steps were SKIPPED, and changed nothing")
+        loss = progress.validation_loss
+        if loss is None or not math.isfinite(loss):
+            notes.append("THE LAST VALIDATION IS NOT FINITE")
+        is_untrained = progress.skipped == progress.step > 0
+        # A model that nothing has changed must not be compared with those that were trained.
+        self.recorder.event("diverged" if is_untrained else "finished", "; ".join(filter(None, notes)))
+        return FINISHED if progress.has_result or not progress.step else NOT_FINITE
 
     def _train_to_the_end(self) -> int:
         """Train, going back before each spike that is to be undone; the exit code."""

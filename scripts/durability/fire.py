@@ -30,8 +30,8 @@ from moe_pretrain.checkpoint.store import train_state
 from moe_pretrain.system.exit_codes import INTERRUPTED, LOST_RANK, STOPPED
 
 EVERY_STEPS, STEPS_PER_HIT = 2, 8
-HEARTBEAT_SECONDS, TIMEOUT_SECONDS = 3, 20
-BOUND_SECONDS = 90.0
+HEARTBEAT_SECONDS, TIMEOUT_SECONDS = 6, 30
+BOUND_SECONDS = 180.0
 """Above the sum of both limits and the launcher's grace, on a machine that does other work too."""
 TWO_RANKS = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
 STREAM = [

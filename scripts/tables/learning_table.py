@@ -163,7 +163,8 @@ class LearningTable:
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         cautions = "\n".join(f"- {line}" for line in self.found.warnings)
         signatures = "\n".join(f"- **{verdict}:** {claim} ({figures})" for verdict, claim, figures in self.signatures())
-        return f"{table}\n\n{self.note()}\n\nSignatures:\n\n{signatures}\n\nTo be aware of:\n\n{cautions}\n"
+        parts = [table, self.note(), "Signatures:" if signatures else "", signatures, "To be aware of:", cautions]
+        return "\n\n".join(filter(None, parts)) + "\n"
 
     def note(self) -> str:
         """A line that says what the table is of."""

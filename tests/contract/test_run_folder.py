@@ -98,3 +98,83 @@ def test_each_kind_of_file_is_read_at_one_place(path: Path):
 
 def test_a_second_reader_is_found():
     assert readers("values = yaml.safe_load((folder / CONFIG_FILE).read_text())\n") == {"CONFIG_FILE"}
+
+
+WRITERS = {
+    "system/files.py": "the one way in which a file replaces another",
+    "system/file_lock.py": "a lock has no content",
+    "run_folder/lock.py": "the owner's lock, whose line is for people",
+    "run_folder/metrics_file.py": "rows are appended, and a torn last one is dropped",
+    "sweep/running_job.py": "the log of a job's process is appended to",
+    "cli.py": "the null device takes what a reader that has gone does not",
+    "data/stream/shard_stream.py": "an empty file shows ranks that they see one folder",
+    "parallel/heartbeat.py": "stacks are written while the process dies",
+}
+"""File of the package that writes by itself -> why a file that is half written does no harm there."""
+_WRITING_CALLS = {
+    *("write_text", "write_bytes", "touch", "tofile", "savez", "savez_compressed", "to_csv", "symlink_to", "dump"),
+    *("copy", "copy2", "copyfile", "copytree", "save_file", "savefig"),
+}
+_WRITING_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC"}
+_OF_MEMORY = {"buffer", "content"}
+"""Names of ``io`` objects that something is saved to before it is written whole."""
+
+
+def writes(source: str) -> list[str]:
+    """Calls that put something into a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = (
+            node.func.value.id if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) else ""
+        )
+        texts = [
+            each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+        ]
+        first = node.args[0].id if node.args and isinstance(node.args[0], ast.Name) else ""
+        is_copy_of_value = name == "copy" and owner != "shutil"
+        if name in _WRITING_CALLS and not is_copy_of_value and first not in _OF_MEMORY:
+            found.append(f"line {node.lineno}: {name}")
+        if name in ("open", "fdopen") and any(
+            set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts
+        ):
+            found.append(f"line {node.lineno}: open for writing")
+        if (
+            name == "open"
+            and {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)} & _WRITING_FLAGS
+        ):
+            found.append(f"line {node.lineno}: os.open for writing")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_written_whole_by_one_function(path: Path):
+    name = str(path.relative_to(PACKAGE))
+    found = writes(path.read_text())
+    assert found == [] or name in WRITERS, (
+        f"{name}: {found}; use write_whole, write_json or WholeFile of system/files.py"
+    )
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_that_is_excused_writes(name: str):
+    assert writes((PACKAGE / name).read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "path.write_text('x')",
+        "open(path, 'w')",
+        "path.open('ab')",
+        "np.savez(path, a=1)",
+        "shutil.copy(a, b)",
+        "json.dump(values, file)",
+        "os.open(path, os.O_RDWR | os.O_CREAT)",
+    ],
+)
+def test_a_writer_is_found(line: str):
+    assert writes(line)
+    assert not writes("path.open('rb'); open(path); values.copy(); np.savez(buffer, a=1); os.open(path, os.O_RDONLY)")

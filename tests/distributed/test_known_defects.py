@@ -299,9 +299,16 @@ def reported_loss() -> Result:
         totals[0] += functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
         totals[1] += (labels != IGNORE_INDEX).sum()
     dist.all_reduce(totals)
-    evaluation = engine.evaluate(own)
+    modes: list[set[bool]] = []
+
+    def note_mode(*seen: object) -> None:
+        modes.append({module.training for module in engine.model.modules()})
+
+    evaluation = engine.evaluate(own, note_mode)
+    note_mode()
     result = engine.step(0, own)
     return {
+        "modes": modes,
         "logged": result.loss,
         "evaluated": evaluation.loss,
         "from logits": float(totals[0] / totals[1]),
@@ -565,6 +572,11 @@ def test_c19_logged_loss_is_the_cross_entropy(results: Results) -> None:
     assert result["aux"] > 1  # would show
     assert result["logged"] == pytest.approx(result["from logits"], rel=1e-6)
     assert result["evaluated"] == pytest.approx(result["from logits"], rel=1e-6)
+
+
+def test_c29_evaluation_is_in_its_own_mode_and_training_goes_on_in_its(results: Results) -> None:
+    *evaluating, after = results("reported_loss")["modes"]
+    assert evaluating and all(mode == {False} for mode in evaluating) and after == {True}
 
 
 def test_c20_every_counted_token_weighs_the_same(results: Results) -> None:

@@ -15,7 +15,7 @@ from helpers.processes import RanksFailed, run_on_ranks
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.manifest import folder_name
+from moe_pretrain.checkpoint.manifest import SET_ASIDE, folder_name
 from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.system.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
 
@@ -110,7 +110,9 @@ def test_kill_at_every_point_of_a_save(undisturbed: Path, tmp_path: Path):
             assert manifest["files"] == good_files(undisturbed, FAULTY_STEP), point
     left = run_on_ranks(recover, 1, [str(tmp_path / point) for point in SAVE_POINTS])[0]
     for point, names in zip(SAVE_POINTS, left, strict=True):
-        assert names == [folder_name(3), folder_name(4)], f"{point}: nothing half-written stays, nothing good goes"
+        kept = [name for name in names if name != SET_ASIDE]  # the damaged one of step 3, which nobody has read
+        assert kept == [folder_name(3), folder_name(4)], f"{point}: nothing half-written stays, nothing good goes"
+        assert [path.name for path in (tmp_path / point / SET_ASIDE).iterdir()] == [folder_name(3)], point
         assert good_files(tmp_path / point, 4) == good_files(undisturbed, 4), point
 
 

@@ -40,7 +40,9 @@ def write_checkpoint(folder: Path, step: int, **state: Any) -> Path:
     text = json.dumps(header).encode()
     content = memoryview(bytes([step]) * offset)
     moments = dict.fromkeys(shapes, MOMENTS)
-    staged = Staged(file, len(text).to_bytes(8, "little") + text, content, intervals, shapes, moments, 1.0)
+    staged = Staged(
+        file, len(text).to_bytes(8, "little") + text, content, intervals, shapes, moments, float(min(step, 1))
+    )
     target = folder / folder_name(step)
     work = make_work_folder(target, no_fault)
     part = write_part(work, staged, no_fault)

@@ -27,14 +27,22 @@ def markdown(found: Comparison) -> str:
     """The main result as a Markdown table with what it rests on."""
     text = _markdown_table(answer(found))
     tuned = f"\n{_markdown_table(tuning(found))}\n\n{TUNING_NOTE}\n" if found.tuned else ""
-    cautions = "".join(f"\n- {line}" for line in found.warnings)
-    return f"{text}\n\n{method(found)}\n{tuned}" + (f"\nTo be aware of:\n{cautions}\n" if cautions else "")
+    cautions = "".join(f"\n- {escaped(line)}" for line in found.warnings)
+    return f"{text}\n\n{escaped(method(found))}\n{tuned}" + (f"\nTo be aware of:\n{cautions}\n" if cautions else "")
 
 
 def _markdown_table(table: Table) -> str:
     header, lines = table
     rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in rows)
+
+
+def escaped(text: str) -> str:
+    """A text that Markdown shows as it is, in one line: names of runs and values of fields are anybody's."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    for special in ("\\", "|", "`"):
+        line = line.replace(special, f"\\{special}")
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("](", "]\\(")
 
 
 def method(found: Comparison) -> str:

@@ -10,7 +10,10 @@ measured curve a trial that wins wrongly costs its loss less the lowest one. The
 (its variance and its mean's square, since the best of noisy losses is never better than the best) is added to the
 squared standard error of every difference of the variant to another.
 
-What lies beyond the edges of what was tried, or between trials, is not in it.
+What lies beyond the edges of what was tried, or between trials, is not in it. In simulations of identical schemes,
+tuned with 5 trials and run with 3 seeds (loss quadratic in the logarithm of the rate, noise from a twentieth to three
+times of what a factor of two costs), a difference is called one in up to 8% of the sweeps without it, in up to 6% with
+it.
 
 Axis names:
     trials     of one scheme

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_pretrain.run_folder.identity import SPEED, deciding
 from moe_pretrain.run_folder.paths import RUN_FILES
 from moe_pretrain.run_folder.record import RunRecord, differences, find_runs, show
 from moe_pretrain.run_folder.tune_record import split_trials, tuned_fields
 
-NOT_THE_EXPERIMENT = ("seed", "run.", "sweep.", "metrics.", "checkpoint.", "fault.")
-"""Keys (or their beginnings) that do not make another variant: where a run lives, what it logs and saves."""
-_DROPPED = tuple(key if key.endswith(".") else f"{key}." for key in NOT_THE_EXPERIMENT)
 _HEADS = ("model.name", "router.name")
 
 
@@ -22,7 +20,7 @@ class Variant:
 
     Attributes:
         name: What sets it apart from the other variants.
-        values: Configuration, without ``NOT_THE_EXPERIMENT``.
+        values: Configuration, as far as it decides the result or the speed, without the seed.
         runs: All its runs, in any state.
     """
 
@@ -62,7 +60,8 @@ def one_of_each_variant(root: Path) -> list[Path]:
 
 
 def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if not f"{key}.".startswith(_DROPPED)}
+    own = deciding(values)
+    return {key: value for key, value in values.items() if (key in own or key in SPEED) and key != "seed"}
 
 
 def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant]:

@@ -29,7 +29,15 @@ _UNITS_AHEAD = 2  # handed to a worker before it asks: it never waits for the pa
 
 
 class WriteError(ValueError):
-    """The shards cannot be written, or a worker died: what is finished stays good."""
+    """The shards cannot be written, or a worker died: what is finished stays good.
+
+    Attributes:
+        errno: The disk's own error, which a process that hears of it from another would not know; None for others.
+    """
+
+    def __init__(self, message: str, errno: int | None = None):
+        super().__init__(message)
+        self.errno = errno
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ def main() -> None:
             except Exception as error:
                 kind = "write" if isinstance(error, WriteError) else "user" if isinstance(error, ValueError) else "bug"
                 text = str(error) if kind != "bug" else f"{type(error).__name__}: {error}"
-                connection.send((kind, text))
+                connection.send((kind, text, error.errno) if isinstance(error, WriteError) else (kind, text))
                 return
             connection.send(("done", record))
     except (EOFError, ConnectionError):
@@ -207,5 +215,6 @@ def _do(
     except OSError as error:
         raise WriteError(
             f"{job.folder}: cannot write shards: {one_line(error)}; finished shards are kept, the same command goes on "
-            "from there"
+            "from there",
+            error.errno,
         ) from None

@@ -12,8 +12,9 @@ Axis names:
 
 import bisect
 import itertools
+import reprlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -67,7 +68,8 @@ class Windows:
     def find(self, row: int) -> int | None:
         """The window of a row; None while it is not known, or if the epoch has no such row."""
         index = bisect.bisect_right(self._starts, row) - 1
-        assert index >= 0 or not self._starts, f"row {row} lies before the windows that are known"
+        if index < 0 and self._starts:
+            raise ValueError(f"state.stream is of another step: row {row} lies before the windows that it names")
         return None if index >= len(self._starts) - 1 else self._first_window + index
 
     def rows(self, window: int) -> range:
@@ -92,6 +94,38 @@ class Windows:
 
     def _rows_before_end(self) -> int:
         return max(0, self._tokens[-1] - 1) // self._sequence_length
+
+
+_MOST = 2**53
+_COUNTS = ("epoch", "window", "shard", "tokens")
+_COUNTS_OR_NONE = {"rows": 0, "epoch_rows": 1, "epoch_shards": 1}
+"""Fields of a cursor that may be None, each with its least value."""
+
+
+def _check_cursor(cursor: dict[str, Any]) -> None:
+    """Raise ValueError unless every field of a cursor has its type and range: a checkpoint may hold anything."""
+
+    def refuse(name: str, constraint: str) -> NoReturn:
+        raise ValueError(f"state.stream.{name}={reprlib.repr(cursor.get(name))} must be {constraint}")
+
+    def is_count(value: Any, least: int) -> bool:
+        return type(value) is int and least <= value < _MOST
+
+    for name in _COUNTS:
+        if not is_count(cursor.get(name), 0):
+            refuse(name, "a whole number of at least 0")
+    for name, least in _COUNTS_OR_NONE.items():
+        if cursor.get(name) is not None and not is_count(cursor[name], least):
+            refuse(name, f"null or a whole number of at least {least}")
+    if cursor["epoch"] and cursor.get("epoch_rows") is None:
+        refuse("epoch_rows", "a number after the first epoch")
+    if not isinstance(cursor.get("state"), dict | None):
+        refuse("state", "null or a mapping")
+    checksums = cursor.get("checksums")
+    if not isinstance(checksums, list) or not all(isinstance(one, str | None) for one in checksums):
+        refuse("checksums", "a list of text or null")
+    if not isinstance(cursor.get("settings"), dict):
+        refuse("settings", "a mapping")
 
 
 class StreamedRows:
@@ -195,19 +229,24 @@ class StreamedRows:
             raise ValueError(
                 "streaming.mode: the checkpoint is of a run whose data was not streamed; streaming.mode=never"
             )
+        _check_cursor(cursor)
         for name, now in self._stream.settings().items():
-            if cursor["settings"][name] != now:
+            if (then := cursor["settings"].get(name)) != now:
                 raise ValueError(
-                    f"streaming.{name}={now} must stay {cursor['settings'][name]}, with which the checkpoint was made; "
-                    "choose another run.name to start anew"
+                    f"streaming.{name}={now} must stay {then}, with which the checkpoint was made; choose another "
+                    "run.name to start anew"
                 )
-        self.num_rows = cursor["epoch_rows"]
+        if cursor["shard"] > cursor["window"] * self._stream.config.window_shards:
+            raise ValueError(f"state.stream.shard={cursor['shard']} must be at most the first of its window")
+        self.num_rows = cursor.get("epoch_rows")
         self._base_epoch, self._base_shard = cursor["epoch"], cursor["shard"]
-        self._base_place = None if cursor["rows"] is None else Place(cursor["rows"], cursor["state"])
+        self._base_place = None if cursor.get("rows") is None else Place(cursor["rows"], cursor.get("state"))
         self._from_start = self._new_windows()
         self._based = self._new_windows(cursor["shard"], cursor["tokens"], cursor["window"])
         expected = dict(enumerate(cursor["checksums"], self._base_shard))
-        self._stream.start_from(self._base_epoch, self._base_shard, self._base_place, cursor["epoch_shards"], expected)
+        self._stream.start_from(
+            self._base_epoch, self._base_shard, self._base_place, cursor.get("epoch_shards"), expected
+        )
 
     def _new_windows(self, *where: int) -> Windows:
         return Windows(self._stream.config.window_shards, self._sequence_length, *where)

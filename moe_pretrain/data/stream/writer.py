@@ -244,9 +244,10 @@ def serve(connection: Connection, alive: Callable[[], None]) -> None:
             raise
         except OSError as error:
             reason = f"{job.folder}: cannot write shards: {one_line(error)}"
-            connection.send(("failed", f"{reason}; finished shards are kept, the same command goes on from there"))
+            text = f"{reason}; finished shards are kept, the same command goes on from there"
+            connection.send(("failed", (text, error.errno)))
         except ValueError as error:
-            connection.send(("failed", " ".join(str(error).split())))
+            connection.send(("failed", (" ".join(str(error).split()), None)))
     except (EOFError, ConnectionError):
         return  # nobody needs more
 

@@ -8,6 +8,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from moe_pretrain.data.documents.hub import Place
+from moe_pretrain.data.prepare.worker_pool import WriteError
 from moe_pretrain.data.stream.writer import Demand, StreamJob
 from moe_pretrain.system.child_process import start_helper
 
@@ -22,7 +23,7 @@ class WriterProcess:
         self.status = "the writer starts"
         self._job, self._report = job, report
         self._demand = Demand()
-        self._failure: str | None = None
+        self._failure: tuple[str, int | None] | None = None  # of a WriteError
         self._deaths = 0
         self._lock = threading.Lock()  # the prefetching thread and the training loop both call
         self._process, self._connection = self._start()
@@ -32,7 +33,7 @@ class WriterProcess:
         with self._lock:
             self._listen()
             if self._failure is not None:
-                raise ValueError(self._failure)
+                raise WriteError(*self._failure)
 
     def demand(self, kept: int, last: int) -> None:
         """See ``streaming.Writer``."""
@@ -81,10 +82,11 @@ class WriterProcess:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         self._deaths += 1
         if self._deaths > _MOST_DEATHS:
-            self._failure = (
+            text = (
                 f"the process that writes shards ended {how} {self._deaths} times in a row (out of memory?); finished "
                 "shards are kept, the same command goes on from there"
             )
+            self._failure = (text, None)
             return
         self._report(f"the process that writes shards ended {how}: starting another")
         self._connection.close()

@@ -1,5 +1,6 @@
 """Expert choice: experts take tokens, each the same number; in evaluation by thresholds that training has left."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,6 +136,7 @@ class EvaluationThresholds(nn.Module):
         self.register_buffer("thresholds", torch.full((num_experts,), start))
         self.register_buffer("cutoff_z_scores", torch.zeros(num_experts))
         self.register_buffer("z_score_steps", torch.zeros(()))
+        self.buffer_ranges = {"z_score_steps": (0.0, math.inf)}
 
     def after_step(self, use: StepUse) -> None:
         """Move by a step's ``cutoff_sums``, added up over micro-batches and ranks."""

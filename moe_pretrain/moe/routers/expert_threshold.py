@@ -88,6 +88,7 @@ class ExpertThresholdRouter(Router):
         # 1 - decay ** updates: the weight of all quantiles in the average, by which it is debiased.
         self.ema_weight: Tensor
         self.register_buffer("ema_weight", torch.zeros(()))
+        self.buffer_ranges = {"ema_weight": (0.0, 1.0)}
 
     @property
     def aux_weights(self) -> dict[str, float]:

@@ -81,6 +81,7 @@ class HashRouter(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size)) if config.weights == "learned" else None
         self.table: Tensor
         self.register_buffer("table", torch.zeros(0, config.top_k, dtype=torch.int64))
+        self.buffer_ranges = {"table": (0, num_experts - 1)}
 
     @property
     def aux_weights(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """ReMoE: the gates are ReLUs, so an expert is used where its gate is open, and an adaptive L1 norm closes gates."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -90,6 +91,7 @@ class ReLURouter(Router):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.sparsity_weight: Tensor
         self.register_buffer("sparsity_weight", torch.tensor(config.initial_sparsity_weight))
+        self.buffer_ranges = {"sparsity_weight": (0.0, math.inf)}
 
     @property
     def aux_weights(self) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Damage anywhere is found and named; a hostile manifest is refused before anything of it is used."""
 
+import errno
+import math
 import os
 import random
 import shutil
@@ -10,7 +12,15 @@ from typing import Any
 import pytest
 from helpers.checkpoints import rewrite_manifest, write_checkpoint
 
-from moe_pretrain.checkpoint.manifest import CheckpointError, newest, read_manifest, share
+from moe_pretrain.checkpoint.manifest import (
+    CheckpointError,
+    DamagedCheckpoint,
+    UnreadableCheckpoint,
+    newest,
+    read_manifest,
+    share,
+    step_of,
+)
 from moe_pretrain.checkpoint.store import train_state
 
 FILE = "rank_00000.safetensors"
@@ -84,6 +94,22 @@ HOSTILE = {
     "no intervals": (lambda m: m.update(intervals=[]), "cover 0 of 6"),
     "later format": (lambda m: m.update(format_version=99), "format_version=99"),
     "files of text": (lambda m: m.update(files="x"), "files"),
+    **{
+        f"updates {value}": (lambda m, value=value: m.update(adam_step=value), "adam_step")
+        for value in (-1.0, math.nan, math.inf, 0.5, 3.0, "1", True, [1.0])
+    },
+    "tokens of another length": (lambda m: m["state"].update(tokens=10**400), "state.tokens"),
+    "seconds longer than a float": (lambda m: m["state"].update(train_seconds=10**400), "state.train_seconds"),
+    "FLOPs longer than a float": (lambda m: m["state"].update(flops=10**400), "state.flops"),
+    "a spike's loss longer than a float": (
+        lambda m: m["state"].update(spikes={"losses": [10**400], "is_high": False}),
+        "state.spikes",
+    ),
+    "a rewind without end": (
+        lambda m: m["state"].update(rewinds=[{"step": 0, "first": 1, "stop": 2**60}]),
+        "leaves out more than",
+    ),
+    "a rewind to later": (lambda m: m["state"].update(rewinds=[{"step": 9, "first": 1, "stop": 2}]), "at most first=1"),
     "twice the same": (lambda m: m["intervals"].append(dict(m["intervals"][0])), "gap or an overlap"),
 }
 
@@ -96,7 +122,9 @@ def test_a_hostile_manifest_is_refused_in_one_line(folder: Path, name: str):
     with pytest.raises(CheckpointError) as refused:
         read_manifest(path)
     assert fragment in str(refused.value) and "\n" not in str(refused.value)
-    assert train_state(newest(folder, lambda line: None)[1]).step == 1
+    assert not isinstance(refused.value, DamagedCheckpoint)
+    with pytest.raises(CheckpointError, match="step_00000002"):  # its hash is right: to pass it over would lose a step
+        newest(folder, pytest.fail)
 
 
 def test_links_and_pipes_are_refused_without_being_followed(folder: Path, tmp_path: Path):
@@ -117,8 +145,66 @@ def test_links_and_pipes_are_refused_without_being_followed(folder: Path, tmp_pa
     shutil.rmtree(path)
     path.symlink_to(folder / "elsewhere")
     with pytest.raises(CheckpointError, match="link"):
-        read_manifest(path)
-    assert newest(folder, lambda line: None)[0] == good
+        newest(folder, pytest.fail)
+    path.unlink()
+    assert newest(folder, pytest.fail)[0] == good
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT, errno.EDQUOT])
+@pytest.mark.parametrize("name", [FILE, "manifest.json"])
+def test_an_error_of_the_system_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int):
+    broken = str(folder / "step_00000002" / name)
+    open_file = os.open
+
+    def fail(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path) == broken:
+            raise OSError(number, os.strerror(number), broken)
+        return open_file(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(UnreadableCheckpoint) as refused:
+        newest(folder, pytest.fail)
+    assert broken in str(refused.value) and os.strerror(number) in str(refused.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Any) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(UnreadableCheckpoint, match="Permission denied"):
+        newest(folder, pytest.fail)
+
+
+@pytest.mark.parametrize("name", [FILE, "manifest.json"])
+def test_a_missing_file_is_damage(folder: Path, name: str):
+    (folder / "step_00000002" / name).unlink()
+    heard: list[str] = []
+    assert train_state(newest(folder, heard.append)[1]).step == 1
+    assert len(heard) == 1 and "is missing" in heard[0]
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_one_of_a_later_release_stops_the_run_though_it_may_hash_otherwise(folder: Path, hashed: bool):
+    path = folder / "step_00000002"
+    rewrite_manifest(path, lambda manifest: manifest.update(format_version=2))
+    if not hashed:
+        text = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(text[: text.index('"self"')] + '"self": "sha256:0"}')
+    with pytest.raises(CheckpointError, match="format_version=2.*release that wrote it"):
+        newest(folder, pytest.fail)
+
+
+def test_a_renamed_checkpoint_is_passed_over(folder: Path):
+    (folder / "step_00000002").rename(folder / "step_00000009")
+    heard: list[str] = []
+    assert train_state(newest(folder, heard.append)[1]).step == 1
+    assert len(heard) == 1 and "holds step 2 and was renamed: its name must be step_00000002" in heard[0]
+
+
+@pytest.mark.parametrize("name", ["step_000000002", "step_٠٠٠٠٠٠٠٢", "step_2", "step_00000002.0"])
+def test_a_step_has_one_name(name: str):
+    assert step_of(Path(name)) is None and step_of(Path("step_00000002")) == 2
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", "[" * 100_000, '{"self": 1}', "\udcff", "1" * 10_000])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.checkpoints import rewrite_manifest, write_checkpoint
 
-from moe_pretrain.checkpoint.manifest import CheckpointError, newest, read_manifest, train_state
+from moe_pretrain.checkpoint.manifest import CheckpointError, newest, read_manifest
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.schedule.loss_spikes import Rewind, SpikeState
 
@@ -91,14 +91,12 @@ def test_every_violation_is_said_at_once() -> None:
     assert said[1].startswith("flops=NaN must be") and said[2].startswith("versions=[] must be")
 
 
-def test_a_checkpoint_with_a_wrong_state_is_refused_as_one_with_a_wrong_tensor(tmp_path: Path) -> None:
-    """The manifest has the right hash; the run falls back to the checkpoint before it."""
+def test_a_checkpoint_with_a_wrong_state_is_refused(tmp_path: Path) -> None:
+    """The manifest has the right hash, so nothing is damaged: the run stops, and goes back behind no step."""
     write_checkpoint(tmp_path, 1)
     path = write_checkpoint(tmp_path, 2)
     rewrite_manifest(path, lambda manifest: manifest["state"].update(train_seconds=math.inf))
     with pytest.raises(CheckpointError, match=r"step_00000002.*state\.train_seconds=Infinity must be a finite number"):
         read_manifest(path)
-    warnings: list[str] = []
-    found = newest(tmp_path, warnings.append)
-    assert found is not None and train_state(found[1]).step == 1
-    assert len(warnings) == 1 and "state.train_seconds" in warnings[0]
+    with pytest.raises(CheckpointError, match="state.train_seconds"):
+        newest(tmp_path, pytest.fail)

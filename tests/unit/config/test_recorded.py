@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from moe_pretrain.commands.train import with_earlier_overrides
-from moe_pretrain.config.compose import BEFORE, BEFORE_OF_CORPORA, completed
+from moe_pretrain.config.compose import BEFORE, BEFORE_OF_CORPORA, completed, folder_override
 from moe_pretrain.config.load import load
+from moe_pretrain.config.recorded import allowed_router_file, earlier_words, words_at_start
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.sweep.job_record import JobState, SweepJob
 from moe_pretrain.sweep.planned_jobs import Sweep
@@ -118,3 +119,81 @@ def test_a_sweep_goes_on_with_the_defaults_of_its_day(tmp_path: Path):
         assert again.values["evaluation"]["max_rows"] == 99
     with pytest.raises(ValueError, match=r"was started with other settings: seed=7 \(was 0\)"):
         Sweep(tmp_path / "s", (*FILES, "seed=7"), "cache", load().sweep).plan([["router=top_p"]])
+
+
+def test_the_folder_says_where_a_run_lies_and_not_its_record(tmp_path: Path):
+    recorded = ["run.output_dir=/gone", "++run.name='other'", "seed=3"]
+    for folder in (tmp_path / "copy", Path("copy")):
+        config = load(earlier_words(folder, recorded, []))
+        assert config.run.folder == folder and config.seed == 3
+        config = load(earlier_words(folder, recorded, ["seed=4"]))
+        assert config.run.folder == folder and config.seed == 4
+    assert load(earlier_words(tmp_path / "x", recorded, ["run.name=y", f"run.output_dir={tmp_path}"])).run.name == "y"
+
+
+STRANGE = [
+    "router_file=a.py",
+    "++router_file=a.py",
+    "model.hidden_size=${oc.env:HOME}",
+    "run.cache_dir='${oc.env:HOME}'",
+    "hydra.searchpath=[pkg://evil]",
+    "hydra.job.name=x",
+    "hydra/launcher=submitit_local",
+    "model=../../evil",
+]
+
+
+@pytest.mark.parametrize("word", STRANGE)
+def test_what_a_folder_may_not_ask_for_is_asked_of_the_command_line(tmp_path: Path, word: str):
+    with pytest.raises(ConfigError) as refused:
+        earlier_words(tmp_path / "run", ["seed=3", word], ["seed=4"])
+    assert f"names {word}" in str(refused.value) and f"give {word} on the command line too" in str(refused.value)
+    assert word in earlier_words(tmp_path / "run", ["seed=3", word], [word])
+    key = word.split("=")[0]
+    assert word not in words_at_start(tmp_path / "run", [word], [f"{key}=null"])
+
+
+def test_a_yaml_file_that_a_folder_leads_to_evaluates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    file = tmp_path / "own" / "experiment" / "mine.yaml"
+    words = [folder_override(tmp_path / "own"), "experiment=mine"]
+    monkeypatch.setenv("SECRET", "7")
+    for text, is_refused in (("seed: ${model.num_layers}", False), ("seed: ${oc.env:SECRET}", True)):
+        file.write_text(f"# @package _global_\n{text}\n")
+        if is_refused:
+            with pytest.raises(ConfigError, match=r"seed=\$\{oc.env:SECRET\} is not evaluated"):
+                earlier_words(tmp_path / "run", words, [])
+        else:
+            assert load(earlier_words(tmp_path / "run", words, [])).seed == 4
+    assert load(words).seed == 7, "a command may"
+
+
+@pytest.mark.parametrize(
+    "recorded,given,chosen",
+    [
+        (None, ["router_file=a.py"], None),
+        ("/there/a.py", ["router_file=here/a.py"], "here/a.py"),
+        ("/there/a.py", ["router_file=b.py"], "b.py"),
+        ("/there/a.py", ["router_file=b/a.py", "router_file=/there/a.py"], "/there/a.py"),
+        ("/there/a.py", ["router_file=b.py", "router_file=x/a.py"], "x/a.py"),
+    ],
+)
+def test_the_router_file_of_a_run_is_one_that_the_command_names(recorded: str, given: list[str], chosen: str):
+    assert allowed_router_file(recorded, given, "run") == chosen
+
+
+@pytest.mark.parametrize("given", [[], ["router_file=b.py", "router_file=c.py"]])
+def test_without_one_of_its_own_it_is_refused(given: list[str]):
+    with pytest.raises(ConfigError, match="run names router_file=a.py, python that would be run"):
+        allowed_router_file("a.py", given, "run")
+
+
+@pytest.mark.parametrize("damage", ["budget", "data", "evaluation"])
+def test_a_record_that_is_no_configuration_is_one_line(tmp_path: Path, damage: str):
+    named = run_of_before(tmp_path, *FILES)
+    file = tmp_path / "old" / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    for wrong in (None, [], "x"):
+        file.write_text(yaml.safe_dump({**values, damage: wrong}))
+        with pytest.raises(ConfigError, match="recorded configuration is damaged"):
+            with_earlier_overrides(named)

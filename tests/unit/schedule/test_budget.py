@@ -116,7 +116,21 @@ def test_seconds_end_a_run_before_its_schedule_and_it_says_so():
     assert not meter.is_over and meter.num_steps == 10
     meter.charge(1.0, 0.6)
     assert meter.is_over and meter.is_spent
-    assert "step 4 of 10, NOT AT ITS END" in meter.describe_end() and "2.4 s" in meter.describe_end()
+    assert meter.describe_end() == "after 4 steps: 2.4 s are spent, of budget.seconds=2"
+
+
+def test_a_budget_below_what_is_spent_is_said_and_the_last_step_may_pass_it():
+    for budget, steps, said in (
+        (OF_TOKENS, 10, ""),
+        (OF_TOKENS, 11, "budget.tokens=1000 is below the 1100 tokens done"),
+        (replace(OF_TOKENS, tokens=None, flops=950.0), 10, ""),
+        (replace(OF_TOKENS, tokens=None, flops=950.0), 11, "budget.flops=950 is below the 1100 FLOPs spent"),
+        (replace(OF_TOKENS, seconds=2.1), 4, ""),
+        (replace(OF_TOKENS, seconds=2.1), 5, "budget.seconds=2.1 is below the 3.0 s spent"),
+    ):
+        meter = BudgetMeter(budget, 100, 1.0)
+        meter.restore(steps, steps * 100, steps * 0.6)
+        assert meter.describe_excess().startswith(said) and bool(meter.describe_excess()) == bool(said)
     whole = BudgetMeter(replace(OF_TOKENS, seconds=2.5), 100, 1.0)
     for _ in range(10):
         whole.charge(1.0, 0.25)

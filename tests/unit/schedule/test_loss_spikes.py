@@ -107,3 +107,8 @@ def test_a_damaged_record_is_one_line_that_says_what_to_do(tmp_path: Path, conte
 def test_values_out_of_range_are_one_line(override: str) -> None:
     with pytest.raises(ConfigError, match=f"spike.{override.split('=')[0]}="):
         load([f"spike.{override}"])
+
+
+def test_rows_left_out_without_end_take_no_time():
+    rewinds = Rewinds([Rewind(0, 3, 2**61), Rewind(0, 5, 9)])
+    assert rewinds.data_step(2) == 2 and rewinds.data_step(3) == 2**61

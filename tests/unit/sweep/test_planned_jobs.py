@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.checkpoints import write_checkpoint
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.sweep.job_record import JobState, read_jobs
 from moe_pretrain.sweep.multirun import parse
-from moe_pretrain.sweep.planned_jobs import Sweep
+from moe_pretrain.sweep.planned_jobs import Sweep, sweep_name
 
 
 def sweep(folder: Path, *fixed: str) -> Sweep:
@@ -98,3 +99,18 @@ def test_a_broken_record_is_named(tmp_path: Path):
     (job.folder / "job.json").write_text(json.dumps({"number": 0})[:-3])
     with pytest.raises(ValueError, match=r"job.json is broken"):
         read_jobs(tmp_path)
+
+
+def test_other_starting_weights_are_another_job(tmp_path: Path):
+    """By name, by configuration and by the default name of the sweep."""
+    for name in ("a", "b"):
+        write_checkpoint(tmp_path / name / "checkpoints", 1)
+    starts = [f"checkpoint.warm_start={tmp_path / name}" for name in ("a", "b")]
+    jobs = sweep(tmp_path / "one").plan([[start] for start in starts])
+    assert len({job.folder for job in jobs}) == 2
+    assert [job.values["checkpoint"]["warm_start"] for job in jobs] == [str(tmp_path / name) for name in ("a", "b")]
+    (job,) = sweep(tmp_path / "two", starts[0]).plan([["seed=1"]])
+    JobState("finished").write(job.folder)
+    with pytest.raises(ValueError, match=r"was started with other settings: checkpoint.warm_start=.*b \(was .*a\)"):
+        sweep(tmp_path / "two", starts[1]).plan([["seed=1"]])
+    assert len({sweep_name(["seed"], ["seed=1,2", start]) for start in starts}) == 2

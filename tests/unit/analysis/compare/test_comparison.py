@@ -324,3 +324,26 @@ def test_the_command_prints_the_table(tmp_path: Path, capsys):
         "compare.csv",
         "compare_runs.csv",
     }
+
+
+def test_other_starting_weights_are_another_variant(tmp_path: Path):
+    for name, seed, start in (("a", 1, "x"), ("b", 2, "x"), ("c", 1, "y"), ("d", 1, None)):
+        Planted(name, 3.0, seed, router=TOP_P, other={"checkpoint.warm_start": start}).write(tmp_path)
+    found = compare(tmp_path).variants
+    assert [[run.name for run in variant.runs] for variant in found] == [["a", "b"], ["c"], ["d"]]
+
+
+HOSTILE = "a|b`<script>alert(1)</script>\n[x](http://y) $\\frac{ &"
+
+
+def test_names_are_shown_and_nothing_more(tmp_path: Path):
+    for seed in (1, 2):
+        Planted(f"good{seed}", 3.0, seed, router=TOP_P).write(tmp_path)
+        Planted(f"bad{seed}{HOSTILE.replace('/', '')}", 3.1, seed, router={"name": HOSTILE, "top_k": 1}).write(tmp_path)
+    page, text = write_comparison(tmp_path)
+    lines = text.splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 4, "a header, its rule, two variants"
+    (line,) = [line for line in lines if "alert" in line and line.startswith("|")]
+    assert "a\\|b\\`&lt;script&gt;alert(1)&lt;/script&gt; [x]\\(http://y) $\\\\frac{ &amp;" in line
+    assert line.replace("\\|", "").count("|") == lines[0].count("|")
+    assert "<script" not in text and "<script" not in page.read_text()

@@ -14,10 +14,11 @@ from scipy.stats import norm
 
 from moe_pretrain.analysis.compare.comparison import compare
 from moe_pretrain.analysis.compare.page import write_comparison
-from moe_pretrain.analysis.compare.statistics import Sample, student_t_quantile
+from moe_pretrain.analysis.compare.statistics import Sample, difference, student_t_quantile
 from moe_pretrain.analysis.compare.tuning import choice, seed_noise
 from moe_pretrain.analysis.compare.variants import one_of_each_variant
 from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningTrial, read_tune_record
+from moe_pretrain.sweep.rate_search import Search, Setting
 
 RATE = "optimizer.learning_rate"
 TOP_K = {"name": "top_k", "top_k": 2}
@@ -211,6 +212,41 @@ def test_variants_are_not_named_by_the_rate_that_was_chosen_for_them(tmp_path: P
     plant(tmp_path, {**TOP_K, "load_balance_weight": 0.1}, BASE, {0.064: 2.0, 0.1: 3.0, 0.2: 4.0}, "again")
     names = [variant.name for variant in compare(tmp_path).variants]
     assert len(set(names)) == 4 and sum("learning_rate=" in name for name in names) == 4, "where nothing else does"
+
+
+def tuned_sweep(random: np.random.Generator, curve: float, noise: float) -> dict[str, Sample]:
+    """Two identical schemes, each tuned by the rule and run with three seeds at its best rate."""
+    seeds, search = random.normal(0, 0.05, 3), Search("rate", 1.0, 2.0, 5)
+    samples, tried = {}, {}
+    for name in "ab":
+        losses: dict[Setting, float] = {}
+
+        def loss(setting: Setting) -> float:
+            return 3 + curve * (math.log2(float(setting[0][1])) - 0.37) ** 2 + random.normal(0, noise)
+
+        while settings := search.next(losses):
+            losses |= {setting: loss(setting) for setting in settings}
+        chosen = search.choose(losses)
+        assert chosen is not None
+        samples[name] = Sample({seed: loss(chosen) + of_all for seed, of_all in enumerate(seeds)})
+        tried[name] = list(losses.values())
+    noises = seed_noise(samples)
+    return {
+        name: replace(sample, choice_variance=choice(tried[name], noises[name]).mean_square)
+        for name, sample in samples.items()
+    }
+
+
+def test_identical_schemes_that_were_tuned_are_told_apart_rarely():
+    """Their rates differ by chance, and so do their losses; without what that may cost they differ too often."""
+    random, sweeps = np.random.default_rng(1), 300
+    told = {"with": 0, "without": 0}
+    for _ in range(sweeps):
+        samples = tuned_sweep(random, curve=0.01, noise=0.01)
+        told["with"] += difference(samples["a"], samples["b"]).verdict in ("better", "worse")
+        bare = {name: Sample(sample.losses) for name, sample in samples.items()}
+        told["without"] += difference(bare["a"], bare["b"]).verdict in ("better", "worse")
+    assert told["with"] <= 0.06 * sweeps < told["without"]
 
 
 def random_and(tmp_path: Path, **by: Mapping[int, float]) -> list[str]:

@@ -122,8 +122,9 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(corpus, tmp_path, monk
     while (message := ours.recv())[0] != "failed":
         pass
     thread.join()
-    assert "cannot write shards: " in message[1] and "No space left on device" in message[1]
-    assert message[1].endswith("finished shards are kept, the same command goes on from there")
+    text, number = message[1]
+    assert "cannot write shards: " in text and "No space left on device" in text and number == errno.ENOSPC
+    assert text.endswith("finished shards are kept, the same command goes on from there")
     done = {path: path.stat().st_mtime_ns for path in (folder / "units").glob("*.json")}
     assert done and not list(folder.rglob("*.tmp"))
     left[0] = 10**9
