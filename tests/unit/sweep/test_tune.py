@@ -132,8 +132,9 @@ def test_values_of_a_further_field_may_be_words(home: Path, capsys: pytest.Captu
 
 def test_more_trials_for_all_leave_no_stray_runs(home: Path):
     words = ["router=top_k", "seed=1", "optimizer.learning_rate=0.1"]
-    assert tune(*words, "--trials=3") == 0
-    assert tune(*words, "--trials=5") == 0
+    behave(home, **{TOP_K.format("0.2", 1): "diverge"})
+    assert tune(*words, "--trials=3") == 1, "the scheme has no final run"
+    assert tune(*words, "--trials=5") == 0, "at the better rate it has"
     (scheme,) = record(home).schemes
     assert len(scheme.trials) == 5 and scheme.finals == (TOP_K.format("0.8", 1),)
     assert record(home).former == (TOP_K.format("0.2", 1),), "the final run of the earlier choice is no run to compare"
@@ -153,6 +154,7 @@ def test_more_trials_for_all_leave_no_stray_runs(home: Path):
         (["router=top_k", "seed=1", "optimizer.learning_rate=1,2"], "optimizer.learning_rate: its values are searched"),
         (["router=top_k,top_k", "seed=1"], "router=top_k and router=top_k are the same scheme"),
         (["router=top_k", "seed=1", "--scheme", "router=top_k"], "are the same scheme"),
+        (["router=top_k", "seed=1", "--scheme", "router=top_k optimizer.learning_rate=9"], "are the same scheme"),
         (["router=top_k", "seed=1", "--scheme", "router=hash seed=2"], "--scheme: seed=2 must give one value"),
         (["router=top_k,topk", "seed=1"], "router=topk is not a choice; did you mean top_k?"),
         (
