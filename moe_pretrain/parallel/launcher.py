@@ -25,6 +25,8 @@ from moe_pretrain.system.stop_signals import HANDLED
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
 """How long the other workers may take after one has failed."""
+_TRACEBACK = 1
+"""Python's own exit code, also of a rank whose collective failed because another had left."""
 _LOOPBACK_SECONDS = 5.0
 _STACK_SECONDS = 2.0
 """How long workers may take to write their stacks."""
@@ -106,7 +108,8 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_inter
         codes = {rank: code for rank, code in enumerate(found) if code}
         if codes and not failed:
             # One that was killed before those that then missed it.
-            rank, failed = min(codes.items(), key=lambda ended: ended[1] > 0)
+            # Then one that found another stuck, before those whose collectives failed when it had left.
+            rank, failed = min(codes.items(), key=lambda ended: (ended[1] > 0, ended[1] != LOST_RANK))
             deadline = time.monotonic() + _GRACE_SECONDS
             if failed < 0 and not is_interrupted():
                 name = signal.Signals(-failed).name
@@ -115,6 +118,8 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_inter
             if failed < 0 or failed == LOST_RANK:
                 _write_stacks(workers)
                 break
+        if failed == _TRACEBACK and LOST_RANK in codes.values():
+            failed = LOST_RANK
         if is_over:
             break
         time.sleep(_POLL_SECONDS)

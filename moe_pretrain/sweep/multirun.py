@@ -146,8 +146,7 @@ def drive(sweep: Sweep, words: Sequence[str], batch: Sequence[Sequence[str]], ru
     with _driving(sweep.folder):
         write_json(sweep.folder / SWEEP_FILE, {"name": sweep.folder.name, "command": list(words)})
         sweep.plan(batch)
-        if jobs := read_progress(sweep.folder):
-            print(f"{sweep.folder}: {describe_sweep(jobs)}", flush=True)
+        print(f"{sweep.folder}: {describe_sweep(read_progress(sweep.folder))}", flush=True)
         try:
             settled = run()
         except SweepStopped as stopped:
