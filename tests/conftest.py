@@ -34,6 +34,16 @@ def _seeded() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@pytest.fixture(autouse=True)
+def _log_goes_where_it_went() -> Iterator[None]:
+    """Hydra's ``--info`` and sweeps log to the standard error of their test, which is closed after it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 _LONG_FIRST = ("integration", "distributed")
 """Folders of the files that take longest: begun last, one of them would run alone."""
 
