@@ -41,7 +41,9 @@ def _main(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A log file has each line at once, and loses none to a kill. What it cannot hold (PYTHONIOENCODING=ascii, a
         # name that is not UTF-8) is written as \xe9: a run does not die of its own progress line.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+        sys.stdout.reconfigure(line_buffering=True)
+        with contextlib.suppress(OSError):  # a stream that was a file and is a pipe now: it asks for its place in it
+            sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if words[:1] == ["--version"]:

@@ -80,7 +80,7 @@ def test_a_budget_below_what_is_done_is_said(home: Path) -> None:
         assert code == 0 and fragment in found["budget"] and fragment in err, err
 
 
-@pytest.mark.parametrize("warmup,steps,said", [(1, 4, False), (4, 4, True), (8, 4, True)])
+@pytest.mark.parametrize("warmup,steps,said", [(1, 4, False), (4, 4, True)])
 def test_a_schedule_that_is_not_at_its_end_is_said(home: Path, warmup: int, steps: int, said: bool) -> None:
     name = f"warm-{warmup}"
     words = train_words(name, f"budget.tokens={steps * 1024}", f"schedule.warmup_steps={warmup}")

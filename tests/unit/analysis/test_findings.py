@@ -225,6 +225,7 @@ def test_commands_of_a_sweep_take_one_complete_run_of_each_variant_that_routes(
         return 0
 
     monkeypatch.setattr(certify, "certify_one", certify_one)
+    monkeypatch.setattr(certify, "earlier_words", lambda folder, recorded, more: [*recorded, *more])
     assert cli.main(["certify", str(tmp_path)]) == 2
     tried = ["b-2", "d-1", "router=a,seed=1"]
     assert certified == [([f"run.name={name}"], tmp_path / name / "certificate.json") for name in tried]
