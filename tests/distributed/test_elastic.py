@@ -23,8 +23,13 @@ Topology = tuple[int, int, int]
 CASES = (
     # Clipping is at work, the balance loss needs the global batch, activations are made twice.
     ("router=top_k", *WITH_ALL_PARTS, "model.recompute=full", "engine.gradient_clipping=0.5"),
-    ("router=top_p", "router.load_balance_level=micro_batch"),
-    ("router=loss_free", "engine.gradient_clipping=0.0", "model.init=mup", "optimizer.groups.experts.lr_scale=0.7"),
+    (
+        "router=top_p",
+        "router.load_balance_level=micro_batch",
+        "model.init=mup",
+        "optimizer.groups.experts.lr_scale=0.7",
+    ),
+    ("router=loss_free", "engine.gradient_clipping=0.0"),
     # Odd sizes and few rows per expert: rows of the travelling gate begin at other alignments on other topologies.
     ("router=autonomy", *WITH_ALL_PARTS, "router.gate_rank=7", "model.moe.expert_width_multiple=1"),
 )

@@ -724,7 +724,9 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
 @pytest.mark.parametrize(("overrides", "expected"), SHIPPED, ids=lambda value: " ".join(value))
 def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) -> None:
     rows = list(examine(load([*SMALL, *overrides])))
-    assert not failing(rows)
+    # With so high a threshold hardly a token has an expert: it starts quiet, and is told so.
+    quiet = {"loudness at the start"} if "router.initial_threshold=0.8" in overrides else set()
+    assert failing(rows).keys() == quiet
     details = {row.property: row.detail for row in rows}
     assert all(details.values())
     for name, beginning in expected.items():
