@@ -36,7 +36,7 @@ _VARIANTS = {
     ),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
-"""What varies the model and not the step; taken in turn."""
+"""What varies the model and not the step; taken in turn, but for ``scaled``."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,20 @@ class Case:
         )
 
 
+_SCALED = [
+    Case(2, 2, 1, 4, 3, "none", 0.1, "float32", "scaled"),
+    Case(4, 4, 2, 1, 3, "full", 0.0, "bfloat16", "scaled"),
+]
+"""Rates and spreads by group of parameters, which no other option of a step knows of."""
+
+
 def all_cases() -> list[Case]:
     """Every combination in float32; bfloat16 at ZeRO 1 and 2."""
-    turn = itertools.cycle(_VARIANTS)
+    return [*_cases_by_turn(), *_SCALED]
+
+
+def _cases_by_turn() -> list[Case]:
+    turn = itertools.cycle(name for name in _VARIANTS if name != "scaled")
     cases = []
     for (ranks, size), dtype in itertools.product(TOPOLOGIES, ("float32", "bfloat16")):
         for options in itertools.product(*_AXES.values()):
@@ -80,7 +91,7 @@ def all_cases() -> list[Case]:
 
 def covering_cases() -> list[Case]:
     """A small part of the product in which any two values of any two fields meet at least once."""
-    cases = all_cases()
+    cases = _cases_by_turn()
     pairs_of = {case: set(_pairs(case)) for case in cases}
     missing = set().union(*pairs_of.values())
     chosen = []
@@ -89,7 +100,7 @@ def covering_cases() -> list[Case]:
         best = max(cases, key=lambda case: len(pairs_of[case] & missing) / (1 + case.ranks))
         chosen.append(best)
         missing -= pairs_of[best]
-    return chosen
+    return [*chosen, *_SCALED]
 
 
 def _pairs(case: Case) -> Iterator[tuple]:
