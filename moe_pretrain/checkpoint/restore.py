@@ -78,7 +78,7 @@ def missing_buffers(model: nn.Module, reader: "Reader") -> list[str]:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Fate of the weights of another run, by name.
+    """Result of taking the weights of another run, by name.
 
     Attributes:
         loaded: Taken over.

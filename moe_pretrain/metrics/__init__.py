@@ -1,1 +1,1 @@
-"""Records of a run about itself: router statistics, throughput, and the places of the rows."""
+"""Metrics of a run: router statistics, throughput, and the files and services that get the rows."""

@@ -93,7 +93,7 @@ class MoELayer(nn.Module):
         return MoEOutput(output, routing.aux, routing.use)
 
     def _score_routes(self, recompute_experts: bool) -> ScoreRoutes:
-        """Question of the router to the experts; ``recompute_experts`` keeps none of their activations either.
+        """Function by which the router asks experts for scores; ``recompute_experts`` keeps none of their activations.
 
         Recomputation leaves out the exchange: what was received is kept.
         """

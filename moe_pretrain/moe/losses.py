@@ -186,7 +186,7 @@ def sample_similarity_loss(
     hidden: Float[Tensor, "tokens hidden"],
     token_mask: Bool[Tensor, "tokens"],
 ) -> Float[Tensor, ""]:
-    """Mean distance of the tokens of one expert: few like tokens to each expert is its aim.
+    """Spread of the tokens of each expert: the loss is low where an expert has few tokens, and these are alike.
 
     ``same = 1 / (n * T ** 2) * sum_e sum_ab P[a, e] P[b, e] D[a, b]`` over the ``T`` text tokens and ``n`` experts,
     with ``D`` the squared distance of hidden states over its own mean over all pairs. It is ``1 / n`` when one expert

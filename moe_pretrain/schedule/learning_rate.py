@@ -24,7 +24,7 @@ class CosineScheduleConfig:
     floor: Share
 
     def check(self, num_steps: int) -> str:
-        """Oddity of this schedule in a run of ``num_steps``, in a line, or nothing."""
+        """Complaint about this schedule in a run of ``num_steps``, in a line, or nothing."""
         return _long_warmup(self.warmup_steps, num_steps)
 
     def last(self, num_steps: int) -> float:
@@ -56,7 +56,7 @@ class WarmupStableDecayScheduleConfig:
     floor: Share
 
     def check(self, num_steps: int) -> str:
-        """Oddity of this schedule in a run of ``num_steps``, in a line, or nothing.
+        """Complaint about this schedule in a run of ``num_steps``, in a line, or nothing.
 
         Raises:
             ValueError: The decay would begin before the warm-up ends: the rate would fall in one step.

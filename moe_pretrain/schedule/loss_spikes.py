@@ -18,7 +18,7 @@ MOST_SKIPPED_STEPS = 100_000
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """Spikes of the training loss: their measure, and the answer to them.
+    """Detection of loss spikes, and the response to them.
 
     Attributes:
         window_steps: Steps before a step by whose losses it is judged; nothing is judged before so many are done.

@@ -39,7 +39,7 @@ class RunsElsewhere(ValueError):
 
 
 class Signalled(Protocol):
-    """Receiver of passed-on signals."""
+    """Process or job that signals are passed on to."""
 
     def signal(self, number: int) -> None:
         """Pass a signal on, if it still runs."""

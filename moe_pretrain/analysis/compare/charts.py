@@ -75,7 +75,7 @@ def has_bands(colors: Mapping[str, str]) -> bool:
 
 
 def legend_colors(colors: Mapping[str, str]) -> dict[str, str]:
-    """Legend's share of ``variant_colors``: the others as one."""
+    """Colours of a legend: those of ``variant_colors``, the others as one."""
     rest = [name for name, color in colors.items() if color == OTHERS]
     shown = {name: color for name, color in colors.items() if color != OTHERS}
     return shown | ({f"{len(rest)} others": OTHERS} if rest else {})

@@ -78,7 +78,7 @@ def _last(cumulated: np.ndarray, per_token_of: RunRecord | None = None) -> float
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answer of the runs of a folder.
+    """Comparison of the runs of a folder.
 
     Attributes:
         runs: Every run, in any state, without the trials of a tuning.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -92,6 +92,26 @@ class RouterConfig(ABC):
     def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
         """Float32 numbers per token that the module keeps for backward, beside two for each expert's score."""
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedCountConfig(RouterConfig):
+    """Field of schemes that give every token ``top_k`` experts.
+
+    Attributes:
+        top_k: Experts per token, in [1, num_experts].
+    """
+
+    top_k: PositiveInt
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        check_within_experts(self, num_experts, "top_k")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Routes per token."""
+        return float(self.top_k)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ def choose_tokens(
 def margins(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
     """Distance of each logit from the best other one of its token: goes on growing where the softmax saturates."""
     best, second = functional.pad(logits, (0, 1), value=-torch.inf).topk(2, dim=-1).values.split(1, dim=-1)
-    return logits - torch.where(logits == best, second.clamp(min=logits.min()), best)
+    return logits - torch.where(logits == best, second.nan_to_num(neginf=0.0), best)
 
 
 def cutoff_sums(

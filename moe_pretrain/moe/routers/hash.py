@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits
+from moe_pretrain.moe.routers.base import FixedCountConfig, router_logits
 from moe_pretrain.moe.routers.top_k import scores_of
 from moe_pretrain.moe.types import Router, RouterUse, Routing, RoutingContext, as_count
 
@@ -20,12 +20,11 @@ TABLE_STREAM = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class HashConfig(RouterConfig):
-    """Fields of ``router=hash``.
+class HashConfig(FixedCountConfig):
+    """Fields of ``router=hash``, beside that of ``FixedCountConfig``.
 
     Attributes:
         name: ``hash``.
-        top_k: Experts per token id, in [1, num_experts].
         table: ``balanced``: ids are dealt out by how often they occur in the corpus, so that experts get equal
             numbers of tokens. ``random``: every id gets random experts.
         weights: ``equal``: ``1 / top_k`` each (Hash layers). ``learned``: ``sqrt(softplus(x W))`` of the looked-up
@@ -34,7 +33,6 @@ class HashConfig(RouterConfig):
     """
 
     name: Literal["hash"]
-    top_k: PositiveInt
     table: Literal["balanced", "random"]
     weights: Literal["equal", "learned"]
     weight_scale: PositiveFloat
@@ -43,15 +41,6 @@ class HashConfig(RouterConfig):
         super().__post_init__()
         if self.top_k == 1 and self.weights == "learned":
             raise ValueError("router.weights=learned must be equal when router.top_k=1: it would always be 1")
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Routes per token."""
-        return float(self.top_k)
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "HashRouter":
         """The module of layer ``layer``."""

@@ -14,10 +14,9 @@ from torch.nn import functional
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.routers.base import (
+    FixedCountConfig,
     Fraction,
-    RouterConfig,
     best_first,
-    check_within_experts,
     router_logits,
     router_use,
 )
@@ -29,12 +28,11 @@ _SPLIT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class KMeansConfig(RouterConfig):
-    """Fields of ``router=k_means``.
+class KMeansConfig(FixedCountConfig):
+    """Fields of ``router=k_means``, beside that of ``FixedCountConfig``.
 
     Attributes:
         name: ``k_means``.
-        top_k: Experts per token, in [1, num_experts].
         rule: ``nearest``: the experts of the nearest centroids; ``least_squares``: those of the largest outputs of a
             linear map that is fitted to the clusters, as MixER's gate is.
         num_features: Size of the frozen random projection in which clusters are found.
@@ -49,7 +47,6 @@ class KMeansConfig(RouterConfig):
     """
 
     name: Literal["k_means"]
-    top_k: PositiveInt
     rule: Literal["nearest", "least_squares"]
     num_features: PositiveInt
     temperature: PositiveFloat
@@ -58,15 +55,6 @@ class KMeansConfig(RouterConfig):
     dead_share: Fraction
     refit_every_steps: PositiveInt
     ridge: PositiveFloat
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Routes per token."""
-        return float(self.top_k)
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "KMeansRouter":
         """The module of layer ``layer``."""

@@ -9,37 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.moe.losses import count_routes
-from moe_pretrain.moe.routers.base import RouterConfig, check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import FixedCountConfig, router_logits, router_use
 from moe_pretrain.moe.types import Router, Routing, RoutingContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlConfig(RouterConfig):
-    """Field of the controls that give every token ``top_k`` experts of equal weight.
-
-    Attributes:
-        top_k: Experts per token, in [1, num_experts].
-    """
-
-    top_k: int
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"router.top_k={self.top_k} must be at least 1")
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Routes per token."""
-        return float(self.top_k)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomConfig(ControlConfig):
-    """Fields of ``router=random``, beside that of ``ControlConfig``.
+class RandomConfig(FixedCountConfig):
+    """Fields of ``router=random``, beside that of ``FixedCountConfig``.
 
     Attributes:
         name: ``random``.
@@ -58,7 +34,7 @@ class ControlRouter(Router):
     causal_in_training = True
     causal_in_evaluation = True
 
-    def __init__(self, config: ControlConfig, num_experts: int, layer: int):
+    def __init__(self, config: FixedCountConfig, num_experts: int, layer: int):
         super().__init__(layer)
         config.check_num_experts(num_experts)
         self.config, self.num_experts = config, num_experts

@@ -8,15 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.routers.random import ControlConfig, ControlRouter
+from moe_pretrain.moe.routers.base import FixedCountConfig
+from moe_pretrain.moe.routers.random import ControlRouter
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 DEAL_STREAM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformConfig(ControlConfig):
-    """Fields of ``router=uniform``, beside that of ``ControlConfig``.
+class UniformConfig(FixedCountConfig):
+    """Fields of ``router=uniform``, beside that of ``FixedCountConfig``.
 
     Attributes:
         name: ``uniform``.

@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
+from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe.routers.top_k import TopKRouterConfig
 from moe_pretrain.verify.certificate.subject import NotApplicable, Subject, require
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
@@ -17,6 +17,8 @@ Autonomy-of-Experts 0.25 nats in 150 steps at width 96 make it 7 times too quiet
 """
 WIDEST_EXPERT = 256
 """Largest inner width of an expert here, for the time of this row: 0.29 of top_k is 0.34 at four times the width."""
+LARGEST_MATRIX = 2**26
+"""Most elements of one stacked matrix of a layer's experts: many wide ones would take the memory of a real run."""
 
 
 def _starts_as_loud(subject: Subject) -> str:
@@ -27,7 +29,8 @@ def _starts_as_loud(subject: Subject) -> str:
     model, router = subject.unshrunk.model, subject.unshrunk.router
     if model.moe.num_experts < 2:
         raise NotApplicable("with one expert there is no other scheme to be as loud as")
-    moe = replace(model.moe, expert_hidden_size=min(model.moe.expert_hidden_size, WIDEST_EXPERT))
+    fitting = max(8, LARGEST_MATRIX // (model.moe.num_experts * model.hidden_size) // 8 * 8)
+    moe = replace(model.moe, expert_hidden_size=min(model.moe.expert_hidden_size, WIDEST_EXPERT, fitting))
     model = replace(model, moe=moe)
     ours = start_loudness(model, router, subject.config.seed)
     plain = _of_top_2(replace(model, moe=replace(moe, gate_rank=None)), subject.config.seed)
@@ -46,26 +49,9 @@ def _starts_as_loud(subject: Subject) -> str:
     return found
 
 
-_TOP_2 = TopKRouterConfig(
-    name="top_k",
-    top_k=2,
-    score="softmax",
-    weights="renormalised",
-    weight_scale=1.0,
-    num_groups=1,
-    groups_per_token=1,
-    projection_size=None,
-    jitter=0.0,
-    load_balance_weight=0.0,
-    load_balance_level="micro_batch",
-    router_z_weight=0.0,
-)
-"""The plain scheme whose loudness is the measure."""
-
-
 @functools.cache
 def _of_top_2(model: ModelConfig, seed: int) -> StartLoudness:
-    return start_loudness(model, _TOP_2, seed)
+    return start_loudness(model, load(["router=top_k"]).router, seed)
 
 
 START: dict[str, Callable[[Subject], str]] = {"loudness at the start": _starts_as_loud}
