@@ -105,6 +105,7 @@ def bad_files(folder, vocab_size, end):
     np.save(folder / "outside.npy", outside)
     (folder / "odd.bin").write_bytes(b"abc")
     (folder / "empty.bin").write_bytes(b"")
+    np.save(folder / "nothing.npy", stream[:0])
     np.save(folder / "floats.npy", stream.astype(float))
     np.save(folder / "square.npy", stream[:100].reshape(10, 10))
     np.save(folder / "objects.npy", np.array([{}], dtype=object))
@@ -123,6 +124,7 @@ def bad_files(folder, vocab_size, end):
         ("outside.npy", f"token 57: id {vocab_size} must be from 0 to {vocab_size - 1}"),
         ("odd.bin", "3 bytes are no whole number of uint16 tokens"),
         ("empty.bin", "is empty"),
+        ("nothing.npy", "has no tokens"),
         ("floats.npy", "must be one row of integers, is float64"),
         ("square.npy", "must be one row of integers, is int64 [10, 10]"),
         ("objects.npy", ""),
