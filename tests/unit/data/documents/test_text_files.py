@@ -17,7 +17,7 @@ from moe_pretrain.data.documents import hub as hub_module
 from moe_pretrain.data.documents.config import BuiltinCorpusConfig
 from moe_pretrain.data.documents.document import is_validation
 from moe_pretrain.data.documents.work_units import content_identity, documents, sample_texts
-from moe_pretrain.data.prepare.prepare import folder_name
+from moe_pretrain.data.prepare.prepare_corpus import folder_name
 from moe_pretrain.data.shards.unit_shards import SIDES
 
 TEXTS = ["one\n\ntwo", "naïve 東京 🙂", "2020-01-01", '{"a": 1}', "line\u2028separator"]
