@@ -15,7 +15,7 @@ from moe_pretrain.run_folder.probe import ProbeFiles
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Path:
     """A run without interruption, on one process."""
-    code, out, err = run_python(home, *train_words("straight"))
+    code, out, err = run_python(home, *train_words("straight", "run.report=true"))
     assert code == 0, err
     assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram cross-entropy", out)
     assert "NOT CAUSAL" not in out
