@@ -33,6 +33,7 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 BEFORE = {
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.moe.experts": {"name": "swiglu"},
     "model.mup_base_width": 128,
     "model.mup_base_layers": 4,
     "optimizer.name": "adamw",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -234,6 +234,7 @@ class DecoderLM(nn.Module):
             hidden, output = block(hidden, rotary, mask, context)
             if output is not None:
                 outputs.append(output)
+                context = replace(context, carried=output.carried)
         return hidden, outputs
 
 

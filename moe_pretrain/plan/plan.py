@@ -18,7 +18,7 @@ from moe_pretrain.engine.optimizers.base import check_groups, describe_rates, ra
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import build_router, num_routed_experts, width_problems
+from moe_pretrain.moe.build import build_router, num_sharded_experts, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
     Memory,
@@ -88,7 +88,7 @@ def problems(config: Config) -> list[str]:
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
         lambda: planned(config),
-        lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
+        lambda: config.parallel.check(ranks, num_sharded_experts(config.model.moe, config.router)),
     ]
     found = []
     for check in checks:
@@ -121,6 +121,7 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "routers": 2.0 * size.routers,
         FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
+        "constant experts": 2.0 * size.constant_experts,
         "experts that are only asked": 2.0 * size.scoring,
         MEASURED: size.attention_statistic_flops,
         "output head": 2.0 * size.head_matmul,
@@ -133,9 +134,8 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
     parts = flops_by_part(size)
     attention = parts["attention projections"] + parts["attention scores"]
-    networks = (
-        parts["routed experts"] + parts["experts that are only asked"] + parts["dense networks and shared experts"]
-    )
+    names = ("routed experts", "constant experts", "experts that are only asked", "dense networks and shared experts")
+    networks = sum(parts[name] for name in names)
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
     return again + ahead

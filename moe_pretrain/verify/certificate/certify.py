@@ -91,7 +91,7 @@ def certify(
     source = config.router_file or "shipped"
     model = Subject(config).config.model
     say(
-        f"router={config.router.name} ({source}) in {len(model.moe_layers)} layers of {model.moe.num_experts} experts, "
+        f"router={config.router.name} ({source}) in {len(model.moe_layers)} layers of {model.moe.kinds.total} experts, "
         "cpu, float32"
     )
     rows = []
