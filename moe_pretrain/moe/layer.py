@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 from jaxtyping import Float
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
@@ -43,6 +45,7 @@ class MoEConfig:
             Autonomy-of-Experts with a router kept; that scheme itself has ``router.gate_rank``.
         expert_width_multiple: With a factorised gate the experts' width, solved from equation 5 so that parameters stay
             the same, is rounded to a multiple of this.
+        combine: How a token's expert outputs become one: the group ``combine``.
     """
 
     num_experts: PositiveInt
@@ -53,6 +56,7 @@ class MoEConfig:
     num_leading_dense_layers: NonNegativeInt
     gate_rank: PositiveInt | None
     expert_width_multiple: PositiveInt
+    combine: Annotated[CombineConfig, Field(discriminator="name")] = SumConfig("sum")
     experts: ExpertsConfig = SwiGLUConfig()
 
     @property
@@ -95,6 +99,7 @@ class MoELayer(nn.Module):
         self.zero_computation = ZeroComputationExperts(self.kinds, hidden_size) if others else None
         self.input_scale = config.expert_input_scale
         self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
+        self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
         self.experts_of_sender: Callable[[int], Experts] | None = None
 
@@ -149,6 +154,7 @@ class MoELayer(nn.Module):
             self.exchange,
             meanwhile=meanwhile,
             experts_of_sender=self.experts_of_sender,
+            combine=self.combine,
         )
         if beside is None:
             return output

@@ -41,7 +41,11 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
             "flops_per_token": 2.0 * size.constant_experts / layers,
         },
         "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
-        "combine": {"bytes_per_route": 1.0 * row, "bytes_per_token": 1.0 * row},
+        "combine": {
+            "bytes_per_route": 1.0 * row,
+            "bytes_per_token": 1.0 * row,
+            "flops_per_token": size.combine_flops / layers,
+        },
     }
 
 
