@@ -77,7 +77,7 @@ class Case:
 _ADDED = [
     Case(2, 2, 1, 4, 3, "none", 0.1, "float32", "scaled"),
     Case(4, 4, 2, 1, 3, "full", 0.0, "bfloat16", "scaled"),
-    Case(1, 1, 0, 4, 1, "none", 0.0, "float32", "moe_plus_plus"),
+    Case(1, 1, 0, 4, 3, "none", 0.1, "float32", "moe_plus_plus"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "moe_plus_plus"),
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "moe_plus_plus"),
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "moe_plus_plus"),
