@@ -33,6 +33,7 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 BEFORE = {
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.moe.combine": {"name": "sum"},
     "model.mup_base_width": 128,
     "model.mup_base_layers": 4,
     "optimizer.name": "adamw",
@@ -301,6 +302,8 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
     location = [str(part) for part in first["loc"]]
     if len(location) > 1 and location[0] in variants:
         del location[1]
+    if location[:3] == ["model", "moe", "combine"] and len(location) > 4:
+        del location[3]
     is_named_corpus = location[:2] in (["evaluation", "sets"], ["data", "sources"]) and len(location) > 3
     if is_named_corpus:
         del location[3]

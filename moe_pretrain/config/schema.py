@@ -29,7 +29,7 @@ from moe_pretrain.engine.optimizers import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.build import check_gate
+from moe_pretrain.moe.build import check_combine, check_gate
 from moe_pretrain.moe.routers import ShippedRouterConfig
 from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.schedule.batch_plan import BatchConfig
@@ -154,6 +154,7 @@ class Config:
     def __post_init__(self) -> None:
         self.router.check_num_experts(self.model.moe.num_experts)
         check_gate(self.model.moe, self.router, self.model.hidden_size)
+        check_combine(self.model.moe, self.router)
         sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}
         if self.tokenizer.kind == "train" and any(isinstance(one, TokensCorpusConfig) for one in sources.values()):
             raise ValueError(

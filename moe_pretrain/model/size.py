@@ -6,6 +6,7 @@ import torch
 
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width
+from moe_pretrain.moe.combine import pair_product_flops
 from moe_pretrain.moe.routers.base import RouterConfig
 
 
@@ -31,6 +32,8 @@ class ModelSize:
         attention_score_flops: Forward FLOPs per token of ``QK`` and ``AV`` with a causal mask over a full row.
         attention_statistic_flops: Forward FLOPs per token of the second ``QK`` that a router's statistic of attention
             takes; it has no backward.
+        combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
+            backward costs as many.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
 
@@ -48,6 +51,7 @@ class ModelSize:
     unselected: float
     attention_score_flops: float
     attention_statistic_flops: float
+    combine_flops: float
     head_matmul: int
 
     @property
@@ -65,17 +69,19 @@ class ModelSize:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
         matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
         matrices += self.scoring + self.frozen_routers
-        return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops
+        return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
 
     @property
     def training_flops_per_token(self) -> float:
         """Forward and backward, 3 times what is differentiated; recomputation is not counted (model FLOPs)."""
         forward_only = self.attention_statistic_flops + 2.0 * self.frozen_routers
-        return 3.0 * self.forward_flops_per_token - 2.0 * forward_only
+        return 3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
         """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
-        return replace(self, active_experts=routes * self.experts_per_route)
+        planned = self.active_experts / self.experts_per_route if self.experts_per_route else 0.0
+        combining = self.combine_flops * (routes / planned) ** 2 if planned else 0.0
+        return replace(self, active_experts=routes * self.experts_per_route, combine_flops=combining)
 
     @property
     def _backbone(self) -> int:
@@ -93,7 +99,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
     routers = frozen = experts = expert = first_layers = 0
-    routes = statistic_flops = 0.0
+    routes = statistic_flops = combining = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -111,6 +117,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
         experts = num_moe * moe.num_experts * expert
         routes = router.mean_experts_per_token
+        combining = num_moe * pair_product_flops(moe.combine, width, routes)
         first_layers = num_moe * 2 * width * inner
     scored = router.scored_experts(moe.num_experts)
     key_value = config.num_key_value_heads * config.head_size
@@ -130,5 +137,6 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         unselected=max(0.0, scored - routes) * first_layers,
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
+        combine_flops=combining,
         head_matmul=embedding,
     )

@@ -88,6 +88,24 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
         raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
 
 
+def check_combine(moe: MoEConfig, router: RouterConfig) -> None:
+    """Raise ``ValueError`` if a combination that compares a token's expert outputs never gets two of them."""
+    if moe.combine.name == "sum":
+        return
+    reason = None
+    if router.dense_experts:
+        reason = "which has no experts"
+    elif router.has_one_expert:
+        reason = "in which every token has one expert"
+    elif moe.num_experts < 2:
+        reason = "of model.moe.num_experts=1"
+    if reason is not None:
+        raise ValueError(
+            f"combine={moe.combine.name} must be sum with router={router.name}, {reason}: it acts on two or more "
+            "expert outputs of a token"
+        )
+
+
 def dense_width(moe: MoEConfig, router: RouterConfig) -> int:
     """Inner width of the dense twin: the active routed experts' and the shared experts' together."""
     return router.dense_experts * moe.expert_hidden_size + moe.shared_width

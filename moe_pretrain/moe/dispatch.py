@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import Exchange, ExpertRowLayout, Experts, Routing
+from moe_pretrain.moe.types import Combine, Exchange, ExpertRowLayout, Experts, Routing
 
 
 def sum_rows(rows: Tensor, order: ExpertRowLayout, weight: Tensor | None = None) -> Tensor:
@@ -62,6 +62,28 @@ class _Sum(torch.autograd.Function):
         return grads[0].contiguous().index_select(0, ctx.order.source_of_row), None
 
 
+def weighted_sum(
+    rows: Float[Tensor, "rows hidden"], weight: Float[Tensor, "rows"], order: ExpertRowLayout
+) -> Float[Tensor, "sources hidden"]:
+    """For each source the sum of its rows, each times its ``weight``; differentiable in both, float32 inside."""
+    return _WeightedSum.apply(rows, weight, order)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, order: ExpertRowLayout) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.order = order
+        return sum_rows(rows, order, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        grad_rows = grads[0].index_select(0, ctx.order.source_of_row)
+        grad_weight = (grad_rows * rows).sum(dim=1, dtype=torch.float32)
+        return grad_rows.mul_(weight[:, None]), grad_weight, None
+
+
 def order_by(
     key: Int[Tensor, "routes"],
     source: Int[Tensor, "routes"],
@@ -106,8 +128,9 @@ def run_experts(
     exchange: Exchange | None,
     meanwhile: Callable[[], Tensor] | None = None,
     experts_of_sender: Callable[[int], Experts] | None = None,
+    combine: Combine | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Send every route to its expert and sum the weighted outputs per token.
+    """Send every route to its expert and combine the outputs per token.
 
     Args:
         hidden: Input of the layer.
@@ -119,10 +142,12 @@ def run_experts(
             first exchange is in flight.
         experts_of_sender: ``experts`` as they run the rows of one sending rank; None to run all senders' rows together.
             Needs an ``exchange``.
+        combine: Makes a token's output of its experts' unsummed ones; None for their weighted sum, which experts make
+            themselves.
 
     Returns:
-        ``sum over a token's routes of weight * expert(hidden)``, ``[tokens, hidden]``, and the result of
-        ``meanwhile``.
+        ``sum over a token's routes of weight * expert(hidden)``, or what ``combine`` makes of ``expert(hidden)`` and
+        weights, ``[tokens, hidden]``, and the result of ``meanwhile``.
     """
     with part("permute"):
         counts = _count(routing.expert_index, num_experts)
@@ -131,17 +156,26 @@ def run_experts(
         )
         weight = routing.weight[route_of_row]
         payload = None if routing.payload is None else routing.payload[route_of_row]
+    # Experts scale and sum per source: with a source for each route and weights of 1 they return plain outputs.
+    own_weight = weight if combine is None else torch.ones_like(weight)
     if exchange is None:
         other = meanwhile() if meanwhile else None
+        if combine is None:
+            with part("experts"):
+                return experts(hidden, own_weight, order, payload), other
+        with part("permute"):
+            rows = _Gather.apply(hidden, order)
         with part("experts"):
-            return experts(hidden, weight, order, payload), other
+            unsummed = experts(rows, own_weight, _of_each_row(order), payload)
+        with part("combine"):
+            return combine(unsummed, weight, order), other
 
     with part("exchange"):
         received_counts, send, receive = _exchange_sizes(counts, exchange)
     with part("permute"):
         rows = _Gather.apply(hidden, order)
     with part("exchange"):
-        travelling = [rows, weight[:, None]] if payload is None else [rows, weight[:, None], payload]
+        travelling = [rows, own_weight[:, None]] if payload is None else [rows, own_weight[:, None], payload]
         pending = exchange.start(travelling, send, receive)
     other = meanwhile() if meanwhile else None
     with part("exchange"):
@@ -160,7 +194,13 @@ def run_experts(
     with part("exchange"):
         (returned,) = exchange.start([output], receive, send).wait()
     with part("combine"):
-        return _Sum.apply(returned, order), other
+        return (_Sum.apply(returned, order) if combine is None else combine(returned, weight, order)), other
+
+
+def _of_each_row(order: ExpertRowLayout) -> ExpertRowLayout:
+    """Layout in which every row of ``order`` is a source of its own."""
+    rows = torch.arange(len(order.source_of_row), device=order.source_of_row.device)
+    return ExpertRowLayout(rows, rows[:, None], True, order.rows_per_expert)
 
 
 def _run_received(experts: Experts, received: Sequence[Tensor], counts: Int[Tensor, "ranks local_experts"]) -> Tensor:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 from jaxtyping import Float
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -32,6 +34,7 @@ class MoEConfig:
             Autonomy-of-Experts with a router kept; that scheme itself has ``router.gate_rank``.
         expert_width_multiple: With a factorised gate the experts' width, solved from equation 5 so that parameters stay
             the same, is rounded to a multiple of this.
+        combine: How a token's expert outputs become one: the group ``combine``.
     """
 
     num_experts: PositiveInt
@@ -42,6 +45,7 @@ class MoEConfig:
     num_leading_dense_layers: NonNegativeInt
     gate_rank: PositiveInt | None
     expert_width_multiple: PositiveInt
+    combine: Annotated[CombineConfig, Field(discriminator="name")] = SumConfig("sum")
 
     @property
     def shared_width(self) -> int:
@@ -67,6 +71,7 @@ class MoELayer(nn.Module):
         self.router = router
         self.experts = experts
         self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
+        self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
         self.experts_of_sender: Callable[[int], Experts] | None = None
 
@@ -114,6 +119,7 @@ class MoELayer(nn.Module):
             self.exchange,
             meanwhile=None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden),
             experts_of_sender=self.experts_of_sender,
+            combine=self.combine,
         )
         if shared_output is None:
             return output

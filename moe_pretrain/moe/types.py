@@ -289,6 +289,17 @@ class Experts(Protocol):
         """Weighted expert outputs, summed back to ``[sources, hidden]``; ``weight`` and ``payload`` are per row."""
 
 
+@runtime_checkable
+class Combine(Protocol):
+    """Makes a token's output of its experts' outputs, on the rank of the token."""
+
+    def __call__(self, rows: Tensor, weight: Tensor, order: "ExpertRowLayout") -> Tensor:
+        """``[sources, hidden]`` from the unweighted outputs ``rows [rows, hidden]``; ``weight`` is per row, float32.
+
+        With every router: a source may have any number of rows, none among them, and the output for none is 0.
+        """
+
+
 @dataclass(frozen=True)
 class ExpertRowLayout:
     """Layout of source rows for the experts: a gather, and its adjoint sum.

@@ -37,7 +37,11 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
         },
         "experts": {"flops_per_route": 2.0 * size.experts_per_route / layers},
         "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
-        "combine": {"bytes_per_route": 1.0 * row, "bytes_per_token": 1.0 * row},
+        "combine": {
+            "bytes_per_route": 1.0 * row,
+            "bytes_per_token": 1.0 * row,
+            "flops_per_token": size.combine_flops / layers,
+        },
     }
 
 

@@ -14,6 +14,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.build import dense_width, expert_gate, expert_width
+from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
@@ -232,6 +233,7 @@ class _Layers:
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
+        self.compares = bool(self.routes) and isinstance(self.moe.combine, OrthogonalConfig)
         # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
         self.asked = self.tokens * self.router.scored_experts(self.moe.num_experts)
         self.asked_rows = self.asked * (worst_load if self.expert_parallel > 1 else 1)
@@ -343,9 +345,20 @@ class _Layers:
         rows = self.rows * (2 * self.size * width + 4)
         if self.expert_parallel > 1:
             rows += self.rows * self.row
+        if self.compares:
+            rows += self._compared()
         if self.rank is not None:
             rows += self.rows * self.size * self.rank
         return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width
+
+    def _compared(self) -> float:
+        """Outputs of all routes, and without an exchange the rows they were made of; float64 pairs of each token.
+
+        Of the pairs backward needs two or three matrices, of the routes factors, norms and indices.
+        """
+        outputs = self.routes * self.row * (1 if self.expert_parallel > 1 else 2)
+        matrices = 2 if isinstance(self.moe.combine, OrthogonalConfig) and self.moe.combine.form == "symmetric" else 3
+        return outputs + self.tokens * 8 * matrices * self.router.mean_experts_per_token**2 + self.routes * 62
 
     def _routing(self) -> float:
         """Scores and what the losses keep of them, the routes, and what the scheme keeps in float32 for each token."""

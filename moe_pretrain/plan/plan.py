@@ -32,6 +32,8 @@ from moe_pretrain.system.words import short_duration, short_number
 GIB = 2**30
 FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
 """Parts without a backward."""
+COMPARED = "expert outputs that are compared"
+"""Part whose backward costs as much as its forward."""
 USABLE = 0.92
 """Share of a GPU's memory that training may fill; the rest goes to the driver, NCCL and fragmentation."""
 CHECKPOINT_BYTES = 12
@@ -123,6 +125,7 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "routed experts": 2.0 * size.active_experts,
         "experts that are only asked": 2.0 * size.scoring,
         MEASURED: size.attention_statistic_flops,
+        COMPARED: size.combine_flops,
         "output head": 2.0 * size.head_matmul,
     }
     assert math.isclose(sum(parts.values()), size.forward_flops_per_token)
@@ -134,7 +137,10 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     parts = flops_by_part(size)
     attention = parts["attention projections"] + parts["attention scores"]
     networks = (
-        parts["routed experts"] + parts["experts that are only asked"] + parts["dense networks and shared experts"]
+        parts["routed experts"]
+        + parts["experts that are only asked"]
+        + parts["dense networks and shared experts"]
+        + parts[COMPARED]
     )
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
@@ -235,7 +241,7 @@ def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
     for name, value in flops_by_part(size).items():
         if value:
             share = value / size.forward_flops_per_token
-            backward = 0.0 if name in (FROZEN, MEASURED) else 2 * value
+            backward = {FROZEN: 0.0, MEASURED: 0.0, COMPARED: value}.get(name, 2 * value)
             say(f"  {name:<34}{short_number(value):>8} forward{short_number(backward):>8} backward{share:>7.1%}")
 
 

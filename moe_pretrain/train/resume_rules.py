@@ -33,13 +33,16 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.gate_init": lambda now: True,
     "model.mup_base_width": lambda now: True,
     "model.mup_base_layers": lambda now: True,
+    "model.moe.combine": lambda now: now == {"name": "sum"},
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
 }
 """Fields that a run from before they existed goes on without, and which of their values are no news to it.
 
 ``init`` and ``gate_init`` act in step 0 alone, but for ``mup``, which scales rates.
 """
-_KINDS = ("data.source", "tokenizer.kind", "router.name", "optimizer.name", "schedule.name")
+_ONLY_WHEN_ABSENT = {"model.init": "normal or width_aware", "model.moe.combine": "{'name': 'sum'}"}
+"""Those of them that are refused with any other value -> the values that they may have."""
+_KINDS = ("data.source", "tokenizer.kind", "router.name", "model.moe.combine.name", "optimizer.name", "schedule.name")
 """Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
 _ABSENT = object()
 
@@ -125,15 +128,15 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
     elastic = all(_engine(config).get("determinism") == "elastic" for config in (then, now))
     kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
     differences = _differences("", then, json.loads(json.dumps(now)))
-    of_another_kind = tuple(kind.partition(".")[0] for kind in _KINDS if kind in differences)
+    of_another_kind = tuple(kind.rpartition(".")[0] for kind in _KINDS if kind in differences)
     for name, (before, after) in differences.items():
         if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
         must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
         if before is _ABSENT and name in _WHEN_ABSENT and _WHEN_ABSENT[name](after):
             continue
-        if before is _ABSENT and name == "model.init":
-            found.refused.append(f"{name}={after} must stay normal or width_aware")
+        if before is _ABSENT and name in _ONLY_WHEN_ABSENT:
+            found.refused.append(f"{name}={after} must stay {_ONLY_WHEN_ABSENT[name]}")
         elif before is _ABSENT or after is _ABSENT:
             absent = "not known then" if before is _ABSENT else f"was {_word(before)}, no longer exists"
             found.allowed.append(f"{name}={_word(after)} ({absent})" if after is not _ABSENT else f"{name} ({absent})")

@@ -33,7 +33,15 @@ from moe_pretrain.moe.types import (
     float32_parameters,
 )
 from moe_pretrain.verify.oracle_optimizers import UPDATES, rate_scale
-from moe_pretrain.verify.oracle_parts import rms_norm, rotate, run_expert, score, statistic_of_matrices, swiglu
+from moe_pretrain.verify.oracle_parts import (
+    combine_outputs,
+    rms_norm,
+    rotate,
+    run_expert,
+    score,
+    statistic_of_matrices,
+    swiglu,
+)
 
 JITTER_STREAM = 1
 
@@ -235,12 +243,14 @@ class Oracle:
             else:
                 routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
                 sums += cut_sums
+            results = torch.zeros(layer.num_experts, *hidden[part].shape)
             for expert in range(layer.num_experts):
                 tokens = routed[:, expert].nonzero()[:, 0]
-                chosen = part.start + tokens
-                counts[expert] += float(text[chosen].sum())
-                result = run_expert(layer, expert, hidden[chosen]) * weight[tokens, expert, None]
-                output = output.index_add(0, chosen, result)
+                counts[expert] += float(text[part][tokens].sum())
+                result = run_expert(layer, expert, hidden[part][tokens])
+                results = results.index_put((torch.tensor(expert), tokens), result)
+            of_part = combine_outputs(self.config.model.moe.combine, results, weight, routed)
+            output = output.index_add(0, torch.arange(part.start, part.stop), of_part)
             share = float(text[part].sum()) / float(text.sum())
             for name, value in cut_aux.items():
                 aux[name] = aux.get(name, torch.zeros(())) + share * value

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
@@ -71,6 +72,64 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
     return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+
+
+def combine_outputs(config: CombineConfig, outputs: Tensor, weights: Tensor, routed: Tensor) -> Tensor:
+    """Each token's output from those of its experts, one expert or one token at a time.
+
+    Args:
+        config: How.
+        outputs: Every expert's output of every token ``[experts, tokens, hidden]``, whatever where it was not asked.
+        weights: Route weights ``[tokens, experts]``.
+        routed: The routes, likewise.
+    """
+    if not isinstance(config, OrthogonalConfig):
+        total = torch.zeros_like(outputs[0])
+        for output, weight, chosen in zip(outputs, weights.T, routed.T, strict=True):
+            total = total + output * torch.where(chosen, weight, 0.0)[:, None]
+        return total
+    combined = []
+    for token in range(outputs.shape[1]):
+        experts = routed[token].nonzero()[:, 0].tolist()
+        experts.sort(key=lambda expert: -weights[token, expert].item())  # stable: of equal weights the lower expert
+        own = _orthogonal(config.form, [outputs[expert, token] for expert in experts])
+        factors = [weights[token, expert] for expert in experts]
+        total = torch.zeros_like(outputs[0, token])
+        for factor, output in zip(factors, own, strict=True):
+            total = total + factor * output
+        combined.append(total)
+    return torch.stack(combined)
+
+
+def _orthogonal(form: OrthogonalForm, outputs: list[Tensor]) -> list[Tensor]:
+    """Gram-Schmidt, one output after the other; Loewdin by the inverse square root, iterated."""
+    if form == "symmetric":
+        return _loewdin(outputs)
+    parts: list[Tensor] = []
+    for output in outputs:
+        part = output.double()
+        for earlier in parts:
+            part = part - (earlier * part).sum() / (earlier * earlier).sum() * earlier
+        parts.append(part)
+    if form == "parts":
+        return [part.float() for part in parts]
+    sizes = [output.double().norm() if form == "magnitudes" else 1.0 for output in outputs]
+    return [(size * part / part.norm()).float() for size, part in zip(sizes, parts, strict=True)]
+
+
+def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
+    """Rows of ``(V V^T)^(-1/2) V``, each as long as the output was; the root by the coupled Newton-Schulz iteration."""
+    if not outputs:
+        return []
+    stacked = torch.stack(outputs).double()
+    products, identity = stacked @ stacked.T, torch.eye(len(outputs), dtype=torch.float64)
+    scale = products.detach().norm()
+    root, inverse = products / scale, identity
+    for _ in range(60):
+        step = (3 * identity - inverse @ root) / 2
+        root, inverse = root @ step, step @ inverse
+    sizes = stacked.norm(dim=1, keepdim=True)
+    return list((sizes * (inverse / scale.sqrt() @ stacked)).float().unbind())
 
 
 def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:

@@ -221,6 +221,13 @@ MISTAKES = [
     (["streaming.window_shards=0"], "streaming.window_shards=0 must be at least 1"),
     (["streaming.retry_seconds=-1"], "streaming.retry_seconds=-1 must not be negative"),
     (["data.validation_fraction=1"], "data.validation_fraction=1 must be below 1"),
+    (["combine=ortho"], "combine=ortho is not a choice; did you mean orthogonal?"),
+    (["combine=orthogonal", "model.moe.combine.form=gs"], "model.moe.combine.form='gs'"),
+    (
+        ["combine=orthogonal", "router.top_k=1", "router.weights=raw"],
+        "combine=orthogonal must be sum with router=top_k",
+    ),
+    (["combine=orthogonal", "router=dense"], "router=dense, which has no experts"),
     (["model.moe.gate_rank=0"], "model.moe.gate_rank=0 must be at least 1"),
     (["spike.window_steps=1"], "spike.window_steps=1 must be at least 2"),
     (["optimizer.learning_rate='nan'"], "optimizer.learning_rate=nan must be finite"),

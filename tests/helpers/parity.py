@@ -34,9 +34,15 @@ _VARIANTS = {
         *("model.init=mup", "model.init_std=0.04", "model.mup_base_width=8", "model.moe.gate_rank=6"),
         *("optimizer.groups.router.lr_scale=0.3", "optimizer.groups.experts.lr_scale=2", "optimizer.weight_decay=0.5"),
     ),
+    "orthogonal": (*WITH_ALL_PARTS, "router.top_k=3", "combine=orthogonal"),
+    "symmetric": (
+        *("router=top_p", "router.threshold=0.6", "combine=orthogonal", "model.moe.combine.form=symmetric"),
+        "model.recompute=full",
+    ),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
-"""What varies the model and not the step; taken in turn, but for ``scaled``."""
+_ALONE = ("scaled", "orthogonal", "symmetric")
+"""What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +73,25 @@ class Case:
         )
 
 
-_SCALED = [
+_ADDED = [
     Case(2, 2, 1, 4, 3, "none", 0.1, "float32", "scaled"),
     Case(4, 4, 2, 1, 3, "full", 0.0, "bfloat16", "scaled"),
+    Case(1, 1, 0, 1, 3, "none", 0.0, "float32", "orthogonal"),
+    Case(2, 2, 1, 4, 1, "full", 0.1, "float32", "orthogonal"),
+    Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "orthogonal"),
+    Case(2, 2, 2, 1, 3, "full", 0.1, "float32", "symmetric"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "orthogonal"),
 ]
-"""Rates and spreads by group of parameters, which no other option of a step knows of."""
+"""Rates and spreads by group of parameters, and other combinations, which no other option of a step knows of."""
 
 
 def all_cases() -> list[Case]:
     """Every combination in float32; bfloat16 at ZeRO 1 and 2."""
-    return [*_cases_by_turn(), *_SCALED]
+    return [*_cases_by_turn(), *_ADDED]
 
 
 def _cases_by_turn() -> list[Case]:
-    turn = itertools.cycle(name for name in _VARIANTS if name != "scaled")
+    turn = itertools.cycle(name for name in _VARIANTS if name not in _ALONE)
     cases = []
     for (ranks, size), dtype in itertools.product(TOPOLOGIES, ("float32", "bfloat16")):
         for options in itertools.product(*_AXES.values()):
@@ -100,7 +111,7 @@ def covering_cases() -> list[Case]:
         best = max(cases, key=lambda case: len(pairs_of[case] & missing) / (1 + case.ranks))
         chosen.append(best)
         missing -= pairs_of[best]
-    return [*chosen, *_SCALED]
+    return [*chosen, *_ADDED]
 
 
 def _pairs(case: Case) -> Iterator[tuple]:

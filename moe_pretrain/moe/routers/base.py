@@ -63,6 +63,11 @@ class RouterConfig(ABC):
         return 0
 
     @property
+    def has_one_expert(self) -> bool:
+        """Whether no token ever has two experts: its field ``top_k`` or ``max_experts`` is 1."""
+        return 1 in (vars(self).get("top_k"), vars(self).get("max_experts"))
+
+    @property
     def expert_gate_rank(self) -> int | None:
         """Rank of the factorised gate that the scheme gives its experts: its field ``gate_rank``; None for full gates.
 

@@ -90,9 +90,10 @@ def certify(
     """
     source = config.router_file or "shipped"
     model = Subject(config).config.model
+    parts = "" if model.moe.combine.name == "sum" else f" combine={model.moe.combine.name}"
     say(
-        f"router={config.router.name} ({source}) in {len(model.moe_layers)} layers of {model.moe.num_experts} experts, "
-        "cpu, float32"
+        f"router={config.router.name} ({source}){parts} in {len(model.moe_layers)} layers of {model.moe.num_experts} "
+        "experts, cpu, float32"
     )
     rows = []
     for row in examine(config):

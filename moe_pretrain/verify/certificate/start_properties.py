@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.moe.combine import SumConfig
 from moe_pretrain.verify.certificate.subject import NotApplicable, Subject, require
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
@@ -33,7 +34,8 @@ def _starts_as_loud(subject: Subject) -> str:
     moe = replace(model.moe, expert_hidden_size=min(model.moe.expert_hidden_size, WIDEST_EXPERT, fitting))
     model = replace(model, moe=moe)
     ours = start_loudness(model, router, subject.config.seed)
-    plain = _of_top_2(replace(model, moe=replace(moe, gate_rank=None)), subject.config.seed)
+    plain_moe = replace(moe, gate_rank=None, combine=SumConfig("sum"))
+    plain = _of_top_2(replace(model, moe=plain_moe), subject.config.seed)
     ratios = {
         "output": ours.output / plain.output,
         "experts' gradient": ours.expert_gradient / plain.expert_gradient,

@@ -256,6 +256,7 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=expert_choice"],
         ["router=autonomy_top_p", "router.gate_rank=8"],
         ["router=autonomy_expert_choice", "router.gate_rank=8"],
+        ["router=top_k", "router.top_k=3", "combine=orthogonal"],
         ["router=dense"],
     ],
 )

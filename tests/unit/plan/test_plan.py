@@ -41,6 +41,8 @@ ROUTERS = {
         "model.moe.num_leading_dense_layers=1",
         "model.num_key_value_heads=2",
     ],
+    "orthogonal": ["router=top_k", "combine=orthogonal"],
+    "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "dense": ["router=dense"],
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
@@ -186,7 +188,7 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
 
 
 PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_dense", "attentive_low_rank"]
-PEAKS += ["autonomy", "autonomy_top_p", "autonomy_expert_choice", "attention_importance", "factorised"]
+PEAKS += ["orthogonal", "autonomy", "autonomy_top_p", "autonomy_expert_choice", "attention_importance", "factorised"]
 
 
 @pytest.mark.parametrize("router", PEAKS)
