@@ -1,18 +1,19 @@
 """Tensors of a Hugging Face folder as parts of a checkpoint's tensors, written shard by shard."""
 
+import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_pretrain.checkpoint.host_copy import DTYPE_NAMES
 from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.restore import Reader
-from moe_pretrain.system.files import write_json
+from moe_pretrain.system.files import WholeFile, write_json
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -82,8 +83,7 @@ def write_tensors(
     for index, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         values = {tensor.name: tensor.read(reader, asked) for tensor in shard}
-        save_file(values, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o666 & ~_umask())  # safetensors writes for the user alone
+        _write_safetensors(folder / name, values)
         files |= dict.fromkeys(values, name)
         size += sum(value.nbytes for value in values.values())
         elements += sum(value.numel() for value in values.values())
@@ -92,8 +92,19 @@ def write_tensors(
     return elements
 
 
-def _umask() -> int:
-    """Permissions that this process takes away from new files, which only setting them tells."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file of tensors, each straight from its memory; the largest elements first, for there are no holes."""
+    ordered = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered.items():
+        stop = offset + tensor.nbytes
+        kind, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with WholeFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered.values():
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))

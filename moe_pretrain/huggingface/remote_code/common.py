@@ -1,4 +1,4 @@
-"""What the parts of an exported model share."""
+"""Values and functions that the parts of an exported model share."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -159,7 +159,7 @@ for folder, ids in json.loads(sys.stdin.read()):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     ids = torch.tensor(ids)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    greedy = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    greedy = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
     alone = [model.generate(row[None], attention_mask=torch.ones_like(row[None]), **greedy)[0].tolist() for row in ids]
     uncached = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), use_cache=False, **greedy)[0].tolist()
     # The second row is four tokens shorter, and padded on the left.
@@ -185,7 +185,9 @@ def greedy(model, ids: Tensor, count: int) -> list[int]:
 def test_plain_transformers_generates_the_same_tokens(home: Path, tmp_path: Path):
     """In a process that cannot import this package: with and without cache, alone and padded on the left."""
     ids = ids_of(home, 20)
-    folders = {f"run{i}": exported(home, f"run{i}", words) for i, (_, words) in enumerate(ALL)}
+    # Of transformers' own classes, whose generation is not ours, one case each.
+    chosen = [case for i, case in enumerate(ALL) if case[0] == "MoePretrainForCausalLM" or case[0] != ALL[i - 1][0]]
+    folders = {f"run{ALL.index(case)}": exported(home, f"run{ALL.index(case)}", case[1]) for case in chosen}
     asked = json.dumps([[str(folder), ids.tolist()] for folder in folders.values()])
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -195,9 +197,9 @@ def test_plain_transformers_generates_the_same_tokens(home: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     tokens = load_tokenizer_file(home / "tokenizer.json").encode_batch(["def f(x):\n  return x  # naïve"])[0]
-    for (name, folder), (_, words) in zip(folders.items(), ALL, strict=True):
+    for (name, folder), (_, words) in zip(folders.items(), chosen, strict=True):
         result, model = found[str(folder)], open_run(home / name).model()
-        assert result["alone"] == [greedy(model, row[None], 8) for row in ids], words
+        assert result["alone"] == [greedy(model, row[None], 5) for row in ids], words
         assert result["uncached"] == result["alone"][0], words
         assert result["batch"] == result["short"], words
         assert result["text"] == tokens and result["back"], words
