@@ -23,6 +23,15 @@ from moe_pretrain.moe.types import float32_parameters
 UNUSED_WIDTH = 16
 """Width of the shared expert of zeros that Qwen2-MoE gets where the model has none, since it cannot be without."""
 
+_KNOWN_FIELDS = {
+    *("vocab_size", "sequence_length", "num_layers", "hidden_size", "num_heads", "num_key_value_heads", "norm_epsilon"),
+    *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
+    *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
+    # They decide how a model starts and how it is trained, not what it computes.
+    *("name", "init", "init_std", "mup_base_width", "mup_base_layers", "gate_init", "scale_residual_init"),
+    *("cross_entropy_chunk_tokens", "recompute", "expert_width_multiple"),
+}
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -53,6 +62,7 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
     Raises:
         ConfigError: The scheme cannot be exported; the line says why.
     """
+    _refuse_what_is_not_known(config.model)
     _refuse_what_cannot_generate(config, model)
     names = _widths(config)
     if len(set(names)) == 1 and names[0]:
@@ -85,6 +95,18 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
             f"router={config.router.name} cannot be exported: it has no inference form yet; one file in "
             "moe_pretrain/huggingface/remote_code/routers is it"
         )
+
+
+def _refuse_what_is_not_known(model: ModelConfig) -> None:
+    """Refuse fields of the model that this file has never heard of, unless they are off."""
+    if model.moe.combine.name != "sum":
+        raise ConfigError(
+            f"combine={model.moe.combine.name} cannot be exported yet: transformers' classes sum the experts' outputs"
+        )
+    for prefix, part in (("model", model), ("model.moe", model.moe)):
+        for name, value in vars(part).items():
+            if name not in _KNOWN_FIELDS and value:
+                raise ConfigError(f"{prefix}.{name}={value} cannot be exported yet: no class of transformers has it")
 
 
 def _widths(config: Config) -> list[int]:

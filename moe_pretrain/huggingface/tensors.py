@@ -107,4 +107,4 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with WholeFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered.values():
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data))

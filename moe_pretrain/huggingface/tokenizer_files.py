@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained
-from moe_pretrain.system.files import write_json
+from moe_pretrain.system.files import write_json, write_whole
 
 
 def load_run_tokenizer(path: Path, fingerprint: str | None, end_of_document: str | None) -> Tokenizer:
@@ -39,7 +39,7 @@ def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, sequence_len
 
         transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True).save_pretrained(str(folder))
         return
-    (folder / TOKENIZER_FILE).write_bytes(file.read_bytes())
+    write_whole(folder / TOKENIZER_FILE, file.read_bytes())
     beside = file.with_name("tokenizer_config.json")
     settings = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     settings |= {"eos_token": tokenizer.end_token, "model_max_length": sequence_length}

@@ -287,6 +287,8 @@ def test_what_cannot_be_exported_is_one_line(home: Path, tmp_path: Path, capsys:
         home, "ahead", "router=attention_importance", "router.importance=received", "router.allow_non_causal=true"
     )
     assert "depend on later tokens, which do not exist yet" in refusal(str(ahead), str(tmp_path / "x"))
+    orthogonal = tiny_run(home, "orthogonal", "router=top_k", "combine=orthogonal")
+    assert "combine=orthogonal cannot be exported" in refusal(str(orthogonal), str(tmp_path / "x"))
     (tmp_path / "mine.py").write_text(OWN)
     own = tiny_run(home, "own", "router_file=" + str(tmp_path / "mine.py"))
     file = f"router_file={tmp_path / 'mine.py'}"
