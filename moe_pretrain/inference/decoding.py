@@ -14,7 +14,7 @@ from moe_pretrain.model.decoder import DecoderLM
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn.
+    """Rule by which a token is drawn.
 
     Attributes:
         temperature: Divides the logits, >= 0; 0 takes the most likely token.

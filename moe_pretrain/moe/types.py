@@ -111,7 +111,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class ExpertRanking:
     """All experts of each token in a scheme's own order, for choices by rank.
 
     Attributes:
@@ -253,7 +253,7 @@ class Router(nn.Module):
         """Logits ``[tokens, experts]`` of ``hidden``; None for schemes whose scores are not linear in it."""
         return None
 
-    def ranking(self, hidden: Tensor, context: RoutingContext) -> Ranking | None:
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Order of all experts for each token; None for schemes that have none, such as a table."""
         return None
 

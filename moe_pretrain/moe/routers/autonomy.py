@@ -25,7 +25,7 @@ from moe_pretrain.moe.routers.expert_choice import (
     cutoff_sums,
 )
 from moe_pretrain.moe.routers.top_p import top_p_mask
-from moe_pretrain.moe.types import Ranking, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 Selection = tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "sums"] | None]
 """Which experts each token takes, and ``RouterUse.sums``."""
@@ -194,10 +194,10 @@ class AutonomyBase(BalancedRouter):
         low = functional.linear(hidden, self.down_weight.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
         return low, torch.linalg.vector_norm(low.float(), dim=-1)
 
-    def ranking(self, hidden: Tensor, context: RoutingContext) -> Ranking | None:
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts by their norms."""
         low, norms = self._first_activations(hidden)
-        return Ranking(norms, norms.softmax(dim=-1), payload=low)
+        return ExpertRanking(norms, norms.softmax(dim=-1), payload=low)
 
     def more_aux(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
         """Aux losses beside those of ``BalancedRouter``."""

@@ -19,7 +19,7 @@ from moe_pretrain.moe.routers.base import (
     router_logits,
     router_use,
 )
-from moe_pretrain.moe.types import Ranking, Router, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3
 """Numbers for each expert that ``EvaluationThresholds`` need of a step."""
@@ -219,10 +219,10 @@ class ExpertChoiceRouter(Router):
             use=router_use(counts, probs.detach(), context, sums),
         )
 
-    def ranking(self, hidden: Tensor, context: RoutingContext) -> Ranking | None:
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts by their logits, with the scores as gates."""
         logits = router_logits(hidden, self.weight)
-        return Ranking(logits, logits.softmax(dim=-1))
+        return ExpertRanking(logits, logits.softmax(dim=-1))
 
     def after_step(self, use: StepUse) -> None:
         """Move the thresholds by the cut-offs of the step."""

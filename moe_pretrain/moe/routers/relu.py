@@ -18,7 +18,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import BalanceLevel, Ranking, Router, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import BalanceLevel, ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,10 @@ class ReLURouter(Router):
             aux={"sparsity": sparsity_loss(gates, counts, tokens, config.target_experts, context.token_mask)},
         )
 
-    def ranking(self, hidden: Tensor, context: RoutingContext) -> Ranking | None:
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts by their logits, also those whose gate is closed."""
         logits = router_logits(hidden, self.weight)
-        return Ranking(logits, logits.relu())
+        return ExpertRanking(logits, logits.relu())
 
     def _group_tokens(self, num_groups: int, context: RoutingContext) -> Float[Tensor, "groups"]:
         """Text tokens of each group over which the share of routes is taken."""
