@@ -43,6 +43,7 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
             ``balance level = global_batch`` in training; None in evaluation.
@@ -67,6 +68,7 @@ class RoutingContext:
     ranks: tuple[int, ...] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
+    pass_index: int = 0
 
 
 @runtime_checkable
@@ -145,6 +147,16 @@ class RouterUse:
     router_entropy: Float[Tensor, ""]
     dropped_routes: Float[Tensor, ""]
     sums: Float[Tensor, "sums"] | None = None
+
+
+def mean_use(uses: Sequence[RouterUse]) -> RouterUse:
+    """Use of one layer in several passes over the same tokens, each of which counts once: the mean over passes."""
+    if len(uses) == 1:
+        return uses[0]
+    counts = ("tokens_per_expert", "tokens", "router_entropy", "dropped_routes")
+    means = {name: torch.stack([getattr(use, name) for use in uses]).mean(dim=0) for name in counts}
+    sums = [use.sums for use in uses if use.sums is not None]
+    return RouterUse(**means, sums=torch.stack(sums).mean(dim=0) if sums else None)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,16 @@ class RouterConfig(ABC):
         return 0
 
     @property
+    def two_pass_weight(self) -> float | None:
+        """Coefficient of the consistency loss of a scheme that runs every micro-batch twice; None for all others."""
+        return None
+
+    @property
+    def num_passes(self) -> int:
+        """Passes over every micro-batch in training."""
+        return 1 if self.two_pass_weight is None else 2
+
+    @property
     def has_one_expert(self) -> bool:
         """Whether no token ever has two experts: its field ``top_k`` or ``max_experts`` is 1."""
         return 1 in (vars(self).get("top_k"), vars(self).get("max_experts"))
