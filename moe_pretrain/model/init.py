@@ -12,6 +12,7 @@ from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, parameter_roles
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.routers.attentive import QueryKey
 from moe_pretrain.moe.routers.base import LinearRouter
 from moe_pretrain.moe.types import Router
@@ -44,6 +45,8 @@ def initialise(model: DecoderLM, seed: int) -> None:
     large router                    32, 0.32 at 768 and 256)
     ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
+    ``start_stds`` of a router or   what it says, with every ``model.init``
+    of a constant expert
     everything else, a router's     ``base_std``
     ``frozen_weights`` too
     ==============================  ==============================================================================
@@ -98,6 +101,8 @@ def parameter_std(module: nn.Module, name: str, parameter: Tensor, role: Paramet
         role: Its role in the model.
         config: Of the model.
     """
+    if isinstance(module, Router | ConstantExpert) and name in module.start_stds:
+        return module.start_stds[name]
     if config.init == "mup":
         return _mup_std(module, name, parameter, role, config)
     std = base_std(config)

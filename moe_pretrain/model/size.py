@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width
+from moe_pretrain.moe.build import build_router, dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import pair_product_flops
 from moe_pretrain.moe.routers.base import RouterConfig
 
@@ -24,7 +24,8 @@ class ModelSize:
         dense_ffn: Dense feed-forward networks and shared experts.
         routers: All routers.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
-        experts: All routed experts.
+        experts: All routed experts that are networks.
+        constant_experts: Zero-computation experts with parameters; every token passes their maps.
         active_experts: Routed experts that one token uses, expected over tokens.
         experts_per_route: Routed experts that one token would use with one route per layer.
         scoring: First layers of the experts that one token runs to be routed, selected or not.
@@ -34,6 +35,7 @@ class ModelSize:
             takes; it has no backward.
         combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
             backward costs as many.
+        num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
 
@@ -45,6 +47,7 @@ class ModelSize:
     routers: int
     frozen_routers: int
     experts: int
+    constant_experts: int
     active_experts: float
     experts_per_route: int
     scoring: int
@@ -52,6 +55,7 @@ class ModelSize:
     attention_score_flops: float
     attention_statistic_flops: float
     combine_flops: float
+    num_passes: int
     head_matmul: int
 
     @property
@@ -68,24 +72,28 @@ class ModelSize:
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
         matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
+        matrices += self.constant_experts
         matrices += self.scoring + self.frozen_routers
         return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward, 3 times what is differentiated; recomputation is not counted (model FLOPs)."""
+        """Forward and backward, 3 times what is differentiated, in every pass over the token.
+
+        Recomputation is not counted (model FLOPs).
+        """
         forward_only = self.attention_statistic_flops + 2.0 * self.frozen_routers
-        return 3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops
+        return self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
-        """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
+        """The same model with ``routes`` networks per token and layer: what an adaptive scheme was measured to use."""
         planned = self.active_experts / self.experts_per_route if self.experts_per_route else 0.0
         combining = self.combine_flops * (routes / planned) ** 2 if planned else 0.0
         return replace(self, active_experts=routes * self.experts_per_route, combine_flops=combining)
 
     @property
     def _backbone(self) -> int:
-        return self.attention + self.norms + self.dense_ffn + self.routers
+        return self.attention + self.norms + self.dense_ffn + self.routers + self.constant_experts
 
 
 def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
@@ -98,7 +106,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = frozen = experts = expert = first_layers = 0
+    routers = frozen = experts = constants = expert = first_layers = 0
     routes = statistic_flops = combining = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
@@ -110,13 +118,14 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             expert += rank * width
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
         with torch.device("meta"):
-            module = build_router(moe, router, width, 0)
-        routers = num_moe * sum(parameter.numel() for parameter in module.parameters())
-        frozen = num_moe * sum(module.get_buffer(name).numel() for name in module.frozen_weights)
-        if module.attention_statistic is not None:
+            modules = [build_router(moe, router, width, layer) for layer in config.moe_layers]
+        routers = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
+        if any(module.attention_statistic is not None for module in modules):
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
+        constants = num_moe * moe.kinds.constant * 3 * width
         experts = num_moe * moe.num_experts * expert
-        routes = router.mean_experts_per_token
+        routes = expected_ffn_experts(moe, router)
         combining = num_moe * pair_product_flops(moe.combine, width, routes)
         first_layers = num_moe * 2 * width * inner
     scored = router.scored_experts(moe.num_experts)
@@ -131,6 +140,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         routers=routers,
         frozen_routers=frozen,
         experts=experts,
+        constant_experts=constants,
         active_experts=routes * num_moe * expert,
         experts_per_route=num_moe * expert,
         scoring=scored * first_layers,
@@ -138,5 +148,6 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
+        num_passes=router.num_passes,
         head_matmul=embedding,
     )

@@ -17,7 +17,7 @@ Axis names (one meaning each, in every file under ``moe/``):
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -43,14 +43,19 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
             ``balance level = global_batch`` in training; None in evaluation.
         global_tokens: Text tokens of the whole global batch, for shares of them; None where
             ``sum_over_global_batch`` is.
+        first_place: Place in its row of each sequence's first token: more than 0 where earlier ones lie in a cache.
+        ranks: Ranks of the experts that every token takes instead of the scheme's own choice, from 0; None for that.
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
         score_routes: Runs candidate experts as far as their keys; None unless the router asks for it.
+        carried: ``Routing.carried`` of the MoE layer below, with gradient; None in the lowest one, and where that
+            layer's router carries nothing.
     """
 
     token_mask: Bool[Tensor, "tokens"]
@@ -61,8 +66,12 @@ class RoutingContext:
     sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
     global_tokens: int | None = None
     token_ids: Int[Tensor, "tokens"] | None = None
+    first_place: int = 0
+    ranks: tuple[int, ...] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
+    carried: Float[Tensor, "tokens experts"] | None = None
+    pass_index: int = 0
 
 
 @runtime_checkable
@@ -95,6 +104,8 @@ class Routing:
         aux: Named auxiliary losses, unweighted scalars; means over the micro-batch's text tokens.
         use: What the router did, for statistics; detached.
         payload: Rows that travel to the expert with the route, with gradient; None for most schemes.
+        carried: What the router of the next MoE layer gets in ``RoutingContext.carried``, float32, with gradient; None
+            for most schemes. Routers are never run again in backward, so this needs no care under recomputation.
     """
 
     token_index: Int[Tensor, "routes"]
@@ -104,6 +115,35 @@ class Routing:
     use: "RouterUse"
     aux: dict[str, Tensor] = field(default_factory=dict)
     payload: Float[Tensor, "routes low"] | None = None
+    carried: Float[Tensor, "tokens experts"] | None = None
+
+    def only(self, routes: Int[Tensor, "kept"]) -> "Routing":
+        """The same decision with the routes ``routes`` (ascending) alone."""
+        return replace(
+            self,
+            token_index=self.token_index[routes],
+            expert_index=self.expert_index[routes],
+            weight=self.weight[routes],
+            payload=None if self.payload is None else self.payload[routes],
+            routes_per_token=None,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertRanking:
+    """All experts of each token in a scheme's own order, for choices by rank.
+
+    Attributes:
+        scores: Orders the experts, the largest first.
+        gates: Weights, not negative; those of the chosen experts are divided by their sum.
+        scale: Factor of these shares.
+        payload: Row that travels to each expert if it is chosen; None for most schemes.
+    """
+
+    scores: Float[Tensor, "tokens experts"]
+    gates: Float[Tensor, "tokens experts"]
+    scale: float = 1.0
+    payload: Float[Tensor, "tokens experts low"] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +166,16 @@ class RouterUse:
     sums: Float[Tensor, "sums"] | None = None
 
 
+def mean_use(uses: Sequence[RouterUse]) -> RouterUse:
+    """Use of one layer in several passes over the same tokens, each of which counts once: the mean over passes."""
+    if len(uses) == 1:
+        return uses[0]
+    counts = ("tokens_per_expert", "tokens", "router_entropy", "dropped_routes")
+    means = {name: torch.stack([getattr(use, name) for use in uses]).mean(dim=0) for name in counts}
+    sums = [use.sums for use in uses if use.sums is not None]
+    return RouterUse(**means, sums=torch.stack(sums).mean(dim=0) if sums else None)
+
+
 @dataclass(frozen=True)
 class StepUse:
     """Use of one layer's router in one optimizer step, over the whole global batch; the same on every rank.
@@ -145,11 +195,61 @@ class StepUse:
 
 @dataclass(frozen=True)
 class MoEOutput:
-    """Output of a MoE layer: new hidden states, named unweighted aux losses, detached statistics."""
+    """Output of a MoE layer: new hidden states, named unweighted aux losses, statistics, ``Routing.carried``."""
 
     hidden: Float[Tensor, "tokens hidden"]
     aux: dict[str, Tensor]
     use: RouterUse
+    carried: Float[Tensor, "tokens experts"] | None = None
+
+
+@dataclass(frozen=True)
+class ExpertKinds:
+    """Numbers of the experts that a router chooses among, over all ranks, in the order of their ids.
+
+    Attributes:
+        ffn: Feed-forward networks, which are sharded over ranks and reached by the exchange.
+        constant: ``a x + b v`` with a learnt vector ``v``; this and what follows is computed where the token is.
+        copy: ``x``.
+        zero: 0.
+    """
+
+    ffn: int
+    constant: int = 0
+    copy: int = 0
+    zero: int = 0
+
+    @property
+    def zero_computation(self) -> int:
+        """Experts that are no feed-forward network."""
+        return self.constant + self.copy + self.zero
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.ffn + self.zero_computation
+
+    @property
+    def zeros(self) -> range:
+        """Ids of the experts whose output is 0."""
+        return range(self.total - self.zero, self.total)
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Facts of the layer that a router is built for.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        is_lowest: Whether no layer below it is MoE.
+        kinds: Its experts.
+        expert_width: Inner width of a feed-forward expert.
+    """
+
+    layer: int
+    is_lowest: bool
+    kinds: ExpertKinds
+    expert_width: int
 
 
 @dataclass(frozen=True)
@@ -194,6 +294,9 @@ class Router(nn.Module):
         gradients_by_design: What has on purpose a gradient that is not its derivative -> why: names of aux losses that
             hold something constant, or ``weight``.
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
+        other_scales: Aux losses that measure balance in another unit than ``load_balance_loss``, which is 1 for an even
+            load -> why.
+        start_stds: Parameters that ``model.init`` gives a standard deviation of their own, at every width.
         buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
             checkpoint with others is refused.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
@@ -212,6 +315,8 @@ class Router(nn.Module):
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""
     losses_depend_on_cut: bool = False
+    other_scales: Mapping[str, str] = MappingProxyType({})
+    start_stds: Mapping[str, float] = MappingProxyType({})
     buffer_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     def __init__(self, layer: int):
@@ -230,6 +335,10 @@ class Router(nn.Module):
 
     def logits(self, hidden: Tensor, context: RoutingContext) -> Tensor | None:
         """Logits ``[tokens, experts]`` of ``hidden``; None for schemes whose scores are not linear in it."""
+        return None
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Order of all experts for each token; None for schemes that have none, such as a table."""
         return None
 
     def after_step(self, use: StepUse) -> None:

@@ -13,7 +13,7 @@ import torch
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.build import dense_width, expert_gate, expert_width
+from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
@@ -228,11 +228,12 @@ class _Layers:
         self.tokens = micro_batch_size * self.model.sequence_length
         self.size = BYTES[dtype]
         self.expert_parallel = config.parallel.expert_parallel_size
-        self.routes = self.tokens * self.router.mean_experts_per_token
+        self.routes = self.tokens * expected_ffn_experts(self.moe, self.router)
         # Without an exchange, rows are this rank's own routes.
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
+        self.passes = self.router.num_passes
         self.compares = bool(self.routes) and isinstance(self.moe.combine, OrthogonalConfig)
         # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
         self.asked = self.tokens * self.router.scored_experts(self.moe.num_experts)
@@ -244,6 +245,8 @@ class _Layers:
         model = self.model
         blocks = sum(self._block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers))
         rotary = self.tokens * 4 * model.head_size
+        if self.passes > 1:  # the head's gradient is made in backward, of both passes' hidden states
+            return self.passes * (blocks + rotary + self._norm() + self.tokens * self.row)
         head = self.tokens * self.row + self.size * model.vocab_size * model.hidden_size
         return blocks + rotary + self._norm() + head
 
@@ -259,6 +262,9 @@ class _Layers:
         model = self.model
         chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
         each = 4 + (self.size if self.size < 4 else 0)
+        if self.passes > 1:  # both passes' probabilities, their ratio and a gradient, of a quarter of the positions
+            chunk = min(max(1, model.cross_entropy_chunk_tokens // 4), self.tokens)
+            each += 4 * 4
         return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * each
 
     @property
@@ -362,9 +368,10 @@ class _Layers:
 
     def _routing(self) -> float:
         """Scores and what the losses keep of them, the routes, and what the scheme keeps in float32 for each token."""
-        experts = self.moe.num_experts
+        experts = self.moe.kinds.total
         own = self.router.kept_per_token(self.model.hidden_size, experts)
-        return self.tokens * 4 * (2 * experts + own) + self.routes * (8 + 4 + 8 + 4)
+        routes = self.tokens * self.router.mean_experts_per_token
+        return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4)
 
     def _asking(self, recompute: str) -> float:
         """Bytes of asking experts for keys: their first layers, what these are multiplied with, scores, indices.

@@ -18,7 +18,7 @@ from moe_pretrain.engine.optimizers.base import check_groups, describe_rates, ra
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import build_router, num_routed_experts, width_problems
+from moe_pretrain.moe.build import build_router, num_sharded_experts, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
     Memory,
@@ -90,7 +90,7 @@ def problems(config: Config) -> list[str]:
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
         lambda: planned(config),
-        lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
+        lambda: config.parallel.check(ranks, num_sharded_experts(config.model.moe, config.router)),
     ]
     found = []
     for check in checks:
@@ -123,6 +123,7 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "routers": 2.0 * size.routers,
         FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
+        "constant experts": 2.0 * size.constant_experts,
         "experts that are only asked": 2.0 * size.scoring,
         MEASURED: size.attention_statistic_flops,
         COMPARED: size.combine_flops,
@@ -136,15 +137,13 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
     parts = flops_by_part(size)
     attention = parts["attention projections"] + parts["attention scores"]
-    networks = (
-        parts["routed experts"]
-        + parts["experts that are only asked"]
-        + parts["dense networks and shared experts"]
-        + parts[COMPARED]
-    )
+    names = ("routed experts", "constant experts", "experts that are only asked", "dense networks and shared experts")
+    networks = sum(parts[name] for name in (*names, COMPARED))
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
-    return again + ahead
+    # The logits of two passes are made again in backward.
+    logits = parts["output head"] if size.num_passes > 1 else 0.0
+    return size.num_passes * (again + logits) + ahead
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
@@ -237,7 +236,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
 
 
 def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
-    say(f"FLOPs per token: {short_number(size.training_flops_per_token)} (forward, and backward twice that)")
+    twice = "" if size.num_passes == 1 else f"; {size.num_passes} passes over every token, each"
+    say(f"FLOPs per token: {short_number(size.training_flops_per_token)} (forward, and backward twice that{twice})")
     for name, value in flops_by_part(size).items():
         if value:
             share = value / size.forward_flops_per_token

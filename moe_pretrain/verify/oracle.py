@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class StepRecord:
 class _Rows:
     """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
 
-    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants.
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants, ``carried`` what the
+    router of the MoE layer below hands to it, ``[tokens, experts]``, and ``pass_index`` the pass over them.
     """
 
     input_ids: Tensor
@@ -81,16 +83,22 @@ class _Rows:
     row_positions: Tensor
     rows_per_micro_batch: list[int]
     attention: Tensor | None = None
+    carried: Tensor | None = None
+    pass_index: int = 0
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums."""
+    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums.
+
+    ``carried`` is for the router of the next MoE layer.
+    """
 
     hidden: Tensor
     aux: dict[str, Tensor]
     tokens_per_expert: Tensor
     sums: Tensor
+    carried: Tensor | None
 
 
 class Oracle:
@@ -131,13 +139,18 @@ class Oracle:
     def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepRecord:
         """One optimizer step on the global batch that ``micro_batches``, in any order, make up."""
         rows = _join(micro_batches)
-        hidden, layers = self._trunk(step, rows)
-        loss = self._cross_entropy(hidden, rows.labels)
+        weight = self.config.router.two_pass_weight
+        passes = [self._trunk(step, rows, index) for index in range(1 if weight is None else 2)]
+        losses = [self._cross_entropy(hidden, rows.labels) for hidden, _ in passes]
+        layers = [_mean_of_passes(of_layer) for of_layer in zip(*(own for _, own in passes), strict=True)]
         names = layers[0].aux if layers else {}
         aux = {name: torch.stack([layer.aux[name] for layer in layers]).mean() for name in names}
-        total = loss
+        loss, total = torch.stack(losses).mean(), torch.stack(losses).sum()
         for name, value in aux.items():
             total = total + self.model.moe_layers()[0].router.aux_weights[name] * value
+        if weight is not None:
+            aux["consistency"] = self._divergence(passes[0][0], passes[1][0], rows.document_ids >= 0)
+            total = total + weight * aux["consistency"]
         gradients = torch.autograd.grad(total, list(self.weights.values()), allow_unused=True)
         by_name = {
             name: torch.zeros_like(weight) if gradient is None else gradient
@@ -166,11 +179,12 @@ class Oracle:
         self.model.train()
         return hidden @ self.model.head_weight.T
 
-    def _trunk(self, step: int, rows: _Rows) -> tuple[Tensor, list[_Layer]]:
+    def _trunk(self, step: int, rows: _Rows, pass_index: int = 0) -> tuple[Tensor, list[_Layer]]:
         """Hidden states after the last norm, and every MoE layer's result."""
+        rows = replace(rows, pass_index=pass_index)
         epsilon = self.config.model.norm_epsilon
         hidden = self.model.embedding.weight[rows.input_ids]
-        layers = []
+        layers: list[_Layer] = []
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = rms_norm(hidden, block.attention_norm.weight, epsilon)
@@ -180,7 +194,7 @@ class Oracle:
             hidden = hidden + attended
             normed = rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
-                seen = replace(rows, attention=statistic)
+                seen = replace(rows, attention=statistic, carried=layers[-1].carried if layers else None)
                 layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
@@ -230,9 +244,10 @@ class Oracle:
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
         global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
-        counts = torch.zeros(layer.num_experts, dtype=torch.float64)
+        counts = torch.zeros(layer.kinds.total, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
         aux: dict[str, Tensor] = {}
+        carried: list[Tensor] = []
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
@@ -241,10 +256,11 @@ class Oracle:
             if (formula := _FORMULAS.get(type(router))) is not None:
                 routed, weight, cut_aux = formula(self, hidden[part], router, context)
             else:
-                routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
+                routed, weight, cut_aux, cut_sums, cut_carried = self._routing(hidden[part], router, context)
                 sums += cut_sums
-            results = torch.zeros(layer.num_experts, *hidden[part].shape)
-            for expert in range(layer.num_experts):
+                carried += [] if cut_carried is None else [cut_carried]
+            results = torch.zeros(layer.kinds.total, *hidden[part].shape)
+            for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 counts[expert] += float(text[part][tokens].sum())
                 result = run_expert(layer, expert, hidden[part][tokens])
@@ -258,7 +274,7 @@ class Oracle:
         if layer.shared_experts is not None:
             shared = layer.shared_experts
             output = output + swiglu(hidden, shared.in_weight, shared.out_weight)
-        return _Layer(output, aux, counts, sums)
+        return _Layer(output, aux, counts, sums, torch.cat(carried) if carried else None)
 
     @torch.no_grad()
     def _routes_of_cuts(
@@ -267,7 +283,7 @@ class Oracle:
         """Routes per expert of the global batch where a router sees it in several cuts, else None."""
         if len(cuts) == 1:
             return None
-        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        total = torch.zeros(layer.kinds.total, dtype=torch.float64)
         length, first_row = rows.document_ids.shape[1], 0
         for num_rows in cuts:
             context = _context(self.config, rows, step, first_row, num_rows, total, layer)
@@ -321,16 +337,17 @@ class Oracle:
 
     def _routing(
         self, hidden: Tensor, router: Router, context: RoutingContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """The same from the router's own decision, for schemes without a formula here, and its own sums."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+        """The same from the router's own decision, for schemes without a formula; its own sums, and ``carried``."""
         routing = router(hidden, context)
         routes = (routing.token_index, routing.expert_index)
-        empty = torch.zeros(hidden.shape[0], self.config.model.moe.num_experts)
+        empty = torch.zeros(hidden.shape[0], self.config.model.moe.kinds.total)
         return (
             empty.bool().index_put(routes, torch.tensor(True)),
             empty.index_put(routes, routing.weight),
             routing.aux,
             torch.zeros(router.num_sums, dtype=torch.float64) if routing.use.sums is None else routing.use.sums,
+            routing.carried,
         )
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -338,6 +355,12 @@ class Oracle:
         counted = labels != IGNORE_INDEX
         log_probs = (hidden[counted] @ self.model.head_weight.T).log_softmax(dim=-1)
         return -log_probs.gather(1, labels[counted][:, None]).sum() / counted.sum().clamp(min=1)
+
+    def _divergence(self, first: Tensor, second: Tensor, text: Tensor) -> Tensor:
+        """Mean over text of ``(KL(p1 || p2) + KL(p2 || p1)) / 2``, from all logits at once."""
+        logs = [(hidden[text] @ self.model.head_weight.T).log_softmax(dim=-1) for hidden in (first, second)]
+        ways = [(one.exp() * (one - other)).sum(dim=-1) for one, other in (logs, logs[::-1])]
+        return (ways[0] + ways[1]).sum() / 2 / text.sum().clamp(min=1)
 
     @torch.no_grad()
     def _update(self, step: int, gradients: dict[str, Tensor], norm: float) -> None:
@@ -356,9 +379,18 @@ _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tens
 """Schemes that the oracle computes by a formula of its own -> it. Not their subclasses, which may differ."""
 
 
+def _mean_of_passes(layers: Sequence[_Layer]) -> _Layer:
+    """One MoE layer over several passes, the hidden states those of the first."""
+    aux = {name: torch.stack([layer.aux[name] for layer in layers]).mean() for name in layers[0].aux}
+    counts, sums = (
+        torch.stack([getattr(layer, name) for layer in layers]).mean(dim=0) for name in ("tokens_per_expert", "sums")
+    )
+    return _Layer(layers[0].hidden, aux, counts, sums, layers[0].carried)
+
+
 def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
     parts = ("input_ids", "labels", "document_ids", "position_ids", "row_positions")
-    joined = {part: torch.cat([getattr(batch, part) for batch in micro_batches]) for part in parts}
+    joined: dict[str, Any] = {part: torch.cat([getattr(batch, part) for batch in micro_batches]) for part in parts}
     return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
 
 
@@ -385,4 +417,6 @@ def _context(
         token_ids=rows.input_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
         score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
+        carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],
+        pass_index=rows.pass_index,
     )

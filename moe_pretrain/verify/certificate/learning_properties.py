@@ -35,7 +35,7 @@ ROUNDING = 1e-5
 """A gradient that is a smaller part of the whole model's is zero but for rounding."""
 SURE_LOGIT = 30.0
 """A logit at which float32's softmax and sigmoid are sure."""
-_WEIGHTS_OF_ONE = {"renormalised": "raw", "selected": "full"}
+_WEIGHTS_OF_ONE = {"renormalised": "raw", "zero_dropped": "raw", "selected": "full"}
 """Weights that a scheme may refuse for one expert per token -> what it has instead."""
 
 
@@ -180,6 +180,10 @@ def _balance_losses(subject: Subject) -> tuple[Router, Decision, list[str]]:
             low, high = uniform.aux[name].item(), collapsed.aux[name].item()
             if low > 1e-6 and factor > 1 and abs(high / low - factor) <= 1e-3 * factor:
                 names.append(name)
+    other_scales = {name: router.other_scales[name] for name in names if name in router.other_scales}
+    names = [name for name in names if name not in other_scales]
+    if not names and other_scales:
+        raise NotApplicable("; ".join(f"{name} is in another unit: {why}" for name, why in other_scales.items()))
     if not names:
         found = ", ".join(sorted(others))
         unchecked = f"; nothing checks the scale of {found}" if found else ": it has no aux loss"
@@ -246,7 +250,7 @@ def _agrees_with_oracle(subject: Subject) -> str:
     }
     text = int((batch.document_ids >= 0).sum())
     counts = GlobalCounts(labels=batch.num_valid_labels(), tokens=text)
-    loss, aux = 0.0, dict.fromkeys(routers[0].aux_weights, 0.0)
+    loss, aux = 0.0, dict.fromkeys(model.aux_weights, 0.0)
     for cut in cuts:
         seen = subject.run(model, cut, 0, lambda layer, own: totals[layer], text)
         subject.loss(model, seen, cut, counts).backward()
@@ -266,8 +270,8 @@ def _agrees_with_oracle(subject: Subject) -> str:
 def _names_losses(subject: Subject) -> str:
     """Every aux loss is a float32 scalar with a coefficient, and every coefficient has its loss (C18)."""
     model = subject.model()
-    decisions = subject.run(model, subject.batch()).decisions
-    for router, decision in zip(routers_of(model), decisions, strict=True):
+    seen = subject.run(model, subject.batch())
+    for router, decision in zip(routers_of(model) * seen.output.num_passes, seen.decisions, strict=True):
         aux = decision.routing.aux
         require(
             aux.keys() == router.aux_weights.keys(), f"losses {sorted(aux)}, coefficients {sorted(router.aux_weights)}"
@@ -275,8 +279,9 @@ def _names_losses(subject: Subject) -> str:
         for name, value in aux.items():
             require(value.dtype == torch.float32 and value.ndim == 0, f"{name} is not a float32 scalar")
             require(value.isfinite(), f"{name} is {value.item()}")
-    names = ", ".join(sorted(routers_of(model)[0].aux_weights))
-    return names or "none"
+    found, known = sorted(seen.output.aux), sorted(model.aux_weights)
+    require(found == known, f"the model has losses {found}, coefficients {known}")
+    return ", ".join(known) or "none"
 
 
 def _survives_recompute(subject: Subject) -> str:
@@ -291,7 +296,8 @@ def _survives_recompute(subject: Subject) -> str:
         counts = torch.stack([use.tokens_per_expert for use in seen.output.uses])
         results[recompute] = {"loss": loss.detach(), "tokens_per_expert": counts}
         results[recompute] |= {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-        require(len(seen.decisions) == len(routers_of(model)), f"recompute={recompute} routes again in backward")
+        decided = seen.output.num_passes * len(routers_of(model))
+        require(len(seen.decisions) == decided, f"recompute={recompute} routes again in backward")
     for recompute in ("selective", "full"):
         for name, value in results["none"].items():
             require(torch.equal(results[recompute][name], value), f"recompute={recompute} changes {name}")
@@ -327,7 +333,7 @@ def _keeps_state(subject: Subject) -> str:
 def _move(model: DecoderLM, seen: Pass) -> None:
     """Many steps of uneven load, so that whatever moves has moved far enough to change routes."""
     for layer, use in zip(model.moe_layers(), step_uses(seen.output.uses), strict=True):
-        load = torch.arange(layer.num_experts, 0, -1, dtype=torch.float64)
+        load = torch.arange(layer.kinds.total, 0, -1, dtype=torch.float64)
         for _ in range(STATE_STEPS):
             layer.router.after_step(replace(use, tokens_per_expert=load.clone(), tokens=int(load.sum())))
 

@@ -72,7 +72,7 @@ class Subject:
         small = shrink(config, plan_run(config, 1))
         self.config = replace(small, model=replace(small.model, recompute="none"))
         self.sequence = small.model.sequence_length
-        self.num_experts = small.model.moe.num_experts
+        self.num_experts = small.model.moe.kinds.total
 
     def model(self, recompute: Recompute = "none", router: RouterConfig | None = None) -> DecoderLM:
         """A model with the initial weights, in training mode; always the same ones."""
@@ -163,7 +163,7 @@ class Subject:
         """The training loss with aux losses; ``batch`` is its share of ``totals``, by default all."""
         tokens = int((batch.document_ids >= 0).sum())
         own = GlobalCounts(labels=batch.num_valid_labels(), tokens=tokens)
-        return micro_batch_loss(seen.output, routers_of(model)[0].aux_weights, tokens, totals or own)
+        return micro_batch_loss(seen.output, model.aux_weights, tokens, totals or own)
 
 
 def _own_counts(layer: int, tokens_per_expert: Tensor) -> Tensor:
