@@ -46,7 +46,7 @@ def initialise(model: DecoderLM, seed: int) -> None:
     ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
     ``start_stds`` of a router or   what it says, with every ``model.init``
-    of a constant expert
+    of a constant expert            (``start_values``: that number, without spread)
     everything else, a router's     ``base_std``
     ``frozen_weights`` too
     ==============================  ==============================================================================
@@ -67,6 +67,9 @@ def initialise(model: DecoderLM, seed: int) -> None:
             if isinstance(module, RMSNorm):
                 is_scale = roles[full_name].is_final_norm and config.init == "mup"
                 parameter.fill_(config.mup_base_width / config.hidden_size if is_scale else 1.0)
+                continue
+            if isinstance(module, Router) and name in module.start_values:
+                parameter.fill_(module.start_values[name])
                 continue
             std = parameter_std(module, name, parameter, roles[full_name], config)
             if isinstance(module, SwiGLUExperts | FactorisedExperts):
