@@ -10,7 +10,7 @@ from moe_pretrain.checkpoint.manifest import BUFFER, Interval
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.intervals import global_shape, kept_moments, pieces
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -73,7 +73,7 @@ class Staging:
             stop = offset + values.nbytes
             self._memory[offset:stop].view(values.dtype).copy_(values.detach().view(-1), non_blocking=True)
             header[interval.key] = {
-                "dtype": _DTYPE_NAMES[values.dtype],
+                "dtype": DTYPE_NAMES[values.dtype],
                 "shape": [values.numel()],
                 "data_offsets": [offset, stop],
             }

@@ -9,6 +9,7 @@ from moe_pretrain.commands.options import Parser, router_files
 from moe_pretrain.config.load import read_run
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.recorded import allowed_router_file
+from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.train.corpora import prepare_corpora
 
 
@@ -29,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _specialise_one(folder: Path, given: list[str]) -> int:
     config = read_run(folder, lambda file: allowed_router_file(file, given, str(folder)))
+    if config.router.dense_experts or not config.model.moe_layers:
+        raise ConfigError(f"router={config.router.name} in {folder}: a model without routing has nothing to specialise")
     corpus, sets = prepare_corpora(config, print)
     # A mixture's sources are among the sets already.
     return specialise(config, plan_run(config, 1), folder, {**corpus.validation_sets(), **sets}, print)

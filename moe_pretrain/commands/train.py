@@ -2,7 +2,6 @@
 
 import argparse
 
-from moe_pretrain.analysis.report import write_last_report
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import check_devices, check_warm_up, preflight
@@ -55,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
             return run_workers(["train", *overrides], config.parallel.processes)
     code = train(config, plan, overrides)
     if launched_rank() == 0:
+        from moe_pretrain.analysis.report import write_last_report  # here: matplotlib is a second of every rank's start
+
         write_last_report(config.run.folder, print)
     return code
 

@@ -122,7 +122,7 @@ def read_run(folder: Path, choose_router_file: Callable[[str | None], str | None
         choose_router_file: From the file of its own router that the run names, to the one that may be imported.
 
     Raises:
-        ConfigError: There is none, it is no configuration, or its model routes nothing.
+        ConfigError: There is none, or it is no configuration.
     """
     recorded = read_config(folder)
     if not recorded:
@@ -139,6 +139,4 @@ def read_run(folder: Path, choose_router_file: Callable[[str | None], str | None
         config = validate(values, None if file is None else load_router_file(file))
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE} is of another release, or was changed by hand: {error}") from error
-    if config.router.dense_experts or not config.model.moe_layers:
-        raise ConfigError(f"router={config.router.name} in {folder}: a model without routing has nothing to specialise")
     return config

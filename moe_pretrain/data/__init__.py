@@ -1,6 +1,6 @@
-"""Text in, micro-batches out. ``prepare`` makes token shards, ``TrainLoader`` reads them.
+"""Text in, micro-batches out. ``prepare_corpus`` makes token shards, ``TrainLoader`` reads them.
 
-``prepare`` is the package's door: it finds a corpus' shards in the cache or writes them. Everything
+``prepare_corpus`` is the package's door: it finds a corpus' shards in the cache or writes them. Everything
 behind it is a pure function of the shards, a seed and a position.
 
 What needs torch is imported when it is first asked for: the processes that tokenise start without it.
@@ -19,10 +19,10 @@ from moe_pretrain.data.documents.config import (
     TokensCorpusConfig,
 )
 from moe_pretrain.data.prepare.mixture import RunLength, check_mixture, prepare_mixture
-from moe_pretrain.data.prepare.prepare import (
+from moe_pretrain.data.prepare.prepare_corpus import (
     check_evaluation_set,
     check_prepared,
-    prepare,
+    prepare_corpus,
     prepare_evaluation_set,
     prepared_tokens,
 )
@@ -65,7 +65,7 @@ __all__ = [
     "examine_validation",
     "explain_change",
     "open_stream",
-    "prepare",
+    "prepare_corpus",
     "prepare_evaluation_set",
     "prepare_mixture",
     "prepared_tokens",

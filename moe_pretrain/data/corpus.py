@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from moe_pretrain.data.prepare.prepare import TokenizedCorpus
+from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.stream.shard_stream import ShardStream

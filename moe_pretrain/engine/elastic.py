@@ -132,11 +132,16 @@ class ElasticGradients:
     def _experts_of_sender(self, experts: nn.Module, sender: int) -> Experts:
         """``experts`` for the rows of one sender: gradients of parameters are kept by sender, not added up."""
         copies = {
-            name: _Keep.apply(self._anchor, parameter.detach(), partial(self._own[sender].__setitem__, id(parameter)))
+            name: _Keep.apply(self._anchor, parameter.detach(), partial(self._keep, sender, id(parameter)))
             for name, parameter in experts.named_parameters()
             if parameter.requires_grad
         }
         return lambda *arguments: functional_call(experts, copies, arguments)
+
+    def _keep(self, sender: int, parameter: int, gradient: Tensor) -> None:
+        """Add to the gradient of one sender's rows: a scheme with two passes has one from each."""
+        own = self._own[sender]
+        own[parameter] = own[parameter] + gradient if parameter in own else gradient
 
     def backward(self, loss: Tensor, statistics: Tensor) -> None:
         """Add the next micro-batch: the gradients of ``loss``, and a float64 vector of ``statistics``. Collective."""

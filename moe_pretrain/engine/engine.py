@@ -121,7 +121,7 @@ class TrainEngine:
             sickness = None
             if not (math.isfinite(sums.loss_sum) and math.isfinite(gradient_norm)):
                 sickness = self._diagnose(step, batches, text_tokens, global_counts, gradient_norm)
-        result = sums.result(global_counts, self._aux_weights(), gradient_norm, token_hash, sickness)
+        result = sums.result(global_counts, self.model.aux_weights, gradient_norm, token_hash, sickness)
         if sickness is not None:
             self._skipped += 1
             if self._skipped > self.config.max_skipped_steps:
@@ -144,7 +144,7 @@ class TrainEngine:
         self, step: int, batches: list[MicroBatch], text_tokens: list[int], global_counts: GlobalCounts
     ) -> StepSums:
         """Forward and backward of all micro-batches; their sums, over all ranks."""
-        aux_weights = self._aux_weights()
+        aux_weights = self.model.aux_weights
         sums = self._no_sums()
         forward = self.deepspeed if self._elastic is None else self.model
         ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
@@ -176,13 +176,8 @@ class TrainEngine:
         return sums
 
     def _no_sums(self) -> StepSums:
-        names = list(self._aux_weights())
+        names = list(self.model.aux_weights)
         return StepSums(names, len(self._layer_row), self._kinds, self._num_sums, self.mesh.device)
-
-    def _aux_weights(self) -> dict[str, float]:
-        """Coefficients of the aux losses in this step; some routers move them between steps."""
-        layers = self.model.moe_layers()
-        return layers[0].router.aux_weights if layers else {}
 
     def _diagnose(
         self,

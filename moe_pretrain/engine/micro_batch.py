@@ -51,7 +51,8 @@ def micro_batch_loss(
 ) -> Tensor:
     """This micro-batch's share of the global batch's loss; the shares of all micro-batches sum to it.
 
-    ``loss = cross_entropy_sum / N_labels + sum_i w_i * aux_i * tokens / N_tokens``, with ``N`` over the global batch.
+    ``loss = cross_entropy_sum / N_labels + sum_i w_i * aux_i * tokens / N_tokens``, with ``N`` over the global batch,
+    and the cross-entropies of several passes added up.
     So every counted token weighs the same however the batch is cut (defects C12, C20).
 
     Args:
@@ -60,7 +61,7 @@ def micro_batch_loss(
         tokens: Text tokens of this micro-batch.
         global_counts: Sizes of the global batch.
     """
-    loss = output.loss_sum / max(global_counts.labels, 1)
+    loss = output.num_passes * output.loss_sum / max(global_counts.labels, 1)
     share = tokens / max(global_counts.tokens, 1)
     for name, value in output.aux.items():
         if aux_weights[name]:

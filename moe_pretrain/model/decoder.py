@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention import Attention, document_mask
 from moe_pretrain.model.block import Block, Recompute
-from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses
+from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses, two_pass_losses
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.base import RouterConfig
-from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, Routing, RoutingContext
+from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, Routing, RoutingContext, mean_use
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,17 @@ class LMOutput(NamedTuple):
     prepares a backward pass (in bfloat16: clears the gradients of the last one) only through hooks on them.
 
     Attributes:
-        loss_sum: Cross-entropy summed over counted positions, nats, float32.
-        aux: Each aux loss of the routers, unweighted, averaged over MoE layers.
-        uses: Statistics of each MoE layer, bottom up.
+        loss_sum: Cross-entropy summed over counted positions, nats, float32; of several passes their mean.
+        aux: Each aux loss of the routers, unweighted, averaged over MoE layers; of two passes also ``consistency``,
+            their symmetric KL divergence, the mean over text.
+        uses: Statistics of each MoE layer, bottom up; of several passes their mean.
+        num_passes: Passes over the micro-batch, whose cross-entropies the objective adds.
     """
 
     loss_sum: Float[Tensor, ""]
     aux: dict[str, Tensor]
     uses: list[RouterUse]
+    num_passes: int = 1
 
 
 class DecoderLM(nn.Module):
@@ -133,6 +136,7 @@ class DecoderLM(nn.Module):
     def __init__(self, config: ModelConfig, router: RouterConfig, shard: ExpertShard):
         super().__init__()
         self.config = config
+        self._consistency_weight = router.two_pass_weight
         width = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.blocks = nn.ModuleList(
@@ -158,6 +162,13 @@ class DecoderLM(nn.Module):
         """Output embedding ``[vocab, hidden]``."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficient of each aux loss of a training step; some routers move theirs between steps."""
+        layers = self.moe_layers()
+        weights = dict(layers[0].router.aux_weights) if layers else {}
+        return weights if self._consistency_weight is None else weights | {"consistency": self._consistency_weight}
+
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, bottom up."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
@@ -179,16 +190,26 @@ class DecoderLM(nn.Module):
             position_ids: Position for the rotary angles.
             context: Handed to the routers.
         """
-        hidden, outputs = self._trunk(input_ids, document_ids, position_ids, context)
-        loss_sum = chunked_cross_entropy(
-            self.norm(hidden).flatten(0, 1),
-            self.head_weight,
-            labels.flatten(),
-            self.config.cross_entropy_chunk_tokens,
-        )
+        num_passes = 1 if self._consistency_weight is None or not self.training else 2
+        passes = [
+            self._trunk(input_ids, document_ids, position_ids, replace(context, pass_index=index))
+            for index in range(num_passes)
+        ]
+        finals = [self.norm(hidden).flatten(0, 1) for hidden, _ in passes]
+        chunk = self.config.cross_entropy_chunk_tokens
+        own_losses = {}
+        if num_passes == 1:
+            loss_sum = chunked_cross_entropy(finals[0], self.head_weight, labels.flatten(), chunk)
+        else:
+            text = context.token_mask
+            first, second = finals
+            loss_sum, apart = two_pass_losses(first, second, self.head_weight, labels.flatten(), text, chunk)
+            own_losses["consistency"] = apart / text.sum().clamp(min=1)
+        outputs = [output for _, of_pass in passes for output in of_pass]
         names = outputs[0].aux if outputs else {}
         aux = {name: torch.stack([output.aux[name] for output in outputs]).mean() for name in names}
-        return LMOutput(loss_sum, aux, [output.use for output in outputs])
+        uses = [mean_use([output.use for output in of_layer]) for of_layer in zip(*(p[1] for p in passes), strict=True)]
+        return LMOutput(loss_sum, aux | own_losses, uses, num_passes)
 
     @torch.no_grad()
     def routes(

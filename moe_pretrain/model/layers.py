@@ -7,7 +7,7 @@ Axis names: ``batch`` sequences in the micro-batch, ``sequence`` positions, ``to
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -98,6 +98,93 @@ def chunked_cross_entropy(
     # Inside forward neither the grad mode nor needs_input_grad tells that this is an evaluation.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens, needs_grad)
+
+
+def two_pass_losses(
+    first: Float[Tensor, "tokens hidden"],
+    second: Float[Tensor, "tokens hidden"],
+    head_weight: Float[Tensor, "vocab hidden"],
+    labels: Int[Tensor, "tokens"],
+    text: Bool[Tensor, "tokens"],
+    chunk_tokens: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Cross-entropy of two predictions of the same tokens, and how far they are apart; without the logits.
+
+    Four float32 tensors over the vocabulary exist for ``chunk_tokens / 4`` positions at a time, so as many numbers as
+    one pass needs. Both passes' logits are made again in backward.
+
+    Args:
+        first: Final normed hidden states of the first pass.
+        second: Those of the second.
+        head_weight: Output embedding.
+        labels: Target ids, ``IGNORE_INDEX`` where not counted.
+        text: Positions at which predictions are compared.
+        chunk_tokens: Positions per chunk of a single pass.
+
+    Returns:
+        ``(CE(p1) + CE(p2)) / 2`` summed over counted positions, and ``1/2 sum_v (p1 - p2) (log p1 - log p2)`` summed
+        over text; nats, float32.
+
+    Source:
+        THOR (arXiv:2110.04260), equations 5 and 6.
+    """
+    return _TwoPassLosses.apply(first, second, head_weight, labels, text, max(1, chunk_tokens // 4))
+
+
+class _TwoPassLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, head_weight: Tensor, labels: Tensor, text: Tensor, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(first, second, head_weight, labels, text)
+        ctx.chunk_tokens = chunk_tokens
+        cross_entropy, divergence = (first.new_zeros((), dtype=torch.float32) for _ in range(2))
+        for start in range(0, len(labels), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            log_first, log_second = (_log_probs(hidden[part], head_weight) for hidden in (first, second))
+            target = labels[part]
+            index, counted = target.clamp(min=0)[:, None], (target != IGNORE_INDEX)[:, None]
+            of_target = log_first.gather(1, index) + log_second.gather(1, index)
+            cross_entropy -= (of_target * counted).sum() / 2
+            apart = log_first.exp().sub_(log_second.exp())
+            apart.mul_(log_first.sub_(log_second))
+            divergence += (apart.sum(dim=-1) * text[part]).sum() / 2
+        return cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first, second, head_weight, labels, text = ctx.saved_tensors
+        of_cross_entropy, of_divergence = grads[0] / 2, grads[1] / 2
+        grad_first, grad_second = torch.empty_like(first), torch.empty_like(second)
+        grad_weight = torch.zeros_like(head_weight, dtype=torch.float32)
+        for start in range(0, len(labels), ctx.chunk_tokens):
+            part = slice(start, start + ctx.chunk_tokens)
+            log_first, log_second = (_log_probs(hidden[part], head_weight) for hidden in (first, second))
+            probs = log_first.exp(), log_second.exp()
+            ratio = log_first.sub_(log_second)  # log p1 - log p2
+            del log_first, log_second
+            target = labels[part]
+            index, counted = target.clamp(min=0)[:, None], (target != IGNORE_INDEX)[:, None]
+            apart = (text[part] * of_divergence)[:, None]
+            hit = (counted * of_cross_entropy).to(ratio.dtype)
+            for own, other, sign, hidden, grad_hidden in (
+                (probs[0], probs[1], 1, first, grad_first),
+                (probs[1], probs[0], -1, second, grad_second),
+            ):
+                # d/dz of sum_v (p - q) (log p - log q): p ratio + p - q - p sum_v p ratio, with the other's p as q.
+                grad_logits = own * ratio if sign == 1 else -(own * ratio)
+                grad_logits.addcmul_(own, grad_logits.sum(dim=-1, keepdim=True), value=-1)
+                grad_logits.add_(own).sub_(other).mul_(apart)
+                grad_logits.addcmul_(own, hit)
+                grad_logits.scatter_add_(1, index, -hit)
+                grad_logits = grad_logits.to(hidden.dtype)
+                grad_hidden[part] = grad_logits @ head_weight
+                grad_weight += grad_logits.t() @ hidden[part]
+        return grad_first, grad_second, grad_weight.to(head_weight.dtype), None, None, None
+
+
+def _log_probs(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    return functional.linear(hidden, head_weight).float().log_softmax(dim=-1)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ class ModelSize:
             takes; it has no backward.
         combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
             backward costs as many.
+        num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
 
@@ -56,6 +57,7 @@ class ModelSize:
     attention_score_flops: float
     attention_statistic_flops: float
     combine_flops: float
+    num_passes: int
     head_matmul: int
 
     @property
@@ -78,9 +80,12 @@ class ModelSize:
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward, 3 times what is differentiated; recomputation is not counted (model FLOPs)."""
+        """Forward and backward, 3 times what is differentiated, in every pass over the token.
+
+        Recomputation is not counted (model FLOPs).
+        """
         forward_only = self.attention_statistic_flops + 2.0 * self.frozen_routers
-        return 3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops
+        return self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
         """The same model with ``routes`` networks per token and layer: what an adaptive scheme was measured to use."""
@@ -148,5 +153,6 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
+        num_passes=router.num_passes,
         head_matmul=embedding,
     )

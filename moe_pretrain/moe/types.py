@@ -43,11 +43,14 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
             ``balance level = global_batch`` in training; None in evaluation.
         global_tokens: Text tokens of the whole global batch, for shares of them; None where
             ``sum_over_global_batch`` is.
+        first_place: Place in its row of each sequence's first token: more than 0 where earlier ones lie in a cache.
+        ranks: Ranks of the experts that every token takes instead of the scheme's own choice, from 0; None for that.
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
         score_routes: Runs candidate experts as far as their keys; None unless the router asks for it.
@@ -63,9 +66,12 @@ class RoutingContext:
     sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
     global_tokens: int | None = None
     token_ids: Int[Tensor, "tokens"] | None = None
+    first_place: int = 0
+    ranks: tuple[int, ...] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
     carried: Float[Tensor, "tokens experts"] | None = None
+    pass_index: int = 0
 
 
 @runtime_checkable
@@ -124,6 +130,23 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class ExpertRanking:
+    """All experts of each token in a scheme's own order, for choices by rank.
+
+    Attributes:
+        scores: Orders the experts, the largest first.
+        gates: Weights, not negative; those of the chosen experts are divided by their sum.
+        scale: Factor of these shares.
+        payload: Row that travels to each expert if it is chosen; None for most schemes.
+    """
+
+    scores: Float[Tensor, "tokens experts"]
+    gates: Float[Tensor, "tokens experts"]
+    scale: float = 1.0
+    payload: Float[Tensor, "tokens experts low"] | None = None
+
+
+@dataclass(frozen=True)
 class RouterUse:
     """Detached counts of one layer in one micro-batch. Sums, so that they add over micro-batches and ranks.
 
@@ -141,6 +164,16 @@ class RouterUse:
     router_entropy: Float[Tensor, ""]
     dropped_routes: Float[Tensor, ""]
     sums: Float[Tensor, "sums"] | None = None
+
+
+def mean_use(uses: Sequence[RouterUse]) -> RouterUse:
+    """Use of one layer in several passes over the same tokens, each of which counts once: the mean over passes."""
+    if len(uses) == 1:
+        return uses[0]
+    counts = ("tokens_per_expert", "tokens", "router_entropy", "dropped_routes")
+    means = {name: torch.stack([getattr(use, name) for use in uses]).mean(dim=0) for name in counts}
+    sums = [use.sums for use in uses if use.sums is not None]
+    return RouterUse(**means, sums=torch.stack(sums).mean(dim=0) if sums else None)
 
 
 @dataclass(frozen=True)
@@ -323,6 +356,10 @@ class Router(nn.Module):
 
     def logits(self, hidden: Tensor, context: RoutingContext) -> Tensor | None:
         """Logits ``[tokens, experts]`` of ``hidden``; None for schemes whose scores are not linear in it."""
+        return None
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Order of all experts for each token; None for schemes that have none, such as a table."""
         return None
 
     def after_step(self, use: StepUse) -> ExpertStart | None:

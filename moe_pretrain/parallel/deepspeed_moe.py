@@ -6,7 +6,9 @@ carries one parameter-free ``ExpertMarker`` that passes the test. Established by
 ``tests/contract/test_deepspeed_seam.py``.
 """
 
+import importlib
 from datetime import timedelta
+from unittest import mock
 
 import deepspeed
 import torch
@@ -30,11 +32,22 @@ def init_deepspeed_communication(device_type: str, timeout_seconds: int) -> None
     compiler or ninja are missing it would fail. With no operation declared compatible it compiles nothing.
     """
     deepspeed.ops.__compatible_ops__ = {}
+    _import_muon_uncompiled()
     if device_type == "cpu" and get_accelerator().device_name() != "cpu":
         set_accelerator(CPU_Accelerator())  # a GPU is there, but the user asked for the CPU
     deepspeed.init_distributed(
         dist_backend=dist.get_backend(), verbose=False, timeout=timedelta(seconds=timeout_seconds)
     )
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, by which its ZeRO asks whether the optimizer is one, with ``torch.compile`` left out.
+
+    Its import wraps a function in ``torch.compile``, which imports TorchInductor: about a second of processor time at
+    every rank's start, for a function that nobody calls.
+    """
+    with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def expert_groups(expert_parallel_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -233,6 +233,7 @@ class _Layers:
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
+        self.passes = self.router.num_passes
         self.compares = bool(self.routes) and isinstance(self.moe.combine, OrthogonalConfig)
         # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
         self.asked = self.tokens * self.router.scored_experts(self.moe.num_experts)
@@ -244,6 +245,8 @@ class _Layers:
         model = self.model
         blocks = sum(self._block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers))
         rotary = self.tokens * 4 * model.head_size
+        if self.passes > 1:  # the head's gradient is made in backward, of both passes' hidden states
+            return self.passes * (blocks + rotary + self._norm() + self.tokens * self.row)
         head = self.tokens * self.row + self.size * model.vocab_size * model.hidden_size
         return blocks + rotary + self._norm() + head
 
@@ -259,6 +262,9 @@ class _Layers:
         model = self.model
         chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
         each = 4 + (self.size if self.size < 4 else 0)
+        if self.passes > 1:  # both passes' probabilities, their ratio and a gradient, of a quarter of the positions
+            chunk = min(max(1, model.cross_entropy_chunk_tokens // 4), self.tokens)
+            each += 4 * 4
         return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * each
 
     @property

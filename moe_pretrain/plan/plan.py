@@ -141,7 +141,9 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     networks = sum(parts[name] for name in (*names, COMPARED))
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
-    return again + ahead
+    # The logits of two passes are made again in backward.
+    logits = parts["output head"] if size.num_passes > 1 else 0.0
+    return size.num_passes * (again + logits) + ahead
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
@@ -234,7 +236,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
 
 
 def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
-    say(f"FLOPs per token: {short_number(size.training_flops_per_token)} (forward, and backward twice that)")
+    twice = "" if size.num_passes == 1 else f"; {size.num_passes} passes over every token, each"
+    say(f"FLOPs per token: {short_number(size.training_flops_per_token)} (forward, and backward twice that{twice})")
     for name, value in flops_by_part(size).items():
         if value:
             share = value / size.forward_flops_per_token

@@ -106,7 +106,7 @@ def prepare_corpora(config: Config, say: Callable[[str], None], is_first: bool =
             config.data, config.tokenizer, config.streaming, cache, config.run.name, is_first, number, threads, say
         )
     else:
-        corpus = data.prepare(config.data, config.tokenizer, cache, config.num_tokens, workers, say)
+        corpus = data.prepare_corpus(config.data, config.tokenizer, cache, config.num_tokens, workers, say)
     sets = {
         name: data.prepare_evaluation_set(
             name, source, corpus, config.tokenizer, cache, _evaluation_tokens(config), workers, say

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ class StepRecord:
 class _Rows:
     """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
 
-    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants; ``carried`` is what
-    the router of the MoE layer below hands to it, ``[tokens, experts]``.
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants, ``carried`` what the
+    router of the MoE layer below hands to it, ``[tokens, experts]``, and ``pass_index`` the pass over them.
     """
 
     input_ids: Tensor
@@ -84,6 +85,7 @@ class _Rows:
     rows_per_micro_batch: list[int]
     attention: Tensor | None = None
     carried: Tensor | None = None
+    pass_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,18 @@ class Oracle:
     def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepRecord:
         """One optimizer step on the global batch that ``micro_batches``, in any order, make up."""
         rows = _join(micro_batches)
-        hidden, layers = self._trunk(step, rows)
-        loss = self._cross_entropy(hidden, rows.labels)
+        weight = self.config.router.two_pass_weight
+        passes = [self._trunk(step, rows, index) for index in range(1 if weight is None else 2)]
+        losses = [self._cross_entropy(hidden, rows.labels) for hidden, _ in passes]
+        layers = [_mean_of_passes(of_layer) for of_layer in zip(*(own for _, own in passes), strict=True)]
         names = layers[0].aux if layers else {}
         aux = {name: torch.stack([layer.aux[name] for layer in layers]).mean() for name in names}
-        total = loss
+        loss, total = torch.stack(losses).mean(), torch.stack(losses).sum()
         for name, value in aux.items():
             total = total + self.model.moe_layers()[0].router.aux_weights[name] * value
+        if weight is not None:
+            aux["consistency"] = self._divergence(passes[0][0], passes[1][0], rows.document_ids >= 0)
+            total = total + weight * aux["consistency"]
         gradients = torch.autograd.grad(total, list(self.weights.values()), allow_unused=True)
         by_name = {
             name: torch.zeros_like(weight) if gradient is None else gradient
@@ -175,8 +182,9 @@ class Oracle:
         self.model.train()
         return hidden @ self.model.head_weight.T
 
-    def _trunk(self, step: int, rows: _Rows) -> tuple[Tensor, list[_Layer]]:
+    def _trunk(self, step: int, rows: _Rows, pass_index: int = 0) -> tuple[Tensor, list[_Layer]]:
         """Hidden states after the last norm, and every MoE layer's result."""
+        rows = replace(rows, pass_index=pass_index)
         epsilon = self.config.model.norm_epsilon
         hidden = self.model.embedding.weight[rows.input_ids]
         layers: list[_Layer] = []
@@ -351,6 +359,12 @@ class Oracle:
         log_probs = (hidden[counted] @ self.model.head_weight.T).log_softmax(dim=-1)
         return -log_probs.gather(1, labels[counted][:, None]).sum() / counted.sum().clamp(min=1)
 
+    def _divergence(self, first: Tensor, second: Tensor, text: Tensor) -> Tensor:
+        """Mean over text of ``(KL(p1 || p2) + KL(p2 || p1)) / 2``, from all logits at once."""
+        logs = [(hidden[text] @ self.model.head_weight.T).log_softmax(dim=-1) for hidden in (first, second)]
+        ways = [(one.exp() * (one - other)).sum(dim=-1) for one, other in (logs, logs[::-1])]
+        return (ways[0] + ways[1]).sum() / 2 / text.sum().clamp(min=1)
+
     @torch.no_grad()
     def _start_expert(self, layer: MoELayer, start: ExpertStart) -> None:
         """Weights of an expert that has come into use, and nothing known of its slot to the optimizer."""
@@ -383,9 +397,18 @@ _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tens
 """Schemes that the oracle computes by a formula of its own -> it. Not their subclasses, which may differ."""
 
 
+def _mean_of_passes(layers: Sequence[_Layer]) -> _Layer:
+    """One MoE layer over several passes, the hidden states those of the first."""
+    aux = {name: torch.stack([layer.aux[name] for layer in layers]).mean() for name in layers[0].aux}
+    counts, sums = (
+        torch.stack([getattr(layer, name) for layer in layers]).mean(dim=0) for name in ("tokens_per_expert", "sums")
+    )
+    return _Layer(layers[0].hidden, aux, counts, sums, layers[0].carried)
+
+
 def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
     parts = ("input_ids", "labels", "document_ids", "position_ids", "row_positions")
-    joined = {part: torch.cat([getattr(batch, part) for batch in micro_batches]) for part in parts}
+    joined: dict[str, Any] = {part: torch.cat([getattr(batch, part) for batch in micro_batches]) for part in parts}
     return _Rows(**joined, rows_per_micro_batch=[len(batch.row_positions) for batch in micro_batches])
 
 
@@ -413,4 +436,5 @@ def _context(
         attention=None if rows.attention is None else rows.attention[part].flatten(),
         score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
         carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],
+        pass_index=rows.pass_index,
     )

@@ -3,7 +3,7 @@
     python scripts/bench/bench_data.py [--seconds 2] [--prepare-megabytes 64] [--workers N] [--train-steps 20]
 
 Loader: one core, shuffled rows of 2,048 tokens from shards, as int64 tensors, in processor seconds.
-Tokenising: ``prepare`` with N processes against the tokenizer library alone in N processes, in elapsed seconds.
+Tokenising: ``prepare_corpus`` with N processes against the tokenizer library alone in N processes, in elapsed seconds.
 Waiting: the share of the step time in which ``train model=tiny`` waited for its data, the first step left out.
 """
 
@@ -32,7 +32,7 @@ from moe_pretrain.data import (
     ShardReader,
     ShardWriter,
     TokenizerConfig,
-    prepare,
+    prepare_corpus,
     write_manifest,
 )
 from moe_pretrain.data.shards.reader import Origin
@@ -149,7 +149,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
         (folder / f"{number:05d}.txt").write_text(one)
     config = load(corpus_words(folder)).data
     tokenizer = TokenizerConfig("train", 8192, None)
-    first = prepare(config, tokenizer, folder / "cache", None, workers, None)
+    first = prepare_corpus(config, tokenizer, folder / "cache", None, workers, None)
     file = folder / "tokenizer.json"
     file.write_bytes((first.train.folder.parent / "tokenizer.json").read_bytes())
     tokens = sum(reader.num_tokens for reader in (first.train, first.validation))
@@ -163,7 +163,7 @@ def bench_tokenising(folder: Path, megabytes: int, workers: int) -> None:
         alone.append(max(end for _, end in spans) - min(start for start, _ in spans))
         started = time.perf_counter()
         pretrained = TokenizerConfig("pretrained", 0, str(file))
-        prepare(config, pretrained, folder / f"cache{attempt}", None, workers, None)
+        prepare_corpus(config, pretrained, folder / f"cache{attempt}", None, workers, None)
         ours.append(time.perf_counter() - started)
     print(f"tokenizer library alone, {workers} processes     {tokens / min(alone) / 1e6:8.2f} M tokens/s   1.00")
     print(

@@ -17,7 +17,7 @@ LEVELS = {
     "engine": 4,
     **dict.fromkeys(("checkpoint", "metrics"), 5),
     "config": 6,
-    **dict.fromkeys(("plan", "verify", "sweep"), 7),
+    **dict.fromkeys(("plan", "verify", "sweep", "huggingface", "inference", "surgery"), 7),
     **dict.fromkeys(("train", "analysis"), 8),
     "commands": 9,
     "cli": 10,
@@ -114,11 +114,15 @@ def test_no_mutable_module_state():
                         assert target.id.isupper() or target.id.strip("_").isupper() or target.id == "__all__", path
 
 
-def test_training_loads_no_plotting():
-    """A run on a cluster's node draws nothing; the report is written by the command after it."""
+def test_a_start_loads_no_plotting_and_no_compiler():
+    """A run on a cluster's node draws nothing, and TorchInductor, which DeepSpeed's Muon pulls in, compiles nothing."""
     code = (
-        "import sys, moe_pretrain.train, moe_pretrain.train.build, moe_pretrain.train.trainer\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'matplotlib', 'PIL'}))\n"
+        "import sys, moe_pretrain.commands.train, moe_pretrain.train.trainer\n"
+        "from moe_pretrain.config.load import load\n"
+        "from moe_pretrain.parallel.mesh import build_mesh\n"
+        "build_mesh(load(['model=tiny']).parallel, 'cpu')\n"
+        "import deepspeed.runtime.zero.muon.muon_optimizer\n"
+        "print(sorted(sys.modules.keys() & {'matplotlib', 'PIL', 'torch._inductor.compile_fx'}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr

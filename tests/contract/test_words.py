@@ -29,8 +29,9 @@ def test_a_docstring_begins_with_its_noun_or_verb():
 def test_no_two_public_classes_of_the_package_share_a_name():
     names = Counter(
         node.name
-        for _, tree in _trees("moe_pretrain")
+        for path, tree in _trees("moe_pretrain")
         for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        # Pieces of a program of its own, each export's modelling file.
+        if "remote_code" not in path.parts and isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert len(names) > 200 and [name for name, count in names.items() if count > 1] == []

@@ -30,6 +30,9 @@ CASES = (
         "optimizer.groups.experts.lr_scale=0.7",
     ),
     ("router=loss_free", "engine.gradient_clipping=0.0"),
+    # An expert's gradient from each of two passes.
+    ("router=thor",),
+    ("router=top_k", "router.top_k=3", "combine=orthogonal"),
     # Odd sizes and few rows per expert: rows of the travelling gate begin at other alignments on other topologies.
     ("router=autonomy", *WITH_ALL_PARTS, "router.gate_rank=7", "model.moe.expert_width_multiple=1"),
 )

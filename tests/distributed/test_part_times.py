@@ -14,7 +14,7 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain import data
 from moe_pretrain.config.preflight import plan_run
-from moe_pretrain.data.prepare.prepare import TokenizedCorpus
+from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.moe.part_timer import HostTime
 from moe_pretrain.system.faults import Faults

@@ -35,6 +35,7 @@ _VARIANTS = {
         *("optimizer.groups.router.lr_scale=0.3", "optimizer.groups.experts.lr_scale=2", "optimizer.weight_decay=0.5"),
     ),
     "orthogonal": (*WITH_ALL_PARTS, "router.top_k=3", "combine=orthogonal"),
+    "thor": (*WITH_ALL_PARTS, "router=thor"),
     "symmetric": (
         *("router=top_p", "router.threshold=0.6", "combine=orthogonal", "model.moe.combine.form=symmetric"),
         "model.recompute=full",
@@ -42,7 +43,7 @@ _VARIANTS = {
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
-_ALONE = ("scaled", "moe_plus_plus", "orthogonal", "symmetric")
+_ALONE = ("thor", "scaled", "moe_plus_plus", "orthogonal", "symmetric")
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
 
@@ -82,6 +83,10 @@ _ADDED = [
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "moe_plus_plus"),
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "moe_plus_plus"),
     Case(1, 1, 0, 1, 3, "none", 0.0, "float32", "orthogonal"),
+    Case(1, 1, 1, 4, 1, "selective", 0.1, "float32", "thor"),
+    Case(2, 2, 2, 4, 1, "full", 0.1, "float32", "thor"),
+    Case(4, 4, 1, 1, 3, "none", 0.0, "float32", "thor"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "thor"),
     Case(2, 2, 1, 4, 1, "full", 0.1, "float32", "orthogonal"),
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "orthogonal"),
     Case(2, 2, 2, 1, 3, "full", 0.1, "float32", "symmetric"),

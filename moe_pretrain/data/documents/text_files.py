@@ -94,24 +94,28 @@ def file_rows(piece: FileSlice, config: FilesCorpusConfig) -> Iterator[CorpusRow
     """
     path = Path(piece.name)
     name = path.name.lower()
-    place = str(path)
+    place, found = str(path), False
     try:
         if path.stat().st_size == 0 and not name.endswith(config.text_endings):  # an empty text is a text
             raise ValueError("the file is empty")
         if name.removesuffix(".gz").endswith(config.text_endings):
             with _open_bytes(path) as file:
                 file.seek(piece.start)
-                data = file.read() if piece.stop is None else file.read(piece.stop - piece.start)
+                data, found = file.read() if piece.stop is None else file.read(piece.stop - piece.start), True
                 yield _decoded(place, _MARKS.sub(b"", data), config.invalid_utf8)
         elif name.endswith(".parquet"):
             for number, value in _parquet_values(path, config.text_column, piece):
-                place = f"{path}#{number}"
+                place, found = f"{path}#{number}", True
                 yield _value_row(place, value, config)
         else:
             for offset, number, line in _lines(path, piece):
                 place = f"{path}:{number}" if number else f"{path} at byte {offset}"
                 if line.strip():
+                    found = True
                     yield _json_row(place, line, config)
+        if not found and (piece.start, piece.stop) == (0, None):
+            place = str(path)
+            raise ValueError("the file has no rows: leave it out of data.paths")
     except Exception as error:  # pyarrow and gzip each have their own
         if place.startswith(f"{path} at byte "):
             place = f"{path}:{_line_number(path, int(place.rpartition(' ')[2]))}"

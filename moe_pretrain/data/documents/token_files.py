@@ -145,6 +145,8 @@ def _open(path: Path, config: TokensCorpusConfig) -> np.ndarray | _Megatron:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
             raise ValueError(f"must be one row of integers, is {tokens.dtype} {list(tokens.shape)}")
+        if not len(tokens):
+            raise ValueError("the file has no tokens: leave it out of data.paths")
         return np.asarray(tokens)
     if index.is_file():
         return _open_megatron(path, index)

@@ -12,7 +12,8 @@ import xxhash
 from moe_pretrain.data.documents.config import version_and_licence
 from moe_pretrain.data.documents.work_units import content_identity, sample_texts
 from moe_pretrain.data.prepare import cache
-from moe_pretrain.data.prepare.prepare import TokenizedCorpus, check_prepared, naming, prepare
+from moe_pretrain.data.prepare.prepare_corpus import check_prepared, naming, prepare_corpus
+from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, train_tokenizer
@@ -115,7 +116,7 @@ def prepare_mixture(
     workers: int | None,
     progress: Callable[[str], None] | None,
 ) -> TokenizedMixture:
-    """Find or make the shards of every source: see ``prepare``.
+    """Find or make the shards of every source: see ``prepare_corpus``.
 
     A tokenizer that is to be learnt is learnt first, from the same amount of text of each source, and kept in a folder
     of the cache that is named by what decides it.
@@ -128,7 +129,7 @@ def prepare_mixture(
         _build_tokenizer(config, tokenizer, cache_dir, report)
 
     def open_source(name: str, shared: TokenizerConfig, tokens_needed: int) -> TokenizedCorpus:
-        return prepare(
+        return prepare_corpus(
             config.sources[name],
             shared,
             cache_dir,

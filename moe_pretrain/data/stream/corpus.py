@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moe_pretrain.data.documents.config import CorpusConfig
-from moe_pretrain.data.prepare.prepare import HELD_OUT, SingleCorpus, folder_name
+from moe_pretrain.data.prepare.prepare_corpus import folder_name
+from moe_pretrain.data.prepare.tokenized_corpus import HELD_OUT, SingleCorpus
 from moe_pretrain.data.rows.mixture import DataConfig
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts

@@ -12,7 +12,16 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
-from moe_pretrain.moe.types import BalanceLevel, LayerPlace, Router, RouterUse, Routing, RoutingContext, as_count
+from moe_pretrain.moe.types import (
+    BalanceLevel,
+    ExpertRanking,
+    LayerPlace,
+    Router,
+    RouterUse,
+    Routing,
+    RoutingContext,
+    as_count,
+)
 
 JITTER_STREAM = 1
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -70,6 +79,16 @@ class RouterConfig(ABC):
     def dense_experts(self) -> int:
         """Experts whose summed width one dense network has in their place; 0 for every scheme that routes."""
         return 0
+
+    @property
+    def two_pass_weight(self) -> float | None:
+        """Coefficient of the consistency loss of a scheme that runs every micro-batch twice; None for all others."""
+        return None
+
+    @property
+    def num_passes(self) -> int:
+        """Passes over every micro-batch in training."""
+        return 1 if self.two_pass_weight is None else 2
 
     @property
     def has_one_expert(self) -> bool:
@@ -290,6 +309,11 @@ class LinearRouter(BalancedRouter):
         if self.projection is not None:
             inputs = router_logits(inputs, self.projection)
         return router_logits(inputs, self.weight)
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by their logits, with probabilities as gates."""
+        logits = self.logits(hidden, context)
+        return ExpertRanking(logits, logits.softmax(dim=-1))
 
 
 def check_within_experts(config: object, num_experts: int, *fields: str) -> None:

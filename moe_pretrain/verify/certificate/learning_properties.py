@@ -250,7 +250,7 @@ def _agrees_with_oracle(subject: Subject) -> str:
     }
     text = int((batch.document_ids >= 0).sum())
     counts = GlobalCounts(labels=batch.num_valid_labels(), tokens=text)
-    loss, aux = 0.0, dict.fromkeys(routers[0].aux_weights, 0.0)
+    loss, aux = 0.0, dict.fromkeys(model.aux_weights, 0.0)
     for cut in cuts:
         seen = subject.run(model, cut, 0, lambda layer, own: totals[layer], text)
         subject.loss(model, seen, cut, counts).backward()
@@ -270,8 +270,8 @@ def _agrees_with_oracle(subject: Subject) -> str:
 def _names_losses(subject: Subject) -> str:
     """Every aux loss is a float32 scalar with a coefficient, and every coefficient has its loss (C18)."""
     model = subject.model()
-    decisions = subject.run(model, subject.batch()).decisions
-    for router, decision in zip(routers_of(model), decisions, strict=True):
+    seen = subject.run(model, subject.batch())
+    for router, decision in zip(routers_of(model) * seen.output.num_passes, seen.decisions, strict=True):
         aux = decision.routing.aux
         require(
             aux.keys() == router.aux_weights.keys(), f"losses {sorted(aux)}, coefficients {sorted(router.aux_weights)}"
@@ -279,8 +279,9 @@ def _names_losses(subject: Subject) -> str:
         for name, value in aux.items():
             require(value.dtype == torch.float32 and value.ndim == 0, f"{name} is not a float32 scalar")
             require(value.isfinite(), f"{name} is {value.item()}")
-    names = ", ".join(sorted(routers_of(model)[0].aux_weights))
-    return names or "none"
+    found, known = sorted(seen.output.aux), sorted(model.aux_weights)
+    require(found == known, f"the model has losses {found}, coefficients {known}")
+    return ", ".join(known) or "none"
 
 
 def _survives_recompute(subject: Subject) -> str:
@@ -295,7 +296,8 @@ def _survives_recompute(subject: Subject) -> str:
         counts = torch.stack([use.tokens_per_expert for use in seen.output.uses])
         results[recompute] = {"loss": loss.detach(), "tokens_per_expert": counts}
         results[recompute] |= {name: _gradient(parameter) for name, parameter in model.named_parameters()}
-        require(len(seen.decisions) == len(routers_of(model)), f"recompute={recompute} routes again in backward")
+        decided = seen.output.num_passes * len(routers_of(model))
+        require(len(seen.decisions) == decided, f"recompute={recompute} routes again in backward")
     for recompute in ("selective", "full"):
         for name, value in results["none"].items():
             require(torch.equal(results[recompute][name], value), f"recompute={recompute} changes {name}")

@@ -163,7 +163,7 @@ class Subject:
         """The training loss with aux losses; ``batch`` is its share of ``totals``, by default all."""
         tokens = int((batch.document_ids >= 0).sum())
         own = GlobalCounts(labels=batch.num_valid_labels(), tokens=tokens)
-        return micro_batch_loss(seen.output, routers_of(model)[0].aux_weights, tokens, totals or own)
+        return micro_batch_loss(seen.output, model.aux_weights, tokens, totals or own)
 
 
 def _own_counts(layer: int, tokens_per_expert: Tensor) -> Tensor:

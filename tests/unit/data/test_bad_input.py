@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from helpers.corpora import files, hub
 
-from moe_pretrain.data import TokenizerConfig, prepare
+from moe_pretrain.data import TokenizerConfig, prepare_corpus
 from moe_pretrain.data.documents.document import LeftOut
 from moe_pretrain.data.documents.work_units import content_identity, documents, plan_units, unit_rows
 
@@ -109,7 +109,7 @@ def test_a_row_without_a_text_is_named_or_left_out_and_counted(tmp_path, value, 
         list(documents(hub()))
     for config in (files(tmp_path / "a.jsonl", invalid_text="skip"), hub(invalid_text="skip")):
         lines = []
-        corpus = prepare(config, TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, lines.append)
+        corpus = prepare_corpus(config, TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, lines.append)
         counts = corpus.counts
         assert (counts.read, counts.invalid_text, counts.train + counts.validation) == (40, 1, 39)
         assert "+ 1 without a text" in corpus.describe_counts()
@@ -152,7 +152,7 @@ def test_a_corpus_that_comes_from_the_cache_is_named(tmp_path):
     for _ in range(2):
         lines = []
         config = files(tmp_path / "a.jsonl")
-        prepare(config, TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, lines.append)
+        prepare_corpus(config, TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, lines.append)
         said.append([line for line in lines if line.startswith(f"corpus in the cache: {tmp_path}/c/files-")])
     assert not said[0] and len(said[1]) == 1 and ", prepared 20" in said[1][0]
 
@@ -161,7 +161,7 @@ def test_a_corpus_of_empty_texts_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(ValueError, match=r"^data: no document with text in files: .* \(4 rows read\)$"):
-        prepare(files(tmp_path / "*.*"), TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, None)
+        prepare_corpus(files(tmp_path / "*.*"), TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, None)
 
 
 def test_other_languages_and_source_code_arrive_byte_for_byte(tmp_path):
@@ -178,7 +178,9 @@ def test_other_languages_and_source_code_arrive_byte_for_byte(tmp_path):
     texts = [f"{text} {number}" for number in range(10) for text in texts]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
-    corpus = prepare(files(path, fraction=0.3), TokenizerConfig("train", 400, None), tmp_path / "c", None, 1, None)
+    corpus = prepare_corpus(
+        files(path, fraction=0.3), TokenizerConfig("train", 400, None), tmp_path / "c", None, 1, None
+    )
     found = []
     for reader in (corpus.train, corpus.validation):
         ends = reader.document_ends.tolist()
@@ -230,7 +232,7 @@ def mutilate(generator, data):
 FUZZ = """
 import sys, json
 from pathlib import Path
-from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare_corpus
 folder, tokenizer = Path(sys.argv[1]), TokenizerConfig("pretrained", 0, sys.argv[2])
 policies = [("fail", "fail"), ("replace", "skip"), ("skip", "skip")]
 for number, path in enumerate(sorted(folder.glob("case*"))):
@@ -238,7 +240,7 @@ for number, path in enumerate(sorted(folder.glob("case*"))):
     config = FilesCorpusConfig("files", (str(path),), (".txt",), "text", 0.5, *policy, None, None, None)
     print(path.name, flush=True, end="\\t")
     try:
-        corpus = prepare(config, tokenizer, folder / "cache", None, 1, None)
+        corpus = prepare_corpus(config, tokenizer, folder / "cache", None, 1, None)
         counts = corpus.counts
         parts = counts.empty + counts.invalid_utf8 + counts.invalid_json + counts.train + counts.validation
         corpus.train.verify()
@@ -253,7 +255,7 @@ def test_mutilated_inputs_prepare_or_are_one_line_that_names_the_file(tmp_path):
     """In a process of its own: a crash of a native library must not take the tests with it, but fail this one."""
     source = tmp_path / "source.jsonl"
     source.write_bytes(good_corpora()[".jsonl"])
-    made = prepare(files(source), TokenizerConfig("train", 300, None), tmp_path / "made", None, 1, None)
+    made = prepare_corpus(files(source), TokenizerConfig("train", 300, None), tmp_path / "made", None, 1, None)
     tokenizer = made.train.folder.parent / "tokenizer.json"
     generator = np.random.default_rng(0)
     corpora = list(good_corpora().items())

@@ -10,7 +10,7 @@ from moe_pretrain.data import (
     RunLength,
     TokenizerConfig,
     explain_change,
-    prepare,
+    prepare_corpus,
     prepare_mixture,
 )
 from moe_pretrain.data import (
@@ -32,7 +32,7 @@ def write(path, texts):
 
 
 def facts_of(config, tmp_path, tokenizer=TOKENIZER):
-    found = prepare(config, tokenizer, tmp_path / "cache", None, 1, None).facts(config)
+    found = prepare_corpus(config, tokenizer, tmp_path / "cache", None, 1, None).facts(config)
     return json.loads(json.dumps(found))  # as a checkpoint keeps them
 
 

@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 from helpers.corpora import files
 
-from moe_pretrain.data import prepare
+from moe_pretrain.data import prepare_corpus
 from moe_pretrain.data import tokenizer as tokenizer_module
 from moe_pretrain.data.tokenizer import (
     TokenizerConfig,
@@ -194,7 +194,7 @@ def test_a_text_of_unknown_tokens_is_refused_and_a_few_are_said(tmp_path):
 
     def prepared(max_unknown):
         config = TokenizerConfig("pretrained", 0, str(tmp_path / "words.json"), None, max_unknown)
-        return prepare(files(tmp_path / "a.jsonl"), config, tmp_path / "cache", None, 1, lines.append)
+        return prepare_corpus(files(tmp_path / "a.jsonl"), config, tmp_path / "cache", None, 1, lines.append)
 
     with pytest.raises(
         ValueError, match=r"^tokenizer: \d.\d\d% of the text's tokens are unknown to it \(id 0\), more than"

@@ -17,7 +17,7 @@ from moe_pretrain.data.documents import hub as hub_module
 from moe_pretrain.data.documents.config import BuiltinCorpusConfig
 from moe_pretrain.data.documents.document import is_validation
 from moe_pretrain.data.documents.work_units import content_identity, documents, sample_texts
-from moe_pretrain.data.prepare.prepare import folder_name
+from moe_pretrain.data.prepare.prepare_corpus import folder_name
 from moe_pretrain.data.shards.unit_shards import SIDES
 
 TEXTS = ["one\n\ntwo", "naïve 東京 🙂", "2020-01-01", '{"a": 1}', "line\u2028separator"]
@@ -101,6 +101,8 @@ def bad_inputs(folder):
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "latin.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
     (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "blank.jsonl").write_bytes(b"\n  \n")
+    (folder / "none.jsonl.gz").write_bytes(gzip.compress(b""))
     (folder / "a.csv").write_text("text\nx\n")
     (folder / "fake.txt.gz").write_bytes(b"not compressed")
     whole = gzip.compress(b'{"text": "good"}\n' * 2000)
@@ -118,6 +120,9 @@ def bad_inputs(folder):
         ("folder", "", ["is a folder"]),
         ("unknown ending", "a.csv", ["a.csv", "must end in"]),
         ("empty file", "empty.jsonl", ["empty.jsonl", "is empty"]),
+        ("blank lines", "blank.jsonl", ["blank.jsonl", "has no rows"]),
+        ("nothing compressed", "none.jsonl.gz", ["none.jsonl.gz", "has no rows"]),
+        ("parquet of no rows", write_parquet(folder / "no.parquet", text=[]).name, ["no.parquet", "has no rows"]),
         ("missing column", lines("column.jsonl", good, {"txt": "x"}), ["column.jsonl:2", "'text'", "txt"]),
         ("number", lines("number.jsonl", good, {"text": 5}), ["number.jsonl:2", "must be a string, got 5"]),
         ("late number", late, ["late.jsonl:3001", "must be a string, got 5"]),

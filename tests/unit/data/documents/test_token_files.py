@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.corpora import files
 
-from moe_pretrain.data import TokenizerConfig, TokensCorpusConfig, prepare
+from moe_pretrain.data import TokenizerConfig, TokensCorpusConfig, prepare_corpus
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import is_validation
 
@@ -19,7 +19,7 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     path = folder / "a.jsonl"
     path.write_text("".join(f'{{"text": "text number {number} {number**3}"}}\n' for number in range(100)))
-    made = prepare(files(path), TokenizerConfig("train", 300, None), folder / "cache", None, 1, None)
+    made = prepare_corpus(files(path), TokenizerConfig("train", 300, None), folder / "cache", None, 1, None)
     config = TokenizerConfig("pretrained", 0, str(made.train.folder.parent / "tokenizer.json"))
     return config, made.tokenizer.vocab_size, made.tokenizer.end_of_document
 
@@ -78,7 +78,7 @@ def test_every_kind_gives_the_same_documents(tmp_path, tokenizer, monkeypatch, k
         path = write_megatron(tmp_path / "a", documents, np.int64 if "64" in kind else np.int32, split)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", unit_bytes)
     assert (len(sources.plan_units(tokens(path, flat_dtype=dtype))) > 5) == (unit_bytes == 500)
-    corpus = prepare(tokens(path, flat_dtype=dtype), config, tmp_path / "cache", None, 1, None)
+    corpus = prepare_corpus(tokens(path, flat_dtype=dtype), config, tmp_path / "cache", None, 1, None)
     real = [document for document in documents if len(document)]
     held_out = [is_validation(document, 0.2) for document in real]
     for reader, side in ((corpus.train, False), (corpus.validation, True)):
@@ -92,7 +92,7 @@ def test_the_last_document_may_have_no_end(tmp_path, tokenizer):
     config, vocab_size, end = tokenizer
     documents = random_documents(vocab_size, end, 50)
     np.save(tmp_path / "a.npy", flat(documents, end)[:-1].astype(np.uint16))
-    corpus = prepare(tokens(tmp_path / "a.npy"), config, tmp_path / "cache", None, 1, None)
+    corpus = prepare_corpus(tokens(tmp_path / "a.npy"), config, tmp_path / "cache", None, 1, None)
     total = sum(len(document) + 1 for document in documents if len(document))
     assert corpus.train.num_tokens + corpus.validation.num_tokens == total
 
@@ -105,6 +105,7 @@ def bad_files(folder, vocab_size, end):
     np.save(folder / "outside.npy", outside)
     (folder / "odd.bin").write_bytes(b"abc")
     (folder / "empty.bin").write_bytes(b"")
+    np.save(folder / "nothing.npy", stream[:0])
     np.save(folder / "floats.npy", stream.astype(float))
     np.save(folder / "square.npy", stream[:100].reshape(10, 10))
     np.save(folder / "objects.npy", np.array([{}], dtype=object))
@@ -123,6 +124,7 @@ def bad_files(folder, vocab_size, end):
         ("outside.npy", f"token 57: id {vocab_size} must be from 0 to {vocab_size - 1}"),
         ("odd.bin", "3 bytes are no whole number of uint16 tokens"),
         ("empty.bin", "is empty"),
+        ("nothing.npy", "has no tokens"),
         ("floats.npy", "must be one row of integers, is float64"),
         ("square.npy", "must be one row of integers, is int64 [10, 10]"),
         ("objects.npy", ""),
@@ -142,7 +144,7 @@ def test_bad_files_are_one_line_with_file_and_place(tmp_path, tokenizer):
     config, vocab_size, end = tokenizer
     for name, words in bad_files(tmp_path, vocab_size, end):
         with pytest.raises(ValueError) as caught:
-            prepare(tokens(tmp_path / name), config, tmp_path / "cache", None, 1, None)
+            prepare_corpus(tokens(tmp_path / name), config, tmp_path / "cache", None, 1, None)
         line = str(caught.value)
         assert name in line and words in line and "\n" not in line and len(line) < 500, (name, line)
 
@@ -176,7 +178,7 @@ def test_a_narrow_file_that_is_read_as_a_wide_type_is_named(tmp_path, tokenizer)
     (tmp_path / "a.bin").write_bytes(flat(random_documents(vocab_size, end), end)[:4000].astype("<u2").tobytes())
     for dtype in ("uint32", "int32", "int64"):
         with pytest.raises(ValueError, match="as uint16 they are: set data.flat_dtype=uint16"):
-            prepare(tokens(tmp_path / "a.bin", flat_dtype=dtype), config, tmp_path / "cache", None, 1, None)
+            prepare_corpus(tokens(tmp_path / "a.bin", flat_dtype=dtype), config, tmp_path / "cache", None, 1, None)
 
 
 def test_a_type_that_cannot_hold_the_ids_is_refused(tmp_path):
@@ -220,7 +222,7 @@ def test_an_index_that_is_not_the_whole_file_is_refused(tmp_path, tokenizer, cha
     path = write_megatron(tmp_path / "a", documents, np.int32)
     rewrite_index(tmp_path / "a.idx", change)
     with pytest.raises(ValueError, match=words):
-        prepare(tokens(path), config, tmp_path / "cache", None, 1, None)
+        prepare_corpus(tokens(path), config, tmp_path / "cache", None, 1, None)
 
 
 def test_sequences_may_lie_in_any_order_and_have_modes(tmp_path, tokenizer):
@@ -230,7 +232,7 @@ def test_sequences_may_lie_in_any_order_and_have_modes(tmp_path, tokenizer):
     rewrite_index(tmp_path / "a.idx", lambda n, p, s: (n[::-1], p[::-1], s))
     with open(tmp_path / "a.idx", "ab") as file:
         file.write(bytes(20))  # one mode for each sequence
-    assert prepare(tokens(path), config, tmp_path / "cache", None, 1, None).counts.read == 20
+    assert prepare_corpus(tokens(path), config, tmp_path / "cache", None, 1, None).counts.read == 20
 
 
 def test_an_index_of_another_name_or_behind_a_dead_link_is_named(tmp_path, tokenizer):
@@ -238,10 +240,10 @@ def test_an_index_of_another_name_or_behind_a_dead_link_is_named(tmp_path, token
     path = write_megatron(tmp_path / "a", random_documents(vocab_size, end), np.uint16)
     (tmp_path / "a.idx").rename(tmp_path / "a_text_document.idx")
     with pytest.raises(ValueError, match="a.idx is missing, and a_text_document.idx beside it has no .bin"):
-        prepare(tokens(path), config, tmp_path / "cache", None, 1, None)
+        prepare_corpus(tokens(path), config, tmp_path / "cache", None, 1, None)
     (tmp_path / "a.idx").symlink_to("gone.idx")
     with pytest.raises(ValueError, match="a.idx beside it is a link to gone.idx, which does not exist"):
-        prepare(tokens(path), config, tmp_path / "cache", None, 1, None)
+        prepare_corpus(tokens(path), config, tmp_path / "cache", None, 1, None)
 
 
 def test_packed_documents_come_apart_unless_the_index_alone_decides(tmp_path, tokenizer):
@@ -251,10 +253,10 @@ def test_packed_documents_come_apart_unless_the_index_alone_decides(tmp_path, to
     packs[3] = packs[3][:-1]  # a pack that is cut at its length has no end of its last document
     path = write_megatron(tmp_path / "a", packs, np.int32)
     lines = []
-    corpus = prepare(tokens(path), config, tmp_path / "cache", None, 1, lines.append)
+    corpus = prepare_corpus(tokens(path), config, tmp_path / "cache", None, 1, lines.append)
     found = [*documents_of(corpus.train), *documents_of(corpus.validation)]
     assert sorted(found) == sorted([*document.tolist(), end] for document in documents)
     assert any("packed documents: cut at 48 end-of-document tokens" in line for line in lines)
-    whole = prepare(tokens(path, cut="index"), config, tmp_path / "cache", None, 1, lines.append)
+    whole = prepare_corpus(tokens(path, cut="index"), config, tmp_path / "cache", None, 1, lines.append)
     assert whole.counts.read == 12
     assert "packed documents: 12 Megatron documents" in "\n".join(lines)

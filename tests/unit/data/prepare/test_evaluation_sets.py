@@ -8,8 +8,8 @@ from helpers.corpora import files
 from moe_pretrain import cli
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.data import TokenizerConfig, prepare, prepare_evaluation_set
-from moe_pretrain.data.prepare import prepare as preparation
+from moe_pretrain.data import TokenizerConfig, prepare_corpus, prepare_evaluation_set
+from moe_pretrain.data.prepare import prepare_corpus as preparation
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
@@ -18,7 +18,7 @@ TOKENIZER = TokenizerConfig("train", 300, None)
 def trained_on(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n} {n**2}"}) + "\n" for n in range(200)))
-    return prepare(files(path, fraction=0.2), TOKENIZER, tmp_path / "cache", None, 1, None)
+    return prepare_corpus(files(path, fraction=0.2), TOKENIZER, tmp_path / "cache", None, 1, None)
 
 
 def evaluation_set(corpus, trained_on, tmp_path):
@@ -37,7 +37,7 @@ def test_a_set_is_the_whole_corpus_in_the_same_tokens(trained_on, tmp_path):
     assert reader.text_bytes == sum(map(len, texts))
     assert evaluation_set(files(path, fraction=0.9), trained_on, tmp_path).folder == reader.folder
     # The same file as a training corpus has a folder of its own.
-    other = prepare(files(path, fraction=0.9), TOKENIZER, tmp_path / "cache", None, 1, None)
+    other = prepare_corpus(files(path, fraction=0.9), TOKENIZER, tmp_path / "cache", None, 1, None)
     assert other.train.folder.parent != reader.folder.parent and other.validation.num_documents > 30
 
 

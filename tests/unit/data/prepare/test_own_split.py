@@ -8,7 +8,7 @@ import pytest
 from helpers.corpora import files
 
 from moe_pretrain.config.load import load
-from moe_pretrain.data import TokenizerConfig, prepare
+from moe_pretrain.data import TokenizerConfig, prepare_corpus
 from moe_pretrain.data.documents import work_units as sources
 
 TOKENIZER = TokenizerConfig("train", 300, None)
@@ -16,7 +16,7 @@ TOKENIZER = TokenizerConfig("train", 300, None)
 
 def sides(config, tmp_path, workers=1):
     """Texts of the training and of the validation side."""
-    corpus = prepare(config, TOKENIZER, tmp_path / "cache", None, workers, None)
+    corpus = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, workers, None)
     found = []
     for reader in (corpus.train, corpus.validation):
         ends = reader.document_ends.tolist()
@@ -52,10 +52,10 @@ def test_a_file_is_not_on_both_sides(tmp_path, texts):
     for held_out in ("a.jsonl", "b.jsonl"):
         config = files(tmp_path / "a.jsonl", validation_paths=(str(tmp_path / held_out),))
         with pytest.raises(ValueError, match=rf"^data.validation_paths: .*{held_out} is in data.paths too"):
-            prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+            prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
     config = files(tmp_path / "a.jsonl", validation_paths=(str(tmp_path / "none.jsonl"),))
     with pytest.raises(ValueError, match="^data.validation_paths: .*none.jsonl does not exist"):
-        prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
 
 
 @pytest.mark.parametrize("unit_bytes", [4_000_000, 1000])
@@ -87,7 +87,7 @@ def test_the_same_document_on_both_sides_is_counted(tmp_path, texts):
     write_lines(tmp_path / "a.jsonl", long)
     write_lines(tmp_path / "b.jsonl", [*long[:7], "something else altogether", "and yet another text"])
     config = files(tmp_path / "a.jsonl", validation_paths=(str(tmp_path / "b.jsonl"),), near_duplicates="drop")
-    counts = prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None).counts
+    counts = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None).counts
     assert (counts.exact_duplicates, counts.duplicate, counts.validation) == (7, 7, 2)
 
 
@@ -96,14 +96,14 @@ def test_equal_documents_are_counted_even_where_near_ones_are_ignored(tmp_path, 
     write_lines(tmp_path / "a.jsonl", [*texts, near])
     write_lines(tmp_path / "b.jsonl", [texts[3], near + " more", *texts[5:7]])
     config = files(tmp_path / "a.jsonl", validation_paths=(str(tmp_path / "b.jsonl"),), near_duplicates="ignore")
-    corpus = prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+    corpus = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
     assert (corpus.counts.exact_duplicates, corpus.counts.near_duplicates) == (3, 3)
     assert corpus.validation.num_documents == 4 and "(3 exact), kept" in corpus.describe_size()
 
 
 def test_the_end_of_tokens_is_held_out(tmp_path, texts):
     config = files(write_lines(tmp_path / "a.jsonl", texts))
-    made = prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+    made = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
     tokenizer = TokenizerConfig("pretrained", 0, str(made.train.folder.parent / "tokenizer.json"))
     end = made.tokenizer.end_of_document
     stream = np.concatenate([[*ids, end] for ids in made.tokenizer.encode_batch(texts)]).astype("<u2")
@@ -115,7 +115,7 @@ def test_the_end_of_tokens_is_held_out(tmp_path, texts):
         f'tokenizer.path="{tokenizer.path}"',
     ]
     data = load([*words, "data.validation_split=end", "data.validation_fraction=0.2"]).data
-    corpus = prepare(data, tokenizer, tmp_path / "cache", None, 1, None)
+    corpus = prepare_corpus(data, tokenizer, tmp_path / "cache", None, 1, None)
     held_out = corpus.validation.read(0, corpus.validation.num_tokens)
     assert held_out.tolist() == stream[-len(held_out) :].tolist() and abs(len(held_out) - len(stream) / 5) < 40
     assert len(held_out) + corpus.train.num_tokens == len(stream)

@@ -1,4 +1,4 @@
-"""``prepare``: text to shards once, the same on every machine, in every process, after every kill."""
+"""``prepare_corpus``: text to shards once, the same on every machine, in every process, after every kill."""
 
 import dataclasses
 import errno
@@ -18,19 +18,19 @@ from helpers.corpora import files, hub
 
 from moe_pretrain import cli
 from moe_pretrain.data import TokenizerConfig, check_prepared
-from moe_pretrain.data import prepare as prepare_with_workers
+from moe_pretrain.data import prepare_corpus as prepare_with_workers
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import LeftOut, is_validation
 from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.prepare import attempt as building
-from moe_pretrain.data.prepare import prepare as preparation
+from moe_pretrain.data.prepare import prepare_corpus as preparation
 from moe_pretrain.data.shards import unit_shards as units
 from moe_pretrain.system.files import WholeFile
 
 TOKENIZER = TokenizerConfig("train", 300, None)
 
 
-def prepare(config, tokenizer, cache, tokens_needed, progress, workers=1):
+def prepare_corpus(config, tokenizer, cache, tokens_needed, progress, workers=1):
     return prepare_with_workers(config, tokenizer, cache, tokens_needed, workers, progress)
 
 
@@ -56,7 +56,7 @@ def folders(cache):
 
 def test_every_document_arrives_on_one_side(config, tmp_path):
     lines = []
-    corpus = prepare(config, TOKENIZER, tmp_path / "cache", None, lines.append)
+    corpus = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, lines.append)
     train, validation = texts_of(corpus, corpus.train), texts_of(corpus, corpus.validation)
     expected = [document.text for document in documents(config)]
     assert train == [text for text in expected if not is_validation(text, 0.2)]
@@ -79,46 +79,46 @@ def test_every_document_arrives_on_one_side(config, tmp_path):
 
 
 def test_a_second_call_reads_the_cache(config, tmp_path, monkeypatch):
-    first = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    first = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     monkeypatch.setattr(units, "unit_rows", lambda config, unit: pytest.fail("the text was read again"))
-    second = prepare(config, TOKENIZER, tmp_path / "cache", 10**9, None)
+    second = prepare_corpus(config, TOKENIZER, tmp_path / "cache", 10**9, None)
     assert second.fingerprint == first.fingerprint
     assert len(folders(tmp_path / "cache")) == 1
 
 
 def test_another_cache_gives_the_same_fingerprint_and_another_text_does_not(config, tmp_path):
-    first = prepare(config, TOKENIZER, tmp_path / "one", None, None)
-    second = prepare(config, TOKENIZER, tmp_path / "two", None, None)
+    first = prepare_corpus(config, TOKENIZER, tmp_path / "one", None, None)
+    second = prepare_corpus(config, TOKENIZER, tmp_path / "two", None, None)
     assert first.fingerprint == second.fingerprint
     with open(config.paths[0], "a", encoding="utf-8") as file:
         file.write('{"text": "one more"}\n')
-    third = prepare(config, TOKENIZER, tmp_path / "one", None, None)
+    third = prepare_corpus(config, TOKENIZER, tmp_path / "one", None, None)
     assert third.fingerprint != first.fingerprint
     assert len(folders(tmp_path / "one")) == 2
 
 
 def test_settings_have_folders_of_their_own(config, tmp_path):
     corpora_made = [
-        prepare(config, TOKENIZER, tmp_path / "cache", None, None),
-        prepare(config, TokenizerConfig("train", 290, None), tmp_path / "cache", None, None),
-        prepare(files(*config.paths, fraction=0.3), TOKENIZER, tmp_path / "cache", None, None),
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None),
+        prepare_corpus(config, TokenizerConfig("train", 290, None), tmp_path / "cache", None, None),
+        prepare_corpus(files(*config.paths, fraction=0.3), TOKENIZER, tmp_path / "cache", None, None),
     ]
     assert len({corpus.fingerprint for corpus in corpora_made}) == 3
     assert len(folders(tmp_path / "cache")) == 3
 
 
 def test_a_tokenizer_that_exists_can_be_used(config, tmp_path):
-    trained = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    trained = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     file = tmp_path / "tokenizer.json"
     shutil.copy(trained.train.folder.parent / "tokenizer.json", file)
-    again = prepare(config, TokenizerConfig("pretrained", 0, str(file)), tmp_path / "cache", None, None)
+    again = prepare_corpus(config, TokenizerConfig("pretrained", 0, str(file)), tmp_path / "cache", None, None)
     assert again.fingerprint == trained.fingerprint
 
 
 def test_an_incomplete_folder_is_redone(config, tmp_path):
-    first = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    first = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     (first.train.folder / "manifest.json").unlink()
-    second = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    second = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     assert second.fingerprint == first.fingerprint
     assert len(folders(tmp_path / "cache")) == 1
 
@@ -127,7 +127,7 @@ def test_a_failure_leaves_nothing_behind(config, tmp_path):
     with open(config.paths[0], "a", encoding="utf-8") as file:
         file.write('{"text": 5}\n')
     with pytest.raises(ValueError, match=r"text\.jsonl:251: column 'text' must be a string, got 5"):
-        prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     assert folders(tmp_path / "cache") == []
 
 
@@ -135,7 +135,7 @@ def test_a_failure_leaves_nothing_behind(config, tmp_path):
 def test_an_empty_side_is_refused(config, tmp_path, fraction, side):
     lopsided = files(*config.paths, fraction=fraction)
     with pytest.raises(ValueError, match=rf"leaves no {side} document of the 250 in files: ") as caught:
-        prepare(lopsided, TOKENIZER, tmp_path / "cache", None, None)
+        prepare_corpus(lopsided, TOKENIZER, tmp_path / "cache", None, None)
     assert "\n" not in str(caught.value)
 
 
@@ -143,7 +143,7 @@ def test_an_empty_side_is_refused(config, tmp_path, fraction, side):
 def test_a_hub_corpus_stops_when_it_has_enough(tmp_path, monkeypatch, max_tokens, tokens_needed, expected):
     stream_numbered_texts(monkeypatch)
     config = hub(max_tokens=max_tokens, validation_fraction=0.1)
-    corpus = prepare(config, TOKENIZER, tmp_path / "cache", tokens_needed, None)
+    corpus = prepare_corpus(config, TOKENIZER, tmp_path / "cache", tokens_needed, None)
     longest = int(np.diff(corpus.train.document_ends, prepend=0).max())
     assert expected <= corpus.train.num_tokens < expected + longest
 
@@ -178,7 +178,7 @@ def test_a_stream_goes_on_after_a_failure_and_is_the_same(tmp_path, monkeypatch,
     """Failures at every unit, each attempt going on from the last: the same tokens as in one go."""
     config = hub(max_tokens=limit, validation_fraction=0.1)
     opened = stream_numbered_texts(monkeypatch)
-    whole = prepare(config, TOKENIZER, tmp_path / "one", None, None)
+    whole = prepare_corpus(config, TOKENIZER, tmp_path / "one", None, None)
     write, attempts = units.write_unit, []
 
     def failing(*arguments):
@@ -192,7 +192,7 @@ def test_a_stream_goes_on_after_a_failure_and_is_the_same(tmp_path, monkeypatch,
     opened.clear()
     for _ in range(100):
         try:
-            corpus = prepare(config, TOKENIZER, tmp_path / "two", None, None)
+            corpus = prepare_corpus(config, TOKENIZER, tmp_path / "two", None, None)
             break
         except ValueError as error:
             assert "No space left on device; finished shards are kept" in str(error)
@@ -202,7 +202,7 @@ def test_a_stream_goes_on_after_a_failure_and_is_the_same(tmp_path, monkeypatch,
 
 def test_a_stream_that_ends_early_is_a_corpus(tmp_path, monkeypatch):
     stream_numbered_texts(monkeypatch, rows=90)
-    corpus = prepare(hub(validation_fraction=0.2), TOKENIZER, tmp_path / "cache", 10**9, None)
+    corpus = prepare_corpus(hub(validation_fraction=0.2), TOKENIZER, tmp_path / "cache", 10**9, None)
     assert corpus.counts.read == 90 == corpus.counts.train + corpus.counts.validation
 
 
@@ -272,7 +272,7 @@ def test_counts_add_up_and_pieces_are_the_whole(mixed_corpus, tmp_path, monkeypa
     rows = [row for unit in units_made for row in sources.unit_rows(mixed_corpus, unit)]
     reasons = [row.reason for row in rows if isinstance(row, LeftOut)]
 
-    corpus = prepare(mixed_corpus, TOKENIZER, tmp_path / "cache", None, None)
+    corpus = prepare_corpus(mixed_corpus, TOKENIZER, tmp_path / "cache", None, None)
     counts = corpus.counts
     assert counts.empty == reasons.count("empty") == 40 + 6
     assert counts.invalid_json == reasons.count("invalid_json") == 2
@@ -292,7 +292,7 @@ def test_held_out_documents_that_are_trained_on_nearly_are_counted_or_left_out(t
     texts = [text for number, text in enumerate(words) for text in ([text, f"{text} end"] if number < 80 else [text])]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpora = {
-        policy: prepare(files(path, near_duplicates=policy), TOKENIZER, tmp_path / "cache", None, None, workers)
+        policy: prepare_corpus(files(path, near_duplicates=policy), TOKENIZER, tmp_path / "cache", None, None, workers)
         for policy, workers in (("ignore", 1), ("count", 2), ("drop", 2))
     }
     kept = {policy: texts_of(corpus, corpus.validation) for policy, corpus in corpora.items()}
@@ -321,7 +321,7 @@ def test_a_killed_removal_of_duplicates_is_done_again(tmp_path, monkeypatch):
     texts = [f"{number} {' '.join(str(number * k % 997) for k in range(60))}" for number in range(40)]
     path.write_text("".join(json.dumps({"text": t + end}) + "\n" for end in ("", " end") for t in texts))
     config = files(path, near_duplicates="drop")
-    whole = prepare(config, TOKENIZER, tmp_path / "whole", None, None)
+    whole = prepare_corpus(config, TOKENIZER, tmp_path / "whole", None, None)
 
     def dying(*arguments):
         raise KeyboardInterrupt
@@ -335,8 +335,8 @@ def test_a_killed_removal_of_duplicates_is_done_again(tmp_path, monkeypatch):
                 return drop(*arguments)
 
             patch.setattr(building, "drop_from_validation", cut_off)
-            prepare(config, TOKENIZER, tmp_path / "cache", None, None)
-    again = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+            prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
+    again = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     assert (again.fingerprint, again.counts) == (whole.fingerprint, whole.counts)
     assert again.counts.duplicate > 5
 
@@ -358,7 +358,7 @@ def test_lines_are_cut_at_any_byte(tmp_path, monkeypatch, size):
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare_corpus
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.shards import unit_shards as units
 sources._SMALLEST_UNIT_BYTES = 10_000
@@ -366,7 +366,7 @@ units._BATCH_CHARACTERS = 2_000
 paths, cache, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 policies = ("hash", None, "ignore", "replace", "skip", "fail", "sampled")
 config = FilesCorpusConfig("files", (paths,), (".txt",), "text", 0.1, *policies, None, None, None)
-prepare(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
+prepare_corpus(config, TokenizerConfig("train", 300, None), cache, None, workers, lambda line: print(line, flush=True))
 """
 
 
@@ -377,7 +377,7 @@ def start(config, cache, workers):
 
 def test_any_number_of_workers_and_any_kills_give_the_same_bytes(mixed_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 10_000)
-    reference = prepare(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
+    reference = prepare_corpus(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
     with start(mixed_corpus, tmp_path / "three", 3) as process:
         output = process.stdout.read()
     assert process.returncode == 0, output
@@ -408,7 +408,7 @@ def test_any_number_of_workers_and_any_kills_give_the_same_bytes(mixed_corpus, t
 
 def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 20_000)
-    reference = prepare(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
+    reference = prepare_corpus(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
     write = WholeFile.write
     left = [60_000]
 
@@ -420,14 +420,14 @@ def test_a_full_disk_keeps_finished_shards(mixed_corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(WholeFile, "write", write_until_full)
     with pytest.raises(ValueError, match="No space left on device; finished shards are kept") as caught:
-        prepare(mixed_corpus, TOKENIZER, tmp_path / "two", None, None)
+        prepare_corpus(mixed_corpus, TOKENIZER, tmp_path / "two", None, None)
     assert "\n" not in str(caught.value)
     partial = tmp_path / "two" / f"{reference.name}.partial"
     done = {path: path.stat().st_mtime_ns for path in (partial / "units").glob("*.json")}
     assert done and not list(partial.rglob("*.tmp"))
     left[0] = 10**9
     lines = []
-    corpus = prepare(mixed_corpus, TOKENIZER, tmp_path / "two", None, lines.append)
+    corpus = prepare_corpus(mixed_corpus, TOKENIZER, tmp_path / "two", None, lines.append)
     assert lines[0].startswith(f"going on with {len(done)} finished shards")
     assert contents(corpus.train.folder.parent) == contents(reference)
 
@@ -437,12 +437,12 @@ def test_a_record_without_its_shard_is_done_again(config, tmp_path, monkeypatch)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     monkeypatch.setattr(building.Preparation, "_finish", lambda self, tokenizer: None)
     with pytest.raises(ValueError, match="no manifest"):
-        prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     monkeypatch.undo()
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     (shard := next((tmp_path / "cache").rglob("shard-00001.bin"))).write_bytes(shard.read_bytes()[:-2])
-    corpus = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
-    assert corpus.fingerprint == prepare(config, TOKENIZER, tmp_path / "other", None, None).fingerprint
+    corpus = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
+    assert corpus.fingerprint == prepare_corpus(config, TOKENIZER, tmp_path / "other", None, None).fingerprint
 
 
 def test_stale_folders_are_removed_and_fresh_ones_stay(config, tmp_path):
@@ -451,7 +451,7 @@ def test_stale_folders_are_removed_and_fresh_ones_stay(config, tmp_path):
         (cache / name / "train").mkdir(parents=True)
         for path in (cache / name / "train", cache / name):
             os.utime(path, (time.time() - age,) * 2)
-    prepare(config, TOKENIZER, cache, None, None)
+    prepare_corpus(config, TOKENIZER, cache, None, None)
     names = folders(cache)
     assert "files-new.partial" in names and "files-old.partial" not in names and len(names) == 2
 
@@ -481,12 +481,12 @@ def test_check_names_the_damaged_shard(config, tmp_path, monkeypatch, capsys):
 
 def test_a_large_corpus_is_not_read_whole_at_every_start(config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "_VERIFIED_BYTES", 10)
-    corpus = prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    corpus = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     shard = corpus.train.folder / "shard-00000.bin"
     damaged = bytearray(shard.read_bytes())
     damaged[0] ^= 1
     shard.write_bytes(damaged)
-    prepare(config, TOKENIZER, tmp_path / "cache", None, None)
+    prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
     with pytest.raises(ValueError, match="damaged"):
         check_prepared(config, TOKENIZER, tmp_path / "cache", None)
 
@@ -501,7 +501,7 @@ def test_a_stream_is_the_same_with_any_number_of_workers(tmp_path, monkeypatch):
     stream_numbered_texts(monkeypatch)
     config = hub(max_tokens=1500, validation_fraction=0.1)
     folders_made = [
-        prepare(config, TOKENIZER, tmp_path / str(workers), None, None, workers).train.folder.parent
+        prepare_corpus(config, TOKENIZER, tmp_path / str(workers), None, None, workers).train.folder.parent
         for workers in (1, 2)
     ]
     assert contents(folders_made[0]) == contents(folders_made[1])

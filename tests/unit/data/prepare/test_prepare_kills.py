@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers.corpora import files
 
-from moe_pretrain.data import TokenizerConfig, prepare
+from moe_pretrain.data import TokenizerConfig, prepare_corpus
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.prepare import cache
 from moe_pretrain.system.file_lock import try_lock
@@ -20,13 +20,13 @@ TOKENIZER = TokenizerConfig("train", 300, None)
 PROGRAM = """
 import multiprocessing.connection, os, signal, sys
 from pathlib import Path
-from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare
+from moe_pretrain.data import FilesCorpusConfig, TokenizerConfig, prepare_corpus
 from moe_pretrain.data.documents import work_units as sources
 sources._SMALLEST_UNIT_BYTES = 1000
 multiprocessing.connection.wait = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 policies = ("hash", None, "ignore", "fail", "fail", "fail", "sampled")
 config = FilesCorpusConfig("files", (sys.argv[1],), (".txt",), "text", 0.5, *policies, None, None, None)
-prepare(config, TokenizerConfig("train", 300, None), Path(sys.argv[2]), None, 2, None)
+prepare_corpus(config, TokenizerConfig("train", 300, None), Path(sys.argv[2]), None, 2, None)
 """
 # Keeps a worker from its first line until a file is there: a machine that is busy with other things.
 SLOW_START = """
@@ -51,7 +51,7 @@ def names(folder):
 
 
 def test_workers_that_start_after_their_parent_is_dead_write_nothing(config, tmp_path):
-    reference = prepare(config, TOKENIZER, tmp_path / "one", None, 1, None).train.folder.parent
+    reference = prepare_corpus(config, TOKENIZER, tmp_path / "one", None, 1, None).train.folder.parent
     go, slow, killed = tmp_path / "go", tmp_path / "slow", tmp_path / "killed" / reference.name
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(SLOW_START.format(go=str(go)))
@@ -66,18 +66,18 @@ def test_workers_that_start_after_their_parent_is_dead_write_nothing(config, tmp
     go.touch()
     with cache.locked(killed, lambda line: None):  # until the last of them is gone
         assert names(partial) == before and not any("shard" in name for name in before)
-    corpus = prepare(config, TOKENIZER, killed.parent, None, 2, None)
+    corpus = prepare_corpus(config, TOKENIZER, killed.parent, None, 2, None)
     assert names(corpus.train.folder.parent) == names(reference)
     assert [path.name for path in killed.parent.iterdir()] == [killed.name]
 
 
 def test_what_a_kill_at_the_very_end_leaves_is_removed(config, tmp_path):
     """After the corpus has its name, before the records and the lock are gone."""
-    folder = prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None).train.folder.parent
+    folder = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None).train.folder.parent
     whole = names(folder)
     (folder / "units").mkdir()
     (folder / "units" / "unit-00000.json").write_text("{}")
     folder.with_name(f".{folder.name}.lock").touch()
-    prepare(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+    prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
     assert names(folder) == whole
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -9,7 +9,7 @@ import pytest
 from helpers.corpora import files, hub
 from helpers.streams import TOKENIZER, open_inline, streaming, write_lines
 
-from moe_pretrain.data import prepare
+from moe_pretrain.data import prepare_corpus
 from moe_pretrain.data.documents import hub as hub_module
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import is_validation
@@ -202,7 +202,7 @@ def test_shards_are_those_of_prepare(corpus, tmp_path, monkeypatch):
     while writer.shards.step():
         pass
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1500)
-    prepared = prepare(corpus, TOKENIZER, tmp_path / "cache", None, 1, None).folders[0]
+    prepared = prepare_corpus(corpus, TOKENIZER, tmp_path / "cache", None, 1, None).folders[0]
     for side in ("train", "validation"):
         ours, theirs = (
             {path.name: path.read_bytes() for path in (folder / side).glob("shard-*")}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.inference.cached_decoder import CachedDecoder
 from moe_pretrain.metrics.step_rows import train_row
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -293,3 +294,18 @@ def test_wrong_values_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="combine=orthogonal must be sum with experts=zero_computation"):
         config("combine=orthogonal")
     assert "router.tau=0" in refusal(config().router, 4, tau=0.0)
+
+
+def test_generation_carries_logits_from_layer_to_layer_as_the_model_does() -> None:
+    setting = config(*SHALLOW, "model.sequence_length=16")
+    model = DecoderLM(setting.model, setting.router, ExpertShard()).eval()
+    initialise(model, 0)
+    with torch.no_grad():
+        for layer in model.moe_layers()[1:]:
+            layer.router.residual_weight.mul_(10)
+    ids = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(16).expand(2, 16)
+    whole = model.logits(ids, torch.zeros_like(ids), positions, replace(make_context(32, 2), token_ids=ids.flatten()))
+    decoder = CachedDecoder(model, 2, 16)
+    found = torch.cat([decoder.feed(part) for part in ids.split([9, 1, 6], dim=1)], dim=1)
+    torch.testing.assert_close(found, whole, atol=3e-5, rtol=1e-4)

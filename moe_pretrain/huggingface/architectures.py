@@ -1,0 +1,377 @@
+"""Choice of the transformers class that a model is exported as, and where each of its tensors comes from.
+
+A class fits if it computes what the model computes. Of the classes with softmax or sigmoid routers, OLMoE and Qwen3-MoE
+normalise queries and keys, and DeepSeek-V3 normalises what it compresses keys to: no weights make these the identity.
+Models of ours do neither, so they go to the classes with the same routers and plain attention.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from moe_pretrain.checkpoint.manifest import BUFFER
+from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, model_class, schemes
+from moe_pretrain.huggingface.tensors import ExportedTensor
+from moe_pretrain.model.decoder import DecoderLM, ModelConfig
+from moe_pretrain.moe.build import dense_width, expert_gate, expert_width
+from moe_pretrain.moe.types import float32_parameters
+
+UNUSED_WIDTH = 16
+"""Width of the shared expert of zeros that Qwen2-MoE gets where the model has none, since it cannot be without."""
+
+_KNOWN_FIELDS = {
+    *("vocab_size", "sequence_length", "num_layers", "hidden_size", "num_heads", "num_key_value_heads", "norm_epsilon"),
+    *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
+    *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
+    "experts",
+    # They decide how a model starts and how it is trained, not what it computes.
+    *("name", "init", "init_std", "mup_base_width", "mup_base_layers", "gate_init", "scale_residual_init"),
+    *("cross_entropy_chunk_tokens", "recompute", "expert_width_multiple"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as transformers sees it.
+
+    Attributes:
+        name: Name of the class.
+        config: Values of ``config.json``.
+        tensors: All tensors, in the order of the model.
+        modelling_file: Source of the class where the folder must bring it; None where transformers has it.
+        note: A sentence about how the model became one of that class; empty where nothing is to say.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: list[ExportedTensor]
+    modelling_file: str | None = None
+    note: str = ""
+
+
+def choose(config: Config, model: DecoderLM) -> Architecture:
+    """The class of transformers that computes the same, else remote code.
+
+    Args:
+        config: Configuration of the run.
+        model: Its model, without storage.
+
+    Raises:
+        ConfigError: The scheme cannot be exported; the line says why.
+    """
+    _refuse_what_is_not_known(config.model)
+    _refuse_what_cannot_generate(config, model)
+    names = _widths(config)
+    if len(set(names)) == 1 and names[0]:
+        return _llama(config)
+    fields = _fields(config)
+    if (
+        fields is not None
+        and fields["name"] == "top_k"
+        and fields["score"] == "softmax"
+        and fields["weight_scale"] == 1
+    ):
+        if fields["weights"] == "renormalised" and not any(names) and not config.model.moe.shared_width:
+            return _mixtral(config)
+        if len({width for width in names if width}) <= 1:
+            return _qwen2_moe(config, fields)
+    if fields is not None and fields["score"] == "sigmoid" and _fits_glm4_moe(config.model, names):
+        return _glm4_moe(config, fields)
+    return _remote(config, model)
+
+
+def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
+    routers = [layer.router for layer in model.moe_layers()]
+    if not all(router.causal_in_evaluation for router in routers):
+        raise ConfigError(
+            f"router={config.router.name} cannot be exported: in evaluation a token's experts depend on later tokens, "
+            "which do not exist yet when text is generated"
+        )
+    if routers and config.router.name not in schemes():
+        raise ConfigError(
+            f"router={config.router.name} cannot be exported: it has no inference form yet; one file in "
+            "moe_pretrain/huggingface/remote_code/routers is it"
+        )
+
+
+def _refuse_what_is_not_known(model: ModelConfig) -> None:
+    """Refuse fields of the model that this file has never heard of, unless they are off."""
+    if model.moe.combine.name != "sum":
+        raise ConfigError(
+            f"combine={model.moe.combine.name} cannot be exported yet: transformers' classes sum the experts' outputs"
+        )
+    if model.moe.experts.name != "swiglu":
+        raise ConfigError(
+            f"experts={model.moe.experts.name} cannot be exported yet: no class of transformers has such experts"
+        )
+    for prefix, part in (("model", model), ("model.moe", model.moe)):
+        for name, value in vars(part).items():
+            if name not in _KNOWN_FIELDS and value:
+                raise ConfigError(f"{prefix}.{name}={value} cannot be exported yet: no class of transformers has it")
+
+
+def _widths(config: Config) -> list[int]:
+    """Inner width of each layer's dense network; 0 for a layer with experts."""
+    model = config.model
+    of_twin = dense_width(model.moe, config.router) if config.router.dense_experts else 0
+    return [of_twin if model.moe.is_moe_layer(k) else model.ffn_hidden_size for k in range(model.num_layers)]
+
+
+def _fields(config: Config) -> dict[str, Any] | None:
+    """Fields of a router that is top-k of one linear map over full experts, as the classes have it; else None."""
+    fields = asdict(config.router)  # type: ignore[call-overload]  # every scheme is a dataclass
+    if expert_gate(config.model.moe, config.router) is not None or "projection_size" not in fields:
+        return None
+    is_plain = fields["projection_size"] is None and fields["num_groups"] == 1
+    return fields if is_plain and fields["name"] in ("top_k", "loss_free", "quantile") else None
+
+
+def _fits_glm4_moe(model: ModelConfig, widths: list[int]) -> bool:
+    """Whether dense layers come first, and shared experts are as wide as so many routed ones."""
+    leading = model.moe.num_leading_dense_layers
+    is_leading = all(bool(width) == (layer < leading) for layer, width in enumerate(widths))
+    return is_leading and model.moe.shared_width > 0 and model.moe.shared_width % model.moe.expert_hidden_size == 0
+
+
+def _llama(config: Config) -> Architecture:
+    values = _common(config, transformers.LlamaConfig, intermediate_size=_widths(config)[0], mlp_bias=False)
+    tensors = [*_ends(config), *_layers(config, lambda layer: _dense(config, layer, f"model.layers.{layer}.mlp"))]
+    return Architecture("LlamaForCausalLM", values, tensors)
+
+
+def _mixtral(config: Config) -> Architecture:
+    moe = config.model.moe
+    values = _common(
+        config,
+        transformers.MixtralConfig,
+        intermediate_size=moe.expert_hidden_size,
+        num_local_experts=moe.num_experts,
+        num_experts_per_tok=asdict(config.router)["top_k"],  # type: ignore[call-overload]
+        sliding_window=None,
+    )
+
+    def mixture(layer: int) -> Iterator[ExportedTensor]:
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        yield _router(config, layer, f"{prefix}.gate.weight")
+        yield from _experts(config, layer, f"{prefix}.experts", ("w1", "w3", "w2"))
+
+    return Architecture("MixtralForCausalLM", values, [*_ends(config), *_layers(config, mixture)])
+
+
+def _qwen2_moe(config: Config, fields: dict[str, Any]) -> Architecture:
+    moe, widths = config.model.moe, _widths(config)
+    shared = moe.shared_width or UNUSED_WIDTH
+    values = _common(
+        config,
+        transformers.Qwen2MoeConfig,
+        intermediate_size=max(*widths, config.model.ffn_hidden_size),
+        moe_intermediate_size=moe.expert_hidden_size,
+        shared_expert_intermediate_size=shared,
+        num_experts=moe.num_experts,
+        num_experts_per_tok=fields["top_k"],
+        norm_topk_prob=fields["weights"] == "renormalised",
+        mlp_only_layers=[layer for layer, width in enumerate(widths) if width],
+        decoder_sparse_step=1,
+        qkv_bias=False,
+        use_sliding_window=False,
+    )
+    hidden = config.model.hidden_size
+
+    def feed_forward(layer: int) -> Iterator[ExportedTensor]:
+        prefix = f"model.layers.{layer}.mlp"
+        if widths[layer]:
+            yield from _dense(config, layer, prefix)
+            return
+        yield _router(config, layer, f"{prefix}.gate.weight")
+        yield from _experts(config, layer, f"{prefix}.experts", ("gate_proj", "up_proj", "down_proj"))
+        yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], None)
+        if moe.shared_width:
+            yield from _shared(config, layer, f"{prefix}.shared_expert", 2.0)
+        else:
+            for name, shape in (("gate", [shared, hidden]), ("up", [shared, hidden]), ("down", [hidden, shared])):
+                yield ExportedTensor(f"{prefix}.shared_expert.{name}_proj.weight", shape, None)
+
+    note = (
+        "Its shared experts have a gate in this class: its weights are 0, so that it is 1/2, and the experts' last "
+        "matrix is doubled, which is exact."
+        if moe.shared_width
+        else f"This class cannot be without a shared expert: it has one of width {UNUSED_WIDTH} whose weights are 0."
+    )
+    return Architecture("Qwen2MoeForCausalLM", values, [*_ends(config), *_layers(config, feed_forward)], note=note)
+
+
+def _glm4_moe(config: Config, fields: dict[str, Any]) -> Architecture:
+    moe, widths = config.model.moe, _widths(config)
+    values = _common(
+        config,
+        transformers.Glm4MoeConfig,
+        intermediate_size=config.model.ffn_hidden_size,
+        moe_intermediate_size=moe.expert_hidden_size,
+        n_routed_experts=moe.num_experts,
+        n_shared_experts=moe.shared_width // moe.expert_hidden_size,
+        num_experts_per_tok=fields["top_k"],
+        norm_topk_prob=fields["weights"] == "renormalised",
+        routed_scaling_factor=fields["weight_scale"],
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=moe.num_leading_dense_layers,
+        num_nextn_predict_layers=0,
+        use_qk_norm=False,
+    )
+    values["partial_rotary_factor"] = 1.0  # of this class alone the default is another
+
+    def feed_forward(layer: int) -> Iterator[ExportedTensor]:
+        prefix = f"model.layers.{layer}.mlp"
+        if widths[layer]:
+            yield from _dense(config, layer, prefix)
+            return
+        yield _router(config, layer, f"{prefix}.gate.weight")
+        bias = None if fields["name"] == "top_k" else f"blocks.{layer}.feed_forward.router.expert_bias"
+        yield ExportedTensor(
+            *(f"{prefix}.gate.e_score_correction_bias", [moe.num_experts], bias), kind=BUFFER, is_rounded=False
+        )
+        yield from _experts(config, layer, f"{prefix}.experts", ("gate_proj", "up_proj", "down_proj"))
+        yield from _shared(config, layer, f"{prefix}.shared_experts", 1.0)
+
+    return Architecture("Glm4MoeForCausalLM", values, [*_ends(config), *_layers(config, feed_forward)])
+
+
+def _common(config: Config, kind: type[transformers.PretrainedConfig], **values: Any) -> dict[str, Any]:
+    """``config.json`` of a class of transformers; every value that it reads, whatever its default in a release."""
+    model = config.model
+    return {
+        "model_type": kind.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.sequence_length,
+        "rms_norm_eps": model.norm_epsilon,
+        # Transformers 5 reads the parameters, earlier releases the base alone.
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": model.rope_base,
+            "partial_rotary_factor": 1.0,
+        },
+        "rope_theta": model.rope_base,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        **values,
+    }
+
+
+def _ends(config: Config) -> Iterator[ExportedTensor]:
+    """Embedding, last norm and head."""
+    model = config.model
+    matrix = [model.vocab_size, model.hidden_size]
+    yield ExportedTensor("model.embed_tokens.weight", matrix, "embedding.weight")
+    yield ExportedTensor("model.norm.weight", [model.hidden_size], "norm.weight")
+    if not model.tie_embeddings:
+        yield ExportedTensor("lm_head.weight", matrix, "head.weight")
+
+
+def _layers(config: Config, feed_forward: Callable[[int], Iterator[ExportedTensor]]) -> Iterator[ExportedTensor]:
+    """Norms, attention and feed-forward network of every layer."""
+    model = config.model
+    hidden, head = model.hidden_size, model.head_size
+    for layer in range(model.num_layers):
+        theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
+        yield ExportedTensor(f"{theirs}.input_layernorm.weight", [hidden], f"{ours}.attention_norm.weight")
+        yield ExportedTensor(f"{theirs}.post_attention_layernorm.weight", [hidden], f"{ours}.feed_forward_norm.weight")
+        start = 0
+        for name, heads in (("q", model.num_heads), ("k", model.num_key_value_heads), ("v", model.num_key_value_heads)):
+            shape = [heads * head, hidden]
+            yield ExportedTensor(f"{theirs}.self_attn.{name}_proj.weight", shape, f"{ours}.attention.qkv_weight", start)
+            start += heads * head * hidden
+        yield ExportedTensor(f"{theirs}.self_attn.o_proj.weight", [hidden, hidden], f"{ours}.attention.out_weight")
+        yield from feed_forward(layer)
+
+
+def _dense(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
+    """A dense network: gate and up are halves of one matrix of ours."""
+    source, width = f"blocks.{layer}.feed_forward", _widths(config)[layer]
+    return _swiglu(prefix, source, width, config.model.hidden_size, 1.0)
+
+
+def _shared(config: Config, layer: int, prefix: str, factor: float) -> Iterator[ExportedTensor]:
+    source = f"blocks.{layer}.feed_forward.shared_experts"
+    return _swiglu(prefix, source, config.model.moe.shared_width, config.model.hidden_size, factor)
+
+
+def _swiglu(prefix: str, source: str, width: int, hidden: int, factor: float) -> Iterator[ExportedTensor]:
+    yield ExportedTensor(f"{prefix}.gate_proj.weight", [width, hidden], f"{source}.in_weight")
+    yield ExportedTensor(f"{prefix}.up_proj.weight", [width, hidden], f"{source}.in_weight", width * hidden)
+    yield ExportedTensor(f"{prefix}.down_proj.weight", [hidden, width], f"{source}.out_weight", factor=factor)
+
+
+def _router(config: Config, layer: int, name: str) -> ExportedTensor:
+    shape = [config.model.moe.num_experts, config.model.hidden_size]
+    return ExportedTensor(name, shape, f"blocks.{layer}.feed_forward.router.weight", is_rounded=False)
+
+
+def _experts(config: Config, layer: int, prefix: str, names: tuple[str, str, str]) -> Iterator[ExportedTensor]:
+    """Gate, up and down of every expert: slices of two stacks of ours."""
+    hidden, width = config.model.hidden_size, config.model.moe.expert_hidden_size
+    source, size = f"blocks.{layer}.feed_forward.experts", hidden * width
+    gate, up, down = names
+    for expert in range(config.model.moe.num_experts):
+        first = 2 * expert * size
+        yield ExportedTensor(f"{prefix}.{expert}.{gate}.weight", [width, hidden], f"{source}.in_weight", first)
+        yield ExportedTensor(f"{prefix}.{expert}.{up}.weight", [width, hidden], f"{source}.in_weight", first + size)
+        yield ExportedTensor(f"{prefix}.{expert}.{down}.weight", [hidden, width], f"{source}.out_weight", expert * size)
+
+
+def _remote(config: Config, model: DecoderLM) -> Architecture:
+    """The model as it is, tensor by tensor, and the source of a class that runs it."""
+    shape, moe, router = config.model, config.model.moe, config.router
+    widths, rank = _widths(config), expert_gate(config.model.moe, config.router)
+    has_experts = not all(widths)
+    values = {
+        "model_type": "moe_pretrain",
+        "architectures": ["MoePretrainForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{FILE.removesuffix('.py')}.MoePretrainConfig",
+            "AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.MoePretrainForCausalLM",
+        },
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "max_position_embeddings": shape.sequence_length,
+        "rope_theta": shape.rope_base,
+        "rms_norm_eps": shape.norm_epsilon,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "dense_widths": widths,
+        "num_experts": moe.num_experts if has_experts else 0,
+        "expert_width": expert_width(moe, router, shape.hidden_size) if has_experts else 0,
+        "shared_expert_width": moe.shared_width if has_experts else 0,
+        "gate_rank": rank if has_experts else None,
+        "experts_own_down": moe.gate_rank is not None,
+        "router": asdict(router) if has_experts else None,  # type: ignore[call-overload]
+    }
+    source = assemble(router.name if has_experts else None, rank is not None)
+    return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
+
+
+def _as_they_are(model: DecoderLM, source: str, values: dict[str, Any]) -> Iterator[ExportedTensor]:
+    """Every parameter, and those of the routers' buffers that evaluation reads, under their own names."""
+    kind = model_class(source)
+    with torch.device("meta"):
+        theirs = kind(kind.config_class(**values))
+    parameters = dict(model.named_parameters())
+    exact = {id(parameter) for parameter in float32_parameters(model)}
+    for name, tensor in theirs.state_dict().items():
+        shape = list(tensor.shape)
+        if name in parameters:
+            yield ExportedTensor(name, shape, name, is_rounded=id(parameters[name]) not in exact)
+        elif name != "head.weight":  # else it is the embedding
+            yield ExportedTensor(name, shape, name, kind=BUFFER, dtype=tensor.dtype, is_rounded=False)

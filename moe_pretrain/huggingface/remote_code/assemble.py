@@ -1,0 +1,81 @@
+"""Assembly of one modelling file from the pieces that a model needs."""
+
+import ast
+import importlib
+import pkgutil
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from moe_pretrain.huggingface.remote_code import routers
+
+FILE = "modeling_moe_pretrain.py"
+_HERE = Path(__file__).parent
+_OURS = "moe_pretrain."
+_HEADER = '''"""A decoder language model with {scheme}, as moe_pretrain trained it.
+
+Self-contained: it needs torch and transformers alone. Routing is that of evaluation; nothing here trains a router.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+"""
+'''
+
+
+def schemes() -> dict[str, str]:
+    """Piece in ``routers/`` of each scheme that has one, by the scheme's name."""
+    names = [info.name for info in pkgutil.iter_modules(routers.__path__)]
+    modules = {name: importlib.import_module(f"{routers.__name__}.{name}") for name in names}
+    return {scheme: name for name, module in modules.items() for scheme in module.SCHEMES}
+
+
+def assemble(scheme: str | None, is_factorised: bool) -> str:
+    """Source of the modelling file.
+
+    Args:
+        scheme: Name of the routing scheme; None for a model without routing.
+        is_factorised: Whether the experts' gate is the product of two factors.
+    """
+    router = "top_k" if scheme is None else schemes()[scheme]
+    experts = "factorised" if is_factorised else "swiglu"
+    pieces = ("common", "dense", f"routers/{router}", f"experts/{experts}", "mixture", "decoder")
+    texts = {piece: (_HERE / f"{piece}.py").read_text(encoding="utf-8") for piece in pieces}
+    elsewhere = "\n".join(text for piece, text in texts.items() if piece != "common")
+    imports: dict[str, set[str]] = {}
+    bodies = []
+    for piece, text in texts.items():
+        lines = text.splitlines()
+        for node in reversed(ast.parse(text).body):
+            if isinstance(node, ast.Import):
+                imports.update({f"import {alias.name}": set() for alias in node.names})
+            elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith(_OURS):
+                imports.setdefault(f"from {node.module} import", set()).update(alias.name for alias in node.names)
+            is_unused = piece == "common" and isinstance(node, ast.FunctionDef) and f"{node.name}(" not in elsewhere
+            if is_unused or not _belongs(node):
+                del lines[node.lineno - 1 : node.end_lineno]
+        bodies.append(re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip())
+    words = sorted(f"{start} {', '.join(sorted(names))}" if names else start for start, names in imports.items())
+    of_torch = [word for word in words if word.split()[1].split(".")[0] in ("torch", "transformers")]
+    standard = [word for word in words if word not in of_torch]
+    head = _HEADER.format(scheme="no routing" if scheme is None else f"routing scheme {scheme}")
+    top = "\n".join([head, *standard, "", *of_torch])
+    return "\n\n\n".join([top, *bodies]) + "\n"
+
+
+def model_class(source: str) -> Any:
+    """The class of an assembled file; transformers' way to it would copy the file to the user's cache."""
+    module = types.ModuleType(FILE.removesuffix(".py"))
+    sys.modules[module.__name__] = module  # transformers looks a class's file up there
+    try:
+        exec(compile(source, FILE, "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
+    return module.MoePretrainForCausalLM
+
+
+def _belongs(node: ast.stmt) -> bool:
+    """Whether a statement of a piece is part of the file: docstrings, imports and lists of schemes are not."""
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    is_list_of_schemes = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SCHEMES"
+    return not (is_docstring or is_list_of_schemes or isinstance(node, ast.Import | ast.ImportFrom))

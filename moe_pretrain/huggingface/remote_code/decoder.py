@@ -1,0 +1,205 @@
+"""The decoder of an exported model as transformers knows models: configuration, key-value cache, generation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moe_pretrain.huggingface.remote_code.common import Facts, empty
+from moe_pretrain.huggingface.remote_code.dense import SwiGLU
+from moe_pretrain.huggingface.remote_code.mixture import MixtureOfExperts, Router
+
+# Its name in the output of a model, and among the arguments of ``forward``, has changed within transformers 5.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class MoePretrainConfig(PretrainedConfig):
+    """Shape of the decoder, and its routing scheme as it was configured."""
+
+    model_type = "moe_pretrain"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 0,
+        hidden_size: int = 0,
+        num_hidden_layers: int = 0,
+        num_attention_heads: int = 1,
+        num_key_value_heads: int = 1,
+        max_position_embeddings: int = 0,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-5,
+        dense_widths: list[int] | None = None,
+        num_experts: int = 0,
+        expert_width: int = 0,
+        shared_expert_width: int = 0,
+        gate_rank: int | None = None,
+        experts_own_down: bool = False,
+        router: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.dense_widths = dense_widths or []  # inner width of each layer's dense network; 0 where it has experts
+        self.num_experts = num_experts
+        self.expert_width = expert_width
+        self.shared_expert_width = shared_expert_width
+        self.gate_rank = gate_rank
+        self.experts_own_down = experts_own_down
+        self.router = router or {}
+        super().__init__(**kwargs)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x ** 2) + epsilon) * weight`` over the last axis."""
+
+    def __init__(self, hidden_size: int, epsilon: float):
+        super().__init__()
+        self.weight = empty(hidden_size)
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise."""
+        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; ``qkv_weight`` holds query, key and value rows in that order."""
+
+    def __init__(self, config: MoePretrainConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_size = layer, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.sizes = [heads * self.head_size, kv_heads * self.head_size, kv_heads * self.head_size]
+        self.qkv_weight = empty(sum(self.sizes), config.hidden_size)
+        self.out_weight = empty(config.hidden_size, self.sizes[0])
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New hidden states, the queries, and the keys with those of the cache."""
+        projected = nn.functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible[:, None], enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return nn.functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight), query, key
+
+
+def rotate(heads: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions of pairs ``(i, i + head / 2)``, in float32."""
+    cosine, sine = table
+    first, second = heads.float().chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(heads.dtype)
+
+
+class Block(nn.Module):
+    """``h = h + attention(norm(h)); h = h + feed_forward(norm(h))``."""
+
+    def __init__(self, config: MoePretrainConfig, layer: int):
+        super().__init__()
+        width = config.dense_widths[layer]
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = SwiGLU(config.hidden_size, width) if width else MixtureOfExperts(config, layer)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, cache: Any, ids: Tensor, place: Tensor
+    ) -> Tensor:
+        """New hidden states ``[batch, sequence, hidden]``."""
+        attended, query, key = self.attention(self.attention_norm(hidden), rotary, visible, cache)
+        hidden = hidden + attended
+        normed = self.feed_forward_norm(hidden)
+        if isinstance(self.feed_forward, SwiGLU):
+            return hidden + self.feed_forward(normed)
+        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts)
+        return hidden + self.feed_forward(normed.flatten(0, 1), facts).view_as(hidden)
+
+
+class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
+    """The decoder with its output head."""
+
+    config_class = MoePretrainConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Block"]
+    # A router rounded to bfloat16 makes ties and sends tokens to other experts.
+    _keep_in_fp32_modules_strict = Router.float32_parts
+    _tied_weights_keys = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config: MoePretrainConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every weight is in the checkpoint."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits; arguments as of every causal language model in transformers."""
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        seen = 0 if cache is None else cache.get_seq_length()
+        batch, sequence = input_ids.shape
+        place = torch.arange(seen, seen + sequence, device=input_ids.device).expand(batch, -1)
+        visible = torch.arange(seen + sequence, device=input_ids.device) <= place[:, :, None]
+        if attention_mask is not None:
+            is_text = attention_mask.bool()
+            padded = (is_text.cumsum(dim=1) - 1).clamp(min=0)[:, -sequence:]
+            place = padded if position_ids is None else place
+            # A position that sees nothing would be NaN: padding sees itself.
+            itself = torch.arange(seen + sequence, device=input_ids.device) == torch.arange(
+                seen, seen + sequence, device=input_ids.device
+            ).unsqueeze(-1)
+            visible = visible & is_text[:, None, :] | itself
+        if position_ids is not None:
+            place = position_ids.expand(batch, -1)
+        rotary = self._rotary_table(place)
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden, rotary, visible, cache, input_ids, place)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.head(self.norm(hidden[:, kept]))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def _rotary_table(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.config.head_dim
+        exponent = torch.arange(0, size, 2, device=place.device, dtype=torch.float32) / size
+        angle = place[:, None, :, None].float() * self.config.rope_theta**-exponent
+        return angle.cos(), angle.sin()

@@ -1,0 +1,1 @@
+"""Experts of an exported model, one module each."""

@@ -1,0 +1,32 @@
+"""The mixture-of-experts layer of an exported model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_pretrain.huggingface.remote_code.common import Facts
+from moe_pretrain.huggingface.remote_code.dense import SwiGLU
+from moe_pretrain.huggingface.remote_code.experts.swiglu import Experts
+from moe_pretrain.huggingface.remote_code.routers.top_k import Router
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, each for the tokens that it has a gate for, plus shared experts for all."""
+
+    def __init__(self, config: Any, layer: int):
+        super().__init__()
+        self.router = Router(config, layer)
+        self.experts = Experts(config)
+        width = config.shared_expert_width
+        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+
+    def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
+        """Apply the layer to ``hidden [tokens, hidden]``."""
+        gates = self.router(hidden, facts)
+        output = torch.zeros_like(hidden)
+        for expert in (gates != 0).any(dim=0).nonzero().flatten().tolist():
+            token = gates[:, expert].nonzero().flatten()
+            rows = self.experts.run(hidden[token], expert, self.router) * gates[token, expert, None]
+            output.index_add_(0, token, rows.to(output.dtype))
+        return output if self.shared_experts is None else output + self.shared_experts(hidden)

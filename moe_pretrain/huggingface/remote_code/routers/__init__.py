@@ -1,0 +1,1 @@
+"""Routers of an exported model, the rule of evaluation alone; one module for schemes with one rule."""

@@ -1,0 +1,283 @@
+"""Exported folders: every scheme, as transformers' own class or as one file of remote code, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.schemes import CASES
+from helpers.trained import tiny_run
+from safetensors import safe_open
+from torch import Tensor
+
+from moe_pretrain import cli
+from moe_pretrain.config.trained import open_trained
+from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.huggingface import architectures, check
+from moe_pretrain.huggingface.check import compare_logits, our_logits
+from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, schemes
+from moe_pretrain.moe.routers import SHIPPED
+
+ALL = [(kind, words) for kind, cases in CASES.items() for words in cases]
+
+
+def name_of(words: tuple[str, ...]) -> str:
+    return "-".join(word.removeprefix("router=").replace("router.", "").replace("model.", "") for word in words)[:120]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+def open_run(folder: Path):
+    return open_trained(folder, lambda file: file, pytest.fail)
+
+
+def exported(home: Path, name: str, words: tuple[str, ...], *options: str) -> Path:
+    """The exported folder of a run of ``words``; made once."""
+    target = home / f"{name}.exported"
+    if not target.exists():
+        assert cli.main(["export", str(tiny_run(home, name, *words)), str(target), "--debug", *options]) == 0
+    return target
+
+
+def ids_of(home: Path, length: int = 30) -> Tensor:
+    tokenizer = load_tokenizer_file(home / "tokenizer.json")
+    text = "The statement executes, and the expression that it names is evaluated. " * 3
+    return torch.tensor(tokenizer.encode_batch([text])[0][: 2 * length]).view(2, length)
+
+
+def test_every_scheme_is_exported_or_has_a_case():
+    covered = {next(word for word in words if word.startswith("router="))[7:] for _, words in ALL}
+    # Further choices of the group are a scheme with other values.
+    assert set(schemes()) <= covered
+    assert set(SHIPPED) - {"dense"} >= set(schemes())
+
+
+@pytest.mark.parametrize("kind,words", ALL, ids=[name_of(words) for _, words in ALL])
+def test_logits_are_those_of_the_framework(
+    kind: str, words: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture
+):
+    name = f"run{ALL.index((kind, words))}"
+    folder = exported(home, name, words)
+    said = capsys.readouterr().out
+    values = json.loads((folder / "config.json").read_text())
+    assert values["architectures"] == [kind] and (folder / FILE).exists() == (kind == "MoePretrainForCausalLM")
+    card = (folder / "README.md").read_text()
+    assert "largest difference of a logit" in said and said.split("check: ")[1].splitlines()[0] in card
+    run = open_run(home / name)
+    ids = ids_of(home)
+    theirs = check.exported_logits(folder, ids)
+    ours = our_logits(run.model(), ids)
+    found = compare_logits(ours, theirs)
+    assert found.apart == 0 and found.largest < 2e-5 * found.scale
+
+
+def test_a_model_in_bfloat16_keeps_its_router_and_equals_the_rounded_one(home: Path):
+    words = ("router=top_p",)
+    folder = exported(home, "half", words, "--dtype=bfloat16")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}
+    assert dtypes.pop("blocks.0.feed_forward.router.weight") == torch.float32
+    assert {dtype for name, dtype in dtypes.items() if ".router." not in name} == {torch.bfloat16}
+    model = check._class_of(folder).from_pretrained(folder, dtype="auto")
+    assert model.blocks[0].feed_forward.router.weight.dtype == torch.float32
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert model(input_ids=ids_of(home)).logits.isfinite().all()
+
+
+PLAIN = """
+import json, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "moe_pretrain":
+            raise ImportError("this environment has no " + name)
+sys.meta_path.insert(0, Blocker())
+import torch, transformers
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+out = {}
+for folder, ids in json.loads(sys.stdin.read()):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.tensor(ids)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    greedy = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    alone = [model.generate(row[None], attention_mask=torch.ones_like(row[None]), **greedy)[0].tolist() for row in ids]
+    uncached = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), use_cache=False, **greedy)[0].tolist()
+    # The second row is four tokens shorter, and padded on the left.
+    padded = ids.clone(); padded[1, :4] = tokenizer.pad_token_id
+    mask = torch.ones_like(padded); mask[1, :4] = 0
+    batch = model.generate(padded, attention_mask=mask, **greedy)[1, 4:].tolist()
+    short = model.generate(ids[1:, 4:], attention_mask=mask[1:, 4:], **greedy)[0].tolist()
+    text = "def f(x):\\n  return x  # naïve"
+    out[folder] = dict(alone=alone, uncached=uncached, batch=batch, short=short, text=tokenizer(text).input_ids,
+        back=tokenizer.decode(tokenizer(text).input_ids) == text)
+print(json.dumps(out))
+"""
+
+
+@torch.no_grad()
+def greedy(model, ids: Tensor, count: int) -> list[int]:
+    """Without a cache, by the framework."""
+    for _ in range(count):
+        ids = torch.cat([ids, our_logits(model, ids)[:, -1:].argmax(dim=-1)], dim=1)
+    return ids[0].tolist()
+
+
+def test_plain_transformers_generates_the_same_tokens(home: Path, tmp_path: Path):
+    """In a process that cannot import this package: with and without cache, alone and padded on the left."""
+    ids = ids_of(home, 20)
+    # Of transformers' own classes, whose generation is not ours, one case each.
+    chosen = [case for i, case in enumerate(ALL) if case[0] == "MoePretrainForCausalLM" or case[0] != ALL[i - 1][0]]
+    folders = {f"run{ALL.index(case)}": exported(home, f"run{ALL.index(case)}", case[1]) for case in chosen}
+    asked = json.dumps([[str(folder), ids.tolist()] for folder in folders.values()])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN], input=asked, text=True, capture_output=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    tokens = load_tokenizer_file(home / "tokenizer.json").encode_batch(["def f(x):\n  return x  # naïve"])[0]
+    for (name, folder), (_, words) in zip(folders.items(), chosen, strict=True):
+        result, model = found[str(folder)], open_run(home / name).model()
+        assert result["alone"] == [greedy(model, row[None], 5) for row in ids], words
+        assert result["uncached"] == result["alone"][0], words
+        assert result["batch"] == result["short"], words
+        assert result["text"] == tokens and result["back"], words
+
+
+def test_shards_hold_each_tensor_once_and_are_as_small_as_asked(home: Path):
+    whole, cut = exported(home, "run0", ALL[0][1]), home / "cut"
+    assert cli.main(["export", str(home / "run0"), str(cut), "--shard-gb=0.00002", "--no-check"]) == 0
+    index = json.loads((cut / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 5 and sorted(path.name for path in cut.glob("*.safetensors")) == files
+    total = 0
+    with safe_open(whole / "model.safetensors", framework="pt") as file:
+        for name in file.keys():
+            with safe_open(cut / index["weight_map"][name], framework="pt") as part:
+                assert torch.equal(part.get_tensor(name), file.get_tensor(name))
+            total += file.get_tensor(name).nbytes
+        assert index["weight_map"].keys() == set(file.keys())
+    for name in files:
+        with safe_open(cut / name, framework="pt") as part:
+            sizes = [part.get_tensor(key).nbytes for key in part.keys()]
+        assert sum(sizes) <= 20_000 or len(sizes) == 1
+    assert index["metadata"]["total_size"] == total
+    assert "not made" in (cut / "README.md").read_text()
+    model = transformers.AutoModelForCausalLM.from_pretrained(cut)
+    ids = ids_of(home)
+    torch.testing.assert_close(model(input_ids=ids).logits, our_logits(open_run(home / "run0").model(), ids))
+
+
+def test_a_wrong_weight_is_found_and_nothing_is_left(home: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Gate and up of the experts change places."""
+    experts = architectures._experts
+    monkeypatch.setattr(
+        *(architectures, "_experts"),
+        lambda config, layer, prefix, names: experts(config, layer, prefix, (names[1], names[0], names[2])),
+    )
+    exported(home, "run0", ALL[0][1])
+    target = home / "wrong"
+    before = sorted(home.iterdir())
+    assert cli.main(["export", str(home / "run0"), str(target)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the exported model is not that of the run: largest difference" in line and line.endswith(
+        "nothing was written"
+    )
+    assert sorted(home.iterdir()) == before
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import Literal
+from moe_pretrain.moe.routers.top_k import TopKRouterConfig, TopKRouter
+
+@dataclass(frozen=True, kw_only=True)
+class MineConfig(TopKRouterConfig):
+    name: Literal["mine"] = "mine"
+    top_k: int = 2
+    score: str = "softmax"
+    weights: str = "raw"
+    weight_scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    projection_size: int | None = None
+    jitter: float = 0.0
+    load_balance_weight: float = 0.0
+    load_balance_level: str = "sequence"
+    router_z_weight: float = 0.0
+    def build(self, hidden_size, num_experts, layer):
+        return TopKRouter(self, hidden_size, num_experts, layer)
+"""
+
+
+def test_what_cannot_be_exported_is_one_line(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    def refusal(*words: str) -> str:
+        assert cli.main(["export", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    run, full = exported(home, "run0", ALL[0][1]).with_suffix(""), tmp_path / "full"
+    capsys.readouterr()
+    full.mkdir()
+    (full / "file").touch()
+    assert "must be empty or not exist" in refusal(str(run), str(full))
+    assert [path.name for path in full.iterdir()] == ["file"]
+    ahead = tiny_run(
+        home, "ahead", "router=attention_importance", "router.importance=received", "router.allow_non_causal=true"
+    )
+    assert "depend on later tokens, which do not exist yet" in refusal(str(ahead), str(tmp_path / "x"))
+    orthogonal = tiny_run(home, "orthogonal", "router=top_k", "combine=orthogonal")
+    assert "combine=orthogonal cannot be exported" in refusal(str(orthogonal), str(tmp_path / "x"))
+    (tmp_path / "mine.py").write_text(OWN)
+    own = tiny_run(home, "own", "router_file=" + str(tmp_path / "mine.py"))
+    file = f"router_file={tmp_path / 'mine.py'}"
+    assert "if you trust it, give" in refusal(str(own), str(tmp_path / "x"))
+    assert "router=mine cannot be exported: it has no inference form" in refusal(str(own), str(tmp_path / "x"), file)
+    other = tmp_path / "tokenizer.json"
+    other.write_text((home / "tokenizer.json").read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    text = json.loads((home / "tokenizer.json").read_text())
+    text["model"]["merges"] = text["model"]["merges"][:-1]
+    other.write_text(json.dumps(text))
+    assert "does not belong to this run" in refusal(str(run), str(tmp_path / "x"), f"--tokenizer={other}")
+    assert "is not a run folder" in refusal(str(full), str(tmp_path / "x"))
+    assert "must be positive" in refusal(str(run), str(tmp_path / "x"), "--shard-gb=0")
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_checkpoint_by_its_own_folder_and_a_damaged_one(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    words = ("router=top_k",)
+    run = tiny_run(home, "two", *words, step=1, seed=1)
+    tiny_run(home, "two", *words, step=2, seed=2)
+    first = run / "checkpoints" / "step_00000001"
+    for place, target in ((run, "newest"), (first, "first")):
+        assert cli.main(["export", str(place), str(tmp_path / target)]) == 0
+    assert "step 1 of two" in capsys.readouterr().out
+    weights = [
+        safe_open(tmp_path / name / "model.safetensors", "pt").get_tensor("model.norm.weight")
+        for name in ("newest", "first")
+    ]
+    assert torch.equal(weights[0], open_run(run).model().norm.weight) and not torch.equal(*weights)
+    (run / "checkpoints" / "step_00000002" / "rank_00000.safetensors").write_bytes(b"x")
+    assert cli.main(["export", str(run), str(tmp_path / "after")]) == 0
+    assert "damaged" in capsys.readouterr().out
+    assert torch.equal(
+        safe_open(tmp_path / "after" / "model.safetensors", "pt").get_tensor("model.norm.weight"), weights[1]
+    )
+    assert cli.main(["export", str(run / "checkpoints" / "step_00000002"), str(tmp_path / "no")]) == 2
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("scheme", schemes())
+def test_the_modelling_file_imports_nothing_of_ours(scheme: str):
+    source = assemble(scheme, "autonomy" in scheme)
+    compile(source, FILE, "exec")
+    assert "moe_pretrain." not in source and "jaxtyping" not in source
+    assert max(map(len, source.splitlines())) <= 120
