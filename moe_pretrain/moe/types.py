@@ -43,6 +43,7 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        document_ids: Document of each token within its row, -1 for padding; None where a row is one document.
         pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
@@ -65,6 +66,7 @@ class RoutingContext:
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
     pass_index: int = 0
+    document_ids: Int[Tensor, "tokens"] | None = None
 
 
 @runtime_checkable
@@ -106,6 +108,22 @@ class Routing:
     use: "RouterUse"
     aux: dict[str, Tensor] = field(default_factory=dict)
     payload: Float[Tensor, "routes low"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Routing):
+    """A decision to merge experts. To whoever looks on, every token has a route to each with its mixture's weight.
+
+    No token is sent by it: the layer reads ``mixture`` and ``lengths`` alone. ``use.tokens_per_expert`` are sums of the
+    weights instead of numbers of routes.
+
+    Attributes:
+        mixture: Share of each expert in the parameters of each segment's network, float32, with gradient.
+        lengths: Tokens of each segment, in the order of tokens.
+    """
+
+    mixture: Float[Tensor, "segments experts"]
+    lengths: Int[Tensor, "segments"]
 
 
 @dataclass(frozen=True)
@@ -268,6 +286,26 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor, context: RoutingContext) -> Routing:
         """Route ``hidden [tokens, hidden]``."""
         raise NotImplementedError
+
+
+class MergingRouter(Router):
+    """Decides how experts are merged for which tokens. No aux losses; it measures how long segments are."""
+
+    num_sums = 1
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """No aux losses."""
+        return {}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """No."""
+        return False
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """Mean tokens that share a merged network."""
+        return {"tokens_per_merge": use.tokens / max(1.0, float(use.sums[0]))}
 
 
 @runtime_checkable

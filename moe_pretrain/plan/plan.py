@@ -18,7 +18,7 @@ from moe_pretrain.engine.optimizers.base import check_groups, describe_rates, ra
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import build_router, num_routed_experts, width_problems
+from moe_pretrain.moe.build import build_router, sharded, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
     Memory,
@@ -90,7 +90,7 @@ def problems(config: Config) -> list[str]:
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
         lambda: planned(config),
-        lambda: config.parallel.check(ranks, num_routed_experts(config.model.moe, config.router)),
+        lambda: config.parallel.check(ranks, *sharded(config.model.moe, config.router)),
     ]
     found = []
     for check in checks:
