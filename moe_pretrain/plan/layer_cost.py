@@ -28,14 +28,17 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
     routes = config.model.sequence_length * config.router.mean_experts_per_token
-    asked = 2.0 * (size.routers + size.frozen_routers + size.scoring) + size.attention_statistic_flops
+    asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
     return {
         "router": {"flops_per_token": asked / layers},
         "permute": {"bytes_per_route": 2.0 * row},
         "exchange": {
             "bytes_per_route": (ranks - 1) / ranks * (one_row.sent_bytes + one_row.returned_bytes) / routes,
         },
-        "experts": {"flops_per_route": 2.0 * size.experts_per_route / layers},
+        "experts": {
+            "flops_per_route": 2.0 * size.experts_per_route / layers,
+            "flops_per_token": size.merging_flops_per_token / layers,
+        },
         "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
         "combine": {
             "bytes_per_route": 1.0 * row,

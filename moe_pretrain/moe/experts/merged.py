@@ -98,9 +98,14 @@ class _MergedExpertsFunction(torch.autograd.Function):
         return grad_source, merge.grad_mixture, *merge.parameter_gradients(), None
 
 
+def networks_merged_together(parameters: float) -> int:
+    """Merged networks of so many parameters that exist at a time."""
+    return max(1, int(_CHUNK_NUMBERS // parameters))
+
+
 def _parts(lengths: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
     """Segments that are merged together, and their tokens; a network has three matrices of ``numbers``."""
-    together = max(1, _CHUNK_NUMBERS // (3 * numbers))
+    together = networks_merged_together(3 * numbers)
     # The one host synchronisation: where the segments of a chunk end.
     ends = [0, *lengths.cumsum(0).tolist()]
     for first in range(0, len(lengths), together):
