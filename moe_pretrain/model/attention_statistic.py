@@ -23,7 +23,7 @@ MAX_SCORES = 2**25
 def attention_statistic(
     name: AttentionStatistic,
     query: Float[Tensor, "batch heads sequence head"],
-    key: Float[Tensor, "batch kv_heads sequence head"],
+    key: Float[Tensor, "batch kv_heads keys head"],
     first_key: Int[Tensor, "batch sequence"],
     max_scores: int = MAX_SCORES,
 ) -> Float[Tensor, "batch sequence"]:
@@ -49,7 +49,8 @@ def attention_statistic(
     Args:
         name: Which one.
         query: After the rotary positions.
-        key: Likewise; heads share keys in equal groups.
+        key: Likewise; heads share keys in equal groups. There may be more of them, earlier ones from a cache: the
+            queries are the last positions. ``received`` wants as many.
         first_key: Position in its row of the first token of each token's document. Padding is a document of its own, so
             it enters no text token's value.
         max_scores: Most scores at a time; at least those of one query position are made.
@@ -90,19 +91,21 @@ class _Block(NamedTuple):
 def _attention_blocks(query: Tensor, key: Tensor, first_key: Tensor, max_scores: int) -> Iterator[_Block]:
     """The attention weights, block by block, from the first query to the last."""
     batch, heads, sequence, size = query.shape
-    queries = max(1, max_scores // (batch * heads * sequence))
+    cached = key.shape[2] - sequence
+    queries = max(1, max_scores // (batch * heads * key.shape[2]))
     group = heads // key.shape[1]
     # The queries that share a key head are one matrix, so keys are not copied per query head.
     grouped = query.unflatten(1, (-1, group))
-    keys, position = key.float().mT, torch.arange(sequence, device=query.device)
+    keys, position = key.float().mT, torch.arange(cached + sequence, device=query.device)
     for first in range(0, sequence, queries):
         last = min(first + queries, sequence)
         part = grouped[:, :, :, first:last].float() / math.sqrt(size)
-        scores = (part.flatten(2, 3) @ keys[..., :last]).unflatten(2, (group, -1)).flatten(1, 2)
-        of_query, start = position[first:last, None], first_key[:, first:last, None]
-        visible = (position[:last] <= of_query) & (position[:last] >= start)
+        seen = cached + last
+        scores = (part.flatten(2, 3) @ keys[..., :seen]).unflatten(2, (group, -1)).flatten(1, 2)
+        of_query, start = position[cached + first : seen, None], first_key[:, first:last, None]
+        visible = (position[:seen] <= of_query) & (position[:seen] >= start)
         weights = scores.masked_fill_(~visible[:, None], -math.inf).softmax(dim=-1)
-        yield _Block(weights, visible, position[:last], of_query, start)
+        yield _Block(weights, visible, position[:seen], of_query, start)
 
 
 def _row_max(block: _Block) -> Tensor:

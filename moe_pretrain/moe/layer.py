@@ -16,6 +16,7 @@ from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.part_timer import part
+from moe_pretrain.moe.ranks import route_by_rank
 from moe_pretrain.moe.types import Exchange, Experts, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
 
 
@@ -96,7 +97,9 @@ class MoELayer(nn.Module):
         if self.router.needs_expert_scores:
             context = replace(context, score_routes=self._score_routes(recompute_experts))
         with part("router"):
-            routing: Routing = self.router(hidden, context)
+            routing: Routing = (
+                self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
+            )
         arguments = hidden, routing.weight, routing.payload, routing
         if recompute_experts:
             output = checkpoint(self._experts_of, *arguments, use_reentrant=False)

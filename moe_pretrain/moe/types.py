@@ -50,6 +50,8 @@ class RoutingContext:
             ``balance level = global_batch`` in training; None in evaluation.
         global_tokens: Text tokens of the whole global batch, for shares of them; None where
             ``sum_over_global_batch`` is.
+        first_place: Place in its row of each sequence's first token: more than 0 where earlier ones lie in a cache.
+        ranks: Ranks of the experts that every token takes instead of the scheme's own choice, from 0; None for that.
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
         score_routes: Runs candidate experts as far as their keys; None unless the router asks for it.
@@ -63,6 +65,8 @@ class RoutingContext:
     sum_over_global_batch: Callable[[int, Tensor], Tensor] | None = None
     global_tokens: int | None = None
     token_ids: Int[Tensor, "tokens"] | None = None
+    first_place: int = 0
+    ranks: tuple[int, ...] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
     pass_index: int = 0
@@ -124,6 +128,23 @@ class Merging(Routing):
 
     mixture: Float[Tensor, "segments experts"]
     lengths: Int[Tensor, "segments"]
+
+
+@dataclass(frozen=True)
+class ExpertRanking:
+    """All experts of each token in a scheme's own order, for choices by rank.
+
+    Attributes:
+        scores: Orders the experts, the largest first.
+        gates: Weights, not negative; those of the chosen experts are divided by their sum.
+        scale: Factor of these shares.
+        payload: Row that travels to each expert if it is chosen; None for most schemes.
+    """
+
+    scores: Float[Tensor, "tokens experts"]
+    gates: Float[Tensor, "tokens experts"]
+    scale: float = 1.0
+    payload: Float[Tensor, "tokens experts low"] | None = None
 
 
 @dataclass(frozen=True)
@@ -260,6 +281,10 @@ class Router(nn.Module):
 
     def logits(self, hidden: Tensor, context: RoutingContext) -> Tensor | None:
         """Logits ``[tokens, experts]`` of ``hidden``; None for schemes whose scores are not linear in it."""
+        return None
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Order of all experts for each token; None for schemes that have none, such as a table."""
         return None
 
     def after_step(self, use: StepUse) -> None:

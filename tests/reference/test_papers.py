@@ -1,7 +1,22 @@
 """Self-checks of the papers' references: what must hold by mathematics, each failing under the obvious mistake."""
 
+import itertools
+from collections.abc import Iterable
+
+import pytest
 import torch
-from reference.papers import dynmoe, merged_experts, moe_plus_plus, orthogonal, thor
+from reference.papers import (
+    dynmoe,
+    matrix_product,
+    merged_experts,
+    merging,
+    moe_plus_plus,
+    orthogonal,
+    pruning,
+    self_contrast,
+    thor,
+    unequal,
+)
 from reference.papers.swiglu import swiglu
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +34,10 @@ def experts(number: int = EXPERTS, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
         normal(number, FFN, HIDDEN, seed=seed + 1),
         normal(number, HIDDEN, FFN, seed=seed + 2),
     )
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(dim=0)
 
 
 def expert(e: int, x: Tensor, bank: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -67,8 +86,9 @@ def test_dynmoe_fallback_is_the_best_active_expert() -> None:
     x, keys, _, active = dynmoe_case()
     keys.requires_grad_(False)
     high = torch.full((EXPERTS,), 2.0, dtype=torch.float64, requires_grad=True)
-    for fallback, has_gradient in (("constant", False), ("straight_through", True)):
-        routing = dynmoe.route(x, keys, high, active, fallback=fallback)  # type: ignore[arg-type]
+    cases: list[tuple[dynmoe.Fallback, bool]] = [("constant", False), ("straight_through", True)]
+    for fallback, has_gradient in cases:
+        routing = dynmoe.route(x, keys, high, active, fallback=fallback)
         assert torch.equal(routing.active_count, torch.zeros(TOKENS, dtype=torch.int64))
         best = routing.cosine.masked_fill(~active, -2).argmax(dim=1)
         assert torch.equal(routing.weights.detach(), F.one_hot(best, EXPERTS).double())
@@ -118,12 +138,17 @@ def test_dynmoe_windows() -> None:
 KINDS: list[moe_plus_plus.Kind] = ["ffn", "ffn", "constant", "constant", "copy", "zero"]
 
 
-def plus_plus_layer(x: Tensor, logits: Tensor, **options: object) -> moe_plus_plus.Layer:
+def plus_plus_layer(
+    x: Tensor, logits: Tensor, rule: moe_plus_plus.Rule = "drop_zero", scale: float = 1.0
+) -> moe_plus_plus.Layer:
     """A layer whose router gives ``logits``: a zero router with the logits carried in through an identity."""
     router = (torch.zeros(len(KINDS), HIDDEN, dtype=torch.float64),)
     carry = torch.eye(len(KINDS), dtype=torch.float64)
     constants = normal(2, 2, HIDDEN, seed=20), normal(2, HIDDEN, seed=21)
-    return moe_plus_plus.forward(x, KINDS, router, carry, logits, *experts(2), *constants, tau=0.75, **options)  # type: ignore[arg-type]
+    weights = (*experts(2), *constants)
+    return moe_plus_plus.forward(
+        x, KINDS, router, carry, logits, *weights, tau=0.75, rule=rule, expert_input_scale=scale
+    )
 
 
 def test_moe_plus_plus_zero_expert_leaves_its_partner_alone() -> None:
@@ -138,7 +163,7 @@ def test_moe_plus_plus_zero_expert_leaves_its_partner_alone() -> None:
     torch.testing.assert_close(y[2], alpha[0] * x[2] + alpha[1] * normal(2, HIDDEN, seed=21)[0])
     share = torch.sigmoid(torch.tensor(-1.0, dtype=torch.float64))
     torch.testing.assert_close(plus_plus_layer(x, logits, rule="keep_zero").y, y * share)
-    torch.testing.assert_close(plus_plus_layer(x, logits, expert_input_scale=2.0).y[1], 2 * x[1])
+    torch.testing.assert_close(plus_plus_layer(x, logits, scale=2.0).y[1], 2 * x[1])
 
 
 def test_moe_plus_plus_carries_logits() -> None:
@@ -206,9 +231,9 @@ def test_merged_experts_are_not_an_ensemble() -> None:
         merged_experts.dense(x, one_hot, *bank), torch.stack([expert(2, row, bank) for row in x])
     )
     mixture = torch.softmax(normal(EXPERTS, seed=31), dim=0)
-    clones = tuple(theta[:1].expand_as(theta) for theta in bank)
+    clones = (bank[0][:1].expand_as(bank[0]), bank[1][:1].expand_as(bank[1]), bank[2][:1].expand_as(bank[2]))
     for weights, equal in ((clones, True), (bank, False)):
-        ensemble = torch.stack([sum(mixture[e] * expert(e, row, weights) for e in range(EXPERTS)) for row in x])  # type: ignore[arg-type, misc]
+        ensemble = torch.stack([total(mixture[e] * expert(e, row, weights) for e in range(EXPERTS)) for row in x])
         assert torch.allclose(merged_experts.dense(x, mixture, *weights), ensemble) is equal
 
 
@@ -374,3 +399,322 @@ def test_orthogonal_layer_with_one_expert_is_the_plain_layer() -> None:
     best, other = expert(3, x[1], bank), expert(0, x[1], bank)
     torch.testing.assert_close(y[1], 0.8 * best + 0.2 * (other - best * (best @ other) / (best @ best)))
     assert torch.equal(y[2], torch.zeros_like(y[2]))
+
+
+# Unequal experts
+
+
+def test_unequal_widths_are_padding_with_zeros() -> None:
+    x, routing = normal(TOKENS, HIDDEN, seed=60), unequal.route(normal(TOKENS, EXPERTS, seed=61), top_k=2)
+    widths, bank = (1, 2, 4, 5), experts()
+    narrow = []
+    for e, width in enumerate(widths):
+        bank[0][e, width:] = bank[1][e, width:] = bank[2][e, :, width:] = 0
+        narrow.append((bank[0][e, :width], bank[1][e, :width], bank[2][e, :, :width]))
+    y = unequal.mixture(x, routing.mask, routing.weights, narrow)
+    expected = [total(routing.weights[t, e] * expert(e, x[t], bank) for e in range(EXPERTS)) for t in range(TOKENS)]
+    torch.testing.assert_close(y, torch.stack(expected))
+    counts = routing.mask.sum(dim=0)
+    by_hand = sum(int(counts[e]) * 3 * HIDDEN * widths[e] for e in range(EXPERTS)) / TOKENS
+    assert unequal.mean_active_parameters(routing.mask, narrow) == by_hand
+
+
+def test_unequal_top_p_takes_the_fewest() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.9, 0.03, 0.02]], dtype=torch.float64).log()
+    routing = unequal.route(logits, top_p=0.6)
+    assert routing.mask.tolist() == [[True, True, False, False], [False, True, False, False]]
+    torch.testing.assert_close(routing.weights[0], torch.tensor([0.625, 0.375, 0, 0], dtype=torch.float64))
+    half = torch.zeros(1, 2, dtype=torch.float64)  # exactly 0.5 after the first
+    assert int(unequal.route(half, top_p=0.5).mask.sum()) == 1
+    assert int(unequal.route(half, top_p=0.5, strict=True).mask.sum()) == 2
+
+
+def test_unequal_p_penalty_rests_where_use_is_inverse_to_width() -> None:
+    for chosen_tokens, at_rest in (((4, 2, 1), True), ((4, 3, 1), False)):
+        mask = torch.zeros(8, 3, dtype=torch.bool)
+        for e, tokens in enumerate(chosen_tokens):
+            mask[:tokens, e] = True
+        logits = normal(8, 3, seed=62).requires_grad_()
+        loss = unequal.p_penalty(torch.softmax(logits, dim=1), mask, widths=(1, 2, 4))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert torch.allclose(gradient, torch.zeros_like(gradient)) is at_rest
+        if not at_rest:
+            assert gradient[:, 1].sum() > 0 > gradient[:, 0].sum()
+    uniform = torch.full((8, 3), 1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(unequal.p_penalty(uniform, mask, (5, 5, 5), normalise=True), mask.double().mean() * 3)
+
+
+def test_unequal_entropy_sign() -> None:
+    logits = normal(TOKENS, EXPERTS, seed=63).requires_grad_()
+    for printed, sharper in ((True, False), (False, True)):
+        loss = unequal.router_entropy_loss(torch.softmax(logits, dim=1), printed)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        moved = torch.softmax(logits - 0.1 * gradient, dim=1)
+        entropy = torch.distributions.Categorical
+        assert bool((entropy(moved).entropy() < entropy(logits=logits).entropy()).all()) is sharper
+    uniform = torch.full((1, EXPERTS), 0.25, dtype=torch.float64)
+    torch.testing.assert_close(unequal.router_entropy_loss(uniform), EXPERTS * uniform[0, 0].log())
+
+
+def test_complexity_experts_loss() -> None:
+    logits, noise = normal(TOKENS, EXPERTS, seed=64), normal(TOKENS, EXPERTS, seed=65)
+    routing = unequal.complexity_route(logits, noise, parameters=(1, 2, 4, 8))
+    noisy = logits + noise / EXPERTS
+    assert torch.equal(routing.mask, F.one_hot(noisy.argmax(dim=1), EXPERTS).bool())
+    torch.testing.assert_close(routing.gates, torch.softmax(noisy, dim=1) * routing.mask)
+    above = noisy.max(dim=1, keepdim=True).values - logits
+    stays = 1 - torch.distributions.Normal(0.0, 1 / EXPERTS).cdf(above)
+    torch.testing.assert_close(routing.load, stays.mean(dim=0))
+    importance = torch.softmax(logits, dim=1).sum(dim=0) * torch.tensor([1.0, 2, 4, 8]) / 8
+    cv = lambda v: (v.std() / v.mean()) ** 2  # noqa: E731
+    torch.testing.assert_close(routing.aux_loss, (cv(importance) + cv(stays.mean(dim=0))) / 2)
+    low = unequal.complexity_route(logits, noise, parameters=(1, 2, 4, 8), scaling="min")
+    torch.testing.assert_close(low.aux_loss, routing.aux_loss)
+    assert torch.autograd.gradcheck(lambda z: unequal.complexity_route(z, noise).aux_loss, logits.requires_grad_())
+    share = torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)  # importance inverse to cost: no loss from that term
+    even = unequal.complexity_route(share.log()[None], noise[:1], parameters=(1, 2, 4, 8))
+    torch.testing.assert_close(even.aux_loss, unequal.squared_cv(even.load) / 2)
+
+
+# MPOE
+
+ROWS, COLUMNS = (2, 3, 2), (2, 2, 3)
+
+
+def test_matrix_product_rebuilds_what_it_took_apart() -> None:
+    w = normal(12, 12, seed=70)
+    cores = matrix_product.decompose(w, ROWS, COLUMNS)
+    assert [core.numel() for core in cores] == matrix_product.core_parameters(ROWS, COLUMNS)
+    torch.testing.assert_close(matrix_product.rebuild(cores), w)
+    short = matrix_product.rebuild(matrix_product.decompose(w, ROWS, COLUMNS, truncation=3))
+    assert 0.01 < (short - w).norm() / w.norm() < 1
+    vectors = [
+        normal(i * j, seed=71 + m).reshape(1, i, j, 1) for m, (i, j) in enumerate(zip(ROWS, COLUMNS, strict=True))
+    ]
+    kronecker = torch.kron(torch.kron(vectors[0][0, :, :, 0], vectors[1][0, :, :, 0]), vectors[2][0, :, :, 0])
+    torch.testing.assert_close(matrix_product.rebuild(vectors), kronecker)  # fixes the order of the indices
+
+
+def test_matrix_product_counts_of_the_paper() -> None:
+    rows, columns = (3, 4, 4, 4, 4), (4, 4, 8, 6, 4)
+    assert matrix_product.core_parameters(rows, columns) == [144, 36864, 2359296, 147456, 256]
+    for num_experts, ratio in ((8, 4.9), (16, 7.1), (64, 10.6)):
+        total = matrix_product.layer_parameters(rows, columns, num_experts)
+        assert abs(num_experts * 768 * 3072 / total - ratio) < 0.05
+
+
+def test_matrix_product_shared_core_gets_every_experts_gradient() -> None:
+    cores = matrix_product.decompose(normal(12, 12, seed=74), ROWS, COLUMNS)
+    shared = cores[1].requires_grad_()
+    auxiliaries = [[cores[0] + normal(*cores[0].shape, seed=75 + e), cores[2]] for e in range(3)]
+    experts_w, upstream = matrix_product.rebuild_experts(shared, auxiliaries), normal(3, 12, 12, seed=78)
+    (together,) = torch.autograd.grad((experts_w * upstream).sum(), shared, retain_graph=True)
+    parts = [torch.autograd.grad((experts_w[e] * upstream[e]).sum(), shared, retain_graph=True)[0] for e in range(3)]
+    torch.testing.assert_close(together, total(parts))
+    for e in range(3):
+        torch.testing.assert_close(experts_w[e], matrix_product.rebuild([auxiliaries[e][0], shared, cores[2]]))
+    assert torch.equal(matrix_product.mask_gradient(together, 0.0, 0.0), together)
+    assert torch.count_nonzero(matrix_product.mask_gradient(together, 0.999, 1.0)) == 0
+    probs = torch.tensor([0.3, 0.6], dtype=torch.float64, requires_grad=True)
+    x = normal(2, HIDDEN, seed=79)
+    switched = matrix_product.switch_input(x, probs)
+    (gradient,) = torch.autograd.grad(switched.sum(), probs)
+    torch.testing.assert_close(switched.detach(), x)
+    torch.testing.assert_close(gradient, x.sum(dim=1) / probs.detach())
+
+
+# SCMoE
+
+
+def test_self_contrast_without_contrast_is_the_base_decoder() -> None:
+    strong, weak = normal(9, seed=80), normal(9, seed=81)
+    assert torch.equal(self_contrast.contrast(strong, weak, alpha=1e-9, beta=0.0), strong)
+    for seed in range(5):
+        only = self_contrast.contrast(strong, normal(9, seed=seed), alpha=1.0, beta=5.0)
+        assert torch.isfinite(only).sum() == 1 and only.argmax() == strong.argmax()
+    logits = self_contrast.contrast(strong, weak, alpha=0.2, beta=0.7)
+    probs = torch.softmax(strong, dim=0)
+    kept = probs >= 0.2 * probs.max()
+    assert 1 < kept.sum() < 9 and torch.equal(torch.isfinite(logits), kept)
+    torch.testing.assert_close(logits[kept], (strong + 0.7 * (strong - weak))[kept])
+    warm = self_contrast.contrast(strong, weak, 0.2, 0.7, strong_temperature=2.0, weak_temperature=4.0)
+    torch.testing.assert_close(warm, self_contrast.contrast(strong / 2, weak / 4, 0.2, 0.7))
+
+
+def test_self_contrast_ranks() -> None:
+    scores = torch.softmax(normal(TOKENS, EXPERTS, seed=82), dim=1)
+    top = self_contrast.select_ranks(scores, [0, 1])
+    values, index = scores.topk(2, dim=1)
+    expected = torch.zeros_like(scores).scatter(1, index, values / values.sum(dim=1, keepdim=True))
+    torch.testing.assert_close(top.weights, expected)
+    second = self_contrast.select_ranks(scores, [1])
+    assert torch.equal(second.weights, F.one_hot(index[:, 1], EXPERTS).double())
+    for ranks in ([EXPERTS], [1, 1], [-1]):
+        with pytest.raises(ValueError, match="ranks"):
+            self_contrast.select_ranks(scores, ranks)
+
+
+def test_self_contrast_decodes_both_models_on_the_chosen_tokens() -> None:
+    embeddings, w_router, bank = normal(9, HIDDEN, seed=83), normal(EXPERTS, HIDDEN, seed=84), experts()
+
+    def model(ranks: list[int], tokens: list[int]) -> Tensor:
+        x = embeddings[tokens].mean(dim=0, keepdim=True)
+        return (x + self_contrast.moe_layer(x, w_router, ranks, *bank))[0] @ embeddings.T
+
+    seen: list[list[int]] = []
+
+    def weak(tokens: list[int]) -> Tensor:
+        seen.append(tokens)
+        return model([1], tokens)
+
+    decoded = self_contrast.greedy_decode(lambda t: model([0, 1], t), weak, [3, 1], 4, beta=2.0, alpha=1e-3)
+    assert seen == [[3, 1, *decoded.tokens[:n]] for n in range(4)]
+    step = 3 * model([0, 1], seen[2]) - 2 * model([1], seen[2])
+    torch.testing.assert_close(decoded.logits[2].max(), step[decoded.tokens[2]])
+    banned = self_contrast.greedy_decode(lambda t: model([0, 1], t), weak, [3, 1], 1, banned=[decoded.tokens[0]])
+    assert banned.tokens[0] != decoded.tokens[0]
+
+
+# Pruning and merging
+
+
+def test_seer_counts_and_floor() -> None:
+    logits = normal(TOKENS, EXPERTS, seed=90)
+    actual, soft = pruning.heavy_hitters(logits, top_k=2)
+    assert actual.sum() == 2 * TOKENS
+    torch.testing.assert_close(actual, F.one_hot(logits.topk(2).indices, EXPERTS).sum(dim=(0, 1)).double())
+    torch.testing.assert_close(soft, torch.softmax(logits, dim=1).sum(dim=0))
+    counts = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
+    assert pruning.prune_globally(counts, 2, keep_at_least=2) == [[2, 3], [0, 1, 2, 3]]
+    assert pruning.prune_globally(counts, 3, keep_at_least=2) == [[2, 3], [1, 2, 3]]
+    assert pruning.prune_globally(counts, 99, keep_at_least=2) == [[2, 3], [2, 3]]
+
+
+def test_seer_entropy_is_of_the_kept_experts() -> None:
+    logits = normal(TOKENS, EXPERTS, seed=91).requires_grad_()
+    entropy = pruning.router_entropy(logits, [0, 2, 3])
+    kept = torch.distributions.Categorical(logits=logits[:, [0, 2, 3]])
+    torch.testing.assert_close(entropy, kept.entropy().mean())
+    (gradient,) = torch.autograd.grad(entropy, logits)
+    assert torch.count_nonzero(gradient[:, 1]) == 0
+    assert pruning.router_entropy(logits - 0.1 * gradient, [0, 2, 3]) < entropy
+
+
+def test_router_norm_change_is_signed() -> None:
+    pretrained = F.normalize(normal(EXPERTS, HIDDEN, seed=92), dim=1)
+    finetuned = pretrained * torch.tensor([[1.5], [-0.5], [2.0], [1.0]], dtype=torch.float64)
+    change = pruning.router_norm_change(pretrained, finetuned)
+    torch.testing.assert_close(change, torch.tensor([0.5, -0.5, 1.0, 0.0], dtype=torch.float64))
+    assert pruning.keep_highest(change, 2) == [0, 2] and pruning.keep_highest(change * 0, 2) == [0, 1]
+
+
+def test_pruned_mixture_modes() -> None:
+    x, logits, bank = normal(TOKENS, HIDDEN, seed=93), normal(TOKENS, EXPERTS, seed=94), experts()
+    everything = list(range(EXPERTS))
+    full = pruning.pruned_mixture(x, logits, 2, everything, bank, "zero")
+    assert torch.equal(full, pruning.pruned_mixture(x, logits, 2, everything, bank, "renormalise"))
+    kept = [0, 2, 3]
+    silent = bank[2] * torch.tensor([1, 0, 1, 1])[:, None, None]
+    masked = pruning.pruned_mixture(x, logits, 2, everything, (bank[0], bank[1], silent), "zero")
+    torch.testing.assert_close(pruning.pruned_mixture(x, logits, 2, kept, bank, "zero"), masked)
+    rest = (bank[0][kept], bank[1][kept], bank[2][kept])
+    sliced = pruning.pruned_mixture(x, logits[:, kept], 2, [0, 1, 2], rest, "zero")
+    torch.testing.assert_close(pruning.pruned_mixture(x, logits, 2, kept, bank, "renormalise"), sliced)
+    assert not torch.allclose(masked, sliced)
+    never = logits.clone()
+    never[:, 1] = -50.0
+    torch.testing.assert_close(
+        pruning.pruned_mixture(x, never, 2, kept, bank, "renormalise"),
+        pruning.pruned_mixture(x, never, 2, everything, bank, "zero"),
+    )
+
+
+def test_reap_scores() -> None:
+    x, logits, bank = normal(TOKENS, HIDDEN, seed=95), normal(TOKENS, EXPERTS, seed=96), experts()
+    logits[:, 3] = -50.0
+    base = pruning.expert_statistics(x, logits, 2, bank)
+    assert base.frequency.sum() == 2 * TOKENS and base.reap[3] == 0 == base.mean_norm[3]
+    assert pruning.keep_highest(base.reap, 3) == [0, 1, 2]
+    chosen = [t for t in range(TOKENS) if 0 in logits[t].topk(2).indices]
+    shares = [
+        torch.zeros(EXPERTS).double().scatter(0, z.topk(2).indices, torch.softmax(z.topk(2).values, 0)) for z in logits
+    ]
+    g = [float(shares[t][0]) for t in chosen]
+    norms = [float(expert(0, x[t], bank).norm()) for t in chosen]
+    assert 0 < len(chosen) < TOKENS
+    assert abs(float(base.reap[0]) - sum(a * b for a, b in zip(g, norms, strict=True)) / len(chosen)) < 1e-12
+    assert abs(float(base.norm_sum[0]) - sum(norms)) < 1e-12
+    scale = torch.tensor([1.0, 3.0, 1.0, 1.0], dtype=torch.float64)
+    scaled = pruning.expert_statistics(x, logits, 2, (bank[0], bank[1], bank[2] * scale[:, None, None]))
+    torch.testing.assert_close(scaled.reap, base.reap * scale)
+    halves = [pruning.expert_statistics(x[part], logits[part], 2, bank) for part in (slice(0, 3), slice(3, None))]
+    online = total(half.reap * half.frequency for half in halves) / base.frequency.clamp(min=1)
+    torch.testing.assert_close(online, base.reap)
+
+
+def permuted_clones() -> tuple[pruning.Bank, Tensor]:
+    """Six experts: 0, 2, 5 and 1, 3, 4 are the same up to the order of their hidden units, with equal router rows."""
+    bank, rows = experts(2), normal(2, HIDDEN, seed=97)
+    source, orders = (
+        [0, 1, 0, 1, 1, 0],
+        [torch.randperm(FFN, generator=torch.Generator().manual_seed(i)) for i in range(6)],
+    )
+    gate, up = (torch.stack([bank[m][s][o] for s, o in zip(source, orders, strict=True)]) for m in (0, 1))
+    down = torch.stack([bank[2][s][:, o] for s, o in zip(source, orders, strict=True)])
+    return (gate, up, down), rows[source]
+
+
+def test_merging_permuted_clones_loses_nothing() -> None:
+    bank, w_router = permuted_clones()
+    x, groups, counts = normal(TOKENS, HIDDEN, seed=98), [[0, 2, 5], [1, 3, 4]], torch.tensor([1, 2, 5, 0, 0, 3])
+    for e in (2, 5):
+        torch.testing.assert_close(expert(e, x[0], bank), expert(0, x[0], bank))
+    merged, rows, log_size = merging.merge_groups(bank, w_router, groups, counts, aligned=True)
+    for g, group in enumerate(groups):
+        torch.testing.assert_close(expert(g, x[0], merged), expert(group[0], x[0], bank))
+    plain = merging.merge_groups(bank, w_router, groups)[0]
+    assert not torch.allclose(expert(0, x[0], plain), expert(0, x[0], bank))
+    full = torch.softmax(x @ w_router.T, dim=1)
+    corrected = torch.softmax(x @ rows.T + log_size, dim=1)
+    torch.testing.assert_close(corrected, torch.stack([full[:, group].sum(dim=1) for group in groups], dim=1))
+
+
+def test_merging_weighs_by_use_around_the_most_used() -> None:
+    bank, w_router, counts = experts(), normal(EXPERTS, HIDDEN, seed=99), torch.tensor([1, 3, 0, 0])
+    merged, rows, _ = merging.merge_groups(bank, w_router, [[0, 1], [2, 3]], counts)
+    for theta, out in zip((*bank, w_router), (*merged, rows), strict=True):
+        torch.testing.assert_close(out, torch.stack([(theta[0] + 3 * theta[1]) / 4, (theta[2] + theta[3]) / 2]))
+    assert torch.equal(merging.merge_groups(bank, w_router, [[0, 1]], counts, router_row="anchor")[1][0], w_router[1])
+    order = merging.align(bank, 1, 0)
+    units = [torch.cat([bank[0][e], bank[1][e], bank[2][e].T], dim=1) for e in (1, 0)]
+    costs = {p: float(((units[0] - units[1][list(p)]) ** 2).sum()) for p in itertools.permutations(range(FFN))}
+    assert tuple(order) == min(costs, key=costs.__getitem__)
+    alone = merging.merge_groups(bank, w_router, [[e] for e in range(EXPERTS)], counts, aligned=True)
+    for theta, out in zip((*bank, w_router), (*alone[0], alone[1]), strict=True):
+        assert torch.equal(theta, out)
+
+
+def test_groups_of_similar_experts() -> None:
+    bank, w_router = permuted_clones()
+    x, expected = normal(20, HIDDEN, seed=100), [[0, 2, 5], [1, 3, 4]]
+    logits = x @ w_router.T + 0.1 * normal(20, 6, seed=101)
+    similarity = merging.logit_similarity(logits)
+    torch.testing.assert_close(similarity, torch.corrcoef(logits.T))
+    assert merging.spectral_groups(similarity, 2) == expected
+    cka = merging.cka_matrix(x, bank)
+    torch.testing.assert_close(cka.diagonal(), torch.ones(6, dtype=torch.float64))
+    assert merging.agglomerate(cka, 2) == merging.agglomerate(cka, 2, "complete") == expected
+    for group in (merging.agglomerate, merging.spectral_groups):
+        assert group(cka + 0.01 * torch.eye(6), 6) == [[e] for e in range(6)]
+
+
+def test_cka_sees_neither_rotation_nor_scale_nor_shift() -> None:
+    x, y = normal(12, HIDDEN, seed=102), normal(12, HIDDEN, seed=103)
+    q, shift = torch.linalg.qr(normal(HIDDEN, HIDDEN, seed=104)).Q, 5.0
+    one = torch.tensor(1.0, dtype=torch.float64)
+    torch.testing.assert_close(merging.linear_cka(x, x @ q), one)
+    torch.testing.assert_close(merging.linear_cka(x, 3 * x + shift), one)
+    assert merging.linear_cka(x, y) < 0.9
+    torch.testing.assert_close(merging.linear_cka(x, y), merging.linear_cka(y, x))
+    stretch = torch.diag(torch.tensor([9.0, 1, 1, 1, 1, 1], dtype=torch.float64))
+    assert merging.linear_cka(x, x @ stretch) < 0.99

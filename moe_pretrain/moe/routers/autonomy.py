@@ -25,7 +25,7 @@ from moe_pretrain.moe.routers.expert_choice import (
     cutoff_sums,
 )
 from moe_pretrain.moe.routers.top_p import top_p_mask
-from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 Selection = tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "sums"] | None]
 """Which experts each token takes, and ``RouterUse.sums``."""
@@ -172,8 +172,7 @@ class AutonomyBase(BalancedRouter):
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Run every expert's first projection and let the scheme choose by the norms."""
-        low = functional.linear(hidden, self.down_weight.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
-        norms = torch.linalg.vector_norm(low.float(), dim=-1)
+        low, norms = self._first_activations(hidden)
         taken, sums = self.select(norms.detach(), context)
         routes = token_index, expert_index = taken.nonzero(as_tuple=True)
         probs = norms.softmax(dim=-1)
@@ -189,6 +188,16 @@ class AutonomyBase(BalancedRouter):
         )
         routing.aux.update(self.more_aux(probs, context))
         return routing
+
+    def _first_activations(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``x W_down`` of every expert, and its norm."""
+        low = functional.linear(hidden, self.down_weight.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
+        return low, torch.linalg.vector_norm(low.float(), dim=-1)
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by their norms."""
+        low, norms = self._first_activations(hidden)
+        return ExpertRanking(norms, norms.softmax(dim=-1), payload=low)
 
     def more_aux(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
         """Aux losses beside those of ``BalancedRouter``."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
-from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, as_count
+from moe_pretrain.moe.types import BalanceLevel, ExpertRanking, Router, RouterUse, Routing, RoutingContext, as_count
 
 JITTER_STREAM = 1
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -327,6 +327,11 @@ class LinearRouter(BalancedRouter):
         if self.projection is not None:
             inputs = router_logits(inputs, self.projection)
         return router_logits(inputs, self.weight)
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by their logits, with probabilities as gates."""
+        logits = self.logits(hidden, context)
+        return ExpertRanking(logits, logits.softmax(dim=-1))
 
 
 def check_within_experts(config: object, num_experts: int, *fields: str) -> None:

@@ -19,7 +19,7 @@ from moe_pretrain.moe.routers.base import (
     router_logits,
     router_use,
 )
-from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3
 """Numbers for each expert that ``EvaluationThresholds`` need of a step."""
@@ -218,6 +218,11 @@ class ExpertChoiceRouter(Router):
             routes_per_token=None,
             use=router_use(counts, probs.detach(), context, sums),
         )
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by their logits, with the scores as gates."""
+        logits = router_logits(hidden, self.weight)
+        return ExpertRanking(logits, logits.softmax(dim=-1))
 
     def after_step(self, use: StepUse) -> None:
         """Move the thresholds by the cut-offs of the step."""

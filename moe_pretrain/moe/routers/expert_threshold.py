@@ -12,7 +12,7 @@ from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
-from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,11 @@ class ExpertThresholdRouter(Router):
         probs = seen / seen.sum(dim=1, keepdim=True).clamp(min=1e-20)
         use = router_use(tokens_per_expert, probs, context, self._sums(seen, taken, text) if self.training else None)
         return Routing(token_index, expert_index, scores[token_index, expert_index], None, use)
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by their logits, whatever their thresholds."""
+        logits = router_logits(hidden, self.weight)
+        return ExpertRanking(logits, logits.sigmoid())
 
     def _sums(
         self, scores: Float[Tensor, "tokens experts"], taken: Bool[Tensor, "tokens experts"], text: Tensor

@@ -18,7 +18,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import BalanceLevel, Router, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import BalanceLevel, ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,11 @@ class ReLURouter(Router):
             use=router_use(own.sum(dim=0), shares, context),
             aux={"sparsity": sparsity_loss(gates, counts, tokens, config.target_experts, context.token_mask)},
         )
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by their logits, also those whose gate is closed."""
+        logits = router_logits(hidden, self.weight)
+        return ExpertRanking(logits, logits.relu())
 
     def _group_tokens(self, num_groups: int, context: RoutingContext) -> Float[Tensor, "groups"]:
         """Text tokens of each group over which the share of routes is taken."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, best_first, check_within_experts
-from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -132,6 +132,11 @@ class TopKRouter(LinearRouter):
             scores = self._within_groups(scores, logits)
         return best_first(scores, logits)[:, : self.config.top_k]
 
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts as selection orders them, groups aside."""
+        logits = self.logits(hidden, context)
+        return ExpertRanking(logits, scores_of(logits, self.config.score), self.config.weight_scale)
+
     def sums(self, scores: Float[Tensor, "tokens experts"], context: RoutingContext) -> Float[Tensor, "sums"] | None:
         """Scheme's own entries of ``RouterUse.sums``; nothing here."""
         return None
@@ -166,6 +171,11 @@ class BiasedTopKRouter(TopKRouter):
     ) -> Int[Tensor, "tokens slots"]:
         """The best ``top_k`` by biased score."""
         return super().select(scores + self.expert_bias, logits)
+
+    def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
+        """Experts by biased score, weighted by the score alone."""
+        scores = scores_of(self.logits(hidden, context), self.config.score)
+        return ExpertRanking(scores + self.expert_bias, scores, self.config.weight_scale)
 
     def metrics(self, use: StepUse) -> dict[str, float]:
         """Spread of the experts' biases, in units of the score."""

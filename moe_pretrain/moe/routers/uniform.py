@@ -50,11 +50,12 @@ class UniformRouter(ControlRouter):
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Deal the experts out."""
         experts, num_tokens, device = self.num_experts, len(hidden), hidden.device
-        place = torch.arange(num_tokens // context.num_sequences, device=device)
-        blocks = torch.arange(-(-len(place) // experts), device=device)
+        first, length = context.first_place, num_tokens // context.num_sequences
+        place = torch.arange(first, first + length, device=device)
+        blocks = torch.arange(first // experts, -(-(first + length) // experts), device=device)
         circles = counter_uniform(blocks, experts, DEAL_STREAM, self.layer).sort(dim=1, stable=True).indices
         slot = (place[:, None] + torch.arange(self.config.top_k, device=device)) % experts
-        chosen = circles[place // experts].gather(1, slot).repeat(context.num_sequences, 1)
+        chosen = circles[place // experts - first // experts].gather(1, slot).repeat(context.num_sequences, 1)
         # Every expert is as likely as any other.
         probs = torch.full((num_tokens, experts), 1 / experts, device=device)
         return self.route(chosen, probs, context)

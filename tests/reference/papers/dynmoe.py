@@ -6,6 +6,8 @@ import torch
 from reference.papers.swiglu import weighted_sum
 from torch import Tensor
 
+Fallback = Literal["none", "constant", "straight_through"]
+
 
 class Routing(NamedTuple):
     """One layer's routing and losses; ``active_count`` is k_t before any fallback."""
@@ -44,7 +46,7 @@ def route(
     thresholds: Tensor,
     active: Tensor,
     scale: float | Tensor = 1.0,
-    fallback: Literal["none", "constant", "straight_through"] = "none",
+    fallback: Fallback = "none",
 ) -> Routing:
     """Section 3.1: expert e takes token t where ``m_e sigmoid(scale s_te) > sigmoid(scale G_e)``.
 

@@ -8,6 +8,7 @@ from reference.papers.swiglu import swiglu
 from torch import Tensor
 
 Kind = Literal["ffn", "zero", "copy", "constant"]
+Rule = Literal["drop_zero", "keep_zero", "softmax"]
 
 
 class Layer(NamedTuple):
@@ -44,7 +45,7 @@ def gate_weights(
     logits: Tensor,
     kinds: Sequence[Kind],
     top_k: int = 2,
-    rule: Literal["drop_zero", "keep_zero", "softmax"] = "drop_zero",
+    rule: Rule = "drop_zero",
     logit_std: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, mask and weights [T, N] of the experts.
@@ -98,7 +99,7 @@ def forward(
     constant: Tensor,
     tau: float,
     top_k: int = 2,
-    rule: Literal["drop_zero", "keep_zero", "softmax"] = "drop_zero",
+    rule: Rule = "drop_zero",
     logit_std: float | None = None,
     expert_input_scale: float = 1.0,
 ) -> Layer:
