@@ -247,6 +247,8 @@ class Router(nn.Module):
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
         buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
             checkpoint with others is refused.
+        reads_earlier_tokens: Whether a decision is made of hidden states of earlier tokens too, so that it cannot be
+            made for a new token alone.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
             it depends on how the global batch is cut.
     """
@@ -262,6 +264,7 @@ class Router(nn.Module):
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""
+    reads_earlier_tokens: ClassVar[bool] = False
     losses_depend_on_cut: bool = False
     buffer_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
@@ -317,6 +320,7 @@ class MergingRouter(Router):
     """Decides how experts are merged for which tokens. No aux losses; it measures how long segments are."""
 
     num_sums = 1
+    reads_earlier_tokens = True
 
     @property
     def aux_weights(self) -> dict[str, float]:
