@@ -130,7 +130,7 @@ class ElasticGradients:
         self._expert_sums = [TreeSum() for _ in range(mesh.shard.size)]
         self._reached: set[int] = set()
         for layer in model.moe_layers():
-            self._num_experts = layer.num_experts
+            self._num_experts = layer.kinds.ffn
             layer.exchange = AllToAll(mesh.expert_group)
             layer.experts_of_sender = partial(self._experts_of_sender, layer.experts)
 

@@ -13,6 +13,7 @@ from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, para
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.routers.attentive import QueryKey
 from moe_pretrain.moe.routers.base import LinearRouter
 from moe_pretrain.moe.types import Router
@@ -47,6 +48,8 @@ def initialise(model: DecoderLM, seed: int) -> None:
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
     experts that are merged         ``sqrt(num_experts)`` times that of others, so that the network merged evenly of
                                     independent ones starts like one of them
+    ``start_stds`` of a router or   what it says, with every ``model.init``
+    of a constant expert
     everything else, a router's     ``base_std``
     ``frozen_weights`` too
     ==============================  ==============================================================================
@@ -113,6 +116,8 @@ def parameter_std(module: nn.Module, name: str, parameter: Tensor, role: Paramet
         role: Its role in the model.
         config: Of the model.
     """
+    if isinstance(module, Router | ConstantExpert) and name in module.start_stds:
+        return module.start_stds[name]
     if config.init == "mup":
         return _mup_std(module, name, parameter, role, config)
     std = base_std(config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width
+from moe_pretrain.moe.build import build_router, dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import pair_product_flops
 from moe_pretrain.moe.routers.base import RouterConfig
 
@@ -25,7 +25,8 @@ class ModelSize:
         dense_ffn: Dense feed-forward networks and shared experts.
         routers: All routers.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
-        experts: All routed experts.
+        experts: All routed experts that are networks.
+        constant_experts: Zero-computation experts with parameters; every token passes their maps.
         active_experts: Routed experts that one token uses, expected over tokens.
         experts_per_route: Routed experts that one token would use with one route per layer.
         scoring: First layers of the experts that one token runs to be routed, selected or not.
@@ -50,6 +51,7 @@ class ModelSize:
     routers: int
     frozen_routers: int
     experts: int
+    constant_experts: int
     active_experts: float
     experts_per_route: int
     scoring: int
@@ -76,6 +78,7 @@ class ModelSize:
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
         matrices = self.attention + self.dense_ffn + self.active_experts + self.head_matmul
+        matrices += self.constant_experts
         matrices += self.scoring + self.router_matmul + self.frozen_routers
         others = self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
         return 2.0 * matrices + others + self.merging_flops_per_token
@@ -100,7 +103,7 @@ class ModelSize:
         return self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
-        """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
+        """The same model with ``routes`` networks per token and layer: what an adaptive scheme was measured to use."""
         planned = self.active_experts / self.experts_per_route if self.experts_per_route else 0.0
         combining = self.combine_flops * (routes / planned) ** 2 if planned else 0.0
         return replace(self, active_experts=routes * self.experts_per_route, combine_flops=combining)
@@ -111,7 +114,7 @@ class ModelSize:
 
     @property
     def _backbone(self) -> int:
-        return self.attention + self.norms + self.dense_ffn + self.routers
+        return self.attention + self.norms + self.dense_ffn + self.routers + self.constant_experts
 
 
 def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
@@ -124,7 +127,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = frozen = experts = expert = first_layers = 0
+    routers = frozen = experts = constants = expert = first_layers = 0
     routes = statistic_flops = combining = merging = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
@@ -136,13 +139,14 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             expert += rank * width
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
         with torch.device("meta"):
-            module = build_router(moe, router, width, 0)
-        routers = num_moe * sum(parameter.numel() for parameter in module.parameters())
-        frozen = num_moe * sum(module.get_buffer(name).numel() for name in module.frozen_weights)
-        if module.attention_statistic is not None:
+            modules = [build_router(moe, router, width, layer) for layer in config.moe_layers]
+        routers = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
+        if any(module.attention_statistic is not None for module in modules):
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
+        constants = num_moe * moe.kinds.constant * 3 * width
         experts = num_moe * moe.num_experts * expert
-        routes = router.mean_experts_per_token
+        routes = expected_ffn_experts(moe, router)
         combining = num_moe * pair_product_flops(moe.combine, width, routes)
         if router.merges_experts:
             # Every expert's parameters times its share, and every expert's logit.
@@ -160,6 +164,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         routers=routers,
         frozen_routers=frozen,
         experts=experts,
+        constant_experts=constants,
         active_experts=routes * num_moe * expert,
         experts_per_route=num_moe * expert,
         scoring=scored * first_layers,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize
+from moe_pretrain.moe.build import expected_ffn_experts
 from moe_pretrain.plan.memory import BYTES, routes_of_rank
 
 Cost = dict[str, dict[str, float]]
@@ -27,7 +28,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     moe, row = config.model.moe, BYTES[dtype] * config.model.hidden_size
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
-    routes = config.model.sequence_length * config.router.mean_experts_per_token
+    routes = config.model.sequence_length * expected_ffn_experts(moe, config.router)
     asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
     return {
         "router": {"flops_per_token": asked / layers},
@@ -37,7 +38,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
         },
         "experts": {
             "flops_per_route": 2.0 * size.experts_per_route / layers,
-            "flops_per_token": size.merging_flops_per_token / layers,
+            "flops_per_token": (2.0 * size.constant_experts + size.merging_flops_per_token) / layers,
         },
         "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
         "combine": {

@@ -13,7 +13,7 @@ import torch
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.build import dense_width, expert_gate, expert_width
+from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.merged import networks_merged_together
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
@@ -232,7 +232,7 @@ class _Layers:
         self.tokens = micro_batch_size * self.model.sequence_length
         self.size = BYTES[dtype]
         self.expert_parallel = config.parallel.expert_parallel_size
-        self.routes = self.tokens * self.router.mean_experts_per_token
+        self.routes = self.tokens * expected_ffn_experts(self.moe, self.router)
         # Without an exchange, rows are this rank's own routes.
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
@@ -398,9 +398,10 @@ class _Layers:
 
     def _routing(self) -> float:
         """Scores and what the losses keep of them, the routes, and what the scheme keeps in float32 for each token."""
-        experts = self.moe.num_experts
+        experts = self.moe.kinds.total
         own = self.router.kept_per_token(self.model.hidden_size, experts)
-        return self.tokens * 4 * (2 * experts + own) + self.routes * (8 + 4 + 8 + 4)
+        routes = self.tokens * self.router.mean_experts_per_token
+        return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4)
 
     def _asking(self, recompute: str) -> float:
         """Bytes of asking experts for keys: their first layers, what these are multiplied with, scores, indices.

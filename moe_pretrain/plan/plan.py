@@ -125,6 +125,7 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         MERGED: size.merging_flops_per_token,
         FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
+        "constant experts": 2.0 * size.constant_experts,
         "experts that are only asked": 2.0 * size.scoring,
         MEASURED: size.attention_statistic_flops,
         COMPARED: size.combine_flops,
@@ -138,12 +139,8 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
     parts = flops_by_part(size)
     attention = parts["attention projections"] + parts["attention scores"]
-    networks = (
-        parts["routed experts"]
-        + parts["experts that are only asked"]
-        + parts["dense networks and shared experts"]
-        + parts[COMPARED]
-    )
+    names = ("routed experts", "constant experts", "experts that are only asked", "dense networks and shared experts")
+    networks = sum(parts[name] for name in (*names, COMPARED))
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
     # The logits of two passes are made again in backward.

@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
+from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
 
@@ -64,7 +65,17 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     """One expert's output; a factorised gate is computed from the input, never sent along."""
-    experts = layer.experts
+    experts, kinds = layer.experts, layer.kinds
+    hidden = hidden * layer.input_scale
+    if expert >= kinds.ffn + kinds.constant:
+        return hidden if expert < kinds.ffn + kinds.constant + kinds.copy else torch.zeros_like(hidden)
+    if expert >= kinds.ffn:
+        assert layer.zero_computation is not None
+        constant = layer.zero_computation.constants[expert - kinds.ffn]
+        assert isinstance(constant, ConstantExpert)
+        powers = (hidden @ constant.mix_weight.T).exp()
+        of_input, of_value = (powers / powers.sum(dim=1, keepdim=True)).split(1, dim=1)
+        return of_input * hidden + of_value * constant.value
     if isinstance(experts, FactorisedExperts):
         owner = layer.router if experts.down_weight is None else experts
         down_weight = owner.down_weight
@@ -150,7 +161,7 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
 def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
     """Every candidate's key, made from its activation, times the token's query."""
     scores = torch.zeros(candidates.shape)
-    for expert in range(layer.num_experts):
+    for expert in range(layer.kinds.ffn):
         routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
         keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
         scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))

@@ -42,9 +42,10 @@ _VARIANTS = {
         *("router=top_p", "router.threshold=0.6", "combine=orthogonal", "model.moe.combine.form=symmetric"),
         "model.recompute=full",
     ),
+    "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
-_ALONE = ("lory", "smear", "thor", "scaled", "orthogonal", "symmetric")
+_ALONE = ("lory", "smear", "thor", "scaled", "moe_plus_plus", "orthogonal", "symmetric")
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
 
@@ -79,6 +80,10 @@ class Case:
 _ADDED = [
     Case(2, 2, 1, 4, 3, "none", 0.1, "float32", "scaled"),
     Case(4, 4, 2, 1, 3, "full", 0.0, "bfloat16", "scaled"),
+    Case(1, 1, 0, 4, 3, "none", 0.1, "float32", "moe_plus_plus"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "moe_plus_plus"),
+    Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "moe_plus_plus"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "moe_plus_plus"),
     Case(1, 1, 0, 1, 3, "none", 0.0, "float32", "orthogonal"),
     Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "lory"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "lory"),

@@ -12,7 +12,16 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
-from moe_pretrain.moe.types import BalanceLevel, ExpertRanking, Router, RouterUse, Routing, RoutingContext, as_count
+from moe_pretrain.moe.types import (
+    BalanceLevel,
+    ExpertRanking,
+    LayerPlace,
+    Router,
+    RouterUse,
+    Routing,
+    RoutingContext,
+    as_count,
+)
 
 JITTER_STREAM = 1
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -56,6 +65,15 @@ class RouterConfig(ABC):
     def build_for_experts(self, hidden_size: int, num_experts: int, layer: int, expert_width: int) -> Router:
         """``build`` for a module that also needs the inner width of an expert, as one that maps keys from it does."""
         return self.build(hidden_size, num_experts, layer)
+
+    def build_in_place(self, hidden_size: int, place: LayerPlace) -> Router:
+        """``build_for_experts`` for a module that also asks which experts are no networks, or what lies below."""
+        return self.build_for_experts(hidden_size, place.kinds.total, place.layer, place.expert_width)
+
+    @property
+    def zero_computation_load(self) -> float:
+        """Routes to a zero-computation expert, as a multiple of those to a feed-forward one, that balance aims at."""
+        return 1.0
 
     @property
     def dense_experts(self) -> int:

@@ -249,9 +249,12 @@ def _is_float32(subject: Subject) -> str:
     def route(tokens: Tensor) -> Tensor:
         return subject.table(Decision(tokens, context, router(tokens, context)))
 
-    line = hidden[0] + hidden[1] * 2e-5 * torch.arange(len(hidden))[:, None]
+    # Several lines, since a token may have a constant weight by the scheme's rule.
+    away = hidden[1] * 2e-5 * torch.arange(len(hidden))[:, None]
+    lines = [hidden[start] + away for start in (0, *range(2, 5))]
     # A scheme with constant weights has few on any tokens, and nothing to be learnt from that.
-    various, along = (len(route(tokens).nan_to_num(-1.0).unique(dim=0)) for tokens in (hidden, line))
+    various, *each = (len(route(tokens).nan_to_num(-1.0).unique(dim=0)) for tokens in (hidden, *lines))
+    along = max(each)
     half = len(hidden) / 2
     require(
         various < half or along > half, f"{len(hidden)} almost equal tokens have {along} weights: logits are rounded"

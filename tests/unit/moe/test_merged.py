@@ -353,6 +353,10 @@ def test_wrong_values_are_refused_in_one_line():
     assert asdict(lory)["first_segment"] == "prior"
     for words, complaint in (
         (["combine=orthogonal"], "router=lory, which merges experts instead of their outputs"),
+        (
+            ["experts=zero_computation"],
+            "must be another with router=lory, which merges parameters, and these have none",
+        ),
         (["model.moe.gate_rank=4"], "model.moe.gate_rank=4 must be null with router=lory"),
         (["model.init=mup"], "model.init=mup must be normal or width_aware with router=lory"),
     ):

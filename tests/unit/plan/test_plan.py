@@ -57,6 +57,14 @@ ROUTERS = {
     "quantile": ["router=quantile"],
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
+    # Without training tokens go to all experts alike, which is what balance asks for at tau=1.
+    "moe_plus_plus": ["router=moe_plus_plus", "router.tau=1", "model.init_std=1e-4"],
+    "moe_plus_plus, code": [
+        "router=moe_plus_plus",
+        "router.tau=1",
+        "router.projection=two_layer",
+        "router.logit_std=1",
+    ],
     "large router, noise": ["router=top_k", "router.projection_size=40", "router.jitter=0.1"],
     "expert_choice": ["router=expert_choice"],
     "autonomy, recomputed": ["router=autonomy", "router.gate_rank=16", "router.gate_activation=recomputed"],
