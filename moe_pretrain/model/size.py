@@ -1,5 +1,6 @@
 """Parameters and FLOPs of a configuration, counted without building the model."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +37,9 @@ class ModelSize:
             takes; it has no backward.
         combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
             backward costs as many.
+        merge_flops: Forward FLOPs of merging one network's experts in all layers, the router's decision included; 0 for
+            schemes that send tokens to experts.
+        merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
         num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
@@ -57,6 +61,8 @@ class ModelSize:
     attention_score_flops: float
     attention_statistic_flops: float
     combine_flops: float
+    merge_flops: float
+    merges_per_token: float
     num_passes: int
     head_matmul: int
 
@@ -73,10 +79,21 @@ class ModelSize:
     @property
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
-        matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
+        matrices = self.attention + self.dense_ffn + self.active_experts + self.head_matmul
         matrices += self.constant_experts
-        matrices += self.scoring + self.frozen_routers
-        return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
+        matrices += self.scoring + self.router_matmul + self.frozen_routers
+        others = self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
+        return 2.0 * matrices + others + self.merging_flops_per_token
+
+    @property
+    def router_matmul(self) -> int:
+        """Parameters of routers that multiply every token; those that merge experts multiply means of tokens."""
+        return 0 if self.merge_flops else self.routers
+
+    @property
+    def merging_flops_per_token(self) -> float:
+        """A token's share of the merging of the networks that it uses, forward."""
+        return self.merge_flops * self.merges_per_token
 
     @property
     def training_flops_per_token(self) -> float:
@@ -92,6 +109,10 @@ class ModelSize:
         planned = self.active_experts / self.experts_per_route if self.experts_per_route else 0.0
         combining = self.combine_flops * (routes / planned) ** 2 if planned else 0.0
         return replace(self, active_experts=routes * self.experts_per_route, combine_flops=combining)
+
+    def with_tokens_per_merge(self, tokens: float) -> "ModelSize":
+        """The same model with ``tokens`` tokens for each merged network: what a run was measured to have."""
+        return replace(self, merges_per_token=1 / tokens)
 
     @property
     def _backbone(self) -> int:
@@ -109,7 +130,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
     routers = vectors = frozen = experts = constants = expert = first_layers = 0
-    routes = statistic_flops = combining = 0.0
+    routes = statistic_flops = combining = merging = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -131,6 +152,9 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         experts = num_moe * moe.num_experts * expert
         routes = expected_ffn_experts(moe, router)
         combining = num_moe * pair_product_flops(moe.combine, width, routes)
+        if router.merges_experts:
+            # Every expert's parameters times its share, and every expert's logit.
+            merging = 2.0 * num_moe * moe.num_experts * (expert + width)
         first_layers = num_moe * 2 * width * inner
     scored = router.scored_experts(moe.num_experts)
     key_value = config.num_key_value_heads * config.head_size
@@ -153,6 +177,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
+        merge_flops=merging,
+        merges_per_token=1 / (router.mean_segment_tokens(config.sequence_length) or math.inf),
         num_passes=router.num_passes,
         head_matmul=embedding,
     )

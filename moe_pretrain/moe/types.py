@@ -43,6 +43,7 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        document_ids: Document of each token within its row, -1 for padding; None where a row is one document.
         pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
@@ -72,6 +73,7 @@ class RoutingContext:
     score_routes: "ScoreRoutes | None" = None
     carried: Float[Tensor, "tokens experts"] | None = None
     pass_index: int = 0
+    document_ids: Int[Tensor, "tokens"] | None = None
 
 
 @runtime_checkable
@@ -127,6 +129,22 @@ class Routing:
             payload=None if self.payload is None else self.payload[routes],
             routes_per_token=None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Routing):
+    """A decision to merge experts. To whoever looks on, every token has a route to each with its mixture's weight.
+
+    No token is sent by it: the layer reads ``mixture`` and ``lengths`` alone. ``use.tokens_per_expert`` are sums of the
+    weights instead of numbers of routes.
+
+    Attributes:
+        mixture: Share of each expert in the parameters of each segment's network, float32, with gradient.
+        lengths: Tokens of each segment, in the order of tokens.
+    """
+
+    mixture: Float[Tensor, "segments experts"]
+    lengths: Int[Tensor, "segments"]
 
 
 @dataclass(frozen=True)
@@ -319,6 +337,8 @@ class Router(nn.Module):
         start_stds: Parameters that ``model.init`` gives a standard deviation of their own, at every width.
         buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
             checkpoint with others is refused.
+        reads_earlier_tokens: Whether a decision is made of hidden states of earlier tokens too, so that it cannot be
+            made for a new token alone.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
             it depends on how the global batch is cut.
     """
@@ -334,6 +354,7 @@ class Router(nn.Module):
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""
+    reads_earlier_tokens: ClassVar[bool] = False
     losses_depend_on_cut: bool = False
     other_scales: Mapping[str, str] = MappingProxyType({})
     start_values: Mapping[str, float] = MappingProxyType({})
@@ -388,6 +409,27 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor, context: RoutingContext) -> Routing:
         """Route ``hidden [tokens, hidden]``."""
         raise NotImplementedError
+
+
+class MergingRouter(Router):
+    """Decides how experts are merged for which tokens. No aux losses; it measures how long segments are."""
+
+    num_sums = 1
+    reads_earlier_tokens = True
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """No aux losses."""
+        return {}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """No."""
+        return False
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """Mean tokens that share a merged network."""
+        return {"tokens_per_merge": use.tokens / max(1.0, float(use.sums[0]))}
 
 
 @runtime_checkable

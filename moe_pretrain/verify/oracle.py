@@ -23,6 +23,7 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.counter_noise import counter_uniform, start_noise
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
@@ -40,6 +41,7 @@ from moe_pretrain.verify.oracle_parts import (
     rms_norm,
     rotate,
     run_expert,
+    run_merged,
     score,
     statistic_of_matrices,
     swiglu,
@@ -262,6 +264,12 @@ class Oracle:
                 routed, weight, cut_aux, cut_sums, cut_carried = self._routing(hidden[part], router, context)
                 sums += cut_sums
                 carried += [] if cut_carried is None else [cut_carried]
+            if isinstance(layer.experts, MergedExperts):
+                counts += (weight.detach().double() * text[part, None]).sum(dim=0)
+                merged = run_merged(layer.experts, hidden[part], weight)
+                output = output.index_add(0, torch.arange(part.start, part.stop), merged)
+                first_row += num_rows
+                continue
             results = torch.zeros(layer.kinds.total, *hidden[part].shape)
             for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
@@ -433,6 +441,7 @@ def _context(
         sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
         global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
+        document_ids=rows.document_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
         score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
         carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],

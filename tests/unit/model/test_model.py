@@ -243,6 +243,7 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=random"],
         ["router=uniform"],
         ["router=thor"],
+        ["router=lory", "router.segment_tokens=4"],
         ["router=top_p", "router.threshold=1"],
         ["router=quantile"],
         ["router=expert_threshold", "router.initial_threshold=1e-6"],

@@ -44,6 +44,8 @@ ROUTERS = {
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "thor": ["router=thor"],
+    "lory": ["router=lory", "router.segment_tokens=32"],
+    "smear": ["router=smear"],
     "dense": ["router=dense"],
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
@@ -203,6 +205,7 @@ PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_d
 PEAKS += [
     "orthogonal",
     "thor",
+    "lory",
     "autonomy",
     "autonomy_top_p",
     "autonomy_expert_choice",
