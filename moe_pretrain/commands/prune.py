@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import locate, moments_of, read_manifest
 from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.commands.trained_run import add_router_files, add_run, open_run
 from moe_pretrain.config.preflight import plan_run
@@ -96,7 +98,6 @@ def run(options: argparse.Namespace) -> int:
             pruned_shapes(pruned),
             moments_of(trained.manifest),
             updates_of(trained),
-            trained.state,
             *_record(trained, options.experts),
         )
         made = TrainedRun(folders[method], config, place, read_manifest(place))
@@ -151,10 +152,13 @@ def _calibration(trained: TrainedRun, train: Any, rows: int) -> list[MicroBatch]
     return found
 
 
-def _record(trained: TrainedRun, experts: int) -> tuple[str, str]:
-    """The configuration and the words of the pruned run."""
-    values = copy.deepcopy(read_config(trained.folder))
+def _record(trained: TrainedRun, experts: int) -> tuple[TrainState, str, str]:
+    """State, configuration and words of the pruned run: its own number of experts, so that it goes on with that."""
+    values, identity = copy.deepcopy(read_config(trained.folder)), trained.state.identity
+    recorded = copy.deepcopy(identity.config)
+    recorded["model"]["moe"]["num_experts"] = experts
+    state = replace(trained.state, identity=replace(identity, config=recorded), validation_loss=None)
     values["model"]["moe"]["num_experts"] = experts
     words = [word for word in read_overrides(trained.folder) if not word.startswith("model.moe.num_experts=")]
     words.append(f"model.moe.num_experts={experts}")
-    return yaml.safe_dump(values, sort_keys=False), "".join(f"{word}\n" for word in words)
+    return state, yaml.safe_dump(values, sort_keys=False), "".join(f"{word}\n" for word in words)

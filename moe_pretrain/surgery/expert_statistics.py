@@ -83,7 +83,7 @@ class LayerStatistics:
     def output_similarity(self, layer: MoELayer) -> Float[Tensor, "experts experts"]:
         """Linear CKA of all experts' outputs on the sampled tokens."""
         hidden = torch.cat(self._sample)
-        return linear_cka([output_of(layer, hidden, expert) for expert in range(layer.num_experts)])
+        return linear_cka([output_of(layer, hidden, expert) for expert in range(layer.kinds.ffn)])
 
 
 @torch.no_grad()
@@ -92,11 +92,11 @@ def output_of(layer: MoELayer, hidden: Float[Tensor, "tokens hidden"], expert: i
     ones = torch.ones(len(hidden))
     index = torch.arange(len(hidden))
     none = torch.zeros((), dtype=torch.float64)
-    use = RouterUse(torch.zeros(layer.num_experts, dtype=torch.float64), none, none, none)
+    use = RouterUse(torch.zeros(layer.kinds.ffn, dtype=torch.float64), none, none, none)
     routing = Routing(index, torch.full_like(index, expert), ones, 1, use)
     down = getattr(layer.router, "down_weight", None)
     experts = partial(layer.experts, **({} if down is None else {"down_weight": down}))
-    return run_experts(hidden, routing, layer.num_experts, experts, None)[0]
+    return run_experts(hidden, routing, layer.kinds.ffn, experts, None)[0]
 
 
 def logits_of(layer: MoELayer, hidden: Tensor, context: RoutingContext) -> Float[Tensor, "tokens experts"] | None:
@@ -127,7 +127,7 @@ def linear_cka(outputs: list[Tensor]) -> Float[Tensor, "experts experts"]:
 def measure(model: DecoderLM, batches: Iterable[MicroBatch], seed: int) -> list[LayerStatistics]:
     """Statistics of every MoE layer of ``model``, in evaluation, over ``batches``; bottom up."""
     layers = model.moe_layers()
-    found = [LayerStatistics(layer.num_experts) for layer in layers]
+    found = [LayerStatistics(layer.kinds.ffn) for layer in layers]
     seen: list[tuple[Tensor, RoutingContext, Routing]] = []
 
     def note(module: Any, inputs: tuple[Any, ...], routing: Routing) -> None:

@@ -14,6 +14,8 @@ from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.config.trained import TrainedRun
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.moe.build import expert_gate
+from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.surgery.expert_statistics import LayerStatistics
 from moe_pretrain.surgery.pruning_methods import (
@@ -61,7 +63,12 @@ def pruned_config(config: Config, experts: int) -> Config:
 
 def check_method(method: str, config: Config, has_earlier: bool) -> None:
     """Raise ``ConfigError`` where ``method`` means nothing for the run."""
-    if any(layer.router.needs_token_counts for layer in meta_model(config.model, config.router).moe_layers()):
+    layers = meta_model(config.model, config.router).moe_layers()
+    if config.model.moe.experts.name != "swiglu":
+        raise ConfigError(f"experts={config.model.moe.experts.name} cannot be pruned yet: only networks can")
+    if not all(isinstance(layer.experts, SwiGLUExperts | FactorisedExperts) for layer in layers):
+        raise ConfigError(f"router={config.router.name} cannot be pruned: it merges experts, and no token goes to one")
+    if any(layer.router.needs_token_counts for layer in layers):
         raise ConfigError(f"router={config.router.name} cannot be pruned: its table names experts that would be gone")
     if method in MERGING and expert_gate(config.model.moe, config.router) is not None:
         raise ConfigError(
@@ -106,7 +113,7 @@ def choose_groups(
         return keep_highest(statistics.soft, experts)
     if method == "random":
         generator = torch.Generator().manual_seed(seed * 1000 + layer.router.layer)
-        return keep_highest(torch.rand(layer.num_experts, generator=generator), experts)
+        return keep_highest(torch.rand(layer.kinds.ffn, generator=generator), experts)
     if method == "router_norm":
         weight = dict(layer.router.named_parameters()).get("weight")
         if weight is None or earlier is None:

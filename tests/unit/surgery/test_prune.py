@@ -303,7 +303,8 @@ def test_the_command_writes_a_run_for_each_method_and_a_table(trained: Path, cap
         assert columns[1:4] == ["6", "->", "4"] and columns[6] == str(folder)
         assert 3 < float(columns[4]) < 30 and columns[4] == table["reap"][4] and columns[5] != columns[4]
         run = opened(folder)
-        assert run.config.model.moe.num_experts == 4 and run.state == opened(trained).state
+        assert run.config.model.moe.num_experts == 4 and run.state.step == 2
+        assert run.state.identity.config["model"]["moe"]["num_experts"] == 4, "so that train goes on from it"
         assert (folder / "overrides.txt").read_text() == "router=loss_free\nmodel.moe.num_experts=4\n"
     before = trained / "checkpoints" / "step_00000002"
     assert cli.main(["prune", str(trained), "--experts=5", "--method=router_norm", f"--before={before}"]) == 0
@@ -326,6 +327,8 @@ def test_what_cannot_be_pruned_is_one_line(trained: Path, home: Path, capsys: py
     assert "--rows=0" in refusal(trained, "--experts=4", "--rows=0")
     dense = tiny_run(home, "dense", "router=dense")
     assert "has no experts to prune" in refusal(dense, "--experts=2")
+    merging = tiny_run(home, "smear", "router=smear")
+    assert "it merges experts" in refusal(merging, "--experts=2")
     hashed = tiny_run(home, "hash", "router=hash")
     assert "its table names experts" in refusal(hashed, "--experts=2")
     autonomy = tiny_run(home, "autonomy", "router=autonomy", "router.gate_rank=6")
