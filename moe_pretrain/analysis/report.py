@@ -80,6 +80,8 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
         "unigram_cross_entropy": recorded.get("unigram_cross_entropy"),
         "experts_per_token": at_end(train, "experts_per_token"),
         "validation_experts_per_token": at_end(validation[-1:], "validation_experts_per_token"),
+        "zero_computation_share": at_end(train, "zero_computation_share"),
+        "active_experts": at_end(train, "active_experts"),
         "tokens_per_second_median": _median(train, "train/tokens_per_second"),
         "model_flops_utilization_median": _median(train, "train/model_flops_utilization"),
         "peak_memory_bytes": max((row.get("train/peak_memory_bytes") or 0 for row in train), default=0) or None,
@@ -107,6 +109,10 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     loss = summary["final_train_loss"]  # every train row has one; null if it was NaN or infinite
     memory = summary["peak_memory_bytes"]
+    of_schemes = {
+        "Routes to zero-computation experts": ("zero_computation_share", ".1%"),
+        "Experts in use per layer": ("active_experts", ".3g"),
+    }
     return {
         "Run": str(summary["run_name"]),
         "Router": word("router"),
@@ -124,6 +130,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "Unigram cross-entropy of the validation text": number("unigram_cross_entropy", ".4f"),
         "Experts per token in training": number("experts_per_token", ".3g"),
         "Experts per token in evaluation": number("validation_experts_per_token", ".3g"),
+        **{label: number(key, spec) for label, (key, spec) in of_schemes.items() if summary[key] is not None},
         "Tokens per second, median": number("tokens_per_second_median"),
         "Model FLOPs utilisation, median": number("model_flops_utilization_median", ".1%"),
         "Peak memory of one device": f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN,

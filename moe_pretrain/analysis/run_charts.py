@@ -133,6 +133,8 @@ def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow])
         "dropped_share": "Share of routes dropped",
         "experts_per_token": "Experts per token",
         "validation_experts_per_token": "Experts per token in evaluation",
+        "zero_computation_share": "Share of routes to zero-computation experts",
+        "active_experts": "Experts in use",
         "routing_drift": "Routing drift between validations",
     }
     validated = ("validation_experts_per_token", "routing_drift")
@@ -146,8 +148,8 @@ def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow])
             Curve(rows_of[name], f"moe/layer_{layer}/{name}", colors[layer], marker=marker) for layer in layers[name]
         ]
         if curves:
-            percent = dict.fromkeys(("dropped_share", "routing_drift"), "percent")
-            y_format = ({"dead_experts": "integer"} | percent).get(name, "")
+            percent = dict.fromkeys(("dropped_share", "routing_drift", "zero_computation_share"), "percent")
+            y_format = ({"dead_experts": "integer", "active_experts": "integer"} | percent).get(name, "")
             from_zero = bool(y_format)
             chart = line_chart(f"router-{name}", title, curves, from_zero=from_zero, y_format=y_format)
             charts.append(chart)

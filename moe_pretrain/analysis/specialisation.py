@@ -117,7 +117,7 @@ def examine(model: DecoderLM, config: Config, plan: RunPlan, readers: dict[str, 
     # Dealt out over all tokens at once, so that the baseline keeps nothing of where a class occurs.
     shuffled = {kind: own[torch.randperm(len(own), generator=generator)] for kind, (own, _) in kinds.items()}
     layers = model.moe_layers()
-    tallies = {kind: [Tally(num, layer.num_experts) for layer in layers] for kind, (_, num) in kinds.items()}
+    tallies = {kind: [Tally(num, layer.kinds.total) for layer in layers] for kind, (_, num) in kinds.items()}
     device = model.embedding.weight.device
     first = 0
     for (_, batch), part in zip(_batches(config, plan, readers), counted.split(sizes), strict=True):
@@ -150,7 +150,7 @@ def _gates(model: DecoderLM, batch: MicroBatch, seed: int) -> list[Tensor]:
     """``[tokens, experts]`` of every MoE layer, on the CPU."""
     with recorded_routings(model) as routings:
         model.routes(batch.input_ids, batch.document_ids, batch.position_ids, routing_context(batch, seed, 0))
-    return [gate_of(routing, batch.labels.numel(), model.config.moe.num_experts).cpu() for routing in routings]
+    return [gate_of(routing, batch.labels.numel(), model.config.moe.kinds.total).cpu() for routing in routings]
 
 
 def _table(layers: list[int], rows: list[Specialisation]) -> Iterator[str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.commands.trained_run import add_router_files, add_run, add_tokenizer, find_tokenizer, open_run
-from moe_pretrain.huggingface.export import check_target, export
+from moe_pretrain.huggingface.export import export
+from moe_pretrain.system.files import check_unused
 
 _GIGABYTE = 1_000_000_000
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the folder."""
     if not options.shard_gb > 0:
         raise ValueError(f"--shard-gb={options.shard_gb} must be positive")
-    check_target(options.folder)
+    check_unused(options.folder)
     trained = open_run(options)
     tokenizer, path = find_tokenizer(trained, options.tokenizer)
     size = round(options.shard_gb * _GIGABYTE)

@@ -33,6 +33,7 @@ RENAMED = {"batch.total_tokens": "budget.tokens"}
 BEFORE = {
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.moe.experts": {"name": "swiglu"},
     "model.moe.combine": {"name": "sum"},
     "model.mup_base_width": 128,
     "model.mup_base_layers": 4,

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import expert_width, with_expert_width
+from moe_pretrain.moe.build import check_experts, expected_ffn_experts, expert_width, with_expert_width
 from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.schedule.budget import BudgetConfig, Matched, Measure
 
@@ -98,8 +98,11 @@ def _num_experts(model: ModelConfig, router: RouterConfig, budget: BudgetConfig)
     def build(number: int) -> Choice:
         return replace(model, moe=replace(model.moe, num_experts=number)), router
 
+    def check(number: int) -> None:
+        check_experts(build(number)[0].moe, router)
+
     numbers = range(budget.multiple, MOST + 1, budget.multiple)
-    choices = [number for number in numbers if _is_valid(router.check_num_experts, number)]
+    choices = [number for number in numbers if _is_valid(check, number)]
     return "model.moe.num_experts", model.moe.num_experts, choices, build
 
 
@@ -114,9 +117,9 @@ def _top_k(model: ModelConfig, router: RouterConfig, budget: BudgetConfig) -> _P
         return model, replace(of_router, top_k=top_k)
 
     def check(top_k: int) -> None:
-        build(top_k)[1].check_num_experts(model.moe.num_experts)
+        check_experts(model.moe, build(top_k)[1])
 
-    numbers = range(1, model.moe.num_experts + 1)
+    numbers = range(1, model.moe.kinds.total + 1)
     choices = [number for number in numbers if _is_valid(check, number)]
     return "router.top_k", of_router.top_k, choices, build
 
@@ -149,7 +152,7 @@ def describe_match(model: ModelConfig, router: RouterConfig, budget: BudgetConfi
     if name == "expert_hidden_size" and not router.dense_experts:
         width = expert_width(model.moe, router, model.hidden_size)
         line += f", experts {width} wide by equation 5" if width != now else ""
-    used = router.dense_experts or router.mean_experts_per_token
+    used = router.dense_experts or expected_ffn_experts(model.moe, router)
     lines = [f"{line}; a token is expected to use {used:g} experts"]
     for kind, value in measures(model_size(model, router)).items():
         wanted = matched.reference[kind]

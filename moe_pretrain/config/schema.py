@@ -29,7 +29,7 @@ from moe_pretrain.engine.optimizers import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.build import check_combine, check_gate
+from moe_pretrain.moe.build import check_combine, check_experts, check_gate
 from moe_pretrain.moe.routers import ShippedRouterConfig
 from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.schedule.batch_plan import BatchConfig
@@ -152,7 +152,13 @@ class Config:
     fault: FaultConfig
 
     def __post_init__(self) -> None:
-        self.router.check_num_experts(self.model.moe.num_experts)
+        check_experts(self.model.moe, self.router)
+        self.router.check_sequence_length(self.model.sequence_length)
+        if self.router.merges_experts and self.model.init == "mup":
+            raise ValueError(
+                f"model.init=mup must be normal or width_aware with router={self.router.name}: its rules are of "
+                "experts that are not merged"
+            )
         check_gate(self.model.moe, self.router, self.model.hidden_size)
         check_combine(self.model.moe, self.router)
         sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}

@@ -25,7 +25,7 @@ from moe_pretrain.engine.sanity import (
 )
 from moe_pretrain.engine.step_result import Evaluation, StepResult, StepSums
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
-from moe_pretrain.moe.types import Routing
+from moe_pretrain.moe.types import ExpertKinds, Routing
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.schedule.batch_plan import BatchPlan
@@ -71,7 +71,7 @@ class TrainEngine:
         self._learning_rate_factor = learning_rate_factor
         layers = model.moe_layers()
         self._layer_row = {layer.router.layer: row for row, layer in enumerate(layers)}
-        self._num_experts = layers[0].num_experts if layers else 0
+        self._kinds = layers[0].kinds if layers else ExpertKinds(0)
         self._num_sums = layers[0].router.num_sums if layers else 0
         self._elastic = ElasticGradients(model, mesh) if config.determinism == "elastic" else None
         self.optimizer_config = optimizer
@@ -174,7 +174,7 @@ class TrainEngine:
 
     def _no_sums(self) -> StepSums:
         names = list(self.model.aux_weights)
-        return StepSums(names, len(self._layer_row), self._num_experts, self._num_sums, self.mesh.device)
+        return StepSums(names, len(self._layer_row), self._kinds, self._num_sums, self.mesh.device)
 
     def _diagnose(
         self,
@@ -247,7 +247,8 @@ class TrainEngine:
             note(batch, losses, routings)
             counted = (batch.labels != IGNORE_INDEX).sum()
             text = (batch.document_ids >= 0).sum()
-            routes = [routing.use.tokens_per_expert.sum() for routing in routings]
+            networks = self._kinds.ffn
+            routes = [routing.use.tokens_per_expert[:networks].sum() for routing in routings]
             each.append(torch.stack([losses.sum(dtype=torch.float64), counted.double(), text.double(), *routes]))
             total += each[-1]
         if self._elastic is None:
@@ -282,7 +283,7 @@ class TrainEngine:
 
     def _count_routes_ahead(self, step: int, batches: list[MicroBatch]) -> Tensor:
         """Routes per layer and expert of the whole global batch, from a pass without gradient."""
-        total = torch.zeros(len(self._layer_row), self._num_experts, dtype=torch.float64, device=self.mesh.device)
+        total = torch.zeros(len(self._layer_row), self._kinds.total, dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
             context = routing_context(batch, self.seed, step)
             uses = self.model.routes(batch.input_ids, batch.document_ids, batch.position_ids, context)

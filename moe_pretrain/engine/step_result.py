@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.model.decoder import LMOutput
-from moe_pretrain.moe.types import StepUse
+from moe_pretrain.moe.types import ExpertKinds, StepUse
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class StepResult:
         aux_weights: Coefficients of ``aux``.
         gradient_norm: Global norm before clipping.
         tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``, float64.
+        num_ffn_experts: Experts among them that are networks, the first ones.
         tokens: Text tokens of the global batch.
         router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
         dropped_share: Share of routes that no expert computed, per MoE layer.
@@ -34,6 +35,7 @@ class StepResult:
     aux_weights: dict[str, float]
     gradient_norm: float
     tokens_per_expert: Tensor
+    num_ffn_experts: int
     tokens: int
     router_entropy: list[float]
     dropped_share: list[float]
@@ -48,14 +50,17 @@ class StepResult:
 
     @property
     def experts_per_token(self) -> float:
-        """Mean routes per text token, over all MoE layers."""
-        return float(self.tokens_per_expert.sum()) / max(1, len(self.tokens_per_expert) * self.tokens)
+        """Mean routes per text token to experts that are networks, over all MoE layers."""
+        return self._per_token(self.tokens_per_expert[:, : self.num_ffn_experts])
 
     def layer_uses(self) -> list[StepUse]:
         """Sums by which each MoE layer's router may move its state."""
         routes = self.tokens_per_expert.to(self.sums.device)
-        mean = self.experts_per_token
+        mean = self._per_token(self.tokens_per_expert)
         return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]
+
+    def _per_token(self, routes: Tensor) -> float:
+        return float(routes.sum()) / max(1, len(routes) * self.tokens)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Evaluation:
     Attributes:
         loss: Mean nats per counted token.
         labels: Number of those tokens.
-        experts_per_token: Mean routes per text token of each MoE layer, bottom up: evaluation may route by another
-            rule than training.
+        experts_per_token: Mean routes per text token to networks of each MoE layer, bottom up: evaluation may route by
+            another rule than training.
     """
 
     loss: float
@@ -77,8 +82,10 @@ class Evaluation:
 class StepSums:
     """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
 
-    def __init__(self, aux_names: list[str], num_layers: int, num_experts: int, num_sums: int, device: torch.device):
-        self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, num_experts
+    def __init__(self, aux_names: list[str], num_layers: int, kinds: ExpertKinds, num_sums: int, device: torch.device):
+        self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, kinds.total
+        self.num_ffn_experts = kinds.ffn
+        num_experts = kinds.total
         self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
         self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
 
@@ -131,6 +138,7 @@ class StepSums:
             aux_weights=aux_weights,
             gradient_norm=gradient_norm,
             tokens_per_expert=routes,
+            num_ffn_experts=self.num_ffn_experts,
             tokens=counts.tokens,
             router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
             sums=self.layers[:, self.num_experts + 2 :],

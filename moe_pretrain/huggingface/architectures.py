@@ -27,6 +27,7 @@ _KNOWN_FIELDS = {
     *("vocab_size", "sequence_length", "num_layers", "hidden_size", "num_heads", "num_key_value_heads", "norm_epsilon"),
     *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
     *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
+    "experts",
     # They decide how a model starts and how it is trained, not what it computes.
     *("name", "init", "init_std", "mup_base_width", "mup_base_layers", "gate_init", "scale_residual_init"),
     *("cross_entropy_chunk_tokens", "recompute", "expert_width_multiple"),
@@ -102,6 +103,10 @@ def _refuse_what_is_not_known(model: ModelConfig) -> None:
     if model.moe.combine.name != "sum":
         raise ConfigError(
             f"combine={model.moe.combine.name} cannot be exported yet: transformers' classes sum the experts' outputs"
+        )
+    if model.moe.experts.name != "swiglu":
+        raise ConfigError(
+            f"experts={model.moe.experts.name} cannot be exported yet: no class of transformers has such experts"
         )
     for prefix, part in (("model", model), ("model.moe", model.moe)):
         for name, value in vars(part).items():

@@ -1,6 +1,5 @@
 """Export of a run as a folder that transformers loads: written beside its place, checked, then given its name."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -16,20 +15,9 @@ from moe_pretrain.huggingface.check import compare_logits, exported_logits, our_
 from moe_pretrain.huggingface.remote_code.assemble import FILE
 from moe_pretrain.huggingface.tensors import write_tensors
 from moe_pretrain.huggingface.tokenizer_files import write_tokenizer
-from moe_pretrain.system.files import sync_folder, write_json, write_whole
+from moe_pretrain.system.files import whole_folder, write_json, write_whole
 
 ExportDtype = Literal["float32", "bfloat16"]
-_PARTIAL = ".partial"
-
-
-def check_target(folder: Path) -> None:
-    """Refuse a folder that something is in.
-
-    Raises:
-        ConfigError: It is not empty, or no folder.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"FOLDER={folder} must be empty or not exist: an export replaces nothing")
 
 
 def export(
@@ -57,29 +45,19 @@ def export(
         say: Prints a line.
 
     Raises:
-        ConfigError: The folder is not empty, or the scheme cannot be exported.
+        ConfigError: The scheme cannot be exported.
         CheckpointError: The checkpoint is not of this model.
-        ValueError: The logits differ.
+        ValueError: The folder is not empty, or the logits differ.
     """
-    check_target(folder)
     architecture = choose(run.config, run.meta_model())
     _check_shapes(run, architecture)
-    work = folder.with_name(folder.name + _PARTIAL)
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as work:
         _write(run, work, architecture, tokenizer, tokenizer_path, dtype, shard_bytes)
         verdict = "not made"
         if is_checked:
             verdict = _checked(run, work, tokenizer, dtype)
             say(f"check: {verdict}")
         write_whole(work / "README.md", model_card(run, architecture, dtype, verdict))
-        sync_folder(work)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     how = "remote code, trust_remote_code=True" if architecture.modelling_file else "transformers' own class"
     say(f"written: {folder}, {architecture.name} ({how}), step {run.state.step:,} of {run.config.run.name}, {dtype}")
 

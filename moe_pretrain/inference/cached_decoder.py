@@ -30,6 +30,11 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
         raise ConfigError(
             f"router={name} cannot generate: a token's experts depend on later tokens, which do not exist yet"
         )
+    if any(router.reads_earlier_tokens for router in routers):
+        raise ConfigError(
+            f"router={name} cannot generate yet: a new token's network is merged by hidden states of earlier tokens, "
+            "which are not kept"
+        )
     return routers[0].evaluation_rule or None if routers else None
 
 
@@ -59,22 +64,31 @@ class CachedDecoder:
         place = torch.arange(self._seen, self._seen + new, device=ids.device).expand(batch, -1)
         rotary = rotary_table(place, model.config.head_size, model.config.rope_base)
         hidden = embed(ids, model.embedding.weight)
+        carried: Tensor | None = None
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, Block)
-            hidden = self._block(block, layer, hidden, rotary, place, ids)
+            hidden, carried = self._block(block, layer, hidden, rotary, place, ids, carried)
         self._seen += new
         return functional.linear(model.norm(hidden), model.head_weight).float()
 
     def _block(
-        self, block: Block, layer: int, hidden: Tensor, rotary: tuple[Tensor, Tensor], place: Tensor, ids: Tensor
-    ) -> Tensor:
+        self,
+        block: Block,
+        layer: int,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        place: Tensor,
+        ids: Tensor,
+        carried: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states after the block, and what the router of the next MoE layer gets from those below."""
         feed_forward = block.feed_forward
         wanted = feed_forward.router.attention_statistic if isinstance(feed_forward, MoELayer) else None
         attended, statistic = self._attend(block.attention, layer, block.attention_norm(hidden), rotary, wanted)
         hidden = hidden + attended
         normed = block.feed_forward_norm(hidden)
         if not isinstance(feed_forward, MoELayer):
-            return hidden + feed_forward(normed)
+            return hidden + feed_forward(normed), carried
         context = RoutingContext(
             token_mask=torch.ones(ids.numel(), dtype=torch.bool, device=ids.device),
             token_position=place.flatten(),
@@ -85,8 +99,10 @@ class CachedDecoder:
             first_place=self._seen,
             ranks=self._ranks,
             attention=None if statistic is None else statistic.flatten(),
+            carried=carried,
         )
-        return hidden + feed_forward(normed.flatten(0, 1), context, False).hidden.view_as(hidden)
+        output = feed_forward(normed.flatten(0, 1), context, False)
+        return hidden + output.hidden.view_as(hidden), output.carried
 
     def _attend(
         self,

@@ -133,7 +133,7 @@ def _check_weak_pass(model: DecoderLM, settings: SelfContrast) -> None:
     layers = model.moe_layers()
     if not layers:
         raise ConfigError("decode=self_contrast needs a model with routed experts: this one has none to contrast")
-    experts = layers[0].num_experts
+    experts = layers[0].kinds.total
     if experts == 1 or max(settings.weak_ranks) >= experts:
         raise ConfigError(
             f"--weak-ranks={','.join(str(rank + 1) for rank in settings.weak_ranks)} must be at most the {experts} "

@@ -59,11 +59,13 @@ def train_row(
         routes = result.tokens_per_expert[index]
         share = routes / routes.sum().clamp(min=1)
         prefix = f"moe/layer_{layer.router.layer:02d}"
-        row[f"{prefix}/load_max_over_mean"] = float(share.max() * layer.num_experts)
+        row[f"{prefix}/load_max_over_mean"] = float(share.max() * layer.kinds.total)
         row[f"{prefix}/router_entropy"] = result.router_entropy[index]
         row[f"{prefix}/dead_experts"] = float((routes == 0).sum())
         row[f"{prefix}/dropped_share"] = result.dropped_share[index]
-        row[f"{prefix}/experts_per_token"] = float(routes.sum()) / max(result.tokens, 1.0)
+        row[f"{prefix}/experts_per_token"] = float(routes[: layer.kinds.ffn].sum()) / max(result.tokens, 1.0)
+        if layer.kinds.zero_computation:
+            row[f"{prefix}/zero_computation_share"] = float(share[layer.kinds.ffn :].sum())
         row[f"{prefix}/router_weight_norm"] = layer.router.weight_norm()
         row[f"{prefix}/expert_share"] = share.tolist()
         row |= {f"{prefix}/{name}": value for name, value in layer.router.metrics(uses[index]).items()}

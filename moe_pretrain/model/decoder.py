@@ -255,6 +255,7 @@ class DecoderLM(nn.Module):
             hidden, output = block(hidden, rotary, mask, context)
             if output is not None:
                 outputs.append(output)
+                context = replace(context, carried=output.carried)
         return hidden, outputs
 
 

@@ -53,15 +53,18 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.routers.attentive import QueryKey
 from moe_pretrain.moe.routers.base import LinearRouter, RouterConfig
 from moe_pretrain.moe.types import ExpertShard, Router
 
 GroupName = Literal["embedding", "head", "norms", "attention", "router", "experts", "ffn"]
 GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
-"""``router`` holds all of a routing scheme's own weights, so the ``W_down`` of Autonomy-of-Experts too; ``ffn`` the
-dense networks and the shared experts; ``embedding`` also the output head where the two are tied."""
+"""``router`` holds all of a routing scheme's own weights, so the ``W_down`` of Autonomy-of-Experts too; ``experts`` has
+those that are no networks too; ``ffn`` the dense networks and the shared experts; ``embedding`` also the output head
+where the two are tied."""
 Reads = Literal["hidden", "inner", "rank", "fixed", "nothing"]
 
 _GROUP_OF: dict[type[nn.Module], GroupName] = {
@@ -71,6 +74,8 @@ _GROUP_OF: dict[type[nn.Module], GroupName] = {
     Attention: "attention",
     SwiGLUExperts: "experts",
     FactorisedExperts: "experts",
+    MergedExperts: "experts",
+    ConstantExpert: "experts",
     SwiGLU: "ffn",
 }
 

@@ -1,11 +1,12 @@
 """Parameters and FLOPs of a configuration, counted without building the model."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe.build import build_router, dense_width, expert_gate, expert_width
+from moe_pretrain.moe.build import build_router, dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import pair_product_flops
 from moe_pretrain.moe.routers.base import RouterConfig
 
@@ -24,7 +25,8 @@ class ModelSize:
         dense_ffn: Dense feed-forward networks and shared experts.
         routers: All routers.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
-        experts: All routed experts.
+        experts: All routed experts that are networks.
+        constant_experts: Zero-computation experts with parameters; every token passes their maps.
         active_experts: Routed experts that one token uses, expected over tokens.
         experts_per_route: Routed experts that one token would use with one route per layer.
         scoring: First layers of the experts that one token runs to be routed, selected or not.
@@ -34,6 +36,9 @@ class ModelSize:
             takes; it has no backward.
         combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
             backward costs as many.
+        merge_flops: Forward FLOPs of merging one network's experts in all layers, the router's decision included; 0 for
+            schemes that send tokens to experts.
+        merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
         num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
@@ -46,6 +51,7 @@ class ModelSize:
     routers: int
     frozen_routers: int
     experts: int
+    constant_experts: int
     active_experts: float
     experts_per_route: int
     scoring: int
@@ -53,6 +59,8 @@ class ModelSize:
     attention_score_flops: float
     attention_statistic_flops: float
     combine_flops: float
+    merge_flops: float
+    merges_per_token: float
     num_passes: int
     head_matmul: int
 
@@ -69,9 +77,21 @@ class ModelSize:
     @property
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
-        matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
-        matrices += self.scoring + self.frozen_routers
-        return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
+        matrices = self.attention + self.dense_ffn + self.active_experts + self.head_matmul
+        matrices += self.constant_experts
+        matrices += self.scoring + self.router_matmul + self.frozen_routers
+        others = self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
+        return 2.0 * matrices + others + self.merging_flops_per_token
+
+    @property
+    def router_matmul(self) -> int:
+        """Parameters of routers that multiply every token; those that merge experts multiply means of tokens."""
+        return 0 if self.merge_flops else self.routers
+
+    @property
+    def merging_flops_per_token(self) -> float:
+        """A token's share of the merging of the networks that it uses, forward."""
+        return self.merge_flops * self.merges_per_token
 
     @property
     def training_flops_per_token(self) -> float:
@@ -83,14 +103,18 @@ class ModelSize:
         return self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
-        """The same model with ``routes`` experts per token and layer: what an adaptive scheme was measured to use."""
+        """The same model with ``routes`` networks per token and layer: what an adaptive scheme was measured to use."""
         planned = self.active_experts / self.experts_per_route if self.experts_per_route else 0.0
         combining = self.combine_flops * (routes / planned) ** 2 if planned else 0.0
         return replace(self, active_experts=routes * self.experts_per_route, combine_flops=combining)
 
+    def with_tokens_per_merge(self, tokens: float) -> "ModelSize":
+        """The same model with ``tokens`` tokens for each merged network: what a run was measured to have."""
+        return replace(self, merges_per_token=1 / tokens)
+
     @property
     def _backbone(self) -> int:
-        return self.attention + self.norms + self.dense_ffn + self.routers
+        return self.attention + self.norms + self.dense_ffn + self.routers + self.constant_experts
 
 
 def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
@@ -103,8 +127,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = frozen = experts = expert = first_layers = 0
-    routes = statistic_flops = combining = 0.0
+    routers = frozen = experts = constants = expert = first_layers = 0
+    routes = statistic_flops = combining = merging = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -115,14 +139,18 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             expert += rank * width
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
         with torch.device("meta"):
-            module = build_router(moe, router, width, 0)
-        routers = num_moe * sum(parameter.numel() for parameter in module.parameters())
-        frozen = num_moe * sum(module.get_buffer(name).numel() for name in module.frozen_weights)
-        if module.attention_statistic is not None:
+            modules = [build_router(moe, router, width, layer) for layer in config.moe_layers]
+        routers = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
+        if any(module.attention_statistic is not None for module in modules):
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
+        constants = num_moe * moe.kinds.constant * 3 * width
         experts = num_moe * moe.num_experts * expert
-        routes = router.mean_experts_per_token
+        routes = expected_ffn_experts(moe, router)
         combining = num_moe * pair_product_flops(moe.combine, width, routes)
+        if router.merges_experts:
+            # Every expert's parameters times its share, and every expert's logit.
+            merging = 2.0 * num_moe * moe.num_experts * (expert + width)
         first_layers = num_moe * 2 * width * inner
     scored = router.scored_experts(moe.num_experts)
     key_value = config.num_key_value_heads * config.head_size
@@ -136,6 +164,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         routers=routers,
         frozen_routers=frozen,
         experts=experts,
+        constant_experts=constants,
         active_experts=routes * num_moe * expert,
         experts_per_route=num_moe * expert,
         scoring=scored * first_layers,
@@ -143,6 +172,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
+        merge_flops=merging,
+        merges_per_token=1 / (router.mean_segment_tokens(config.sequence_length) or math.inf),
         num_passes=router.num_passes,
         head_matmul=embedding,
     )

@@ -12,11 +12,23 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
+from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.experts.zero_computation import ZeroComputationExperts
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.ranks import route_by_rank
-from moe_pretrain.moe.types import Exchange, Experts, MoEOutput, Router, Routing, RoutingContext, ScoreRoutes
+from moe_pretrain.moe.types import (
+    Exchange,
+    ExpertKinds,
+    Experts,
+    MoEOutput,
+    Router,
+    Routing,
+    RoutingContext,
+    ScoreRoutes,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class MoEConfig:
     """The experts of every MoE layer.
 
     Attributes:
-        num_experts: Routed experts per layer, over all ranks, >= 1.
+        num_experts: Routed experts per layer that are feed-forward networks, over all ranks, >= 1.
         expert_hidden_size: Inner width of a routed expert.
         num_shared_experts: Experts that every token uses beside the routed ones, >= 0. They are one SwiGLU of
             ``num_shared_experts * shared_expert_hidden_size``.
@@ -47,6 +59,17 @@ class MoEConfig:
     gate_rank: PositiveInt | None
     expert_width_multiple: PositiveInt
     combine: Annotated[CombineConfig, Field(discriminator="name")] = SumConfig("sum")
+    experts: ExpertsConfig = SwiGLUConfig()
+
+    @property
+    def kinds(self) -> ExpertKinds:
+        """The experts among which a router chooses."""
+        return self.experts.kinds(self.num_experts)
+
+    @property
+    def expert_input_scale(self) -> float:
+        """Factor of the routed experts' input."""
+        return self.experts.input_scale if isinstance(self.experts, ZeroComputationConfig) else 1.0
 
     @property
     def shared_width(self) -> int:
@@ -62,15 +85,27 @@ class MoEConfig:
 class MoELayer(nn.Module):
     """Routed experts plus shared experts; replaces the feed-forward network of a block.
 
+    The router chooses among ``kinds``: networks, which ``experts`` holds in part and the exchange reaches, and others,
+    which ``zero_computation`` holds.
+
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
     ``experts_of_sender`` is None unless the rows of each sending rank are to run by themselves (``engine.elastic``).
     """
 
-    def __init__(self, config: MoEConfig, router: Router, experts: SwiGLUExperts | FactorisedExperts, hidden_size: int):
+    def __init__(
+        self,
+        config: MoEConfig,
+        router: Router,
+        experts: SwiGLUExperts | FactorisedExperts | MergedExperts,
+        hidden_size: int,
+    ):
         super().__init__()
-        self.num_experts = config.num_experts
+        self.kinds = config.kinds
         self.router = router
         self.experts = experts
+        others = self.kinds.zero_computation
+        self.zero_computation = ZeroComputationExperts(self.kinds, hidden_size) if others else None
+        self.input_scale = config.expert_input_scale
         self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
         self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
@@ -98,7 +133,7 @@ class MoELayer(nn.Module):
             output = checkpoint(self._experts_of, *arguments, use_reentrant=False)
         else:
             output = self._experts_of(*arguments)
-        return MoEOutput(output, routing.aux, routing.use)
+        return MoEOutput(output, routing.aux, routing.use, routing.carried)
 
     def _score_routes(self, recompute_experts: bool) -> ScoreRoutes:
         """Function by which the router asks experts for scores; ``recompute_experts`` keeps none of their activations.
@@ -108,27 +143,45 @@ class MoELayer(nn.Module):
         assert isinstance(self.experts, SwiGLUExperts), "moe.check_gate has refused experts of another kind"
         scores = self.experts.scores
         score = partial(checkpoint, scores, use_reentrant=False) if recompute_experts else scores
-        return partial(score_routes, num_experts=self.num_experts, score=score, exchange=self.exchange)
+        return partial(score_routes, num_experts=self.kinds.ffn, score=score, exchange=self.exchange)
 
     def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
         """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""
         arguments = self.router.expert_arguments(self.experts.expert_ids)
         routed = replace(routing, weight=weight, payload=payload)
-        output, shared_output = run_experts(
-            hidden,
+        inputs = hidden if self.input_scale == 1 else hidden * self.input_scale
+        meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)
+        if self.zero_computation is not None:
+            is_network = routing.expert_index < self.kinds.ffn
+            others = routed.only((~is_network).nonzero()[:, 0])
+            routed = routed.only(is_network.nonzero()[:, 0])
+            meanwhile = partial(self._run_zero_computation, self.zero_computation, inputs, others, meanwhile)
+        output, beside = run_experts(
+            inputs,
             routed,
-            self.num_experts,
+            self.kinds.ffn,
             partial(self.experts, **arguments),
             self.exchange,
-            meanwhile=None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden),
+            meanwhile=meanwhile,
             experts_of_sender=self.experts_of_sender,
             combine=self.combine,
         )
-        if shared_output is None:
+        if beside is None:
             return output
         with part("combine"):
-            return output + shared_output
+            return output + beside
 
     def _run_shared(self, shared_experts: SwiGLU, hidden: Tensor) -> Tensor:
         with part("shared_experts"):
             return shared_experts(hidden)
+
+    def _run_zero_computation(
+        self,
+        experts: ZeroComputationExperts,
+        inputs: Tensor,
+        routed: Routing,
+        shared: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        with part("experts"):
+            output = experts(inputs, routed.token_index, routed.expert_index, routed.weight)
+        return output if shared is None else output + shared()

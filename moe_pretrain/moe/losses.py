@@ -75,6 +75,36 @@ def load_balance_loss(
     return _mean_of_shares(share, router_probs, token_mask)
 
 
+def cost_balance_loss(
+    router_probs: Float[Tensor, "tokens experts"],
+    route_counts: Float[Tensor, "groups experts"],
+    cost: Float[Tensor, "experts"],
+    routes_per_token: float,
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """``load_balance_loss`` of experts that do not cost the same: where it is even, ``cost * routes`` is the same.
+
+    ``mean_t sum_e(cost[e] * f[g(t), e] * P[t, e])`` with the share ``f`` of the group's tokens that go to expert ``e``,
+    so that ``sum_e f = routes_per_token``, and no factor of the number of experts. Only ``P`` carries a gradient.
+
+    Args:
+        router_probs: float32; rows sum to 1. Tokens are ordered by group, the same number in each.
+        route_counts: Routes to each expert in each group, padding left out.
+        cost: What a route to each expert costs.
+        routes_per_token: Of every token.
+        token_mask: True for text tokens; the others count nowhere.
+
+    Returns:
+        Unweighted loss, in the unit of ``cost``; 0 when the micro-batch has no text token.
+
+    Source:
+        MoE++ (Jin et al. 2024, arXiv:2410.07348), eq. 7, the heterogeneous load balance loss.
+    """
+    num_experts = router_probs.shape[1]
+    share = routes_per_token * route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return _mean_of_shares(share * cost / num_experts, router_probs, token_mask)
+
+
 def sparsity_loss(
     gates: Float[Tensor, "tokens experts"],
     route_counts: Float[Tensor, "groups experts"],

@@ -17,7 +17,7 @@ Axis names (one meaning each, in every file under ``moe/``):
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -43,6 +43,7 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        document_ids: Document of each token within its row, -1 for padding; None where a row is one document.
         pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
@@ -54,6 +55,8 @@ class RoutingContext:
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
         score_routes: Runs candidate experts as far as their keys; None unless the router asks for it.
+        carried: ``Routing.carried`` of the MoE layer below, with gradient; None in the lowest one, and where that
+            layer's router carries nothing.
     """
 
     token_mask: Bool[Tensor, "tokens"]
@@ -68,7 +71,9 @@ class RoutingContext:
     ranks: tuple[int, ...] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
+    carried: Float[Tensor, "tokens experts"] | None = None
     pass_index: int = 0
+    document_ids: Int[Tensor, "tokens"] | None = None
 
 
 @runtime_checkable
@@ -101,6 +106,8 @@ class Routing:
         aux: Named auxiliary losses, unweighted scalars; means over the micro-batch's text tokens.
         use: What the router did, for statistics; detached.
         payload: Rows that travel to the expert with the route, with gradient; None for most schemes.
+        carried: What the router of the next MoE layer gets in ``RoutingContext.carried``, float32, with gradient; None
+            for most schemes. Routers are never run again in backward, so this needs no care under recomputation.
     """
 
     token_index: Int[Tensor, "routes"]
@@ -110,6 +117,34 @@ class Routing:
     use: "RouterUse"
     aux: dict[str, Tensor] = field(default_factory=dict)
     payload: Float[Tensor, "routes low"] | None = None
+    carried: Float[Tensor, "tokens experts"] | None = None
+
+    def only(self, routes: Int[Tensor, "kept"]) -> "Routing":
+        """The same decision with the routes ``routes`` (ascending) alone."""
+        return replace(
+            self,
+            token_index=self.token_index[routes],
+            expert_index=self.expert_index[routes],
+            weight=self.weight[routes],
+            payload=None if self.payload is None else self.payload[routes],
+            routes_per_token=None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Routing):
+    """A decision to merge experts. To whoever looks on, every token has a route to each with its mixture's weight.
+
+    No token is sent by it: the layer reads ``mixture`` and ``lengths`` alone. ``use.tokens_per_expert`` are sums of the
+    weights instead of numbers of routes.
+
+    Attributes:
+        mixture: Share of each expert in the parameters of each segment's network, float32, with gradient.
+        lengths: Tokens of each segment, in the order of tokens.
+    """
+
+    mixture: Float[Tensor, "segments experts"]
+    lengths: Int[Tensor, "segments"]
 
 
 @dataclass(frozen=True)
@@ -178,11 +213,61 @@ class StepUse:
 
 @dataclass(frozen=True)
 class MoEOutput:
-    """Output of a MoE layer: new hidden states, named unweighted aux losses, detached statistics."""
+    """Output of a MoE layer: new hidden states, named unweighted aux losses, statistics, ``Routing.carried``."""
 
     hidden: Float[Tensor, "tokens hidden"]
     aux: dict[str, Tensor]
     use: RouterUse
+    carried: Float[Tensor, "tokens experts"] | None = None
+
+
+@dataclass(frozen=True)
+class ExpertKinds:
+    """Numbers of the experts that a router chooses among, over all ranks, in the order of their ids.
+
+    Attributes:
+        ffn: Feed-forward networks, which are sharded over ranks and reached by the exchange.
+        constant: ``a x + b v`` with a learnt vector ``v``; this and what follows is computed where the token is.
+        copy: ``x``.
+        zero: 0.
+    """
+
+    ffn: int
+    constant: int = 0
+    copy: int = 0
+    zero: int = 0
+
+    @property
+    def zero_computation(self) -> int:
+        """Experts that are no feed-forward network."""
+        return self.constant + self.copy + self.zero
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.ffn + self.zero_computation
+
+    @property
+    def zeros(self) -> range:
+        """Ids of the experts whose output is 0."""
+        return range(self.total - self.zero, self.total)
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """Facts of the layer that a router is built for.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        is_lowest: Whether no layer below it is MoE.
+        kinds: Its experts.
+        expert_width: Inner width of a feed-forward expert.
+    """
+
+    layer: int
+    is_lowest: bool
+    kinds: ExpertKinds
+    expert_width: int
 
 
 @dataclass(frozen=True)
@@ -227,8 +312,13 @@ class Router(nn.Module):
         gradients_by_design: What has on purpose a gradient that is not its derivative -> why: names of aux losses that
             hold something constant, or ``weight``.
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
+        other_scales: Aux losses that measure balance in another unit than ``load_balance_loss``, which is 1 for an even
+            load -> why.
+        start_stds: Parameters that ``model.init`` gives a standard deviation of their own, at every width.
         buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
             checkpoint with others is refused.
+        reads_earlier_tokens: Whether a decision is made of hidden states of earlier tokens too, so that it cannot be
+            made for a new token alone.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
             it depends on how the global batch is cut.
     """
@@ -244,7 +334,10 @@ class Router(nn.Module):
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""
+    reads_earlier_tokens: ClassVar[bool] = False
     losses_depend_on_cut: bool = False
+    other_scales: Mapping[str, str] = MappingProxyType({})
+    start_stds: Mapping[str, float] = MappingProxyType({})
     buffer_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     def __init__(self, layer: int):
@@ -293,6 +386,27 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor, context: RoutingContext) -> Routing:
         """Route ``hidden [tokens, hidden]``."""
         raise NotImplementedError
+
+
+class MergingRouter(Router):
+    """Decides how experts are merged for which tokens. No aux losses; it measures how long segments are."""
+
+    num_sums = 1
+    reads_earlier_tokens = True
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """No aux losses."""
+        return {}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """No."""
+        return False
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """Mean tokens that share a merged network."""
+        return {"tokens_per_merge": use.tokens / max(1.0, float(use.sums[0]))}
 
 
 @runtime_checkable

@@ -100,7 +100,7 @@ def prepare_experts(model: DecoderLM, expert_parallel_size: int) -> None:
             parameter.group_name = _group_name(expert_parallel_size)  # type: ignore[attr-defined]
         if expert_parallel_size > 1:
             layer.exchange = AllToAll(expert_groups(expert_parallel_size)[0])
-    model.deepspeed_marker = ExpertMarker(layers[0].num_experts, expert_parallel_size, float32_parameters(model))
+    model.deepspeed_marker = ExpertMarker(layers[0].kinds.ffn, expert_parallel_size, float32_parameters(model))
 
 
 def is_expert(parameter: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize
+from moe_pretrain.moe.build import expected_ffn_experts
 from moe_pretrain.plan.memory import BYTES, routes_of_rank
 
 Cost = dict[str, dict[str, float]]
@@ -27,15 +28,18 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     moe, row = config.model.moe, BYTES[dtype] * config.model.hidden_size
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
-    routes = config.model.sequence_length * config.router.mean_experts_per_token
-    asked = 2.0 * (size.routers + size.frozen_routers + size.scoring) + size.attention_statistic_flops
+    routes = config.model.sequence_length * expected_ffn_experts(moe, config.router)
+    asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
     return {
         "router": {"flops_per_token": asked / layers},
         "permute": {"bytes_per_route": 2.0 * row},
         "exchange": {
             "bytes_per_route": (ranks - 1) / ranks * (one_row.sent_bytes + one_row.returned_bytes) / routes,
         },
-        "experts": {"flops_per_route": 2.0 * size.experts_per_route / layers},
+        "experts": {
+            "flops_per_route": 2.0 * size.experts_per_route / layers,
+            "flops_per_token": (2.0 * size.constant_experts + size.merging_flops_per_token) / layers,
+        },
         "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
         "combine": {
             "bytes_per_route": 1.0 * row,

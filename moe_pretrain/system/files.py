@@ -4,9 +4,12 @@ A new file is written beside its place under a temporary name, flushed to the di
 flushed too. A reader, a kill, a power cut or a full disk at any moment finds the old content or the new one.
 """
 
+import contextlib
 import glob
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,42 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is broken: delete it to go on")
     return values
+
+
+PARTIAL_SUFFIX = ".partial"
+"""End of the names of folders that are being written."""
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder that something is in.
+
+    Raises:
+        ValueError: It is not empty, or no folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"FOLDER={folder} must be empty or not exist: nothing is replaced")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``folder`` at the end; after an exception nothing is left.
+
+    Raises:
+        ValueError: Something is in ``folder``.
+    """
+    check_unused(folder)
+    work = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    if work.exists():
+        shutil.rmtree(work)  # of a process that was killed
+    work.mkdir(parents=True)
+    try:
+        yield work
+        sync_folder(work)
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
 
 
 class WholeFile:

@@ -77,7 +77,7 @@ class Evaluator:
     def _collector(self, reader: ShardReader) -> Collector:
         length, layers = self._config.model.sequence_length, self._engine.model.moe_layers()
         num_rows = len(validation_rows(reader, length, self._config.evaluation.max_rows))
-        return Collector(reader.document_ends, length, num_rows, layers[0].num_experts if layers else 0)
+        return Collector(reader.document_ends, length, num_rows, layers[0].kinds.total if layers else 0)
 
     def _evaluate_on(
         self, reader: ShardReader, step: int, observers: tuple[Collector, PartClock] | None

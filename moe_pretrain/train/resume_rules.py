@@ -34,15 +34,28 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.mup_base_width": lambda now: True,
     "model.mup_base_layers": lambda now: True,
     "model.moe.combine": lambda now: now == {"name": "sum"},
+    "model.moe.experts": lambda now: now == {"name": "swiglu"},
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
 }
 """Fields that a run from before they existed goes on without, and which of their values are no news to it.
 
 ``init`` and ``gate_init`` act in step 0 alone, but for ``mup``, which scales rates.
 """
-_ONLY_WHEN_ABSENT = {"model.init": "normal or width_aware", "model.moe.combine": "{'name': 'sum'}"}
+_ONLY_WHEN_ABSENT = {
+    "model.init": "normal or width_aware",
+    "model.moe.combine": "{'name': 'sum'}",
+    "model.moe.experts": "{'name': 'swiglu'}",
+}
 """Those of them that are refused with any other value -> the values that they may have."""
-_KINDS = ("data.source", "tokenizer.kind", "router.name", "model.moe.combine.name", "optimizer.name", "schedule.name")
+_KINDS = (
+    "data.source",
+    "tokenizer.kind",
+    "router.name",
+    "model.moe.combine.name",
+    "model.moe.experts.name",
+    "optimizer.name",
+    "schedule.name",
+)
 """Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
 _ABSENT = object()
 

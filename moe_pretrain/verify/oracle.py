@@ -23,6 +23,7 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
@@ -39,6 +40,7 @@ from moe_pretrain.verify.oracle_parts import (
     rms_norm,
     rotate,
     run_expert,
+    run_merged,
     score,
     statistic_of_matrices,
     swiglu,
@@ -72,8 +74,8 @@ class StepRecord:
 class _Rows:
     """The global batch: all rows of all micro-batches of all ranks, and where the cuts between them were.
 
-    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants, ``pass_index`` the
-    pass over them.
+    ``attention`` is the statistic ``[rows, sequence]`` that the router of the layer at hand wants, ``carried`` what the
+    router of the MoE layer below hands to it, ``[tokens, experts]``, and ``pass_index`` the pass over them.
     """
 
     input_ids: Tensor
@@ -83,17 +85,22 @@ class _Rows:
     row_positions: Tensor
     rows_per_micro_batch: list[int]
     attention: Tensor | None = None
+    carried: Tensor | None = None
     pass_index: int = 0
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums."""
+    """One MoE layer's result: hidden states, aux losses, routes of text tokens per expert, the scheme's own sums.
+
+    ``carried`` is for the router of the next MoE layer.
+    """
 
     hidden: Tensor
     aux: dict[str, Tensor]
     tokens_per_expert: Tensor
     sums: Tensor
+    carried: Tensor | None
 
 
 class Oracle:
@@ -179,7 +186,7 @@ class Oracle:
         rows = replace(rows, pass_index=pass_index)
         epsilon = self.config.model.norm_epsilon
         hidden = self.model.embedding.weight[rows.input_ids]
-        layers = []
+        layers: list[_Layer] = []
         for block in self.model.blocks:
             assert isinstance(block, Block)
             normed = rms_norm(hidden, block.attention_norm.weight, epsilon)
@@ -189,7 +196,7 @@ class Oracle:
             hidden = hidden + attended
             normed = rms_norm(hidden, block.feed_forward_norm.weight, epsilon)
             if isinstance(block.feed_forward, MoELayer):
-                seen = replace(rows, attention=statistic)
+                seen = replace(rows, attention=statistic, carried=layers[-1].carried if layers else None)
                 layer = self._moe(normed.flatten(0, 1), block.feed_forward, step, seen)
                 layers.append(layer)
                 hidden = hidden + layer.hidden.view_as(hidden)
@@ -239,9 +246,10 @@ class Oracle:
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
         global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
         output = torch.zeros_like(hidden)
-        counts = torch.zeros(layer.num_experts, dtype=torch.float64)
+        counts = torch.zeros(layer.kinds.total, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
         aux: dict[str, Tensor] = {}
+        carried: list[Tensor] = []
         first_row = 0
         for num_rows in cuts:
             part = slice(first_row * length, (first_row + num_rows) * length)
@@ -250,10 +258,17 @@ class Oracle:
             if (formula := _FORMULAS.get(type(router))) is not None:
                 routed, weight, cut_aux = formula(self, hidden[part], router, context)
             else:
-                routed, weight, cut_aux, cut_sums = self._routing(hidden[part], router, context)
+                routed, weight, cut_aux, cut_sums, cut_carried = self._routing(hidden[part], router, context)
                 sums += cut_sums
-            results = torch.zeros(layer.num_experts, *hidden[part].shape)
-            for expert in range(layer.num_experts):
+                carried += [] if cut_carried is None else [cut_carried]
+            if isinstance(layer.experts, MergedExperts):
+                counts += (weight.detach().double() * text[part, None]).sum(dim=0)
+                merged = run_merged(layer.experts, hidden[part], weight)
+                output = output.index_add(0, torch.arange(part.start, part.stop), merged)
+                first_row += num_rows
+                continue
+            results = torch.zeros(layer.kinds.total, *hidden[part].shape)
+            for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 counts[expert] += float(text[part][tokens].sum())
                 result = run_expert(layer, expert, hidden[part][tokens])
@@ -267,7 +282,7 @@ class Oracle:
         if layer.shared_experts is not None:
             shared = layer.shared_experts
             output = output + swiglu(hidden, shared.in_weight, shared.out_weight)
-        return _Layer(output, aux, counts, sums)
+        return _Layer(output, aux, counts, sums, torch.cat(carried) if carried else None)
 
     @torch.no_grad()
     def _routes_of_cuts(
@@ -276,7 +291,7 @@ class Oracle:
         """Routes per expert of the global batch where a router sees it in several cuts, else None."""
         if len(cuts) == 1:
             return None
-        total = torch.zeros(layer.num_experts, dtype=torch.float64)
+        total = torch.zeros(layer.kinds.total, dtype=torch.float64)
         length, first_row = rows.document_ids.shape[1], 0
         for num_rows in cuts:
             context = _context(self.config, rows, step, first_row, num_rows, total, layer)
@@ -330,16 +345,17 @@ class Oracle:
 
     def _routing(
         self, hidden: Tensor, router: Router, context: RoutingContext
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        """The same from the router's own decision, for schemes without a formula here, and its own sums."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+        """The same from the router's own decision, for schemes without a formula; its own sums, and ``carried``."""
         routing = router(hidden, context)
         routes = (routing.token_index, routing.expert_index)
-        empty = torch.zeros(hidden.shape[0], self.config.model.moe.num_experts)
+        empty = torch.zeros(hidden.shape[0], self.config.model.moe.kinds.total)
         return (
             empty.bool().index_put(routes, torch.tensor(True)),
             empty.index_put(routes, routing.weight),
             routing.aux,
             torch.zeros(router.num_sums, dtype=torch.float64) if routing.use.sums is None else routing.use.sums,
+            routing.carried,
         )
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -377,7 +393,7 @@ def _mean_of_passes(layers: Sequence[_Layer]) -> _Layer:
     counts, sums = (
         torch.stack([getattr(layer, name) for layer in layers]).mean(dim=0) for name in ("tokens_per_expert", "sums")
     )
-    return _Layer(layers[0].hidden, aux, counts, sums)
+    return _Layer(layers[0].hidden, aux, counts, sums, layers[0].carried)
 
 
 def _join(micro_batches: Sequence[MicroBatch]) -> _Rows:
@@ -407,7 +423,9 @@ def _context(
         sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
         global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
+        document_ids=rows.document_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
         score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
+        carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],
         pass_index=rows.pass_index,
     )

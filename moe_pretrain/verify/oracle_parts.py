@@ -7,6 +7,8 @@ from torch import Tensor
 
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
+from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
 
@@ -63,7 +65,17 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     """One expert's output; a factorised gate is computed from the input, never sent along."""
-    experts = layer.experts
+    experts, kinds = layer.experts, layer.kinds
+    hidden = hidden * layer.input_scale
+    if expert >= kinds.ffn + kinds.constant:
+        return hidden if expert < kinds.ffn + kinds.constant + kinds.copy else torch.zeros_like(hidden)
+    if expert >= kinds.ffn:
+        assert layer.zero_computation is not None
+        constant = layer.zero_computation.constants[expert - kinds.ffn]
+        assert isinstance(constant, ConstantExpert)
+        powers = (hidden @ constant.mix_weight.T).exp()
+        of_input, of_value = (powers / powers.sum(dim=1, keepdim=True)).split(1, dim=1)
+        return of_input * hidden + of_value * constant.value
     if isinstance(experts, FactorisedExperts):
         owner = layer.router if experts.down_weight is None else experts
         down_weight = owner.down_weight
@@ -72,6 +84,20 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
     return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+
+
+def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Every token through the network whose parameters are the experts' sums with the token's own weights."""
+    outputs = []
+    _, lengths = weight.detach().unique_consecutive(dim=0, return_counts=True)
+    for rows, shares in zip(hidden.split(lengths.tolist()), weight.split(lengths.tolist()), strict=True):
+        gate, up, out = (torch.zeros(()) for _ in range(3))
+        for expert, share in enumerate(shares[0]):
+            gate = gate + share * experts.in_weight[:, 0, expert]
+            up = up + share * experts.in_weight[:, 1, expert]
+            out = out + share * experts.out_weight[:, expert]
+        outputs.append(swiglu(rows, torch.cat([gate, up]), out.T))
+    return torch.cat(outputs)
 
 
 def combine_outputs(config: CombineConfig, outputs: Tensor, weights: Tensor, routed: Tensor) -> Tensor:
@@ -135,7 +161,7 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
 def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
     """Every candidate's key, made from its activation, times the token's query."""
     scores = torch.zeros(candidates.shape)
-    for expert in range(layer.num_experts):
+    for expert in range(layer.kinds.ffn):
         routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
         keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
         scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))

@@ -17,7 +17,7 @@ LEVELS = {
     "engine": 4,
     **dict.fromkeys(("checkpoint", "metrics"), 5),
     "config": 6,
-    **dict.fromkeys(("plan", "verify", "sweep", "huggingface", "inference"), 7),
+    **dict.fromkeys(("plan", "verify", "sweep", "huggingface", "inference", "surgery"), 7),
     **dict.fromkeys(("train", "analysis"), 8),
     "commands": 9,
     "cli": 10,

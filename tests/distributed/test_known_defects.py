@@ -82,7 +82,7 @@ def _starve(model: DecoderLM) -> None:
     with torch.no_grad():
         model.embedding.weight[:, 0] = 3.0
         for layer in model.moe_layers():
-            layer.router.weight[:, 0] = torch.tensor([4.0, 3.0] + [-4.0] * (layer.num_experts - 2))
+            layer.router.weight[:, 0] = torch.tensor([4.0, 3.0] + [-4.0] * (layer.kinds.total - 2))
 
 
 def _uneven(model: DecoderLM) -> None:

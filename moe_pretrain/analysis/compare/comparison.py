@@ -49,6 +49,16 @@ MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
         lambda run: measures.at_end(run.validation[-1:], "validation_experts_per_token"),
         ".3g",
     ),
+    "zero_computation_share": (
+        "Routes to zero-computation experts",
+        lambda run: measures.at_end(run.train, "zero_computation_share"),
+        ".1%",
+    ),
+    "active_experts": (
+        "Experts in use per layer",
+        lambda run: measures.at_end(run.train, "active_experts"),
+        ".3g",
+    ),
     "flops_per_token": ("FLOPs per token", lambda run: _last(measures.training_flops(run.train), run), ".3g"),
     "training_flops": ("Training FLOPs", lambda run: _last(measures.training_flops(run.train)), ".3g"),
     "training_seconds": ("Seconds in steps", lambda run: _last(measures.training_seconds(run.train)), ".4g"),

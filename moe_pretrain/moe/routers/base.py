@@ -12,7 +12,16 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
-from moe_pretrain.moe.types import BalanceLevel, ExpertRanking, Router, RouterUse, Routing, RoutingContext, as_count
+from moe_pretrain.moe.types import (
+    BalanceLevel,
+    ExpertRanking,
+    LayerPlace,
+    Router,
+    RouterUse,
+    Routing,
+    RoutingContext,
+    as_count,
+)
 
 JITTER_STREAM = 1
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -57,10 +66,35 @@ class RouterConfig(ABC):
         """``build`` for a module that also needs the inner width of an expert, as one that maps keys from it does."""
         return self.build(hidden_size, num_experts, layer)
 
+    def build_in_place(self, hidden_size: int, place: LayerPlace) -> Router:
+        """``build_for_experts`` for a module that also asks which experts are no networks, or what lies below."""
+        return self.build_for_experts(hidden_size, place.kinds.total, place.layer, place.expert_width)
+
+    @property
+    def zero_computation_load(self) -> float:
+        """Routes to a zero-computation expert, as a multiple of those to a feed-forward one, that balance aims at."""
+        return 1.0
+
     @property
     def dense_experts(self) -> int:
         """Experts whose summed width one dense network has in their place; 0 for every scheme that routes."""
         return 0
+
+    def check_sequence_length(self, sequence_length: int) -> None:  # noqa: B027  # most schemes fit any
+        """Raise ``ValueError`` if the scheme cannot serve rows of ``sequence_length`` tokens."""
+
+    def for_sequence_length(self, sequence_length: int) -> "RouterConfig":
+        """The same scheme for rows that ``verify`` and ``certify`` have made short."""
+        return self
+
+    def mean_segment_tokens(self, sequence_length: int) -> float | None:
+        """Tokens that share one merged network, as expected; None for schemes that send tokens to experts."""
+        return None
+
+    @property
+    def merges_experts(self) -> bool:
+        """Whether parameters are merged and no token is sent to an expert."""
+        return False
 
     @property
     def two_pass_weight(self) -> float | None:
@@ -127,6 +161,26 @@ class FixedCountConfig(RouterConfig):
     def mean_experts_per_token(self) -> float:
         """Routes per token."""
         return float(self.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingConfig(RouterConfig):
+    """Base of schemes that merge the parameters of experts."""
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if there is nothing to merge."""
+        if num_experts < 2:
+            raise ValueError(f"model.moe.num_experts={num_experts} must be at least 2 for router={self.name}")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """One merged network."""
+        return 1.0
+
+    @property
+    def merges_experts(self) -> bool:
+        """Yes."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

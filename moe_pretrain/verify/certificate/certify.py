@@ -92,7 +92,7 @@ def certify(
     model = Subject(config).config.model
     parts = "" if model.moe.combine.name == "sum" else f" combine={model.moe.combine.name}"
     say(
-        f"router={config.router.name} ({source}){parts} in {len(model.moe_layers)} layers of {model.moe.num_experts} "
+        f"router={config.router.name} ({source}){parts} in {len(model.moe_layers)} layers of {model.moe.kinds.total} "
         "experts, cpu, float32"
     )
     rows = []

@@ -35,7 +35,7 @@ ROUNDING = 1e-5
 """A gradient that is a smaller part of the whole model's is zero but for rounding."""
 SURE_LOGIT = 30.0
 """A logit at which float32's softmax and sigmoid are sure."""
-_WEIGHTS_OF_ONE = {"renormalised": "raw", "selected": "full"}
+_WEIGHTS_OF_ONE = {"renormalised": "raw", "zero_dropped": "raw", "selected": "full"}
 """Weights that a scheme may refuse for one expert per token -> what it has instead."""
 
 
@@ -180,6 +180,10 @@ def _balance_losses(subject: Subject) -> tuple[Router, Decision, list[str]]:
             low, high = uniform.aux[name].item(), collapsed.aux[name].item()
             if low > 1e-6 and factor > 1 and abs(high / low - factor) <= 1e-3 * factor:
                 names.append(name)
+    other_scales = {name: router.other_scales[name] for name in names if name in router.other_scales}
+    names = [name for name in names if name not in other_scales]
+    if not names and other_scales:
+        raise NotApplicable("; ".join(f"{name} is in another unit: {why}" for name, why in other_scales.items()))
     if not names:
         found = ", ".join(sorted(others))
         unchecked = f"; nothing checks the scale of {found}" if found else ": it has no aux loss"
@@ -329,7 +333,7 @@ def _keeps_state(subject: Subject) -> str:
 def _move(model: DecoderLM, seen: Pass) -> None:
     """Many steps of uneven load, so that whatever moves has moved far enough to change routes."""
     for layer, use in zip(model.moe_layers(), step_uses(seen.output.uses), strict=True):
-        load = torch.arange(layer.num_experts, 0, -1, dtype=torch.float64)
+        load = torch.arange(layer.kinds.total, 0, -1, dtype=torch.float64)
         for _ in range(STATE_STEPS):
             layer.router.after_step(replace(use, tokens_per_expert=load.clone(), tokens=int(load.sum())))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe.combine import SumConfig
+from moe_pretrain.moe.experts.config import SwiGLUConfig
 from moe_pretrain.verify.certificate.subject import NotApplicable, Subject, require
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
@@ -34,7 +35,7 @@ def _starts_as_loud(subject: Subject) -> str:
     moe = replace(model.moe, expert_hidden_size=min(model.moe.expert_hidden_size, WIDEST_EXPERT, fitting))
     model = replace(model, moe=moe)
     ours = start_loudness(model, router, subject.config.seed)
-    plain_moe = replace(moe, gate_rank=None, combine=SumConfig("sum"))
+    plain_moe = replace(moe, gate_rank=None, combine=SumConfig("sum"), experts=SwiGLUConfig())
     plain = _of_top_2(replace(model, moe=plain_moe), subject.config.seed)
     ratios = {
         "output": ours.output / plain.output,

@@ -72,7 +72,7 @@ class Subject:
         small = shrink(config, plan_run(config, 1))
         self.config = replace(small, model=replace(small.model, recompute="none"))
         self.sequence = small.model.sequence_length
-        self.num_experts = small.model.moe.num_experts
+        self.num_experts = small.model.moe.kinds.total
 
     def model(self, recompute: Recompute = "none", router: RouterConfig | None = None) -> DecoderLM:
         """A model with the initial weights, in training mode; always the same ones."""

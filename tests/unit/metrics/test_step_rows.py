@@ -28,6 +28,7 @@ def row_of(scheme: str, **state: list[float]) -> MetricsRow:
         aux_weights={},
         gradient_norm=1.0,
         tokens_per_expert=torch.tensor([[0.0, 1, 2, 3], [1, 1, 1, 1]], dtype=torch.float64),
+        num_ffn_experts=4,
         tokens=10,
         router_entropy=[0.5, 0.25],
         dropped_share=[0.0, 0.0],

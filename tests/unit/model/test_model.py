@@ -243,6 +243,7 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=random"],
         ["router=uniform"],
         ["router=thor"],
+        ["router=lory", "router.segment_tokens=4"],
         ["router=top_p", "router.threshold=1"],
         ["router=quantile"],
         ["router=expert_threshold", "router.initial_threshold=1e-6"],
@@ -252,6 +253,9 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=loss_free"],
         ["router=relu"],
         ["router=sinkhorn"],
+        ["router=moe_plus_plus"],
+        ["router=moe_plus_plus", "router.projection=two_layer", "model.moe.experts.num_constant=0"],
+        ["router=top_k", "experts=zero_computation"],
         ["router=k_means"],
         ["router=k_means", "router.rule=least_squares"],
         ["router=expert_choice"],
@@ -271,8 +275,9 @@ def test_flops_equal_a_counter_on_the_module(router: list[str]):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         uses = model(ids, ids, zeros, positions, context(2, 12)).uses
     size = model_size(config.model, config.router)
-    if config.router.name in ADAPTIVE:
-        size = size.with_experts_per_token(float(sum(use.tokens_per_expert.sum() for use in uses)) / len(uses) / 24)
+    if config.router.name in ADAPTIVE or config.model.moe.kinds.zero_computation:
+        networks = sum(use.tokens_per_expert[: config.model.moe.num_experts].sum() for use in uses)
+        size = size.with_experts_per_token(float(networks) / len(uses) / 24)
     # The plain products take scores for the full square; a causal mask needs half of it.
     assert counter.get_total_flops() / 24 == pytest.approx(size.forward_flops_per_token + size.attention_score_flops)
 

@@ -44,6 +44,8 @@ ROUTERS = {
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "thor": ["router=thor"],
+    "lory": ["router=lory", "router.segment_tokens=32"],
+    "smear": ["router=smear"],
     "dense": ["router=dense"],
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
@@ -55,6 +57,14 @@ ROUTERS = {
     "quantile": ["router=quantile"],
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
+    # Without training tokens go to all experts alike, which is what balance asks for at tau=1.
+    "moe_plus_plus": ["router=moe_plus_plus", "router.tau=1", "model.init_std=1e-4"],
+    "moe_plus_plus, code": [
+        "router=moe_plus_plus",
+        "router.tau=1",
+        "router.projection=two_layer",
+        "router.logit_std=1",
+    ],
     "large router, noise": ["router=top_k", "router.projection_size=40", "router.jitter=0.1"],
     "expert_choice": ["router=expert_choice"],
     "autonomy, recomputed": ["router=autonomy", "router.gate_rank=16", "router.gate_activation=recomputed"],
@@ -193,6 +203,7 @@ PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_d
 PEAKS += [
     "orthogonal",
     "thor",
+    "lory",
     "autonomy",
     "autonomy_top_p",
     "autonomy_expert_choice",

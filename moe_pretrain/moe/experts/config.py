@@ -1,0 +1,63 @@
+"""Kinds of experts as configured: ``model.moe.experts``, which the group ``experts`` fills in."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
+
+from moe_pretrain.moe.types import ExpertKinds
+
+
+@dataclass(frozen=True)
+class SwiGLUConfig:
+    """Fields of ``experts=swiglu``: all experts are SwiGLU networks of one width.
+
+    Attributes:
+        name: ``swiglu``.
+    """
+
+    name: Literal["swiglu"] = "swiglu"
+
+    def kinds(self, num_experts: int) -> ExpertKinds:
+        """``num_experts`` networks."""
+        return ExpertKinds(num_experts)
+
+
+@dataclass(frozen=True)
+class ZeroComputationConfig:
+    """Fields of ``experts=zero_computation``: beside the networks, experts that cost next to nothing.
+
+    They are computed where the token is, on parameters that every rank has; a route to one enters no exchange and no
+    expert's product. Ids are those of the networks first, then constant, copy and zero ones.
+
+    Attributes:
+        name: ``zero_computation``.
+        num_constant: Experts ``a x + b v``, with ``(a, b) = softmax(W x)`` and a learnt ``v``, >= 0.
+        num_copy: Experts that return their input, >= 0.
+        num_zero: Experts that return 0, >= 0.
+        input_scale: Factor of the input of every routed expert, the networks too, > 0. The equations have none;
+            the code of MoE++ doubles it for its two routes per token.
+
+    Source:
+        Jin et al. 2024 (arXiv:2410.07348), MoE++, sec. 3.1.
+    """
+
+    name: Literal["zero_computation"]
+    num_constant: NonNegativeInt
+    num_copy: NonNegativeInt
+    num_zero: NonNegativeInt
+    input_scale: PositiveFloat
+
+    def __post_init__(self) -> None:
+        if self.num_constant + self.num_copy + self.num_zero == 0:
+            raise ValueError(
+                "model.moe.experts.num_constant=0, num_copy=0 and num_zero=0: one must be above 0, or experts=swiglu"
+            )
+
+    def kinds(self, num_experts: int) -> ExpertKinds:
+        """``num_experts`` networks and the others."""
+        return ExpertKinds(num_experts, self.num_constant, self.num_copy, self.num_zero)
+
+
+ExpertsConfig = Annotated[SwiGLUConfig | ZeroComputationConfig, Field(discriminator="name")]
+"""Every kind of experts."""
