@@ -12,7 +12,7 @@ from moe_pretrain.engine.elastic import check_elastic
 from moe_pretrain.engine.optimizers.base import check_groups
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import num_sharded_experts, width_problems
+from moe_pretrain.moe.build import sharded, width_problems
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 
@@ -53,7 +53,7 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     """
     plan, moe = plan_run(config, world_size), config.model.moe
     config.schedule.check(plan.batches.num_steps)
-    config.parallel.check(world_size, num_sharded_experts(moe, config.router))
+    config.parallel.check(world_size, *sharded(moe, config.router))
     # One that has checkpoints goes on from those, also where what it began with is gone.
     if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
         locate(Path(config.checkpoint.warm_start))
@@ -75,6 +75,13 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     if plan.device == "cuda" and plan.dtype == "bfloat16":
         for problem in width_problems(moe, config.router, config.model.hidden_size):
             raise ValueError(problem)
+        slices = config.parallel.expert_parallel_size
+        if config.router.merges_experts and (local := moe.expert_hidden_size // slices) % 8:
+            raise ValueError(
+                f"model.moe.expert_hidden_size={moe.expert_hidden_size} must be a multiple of {8 * slices} with "
+                f"parallel.expert_parallel_size={slices} and router={config.router.name} on a GPU in bfloat16: "
+                f"grouped_mm takes no {local} units of it"
+            )
     return plan
 
 

@@ -156,6 +156,12 @@ class Config:
 
     def __post_init__(self) -> None:
         check_experts(self.model.moe, self.router)
+        self.router.check_sequence_length(self.model.sequence_length)
+        if self.router.merges_experts and self.model.init == "mup":
+            raise ValueError(
+                f"model.init=mup must be normal or width_aware with router={self.router.name}: its rules are of "
+                "experts that are not merged"
+            )
         check_gate(self.model.moe, self.router, self.model.hidden_size)
         check_combine(self.model.moe, self.router)
         sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}

@@ -65,6 +65,11 @@ def check_elastic(
             raise ValueError(f"the {name}={value} must be a power of two {word}: sums are balanced binary trees")
     if router.dense_experts:
         return
+    if router.merges_experts:
+        raise ValueError(
+            f"router={router.name} must be another {word}: ranks add up parts of a token's output, in sums that depend "
+            "on how many they are"
+        )
     with torch.device("meta"):
         module = build_router(model.moe, router, model.hidden_size, layer=0)
     if module.needs_expert_scores or module.expert_arguments(range(1)):

@@ -30,6 +30,7 @@ def routing_context(
         sum_over_global_batch=sum_over_global_batch,
         global_tokens=global_tokens,
         token_ids=batch.input_ids.flatten(),
+        document_ids=batch.document_ids.flatten(),
     )
 
 

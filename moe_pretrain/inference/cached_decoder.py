@@ -30,6 +30,11 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
         raise ConfigError(
             f"router={name} cannot generate: a token's experts depend on later tokens, which do not exist yet"
         )
+    if any(router.reads_earlier_tokens for router in routers):
+        raise ConfigError(
+            f"router={name} cannot generate yet: a new token's network is merged by hidden states of earlier tokens, "
+            "which are not kept"
+        )
     return routers[0].evaluation_rule or None if routers else None
 
 

@@ -11,6 +11,7 @@ from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, parameter_roles
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.routers.attentive import QueryKey
@@ -45,8 +46,10 @@ def initialise(model: DecoderLM, seed: int) -> None:
     large router                    32, 0.32 at 768 and 256)
     ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
+    experts that are merged         ``sqrt(num_experts)`` times that of others, so that the network merged evenly of
+                                    independent ones starts like one of them
     ``start_stds`` of a router or   what it says, with every ``model.init``
-    of a constant expert
+    of a constant expert            (``start_values``: that number, without spread)
     everything else, a router's     ``base_std``
     ``frozen_weights`` too
     ==============================  ==============================================================================
@@ -68,8 +71,13 @@ def initialise(model: DecoderLM, seed: int) -> None:
                 is_scale = roles[full_name].is_final_norm and config.init == "mup"
                 parameter.fill_(config.mup_base_width / config.hidden_size if is_scale else 1.0)
                 continue
+            if isinstance(module, Router) and name in module.start_values:
+                parameter.fill_(module.start_values[name])
+                continue
             std = parameter_std(module, name, parameter, roles[full_name], config)
-            if isinstance(module, SwiGLUExperts | FactorisedExperts):
+            if isinstance(module, MergedExperts):
+                _fill_merged(module, parameter, std, seed, full_name)
+            elif isinstance(module, SwiGLUExperts | FactorisedExperts):
                 for expert_id, expert in zip(module.expert_ids, parameter.unbind(0), strict=True):
                     _fill_normal(expert, std, seed, f"{full_name}/{expert_id}")
             else:
@@ -80,6 +88,16 @@ def initialise(model: DecoderLM, seed: int) -> None:
                 if not buffer.is_meta:
                     std = base_std(config) * (_output_factor(config) if config.init == "mup" else 1.0)
                     _fill_normal(buffer, std, seed, f"{module_name}.{name}")
+
+
+def _fill_merged(module: MergedExperts, parameter: Tensor, std: float, seed: int, full_name: str) -> None:
+    """Fill this rank's inner units of every expert; all are drawn, so that any number of ranks starts alike."""
+    axis = parameter.ndim - 2
+    units = slice(module.units.start, module.units.stop)
+    for expert_id, expert in enumerate(parameter.unbind(axis)):
+        whole = torch.empty(module.width, *expert.shape[1:])
+        _fill_normal(whole, std * math.sqrt(len(module.expert_ids)), seed, f"{full_name}/{expert_id}")
+        expert.copy_(whole[units])
 
 
 def base_std(config: ModelConfig) -> float:

@@ -53,6 +53,7 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.routers.attentive import QueryKey
@@ -73,6 +74,7 @@ _GROUP_OF: dict[type[nn.Module], GroupName] = {
     Attention: "attention",
     SwiGLUExperts: "experts",
     FactorisedExperts: "experts",
+    MergedExperts: "experts",
     ConstantExpert: "experts",
     SwiGLU: "ffn",
 }

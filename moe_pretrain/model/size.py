@@ -1,5 +1,6 @@
 """Parameters and FLOPs of a configuration, counted without building the model."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,8 @@ class ModelSize:
         attention: All attention layers.
         norms: All norms.
         dense_ffn: Dense feed-forward networks and shared experts.
-        routers: All routers.
+        routers: Matrices of all routers.
+        router_vectors: Their vectors, which no product has.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
         experts: All routed experts that are networks.
         constant_experts: Zero-computation experts with parameters; every token passes their maps.
@@ -35,6 +37,9 @@ class ModelSize:
             takes; it has no backward.
         combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
             backward costs as many.
+        merge_flops: Forward FLOPs of merging one network's experts in all layers, the router's decision included; 0 for
+            schemes that send tokens to experts.
+        merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
         num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
     """
@@ -45,6 +50,7 @@ class ModelSize:
     norms: int
     dense_ffn: int
     routers: int
+    router_vectors: int
     frozen_routers: int
     experts: int
     constant_experts: int
@@ -55,6 +61,8 @@ class ModelSize:
     attention_score_flops: float
     attention_statistic_flops: float
     combine_flops: float
+    merge_flops: float
+    merges_per_token: float
     num_passes: int
     head_matmul: int
 
@@ -71,10 +79,21 @@ class ModelSize:
     @property
     def forward_flops_per_token(self) -> float:
         """FLOPs of one token's forward pass: 2 per matrix entry each time it is used, plus the attention scores."""
-        matrices = self.attention + self.dense_ffn + self.routers + self.active_experts + self.head_matmul
+        matrices = self.attention + self.dense_ffn + self.active_experts + self.head_matmul
         matrices += self.constant_experts
-        matrices += self.scoring + self.frozen_routers
-        return 2.0 * matrices + self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
+        matrices += self.scoring + self.router_matmul + self.frozen_routers
+        others = self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
+        return 2.0 * matrices + others + self.merging_flops_per_token
+
+    @property
+    def router_matmul(self) -> int:
+        """Parameters of routers that multiply every token; those that merge experts multiply means of tokens."""
+        return 0 if self.merge_flops else self.routers
+
+    @property
+    def merging_flops_per_token(self) -> float:
+        """A token's share of the merging of the networks that it uses, forward."""
+        return self.merge_flops * self.merges_per_token
 
     @property
     def training_flops_per_token(self) -> float:
@@ -91,9 +110,13 @@ class ModelSize:
         combining = self.combine_flops * (routes / planned) ** 2 if planned else 0.0
         return replace(self, active_experts=routes * self.experts_per_route, combine_flops=combining)
 
+    def with_tokens_per_merge(self, tokens: float) -> "ModelSize":
+        """The same model with ``tokens`` tokens for each merged network: what a run was measured to have."""
+        return replace(self, merges_per_token=1 / tokens)
+
     @property
     def _backbone(self) -> int:
-        return self.attention + self.norms + self.dense_ffn + self.routers + self.constant_experts
+        return self.attention + self.norms + self.dense_ffn + self.routers + self.router_vectors + self.constant_experts
 
 
 def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
@@ -106,8 +129,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = frozen = experts = constants = expert = first_layers = 0
-    routes = statistic_flops = combining = 0.0
+    routers = vectors = frozen = experts = constants = expert = first_layers = 0
+    routes = statistic_flops = combining = merging = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -119,7 +142,9 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
         with torch.device("meta"):
             modules = [build_router(moe, router, width, layer) for layer in config.moe_layers]
-        routers = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        sizes = [(parameter.ndim, parameter.numel()) for module in modules for parameter in module.parameters()]
+        routers = sum(size for ndim, size in sizes if ndim >= 2)
+        vectors = sum(size for ndim, size in sizes if ndim < 2)
         frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
         if any(module.attention_statistic is not None for module in modules):
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
@@ -127,6 +152,9 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         experts = num_moe * moe.num_experts * expert
         routes = expected_ffn_experts(moe, router)
         combining = num_moe * pair_product_flops(moe.combine, width, routes)
+        if router.merges_experts:
+            # Every expert's parameters times its share, and every expert's logit.
+            merging = 2.0 * num_moe * moe.num_experts * (expert + width)
         first_layers = num_moe * 2 * width * inner
     scored = router.scored_experts(moe.num_experts)
     key_value = config.num_key_value_heads * config.head_size
@@ -138,6 +166,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         norms=(2 * config.num_layers + 1) * width,
         dense_ffn=dense_ffn,
         routers=routers,
+        router_vectors=vectors,
         frozen_routers=frozen,
         experts=experts,
         constant_experts=constants,
@@ -148,6 +177,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
+        merge_flops=merging,
+        merges_per_token=1 / (router.mean_segment_tokens(config.sequence_length) or math.inf),
         num_passes=router.num_passes,
         head_matmul=embedding,
     )

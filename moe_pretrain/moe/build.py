@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace, Router
 
@@ -17,6 +19,8 @@ def build_moe_layer(
         return SwiGLU(hidden_size, dense_width(moe, router))
     module = build_router(moe, router, hidden_size, layer)
     rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
+    if router.merges_experts:
+        return MergedLayer(moe, module, MergedExperts(moe.num_experts, hidden_size, width, shard), hidden_size)
     experts: SwiGLUExperts | FactorisedExperts
     if rank is None:
         experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
@@ -80,6 +84,8 @@ def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
     reason = None
     if router.dense_experts:
         reason = "which has no routed experts"
+    elif router.merges_experts:
+        reason = "which merges parameters, and these have none"
     elif router.expert_gate_rank is not None or router.scored_experts(kinds.ffn):
         reason = "which asks the experts themselves how well a token fits, and these have nothing to answer with"
     if reason is not None:
@@ -95,6 +101,10 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked; a dense network has none."""
     if router.dense_experts:
         return
+    if router.merges_experts and moe.gate_rank is not None:
+        raise ValueError(
+            f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which merges full experts"
+        )
     of_router = router.expert_gate_rank
     if of_router is not None and moe.gate_rank is not None:
         raise ValueError(
@@ -117,6 +127,8 @@ def check_combine(moe: MoEConfig, router: RouterConfig) -> None:
     reason = None
     if router.dense_experts:
         reason = "which has no experts"
+    elif router.merges_experts:
+        reason = "which merges experts instead of their outputs"
     elif router.has_one_expert:
         reason = "in which every token has one expert"
     elif moe.kinds.zero_computation:
@@ -141,6 +153,13 @@ def dense_width(moe: MoEConfig, router: RouterConfig) -> int:
 def num_sharded_experts(moe: MoEConfig, router: RouterConfig) -> int:
     """Experts per MoE layer that are spread over ranks; 0 when the model has no routing."""
     return 0 if router.dense_experts else moe.num_experts
+
+
+def sharded(moe: MoEConfig, router: RouterConfig) -> tuple[str, int]:
+    """Field and number of what expert parallelism spreads over ranks: experts, or the inner width of merged ones."""
+    if router.merges_experts:
+        return "model.moe.expert_hidden_size", moe.expert_hidden_size
+    return "model.moe.num_experts", num_sharded_experts(moe, router)
 
 
 def expected_ffn_experts(moe: MoEConfig, router: RouterConfig) -> float:

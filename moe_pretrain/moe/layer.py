@@ -14,6 +14,7 @@ from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ZeroComputationExperts
 from moe_pretrain.moe.part_timer import part
@@ -91,7 +92,13 @@ class MoELayer(nn.Module):
     ``experts_of_sender`` is None unless the rows of each sending rank are to run by themselves (``engine.elastic``).
     """
 
-    def __init__(self, config: MoEConfig, router: Router, experts: SwiGLUExperts | FactorisedExperts, hidden_size: int):
+    def __init__(
+        self,
+        config: MoEConfig,
+        router: Router,
+        experts: SwiGLUExperts | FactorisedExperts | MergedExperts,
+        hidden_size: int,
+    ):
         super().__init__()
         self.kinds = config.kinds
         self.router = router

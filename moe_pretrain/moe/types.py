@@ -43,6 +43,7 @@ class RoutingContext:
         num_sequences: Sequences in the micro-batch; ``tokens`` is a multiple of it.
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
+        document_ids: Document of each token within its row, -1 for padding; None where a row is one document.
         pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch. Needed by
@@ -72,6 +73,7 @@ class RoutingContext:
     score_routes: "ScoreRoutes | None" = None
     carried: Float[Tensor, "tokens experts"] | None = None
     pass_index: int = 0
+    document_ids: Int[Tensor, "tokens"] | None = None
 
 
 @runtime_checkable
@@ -127,6 +129,22 @@ class Routing:
             payload=None if self.payload is None else self.payload[routes],
             routes_per_token=None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Routing):
+    """A decision to merge experts. To whoever looks on, every token has a route to each with its mixture's weight.
+
+    No token is sent by it: the layer reads ``mixture`` and ``lengths`` alone. ``use.tokens_per_expert`` are sums of the
+    weights instead of numbers of routes.
+
+    Attributes:
+        mixture: Share of each expert in the parameters of each segment's network, float32, with gradient.
+        lengths: Tokens of each segment, in the order of tokens.
+    """
+
+    mixture: Float[Tensor, "segments experts"]
+    lengths: Int[Tensor, "segments"]
 
 
 @dataclass(frozen=True)
@@ -274,6 +292,25 @@ def step_uses(uses: Sequence[RouterUse]) -> list[StepUse]:
     return [StepUse(use.tokens_per_expert, tokens, mean, none if use.sums is None else use.sums) for use in uses]
 
 
+@dataclass(frozen=True)
+class ExpertStart:
+    """An expert that a router has put into use after a step, which begins anew; on every rank alike.
+
+    Attributes:
+        slot: Its id.
+        router_rows: Parameters of the router whose row ``slot`` the router has written; their master copies follow.
+        sources: Experts whose mean weights it begins with; None to leave its weights as they are.
+        noise: Standard deviation of what is added to that mean, over the root mean square of the mean.
+        key: Number of the event, for the noise.
+    """
+
+    slot: int
+    router_rows: tuple[str, ...]
+    sources: Bool[Tensor, "experts"] | None
+    noise: float
+    key: int
+
+
 class Router(nn.Module):
     """Decides which experts serve which token. The base of the modules in ``moe/routers``.
 
@@ -296,9 +333,12 @@ class Router(nn.Module):
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
         other_scales: Aux losses that measure balance in another unit than ``load_balance_loss``, which is 1 for an even
             load -> why.
+        start_values: Parameters that ``model.init`` fills with one number.
         start_stds: Parameters that ``model.init`` gives a standard deviation of their own, at every width.
         buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
             checkpoint with others is refused.
+        reads_earlier_tokens: Whether a decision is made of hidden states of earlier tokens too, so that it cannot be
+            made for a new token alone.
         losses_depend_on_cut: Whether an aux loss is a statistic of the micro-batch (level ``micro_batch``), so that
             it depends on how the global batch is cut.
     """
@@ -314,8 +354,10 @@ class Router(nn.Module):
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})
     gradients_by_design: Mapping[str, str] = MappingProxyType({})
     evaluation_rule: str = ""
+    reads_earlier_tokens: ClassVar[bool] = False
     losses_depend_on_cut: bool = False
     other_scales: Mapping[str, str] = MappingProxyType({})
+    start_values: Mapping[str, float] = MappingProxyType({})
     start_stds: Mapping[str, float] = MappingProxyType({})
     buffer_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
@@ -341,11 +383,13 @@ class Router(nn.Module):
         """Order of all experts for each token; None for schemes that have none, such as a table."""
         return None
 
-    def after_step(self, use: StepUse) -> None:
+    def after_step(self, use: StepUse) -> ExpertStart | None:
         """Move state that has no gradient; called once per optimizer step, on every rank alike.
 
-        Such state is kept in buffers, which checkpoints save.
+        Such state is kept in buffers, which checkpoints save. A scheme that puts an expert into use returns it, and the
+        engine gives it its weights and has the optimizer forget what it knew of the slot.
         """
+        return None
 
     def metrics(self, use: StepUse) -> dict[str, float]:
         """The scheme's own numbers of a step for the metrics row, asked after ``after_step(use)``; names with units."""
@@ -365,6 +409,27 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor, context: RoutingContext) -> Routing:
         """Route ``hidden [tokens, hidden]``."""
         raise NotImplementedError
+
+
+class MergingRouter(Router):
+    """Decides how experts are merged for which tokens. No aux losses; it measures how long segments are."""
+
+    num_sums = 1
+    reads_earlier_tokens = True
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """No aux losses."""
+        return {}
+
+    @property
+    def needs_global_routes(self) -> bool:
+        """No."""
+        return False
+
+    def metrics(self, use: StepUse) -> dict[str, float]:
+        """Mean tokens that share a merged network."""
+        return {"tokens_per_merge": use.tokens / max(1.0, float(use.sums[0]))}
 
 
 @runtime_checkable

@@ -32,20 +32,26 @@ class ParallelConfig:
         """Limit of a collective: so much more that the rank that is waited for is named before it fails."""
         return self.timeout_seconds + max(_NAMING_SECONDS, self.timeout_seconds // 10)
 
-    def check(self, world_size: int, num_experts: int) -> None:
-        """Raise if the experts cannot be spread over ``world_size`` ranks; ``num_experts`` is 0 without routing."""
+    def check(self, world_size: int, field: str, spread: int) -> None:
+        """Raise if the experts cannot be spread over ``world_size`` ranks.
+
+        Args:
+            world_size: Number of ranks.
+            field: Name of what is spread: the experts, or the width of each.
+            spread: Its number; 0 without routing.
+        """
         size = self.expert_parallel_size
-        if size > 1 and not num_experts:
+        if size > 1 and not spread:
             raise ValueError(f"parallel.expert_parallel_size={size} must be 1: router=dense has no experts to spread")
         if world_size % size:
             raise ValueError(
                 f"parallel.expert_parallel_size={size} must divide the number of ranks={world_size}; valid: "
                 f"{_divisors(world_size)}"
             )
-        if num_experts % size:
+        if spread % size:
             raise ValueError(
-                f"parallel.expert_parallel_size={size} must divide model.moe.num_experts={num_experts}; valid: "
-                f"{[d for d in _divisors(world_size) if num_experts % d == 0]}"
+                f"parallel.expert_parallel_size={size} must divide {field}={spread}; valid: "
+                f"{[d for d in _divisors(world_size) if spread % d == 0]}"
             )
 
 

@@ -29,7 +29,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
     routes = config.model.sequence_length * expected_ffn_experts(moe, config.router)
-    asked = 2.0 * (size.routers + size.frozen_routers + size.scoring) + size.attention_statistic_flops
+    asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
     return {
         "router": {"flops_per_token": asked / layers},
         "permute": {"bytes_per_route": 2.0 * row},
@@ -38,7 +38,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
         },
         "experts": {
             "flops_per_route": 2.0 * size.experts_per_route / layers,
-            "flops_per_token": 2.0 * size.constant_experts / layers,
+            "flops_per_token": (2.0 * size.constant_experts + size.merging_flops_per_token) / layers,
         },
         "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
         "combine": {

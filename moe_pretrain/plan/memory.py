@@ -15,6 +15,7 @@ from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
+from moe_pretrain.moe.experts.merged import networks_merged_together
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
@@ -216,6 +217,9 @@ class Routed:
 def routes_of_rank(config: Config, dtype: Dtype, micro_batch_size: int) -> Routed:
     """Routes that one rank sends through one layer's exchange, to all ranks together."""
     layers = _Layers(config, "cuda", dtype, micro_batch_size, 1.0)
+    if config.router.merges_experts:  # every rank gets every token, and sends back its part of every output
+        everywhere = layers.expert_parallel * layers.tokens * layers.row
+        return Routed(everywhere, everywhere)
     return Routed(layers.routes * layers.message, layers.routes * layers.row)
 
 
@@ -233,6 +237,7 @@ class _Layers:
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
+        self.merges = self.router.merges_experts
         self.passes = self.router.num_passes
         self.compares = bool(self.routes) and isinstance(self.moe.combine, OrthogonalConfig)
         # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
@@ -276,6 +281,8 @@ class _Layers:
         """
         if not self.routes:
             return 0.0
+        if self.merges:
+            return self._merging()
         width = expert_width(self.moe, self.router, self.model.hidden_size)
         local = self.moe.num_experts // self.expert_parallel
         if self.on_cpu or self.size > 2:
@@ -301,6 +308,8 @@ class _Layers:
         """
         if self.expert_parallel == 1 or not self.routes:
             return 0.0
+        if self.merges:  # packed and received, for as many as there are ranks; outputs go back as they came
+            return 3 * self.expert_parallel * self.tokens * self.row
         asking = (2 * self.asked + self.asked_rows) * (self.row + self._query)
         return max(asking, 2 * self.routes * self.message + self.rows * (self.message + self.row))
 
@@ -347,6 +356,8 @@ class _Layers:
         kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute)
         if recompute == "full":
             return kept + self.routes * self._payload
+        if self.merges:
+            return kept + self._merged_rows() + self.tokens * 4 * self.size * self.moe.shared_width
         width = expert_width(self.moe, self.router, self.model.hidden_size)
         rows = self.rows * (2 * self.size * width + 4)
         if self.expert_parallel > 1:
@@ -356,6 +367,25 @@ class _Layers:
         if self.rank is not None:
             rows += self.rows * self.size * self.rank
         return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width
+
+    def _merged_rows(self) -> float:
+        """Pre-activations: of all tokens of the group, in this rank's part of the width; and the tokens that came."""
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        came = self.expert_parallel * self.tokens * self.row if self.expert_parallel > 1 else 0.0
+        return came + self.tokens * 2 * self.size * width
+
+    def _merging(self) -> float:
+        """Experts in the order in which they are merged, their gradients, and some merged networks with theirs."""
+        width = expert_width(self.moe, self.router, self.model.hidden_size)
+        network = 3 * self.model.hidden_size * width / self.expert_parallel
+        segments = (
+            self.tokens * self.expert_parallel / (self.router.mean_segment_tokens(self.model.sequence_length) or 1)
+        )
+        together = min(segments, max(1.0, networks_merged_together(network)))
+        experts = self.moe.num_experts * network
+        # In float32 the merged networks are what they were made as.
+        each = 4 + 4 + (2 * self.size if self.size < 4 else 0)
+        return experts * (4 + 2 * 4 + self.size) + together * network * each
 
     def _compared(self) -> float:
         """Outputs of all routes, and without an exchange the rows they were made of; float64 pairs of each token.

@@ -18,7 +18,7 @@ from moe_pretrain.engine.optimizers.base import check_groups, describe_rates, ra
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import build_router, num_sharded_experts, width_problems
+from moe_pretrain.moe.build import build_router, sharded, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
     Memory,
@@ -32,6 +32,7 @@ from moe_pretrain.system.words import short_duration, short_number
 GIB = 2**30
 FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
 """Parts without a backward."""
+MERGED = "merging of experts"
 COMPARED = "expert outputs that are compared"
 """Part whose backward costs as much as its forward."""
 USABLE = 0.92
@@ -90,7 +91,7 @@ def problems(config: Config) -> list[str]:
     ranks = config.parallel.processes
     checks: list[Callable[[], object]] = [
         lambda: planned(config),
-        lambda: config.parallel.check(ranks, num_sharded_experts(config.model.moe, config.router)),
+        lambda: config.parallel.check(ranks, *sharded(config.model.moe, config.router)),
     ]
     found = []
     for check in checks:
@@ -120,7 +121,8 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "attention projections": 2.0 * size.attention,
         "attention scores": size.attention_score_flops,
         "dense networks and shared experts": 2.0 * size.dense_ffn,
-        "routers": 2.0 * size.routers,
+        "routers": 2.0 * size.router_matmul,
+        MERGED: size.merging_flops_per_token,
         FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
         "constant experts": 2.0 * size.constant_experts,
@@ -143,7 +145,8 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
     # The logits of two passes are made again in backward.
     logits = parts["output head"] if size.num_passes > 1 else 0.0
-    return size.num_passes * (again + logits) + ahead
+    merged_again = parts[MERGED] * (2 if config.model.recompute == "full" else 1)
+    return size.num_passes * (again + logits) + merged_again + ahead
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:

@@ -22,12 +22,14 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.counter_noise import counter_uniform, start_noise
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
     AttentionStatistic,
     ExpertShard,
+    ExpertStart,
     Router,
     RoutingContext,
     StepUse,
@@ -39,6 +41,7 @@ from moe_pretrain.verify.oracle_parts import (
     rms_norm,
     rotate,
     run_expert,
+    run_merged,
     score,
     statistic_of_matrices,
     swiglu,
@@ -161,7 +164,9 @@ class Oracle:
         text_tokens = int((rows.document_ids >= 0).sum())
         mean = sum(float(layer.tokens_per_expert.sum()) for layer in layers) / max(1, len(layers) * text_tokens)
         for layer, result in zip(self.model.moe_layers(), layers, strict=True):
-            layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
+            started = layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
+            if started is not None:
+                self._start_expert(layer, started)
         return StepRecord(
             loss.item(),
             {name: value.item() for name, value in aux.items()},
@@ -259,6 +264,12 @@ class Oracle:
                 routed, weight, cut_aux, cut_sums, cut_carried = self._routing(hidden[part], router, context)
                 sums += cut_sums
                 carried += [] if cut_carried is None else [cut_carried]
+            if isinstance(layer.experts, MergedExperts):
+                counts += (weight.detach().double() * text[part, None]).sum(dim=0)
+                merged = run_merged(layer.experts, hidden[part], weight)
+                output = output.index_add(0, torch.arange(part.start, part.stop), merged)
+                first_row += num_rows
+                continue
             results = torch.zeros(layer.kinds.total, *hidden[part].shape)
             for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
@@ -363,6 +374,21 @@ class Oracle:
         return (ways[0] + ways[1]).sum() / 2 / text.sum().clamp(min=1)
 
     @torch.no_grad()
+    def _start_expert(self, layer: MoELayer, start: ExpertStart) -> None:
+        """Weights of an expert that has come into use, and nothing known of its slot to the optimizer."""
+        prefix = f"blocks.{layer.router.layer}.feed_forward."
+        for number, (name, weight) in enumerate(layer.experts.named_parameters()):
+            if start.sources is not None:
+                mean = torch.stack([weight[expert] for expert in start.sources.nonzero()[:, 0].tolist()]).mean(dim=0)
+                noise = start_noise(mean.shape, self.config.seed, start.key, layer.router.layer, number)
+                weight[start.slot] = mean + start.noise * mean.norm() / math.sqrt(mean.numel()) * noise
+            for moment in self.moments[f"{prefix}experts.{name}"].values():
+                moment[start.slot] = 0
+        for name in start.router_rows:
+            for moment in self.moments[f"{prefix}router.{name}"].values():
+                moment[start.slot] = 0
+
+    @torch.no_grad()
     def _update(self, step: int, gradients: dict[str, Tensor], norm: float) -> None:
         """Clip by the global norm, then the optimizer's own formula."""
         config, clipping = self.config.optimizer, self.config.engine.gradient_clipping
@@ -415,6 +441,7 @@ def _context(
         sum_over_global_batch=lambda layer, counts: counts if global_routes is None else global_routes,
         global_tokens=int((rows.document_ids >= 0).sum()),
         token_ids=rows.input_ids[part].flatten(),
+        document_ids=rows.document_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
         score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
         carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
@@ -83,6 +84,20 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
     return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+
+
+def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Every token through the network whose parameters are the experts' sums with the token's own weights."""
+    outputs = []
+    _, lengths = weight.detach().unique_consecutive(dim=0, return_counts=True)
+    for rows, shares in zip(hidden.split(lengths.tolist()), weight.split(lengths.tolist()), strict=True):
+        gate, up, out = (torch.zeros(()) for _ in range(3))
+        for expert, share in enumerate(shares[0]):
+            gate = gate + share * experts.in_weight[:, 0, expert]
+            up = up + share * experts.in_weight[:, 1, expert]
+            out = out + share * experts.out_weight[:, expert]
+        outputs.append(swiglu(rows, torch.cat([gate, up]), out.T))
+    return torch.cat(outputs)
 
 
 def combine_outputs(config: CombineConfig, outputs: Tensor, weights: Tensor, routed: Tensor) -> Tensor:

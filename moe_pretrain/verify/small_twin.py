@@ -25,7 +25,7 @@ def shrink(config: Config, plan: RunPlan) -> Config:
     sequence, micro_batch_size = 12, min(2, batches.micro_batch_size)
     tokens = sequence * micro_batch_size * batches.accumulation * plan.world_size
     small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
-    router: Any = config.router
+    router: Any = config.router.for_sequence_length(sequence)
     rank = expert_gate(moe, router)
     if rank is not None:
         small_rank = min(heads * 4, rank)

@@ -47,7 +47,7 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
         torch.manual_seed(0)
         ids = torch.randint(0, VOCAB, (ROWS, SEQUENCE))
         labels = torch.randint(0, VOCAB, (ROWS, SEQUENCE))
-    net = DecoderLM(small, router, ExpertShard())
+    net = DecoderLM(small, router.for_sequence_length(SEQUENCE), ExpertShard())
     initialise(net, seed)
     for layer in net.moe_layers():
         layer.router.use_token_counts(torch.bincount(ids.flatten(), minlength=VOCAB))

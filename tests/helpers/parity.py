@@ -35,15 +35,18 @@ _VARIANTS = {
         *("optimizer.groups.router.lr_scale=0.3", "optimizer.groups.experts.lr_scale=2", "optimizer.weight_decay=0.5"),
     ),
     "orthogonal": (*WITH_ALL_PARTS, "router.top_k=3", "combine=orthogonal"),
+    "lory": (*WITH_ALL_PARTS, "router=lory", "router.segment_tokens=3"),
+    "smear": ("router=smear", "router.evaluation_segment_tokens=4", "model.moe.num_experts=3"),
     "thor": (*WITH_ALL_PARTS, "router=thor"),
     "symmetric": (
         *("router=top_p", "router.threshold=0.6", "combine=orthogonal", "model.moe.combine.form=symmetric"),
         "model.recompute=full",
     ),
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
+    "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
-_ALONE = ("thor", "scaled", "moe_plus_plus", "orthogonal", "symmetric")
+_ALONE = ("lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe", "orthogonal", "symmetric")
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
 
@@ -82,7 +85,17 @@ _ADDED = [
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "moe_plus_plus"),
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "moe_plus_plus"),
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "moe_plus_plus"),
+    Case(1, 1, 0, 4, 3, "none", 0.1, "float32", "dynmoe"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "dynmoe"),
+    Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "dynmoe"),
+    Case(4, 1, 1, 1, 3, "none", 0.1, "float32", "dynmoe"),
     Case(1, 1, 0, 1, 3, "none", 0.0, "float32", "orthogonal"),
+    Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "lory"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "lory"),
+    Case(4, 4, 2, 1, 1, "none", 0.1, "float32", "lory"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "lory"),
+    Case(4, 4, 1, 1, 3, "full", 0.0, "float32", "smear"),
+    Case(2, 2, 0, 4, 1, "none", 0.1, "float32", "smear"),
     Case(1, 1, 1, 4, 1, "selective", 0.1, "float32", "thor"),
     Case(2, 2, 2, 4, 1, "full", 0.1, "float32", "thor"),
     Case(4, 4, 1, 1, 3, "none", 0.0, "float32", "thor"),

@@ -39,6 +39,9 @@ class FactorisedExperts(nn.Module):
         Lv et al. 2025 (arXiv:2501.13074), algorithm 2.
     """
 
+    expert_axis = 0
+    """Of ``in_weight``."""
+
     def __init__(
         self, num_experts: int, hidden_size: int, width: int, rank: int, shard: ExpertShard, owns_down: bool = False
     ):

@@ -37,6 +37,9 @@ class SwiGLUExperts(nn.Module):
     [local_experts, hidden, width]`` the projection back; the layout of transformers 5, so exports map 1:1.
     """
 
+    expert_axis = 0
+    """Of ``in_weight``."""
+
     def __init__(self, num_experts: int, hidden_size: int, width: int, shard: ExpertShard):
         super().__init__()
         self.expert_ids = shard.local_experts(num_experts)

@@ -80,6 +80,22 @@ class RouterConfig(ABC):
         """Experts whose summed width one dense network has in their place; 0 for every scheme that routes."""
         return 0
 
+    def check_sequence_length(self, sequence_length: int) -> None:  # noqa: B027  # most schemes fit any
+        """Raise ``ValueError`` if the scheme cannot serve rows of ``sequence_length`` tokens."""
+
+    def for_sequence_length(self, sequence_length: int) -> "RouterConfig":
+        """The same scheme for rows that ``verify`` and ``certify`` have made short."""
+        return self
+
+    def mean_segment_tokens(self, sequence_length: int) -> float | None:
+        """Tokens that share one merged network, as expected; None for schemes that send tokens to experts."""
+        return None
+
+    @property
+    def merges_experts(self) -> bool:
+        """Whether parameters are merged and no token is sent to an expert."""
+        return False
+
     @property
     def two_pass_weight(self) -> float | None:
         """Coefficient of the consistency loss of a scheme that runs every micro-batch twice; None for all others."""
@@ -145,6 +161,26 @@ class FixedCountConfig(RouterConfig):
     def mean_experts_per_token(self) -> float:
         """Routes per token."""
         return float(self.top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingConfig(RouterConfig):
+    """Base of schemes that merge the parameters of experts."""
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if there is nothing to merge."""
+        if num_experts < 2:
+            raise ValueError(f"model.moe.num_experts={num_experts} must be at least 2 for router={self.name}")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """One merged network."""
+        return 1.0
+
+    @property
+    def merges_experts(self) -> bool:
+        """Yes."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

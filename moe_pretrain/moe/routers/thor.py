@@ -113,6 +113,6 @@ class ThorRouter(Router):
             shared = {"token": rows, "sequence": rows[:, :1], "batch": torch.zeros_like(rows[:, :1])}[self.config.draw]
         else:
             keys = (EVALUATION_STREAM, self.layer)
-            shared = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+            shared = (context.first_place + torch.arange(rows.shape[1], device=rows.device)).expand_as(rows)
         drawn = counter_uniform(shared.flatten(), 1, *keys).view_as(shared)
         return (drawn * self.num_experts).long().expand_as(rows).flatten()

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.moe.dispatch import run_experts, sum_rows
-from moe_pretrain.moe.types import ExpertRowLayout
+from moe_pretrain.moe.types import ExpertRowLayout, Merging
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,
     TOLERANCE,
     Decision,
+    NotApplicable,
     Pass,
     Subject,
     judge_dependence,
@@ -189,17 +190,34 @@ def check_routes(decision: Decision, num_experts: int) -> None:
     if routing.routes_per_token is not None:
         own = torch.bincount(token, minlength=num_tokens)
         require((own == routing.routes_per_token).all(), f"routes_per_token={routing.routes_per_token} is not so")
-    counted = torch.bincount(expert[text[token]], minlength=num_experts).double()
-    require(torch.equal(use.tokens_per_expert, counted), "tokens_per_expert is not the number of routes of text")
+    if isinstance(routing, Merging):
+        _check_merging(routing, num_tokens, text)
+    else:
+        counted = torch.bincount(expert[text[token]], minlength=num_experts).double()
+        require(torch.equal(use.tokens_per_expert, counted), "tokens_per_expert is not the number of routes of text")
     require(use.tokens.item() == int(text.sum()), "RouterUse.tokens is not the number of text tokens")
     highest = float(use.tokens) * math.log(num_experts) * (1 + 1e-6)
     require(0 <= use.router_entropy <= highest, "router_entropy is outside [0, tokens * ln(num_experts)]")
     require(not (use.tokens_per_expert.requires_grad or use.router_entropy.requires_grad), "RouterUse has a gradient")
 
 
+def _check_merging(merging: Merging, num_tokens: int, text: Tensor) -> None:
+    """Raise ``Broken`` if a decision to merge contradicts what ``Merging`` promises."""
+    mixture = merging.mixture.detach()
+    require(int(merging.lengths.sum()) == num_tokens, "the segments do not add up to the tokens")
+    require((mixture >= 0).all(), "a share of an expert is negative")
+    require((mixture.sum(dim=1) - 1).abs().max() <= TOLERANCE, "shares of experts do not add up to 1")
+    shares = mixture.repeat_interleave(merging.lengths, dim=0)
+    require(torch.equal(shares.flatten(), merging.weight.detach()), "weights are not the mixtures of the segments")
+    counted = (shares.double() * text[:, None]).sum(dim=0)
+    require(relative(merging.use.tokens_per_expert, counted) <= TOLERANCE, "tokens_per_expert is not what text mixes")
+
+
 def _combines_identity(subject: Subject) -> str:
     """Experts that return their input give ``sum over routes of weight * x`` (C27)."""
     decisions = subject.run(subject.warm_model(), subject.batch()).decisions
+    if isinstance(decisions[0].routing, Merging):
+        raise NotApplicable("parameters are merged and no token is sent: there are no outputs to combine")
     worst = 0.0
     for hidden, _, routing in decisions:
         output, _ = run_experts(hidden, routing, subject.num_experts, _identity, None)

@@ -44,6 +44,8 @@ ROUTERS = {
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "thor": ["router=thor"],
+    "lory": ["router=lory", "router.segment_tokens=32"],
+    "smear": ["router=smear"],
     "dense": ["router=dense"],
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
@@ -55,6 +57,8 @@ ROUTERS = {
     "quantile": ["router=quantile"],
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
+    # Half of the slots in use, in the mean of random directions.
+    "dynmoe": ["router=dynmoe", "router.initial_experts=4"],
     # Without training tokens go to all experts alike, which is what balance asks for at tau=1.
     "moe_plus_plus": ["router=moe_plus_plus", "router.tau=1", "model.init_std=1e-4"],
     "moe_plus_plus, code": [
@@ -201,6 +205,7 @@ PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_d
 PEAKS += [
     "orthogonal",
     "thor",
+    "lory",
     "autonomy",
     "autonomy_top_p",
     "autonomy_expert_choice",

@@ -75,6 +75,8 @@ def test_evaluation_draws_by_place_in_the_row():
     assert (rows == rows[:1]).all() and len(rows[0].unique()) == EXPERTS
     assert drawn(router) == drawn(router, seed=9, step=3, token_position=torch.arange(64) * 7, pass_index=1)
     assert drawn(router) != drawn(make_router(layer=1).eval())
+    # Places go on where the tokens before are not there, as when text is generated.
+    assert drawn(router, 4, 1, first_place=12) == rows[0, 12:].tolist()
 
 
 def test_one_expert_is_refused():

@@ -1,0 +1,79 @@
+"""The layer of schemes that merge experts: parameters are mixed, and no token goes to an expert."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moe_pretrain.moe.experts.merged import MergedExperts
+from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.part_timer import part
+from moe_pretrain.moe.types import Exchange, Merging, MoEOutput, Router, RoutingContext
+
+
+class MergedLayer(MoELayer):
+    """One merged network for each segment of tokens, plus shared experts; to the model a layer like any other.
+
+    Under expert parallelism every rank of a group computes its slice of the inner width for the tokens of all of them:
+    tokens and mixtures travel to every rank, and partial outputs come back to be summed, in the order of ranks.
+    """
+
+    def __init__(self, config: MoEConfig, router: Router, experts: MergedExperts, hidden_size: int):
+        super().__init__(config, router, experts, hidden_size)
+        self._merged_experts = [experts]  # in a list, which does not register it twice
+
+    def forward(
+        self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext, recompute_experts: bool
+    ) -> MoEOutput:
+        """Apply the layer; arguments as for ``MoELayer``."""
+        with part("router"):
+            merging: Merging = self.router(hidden, context)
+        arguments = hidden, merging.mixture, merging.lengths
+        if recompute_experts:
+            output = checkpoint(self._merged_and_shared, *arguments, use_reentrant=False)
+        else:
+            output = self._merged_and_shared(*arguments)
+        return MoEOutput(output, merging.aux, merging.use)
+
+    def _merged_and_shared(self, hidden: Tensor, mixture: Tensor, lengths: Tensor) -> Tensor:
+        output = self._merged(hidden, mixture, lengths)
+        if self.shared_experts is None:
+            return output
+        shared = self._run_shared(self.shared_experts, hidden)
+        with part("combine"):
+            return output + shared
+
+    def _merged(self, hidden: Tensor, mixture: Tensor, lengths: Tensor) -> Tensor:
+        (experts,) = self._merged_experts
+        if self.exchange is None:
+            with part("experts"):
+                return experts(hidden, mixture, lengths)
+        with part("exchange"):
+            gathered, sizes = _gather(hidden, mixture, lengths, self.exchange)
+        with part("experts"):
+            partial_outputs = experts(*gathered)
+        with part("exchange"):
+            to_all = [len(hidden)] * self.exchange.size
+            (returned,) = self.exchange.start([partial_outputs], sizes, to_all).wait()
+        with part("combine"):
+            parts = returned.view(self.exchange.size, *hidden.shape)
+            return parts.sum(dim=0, dtype=torch.float32).to(hidden.dtype)
+
+
+def _gather(
+    hidden: Tensor, mixture: Tensor, lengths: Tensor, exchange: Exchange
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
+    """Tokens, mixtures and lengths of the segments of all ranks, by rank; and the number of tokens of each."""
+    ranks = exchange.size
+    own = torch.tensor([[len(hidden), len(lengths)]], device=hidden.device).expand(ranks, -1)
+    tokens, segments = (sizes.tolist() for sizes in exchange.exchange_counts(own).unbind(dim=1))
+    everywhere = partial(torch.Tensor.repeat, repeats=(ranks, 1))
+    rows = exchange.start([everywhere(hidden)], [len(hidden)] * ranks, tokens)
+    # Lengths travel beside the mixtures, as numbers that float32 holds exactly.
+    travelling = [everywhere(mixture), everywhere(lengths[:, None].float())]
+    described = exchange.start(travelling, [len(lengths)] * ranks, segments)
+    (all_rows,) = rows.wait()
+    all_mixtures, all_lengths = described.wait()
+    return (all_rows, all_mixtures, all_lengths[:, 0].detach().long()), tokens
