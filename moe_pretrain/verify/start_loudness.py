@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, MoEOutput, Routing, RoutingContext
@@ -91,6 +92,8 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
 
 
 def _weights(layer: MoELayer) -> list[nn.Parameter]:
+    if isinstance(layer.experts, MatrixProductExperts):
+        return list(layer.experts.parameters())
     return [layer.experts.in_weight, layer.experts.out_weight]
 
 
