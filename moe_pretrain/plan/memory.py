@@ -15,6 +15,8 @@ from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
+from moe_pretrain.moe.experts.config import MatrixProductConfig
+from moe_pretrain.moe.experts.matrix_product import rebuilt_numbers
 from moe_pretrain.moe.experts.merged import networks_merged_together
 from moe_pretrain.moe.types import ExpertShard, float32_parameters, sharded_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
@@ -364,6 +366,9 @@ class _Layers:
             rows += self.rows * self.row
         if self.compares:
             rows += self._compared()
+        if isinstance(self.moe.experts, MatrixProductConfig):
+            local = self.moe.num_experts // self.expert_parallel
+            rows += self.size * local * rebuilt_numbers(self.moe.experts, self.model.hidden_size, width)
         if self.rank is not None:
             rows += self.rows * self.size * self.rank
         return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width

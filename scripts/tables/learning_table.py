@@ -61,6 +61,7 @@ SCHEMES = {
     "k_means": ["router=k_means"],
     "moe_plus_plus": ["router=moe_plus_plus"],
     "orthogonal": ["combine=orthogonal"],
+    "matrix_product": ["experts=matrix_product"],
     "thor": ["router=thor"],
     "lory": ["router=lory"],
     "smear": ["router=smear"],

@@ -193,9 +193,21 @@ def rebuild_flops(config: MatrixProductConfig, hidden_size: int, width: int) -> 
     for rows, columns in matrix_sizes(hidden_size, width).values():
         shapes = core_shapes(config, rows, columns)
         entries = [shape[1] * shape[2] for shape in shapes]
-        for m in range(1, centre + 1):
-            total += 2.0 * math.prod(entries[: m + 1]) * shapes[m][0] * shapes[m][3]
-        for m in range(centre + 1, len(shapes) - 1):
-            total += 2.0 * math.prod(entries[m:]) * shapes[m][0] * shapes[m][3]
-        total += 2.0 * math.prod(entries) * shapes[centre][3]
+        # Entries of each product times the bond that is summed over; a bond of 1 is no matrix product.
+        products = [(math.prod(entries[: m + 1]) * shapes[m][3], shapes[m][0]) for m in range(1, centre + 1)]
+        products += [(math.prod(entries[m:]) * shapes[m][0], shapes[m][3]) for m in range(centre + 1, len(shapes) - 1)]
+        products.append((math.prod(entries), shapes[centre][3]))
+        total += sum(2.0 * made * bond for made, bond in products if bond > 1)
+    return total
+
+
+def rebuilt_numbers(config: MatrixProductConfig, hidden_size: int, width: int) -> int:
+    """Numbers that backward needs of one expert's matrices: the matrices, and products of cores on the way to them."""
+    total, centre = 0, config.num_cores // 2
+    for rows, columns in matrix_sizes(hidden_size, width).values():
+        shapes = core_shapes(config, rows, columns)
+        entries = [shape[1] * shape[2] for shape in shapes]
+        total += rows * columns
+        total += sum(math.prod(entries[: m + 1]) * shapes[m][3] for m in range(1, centre + 1))
+        total += sum(math.prod(entries[m:]) * shapes[m][0] for m in range(centre + 1, len(shapes) - 1))
     return total
