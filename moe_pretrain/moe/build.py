@@ -111,6 +111,8 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
             reason = "which merges full experts"
         elif router.scored_experts(moe.num_experts):
             reason = "which scores full experts"
+        elif router.starts_experts:
+            reason = "which starts experts anew: they share what it would write"
         elif expert_gate(moe, router) is not None:
             reason = "whose experts have a factorised gate"
         if reason is not None:

@@ -18,25 +18,31 @@ def write_run(
     moments: Mapping[str, list[str]],
     updates: float,
     state: TrainState,
+    config: str | None = None,
+    overrides: str | None = None,
 ) -> Path:
     """Write a run folder with one checkpoint, whole or not at all; the checkpoint's place.
 
     Args:
         folder: The folder; empty, or not there yet.
-        like: Folder of the run whose configuration and words the new one has.
+        like: Folder of the run whose configuration and words the new one has, unless they are given.
         arrays: See ``write_plain``, as for the rest.
         shapes: Likewise.
         moments: Likewise.
         updates: Likewise.
         state: Likewise.
+        config: Text of ``config.yaml``.
+        overrides: Text of ``overrides.txt``.
 
     Raises:
         ValueError: Something is in ``folder``.
     """
     target = Path(CHECKPOINTS) / folder_name(state.step)
     with whole_folder(folder) as work:
-        for name in (CONFIG_FILE, OVERRIDES_FILE):
-            if (like / name).exists():
+        for name, text in ((CONFIG_FILE, config), (OVERRIDES_FILE, overrides)):
+            if text is not None:
+                write_whole(work / name, text)
+            elif (like / name).exists():
                 write_whole(work / name, (like / name).read_bytes())
         (work / CHECKPOINTS).mkdir()
         write_plain(work / target, arrays, shapes, moments, updates, state)

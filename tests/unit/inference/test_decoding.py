@@ -1,11 +1,13 @@
 """Choice of tokens: candidates, draws, seeds; self-contrast against its formula, token by token."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from helpers.builders import tiny
 from helpers.trained import model_of
+from reference.papers import self_contrast
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
@@ -13,6 +15,8 @@ from moe_pretrain.huggingface.check import our_logits
 from moe_pretrain.inference.cached_decoder import CachedDecoder
 from moe_pretrain.inference.decoding import Generator, Sampling, SelfContrast, contrast, filtered
 from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.moe.ranks import route_by_rank
+from moe_pretrain.moe.types import RoutingContext
 
 GREEDY = Sampling(0.0, None, 1.0, 0)
 STEPS = 6
@@ -108,6 +112,27 @@ def test_self_contrast_is_the_formula_at_every_step(
         new = found.argmax()[None, None]
         text = torch.cat([text, new], dim=1)
     assert STEPS < kept < STEPS * 64
+
+
+def test_texts_and_routes_are_the_references(model: DecoderLM, ids: Tensor):
+    """Greedy decoding by two models without a cache; the weak one is a model of the second-best expert."""
+
+    def last(ranks: tuple[int, ...] | None) -> Callable[[list[int]], Tensor]:
+        return lambda tokens: CachedDecoder(model, 1, 40, ranks).feed(torch.tensor([tokens]))[0, -1]
+
+    expected = self_contrast.greedy_decode(last(None), last((1,)), ids[0].tolist(), STEPS, alpha=0.01, beta=3.0)
+    assert drawn(model, ids, GREEDY, SelfContrast(0.01, 3.0, (1,))) == expected.tokens
+    layer = model.moe_layers()[0]
+    hidden = torch.randn(7, 16)
+    for ranks in ((0, 1), (1,), (3, 0, 4)):
+        context = RoutingContext(torch.ones(7, dtype=torch.bool), torch.arange(7), 1, 0, 0, ranks=ranks)
+        routing = route_by_rank(layer.router, hidden, context)
+        wanted = self_contrast.select_ranks((hidden @ layer.router.weight.T).softmax(dim=1), ranks)
+        weights = torch.zeros(7, 6).index_put((routing.token_index, routing.expert_index), routing.weight)
+        torch.testing.assert_close(weights, wanted.weights)
+        gate, up = layer.experts.in_weight.chunk(2, dim=1)
+        output = self_contrast.moe_layer(hidden, layer.router.weight, ranks, gate, up, layer.experts.out_weight)
+        torch.testing.assert_close(layer(hidden, context, False).hidden, output, atol=1e-5, rtol=1e-4)
 
 
 def test_without_strength_it_is_the_base_decoder_and_with_alpha_1_its_likeliest_token(model: DecoderLM, ids: Tensor):

@@ -201,6 +201,7 @@ def test_flops_are_a_counter_s_with_the_rebuilding_of_every_micro_batch():
         (["model.moe.experts.shared_gradient_dropout=1"], "shared_gradient_dropout=1 must be below 1"),
         (["router=autonomy"], "experts=matrix_product must be swiglu with router=autonomy"),
         (["router=attentive"], "router=attentive, which scores full experts"),
+        (["router=dynmoe"], "router=dynmoe, which starts experts anew"),
         (["router=lory"], "router=lory, which merges full experts"),
         (["model.moe.gate_rank=4"], "whose experts have a factorised gate"),
         (["model.init=mup"], "model.init=mup must be normal or width_aware with experts=matrix_product"),
