@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import global_shape, kept_moments, pieces
 from moe_pretrain.checkpoint.manifest import BUFFER, Interval
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.intervals import global_shape, kept_moments, pieces
 
 DTYPE_NAMES = {
     torch.float64: "F64",

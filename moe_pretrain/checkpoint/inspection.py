@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import (
     BUFFER,
     MANIFEST,
@@ -18,6 +17,7 @@ from moe_pretrain.checkpoint.manifest import (
 )
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.train_state import TrainState
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 _CHUNK_ELEMENTS = 1 << 24

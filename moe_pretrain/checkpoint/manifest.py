@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import pydantic
 import xxhash
 
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.train_state import TrainState
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 
 FORMAT_VERSION = 1

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moe_pretrain.checkpoint.intervals import WEIGHT, global_shape, global_start, kept_moments, pieces
 from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, CheckpointError, Interval, moments_of
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.intervals import WEIGHT, global_shape, global_start, kept_moments, pieces
 from moe_pretrain.model.decoder import DecoderLM
 
 SQUARES = ("exp_avg_sq",)

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from moe_pretrain.checkpoint.background_save import Outcome, Saver
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.intervals import updates_made
 from moe_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     CheckpointError,
@@ -26,6 +25,7 @@ from moe_pretrain.checkpoint.manifest import (
 from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, take_weights, warm_start
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.checkpoint.write import keep_copy, set_aside
+from moe_pretrain.engine.intervals import updates_made
 from moe_pretrain.parallel.mesh import Mesh
 
 __all__ = [

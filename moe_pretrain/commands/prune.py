@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import locate, moments_of, read_manifest
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.train_state import TrainState
@@ -18,6 +17,7 @@ from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import TrainedRun
 from moe_pretrain.data import MicroBatch, TrainLoader
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.inference.loss import validation_loss
 from moe_pretrain.run_folder.provenance import read_config, read_overrides
 from moe_pretrain.surgery.expert_statistics import measure

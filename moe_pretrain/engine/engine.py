@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to_int64
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.elastic import ElasticGradients, GradientCarrier, clip_scale, exact_sum
+from moe_pretrain.engine.expert_start import start_expert
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
 from moe_pretrain.engine.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from moe_pretrain.engine.sanity import (
@@ -132,7 +133,9 @@ class TrainEngine:
             return result
         self._skipped = 0
         for layer, use in zip(self.model.moe_layers(), result.layer_uses(), strict=True):
-            layer.router.after_step(use)
+            started = layer.router.after_step(use)
+            if started is not None:
+                start_expert(self, layer, started)
         if is_check_step:
             check_replicas(self.model, self.mesh, step)
         return result

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.checkpoint.host_copy import DTYPE_NAMES
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.system.files import WholeFile, write_json
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -49,7 +49,7 @@ def initialise(model: DecoderLM, seed: int) -> None:
     experts that are merged         ``sqrt(num_experts)`` times that of others, so that the network merged evenly of
                                     independent ones starts like one of them
     ``start_stds`` of a router or   what it says, with every ``model.init``
-    of a constant expert
+    of a constant expert            (``start_values``: that number, without spread)
     everything else, a router's     ``base_std``
     ``frozen_weights`` too
     ==============================  ==============================================================================
@@ -70,6 +70,9 @@ def initialise(model: DecoderLM, seed: int) -> None:
             if isinstance(module, RMSNorm):
                 is_scale = roles[full_name].is_final_norm and config.init == "mup"
                 parameter.fill_(config.mup_base_width / config.hidden_size if is_scale else 1.0)
+                continue
+            if isinstance(module, Router) and name in module.start_values:
+                parameter.fill_(module.start_values[name])
                 continue
             std = parameter_std(module, name, parameter, roles[full_name], config)
             if isinstance(module, MergedExperts):

@@ -23,7 +23,8 @@ class ModelSize:
         attention: All attention layers.
         norms: All norms.
         dense_ffn: Dense feed-forward networks and shared experts.
-        routers: All routers.
+        routers: Matrices of all routers.
+        router_vectors: Their vectors, which no product has.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
         experts: All routed experts that are networks.
         constant_experts: Zero-computation experts with parameters; every token passes their maps.
@@ -49,6 +50,7 @@ class ModelSize:
     norms: int
     dense_ffn: int
     routers: int
+    router_vectors: int
     frozen_routers: int
     experts: int
     constant_experts: int
@@ -114,7 +116,7 @@ class ModelSize:
 
     @property
     def _backbone(self) -> int:
-        return self.attention + self.norms + self.dense_ffn + self.routers + self.constant_experts
+        return self.attention + self.norms + self.dense_ffn + self.routers + self.router_vectors + self.constant_experts
 
 
 def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
@@ -127,7 +129,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = frozen = experts = constants = expert = first_layers = 0
+    routers = vectors = frozen = experts = constants = expert = first_layers = 0
     routes = statistic_flops = combining = merging = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
@@ -140,7 +142,9 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
         with torch.device("meta"):
             modules = [build_router(moe, router, width, layer) for layer in config.moe_layers]
-        routers = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        sizes = [(parameter.ndim, parameter.numel()) for module in modules for parameter in module.parameters()]
+        routers = sum(size for ndim, size in sizes if ndim >= 2)
+        vectors = sum(size for ndim, size in sizes if ndim < 2)
         frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
         if any(module.attention_statistic is not None for module in modules):
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
@@ -162,6 +166,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         norms=(2 * config.num_layers + 1) * width,
         dense_ffn=dense_ffn,
         routers=routers,
+        router_vectors=vectors,
         frozen_routers=frozen,
         experts=experts,
         constant_experts=constants,

@@ -5,6 +5,8 @@ changes. Here each number is a hash of (seed, stream, step, layer, token positio
 and every recomputation sees the same noise.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,6 +26,24 @@ def _mix(value: Tensor) -> Tensor:
     value = (value ^ _shift_right(value, 30)) * _MIX_1
     value = (value ^ _shift_right(value, 27)) * _MIX_2
     return value ^ _shift_right(value, 31)
+
+
+START_STREAM = 9
+
+
+def start_noise(shape: torch.Size, seed: int, key: int, layer: int, number: int) -> Tensor:
+    """Noise of variance 1 for one parameter of an expert that begins in training: the same on every rank.
+
+    Args:
+        shape: Of one expert's part of the parameter.
+        seed: Of the run.
+        key: Number of the event.
+        layer: Index of the layer.
+        number: Which of the experts' parameters it is.
+    """
+    rows = torch.arange(shape[0])
+    uniform = counter_uniform(rows, shape[1:].numel(), seed, START_STREAM, key, layer, number)
+    return (math.sqrt(12) * (uniform - 0.5)).view(shape)
 
 
 def counter_uniform(token_position: Int[Tensor, "tokens"], columns: int, *keys: int) -> Float[Tensor, "tokens columns"]:

@@ -292,6 +292,25 @@ def step_uses(uses: Sequence[RouterUse]) -> list[StepUse]:
     return [StepUse(use.tokens_per_expert, tokens, mean, none if use.sums is None else use.sums) for use in uses]
 
 
+@dataclass(frozen=True)
+class ExpertStart:
+    """An expert that a router has put into use after a step, which begins anew; on every rank alike.
+
+    Attributes:
+        slot: Its id.
+        router_rows: Parameters of the router whose row ``slot`` the router has written; their master copies follow.
+        sources: Experts whose mean weights it begins with; None to leave its weights as they are.
+        noise: Standard deviation of what is added to that mean, over the root mean square of the mean.
+        key: Number of the event, for the noise.
+    """
+
+    slot: int
+    router_rows: tuple[str, ...]
+    sources: Bool[Tensor, "experts"] | None
+    noise: float
+    key: int
+
+
 class Router(nn.Module):
     """Decides which experts serve which token. The base of the modules in ``moe/routers``.
 
@@ -314,6 +333,7 @@ class Router(nn.Module):
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
         other_scales: Aux losses that measure balance in another unit than ``load_balance_loss``, which is 1 for an even
             load -> why.
+        start_values: Parameters that ``model.init`` fills with one number.
         start_stds: Parameters that ``model.init`` gives a standard deviation of their own, at every width.
         buffer_ranges: Smallest and largest value of a buffer, by its name, where not every finite number is one: a
             checkpoint with others is refused.
@@ -337,6 +357,7 @@ class Router(nn.Module):
     reads_earlier_tokens: ClassVar[bool] = False
     losses_depend_on_cut: bool = False
     other_scales: Mapping[str, str] = MappingProxyType({})
+    start_values: Mapping[str, float] = MappingProxyType({})
     start_stds: Mapping[str, float] = MappingProxyType({})
     buffer_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
@@ -362,11 +383,13 @@ class Router(nn.Module):
         """Order of all experts for each token; None for schemes that have none, such as a table."""
         return None
 
-    def after_step(self, use: StepUse) -> None:
+    def after_step(self, use: StepUse) -> ExpertStart | None:
         """Move state that has no gradient; called once per optimizer step, on every rank alike.
 
-        Such state is kept in buffers, which checkpoints save.
+        Such state is kept in buffers, which checkpoints save. A scheme that puts an expert into use returns it, and the
+        engine gives it its weights and has the optimizer forget what it knew of the slot.
         """
+        return None
 
     def metrics(self, use: StepUse) -> dict[str, float]:
         """The scheme's own numbers of a step for the metrics row, asked after ``after_step(use)``; names with units."""

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, moments_of
 from moe_pretrain.checkpoint.plain import KeptArray
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.surgery.run_folder import write_run

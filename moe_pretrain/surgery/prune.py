@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, moments_of
 from moe_pretrain.checkpoint.plain import KeptArray
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.config.trained import TrainedRun
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.moe.build import expert_gate
 from moe_pretrain.moe.experts.factorised import FactorisedExperts

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import global_shape, pieces
 from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.intervals import global_shape, pieces
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import full_gradient, is_expert, prepare_experts

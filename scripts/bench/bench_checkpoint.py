@@ -22,11 +22,11 @@ from bench_step import make_batches
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.intervals import pieces
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.intervals import pieces
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts

@@ -16,9 +16,9 @@ from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 from packaging.version import Version
 
-from moe_pretrain.checkpoint.intervals import pieces
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.engine.deepspeed_config import deepspeed_config
+from moe_pretrain.engine.intervals import pieces
 from moe_pretrain.parallel import deepspeed_moe
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.verify.oracle import Oracle

@@ -11,9 +11,9 @@ from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
-from moe_pretrain.checkpoint.intervals import WEIGHT, pieces
 from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.intervals import WEIGHT, pieces
 
 POLICY = CheckpointConfig(
     every_steps=1, keep_last=5, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto", warm_start=None

@@ -12,10 +12,10 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.engine.elastic import TreeSum, exact_sum
+from moe_pretrain.engine.intervals import WEIGHT
 
 Topology = tuple[int, int, int]
 """Ranks, expert parallel size, ZeRO stage."""

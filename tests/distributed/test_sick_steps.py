@@ -8,8 +8,8 @@ from helpers.builders import WITH_ALL_PARTS, tiny
 from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
-from moe_pretrain.checkpoint.intervals import WEIGHT, pieces
 from moe_pretrain.engine.engine import NonFiniteError, TrainEngine
+from moe_pretrain.engine.intervals import WEIGHT, pieces
 from moe_pretrain.system.faults import FaultConfig, Faults
 
 EXPERT = "blocks.2.feed_forward.experts.out_weight"

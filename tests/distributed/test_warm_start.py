@@ -11,8 +11,8 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.store import TrainState
+from moe_pretrain.engine.intervals import WEIGHT
 
 COMMON = (*WITH_ALL_PARTS, "engine.check_every_steps=1", "model.moe.num_experts=4")
 GATE = ".router.gate."

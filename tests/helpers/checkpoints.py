@@ -10,12 +10,12 @@ import torch
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.host_copy import Staged
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.manifest import MANIFEST, Interval, folder_name, moments_of, self_hash
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.checkpoint.write import commit, make_work_folder, write_part
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.engine.intervals import WEIGHT
 
 _SAVE_SECONDS = 1800.0
 MOMENTS = ["exp_avg", "exp_avg_sq"]

@@ -57,6 +57,8 @@ ROUTERS = {
     "quantile": ["router=quantile"],
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
+    # Half of the slots in use, in the mean of random directions.
+    "dynmoe": ["router=dynmoe", "router.initial_experts=4"],
     # Without training tokens go to all experts alike, which is what balance asks for at tau=1.
     "moe_plus_plus": ["router=moe_plus_plus", "router.tau=1", "model.init_std=1e-4"],
     "moe_plus_plus, code": [

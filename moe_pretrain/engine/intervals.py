@@ -11,13 +11,16 @@ The private names of DeepSpeed that say where a rank's interval lies (``_hp_mapp
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.optimizers import OptimizerState
 from moe_pretrain.parallel.deepspeed_moe import is_expert
+
+if TYPE_CHECKING:  # it edits what it owns by what is here
+    from moe_pretrain.engine.engine import TrainEngine
 
 WEIGHT = "weight"
 
@@ -55,7 +58,7 @@ class OwnedInterval:
         return self.state[self.kept.counter]
 
 
-def global_shape(engine: TrainEngine, parameter: Tensor) -> list[int]:
+def global_shape(engine: "TrainEngine", parameter: Tensor) -> list[int]:
     """Shape over all experts."""
     shape = list(parameter.shape)
     if is_expert(parameter):
@@ -63,23 +66,23 @@ def global_shape(engine: TrainEngine, parameter: Tensor) -> list[int]:
     return shape
 
 
-def global_start(engine: TrainEngine, parameter: Tensor) -> int:
+def global_start(engine: "TrainEngine", parameter: Tensor) -> int:
     """First element of this rank's slice of the global array."""
     return engine.mesh.shard.rank * parameter.numel() if is_expert(parameter) else 0
 
 
-def kept_moments(engine: TrainEngine) -> dict[str, list[str]]:
+def kept_moments(engine: "TrainEngine") -> dict[str, list[str]]:
     """Names of the moments that the optimizer keeps of each parameter."""
     state = engine.optimizer_config.state
     return {name: list(state(name, parameter).moments) for name, parameter in engine.model.named_parameters()}
 
 
-def updates_made(engine: TrainEngine) -> int:
+def updates_made(engine: "TrainEngine") -> int:
     """Number of updates that the optimizer has made: the steps so far, but for those that were skipped."""
     return max((int(piece.updates) for piece in pieces(engine)), default=0)
 
 
-def pieces(engine: TrainEngine) -> Iterator[OwnedInterval]:
+def pieces(engine: "TrainEngine") -> Iterator[OwnedInterval]:
     """Every interval this rank's optimizer owns, with optimizer states that exist even before the first step."""
     optimizer = engine.client_optimizer
     if engine.config.zero_stage == 0:
