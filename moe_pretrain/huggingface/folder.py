@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.huggingface.tensors import INDEX_FILE
 from moe_pretrain.model.decoder import ModelConfig
 

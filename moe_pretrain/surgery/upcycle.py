@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_pretrain.checkpoint.intervals import WEIGHT
 from moe_pretrain.checkpoint.restore import WeightReader
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.build import expert_gate, expert_width
