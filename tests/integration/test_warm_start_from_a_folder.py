@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import contents
-from helpers.runs import run, train_words
+from helpers.runs import rows_of, run, train_words
 from transformers import AutoModelForCausalLM
 
 EXPORTED = ("router=top_k", "model.norm_epsilon=1e-6")
@@ -33,9 +33,10 @@ def words_of(name: str, folder: str, *more: str) -> list[str]:
 
 
 def test_a_run_starts_with_its_weights_and_its_loss(home: Path, folder: Path):
-    code, out, err = run(home, *words_of("again", "exported"))
+    code, _, err = run(home, *words_of("again", "exported"))
     assert code == 0, err
-    assert " weights of exported" in out
+    (said,) = [row["message"] for row in rows_of(home, "again", "event") if row["event"] == "warm_start"]
+    assert said.endswith("weights of exported") and "anew" not in said
     weights = contents(home / "outputs" / "again" / "checkpoints")
     theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     ours = weights["weight/blocks.1.feed_forward.experts.in_weight"].view(4, 64, 32)
