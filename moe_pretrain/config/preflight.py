@@ -100,7 +100,11 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
     """
     batches = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     device, dtype = target or _resolve_device(config.engine)
-    return RunPlan(world_size, device, dtype, batches, model_size(config.model, config.router))
+    size = model_size(config.model, config.router)
+    tokens = batches.micro_batch_size * config.model.sequence_length
+    return RunPlan(
+        world_size, device, dtype, batches, size.in_micro_batches(tokens, config.parallel.expert_parallel_size)
+    )
 
 
 def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:

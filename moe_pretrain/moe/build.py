@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, check_matrix_product
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
@@ -21,8 +23,10 @@ def build_moe_layer(
     rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
     if router.merges_experts:
         return MergedLayer(moe, module, MergedExperts(moe.num_experts, hidden_size, width, shard), hidden_size)
-    experts: SwiGLUExperts | FactorisedExperts
-    if rank is None:
+    experts: SwiGLUExperts | FactorisedExperts | MatrixProductExperts
+    if isinstance(moe.experts, MatrixProductConfig):
+        experts = MatrixProductExperts(moe.experts, moe.num_experts, hidden_size, width, shard)
+    elif rank is None:
         experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
     else:
         owns_down = moe.gate_rank is not None
@@ -101,6 +105,19 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked; a dense network has none."""
     if router.dense_experts:
         return
+    if isinstance(moe.experts, MatrixProductConfig):
+        reason = None
+        if router.merges_experts:
+            reason = "which merges full experts"
+        elif router.scored_experts(moe.num_experts):
+            reason = "which scores full experts"
+        elif router.starts_experts:
+            reason = "which starts experts anew: they share what it would write"
+        elif expert_gate(moe, router) is not None:
+            reason = "whose experts have a factorised gate"
+        if reason is not None:
+            raise ValueError(f"experts=matrix_product must be swiglu with router={router.name}, {reason}")
+        check_matrix_product(moe.experts, hidden_size, moe.expert_hidden_size)
     if router.merges_experts and moe.gate_rank is not None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which merges full experts"

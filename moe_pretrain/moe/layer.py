@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -14,6 +14,7 @@ from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ZeroComputationExperts
@@ -96,7 +97,7 @@ class MoELayer(nn.Module):
         self,
         config: MoEConfig,
         router: Router,
-        experts: SwiGLUExperts | FactorisedExperts | MergedExperts,
+        experts: SwiGLUExperts | FactorisedExperts | MergedExperts | MatrixProductExperts,
         hidden_size: int,
     ):
         super().__init__()
@@ -128,7 +129,10 @@ class MoELayer(nn.Module):
             routing: Routing = (
                 self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
             )
-        arguments = hidden, routing.weight, routing.payload, routing
+        options = {}
+        if isinstance(self.experts, MatrixProductExperts) and self.training:
+            options = self.experts.options(context, self.router.layer)
+        arguments = hidden, routing.weight, routing.payload, routing, options
         if recompute_experts:
             output = checkpoint(self._experts_of, *arguments, use_reentrant=False)
         else:
@@ -145,9 +149,16 @@ class MoELayer(nn.Module):
         score = partial(checkpoint, scores, use_reentrant=False) if recompute_experts else scores
         return partial(score_routes, num_experts=self.kinds.ffn, score=score, exchange=self.exchange)
 
-    def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
+    def _experts_of(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        payload: Tensor | None,
+        routing: Routing,
+        options: dict[str, bool],
+    ) -> Tensor:
         """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""
-        arguments = self.router.expert_arguments(self.experts.expert_ids)
+        arguments: dict[str, Any] = self.router.expert_arguments(self.experts.expert_ids) | options
         routed = replace(routing, weight=weight, payload=payload)
         inputs = hidden if self.input_scale == 1 else hidden * self.input_scale
         meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)

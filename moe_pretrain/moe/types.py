@@ -491,6 +491,12 @@ class ExpertRowLayout:
     rows_per_expert: Int[Tensor, "local_experts"]
 
 
+def sharded_parameters(experts: nn.Module) -> list[nn.Parameter]:
+    """Parameters of which every rank of a group has its own part: all but those that ``dense_names`` of it names."""
+    dense = getattr(experts, "dense_names", ())
+    return [parameter for name, parameter in experts.named_parameters() if name not in dense]
+
+
 def float32_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Parameters that stay float32 in a bfloat16 engine: those of modules that set ``keep_float32``.
 

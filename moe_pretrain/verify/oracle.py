@@ -23,6 +23,7 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.counter_noise import counter_uniform, start_noise
+from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
@@ -47,7 +48,7 @@ from moe_pretrain.verify.oracle_parts import (
     swiglu,
 )
 
-JITTER_STREAM = 1
+JITTER_STREAM, SHARED_DROPOUT_STREAM = 1, 9
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Oracle:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True)
         }
+        self._drop_shared(step, by_name)
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
         self._update(step, by_name, norm)
         text_tokens = int((rows.document_ids >= 0).sum())
@@ -372,6 +374,18 @@ class Oracle:
         logs = [(hidden[text] @ self.model.head_weight.T).log_softmax(dim=-1) for hidden in (first, second)]
         ways = [(one.exp() * (one - other)).sum(dim=-1) for one, other in (logs, logs[::-1])]
         return (ways[0] + ways[1]).sum() / 2 / text.sum().clamp(min=1)
+
+    def _drop_shared(self, step: int, gradients: dict[str, Tensor]) -> None:
+        """Zero the gradients of cores that experts share in the layers that this step leaves alone."""
+        experts = self.config.model.moe.experts
+        if not isinstance(experts, MatrixProductConfig):
+            return
+        for index, block in enumerate(self.model.blocks):
+            keys = (self.config.seed, SHARED_DROPOUT_STREAM, step, index)
+            drawn = float(counter_uniform(torch.zeros(1, dtype=torch.int64), 1, *keys))
+            if drawn < experts.shared_gradient_dropout and isinstance(block.feed_forward, MoELayer):
+                for name in ("gate", "up", "out"):
+                    gradients[f"blocks.{index}.feed_forward.experts.{name}_shared"].zero_()
 
     @torch.no_grad()
     def _start_expert(self, layer: MoELayer, start: ExpertStart) -> None:

@@ -92,6 +92,11 @@ class RouterConfig(ABC):
         return None
 
     @property
+    def starts_experts(self) -> bool:
+        """Whether the scheme writes weights of experts between steps (``ExpertStart``)."""
+        return False
+
+    @property
     def merges_experts(self) -> bool:
         """Whether parameters are merged and no token is sent to an expert."""
         return False
