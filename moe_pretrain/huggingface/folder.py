@@ -15,7 +15,7 @@ from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.huggingface.tensors import INDEX_FILE
 from moe_pretrain.model.decoder import ModelConfig
 
-CONFIG_FILE = "config.json"
+MODEL_CONFIG = "config.json"
 _NORMED = "normalises queries and keys, which this model does not"
 _ODD = {
     "olmoe": _NORMED,
@@ -30,7 +30,7 @@ _DENSE, _MIXTRAL = ("llama", "mistral"), "mixtral"
 
 def is_folder(path: Path) -> bool:
     """Whether ``path`` is a folder of a model as transformers writes it."""
-    return (path / CONFIG_FILE).is_file()
+    return (path / MODEL_CONFIG).is_file()
 
 
 class HuggingFaceFolder:
@@ -49,10 +49,10 @@ class HuggingFaceFolder:
         """
         self._path = path
         try:
-            self.values: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+            self.values: dict[str, Any] = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
             kind = self.values["model_type"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path / CONFIG_FILE} is no configuration of transformers: {error!r}") from None
+            raise ConfigError(f"{path / MODEL_CONFIG} is no configuration of transformers: {error!r}") from None
         if kind not in (*_DENSE, _MIXTRAL):
             why = _ODD.get(kind, "is another architecture")
             raise ConfigError(f"{path} cannot be read: model_type={kind} {why}; {', '.join((*_DENSE, _MIXTRAL))} can")
