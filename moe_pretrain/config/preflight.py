@@ -56,7 +56,9 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     config.parallel.check(world_size, *sharded(moe, config.router))
     # One that has checkpoints goes on from those, also where what it began with is gone.
     if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
-        locate(Path(config.checkpoint.warm_start))
+        source = Path(config.checkpoint.warm_start)
+        if not (source / "config.json").is_file():  # else a Hugging Face folder, which is read when the run begins
+            locate(source)
     if config.optimizer.trainable == "routers":
         model = meta_model(config.model, config.router)
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):

@@ -58,12 +58,15 @@ class RunConfig:
         cache_dir: Folder of tokenised corpora, shared by runs.
         prepare_workers: Processes that tokenise, or threads of the one process that tokenises a stream; None for one on
             each core. Shards do not depend on it.
+        report: Whether ``report.html`` is written when the run ends or stops, which takes seconds; the command
+            ``report`` writes it at any time.
     """
 
     name: str
     output_dir: str
     cache_dir: str
     prepare_workers: pydantic.PositiveInt | None
+    report: bool
 
     def __post_init__(self) -> None:
         _check_folder_name("run.name", self.name)

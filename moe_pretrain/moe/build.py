@@ -31,7 +31,10 @@ def build_moe_layer(
     else:
         owns_down = moe.gate_rank is not None
         experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down)
-    return MoELayer(moe, module, experts, hidden_size)
+    built = MoELayer(moe, module, experts, hidden_size)
+    if router.balance_level == "last_step":
+        built.count_last_step()
+    return built
 
 
 def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int) -> Router:

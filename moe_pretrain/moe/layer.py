@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -102,6 +103,8 @@ class MoELayer(nn.Module):
     ):
         super().__init__()
         self.kinds = config.kinds
+        self.last_routes: Tensor | None
+        self.register_buffer("last_routes", None)
         self.router = router
         self.experts = experts
         others = self.kinds.zero_computation
@@ -111,6 +114,10 @@ class MoELayer(nn.Module):
         self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
         self.experts_of_sender: Callable[[int], Experts] | None = None
+
+    def count_last_step(self) -> None:
+        """Keep the routes to each expert in the last step for the balance loss of the next; checkpoints save them."""
+        self.last_routes = torch.zeros(self.kinds.total, dtype=torch.float64)
 
     def forward(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext, recompute_experts: bool

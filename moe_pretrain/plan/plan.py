@@ -151,7 +151,7 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
-    if plan.accumulation == 1 or config.router.dense_experts:
+    if plan.accumulation == 1 or config.router.dense_experts or config.router.balance_level == "last_step":
         return False
     with torch.device("meta"):
         router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)

@@ -28,6 +28,7 @@ from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
+    POOLED_LEVELS,
     AttentionStatistic,
     ExpertShard,
     ExpertStart,
@@ -135,6 +136,7 @@ class Oracle:
                 if id(parameter) not in kept:
                     parameter.data = parameter.data.bfloat16().float()
         self.weights = dict(self.model.named_parameters())
+        self._last_routes: dict[int, Tensor] = {}  # by layer; for the balance loss of load_balance_level=last_step
         self.moments = {
             name: {moment: torch.zeros_like(weight) for moment in config.optimizer.state(name, weight).moments}
             for name, weight in self.weights.items()
@@ -166,6 +168,7 @@ class Oracle:
         text_tokens = int((rows.document_ids >= 0).sum())
         mean = sum(float(layer.tokens_per_expert.sum()) for layer in layers) / max(1, len(layers) * text_tokens)
         for layer, result in zip(self.model.moe_layers(), layers, strict=True):
+            self._last_routes[layer.router.layer] = result.tokens_per_expert
             started = layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
             if started is not None:
                 self._start_expert(layer, started)
@@ -249,7 +252,11 @@ class Oracle:
         by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
         by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
-        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
+        global_routes = None
+        if level == "last_step" and layer.router.training:
+            global_routes = self._last_routes.get(layer.router.layer)
+        if level in POOLED_LEVELS and global_routes is None:
+            global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts)
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.kinds.total, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
@@ -341,6 +348,8 @@ class Oracle:
         balance = torch.zeros(())
         for group in torch.arange(len(text)).chunk(num_groups):
             routes = routed[group][text[group]].sum(dim=0)
+            if config.load_balance_level == "last_step" and router.training:
+                routes = self._last_routes.get(router.layer, routes)
             share = routes / routes.sum().clamp(min=1)
             balance = balance + num_experts * (share * probs[group][text[group]]).sum()
         num_text = text.sum().clamp(min=1)
