@@ -193,6 +193,8 @@ def fresh_home(folder: Path | None) -> Path:
     """An empty folder to work in."""
     import tempfile
 
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix="moe-pretrain-", dir=folder))
 
 
