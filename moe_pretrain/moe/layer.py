@@ -16,6 +16,7 @@ from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroCom
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.experts.unequal import UnequalExperts
 from moe_pretrain.moe.experts.zero_computation import ZeroComputationExperts
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.ranks import route_by_rank
@@ -29,6 +30,9 @@ from moe_pretrain.moe.types import (
     RoutingContext,
     ScoreRoutes,
 )
+
+RoutedExperts = SwiGLUExperts | FactorisedExperts | UnequalExperts
+"""What holds the networks that routes go to."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class MoELayer(nn.Module):
         self,
         config: MoEConfig,
         router: Router,
-        experts: SwiGLUExperts | FactorisedExperts | MergedExperts,
+        experts: RoutedExperts | MergedExperts,
         hidden_size: int,
     ):
         super().__init__()
@@ -134,6 +138,13 @@ class MoELayer(nn.Module):
         else:
             output = self._experts_of(*arguments)
         return MoEOutput(output, routing.aux, routing.use, routing.carried)
+
+    @property
+    def stacks(self) -> list[SwiGLUExperts | FactorisedExperts | MergedExperts]:
+        """The modules that hold this rank's networks, each those of one width."""
+        if isinstance(self.experts, UnequalExperts):
+            return list(self.experts.stacks)
+        return [self.experts]
 
     def _score_routes(self, recompute_experts: bool) -> ScoreRoutes:
         """Function by which the router asks experts for scores; ``recompute_experts`` keeps none of their activations.

@@ -8,6 +8,8 @@ from torch import Tensor
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
+from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.experts.unequal import UnequalExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
@@ -83,6 +85,9 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
         gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
+    if isinstance(experts, UnequalExperts):
+        stack, index = experts.locate(expert)
+        return swiglu(hidden, stack.in_weight[index], stack.out_weight[index])
     return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
 
 
@@ -160,6 +165,7 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
 
 def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
     """Every candidate's key, made from its activation, times the token's query."""
+    assert isinstance(layer.experts, SwiGLUExperts)
     scores = torch.zeros(candidates.shape)
     for expert in range(layer.kinds.ffn):
         routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)

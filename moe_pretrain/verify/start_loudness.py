@@ -91,7 +91,7 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
 
 
 def _weights(layer: MoELayer) -> list[nn.Parameter]:
-    return [layer.experts.in_weight, layer.experts.out_weight]
+    return [weight for stack in layer.stacks for weight in (stack.in_weight, stack.out_weight)]
 
 
 def _rms(values: Tensor) -> float:

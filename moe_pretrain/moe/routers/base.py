@@ -76,6 +76,11 @@ class RouterConfig(ABC):
         return 1.0
 
     @property
+    def starts_experts(self) -> bool:
+        """Whether experts come into use in training, with weights made of others'."""
+        return False
+
+    @property
     def dense_experts(self) -> int:
         """Experts whose summed width one dense network has in their place; 0 for every scheme that routes."""
         return 0
@@ -310,7 +315,7 @@ class BalancedRouter(Router):
             routes_per_token,
             use=router_use(own.sum(dim=0), probs, context, sums),
             aux={
-                "load_balance": load_balance_loss(probs, counts, context.token_mask),
+                "load_balance": load_balance_loss(probs, counts, context.token_mask, self.balanced_costs),
                 "router_z": router_z_loss(logits, context.token_mask),
             },
             payload=payload,

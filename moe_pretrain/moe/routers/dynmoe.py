@@ -81,6 +81,11 @@ class DynMoEConfig(RouterConfig):
         """Of the start."""
         return self.initial_experts_per_token or self.initial_experts / 2
 
+    @property
+    def starts_experts(self) -> bool:
+        """With ``new_expert=mean``."""
+        return self.new_expert == "mean"
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "DynMoERouter":
         """The module of layer ``layer``."""
         return DynMoERouter(self, hidden_size, num_experts, layer)

@@ -1,4 +1,4 @@
-"""Checkpoints of MoE++: its dense experts beside sharded ones, and the maps between layers, on other topologies."""
+"""Checkpoints of experts that are no single stack, on other topologies: MoE++'s dense ones, those of several widths."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,17 @@ from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.intervals import pieces
 from moe_pretrain.verify.verify import own_micro_batches
 
+SCHEMES = {
+    "moe_plus_plus": ("router=moe_plus_plus",),
+    "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]"),
+}
+PARTS = {"moe_plus_plus": ("zero_computation", "residual_weight"), "unequal": ("classes.0.", "classes.1.")}
 Arrays = dict[tuple[str, str], dict[int, Tensor]]
 
 
-def _engine(overrides: list[str]) -> TrainEngine:
+def _engine(scheme: str, overrides: list[str]) -> TrainEngine:
     ranks = dist.get_world_size()
-    words = ("router=moe_plus_plus", f"parallel.processes={ranks}", *overrides)
+    words = (*SCHEMES[scheme], f"parallel.processes={ranks}", *overrides)
     return build_engine(tiny(*words, rows=8, micro_batch_size=2))
 
 
@@ -36,17 +41,17 @@ def _arrays(engine: TrainEngine) -> Arrays:
     }
 
 
-def _train(overrides: list[str], folder: str) -> Arrays:
-    engine = _engine(overrides)
-    config = tiny("router=moe_plus_plus", f"parallel.processes={dist.get_world_size()}", rows=8, micro_batch_size=2)
+def _train(scheme: str, overrides: list[str], folder: str) -> Arrays:
+    engine = _engine(scheme, overrides)
+    config = tiny(*SCHEMES[scheme], f"parallel.processes={dist.get_world_size()}", rows=8, micro_batch_size=2)
     for step, batches in enumerate(random_batches(config, dist.get_world_size())):
         engine.step(step, own_micro_batches(batches, engine._plan, dist.get_rank()))
     checkpoints.save(engine, Path(folder), TrainState(step=3), keep_last=1)
     return _arrays(engine)
 
 
-def _restore(overrides: list[str], folder: str) -> Arrays:
-    engine = _engine(overrides)
+def _restore(scheme: str, overrides: list[str], folder: str) -> Arrays:
+    engine = _engine(scheme, overrides)
     path, manifest = store.newest(Path(folder), pytest.fail)
     store.restore(engine, path, manifest)
     return _arrays(engine)
@@ -67,18 +72,19 @@ OTHERS: dict[str, tuple[int, list[str]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
+@pytest.fixture(scope="module", params=SCHEMES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, list[Any]]:
     folder = str(tmp_path_factory.mktemp("run"))
-    return folder, run_on_ranks(_train, 2, ["parallel.expert_parallel_size=2"], folder)
+    expert_parallel = ["parallel.expert_parallel_size=2"]
+    return request.param, folder, run_on_ranks(_train, 2, request.param, expert_parallel, folder)
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_topology_holds_the_same_bits(trained: tuple[str, list[Any]], other: str) -> None:
-    folder, ranks = trained
+def test_another_topology_holds_the_same_bits(trained: tuple[str, str, list[Any]], other: str) -> None:
+    scheme, folder, ranks = trained
     number, overrides = OTHERS[other]
-    ours, theirs = _whole(ranks), _whole(run_on_ranks(_restore, number, overrides, folder))
-    assert any("zero_computation" in name for name, _ in ours) and any("residual_weight" in name for name, _ in ours)
+    ours, theirs = _whole(ranks), _whole(run_on_ranks(_restore, number, scheme, overrides, folder))
+    assert all(any(part in name for name, _ in ours) for part in PARTS[scheme])
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
