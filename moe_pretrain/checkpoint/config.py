@@ -24,7 +24,8 @@ class CheckpointConfig:
             begins anew. It is for one start: the run's record does not keep it.
         warm_start: A checkpoint of another run, or that run's folder for its newest, whose weights a new run starts
             from. Its router may be another: routers' weights that fit by name and shape are taken over, the others
-            start as ever. Optimizer, schedule, data and balancer state start anew. None for no such.
+            start as ever. Optimizer, schedule, data and balancer state start anew. None for no such. Or a Hugging Face
+            folder of a Llama, Mistral or Mixtral model, with its tokenizer (``tokenizer.path`` the same folder).
     """
 
     every_steps: PositiveInt

@@ -1,10 +1,10 @@
 """A checkpoint into an engine, whatever topology either has."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -106,7 +106,23 @@ def warm_start(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> War
     Raises:
         CheckpointError: A weight outside the routers has no counterpart.
     """
-    shapes, stored = _global_shapes(engine), manifest["shapes"]
+    return take_weights(engine, path, manifest["shapes"], Reader(path, manifest))
+
+
+@torch.no_grad()
+def take_weights(engine: TrainEngine, path: Path, stored: Mapping[str, list[int]], reader: "WeightReader") -> WarmStart:
+    """``warm_start`` from anything that can be read by our names; every rank must call it.
+
+    Args:
+        engine: Whose weights are replaced; it must not have made a step.
+        path: Where they are, for messages.
+        stored: Shape of each tensor that is there.
+        reader: Reader of them.
+
+    Raises:
+        CheckpointError: A weight outside the routers has no counterpart.
+    """
+    shapes = _global_shapes(engine)
     found = WarmStart([], [], [])
     for name in sorted(shapes.keys() | stored.keys()):
         if shapes.get(name) == stored.get(name):
@@ -121,11 +137,11 @@ def warm_start(engine: TrainEngine, path: Path, manifest: dict[str, Any]) -> War
                 f"checkpoint.warm_start={path} has {name}={stored.get(name)}, this model has {shapes.get(name)}: only "
                 "the weights of routers may differ"
             )
-    _restore_weights(engine, Reader(path, manifest), found.loaded)
+    _restore_weights(engine, reader, found.loaded)
     return found
 
 
-def _restore_weights(engine: TrainEngine, reader: "Reader", names: Collection[str]) -> None:
+def _restore_weights(engine: TrainEngine, reader: "WeightReader", names: Collection[str]) -> None:
     for name, parameter in engine.model.named_parameters():
         if name in names:
             values = reader.read(name, WEIGHT, global_start(engine, parameter), parameter.numel())
@@ -165,6 +181,14 @@ def _check_shapes(shapes: dict[str, list[int]], path: Path, manifest: dict[str, 
             raise CheckpointError(
                 f"checkpoint {path} has {name}={manifest['shapes'].get(name)}, this model has {shapes.get(name)}"
             )
+
+
+@runtime_checkable
+class WeightReader(Protocol):
+    """Reads any interval of any array by its name here."""
+
+    def read(self, tensor: str, kind: str, start: int, length: int) -> Tensor:
+        """Elements ``[start, start + length)``, float32."""
 
 
 class Reader:

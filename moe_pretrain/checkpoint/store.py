@@ -22,7 +22,7 @@ from moe_pretrain.checkpoint.manifest import (
     train_state,
     verify_files,
 )
-from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, warm_start
+from moe_pretrain.checkpoint.restore import WarmStart, load_model, restore, take_weights, warm_start
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.checkpoint.write import keep_copy, set_aside
 from moe_pretrain.engine.intervals import updates_made
@@ -49,6 +49,7 @@ __all__ = [
     "read_manifest",
     "restore",
     "set_aside",
+    "take_weights",
     "train_state",
     "updates_made",
     "warm_start",

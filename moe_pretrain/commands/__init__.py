@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("generate", "text from a run as it comes: temperature, top-k, top-p, seed; decode=self_contrast"),
     "average": ("average", "the mean of a run's last checkpoints, as a checkpoint of a run of its own"),
     "prune": ("prune", "a run with fewer experts: seven methods, with the loss before and after each"),
+    "upcycle": ("upcycle", "a dense run, or a Llama folder, as a mixture of experts that starts with its loss"),
     "completion": ("completion", "completion of commands, options and choices for bash or zsh"),
 }
 """Command -> (its module in this package, imported when it runs; one line of help)."""

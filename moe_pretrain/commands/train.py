@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             claim_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)
     code = train(config, plan, overrides)
-    if launched_rank() == 0:
+    if launched_rank() == 0 and config.run.report:
         from moe_pretrain.analysis.report import write_last_report  # here: matplotlib is a second of every rank's start
 
         write_last_report(config.run.folder, print)

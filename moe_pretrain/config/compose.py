@@ -303,7 +303,7 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
     location = [str(part) for part in first["loc"]]
     if len(location) > 1 and location[0] in variants:
         del location[1]
-    if location[:3] == ["model", "moe", "combine"] and len(location) > 4:
+    if location[:3] in (["model", "moe", "combine"], ["model", "moe", "experts"]) and len(location) > 4:
         del location[3]
     is_named_corpus = location[:2] in (["evaluation", "sets"], ["data", "sources"]) and len(location) > 3
     if is_named_corpus:

@@ -56,7 +56,9 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     config.parallel.check(world_size, *sharded(moe, config.router))
     # One that has checkpoints goes on from those, also where what it began with is gone.
     if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
-        locate(Path(config.checkpoint.warm_start))
+        source = Path(config.checkpoint.warm_start)
+        if not (source / "config.json").is_file():  # else a Hugging Face folder, which is read when the run begins
+            locate(source)
     if config.optimizer.trainable == "routers":
         model = meta_model(config.model, config.router)
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
@@ -98,7 +100,11 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
     """
     batches = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     device, dtype = target or _resolve_device(config.engine)
-    return RunPlan(world_size, device, dtype, batches, model_size(config.model, config.router))
+    size = model_size(config.model, config.router)
+    tokens = batches.micro_batch_size * config.model.sequence_length
+    return RunPlan(
+        world_size, device, dtype, batches, size.in_micro_batches(tokens, config.parallel.expert_parallel_size)
+    )
 
 
 def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:

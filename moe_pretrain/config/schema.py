@@ -58,12 +58,15 @@ class RunConfig:
         cache_dir: Folder of tokenised corpora, shared by runs.
         prepare_workers: Processes that tokenise, or threads of the one process that tokenises a stream; None for one on
             each core. Shards do not depend on it.
+        report: Whether ``report.html`` is written when the run ends or stops, which takes seconds; the command
+            ``report`` writes it at any time.
     """
 
     name: str
     output_dir: str
     cache_dir: str
     prepare_workers: pydantic.PositiveInt | None
+    report: bool
 
     def __post_init__(self) -> None:
         _check_folder_name("run.name", self.name)
@@ -154,10 +157,11 @@ class Config:
     def __post_init__(self) -> None:
         check_experts(self.model.moe, self.router)
         self.router.check_sequence_length(self.model.sequence_length)
-        if self.router.merges_experts and self.model.init == "mup":
+        if self.model.init == "mup" and (self.router.merges_experts or self.model.moe.experts.name == "matrix_product"):
+            kind = f"router={self.router.name}" if self.router.merges_experts else "experts=matrix_product"
             raise ValueError(
-                f"model.init=mup must be normal or width_aware with router={self.router.name}: its rules are of "
-                "experts that are not merged"
+                f"model.init=mup must be normal or width_aware with {kind}: its rules are of experts that have their "
+                "matrices to themselves"
             )
         check_gate(self.model.moe, self.router, self.model.hidden_size)
         check_combine(self.model.moe, self.router)

@@ -70,6 +70,10 @@ def check_elastic(
             f"router={router.name} must be another {word}: ranks add up parts of a token's output, in sums that depend "
             "on how many they are"
         )
+    if model.moe.experts.name == "matrix_product":
+        raise ValueError(
+            f"experts=matrix_product must be swiglu {word}: the gradient of the shared cores would be summed by rank"
+        )
     with torch.device("meta"):
         module = build_router(model.moe, router, model.hidden_size, layer=0)
     if module.needs_expert_scores or module.expert_arguments(range(1)):

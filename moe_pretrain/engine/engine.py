@@ -133,6 +133,8 @@ class TrainEngine:
             return result
         self._skipped = 0
         for layer, use in zip(self.model.moe_layers(), result.layer_uses(), strict=True):
+            if layer.last_routes is not None:
+                layer.last_routes.copy_(use.tokens_per_expert)
             started = layer.router.after_step(use)
             if started is not None:
                 start_expert(self, layer, started)
@@ -147,9 +149,9 @@ class TrainEngine:
         aux_weights = self.model.aux_weights
         sums = self._no_sums()
         forward = self.deepspeed if self._elastic is None else self.model
-        ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead() else None
+        ahead = self._count_routes_ahead(step, batches) if self._needs_routes_ahead(step) else None
         for batch, tokens in zip(batches, text_tokens, strict=True):
-            context = routing_context(batch, self.seed, step, self._global_routes(ahead), global_counts.tokens)
+            context = routing_context(batch, self.seed, step, self._global_routes(step, ahead), global_counts.tokens)
             output = forward(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
             if self._faults.due("train.loss", step):
                 output = output._replace(loss_sum=output.loss_sum * math.nan)
@@ -274,15 +276,22 @@ class TrainEngine:
         labels, tokens, token_hash = counts.tolist()
         return GlobalCounts(labels=labels, tokens=tokens), token_hash
 
-    def _needs_routes_ahead(self) -> bool:
+    def _needs_routes_ahead(self, step: int) -> bool:
         """Whether the balance loss needs the global batch's routes before its first backward.
 
         With one micro-batch the layers sum their counts over ranks as they go. With accumulation the later
         micro-batches' counts must be known first: a forward pass without gradient per micro-batch, about a quarter to a
-        third more compute. ``router.load_balance_level=sequence`` avoids it, so does a larger micro-batch.
+        third more compute. ``router.load_balance_level=last_step`` avoids it from the second step on, ``sequence``
+        and a larger micro-batch always.
         """
         layers = self.model.moe_layers()
-        return bool(layers) and layers[0].router.needs_global_routes and self._plan.accumulation > 1
+        needs_routes = bool(layers) and layers[0].router.needs_global_routes
+        return needs_routes and self._plan.accumulation > 1 and not self._knows_last_step(step)
+
+    def _knows_last_step(self, step: int) -> bool:
+        """Whether the balance loss takes the routes of the step before."""
+        layers = self.model.moe_layers()
+        return step > 0 and bool(layers) and layers[0].last_routes is not None
 
     def _count_routes_ahead(self, step: int, batches: list[MicroBatch]) -> Tensor:
         """Routes per layer and expert of the whole global batch, from a pass without gradient."""
@@ -294,7 +303,7 @@ class TrainEngine:
         dist.all_reduce(total)
         return total
 
-    def _global_routes(self, ahead: Tensor | None) -> Callable[[int, Tensor], Tensor]:
+    def _global_routes(self, step: int, ahead: Tensor | None) -> Callable[[int, Tensor], Tensor]:
         """The context's ``sum_over_global_batch``."""
 
         def from_pass(layer: int, counts: Tensor) -> Tensor:
@@ -306,6 +315,13 @@ class TrainEngine:
             dist.all_reduce(counts)
             return counts
 
+        def of_last_step(layer: int, counts: Tensor) -> Tensor:
+            routes = self.model.moe_layers()[self._layer_row[layer]].last_routes
+            assert routes is not None
+            return routes
+
+        if self._knows_last_step(step):
+            return of_last_step
         return over_ranks if ahead is None else from_pass
 
     def _clip(self) -> Tensor:

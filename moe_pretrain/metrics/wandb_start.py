@@ -113,7 +113,18 @@ def reachable(url: str) -> bool:
 
 
 def run_id(path: Path) -> str:
-    """Return the wandb id that a run folder keeps over its resumes; the first call makes it up."""
-    if not path.exists():
-        write_whole(path, uuid.uuid4().hex[:8] + "\n")
-    return path.read_text(encoding="utf-8").strip()
+    """Id that a run folder has at wandb, kept over resumes; the first call makes it up, and so does one in a copy.
+
+    The file's second line is the folder that the id is of: where another folder has it, this one is its copy, and rows
+    of both would end in one run at wandb. A folder that was moved takes its id along.
+    """
+    here = str(path.parent.resolve())
+    known, folder = ((path.read_text(encoding="utf-8").splitlines() if path.exists() else []) + ["", ""])[:2]
+    original = Path(folder) / path.name
+    is_copy = folder not in ("", here) and original.is_file() and not original.samefile(path)
+    if is_copy and original.read_text(encoding="utf-8").splitlines()[:1] == [known]:
+        known = ""
+    name = known or uuid.uuid4().hex[:8]
+    if (name, here) != (known, folder):
+        write_whole(path, f"{name}\n{here}\n")
+    return name

@@ -82,7 +82,7 @@ class MetricsWriter:
             described = wandb_run(run_dir, config.wandb_project, config.wandb_group, run_name, resolved_config)
             self._wandb = WandbSink(config.wandb, described, self._console.say)
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, is_validated: bool = True) -> None:
         """Continue the metrics of an earlier attempt. Call it before the first row.
 
         Rows after ``step`` are removed, ``attempt`` goes up, and ``seconds`` goes on from the last
@@ -90,11 +90,12 @@ class MetricsWriter:
 
         Args:
             step: Steps done in the loaded checkpoint; 0 when there is none to load.
+            is_validated: Whether the checkpoint knows of the validation at ``step``.
         """
         if not self._is_main:
             return
         earlier = read_rows(self._jsonl.path)
-        kept = self._jsonl.truncate_after(step)
+        kept = self._jsonl.truncate_after(step, is_validated)
         self._attempt = 1 + max((row["attempt"] for row in earlier), default=-1)
         self._seconds_before = kept[-1]["seconds"] if kept else 0.0
         self._must_resume = False

@@ -11,6 +11,7 @@ from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, parameter_roles
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
@@ -46,6 +47,7 @@ def initialise(model: DecoderLM, seed: int) -> None:
     large router                    32, 0.32 at 768 and 256)
     ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
+    cores of a matrix product       such that the rebuilt matrices have the spread of plain ones
     experts that are merged         ``sqrt(num_experts)`` times that of others, so that the network merged evenly of
                                     independent ones starts like one of them
     ``start_stds`` of a router or   what it says, with every ``model.init``
@@ -77,7 +79,9 @@ def initialise(model: DecoderLM, seed: int) -> None:
             std = parameter_std(module, name, parameter, roles[full_name], config)
             if isinstance(module, MergedExperts):
                 _fill_merged(module, parameter, std, seed, full_name)
-            elif isinstance(module, SwiGLUExperts | FactorisedExperts):
+            elif isinstance(module, SwiGLUExperts | FactorisedExperts | MatrixProductExperts) and (
+                name not in getattr(module, "dense_names", ())
+            ):
                 for expert_id, expert in zip(module.expert_ids, parameter.unbind(0), strict=True):
                     _fill_normal(expert, std, seed, f"{full_name}/{expert_id}")
             else:
@@ -124,8 +128,11 @@ def parameter_std(module: nn.Module, name: str, parameter: Tensor, role: Paramet
     if config.init == "mup":
         return _mup_std(module, name, parameter, role, config)
     std = base_std(config)
+    residual_std = std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
+    if isinstance(module, MatrixProductExperts):
+        return module.start_std(name, residual_std if name.startswith("out") else std)
     if name == "out_weight":
-        return std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
+        return residual_std
     if config.gate_init == "paper":
         return std
     if isinstance(module, QueryKey):

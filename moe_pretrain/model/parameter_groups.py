@@ -53,6 +53,7 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
@@ -75,6 +76,7 @@ _GROUP_OF: dict[type[nn.Module], GroupName] = {
     SwiGLUExperts: "experts",
     FactorisedExperts: "experts",
     MergedExperts: "experts",
+    MatrixProductExperts: "experts",
     ConstantExpert: "experts",
     SwiGLU: "ffn",
 }

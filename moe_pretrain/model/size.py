@@ -8,6 +8,8 @@ import torch
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe.build import build_router, dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import pair_product_flops
+from moe_pretrain.moe.experts.config import MatrixProductConfig
+from moe_pretrain.moe.experts.matrix_product import core_parameters, rebuild_flops
 from moe_pretrain.moe.routers.base import RouterConfig
 
 
@@ -37,6 +39,11 @@ class ModelSize:
             takes; it has no backward.
         combine_flops: Forward FLOPs per token of comparing its expert outputs with each other, where ``combine`` does;
             backward costs as many.
+        stored_per_route: Parameters of the experts that one token would use with one route per layer; as many as
+            ``experts_per_route`` unless these are rebuilt from fewer.
+        shared_cores: Parameters that all experts of a layer share, of all layers.
+        rebuild_flops: Forward FLOPs of rebuilding all experts of all layers.
+        rebuilds_per_token: Times that this happens, over tokens: all ranks of a group together once a micro-batch.
         merge_flops: Forward FLOPs of merging one network's experts in all layers, the router's decision included; 0 for
             schemes that send tokens to experts.
         merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
@@ -61,6 +68,10 @@ class ModelSize:
     attention_score_flops: float
     attention_statistic_flops: float
     combine_flops: float
+    stored_per_route: int
+    shared_cores: int
+    rebuild_flops: float
+    rebuilds_per_token: float
     merge_flops: float
     merges_per_token: float
     num_passes: int
@@ -74,7 +85,9 @@ class ModelSize:
     @property
     def active_parameters(self) -> float:
         """Parameters that one token uses: all but the experts it does not visit."""
-        return self.embedding + self.head + self._backbone + self.active_experts + self.unselected
+        stored = self.stored_per_route / self.experts_per_route if self.experts_per_route else 1.0
+        experts = self.shared_cores + self.active_experts * stored
+        return self.embedding + self.head + self._backbone + experts + self.unselected
 
     @property
     def forward_flops_per_token(self) -> float:
@@ -83,12 +96,17 @@ class ModelSize:
         matrices += self.constant_experts
         matrices += self.scoring + self.router_matmul + self.frozen_routers
         others = self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
-        return 2.0 * matrices + others + self.merging_flops_per_token
+        return 2.0 * matrices + others + self.merging_flops_per_token + self.rebuilding_flops_per_token
 
     @property
     def router_matmul(self) -> int:
         """Parameters of routers that multiply every token; those that merge experts multiply means of tokens."""
         return 0 if self.merge_flops else self.routers
+
+    @property
+    def rebuilding_flops_per_token(self) -> float:
+        """A token's share of rebuilding the experts' matrices, forward."""
+        return self.rebuild_flops * self.rebuilds_per_token
 
     @property
     def merging_flops_per_token(self) -> float:
@@ -114,6 +132,10 @@ class ModelSize:
         """The same model with ``tokens`` tokens for each merged network: what a run was measured to have."""
         return replace(self, merges_per_token=1 / tokens)
 
+    def in_micro_batches(self, tokens: int, expert_parallel_size: int) -> "ModelSize":
+        """The same model where each rank of a group rebuilds its experts once for ``tokens`` tokens of its own."""
+        return replace(self, rebuilds_per_token=1 / (tokens * expert_parallel_size))
+
     @property
     def _backbone(self) -> int:
         return self.attention + self.norms + self.dense_ffn + self.routers + self.router_vectors + self.constant_experts
@@ -129,8 +151,8 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
-    routers = vectors = frozen = experts = constants = expert = first_layers = 0
-    routes = statistic_flops = combining = merging = 0.0
+    routers = vectors = frozen = experts = constants = expert = first_layers = stored = cores = 0
+    routes = statistic_flops = combining = merging = rebuilding = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -149,7 +171,11 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         if any(module.attention_statistic is not None for module in modules):
             statistic_flops = 1.0 * num_moe * config.sequence_length * width
         constants = num_moe * moe.kinds.constant * 3 * width
-        experts = num_moe * moe.num_experts * expert
+        experts, stored = num_moe * moe.num_experts * expert, expert
+        if isinstance(moe.experts, MatrixProductConfig):
+            cores, stored = core_parameters(moe.experts, width, inner)
+            experts = num_moe * (cores + moe.num_experts * stored)
+            rebuilding = num_moe * moe.num_experts * rebuild_flops(moe.experts, width, inner)
         routes = expected_ffn_experts(moe, router)
         combining = num_moe * pair_product_flops(moe.combine, width, routes)
         if router.merges_experts:
@@ -177,6 +203,10 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
+        stored_per_route=num_moe * stored,
+        shared_cores=num_moe * cores,
+        rebuild_flops=rebuilding,
+        rebuilds_per_token=1 / config.sequence_length,
         merge_flops=merging,
         merges_per_token=1 / (router.mean_segment_tokens(config.sequence_length) or math.inf),
         num_passes=router.num_passes,

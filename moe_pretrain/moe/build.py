@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from moe_pretrain.moe.experts.config import UnequalConfig
+from moe_pretrain.moe.experts.config import MatrixProductConfig, UnequalConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, check_matrix_product
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
@@ -26,12 +27,17 @@ def build_moe_layer(
     experts: RoutedExperts
     if isinstance(moe.experts, UnequalConfig):
         experts = UnequalExperts(class_widths(moe.experts.pattern, width), moe.num_experts, hidden_size, shard)
+    elif isinstance(moe.experts, MatrixProductConfig):
+        experts = MatrixProductExperts(moe.experts, moe.num_experts, hidden_size, width, shard)
     elif rank is None:
         experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
     else:
         owns_down = moe.gate_rank is not None
         experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down)
-    return MoELayer(moe, module, experts, hidden_size)
+    built = MoELayer(moe, module, experts, hidden_size)
+    if router.balance_level == "last_step":
+        built.count_last_step()
+    return built
 
 
 def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int) -> Router:
@@ -80,8 +86,8 @@ def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> li
         if any(width % 8 for width in made):
             narrow = [
                 f"model.moe.expert_hidden_size={moe.expert_hidden_size} with model.moe.experts.pattern="
-                f"{list(moe.experts.pattern)} makes widths {', '.join(map(str, made))}, which must be multiples of 8 on "
-                "a GPU in bfloat16: grouped_mm needs 16 bytes"
+                f"{list(moe.experts.pattern)} makes widths {', '.join(map(str, made))}, which must be multiples of 8 "
+                "on a GPU in bfloat16: grouped_mm needs 16 bytes"
             ]
     return narrow + [
         f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes; nearest: "
@@ -141,6 +147,19 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked; a dense network has none."""
     if router.dense_experts:
         return
+    if isinstance(moe.experts, MatrixProductConfig):
+        reason = None
+        if router.merges_experts:
+            reason = "which merges full experts"
+        elif router.scored_experts(moe.num_experts):
+            reason = "which scores full experts"
+        elif router.starts_experts:
+            reason = "which starts experts anew: they share what it would write"
+        elif expert_gate(moe, router) is not None:
+            reason = "whose experts have a factorised gate"
+        if reason is not None:
+            raise ValueError(f"experts=matrix_product must be swiglu with router={router.name}, {reason}")
+        check_matrix_product(moe.experts, hidden_size, moe.expert_hidden_size)
     if router.merges_experts and moe.gate_rank is not None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which merges full experts"

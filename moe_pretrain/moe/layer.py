@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.unequal import UnequalExperts
@@ -31,7 +33,7 @@ from moe_pretrain.moe.types import (
     ScoreRoutes,
 )
 
-RoutedExperts = SwiGLUExperts | FactorisedExperts | UnequalExperts
+RoutedExperts = SwiGLUExperts | FactorisedExperts | UnequalExperts | MatrixProductExperts
 """What holds the networks that routes go to."""
 
 
@@ -105,6 +107,8 @@ class MoELayer(nn.Module):
     ):
         super().__init__()
         self.kinds = config.kinds
+        self.last_routes: Tensor | None
+        self.register_buffer("last_routes", None)
         self.router = router
         self.experts = experts
         others = self.kinds.zero_computation
@@ -114,6 +118,10 @@ class MoELayer(nn.Module):
         self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
         self.experts_of_sender: Callable[[int], Experts] | None = None
+
+    def count_last_step(self) -> None:
+        """Keep the routes to each expert in the last step for the balance loss of the next; checkpoints save them."""
+        self.last_routes = torch.zeros(self.kinds.total, dtype=torch.float64)
 
     def forward(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext, recompute_experts: bool
@@ -132,7 +140,10 @@ class MoELayer(nn.Module):
             routing: Routing = (
                 self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
             )
-        arguments = hidden, routing.weight, routing.payload, routing
+        options: dict[str, bool] = {}
+        if isinstance(self.experts, MatrixProductExperts) and self.training:
+            options = self.experts.options(context, self.router.layer)
+        arguments = hidden, routing.weight, routing.payload, routing, options
         if recompute_experts:
             output = checkpoint(self._experts_of, *arguments, use_reentrant=False)
         else:
@@ -140,7 +151,7 @@ class MoELayer(nn.Module):
         return MoEOutput(output, routing.aux, routing.use, routing.carried)
 
     @property
-    def stacks(self) -> list[SwiGLUExperts | FactorisedExperts | MergedExperts]:
+    def stacks(self) -> list[SwiGLUExperts | FactorisedExperts | MatrixProductExperts | MergedExperts]:
         """The modules that hold this rank's networks, each those of one width."""
         if isinstance(self.experts, UnequalExperts):
             return list(self.experts.stacks)
@@ -156,9 +167,16 @@ class MoELayer(nn.Module):
         score = partial(checkpoint, scores, use_reentrant=False) if recompute_experts else scores
         return partial(score_routes, num_experts=self.kinds.ffn, score=score, exchange=self.exchange)
 
-    def _experts_of(self, hidden: Tensor, weight: Tensor, payload: Tensor | None, routing: Routing) -> Tensor:
+    def _experts_of(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        payload: Tensor | None,
+        routing: Routing,
+        options: dict[str, bool],
+    ) -> Tensor:
         """Routed plus shared experts. What carries gradient is passed by itself, so that recomputation sees it."""
-        arguments = self.router.expert_arguments(self.experts.expert_ids)
+        arguments: dict[str, Any] = self.router.expert_arguments(self.experts.expert_ids) | options
         routed = replace(routing, weight=weight, payload=payload)
         inputs = hidden if self.input_scale == 1 else hidden * self.input_scale
         meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)

@@ -25,7 +25,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-BalanceLevel = Literal["micro_batch", "sequence", "global_batch"]
+BalanceLevel = Literal["micro_batch", "sequence", "global_batch", "last_step"]
+POOLED_LEVELS = ("global_batch", "last_step")
+"""Levels whose shares of routes are of a whole global batch: that of the step itself, or of the one before."""
 
 AttentionStatistic = Literal["row_max", "corrected_row_max", "corrected_row_max_without_self", "entropy", "received"]
 """One number per token from its block's attention; ``model/attention_statistic.py`` defines each."""
@@ -46,8 +48,8 @@ class RoutingContext:
         document_ids: Document of each token within its row, -1 for padding; None where a row is one document.
         pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
-            returns the routes per expert of the whole global batch. Needed by
-            ``balance level = global_batch`` in training; None in evaluation.
+            returns the routes per expert of the whole global batch, that of the step before at the level
+            ``last_step``. Needed by ``POOLED_LEVELS`` in training; None in evaluation.
         global_tokens: Text tokens of the whole global batch, for shares of them; None where
             ``sum_over_global_batch`` is.
         first_place: Place in its row of each sequence's first token: more than 0 where earlier ones lie in a cache.
@@ -495,6 +497,12 @@ class ExpertRowLayout:
     rows_of_source: Int[Tensor, "sources slots"]
     is_full: bool
     rows_per_expert: Int[Tensor, "local_experts"]
+
+
+def sharded_parameters(experts: nn.Module) -> list[nn.Parameter]:
+    """Parameters of which every rank of a group has its own part: all but those that ``dense_names`` of it names."""
+    dense = getattr(experts, "dense_names", ())
+    return [parameter for name, parameter in experts.named_parameters() if name not in dense]
 
 
 def float32_parameters(module: nn.Module) -> list[nn.Parameter]:

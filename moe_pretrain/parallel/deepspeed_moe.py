@@ -21,7 +21,7 @@ from deepspeed.utils import groups, safe_get_full_grad
 from torch import nn
 
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.types import float32_parameters
+from moe_pretrain.moe.types import float32_parameters, sharded_parameters
 from moe_pretrain.parallel.exchange import AllToAll
 
 
@@ -95,7 +95,7 @@ def prepare_experts(model: DecoderLM, expert_parallel_size: int) -> None:
     if not layers:
         return
     for layer in layers:
-        for parameter in layer.experts.parameters():
+        for parameter in sharded_parameters(layer.experts):
             parameter.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's tag
             parameter.group_name = _group_name(expert_parallel_size)  # type: ignore[attr-defined]
         if expert_parallel_size > 1:

@@ -43,6 +43,11 @@ class Pending:
         return list(_Wait.apply(self._message, *self._buffers))
 
 
+ROW_ALIGNMENT_BYTES = 16
+"""NCCL copies a block of rows in packs of 16 bytes if it begins at a multiple of them, else byte by byte. A row of 768
+numbers in bfloat16 and a weight has 1,540 bytes, and three of four blocks would begin beside one."""
+
+
 class _Message:
     """One packed all-to-all and, with the sizes swapped, its backward."""
 
@@ -54,6 +59,8 @@ class _Message:
 
     def begin(self, rows: tuple[Tensor, ...], send: list[int], receive: list[int]) -> None:
         parts = [part.contiguous().view(torch.uint8) for part in rows]
+        if padding := -sum(part.shape[1] for part in parts) % ROW_ALIGNMENT_BYTES:
+            parts.append(parts[0].new_zeros(len(parts[0]), padding))
         # Kept until the wait: the backend reads it while the transfer runs.
         self._packed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         self._received = self._packed.new_empty(sum(receive), self._packed.shape[1])
@@ -66,7 +73,7 @@ class _Message:
         assert self._work is not None and self._received is not None
         self._work.wait()
         sizes = [part.shape[1] * part.element_size() for part in like]
-        columns = self._received.split(sizes, dim=1)
+        columns = self._received[:, : sum(sizes)].split(sizes, dim=1)
         unpacked = tuple(column.contiguous().view(part.dtype) for column, part in zip(columns, like, strict=True))
         self._work = self._packed = self._received = None
         return unpacked

@@ -15,8 +15,10 @@ from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
+from moe_pretrain.moe.experts.config import MatrixProductConfig
+from moe_pretrain.moe.experts.matrix_product import rebuilt_numbers
 from moe_pretrain.moe.experts.merged import networks_merged_together
-from moe_pretrain.moe.types import ExpertShard, float32_parameters
+from moe_pretrain.moe.types import ExpertShard, float32_parameters, sharded_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
@@ -62,7 +64,7 @@ def local_parameters(config: Config) -> LocalParameters:
     with torch.device("meta"):
         model = DecoderLM(config.model, config.router, ExpertShard(0, config.parallel.expert_parallel_size))
     kept = sum(parameter.numel() for parameter in float32_parameters(model))
-    of_experts = {id(p) for layer in model.moe_layers() for p in layer.experts.parameters()}
+    of_experts = {id(p) for layer in model.moe_layers() for p in sharded_parameters(layer.experts)}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     expert = sum(sizes[name] for name, parameter in model.named_parameters() if id(parameter) in of_experts)
     moments = {False: 0, True: 0}
@@ -364,6 +366,9 @@ class _Layers:
             rows += self.rows * self.row
         if self.compares:
             rows += self._compared()
+        if isinstance(self.moe.experts, MatrixProductConfig):
+            local = self.moe.num_experts // self.expert_parallel
+            rows += self.size * local * rebuilt_numbers(self.moe.experts, self.model.hidden_size, width)
         if self.rank is not None:
             rows += self.rows * self.size * self.rank
         return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width

@@ -32,7 +32,7 @@ from moe_pretrain.system.words import short_duration, short_number
 GIB = 2**30
 FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
 """Parts without a backward."""
-MERGED = "merging of experts"
+MERGED, REBUILT = "merging of experts", "rebuilding of experts"
 COMPARED = "expert outputs that are compared"
 """Part whose backward costs as much as its forward."""
 USABLE = 0.92
@@ -123,6 +123,7 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "dense networks and shared experts": 2.0 * size.dense_ffn,
         "routers": 2.0 * size.router_matmul,
         MERGED: size.merging_flops_per_token,
+        REBUILT: size.rebuilding_flops_per_token,
         FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
         "constant experts": 2.0 * size.constant_experts,
@@ -140,7 +141,7 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
     parts = flops_by_part(size)
     attention = parts["attention projections"] + parts["attention scores"]
     names = ("routed experts", "constant experts", "experts that are only asked", "dense networks and shared experts")
-    networks = sum(parts[name] for name in (*names, COMPARED))
+    networks = sum(parts[name] for name in (*names, COMPARED, REBUILT))
     again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
     ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
     # The logits of two passes are made again in backward.
@@ -150,7 +151,7 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
-    if plan.accumulation == 1 or config.router.dense_experts:
+    if plan.accumulation == 1 or config.router.dense_experts or config.router.balance_level == "last_step":
         return False
     with torch.device("meta"):
         router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)

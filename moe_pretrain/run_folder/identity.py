@@ -28,6 +28,7 @@ NOT_DECIDING = {
     "run.output_dir": _PLACE,
     "run.cache_dir": _PLACE,
     "run.prepare_workers": "shards do not depend on how many processes write them",
+    "run.report": "a page about the run",
     "sweep.name": _PLACE,
     "sweep.parallel": "how many jobs run side by side",
     "sweep.retry": "which jobs are started again",

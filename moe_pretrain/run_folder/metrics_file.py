@@ -137,16 +137,21 @@ class JsonlSink:
         self._file.close()
         self._open()
 
-    def truncate_after(self, step: int) -> list[MetricsRow]:
+    def truncate_after(self, step: int, is_validated: bool = True) -> list[MetricsRow]:
         """Remove the rows of steps that a resumed run will do again, event rows too.
 
         Args:
             step: Steps done in the loaded checkpoint; rows with a larger ``step`` go.
+            is_validated: Whether the checkpoint knows of the validation at ``step``: else that is done again too.
 
         Returns:
             The rows that were kept.
         """
-        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        kept = [
+            row
+            for row in read_rows(self.path)
+            if row["step"] < step or (row["step"] == step and (is_validated or row["kind"] != "validation"))
+        ]
         self._file.close()
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._open()

@@ -68,7 +68,7 @@ class RunRecorder:
 
     def go_on(self) -> None:
         """Go on from the present step: rows and probes of later ones are removed."""
-        self._metrics.resume(self._progress.step)
+        self._metrics.resume(self._progress.step, self._progress.validation_loss is not None)
         if self._is_main:
             self._probes.remove_after(self._progress.step)
 

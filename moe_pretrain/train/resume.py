@@ -9,6 +9,8 @@ from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.huggingface.folder import HuggingFaceFolder, is_folder
+from moe_pretrain.huggingface.tokenizer_files import load_run_tokenizer
 from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE
 from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
@@ -197,11 +199,19 @@ class Resumer:
         self._mesh.on_main(lambda: self._saving.leave(step))  # no rank goes on before that is done
 
     def _warm_start(self, where: Path) -> None:
-        """Begin with the weights of another run."""
+        """Begin with the weights of another run, or of a Hugging Face folder."""
+        if is_folder(where):
+            folder = HuggingFaceFolder(where)
+            folder.check(self._config.model, "checkpoint.warm_start")
+            load_run_tokenizer(where, self.rules.identity.tokenizer, self._config.tokenizer.end_of_document)
+            self._say_warm_start(where, store.take_weights(self._engine, where, folder.shapes, folder))
+            return
         path = self._mesh.on_main(lambda: store.locate(where))
         manifest = store.agree_on(path, self._mesh)
         self.rules.refuse_tokenizer(train_state(manifest), path)
-        became = store.warm_start(self._engine, path, manifest)
+        self._say_warm_start(path, store.warm_start(self._engine, path, manifest))
+
+    def _say_warm_start(self, path: Path, became: store.WarmStart) -> None:
         words = [f"{len(became.loaded)} weights of {path}"]
         for names, said in ((became.fresh, "start anew"), (became.left, "left behind")):
             if names:

@@ -130,6 +130,8 @@ class Trainer:
     def _train_until_spike(self) -> tuple[int | None, str | None]:
         """Step after step; the exit code at the end, or in words a spike that is to be undone."""
         progress = self.progress
+        if self._validation_is_due() and not self._validate():  # a stop at this very step came before it
+            return self._save_and_stop(), None
         batches = self.data.loader.iterate(progress.data_step)
         try:
             for data_step, micro_batches in self.stopwatch.waits(batches):
@@ -222,12 +224,17 @@ class Trainer:
         if self.context.agree_to_stop():
             return self._save_and_stop()
         # Before the checkpoint, so that a finished run has its last validation.
-        if (at_end or progress.step % config.evaluation.every_steps == 0) and progress.validation_loss is None:
-            if not self._validate():
-                return self._save_and_stop()
+        if self._validation_is_due(at_end) and not self._validate():
+            return self._save_and_stop()
         if at_end or progress.step % config.checkpoint.every_steps == 0:
             self._save(wait=at_end)
         return UNSAVED if at_end and progress.saved_step != progress.step else FINISHED
+
+    def _validation_is_due(self, at_end: bool = False) -> bool:
+        """Whether the present step is one to validate at, and has not been."""
+        step = self.progress.step
+        is_due = at_end or (step > 0 and step % self.config.evaluation.every_steps == 0)
+        return is_due and self.progress.validation_loss is None
 
     def _validate(self) -> bool:
         """Validate on every set and write a row; False if a signal came in between, and nothing is written."""

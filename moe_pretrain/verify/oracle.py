@@ -23,10 +23,12 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.counter_noise import counter_uniform, start_noise
+from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
+    POOLED_LEVELS,
     AttentionStatistic,
     ExpertShard,
     ExpertStart,
@@ -47,7 +49,7 @@ from moe_pretrain.verify.oracle_parts import (
     swiglu,
 )
 
-JITTER_STREAM = 1
+JITTER_STREAM, SHARED_DROPOUT_STREAM = 1, 9
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Oracle:
                 if id(parameter) not in kept:
                     parameter.data = parameter.data.bfloat16().float()
         self.weights = dict(self.model.named_parameters())
+        self._last_routes: dict[int, Tensor] = {}  # by layer; for the balance loss of load_balance_level=last_step
         self.moments = {
             name: {moment: torch.zeros_like(weight) for moment in config.optimizer.state(name, weight).moments}
             for name, weight in self.weights.items()
@@ -159,11 +162,13 @@ class Oracle:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True)
         }
+        self._drop_shared(step, by_name)
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in by_name.values()))
         self._update(step, by_name, norm)
         text_tokens = int((rows.document_ids >= 0).sum())
         mean = sum(float(layer.tokens_per_expert.sum()) for layer in layers) / max(1, len(layers) * text_tokens)
         for layer, result in zip(self.model.moe_layers(), layers, strict=True):
+            self._last_routes[layer.router.layer] = result.tokens_per_expert
             started = layer.router.after_step(StepUse(result.tokens_per_expert, text_tokens, mean, result.sums))
             if started is not None:
                 self._start_expert(layer, started)
@@ -247,7 +252,11 @@ class Oracle:
         by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
         by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]
-        global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts) if level == "global_batch" else None
+        global_routes = None
+        if level == "last_step" and layer.router.training:
+            global_routes = self._last_routes.get(layer.router.layer)
+        if level in POOLED_LEVELS and global_routes is None:
+            global_routes = self._routes_of_cuts(hidden, layer, step, rows, cuts)
         output = torch.zeros_like(hidden)
         counts = torch.zeros(layer.kinds.total, dtype=torch.float64)
         sums = torch.zeros(layer.router.num_sums, dtype=torch.float64)
@@ -339,6 +348,8 @@ class Oracle:
         balance = torch.zeros(())
         for group in torch.arange(len(text)).chunk(num_groups):
             routes = routed[group][text[group]].sum(dim=0)
+            if config.load_balance_level == "last_step" and router.training:
+                routes = self._last_routes.get(router.layer, routes)
             share = routes / routes.sum().clamp(min=1)
             cost = torch.tensor(router.balanced_costs or [1.0] * num_experts)
             balance = balance + num_experts * (cost * share * probs[group][text[group]]).sum()
@@ -373,6 +384,18 @@ class Oracle:
         logs = [(hidden[text] @ self.model.head_weight.T).log_softmax(dim=-1) for hidden in (first, second)]
         ways = [(one.exp() * (one - other)).sum(dim=-1) for one, other in (logs, logs[::-1])]
         return (ways[0] + ways[1]).sum() / 2 / text.sum().clamp(min=1)
+
+    def _drop_shared(self, step: int, gradients: dict[str, Tensor]) -> None:
+        """Zero the gradients of cores that experts share in the layers that this step leaves alone."""
+        experts = self.config.model.moe.experts
+        if not isinstance(experts, MatrixProductConfig):
+            return
+        for index, block in enumerate(self.model.blocks):
+            keys = (self.config.seed, SHARED_DROPOUT_STREAM, step, index)
+            drawn = float(counter_uniform(torch.zeros(1, dtype=torch.int64), 1, *keys))
+            if drawn < experts.shared_gradient_dropout and isinstance(block.feed_forward, MoELayer):
+                for name in ("gate", "up", "out"):
+                    gradients[f"blocks.{index}.feed_forward.experts.{name}_shared"].zero_()
 
     @torch.no_grad()
     def _start_expert(self, layer: MoELayer, start: ExpertStart) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.experts.unequal import UnequalExperts
@@ -88,7 +89,21 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
     if isinstance(experts, UnequalExperts):
         stack, index = experts.locate(expert)
         return swiglu(hidden, stack.in_weight[index], stack.out_weight[index])
+    if isinstance(experts, MatrixProductExperts):
+        gate, up, out = (_rebuilt(experts, name, expert) for name in ("gate", "up", "out"))
+        return swiglu(hidden, torch.cat([gate, up]), out)
     return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+
+
+def _rebuilt(experts: MatrixProductExperts, name: str, expert: int) -> Tensor:
+    """One matrix of one expert: the outer products of its cores, summed bond by bond."""
+    cores = [core if index == experts.centre else core[expert] for index, core in enumerate(experts.cores(name))]
+    matrix = torch.ones(1, 1, 1)  # [rows, columns, bond]
+    for core in cores:
+        rows, columns, _ = matrix.shape
+        product = torch.tensordot(matrix, core, dims=1).transpose(1, 2)
+        matrix = product.reshape(rows * core.shape[1], columns * core.shape[2], core.shape[3])
+    return matrix[:, :, 0]
 
 
 def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor) -> Tensor:

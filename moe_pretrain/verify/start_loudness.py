@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, MoEOutput, Routing, RoutingContext
@@ -75,10 +76,17 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
         token_ids=ids.flatten(),
     )
     positions = torch.arange(SEQUENCE).expand(ROWS, -1)
+    rebuilt = {
+        id(layer): _watched(layer.experts) for layer in layers if isinstance(layer.experts, MatrixProductExperts)
+    }
     result = net(ids, labels, torch.zeros_like(ids), positions, context)
     (result.loss_sum / labels.numel()).backward()
     squares = [
-        _rms(torch.cat([weight.grad.flatten() for weight in _weights(layer) if weight.grad is not None]))
+        _rms(
+            torch.cat(
+                [weight.grad.flatten() for weight in rebuilt.get(id(layer), _weights(layer)) if weight.grad is not None]
+            )
+        )
         for layer in layers
     ]
     tokens = ROWS * SEQUENCE
@@ -90,7 +98,23 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
     )
 
 
-def _weights(layer: MoELayer) -> list[nn.Parameter]:
+def _watched(experts: MatrixProductExperts) -> list[Tensor]:
+    """The matrices that the next forward pass rebuilds, which are what experts of other kinds have as parameters."""
+    found: list[Tensor] = []
+    rebuild = experts.weights
+
+    def watched(keep_shared: bool = True) -> tuple[Tensor, Tensor]:
+        matrices = rebuild(keep_shared)
+        for matrix in matrices:
+            matrix.retain_grad()
+            found.append(matrix)
+        return matrices
+
+    experts.weights = watched  # type: ignore[method-assign]  # of this model alone, which is thrown away
+    return found
+
+
+def _weights(layer: MoELayer) -> list[Tensor]:
     return [weight for stack in layer.stacks for weight in (stack.in_weight, stack.out_weight)]
 
 

@@ -63,6 +63,7 @@ SCHEMES = {
     "dynmoe": ["router=dynmoe"],
     "moe_plus_plus": ["router=moe_plus_plus"],
     "orthogonal": ["combine=orthogonal"],
+    "matrix_product": ["experts=matrix_product"],
     "thor": ["router=thor"],
     "lory": ["router=lory"],
     "smear": ["router=smear"],

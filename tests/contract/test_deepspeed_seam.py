@@ -11,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import get_gradient_clipping
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
@@ -104,11 +105,17 @@ def _facts(dtype: str, stage: int) -> Result:
     for name in coverage:
         dist.all_reduce(coverage[name])
         dist.all_reduce(moments[name])
+    waits, num_prepared = list[str](), len(prepared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(traceback.format_stack()[-2]))
+        for number in range(1, 4):  # DeepSpeed's timer begins with the third step
+            engine.step(number, own_micro_batches(batches, plan, mesh.rank))
     return {
+        "waits": waits,
         "has_moe_layers": engine.deepspeed.has_moe_layers,
         "gradient_clipping": engine.deepspeed.gradient_clipping(),
         "called": called,
-        "prepared": len(prepared),
+        "prepared": num_prepared,
         "scale": {
             name: float((step.gradients[name] * theirs).sum() / theirs.square().sum())
             for name, theirs in expected.gradients.items()
@@ -166,6 +173,11 @@ def facts() -> Callable[[Any], Result]:
 
 
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=str)
+
+
+@every_engine
+def test_deepspeed_never_waits_for_the_device(facts: Callable[[Any], Result], engine: tuple[str, int]) -> None:
+    assert facts(engine)["waits"] == []
 
 
 @every_engine

@@ -1,4 +1,4 @@
-"""Schemes whose decision or loss depends on how the batch is cut, on two ranks with two micro-batches each.
+"""Schemes that depend, or might depend, on how the batch is cut: on two ranks with two micro-batches each.
 
 Where tokens of a micro-batch compete the oracle competes in the same cuts; the losses' levels are those of the engine.
 """
@@ -27,7 +27,10 @@ from moe_pretrain.verify.verify import build_engine as build_recorded_engine
 from moe_pretrain.verify.verify import compare, own_micro_batches, record, verify
 
 LOUD = "router.initial_sparsity_weight=0.3"  # so that a wrong loss shows in the gradients
+HEAVY = "router.load_balance_weight=0.5"
 CASES = [
+    ("router=top_k", HEAVY, "router.load_balance_level=last_step"),
+    ("router=autonomy_top_p", HEAVY, "router.load_balance_level=last_step", "router.gate_rank=8"),
     ("router=expert_choice",),
     ("router=expert_choice", "router.capacity_factor=1.3", "engine.zero_stage=2"),
     ("router=relu", LOUD, "router.load_balance_level=global_batch", "engine.zero_stage=2"),

@@ -9,6 +9,7 @@ import math
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.types import ExpertRowLayout, RouterUse, Routing
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, is_expert
-from moe_pretrain.parallel.exchange import AllToAll
+from moe_pretrain.parallel.exchange import ROW_ALIGNMENT_BYTES, AllToAll
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
@@ -372,6 +373,7 @@ def conservation() -> Result:
     tiny_mesh = build_mesh(tiny(*_ep(4)).parallel, "cpu")
     exchange = AllToAll(expert_groups(4)[0])
     assert tiny_mesh.shard.size == 4
+    widths: set[int] = set()
     for name in ("ragged", "none on rank 0", "one expert"):
         random = torch.Generator().manual_seed(rank)
         tokens = 0 if name == "none on rank 0" and rank == 0 else 5 + 3 * rank
@@ -385,7 +387,10 @@ def conservation() -> Result:
         zero = torch.zeros((), dtype=torch.float64)
         use = RouterUse(torch.zeros(8, dtype=torch.float64), zero, zero, zero)
         routing = Routing(token, expert, weight, None, use)
-        output, _ = run_experts(hidden, routing, 8, _Multiples(2 * rank), exchange)
+        with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as send:
+            output, _ = run_experts(hidden, routing, 8, _Multiples(2 * rank), exchange)
+        messages = [call.args[1] for call in send.call_args_list if call.args[1].dtype == torch.uint8]
+        widths |= {message.shape[1] for message in messages}
         factor = torch.randn(tokens, 6, generator=random)
         grads = torch.autograd.grad((output * factor).sum(), [hidden, weight])
         multiple = expert + 1
@@ -398,6 +403,7 @@ def conservation() -> Result:
     config = tiny(*_ep(4, "model.moe.num_experts=8", "router.top_k=3"), rows=8, micro_batch_size=1)
     trained = _train(config)
     text = sum(int((batch.document_ids >= 0).sum()) for batch in trained["steps"][0])
+    out["widths"] = widths
     out["routes"] = (trained["run"][0].tokens_per_expert.sum(dim=1).tolist(), 3.0 * text)
     return out
 
@@ -615,6 +621,8 @@ def test_c27_dispatch_keeps_every_route_once(results: Results) -> None:
     result = dict(results("conservation"))
     counted, expected = result.pop("routes")
     assert counted == [expected, expected]
+    widths = result.pop("widths")
+    assert widths and all(width % ROW_ALIGNMENT_BYTES == 0 for width in widths), "rows of 24 and of 28 bytes"
     for name, ranks in result.items():
         assert max(max(errors) for errors in ranks) < 1e-4, name
 

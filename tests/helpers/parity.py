@@ -37,6 +37,12 @@ _VARIANTS = {
     "orthogonal": (*WITH_ALL_PARTS, "router.top_k=3", "combine=orthogonal"),
     "lory": (*WITH_ALL_PARTS, "router=lory", "router.segment_tokens=3"),
     "smear": ("router=smear", "router.evaluation_segment_tokens=4", "model.moe.num_experts=3"),
+    "matrix_product": (
+        *(*WITH_ALL_PARTS, "experts=matrix_product", "router.top_k=3"),
+        "model.moe.experts.shared_gradient_dropout=0.4",
+        # A product of five cores amplifies what rounding has made of the weights by then.
+        "optimizer.learning_rate=0.003",
+    ),
     "thor": (*WITH_ALL_PARTS, "router=thor"),
     "symmetric": (
         *("router=top_p", "router.threshold=0.6", "combine=orthogonal", "model.moe.combine.form=symmetric"),
@@ -47,7 +53,10 @@ _VARIANTS = {
     "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
-_ALONE = ("lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe", "unequal", "orthogonal", "symmetric")
+_ALONE = (
+    *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
+    *("unequal", "orthogonal", "symmetric"),
+)
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
 
@@ -100,6 +109,10 @@ _ADDED = [
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "lory"),
     Case(4, 4, 1, 1, 3, "full", 0.0, "float32", "smear"),
     Case(2, 2, 0, 4, 1, "none", 0.1, "float32", "smear"),
+    Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "matrix_product"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "matrix_product"),
+    Case(4, 4, 2, 1, 1, "none", 0.1, "float32", "matrix_product"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "matrix_product"),
     Case(1, 1, 1, 4, 1, "selective", 0.1, "float32", "thor"),
     Case(2, 2, 2, 4, 1, "full", 0.1, "float32", "thor"),
     Case(4, 4, 1, 1, 3, "none", 0.0, "float32", "thor"),

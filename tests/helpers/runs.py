@@ -35,6 +35,7 @@ TINY = [
     "metrics.wandb=off",
     "engine.check_every_steps=5",
     "data.validation_fraction=0.1",
+    "run.report=false",  # drawn where a test looks at it
 ]
 
 

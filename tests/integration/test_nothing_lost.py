@@ -92,7 +92,7 @@ def test_a_copy_is_the_run_where_it_lies(trained: Path, tmp_path: Path) -> None:
     original = home / "elsewhere" / "placed"
     shutil.copytree(original, home / "outputs" / "moved")
     before = files_of(original)
-    code, out, err = run(home, "train", "run.name=moved", "budget.tokens=4096")
+    code, out, err = run(home, "train", "run.name=moved", "budget.tokens=4096", "run.report=true")
     assert code == 0 and "run folder: outputs/moved" in out, err
     assert files_of(original) == before and rows_of(home, "moved")[-1]["step"] == 4
     assert "<h1>moved</h1>" in (home / "outputs" / "moved" / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from moe_pretrain.run_folder.probe import ProbeFiles
 @pytest.fixture(scope="module")
 def straight(home: Path) -> Path:
     """A run without interruption, on one process."""
-    code, out, err = run_python(home, *train_words("straight"))
+    code, out, err = run_python(home, *train_words("straight", "run.report=true"))
     assert code == 0, err
     assert re.search(r"done: 12 steps, 12,288 tokens; validation loss [\d.]+ nats/token, unigram cross-entropy", out)
     assert "NOT CAUSAL" not in out
@@ -133,6 +134,29 @@ def test_signal_saves_and_the_same_command_goes_on(straight: Path, number: signa
     assert ours == theirs
     hashes = [[row["train/loss"] for row in rows_of(straight, run_name)] for run_name in (name, "straight")]
     assert hashes[0] == hashes[1]
+
+
+def test_a_validation_that_a_signal_cuts_short_is_made_at_the_resume(straight: Path):
+    words = ["fault.point=evaluate.batch", "fault.action=stop", "fault.step=6"]
+    process = start(straight, *train_words("cut", *words))
+    wait_for_step(straight, "cut", 6, process)
+    while (Path("/proc") / str(process.pid) / "stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGCONT)  # it stops again at every batch
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 75 and "stopped at step 6" in out, (out, err)
+    assert not rows_of(straight, "cut", "validation")
+    for _ in range(2):
+        code, _, err = run(straight, "train", "run.name=cut", "fault.point=null")
+        assert code == 0, err
+        ours, theirs = (rows_of(straight, name, "validation") for name in ("cut", "straight"))
+        assert [(row["step"], row["validation/loss"]) for row in ours] == [
+            (row["step"], row["validation/loss"]) for row in theirs
+        ]
 
 
 def test_report_command(straight: Path):

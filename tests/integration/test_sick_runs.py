@@ -44,7 +44,7 @@ def test_too_many_sick_steps_stop_the_run_in_one_line(home: Path):
 
 def test_a_collapsed_router_is_warned_of_by_name(home: Path):
     words = fault("train.router", "collapse", 3, num_steps=6)
-    more = ["metrics.router_health_steps=3", "engine.check_every_steps=0"]
+    more = ["metrics.router_health_steps=3", "engine.check_every_steps=0", "run.report=true"]
     code, _, err = run(home, *train_words("collapsed", *words, *more))
     assert code == 0, err
     events = [row for row in rows_of(home, "collapsed", "event") if row["event"] == "collapsed_router"]

@@ -90,5 +90,36 @@ class UnequalConfig:
         return ExpertKinds(num_experts, costs=costs, balances_cost=self.balance == "cost")
 
 
-ExpertsConfig = Annotated[SwiGLUConfig | ZeroComputationConfig | UnequalConfig, Field(discriminator="name")]
+@dataclass(frozen=True)
+class MatrixProductConfig:
+    """Fields of ``experts=matrix_product``: matrices are chains of cores, and all experts share the central ones.
+
+    Attributes:
+        name: ``matrix_product``.
+        num_cores: Cores of a matrix, odd, >= 3.
+        truncation: Largest bond between two cores, >= 1; None for as wide as they must be to write any matrix.
+        shared_gradient_dropout: Probability that a step leaves the shared cores without gradient, in [0, 1): they get
+            that of all experts, the others of one. The paper tunes it per task; its code freezes cores instead.
+    """
+
+    name: Literal["matrix_product"]
+    num_cores: PositiveInt
+    truncation: PositiveInt | None
+    shared_gradient_dropout: Annotated[float, Field(ge=0, lt=1)]
+
+    def __post_init__(self) -> None:
+        if self.num_cores < 3 or self.num_cores % 2 == 0:
+            raise ValueError(
+                f"model.moe.experts.num_cores={self.num_cores} must be odd and at least 3: the one in the middle is "
+                "shared"
+            )
+
+    def kinds(self, num_experts: int) -> ExpertKinds:
+        """``num_experts`` networks."""
+        return ExpertKinds(num_experts)
+
+
+ExpertsConfig = Annotated[
+    SwiGLUConfig | ZeroComputationConfig | UnequalConfig | MatrixProductConfig, Field(discriminator="name")
+]
 """Every kind of experts."""

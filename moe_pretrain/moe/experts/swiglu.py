@@ -55,7 +55,7 @@ class SwiGLUExperts(nn.Module):
         payload: None = None,
     ) -> Float[Tensor, "sources hidden"]:
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
-        return _SwiGLUExpertsFunction.apply(sources, weight, self.in_weight, self.out_weight, order)
+        return run_swiglu_experts(sources, weight, self.in_weight, self.out_weight, order)
 
     def scores(
         self,
@@ -70,6 +70,17 @@ class SwiGLUExperts(nn.Module):
         """
         factor = query @ key_weight
         return _ScoresFunction.apply(sources.to(self.in_weight.dtype), factor, self.in_weight, order)
+
+
+def run_swiglu_experts(
+    sources: Float[Tensor, "sources hidden"],
+    weight: Float[Tensor, "rows"],
+    in_weight: Float[Tensor, "local_experts width2 hidden"],
+    out_weight: Float[Tensor, "local_experts hidden width"],
+    order: ExpertRowLayout,
+) -> Float[Tensor, "sources hidden"]:
+    """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
+    return _SwiGLUExpertsFunction.apply(sources, weight, in_weight, out_weight, order)
 
 
 @one_kernel_on_cuda

@@ -13,6 +13,7 @@ from torch.nn import functional
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
 from moe_pretrain.moe.types import (
+    POOLED_LEVELS,
     BalanceLevel,
     ExpertRanking,
     LayerPlace,
@@ -76,11 +77,6 @@ class RouterConfig(ABC):
         return 1.0
 
     @property
-    def starts_experts(self) -> bool:
-        """Whether experts come into use in training, with weights made of others'."""
-        return False
-
-    @property
     def dense_experts(self) -> int:
         """Experts whose summed width one dense network has in their place; 0 for every scheme that routes."""
         return 0
@@ -95,6 +91,11 @@ class RouterConfig(ABC):
     def mean_segment_tokens(self, sequence_length: int) -> float | None:
         """Tokens that share one merged network, as expected; None for schemes that send tokens to experts."""
         return None
+
+    @property
+    def starts_experts(self) -> bool:
+        """Whether the scheme writes weights of experts between steps (``ExpertStart``)."""
+        return False
 
     @property
     def merges_experts(self) -> bool:
@@ -194,8 +195,10 @@ class BalancedRouterConfig(RouterConfig):
 
     Attributes:
         load_balance_weight: Coefficient of the load balance loss, >= 0.
-        load_balance_level: Tokens over which the share of routes is taken. ``global_batch`` and ``sequence`` do
-            not depend on the number of ranks nor the micro-batch size; ``micro_batch`` does.
+        load_balance_level: Tokens over which the share of routes is taken: those of the ``micro_batch``, which depends
+            on the number of ranks and on how the batch is cut; of the ``sequence``; of the ``global_batch``, for which
+            accumulation needs a pass that counts ahead, a quarter to a third more compute; or of the global batch of
+            the ``last_step``, which is known for nothing. Its first step counts ahead.
         router_z_weight: Coefficient of the router z-loss, >= 0.
     """
 
@@ -235,8 +238,8 @@ def routes_by_group(
 def balance_counts(
     own: Float[Tensor, "groups experts"], level: BalanceLevel, layer: int, context: RoutingContext
 ) -> Float[Tensor, "groups experts"]:
-    """``own`` from ``routes_by_group``; at the global level in training the routes of the whole global batch."""
-    if level == "global_batch" and context.sum_over_global_batch is not None:
+    """``own`` from ``routes_by_group``; at a pooled level in training the routes of a whole global batch."""
+    if level in POOLED_LEVELS and context.sum_over_global_batch is not None:
         return context.sum_over_global_batch(layer, own.sum(dim=0))[None]
     return own
 
@@ -278,7 +281,7 @@ class BalancedRouter(Router):
     @property
     def needs_global_routes(self) -> bool:
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
-        return self._settings.load_balance_level == "global_batch" and self._settings.load_balance_weight > 0
+        return self._settings.load_balance_level in POOLED_LEVELS and self._settings.load_balance_weight > 0
 
     def route(
         self,

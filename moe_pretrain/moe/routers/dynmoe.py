@@ -83,8 +83,8 @@ class DynMoEConfig(RouterConfig):
 
     @property
     def starts_experts(self) -> bool:
-        """With ``new_expert=mean``."""
-        return self.new_expert == "mean"
+        """Yes, when it adds one."""
+        return True
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "DynMoERouter":
         """The module of layer ``layer``."""

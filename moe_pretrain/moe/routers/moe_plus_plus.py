@@ -19,7 +19,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import BalanceLevel, LayerPlace, Router, Routing, RoutingContext
+from moe_pretrain.moe.types import POOLED_LEVELS, BalanceLevel, LayerPlace, Router, Routing, RoutingContext
 
 _PROJECTION_PER_EXPERT = 8
 """Width between the two layers of ``projection=two_layer``, for each expert."""
@@ -126,7 +126,7 @@ class MoEPlusPlusRouter(Router):
     @property
     def needs_global_routes(self) -> bool:
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
-        return self.config.load_balance_level == "global_batch" and self.config.load_balance_weight > 0
+        return self.config.load_balance_level in POOLED_LEVELS and self.config.load_balance_weight > 0
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext

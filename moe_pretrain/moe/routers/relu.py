@@ -18,7 +18,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import BalanceLevel, ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ReLUConfig(RouterConfig):
     target_experts: PositiveFloat
     initial_sparsity_weight: PositiveFloat
     sparsity_weight_factor: Annotated[float, Field(gt=1)]
-    load_balance_level: BalanceLevel
+    load_balance_level: Literal["micro_batch", "sequence", "global_batch"]  # shares are of the same batch's tokens
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""

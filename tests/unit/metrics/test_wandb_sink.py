@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers.wandb_files import configuration, history, offline_folders, records
 from moe_pretrain.cli import main
 from moe_pretrain.metrics import wandb_sink, wandb_start
 from moe_pretrain.metrics.wandb_sink import reduce_layers
+from moe_pretrain.metrics.wandb_start import run_id
 from moe_pretrain.metrics.writer import MetricsConfig, MetricsWriter
 from moe_pretrain.run_folder.metrics_file import read_rows
 
@@ -200,7 +202,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path, wandb, lost):
         second.write(train_row(step))
     second.write({"step": 10, "tokens": 1000, "validation/loss": 2.5})
     second.close()
-    assert fake.starts[0]["id"] == fake.starts[1]["id"] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert fake.starts[0]["id"] == fake.starts[1]["id"] == (tmp_path / "wandb_id.txt").read_text().splitlines()[0]
     assert fake.starts[1]["resume"] == "allow"
     assert list(fake.rows) == list(range(1, 11))
     assert fake.rows[10]["validation/loss"] == 2.5 and fake.rows[10]["train/loss"] == 2.1
@@ -311,7 +313,7 @@ def test_the_command_writes_what_a_kill_left_and_again(tmp_path, nobody, capsys)
     assert capsys.readouterr().out == f"wandb sync {folder}\n"
     run = run_record(folder)
     assert (run.project, run.run_group, run.display_name) == ("tests", "sweep", "a-run")
-    assert run.run_id == (run_dir / "wandb_id.txt").read_text().strip()
+    assert run.run_id == (run_dir / "wandb_id.txt").read_text().splitlines()[0]
     found = configuration(folder)
     assert (found["router/name"], found["router/top_k"], found["seed"]) == ("top_k", 2, 1)
     assert not any(isinstance(value, dict) for name, value in found.items() if name != "_wandb" and value)
@@ -423,3 +425,21 @@ def test_wandb_makes_its_folders_below_the_run(tmp_path, monkeypatch, home):
     assert all(os.environ[f"WANDB_{name}_DIR"].startswith(str(tmp_path / "run" / "wandb")) for name in inside)
     for name in inside:
         monkeypatch.delenv(f"WANDB_{name}_DIR")
+
+
+def test_a_copied_folder_gets_an_id_of_its_own_and_a_moved_one_keeps_it(tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    first.mkdir()
+    made = run_id(first / "wandb_id.txt")
+    shutil.copytree(first, second)
+    copied = run_id(second / "wandb_id.txt")
+    assert copied not in ("", made) and run_id(second / "wandb_id.txt") == copied
+    assert run_id(first / "wandb_id.txt") == made
+    first.rename(third)
+    shutil.copytree(third, first)
+    assert run_id(third / "wandb_id.txt") != run_id(first / "wandb_id.txt"), "one of the two must be new"
+
+
+def test_an_id_of_an_earlier_release_is_kept(tmp_path):
+    (tmp_path / "wandb_id.txt").write_text("abcd1234\n")
+    assert run_id(tmp_path / "wandb_id.txt") == run_id(tmp_path / "wandb_id.txt") == "abcd1234"

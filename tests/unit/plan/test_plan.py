@@ -44,6 +44,7 @@ ROUTERS = {
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "thor": ["router=thor"],
+    "matrix_product": ["experts=matrix_product"],
     "lory": ["router=lory", "router.segment_tokens=32"],
     "smear": ["router=smear"],
     "dense": ["router=dense"],
