@@ -390,7 +390,9 @@ class _Layers:
         experts = self.moe.num_experts * network
         # In float32 the merged networks are what they were made as.
         each = 4 + 4 + (2 * self.size if self.size < 4 else 0)
-        return experts * (4 + 2 * 4 + self.size) + together * network * each
+        # Gradients of the outputs of all tokens that came, and those of the tokens, in parts and joined.
+        rows = 3 * self.expert_parallel * self.tokens * self.row
+        return experts * (4 + 2 * 4 + self.size) + together * network * each + rows
 
     def _compared(self) -> float:
         """Outputs of all routes, and without an exchange the rows they were made of; float64 pairs of each token.

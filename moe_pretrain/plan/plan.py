@@ -169,7 +169,7 @@ def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
     ring = {count: (count - 1) / count * elements for count, elements in shared.items()}
     weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
     routed = routes_of_rank(config, dtype, plan.micro_batch_size)
-    passes = 2 + (config.model.recompute == "full") + _counts_ahead(config, plan)
+    passes = config.router.num_passes * (2 + (config.model.recompute == "full")) + _counts_ahead(config, plan)
     layers = 0 if config.router.dense_experts else len(config.model.moe_layers)
     one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
     return {
@@ -190,10 +190,11 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     """
     config = load(overrides)
     check_groups(config.optimizer, config.model, config.router)
-    size = model_size(config.model, config.router)
+    found = problems(config)
+    size = model_size(config.model, config.router) if found else planned(config).size
     ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
     say(
-        f"{config.model.name}, router={config.router.name}: {short_number(size.total_parameters)} parameters, "
+        f"{config.model.name}, {' '.join(_chosen(config))}: {short_number(size.total_parameters)} parameters, "
         f"{short_number(size.active_parameters)} active; checkpoint "
         f"{_gib(CHECKPOINT_BYTES * size.total_parameters)}, {config.checkpoint.keep_last} kept"
     )
@@ -202,7 +203,6 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     if rates := describe_rates(rate_scales_by_group(meta_model(config.model, config.router), config.optimizer)):
         say(rates)
     _say_flops(size, say)
-    found = problems(config)
     for problem in found:
         say(f"DOES NOT DIVIDE: {problem}")
     if found:
@@ -237,6 +237,14 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     )
     _say_sizes(overrides, assumed, say)
     return 0
+
+
+def _chosen(config: Config) -> list[str]:
+    """The scheme, and the parts of it that are not the usual ones."""
+    moe = config.model.moe
+    parts = {"experts": (moe.experts.name, "swiglu"), "combine": (moe.combine.name, "sum")}
+    others = [f"{group}={name}" for group, (name, usual) in parts.items() if name != usual]
+    return [f"router={config.router.name}", *others]
 
 
 def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Schemes that depend, or might depend, on how the batch is cut: on two ranks with two micro-batches each.
+"""Schemes whose decision or loss depends, or might, on how the batch is cut: two ranks with two micro-batches each.
 
 Where tokens of a micro-batch compete the oracle competes in the same cuts; the losses' levels are those of the engine.
 """
