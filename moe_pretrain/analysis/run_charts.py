@@ -135,6 +135,7 @@ def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow])
         "validation_experts_per_token": "Experts per token in evaluation",
         "zero_computation_share": "Share of routes to zero-computation experts",
         "active_experts": "Experts in use",
+        "mean_route_cost": "Width of the expert of a route over the mean",
         "routing_drift": "Routing drift between validations",
     }
     validated = ("validation_experts_per_token", "routing_drift")

@@ -202,7 +202,8 @@ class ElasticGradients:
         for row, gradient in enumerate(dense):
             squares[row] = gradient.double().square().sum()
         for row, gradient in enumerate(experts):
-            for expert, of_expert in zip(self._mesh.shard.local_experts(num_experts), gradient, strict=True):
+            own = self._mesh.shard.local_experts(len(gradient) * self._mesh.shard.size)  # of one width
+            for expert, of_expert in zip(own, gradient, strict=True):
                 squares[num_dense + row * num_experts + expert] = of_expert.double().square().sum()
         dist.all_reduce(squares)  # one rank has each number, the others 0
         return squares.sum().sqrt()

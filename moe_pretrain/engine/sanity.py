@@ -85,7 +85,8 @@ def _differences(model: DecoderLM, mesh: Mesh) -> list[str]:
             if differs:
                 complaints.append(f"parameter {name} differs between ranks that must hold the same")
     for layer in model.moe_layers():
-        own = torch.stack([checksum(expert) for expert in layer.experts.in_weight.unbind(layer.experts.expert_axis)])
+        each = [expert for stack in layer.stacks for expert in stack.in_weight.unbind(stack.expert_axis)]
+        own = torch.stack([checksum(expert) for expert in each])
         gathered = [torch.empty_like(own) for _ in range(mesh.shard.size)]
         dist.all_gather(gathered, own, group=mesh.expert_group)
         values = torch.cat(gathered)

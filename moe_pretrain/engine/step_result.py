@@ -21,7 +21,7 @@ class StepResult:
         aux_weights: Coefficients of ``aux``.
         gradient_norm: Global norm before clipping.
         tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``, float64.
-        num_ffn_experts: Experts among them that are networks, the first ones.
+        kinds: The experts.
         tokens: Text tokens of the global batch.
         router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
         dropped_share: Share of routes that no expert computed, per MoE layer.
@@ -35,7 +35,7 @@ class StepResult:
     aux_weights: dict[str, float]
     gradient_norm: float
     tokens_per_expert: Tensor
-    num_ffn_experts: int
+    kinds: ExpertKinds
     tokens: int
     router_entropy: list[float]
     dropped_share: list[float]
@@ -51,7 +51,14 @@ class StepResult:
     @property
     def experts_per_token(self) -> float:
         """Mean routes per text token to experts that are networks, over all MoE layers."""
-        return self._per_token(self.tokens_per_expert[:, : self.num_ffn_experts])
+        return self._per_token(self.tokens_per_expert[:, : self.kinds.ffn])
+
+    @property
+    def mean_experts_run(self) -> float:
+        """The same with each network counted by its cost: what a token runs, in networks of the mean width."""
+        if not self.kinds.costs:
+            return self.experts_per_token
+        return self._per_token(self.tokens_per_expert * torch.tensor(self.kinds.costs, dtype=torch.float64))
 
     def layer_uses(self) -> list[StepUse]:
         """Sums by which each MoE layer's router may move its state."""
@@ -84,7 +91,7 @@ class StepSums:
 
     def __init__(self, aux_names: list[str], num_layers: int, kinds: ExpertKinds, num_sums: int, device: torch.device):
         self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, kinds.total
-        self.num_ffn_experts = kinds.ffn
+        self.kinds = kinds
         num_experts = kinds.total
         self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
         self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
@@ -138,7 +145,7 @@ class StepSums:
             aux_weights=aux_weights,
             gradient_norm=gradient_norm,
             tokens_per_expert=routes,
-            num_ffn_experts=self.num_ffn_experts,
+            kinds=self.kinds,
             tokens=counts.tokens,
             router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
             sums=self.layers[:, self.num_experts + 2 :],

@@ -64,6 +64,8 @@ def train_row(
         row[f"{prefix}/dead_experts"] = float((routes == 0).sum())
         row[f"{prefix}/dropped_share"] = result.dropped_share[index]
         row[f"{prefix}/experts_per_token"] = float(routes[: layer.kinds.ffn].sum()) / max(result.tokens, 1.0)
+        if layer.kinds.costs:
+            row[f"{prefix}/mean_route_cost"] = float((share * torch.tensor(layer.kinds.costs)).sum())
         if layer.kinds.zero_computation:
             row[f"{prefix}/zero_computation_share"] = float(share[layer.kinds.ffn :].sum())
         row[f"{prefix}/router_weight_norm"] = layer.router.weight_norm()

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from moe_pretrain.moe.experts.config import MatrixProductConfig
+from moe_pretrain.moe.experts.config import MatrixProductConfig, UnequalConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, check_matrix_product
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.layer import MoEConfig, MoELayer
+from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
+from moe_pretrain.moe.layer import MoEConfig, MoELayer, RoutedExperts
 from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace, Router
@@ -23,8 +24,10 @@ def build_moe_layer(
     rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
     if router.merges_experts:
         return MergedLayer(moe, module, MergedExperts(moe.num_experts, hidden_size, width, shard), hidden_size)
-    experts: SwiGLUExperts | FactorisedExperts | MatrixProductExperts
-    if isinstance(moe.experts, MatrixProductConfig):
+    experts: RoutedExperts
+    if isinstance(moe.experts, UnequalConfig):
+        experts = UnequalExperts(class_widths(moe.experts.pattern, width), moe.num_experts, hidden_size, shard)
+    elif isinstance(moe.experts, MatrixProductConfig):
         experts = MatrixProductExperts(moe.experts, moe.num_experts, hidden_size, width, shard)
     elif rank is None:
         experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
@@ -41,7 +44,10 @@ def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: 
     """The module that routes in layer ``layer``."""
     is_lowest = not any(moe.is_moe_layer(below) for below in range(layer))
     width = expert_width(moe, router, hidden_size)
-    return router.build_in_place(hidden_size, LayerPlace(layer, is_lowest, moe.kinds, width))
+    module = router.build_in_place(hidden_size, LayerPlace(layer, is_lowest, moe.kinds, width))
+    if moe.kinds.balances_cost:
+        module.balanced_costs = moe.kinds.costs
+    return module
 
 
 def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
@@ -74,7 +80,16 @@ def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> li
     else:
         name = "model.moe.gate_rank" if moe.gate_rank else "router.gate_rank"
         widths |= {name: rank, "model.moe.expert_width_multiple": moe.expert_width_multiple}
-    return [
+    narrow = []
+    if isinstance(moe.experts, UnequalConfig):
+        made = sorted(set(class_widths(moe.experts.pattern, widths.pop("model.moe.expert_hidden_size"))))
+        if any(width % 8 for width in made):
+            narrow = [
+                f"model.moe.expert_hidden_size={moe.expert_hidden_size} with model.moe.experts.pattern="
+                f"{list(moe.experts.pattern)} makes widths {', '.join(map(str, made))}, which must be multiples of 8 "
+                "on a GPU in bfloat16: grouped_mm needs 16 bytes"
+            ]
+    return narrow + [
         f"{name}={width} must be a multiple of 8 on a GPU in bfloat16: grouped_mm needs 16 bytes; nearest: "
         + " or ".join(str(value) for value in (width // 8 * 8, width // 8 * 8 + 8) if value)
         for name, width in widths.items()
@@ -85,6 +100,8 @@ def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> li
 def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
     """Raise ``ValueError`` unless ``router`` can choose among all experts that ``moe`` has."""
     kinds, name = moe.kinds, moe.experts.name
+    if isinstance(moe.experts, UnequalConfig):
+        _check_unequal(moe, moe.experts, router)
     if not kinds.zero_computation:
         router.check_num_experts(kinds.total)
         return
@@ -102,6 +119,28 @@ def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
     except ValueError as error:
         more = f"model.moe.num_experts={kinds.ffn} and {kinds.zero_computation} zero-computation experts"
         raise ValueError(str(error).replace(f"model.moe.num_experts={kinds.total}", more)) from None
+
+
+def _check_unequal(moe: MoEConfig, experts: UnequalConfig, router: RouterConfig) -> None:
+    reason = None
+    if router.dense_experts:
+        reason = "which has no routed experts"
+    elif router.merges_experts:
+        reason = "which merges parameters of one shape"
+    elif router.expert_gate_rank is not None or router.scored_experts(moe.num_experts):
+        reason = "which asks the experts themselves how well a token fits, by inner activations of one width"
+    elif router.starts_experts:
+        reason = "which begins an expert with the mean of others, of one width"
+    if reason is not None:
+        raise ValueError(f"experts=unequal must be another with router={router.name}, {reason}: experts=swiglu")
+    if moe.gate_rank is not None:
+        raise ValueError(f"model.moe.gate_rank={moe.gate_rank} must be null with experts=unequal")
+    if moe.num_experts % len(experts.pattern):
+        raise ValueError(
+            f"model.moe.num_experts={moe.num_experts} must be a multiple of the {len(experts.pattern)} numbers of "
+            f"model.moe.experts.pattern={list(experts.pattern)}"
+        )
+    class_widths(experts.pattern, moe.expert_hidden_size)
 
 
 def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
@@ -179,6 +218,9 @@ def sharded(moe: MoEConfig, router: RouterConfig) -> tuple[str, int]:
     """Field and number of what expert parallelism spreads over ranks: experts, or the inner width of merged ones."""
     if router.merges_experts:
         return "model.moe.expert_hidden_size", moe.expert_hidden_size
+    if isinstance(moe.experts, UnequalConfig):
+        repeats = moe.num_experts // len(moe.experts.pattern)
+        return "the repetitions of model.moe.experts.pattern among model.moe.num_experts", repeats
     return "model.moe.num_experts", num_sharded_experts(moe, router)
 
 

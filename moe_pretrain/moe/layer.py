@@ -18,6 +18,7 @@ from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
+from moe_pretrain.moe.experts.unequal import UnequalExperts
 from moe_pretrain.moe.experts.zero_computation import ZeroComputationExperts
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.ranks import route_by_rank
@@ -31,6 +32,9 @@ from moe_pretrain.moe.types import (
     RoutingContext,
     ScoreRoutes,
 )
+
+RoutedExperts = SwiGLUExperts | FactorisedExperts | UnequalExperts | MatrixProductExperts
+"""What holds the networks that routes go to."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class MoELayer(nn.Module):
         self,
         config: MoEConfig,
         router: Router,
-        experts: SwiGLUExperts | FactorisedExperts | MergedExperts | MatrixProductExperts,
+        experts: RoutedExperts | MergedExperts,
         hidden_size: int,
     ):
         super().__init__()
@@ -136,7 +140,7 @@ class MoELayer(nn.Module):
             routing: Routing = (
                 self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
             )
-        options = {}
+        options: dict[str, bool] = {}
         if isinstance(self.experts, MatrixProductExperts) and self.training:
             options = self.experts.options(context, self.router.layer)
         arguments = hidden, routing.weight, routing.payload, routing, options
@@ -145,6 +149,13 @@ class MoELayer(nn.Module):
         else:
             output = self._experts_of(*arguments)
         return MoEOutput(output, routing.aux, routing.use, routing.carried)
+
+    @property
+    def stacks(self) -> list[SwiGLUExperts | FactorisedExperts | MatrixProductExperts | MergedExperts]:
+        """The modules that hold this rank's networks, each those of one width."""
+        if isinstance(self.experts, UnequalExperts):
+            return list(self.experts.stacks)
+        return [self.experts]
 
     def _score_routes(self, recompute_experts: bool) -> ScoreRoutes:
         """Function by which the router asks experts for scores; ``recompute_experts`` keeps none of their activations.

@@ -4,6 +4,8 @@ Every loss is a mean over the text tokens of the micro-batch. The objective weig
 share of the global batch's tokens, so the value does not depend on how the batch was cut (defect C12).
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -37,6 +39,7 @@ def load_balance_loss(
     router_probs: Float[Tensor, "tokens experts"],
     route_counts: Float[Tensor, "groups experts"],
     token_mask: Bool[Tensor, "tokens"],
+    costs: Sequence[float] = (),
 ) -> Float[Tensor, ""]:
     """Penalise routing that leans on few experts.
 
@@ -55,6 +58,7 @@ def load_balance_loss(
             Tokens are ordered by group, the same number in each.
         route_counts: Routes to each expert in each group, padding left out.
         token_mask: True for text tokens; the others count nowhere.
+        costs: Factor of each expert's share, what a route to it costs; empty for 1.
 
     Returns:
         Unweighted loss, dimensionless; 0 when the micro-batch has no text token.
@@ -66,12 +70,15 @@ def load_balance_loss(
     Source:
         Switch Transformers (Fedus et al. 2021, arXiv:2101.03961), eq. 4-6; sequence level as in DeepSeek-V3
         (arXiv:2412.19437), eq. 17-20; global level as in Qiu et al. 2025 (arXiv:2501.11873). Deviation: ``f``
-        is divided by the number of routes, not of tokens, so the value keeps its scale for any ``top_k``.
+        is divided by the number of routes, not of tokens, so the value keeps its scale for any ``top_k``. With costs it
+        is HMoE's parameter penalty (arXiv:2408.10681, eq. 4) over the mean width and the routes per token.
     """
     if router_probs.dtype != torch.float32:
         raise ValueError(f"router_probs must be float32, got {router_probs.dtype}")
     # An empty group has no routes; clamp keeps 0/0 out of the gradient.
     share = route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)
+    if costs:
+        share = share * share.new_tensor(costs)
     return _mean_of_shares(share, router_probs, token_mask)
 
 

@@ -232,12 +232,16 @@ class ExpertKinds:
         constant: ``a x + b v`` with a learnt vector ``v``; this and what follows is computed where the token is.
         copy: ``x``.
         zero: 0.
+        costs: Of a route to each network, over the mean of the networks; empty where all cost the same.
+        balances_cost: Whether balance is of routes times cost.
     """
 
     ffn: int
     constant: int = 0
     copy: int = 0
     zero: int = 0
+    costs: tuple[float, ...] = ()
+    balances_cost: bool = False
 
     @property
     def zero_computation(self) -> int:
@@ -322,6 +326,7 @@ class Router(nn.Module):
         causal_in_training: Whether a token's route in training depends on no other token of its micro-batch that it
             does not attend to. A scheme in which tokens compete says False.
         causal_in_evaluation: The same for evaluation.
+        balanced_costs: What a route to each expert costs in a balance loss; empty where all cost the same.
         num_sums: Length of ``RouterUse.sums``.
         attention_statistic: Name of the statistic of its block's attention that the router wants in
             ``RoutingContext.attention``; None for most schemes.
@@ -349,6 +354,7 @@ class Router(nn.Module):
     causal_in_training: bool
     causal_in_evaluation: bool
     num_sums: int = 0
+    balanced_costs: tuple[float, ...] = ()
     attention_statistic: AttentionStatistic | None = None
     needs_expert_scores: bool = False
     needs_token_counts: bool = False

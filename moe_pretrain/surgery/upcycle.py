@@ -207,6 +207,7 @@ def _vary(layer: MoELayer, variation: Variation, generator: torch.Generator) -> 
     if variation.keeps_the_function:
         return
     experts = layer.experts
+    assert isinstance(experts, SwiGLUExperts | FactorisedExperts)
     width = experts.out_weight.shape[2]
     renewed = round(variation.reinitialised * width)
     for expert in range(layer.kinds.ffn):
@@ -249,4 +250,5 @@ def _scale_outputs(model: DecoderLM, segments: int, ids: Tensor) -> None:
         handle.remove()
         total = 1.0 if abs(totals[0] - 1) < _ROUNDING else totals[0]
         if total > 0:
-            layer.experts.out_weight.mul_(segments / total)
+            (stack,) = layer.stacks
+            stack.out_weight.mul_(segments / total)

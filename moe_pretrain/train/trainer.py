@@ -171,7 +171,7 @@ class Trainer:
         size, meter = self.plan.size, self.data.meter
         if result.tokens_per_expert.numel():
             # Adaptive schemes are charged for the experts they used, not for those expected.
-            size = size.with_experts_per_token(result.experts_per_token)
+            size = size.with_experts_per_token(result.mean_experts_run)
             if self.config.router.merges_experts and result.sums.any():
                 size = size.with_tokens_per_merge(result.tokens / float(result.sums[:, 0].mean()))
         seconds = self.stopwatch.lap()

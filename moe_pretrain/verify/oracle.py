@@ -351,7 +351,8 @@ class Oracle:
             if config.load_balance_level == "last_step" and router.training:
                 routes = self._last_routes.get(router.layer, routes)
             share = routes / routes.sum().clamp(min=1)
-            balance = balance + num_experts * (share * probs[group][text[group]]).sum()
+            cost = torch.tensor(router.balanced_costs or [1.0] * num_experts)
+            balance = balance + num_experts * (cost * share * probs[group][text[group]]).sum()
         num_text = text.sum().clamp(min=1)
         squares = logits[text].exp().sum(dim=-1).log().square()
         aux = {"load_balance": balance / num_text, "router_z": squares.sum() / num_text}

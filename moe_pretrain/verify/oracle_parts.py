@@ -9,6 +9,8 @@ from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, Orthogonal
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
+from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.experts.unequal import UnequalExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
@@ -84,6 +86,9 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
         gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
         value = hidden @ experts.in_weight[expert].T
         return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
+    if isinstance(experts, UnequalExperts):
+        stack, index = experts.locate(expert)
+        return swiglu(hidden, stack.in_weight[index], stack.out_weight[index])
     if isinstance(experts, MatrixProductExperts):
         gate, up, out = (_rebuilt(experts, name, expert) for name in ("gate", "up", "out"))
         return swiglu(hidden, torch.cat([gate, up]), out)
@@ -175,6 +180,7 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
 
 def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
     """Every candidate's key, made from its activation, times the token's query."""
+    assert isinstance(layer.experts, SwiGLUExperts)
     scores = torch.zeros(candidates.shape)
     for expert in range(layer.kinds.ffn):
         routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)

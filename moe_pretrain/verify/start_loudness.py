@@ -115,7 +115,7 @@ def _watched(experts: MatrixProductExperts) -> list[Tensor]:
 
 
 def _weights(layer: MoELayer) -> list[Tensor]:
-    return [layer.experts.in_weight, layer.experts.out_weight]
+    return [weight for stack in layer.stacks for weight in (stack.in_weight, stack.out_weight)]
 
 
 def _rms(values: Tensor) -> float:

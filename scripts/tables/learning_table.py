@@ -59,6 +59,7 @@ SCHEMES = {
     "hash": ["router=hash"],
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
+    "unequal": ["router=top_k", "experts=unequal"],
     "dynmoe": ["router=dynmoe"],
     "moe_plus_plus": ["router=moe_plus_plus"],
     "orthogonal": ["combine=orthogonal"],

@@ -50,11 +50,12 @@ _VARIANTS = {
     ),
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
+    "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
     "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
 }
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
-    *("orthogonal", "symmetric"),
+    *("unequal", "orthogonal", "symmetric"),
 )
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
@@ -98,6 +99,9 @@ _ADDED = [
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "dynmoe"),
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "dynmoe"),
     Case(4, 1, 1, 1, 3, "none", 0.1, "float32", "dynmoe"),
+    Case(1, 1, 0, 4, 3, "none", 0.1, "float32", "unequal"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "unequal"),
+    Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "unequal"),
     Case(1, 1, 0, 1, 3, "none", 0.0, "float32", "orthogonal"),
     Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "lory"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "lory"),

@@ -54,6 +54,11 @@ MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
         lambda run: measures.at_end(run.train, "zero_computation_share"),
         ".1%",
     ),
+    "mean_route_cost": (
+        "Width of a route's expert / mean",
+        lambda run: measures.at_end(run.train, "mean_route_cost"),
+        ".3f",
+    ),
     "active_experts": (
         "Experts in use per layer",
         lambda run: measures.at_end(run.train, "active_experts"),

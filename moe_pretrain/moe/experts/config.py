@@ -60,6 +60,37 @@ class ZeroComputationConfig:
 
 
 @dataclass(frozen=True)
+class UnequalConfig:
+    """Fields of ``experts=unequal``: SwiGLU networks of several widths.
+
+    Attributes:
+        name: ``unequal``.
+        pattern: Proportions of the widths of the first experts, repeated until there are ``model.moe.num_experts``;
+            each rank holds whole repetitions. ``model.moe.expert_hidden_size`` is the mean width. The paper finds four
+            experts of 1, two of 2 and two of 4 best: ``[1, 1, 2, 4]`` twice.
+        balance: ``cost``: the balance loss evens routes times width, the paper's parameter penalty with widths over
+            their mean; ``routes``: it evens routes, whatever they cost.
+
+    Source:
+        Wang et al. 2024 (arXiv:2408.10681), HMoE.
+    """
+
+    name: Literal["unequal"]
+    pattern: tuple[PositiveInt, ...]
+    balance: Literal["cost", "routes"]
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise ValueError("model.moe.experts.pattern=[] must name a width at least")
+
+    def kinds(self, num_experts: int) -> ExpertKinds:
+        """``num_experts`` networks and what a route to each costs."""
+        mean = sum(self.pattern) / len(self.pattern)
+        costs = tuple(self.pattern[expert % len(self.pattern)] / mean for expert in range(num_experts))
+        return ExpertKinds(num_experts, costs=costs, balances_cost=self.balance == "cost")
+
+
+@dataclass(frozen=True)
 class MatrixProductConfig:
     """Fields of ``experts=matrix_product``: matrices are chains of cores, and all experts share the central ones.
 
@@ -88,5 +119,7 @@ class MatrixProductConfig:
         return ExpertKinds(num_experts)
 
 
-ExpertsConfig = Annotated[SwiGLUConfig | ZeroComputationConfig | MatrixProductConfig, Field(discriminator="name")]
+ExpertsConfig = Annotated[
+    SwiGLUConfig | ZeroComputationConfig | UnequalConfig | MatrixProductConfig, Field(discriminator="name")
+]
 """Every kind of experts."""

@@ -318,7 +318,7 @@ class BalancedRouter(Router):
             routes_per_token,
             use=router_use(own.sum(dim=0), probs, context, sums),
             aux={
-                "load_balance": load_balance_loss(probs, counts, context.token_mask),
+                "load_balance": load_balance_loss(probs, counts, context.token_mask, self.balanced_costs),
                 "router_z": router_z_loss(logits, context.token_mask),
             },
             payload=payload,

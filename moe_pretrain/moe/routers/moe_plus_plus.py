@@ -164,6 +164,8 @@ class MoEPlusPlusRouter(Router):
         counts = balance_counts(own, config.load_balance_level, self.layer, context)
         cost = torch.ones(self.num_experts, dtype=torch.float64, device=hidden.device)
         cost[self.kinds.ffn :] = config.tau
+        if self.balanced_costs:
+            cost *= cost.new_tensor(self.balanced_costs)
         return Routing(
             token_index,
             routes,

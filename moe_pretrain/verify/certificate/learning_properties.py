@@ -180,6 +180,8 @@ def _balance_losses(subject: Subject) -> tuple[Router, Decision, list[str]]:
             low, high = uniform.aux[name].item(), collapsed.aux[name].item()
             if low > 1e-6 and factor > 1 and abs(high / low - factor) <= 1e-3 * factor:
                 names.append(name)
+    if names and router.balanced_costs:
+        raise NotApplicable(f"{', '.join(names)} weighs routes by the width of their expert: an even load is not 1")
     other_scales = {name: router.other_scales[name] for name in names if name in router.other_scales}
     names = [name for name in names if name not in other_scales]
     if not names and other_scales:

@@ -10,7 +10,7 @@ from moe_pretrain.metrics.throughput import Window
 from moe_pretrain.metrics.wandb_sink import reduce_layers
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.moe.types import ExpertKinds, ExpertShard
 from moe_pretrain.run_folder.metrics_file import MetricsRow
 
 
@@ -28,7 +28,7 @@ def row_of(scheme: str, **state: list[float]) -> MetricsRow:
         aux_weights={},
         gradient_norm=1.0,
         tokens_per_expert=torch.tensor([[0.0, 1, 2, 3], [1, 1, 1, 1]], dtype=torch.float64),
-        num_ffn_experts=4,
+        kinds=ExpertKinds(4),
         tokens=10,
         router_entropy=[0.5, 0.25],
         dropped_share=[0.0, 0.0],

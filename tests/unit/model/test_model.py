@@ -255,6 +255,7 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=sinkhorn"],
         ["router=moe_plus_plus"],
         ["router=dynmoe"],
+        ["router=top_k", "experts=unequal", "model.moe.experts.pattern=[1,3]"],
         ["router=moe_plus_plus", "router.projection=two_layer", "model.moe.experts.num_constant=0"],
         ["router=top_k", "experts=zero_computation"],
         ["router=k_means"],
@@ -276,8 +277,9 @@ def test_flops_equal_a_counter_on_the_module(router: list[str]):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         uses = model(ids, ids, zeros, positions, context(2, 12)).uses
     size, counted = model_size(config.model, config.router), counter.get_total_flops()
-    if config.router.name in ADAPTIVE or config.model.moe.kinds.zero_computation:
-        networks = sum(use.tokens_per_expert[: config.model.moe.num_experts].sum() for use in uses)
+    if config.router.name in ADAPTIVE or config.model.moe.experts.name != "swiglu":
+        costs = torch.tensor(config.model.moe.kinds.costs or [1.0], dtype=torch.float64)
+        networks = sum((use.tokens_per_expert[: config.model.moe.num_experts] * costs).sum() for use in uses)
         size = size.with_experts_per_token(float(networks) / len(uses) / 24)
     if config.router.name == "dynmoe":  # cosines of all keys, once in a batch and not for every token
         keys = sum(layer.router.weight.numel() * len(layer.router.weight) for layer in model.moe_layers())

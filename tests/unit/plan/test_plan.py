@@ -58,6 +58,7 @@ ROUTERS = {
     "quantile": ["router=quantile"],
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
+    "unequal": ["router=top_k", "experts=unequal", "model.moe.experts.pattern=[1,1]"],
     # Half of the slots in use, in the mean of random directions.
     "dynmoe": ["router=dynmoe", "router.initial_experts=4"],
     # Without training tokens go to all experts alike, which is what balance asks for at tau=1.

@@ -1,0 +1,85 @@
+"""``evaluate``: every token is predicted once, and from what."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.trained import tiny_run
+
+from moe_pretrain import cli
+from moe_pretrain.config.trained import TrainedRun, open_trained
+from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.huggingface.check import our_logits
+from moe_pretrain.inference.corpus_loss import corpus_loss
+
+LENGTH = 40
+SHORT, LONG = "The statement executes.", "An assignment evaluates the expression list, naïvely. " * 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    folder = tiny_run(tmp_path_factory.mktemp("evaluate"), "run", "router=loss_free")
+    return open_trained(folder, lambda file: file, pytest.fail)
+
+
+def by_hand(run: TrainedRun, text: str) -> tuple[float, int]:
+    """Token by token: each from the start of the first window, by half windows, that reaches it."""
+    tokenizer, model = load_tokenizer_file(run.folder.parent / "tokenizer.json"), run.model()
+    ids = [*map(int, tokenizer.encode_batch([text])[0]), tokenizer.end_of_document]
+    nats = 0.0
+    for target in range(1, len(ids)):
+        first = 0
+        while target - first > LENGTH:
+            first += LENGTH // 2
+        before = torch.tensor([ids[first:target]])
+        nats -= float(our_logits(model, before)[0, -1].double().log_softmax(0)[ids[target]])
+    return nats, len(ids) - 1
+
+
+def test_every_token_is_predicted_once_from_half_a_window_or_more(run: TrainedRun):
+    tokenizer = load_tokenizer_file(run.folder.parent / "tokenizer.json")
+    texts = [SHORT, "", LONG]
+    found = corpus_loss(run.model(), tokenizer, texts)
+    expected = [by_hand(run, text) for text in (SHORT, LONG)]
+    assert expected[1][1] > 3 * LENGTH
+    assert found.tokens == sum(tokens for _, tokens in expected) and found.documents == 2
+    assert found.nats == pytest.approx(sum(nats for nats, _ in expected), rel=1e-5)
+    assert found.text_bytes == len((SHORT + LONG).encode()) > len(SHORT + LONG)
+    assert found.bits_per_byte == pytest.approx(found.nats / math.log(2) / found.text_bytes)
+
+
+def test_the_command_prints_a_row_for_each_file(run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "one.txt").write_text(LONG)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in (LONG, SHORT)))
+    files = [str(tmp_path / "one.txt"), str(tmp_path / "rows.jsonl")]
+    words = ["evaluate", str(run.folder)]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": LONG}) + "\n")
+    assert cli.main([*words, files[0], str(tmp_path / "one.jsonl"), "--debug"]) == 0
+    _, plain, row = capsys.readouterr().out.splitlines()
+    nats, tokens = by_hand(run, LONG)
+    assert plain.split()[:5] == row.split()[:5] and plain.split()[0] == "1"
+    assert float(plain.split()[2]) == pytest.approx(nats / tokens, abs=1e-3)
+    assert cli.main([*words, files[1], "--column=body", "--max-documents=1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == row.split()[:5]
+
+
+@pytest.mark.parametrize(
+    "words,fragment",
+    [
+        (["missing.txt"], "must be a file that exists"),
+        (["rows.jsonl"], "has no text 'text' in line 1"),
+        (["latin.txt"], "must be UTF-8"),
+        (["empty.txt"], "holds no text"),
+        (["empty.txt", "--max-documents=0"], "--max-documents=0"),
+    ],
+)
+def test_mistakes_are_one_line(run: TrainedRun, words, fragment, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"body": "x"}\n')
+    Path("latin.txt").write_bytes("é".encode("latin-1"))
+    Path("empty.txt").touch()
+    assert cli.main(["evaluate", str(run.folder), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert fragment in line
