@@ -31,6 +31,7 @@ ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
 """Fields by their names in earlier releases."""
 BEFORE = {
+    "run.report": True,
     "model.init": "normal",
     "model.gate_init": "paper",
     "model.moe.experts": {"name": "swiglu"},
