@@ -43,6 +43,10 @@ def _starts_as_loud(subject: Subject) -> str:
     }
     found = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
     found += f" of top_k's; weights add up to {ours.weight_sum:.2f} over {ours.experts_per_token:.2f} experts"
+    if model.moe.kinds.zero_computation:
+        raise NotApplicable(
+            f"{found}: a copy adds the normed token itself, a constant a vector as large, by definition"
+        )
     for name, ratio in ratios.items():
         require(
             1 / LOUDEST < ratio < LOUDEST,
