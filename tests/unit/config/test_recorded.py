@@ -24,8 +24,11 @@ def recorded(*words: str) -> dict[str, Any]:
     """What a release wrote that had other defaults, and none of the fields that came since."""
     values = plain(load(words))
     for name in BEFORE:
-        part, field = name.split(".")
-        del values[part][field]
+        *parts, field = name.split(".")
+        part_of = values
+        for part in parts:
+            part_of = part_of[part]
+        del part_of[field]
     for field in BEFORE_OF_CORPORA[values["data"]["source"]]:
         values["data"].pop(field, None)
     values["evaluation"]["max_rows"] = 99
