@@ -220,7 +220,7 @@ def sharded(moe: MoEConfig, router: RouterConfig) -> tuple[str, int]:
         return "model.moe.expert_hidden_size", moe.expert_hidden_size
     if isinstance(moe.experts, UnequalConfig):
         repeats = moe.num_experts // len(moe.experts.pattern)
-        return "the repetitions of model.moe.experts.pattern among model.moe.num_experts", repeats
+        return "model.moe.num_experts / len(model.moe.experts.pattern)", repeats
     return "model.moe.num_experts", num_sharded_experts(moe, router)
 
 
