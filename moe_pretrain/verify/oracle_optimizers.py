@@ -10,6 +10,7 @@ from moe_pretrain.config.schema import Config
 _PARTS = {
     ".router.": "router",
     ".experts.": "experts",
+    ".zero_computation.": "experts",
     ".attention.": "attention",
     ".feed_forward.": "ffn",
     "embedding.": "embedding",

@@ -15,7 +15,7 @@ from moe_pretrain.config.match_budget import describe_match, measures
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import model_size
-from moe_pretrain.moe.build import expert_width
+from moe_pretrain.moe.build import expected_ffn_experts, expert_width
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import ExpertShard
 
@@ -45,6 +45,8 @@ def words_of(router: str, seed: str) -> list[str]:
     ]
     if "autonomy" in router or "low_rank" in router:
         words.append(f"router.gate_rank={draw.randint(4, 30)}")
+    if router == "lory":
+        words.append("router.segment_tokens=4")
     return words
 
 
@@ -56,7 +58,7 @@ def built_parameters(config: Config) -> dict[str, float]:
     experts = sum(p.numel() for layer in model.moe_layers() for p in layer.experts.parameters())
     if isinstance(config.router, DenseConfig):
         return {"total_params": total, "active_params": total}
-    used = config.router.mean_experts_per_token
+    used = expected_ffn_experts(config.model.moe, config.router)
     active = total - experts + used * experts / config.model.moe.num_experts
     for layer in model.moe_layers():
         asked = max(0.0, config.router.scored_experts(config.model.moe.num_experts) - used)
@@ -89,7 +91,7 @@ def test_the_solved_width_is_the_nearest_multiple(router: str, measure: str):
         config = load([*words, f"budget.match={measure}"])
     except ConfigError as error:
         # Only where a scheme asks so many experts that even the narrowest cost too much.
-        assert router == "attentive_dense" and "comes to" in str(error), error
+        assert router in ("attentive_dense", "thor") and "comes to" in str(error), error
         return
     reference = load([words[0].replace(router, "top_k"), *[w for w in words[1:] if not w.startswith("router.")]])
     target = measures(model_size(reference.model, reference.router))[measure]

@@ -148,4 +148,6 @@ def test_wrong_values_are_refused_in_one_line() -> None:
     assert len(narrow) == 1 and "makes widths 4, 8, 16, which must be multiples of 8 on a GPU" in narrow[0]
     assert not width_problems(four.model.moe, four.router, 128)
     assert sharded(four.model.moe, four.router)[1] == 2
-    assert any("must divide model.moe.num_experts / len(model.moe.experts.pattern)=2" in problem for problem in problems(four))
+    assert any(
+        "must divide model.moe.num_experts / len(model.moe.experts.pattern)=2" in problem for problem in problems(four)
+    )

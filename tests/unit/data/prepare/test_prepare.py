@@ -218,7 +218,9 @@ def test_those_that_start_together_agree(config, tmp_path, monkeypatch):
     monkeypatch.setattr(building.Preparation, "run", slow_run)
     lines = []
     with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(prepare, config, TOKENIZER, tmp_path / "cache", None, lines.append) for _ in range(3)]
+        running = [
+            pool.submit(prepare_corpus, config, TOKENIZER, tmp_path / "cache", None, lines.append) for _ in range(3)
+        ]
         results = [one.result() for one in running]
     assert len(built) == 1 and any("waiting for it" in line for line in lines)
     assert len({corpus.fingerprint for corpus in results}) == 1

@@ -228,13 +228,13 @@ def test_errors_name_the_source(sources, tmp_path):
 
 def test_each_source_is_asked_for_its_share(sources, tmp_path, monkeypatch):
     asked = {}
-    original = mixture_preparation.prepare
+    original = mixture_preparation.prepare_corpus
 
     def spy(corpus, tokenizer, cache, tokens_needed, workers, progress):
         asked[corpus.paths[0].rsplit("/")[-1]] = tokens_needed
         return original(corpus, tokenizer, cache, tokens_needed, workers, progress)
 
-    monkeypatch.setattr(mixture_preparation, "prepare", spy)
+    monkeypatch.setattr(mixture_preparation, "prepare_corpus", spy)
     config = config_of(sources, [1, 1, 2], [(5, [0, 1, 0])])
     prepare_mixture(config, TOKENIZER, tmp_path / "cache", RUN, 1, None)
     # 20 rows at 1:1:2, then 20 of math alone; each row of 8 tokens shares one with the next.
