@@ -43,6 +43,7 @@ BEFORE = {
     "tokenizer.end_of_document": None,
     "tokenizer.max_unknown": 1.0,
     "metrics.collapse_ratio": 1.25,
+    "evaluation.tasks": {"names": [], "every_steps": None, "max_documents": None},
 }
 """Fields that earlier releases did not have, with what they did."""
 BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {

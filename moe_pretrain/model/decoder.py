@@ -240,8 +240,16 @@ class DecoderLM(nn.Module):
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
     ) -> Float[Tensor, "batch sequence vocab"]:
         """Next-token logits, float32; for tests, export checks and generation, not for training."""
+        hidden = self.final_hidden(input_ids, document_ids, position_ids, context)
+        return functional.linear(hidden, self.head_weight).float()
+
+    @torch.no_grad()
+    def final_hidden(
+        self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
+    ) -> Float[Tensor, "batch sequence hidden"]:
+        """What the head makes logits of, for those who want them at few positions."""
         hidden, _ = self._trunk(input_ids, document_ids, position_ids, context)
-        return functional.linear(self.norm(hidden), self.head_weight).float()
+        return self.norm(hidden)
 
     def _trunk(
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext

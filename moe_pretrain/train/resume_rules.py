@@ -36,6 +36,7 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.moe.combine": lambda now: now == {"name": "sum"},
     "model.moe.experts": lambda now: now == {"name": "swiglu"},
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
+    "evaluation.tasks": lambda now: not now["names"],
 }
 """Fields that a run from before they existed goes on without, and which of their values are no news to it.
 
