@@ -247,7 +247,7 @@ class DecoderLM(nn.Module):
     def final_hidden(
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
     ) -> Float[Tensor, "batch sequence hidden"]:
-        """What the head makes logits of, for those who want them at few positions."""
+        """Normed hidden states, of which the head makes logits: for those who want them at few positions."""
         hidden, _ = self._trunk(input_ids, document_ids, position_ids, context)
         return self.norm(hidden)
 

@@ -30,7 +30,7 @@ class Sharing:
     between: Callable[[], None] = lambda: None
 
     def gather(self, own: Own) -> list[Own]:
-        """What each of them gives, by rank; every one must call it."""
+        """Values of all of them, by rank; every one must call it."""
         if self.size == 1:
             return [own]
         found: list[Own] = [own] * self.size

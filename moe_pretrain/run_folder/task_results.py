@@ -90,7 +90,7 @@ def standard_error(kind: Kind, values: list[float], weights: list[float]) -> flo
 
 
 def resampled_documents(count: int, resamples: int) -> np.ndarray:
-    """How often each of ``count`` documents is drawn [resamples, documents]; the same in every call."""
+    """Draws of each of ``count`` documents in each resample [resamples, documents]; the same in every call."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=resamples)
 
 

@@ -43,7 +43,7 @@ class TaskComparison:
         return estimate(list(self.values[variant].values()))
 
     def verdict(self, variant: str, reference: str) -> Verdict:
-        """Which way the difference goes, if it can be told."""
+        """Direction of the difference, if it can be told."""
         found = self.paired[variant].verdict
         if variant == reference:
             return "reference"

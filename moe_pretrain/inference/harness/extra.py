@@ -1,4 +1,4 @@
-"""What can be said of tasks without importing the harness, which takes seconds and may not be installed."""
+"""Checks of tasks without importing the harness, which takes seconds and may not be installed."""
 
 import importlib.util
 from collections.abc import Sequence

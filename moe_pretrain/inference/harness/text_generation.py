@@ -125,7 +125,7 @@ class TextBatch:
         self._has_ended[at] = is_full or any(stop in text for stop in self._options.until)
 
     def texts(self) -> list[str]:
-        """What followed each context, up to the first stop sequence."""
+        """Texts that followed the contexts, up to the first stop sequence."""
         found = []
         for own in self._new:
             text = self._tokenizer.decode(own)
