@@ -37,6 +37,8 @@ class MoePretrainConfig(PretrainedConfig):
         num_experts: int = 0,
         expert_width: int = 0,
         shared_expert_width: int = 0,
+        shared_expert_gate: bool = False,
+        activation: dict[str, Any] | None = None,
         gate_rank: int | None = None,
         experts_own_down: bool = False,
         router: dict[str, Any] | None = None,
@@ -56,6 +58,8 @@ class MoePretrainConfig(PretrainedConfig):
         self.num_experts = num_experts
         self.expert_width = expert_width
         self.shared_expert_width = shared_expert_width
+        self.shared_expert_gate = shared_expert_gate
+        self.activation = activation  # of experts, routed and shared
         self.gate_rank = gate_rank
         self.experts_own_down = experts_own_down
         self.router = router or {}

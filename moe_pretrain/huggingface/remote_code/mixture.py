@@ -19,7 +19,8 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config, layer)
         self.experts = Experts(config)
         width = config.shared_expert_width
-        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        shared = (config.hidden_size, width, config.activation, config.shared_expert_gate)
+        self.shared_experts = SwiGLU(*shared) if width else None
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Apply the layer to ``hidden [tokens, hidden]``."""
