@@ -76,14 +76,7 @@ def our_logits(model: DecoderLM, ids: Int[Tensor, "rows tokens"]) -> Float[Tenso
     """Logits of the framework's own model, each row one document."""
     rows, length = ids.shape
     positions = torch.arange(length).expand(rows, -1)
-    context = RoutingContext(
-        token_mask=torch.ones(rows * length, dtype=torch.bool),
-        token_position=torch.arange(rows * length),
-        num_sequences=rows,
-        seed=0,
-        step=0,
-        token_ids=ids.flatten(),
-    )
+    context = RoutingContext.of_rows(ids)
     return model.logits(ids, torch.zeros_like(ids), positions, context)
 
 

@@ -82,14 +82,7 @@ def _window_losses(model: DecoderLM, window: list[int]) -> torch.Tensor:
     """Nats of ``window[1:]``, each from those before it."""
     device = model.embedding.weight.device
     ids = torch.tensor([window[:-1]], device=device)
-    context = RoutingContext(
-        token_mask=torch.ones(ids.numel(), dtype=torch.bool, device=device),
-        token_position=torch.arange(ids.numel(), device=device),
-        num_sequences=1,
-        seed=0,
-        step=0,
-        token_ids=ids.flatten(),
-    )
+    context = RoutingContext.of_rows(ids)
     places = torch.arange(ids.shape[1], device=device)[None]
     logits = model.logits(ids, torch.zeros_like(ids), places, context)[0]
     return functional.cross_entropy(logits, torch.tensor(window[1:], device=device), reduction="none")

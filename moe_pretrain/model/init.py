@@ -15,9 +15,9 @@ from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.attentive import QueryKey
 from moe_pretrain.moe.routers.base import LinearRouter
-from moe_pretrain.moe.types import Router
 
 REFERENCE_WIDTH = 768
 """Width at which ``model.init=width_aware`` and ``model.init=normal`` are the same: that of GPT-2 and of the smaller

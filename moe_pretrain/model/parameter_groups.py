@@ -63,9 +63,10 @@ from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.attentive import QueryKey
 from moe_pretrain.moe.routers.base import LinearRouter, RouterConfig
-from moe_pretrain.moe.types import ExpertShard, Router
+from moe_pretrain.moe.types import ExpertShard
 
 GroupName = Literal["embedding", "head", "norms", "attention", "router", "experts", "ffn"]
 GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)

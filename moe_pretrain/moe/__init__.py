@@ -4,6 +4,7 @@ The door for authors of a routing scheme: ``from moe_pretrain.moe import Balance
 """
 
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     BalancedRouter,
     BalancedRouterConfig,
@@ -16,7 +17,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import BalanceLevel, Router, RouterUse, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import BalanceLevel, RouterUse, Routing, RoutingContext, StepUse
 
 __all__ = [
     "BalanceLevel",

@@ -10,8 +10,9 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
 from moe_pretrain.moe.layer import MoEConfig, MoELayer, RoutedExperts
 from moe_pretrain.moe.merged_layer import MergedLayer
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig
-from moe_pretrain.moe.types import ExpertShard, LayerPlace, Router
+from moe_pretrain.moe.types import ExpertShard, LayerPlace
 
 
 def build_moe_layer(

@@ -22,16 +22,8 @@ from moe_pretrain.moe.experts.unequal import UnequalExperts
 from moe_pretrain.moe.experts.zero_computation import ZeroComputationExperts
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.ranks import route_by_rank
-from moe_pretrain.moe.types import (
-    Exchange,
-    ExpertKinds,
-    Experts,
-    MoEOutput,
-    Router,
-    Routing,
-    RoutingContext,
-    ScoreRoutes,
-)
+from moe_pretrain.moe.router import Router
+from moe_pretrain.moe.types import Exchange, ExpertKinds, Experts, MoEOutput, Routing, RoutingContext, ScoreRoutes
 
 RoutedExperts = SwiGLUExperts | FactorisedExperts | UnequalExperts | MatrixProductExperts
 """What holds the networks that routes go to."""

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import Exchange, Merging, MoEOutput, Router, RoutingContext
+from moe_pretrain.moe.router import Router
+from moe_pretrain.moe.types import Exchange, Merging, MoEOutput, RoutingContext
 
 
 class MergedLayer(MoELayer):

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import best_first, router_use
-from moe_pretrain.moe.types import Router, Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext
 
 
 def route_by_rank(router: Router, hidden: Tensor, context: RoutingContext) -> Routing:

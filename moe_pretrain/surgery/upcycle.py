@@ -230,14 +230,7 @@ def _vary(layer: MoELayer, variation: Variation, generator: torch.Generator) -> 
 def _scale_outputs(model: DecoderLM, segments: int, ids: Tensor) -> None:
     """Divide the experts' outputs, layer by layer from the bottom, by what a token's weights come to."""
     rows, length = ids.shape
-    context = RoutingContext(
-        token_mask=torch.ones(rows * length, dtype=torch.bool),
-        token_position=torch.arange(rows * length),
-        num_sequences=rows,
-        seed=0,
-        step=0,
-        token_ids=ids.flatten(),
-    )
+    context = RoutingContext.of_rows(ids)
     places = torch.arange(length).expand(rows, -1)
     for layer in model.moe_layers():
         totals: list[float] = []

@@ -27,13 +27,13 @@ from moe_pretrain.moe.counter_noise import counter_uniform, start_noise
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import (
     POOLED_LEVELS,
     AttentionStatistic,
     ExpertShard,
     ExpertStart,
-    Router,
     RoutingContext,
     StepUse,
     float32_parameters,

@@ -66,15 +66,7 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
     for layer in layers:
         layer.register_forward_hook(note_output)
         layer.router.register_forward_hook(note_routing)
-    places = torch.arange(ROWS * SEQUENCE)
-    context = RoutingContext(
-        token_mask=torch.ones(ROWS * SEQUENCE, dtype=torch.bool),
-        num_sequences=ROWS,
-        step=0,
-        seed=seed,
-        token_position=places,
-        token_ids=ids.flatten(),
-    )
+    context = RoutingContext.of_rows(ids, seed)
     positions = torch.arange(SEQUENCE).expand(ROWS, -1)
     rebuilt = {
         id(layer): _watched(layer.experts) for layer in layers if isinstance(layer.experts, MatrixProductExperts)

@@ -3,12 +3,22 @@
 Here a part of the product in which every pair of choices meets; ``scripts/parity.sh`` runs all of it.
 """
 
+import functools
+
 import pytest
 from helpers.parity import TOPOLOGIES, Case, covering_cases, run_cases
 
+from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.verify.verify import QuantityCheck
 
+pytestmark = pytest.mark.timeout(1200)  # the first test makes the results of them all
 Results = dict[Case, list[QuantityCheck]]
+
+
+@functools.cache
+def _num_losses(variant: str) -> int:
+    config = Case(1, 1, 0, 1, 1, "none", 0.0, "float32", variant).config()
+    return len(meta_model(config.model, config.router).aux_weights)
 
 
 @pytest.fixture(scope="module")
@@ -28,5 +38,6 @@ def test_the_oracle_would_notice(results: Results) -> None:
     """Every case compared every quantity, and the errors are those of another order of sums, not zero by accident."""
     for case, rows in results.items():
         losses = sum(row.quantity.startswith("aux ") for row in rows)
+        assert losses == _num_losses(case.variant)
         assert len(rows) - losses == (9 if case.dtype == "float32" else 8)
     assert max(row.error for rows in results.values() for row in rows if "gradients" in row.quantity) > 0

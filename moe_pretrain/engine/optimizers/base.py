@@ -20,8 +20,9 @@ from moe_pretrain.model.parameter_groups import (
     parameter_roles,
     rate_scale,
 )
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig
-from moe_pretrain.moe.types import Router, float32_parameters
+from moe_pretrain.moe.types import float32_parameters
 from moe_pretrain.parallel.deepspeed_moe import split_expert_groups
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import (
     POOLED_LEVELS,
     BalanceLevel,
     ExpertRanking,
     LayerPlace,
-    Router,
     RouterUse,
     Routing,
     RoutingContext,

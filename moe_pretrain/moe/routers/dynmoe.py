@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig, best_first, router_logits, router_use
-from moe_pretrain.moe.types import ExpertStart, Router, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertStart, Routing, RoutingContext, StepUse
 
 _TINY = 1e-20
 _SHORT = 1e-6
@@ -169,11 +170,6 @@ class DynMoERouter(Router):
         optional = {"load_balance": config.load_balance_weight, "efficiency": config.efficiency_weight}
         own = {"diversity": config.diversity_weight, "simplicity": config.simplicity_weight}
         return own | {name: weight for name, weight in optional.items() if weight > 0}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """No loss is of the global batch's routes."""
-        return False
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Route every token to the experts in use whose thresholds it passes."""

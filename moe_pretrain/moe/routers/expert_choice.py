@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     Fraction,
     RouterConfig,
@@ -19,7 +20,7 @@ from moe_pretrain.moe.routers.base import (
     router_logits,
     router_use,
 )
-from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3
 """Numbers for each expert that ``EvaluationThresholds`` need of a step."""
@@ -187,16 +188,6 @@ class ExpertChoiceRouter(Router):
         self.num_experts, self.num_sums = num_experts, NUM_CUTOFF_SUMS * num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.evaluation = EvaluationThresholds(num_experts, 1 / num_experts, config.threshold_decay)
-
-    @property
-    def aux_weights(self) -> dict[str, float]:
-        """There is no loss."""
-        return {}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """Never: experts choose within the micro-batch."""
-        return False
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Let every expert choose its tokens; in evaluation let thresholds decide."""

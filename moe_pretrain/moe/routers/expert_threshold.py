@@ -9,10 +9,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
-from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +90,6 @@ class ExpertThresholdRouter(Router):
         self.ema_weight: Tensor
         self.register_buffer("ema_weight", torch.zeros(()))
         self.buffer_ranges = {"ema_weight": (0.0, 1.0)}
-
-    @property
-    def aux_weights(self) -> dict[str, float]:
-        """None: the scheme has no losses."""
-        return {}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """There is no balance loss."""
-        return False
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Route every token to the experts that want it."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import FixedCountConfig, router_logits
 from moe_pretrain.moe.routers.top_k import scores_of
-from moe_pretrain.moe.types import Router, RouterUse, Routing, RoutingContext, as_count
+from moe_pretrain.moe.types import RouterUse, Routing, RoutingContext, as_count
 
 TABLE_STREAM = 2
 
@@ -71,16 +72,6 @@ class HashRouter(Router):
         self.table: Tensor
         self.register_buffer("table", torch.zeros(0, config.top_k, dtype=torch.int64))
         self.buffer_ranges = {"table": (0, num_experts - 1)}
-
-    @property
-    def aux_weights(self) -> dict[str, float]:
-        """No aux losses."""
-        return {}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """No."""
-        return False
 
     def use_token_counts(self, token_counts: Int[Tensor, "vocab"]) -> None:
         """Make the table ``[vocab, top_k]``."""

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     FixedCountConfig,
     Fraction,
@@ -20,7 +21,7 @@ from moe_pretrain.moe.routers.base import (
     router_logits,
     router_use,
 )
-from moe_pretrain.moe.types import Router, Routing, RoutingContext, StepUse
+from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 SPLIT_STREAM = 8
 _SPLIT = 0.1
@@ -115,16 +116,6 @@ class KMeansRouter(Router):
             self.gram: Tensor
             self.register_buffer("fitted_map", torch.zeros(num_experts, features + 1))
             self.register_buffer("gram", torch.zeros(features + 1, features + 1))
-
-    @property
-    def aux_weights(self) -> dict[str, float]:
-        """There is no loss."""
-        return {}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """There is no balance loss."""
-        return False
 
     @torch.no_grad()
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:

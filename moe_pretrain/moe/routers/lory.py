@@ -9,9 +9,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_pretrain.moe.router import MergingRouter
 from moe_pretrain.moe.routers.base import MergingConfig
 from moe_pretrain.moe.segments import cut, merge_by, segment_means
-from moe_pretrain.moe.types import Merging, MergingRouter, RoutingContext
+from moe_pretrain.moe.types import Merging, RoutingContext
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import cost_balance_loss
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     FixedCountConfig,
     balance_counts,
@@ -19,7 +20,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import POOLED_LEVELS, BalanceLevel, LayerPlace, Router, Routing, RoutingContext
+from moe_pretrain.moe.types import POOLED_LEVELS, BalanceLevel, LayerPlace, Routing, RoutingContext
 
 _PROJECTION_PER_EXPERT = 8
 """Width between the two layers of ``projection=two_layer``, for each expert."""

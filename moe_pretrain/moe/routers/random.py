@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import FixedCountConfig, router_logits, router_use
-from moe_pretrain.moe.types import Router, Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +39,6 @@ class ControlRouter(Router):
         super().__init__(layer)
         config.check_num_experts(num_experts)
         self.config, self.num_experts = config, num_experts
-
-    @property
-    def aux_weights(self) -> dict[str, float]:
-        """No aux losses."""
-        return {}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """No."""
-        return False
 
     def route(
         self, chosen: Int[Tensor, "tokens slots"], probs: Float[Tensor, "tokens experts"], context: RoutingContext

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import sparsity_loss
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     RouterConfig,
     balance_counts,
@@ -18,7 +19,7 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import ExpertRanking, Router, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig, router_use
-from moe_pretrain.moe.types import Router, Routing, RoutingContext
+from moe_pretrain.moe.types import Routing, RoutingContext
 
 DRAW_STREAM, EVALUATION_STREAM = 5, 6
 
@@ -84,16 +85,6 @@ class ThorRouter(Router):
         super().__init__(layer)
         config.check_num_experts(num_experts)
         self.config, self.num_experts = config, num_experts
-
-    @property
-    def aux_weights(self) -> dict[str, float]:
-        """No aux losses of the router: the consistency loss compares whole passes."""
-        return {}
-
-    @property
-    def needs_global_routes(self) -> bool:
-        """No."""
-        return False
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Draw an expert for every token."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.data.rows.micro_batch import MicroBatch
-from moe_pretrain.moe.types import Router, RouterUse, RoutingContext, step_uses
+from moe_pretrain.moe.router import Router
+from moe_pretrain.moe.types import RouterUse, RoutingContext, step_uses
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_pretrain.moe.types import Router, Routing
+from moe_pretrain.moe.router import Router
+from moe_pretrain.moe.types import Routing
 from moe_pretrain.verify.certificate.subject import (
     NotApplicable,
     Subject,

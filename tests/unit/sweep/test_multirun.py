@@ -50,7 +50,7 @@ def test_fields_that_only_a_swept_choice_has():
 MINE = """
 from dataclasses import dataclass
 from typing import Literal
-from moe_pretrain.moe.types import Router
+from moe_pretrain.moe import Router
 
 @dataclass(frozen=True)
 class Mine:

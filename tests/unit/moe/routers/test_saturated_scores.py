@@ -7,8 +7,8 @@ import torch
 from helpers.routing import make_context
 
 from moe_pretrain.config.load import load
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import best_first
-from moe_pretrain.moe.types import Router
 
 EXPERTS, WIDTH = 8, 8
 
