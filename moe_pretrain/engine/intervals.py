@@ -84,7 +84,7 @@ def updates_made(engine: "TrainEngine") -> int:
 
 
 def fragments(engine: "TrainEngine") -> list[Fragment]:
-    """What this rank's optimizer owns of each of its parameters, those of which it owns nothing too."""
+    """Fragments of all parameters of this rank, those of which its optimizer owns nothing too."""
     roles, partitions = parameter_roles(engine.model), [group["params"][0] for group in engine.optimizer.param_groups]
     found = []
     for name, parameter in engine.model.named_parameters():

@@ -81,12 +81,12 @@ class Fragment:
 
     @property
     def place(self) -> slice:
-        """Where it lies in ``partition``."""
+        """Place in ``partition``."""
         return slice(self.partition_start, self.partition_start + self.length)
 
 
 def whole_fragments(model: DecoderLM) -> list[Fragment]:
-    """What the optimizer of the one process owns: every parameter as it is."""
+    """Fragments of one process without DeepSpeed: every parameter as it is."""
     roles = parameter_roles(model)
     return [
         Fragment(name, parameter, roles[name], 0, parameter.numel(), parameter, 0, None, is_replica=False)

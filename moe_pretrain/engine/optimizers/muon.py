@@ -121,7 +121,7 @@ class _Matrix:
 
     @property
     def part(self) -> slice:
-        """What this rank owns, in the flat matrix."""
+        """Elements that this rank owns, in the flat matrix."""
         begin = max(self.fragment.start - self.first, 0)
         end = min(self.fragment.start + self.fragment.length - self.first, self.rows * self.columns)
         return slice(begin, max(begin, end))
@@ -133,7 +133,7 @@ class _Matrix:
 
     @property
     def place(self) -> slice:
-        """Where they lie in the partition."""
+        """Place of these elements in the partition."""
         begin = self.fragment.partition_start + self.first + self.part.start - self.fragment.start
         return slice(begin, begin + self.length)
 
@@ -185,7 +185,7 @@ def _together(numbers: int) -> int:
 
 
 def _factor(rows: int, columns: int) -> float:
-    """What makes the root mean square of an orthogonal matrix ``_RMS`` (arXiv:2502.16982, eq. 4)."""
+    """Factor that makes the root mean square of an orthogonal matrix ``_RMS`` (arXiv:2502.16982, eq. 4)."""
     return _RMS * math.sqrt(max(rows, columns))
 
 
