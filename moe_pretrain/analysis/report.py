@@ -18,6 +18,7 @@ from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, REPORT_FILE
 from moe_pretrain.run_folder.provenance import read_config, read_summary
 from moe_pretrain.run_folder.record import flatten, load_rows
+from moe_pretrain.run_folder.task_results import TaskResultFiles
 from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import short_duration, short_number
 
@@ -177,6 +178,31 @@ def _chart_sections(rows: dict[str, list[MetricsRow]], unigram_cross_entropy: fl
     ]
 
 
+def _task_sections(run_dir: Path, rows: list[MetricsRow]) -> list[str]:
+    """The newest results of tasks, and their course in training; nothing for a run that was never asked."""
+    files = TaskResultFiles(run_dir)
+    steps = files.steps()
+    if not steps:
+        return []
+    lines = [
+        (
+            result.name,
+            metric.name,
+            "not finite" if metric.value is None else f"{metric.value:.4f}",
+            "" if metric.error is None else f"{metric.error:.4f}",
+            result.num_fewshot,
+            f"{result.documents:,d} of {result.of_documents:,d}",
+            result.rule,
+        )
+        for result in files.read(steps[-1]).values()
+        for metric in result.metrics
+    ]
+    header = ("Task", "Metric", "Value", "Standard error", "Examples", "Questions", "Routing")
+    note = f"lm-evaluation-harness, at step {steps[-1]:,d}; the error is over questions."
+    sections = [section("Tasks", table(header, lines), note)]
+    return [*sections, charts("Tasks in training", run_charts.task_charts(rows))] if rows else sections
+
+
 def _incident_section(name: str, events: list[MetricsRow], config: dict[str, Any]) -> str:
     found, missing = incidents(events), not_judged(flatten(config))
     unknown = (
@@ -236,6 +262,7 @@ def write_report(run_dir: Path) -> Path:
     sections = [
         section("Key facts", facts(_facts(summary))),
         *_chart_sections(rows, summary["unigram_cross_entropy"]),
+        *_task_sections(run_dir, rows["tasks"]),
         _incident_section(str(summary["run_name"]), rows["event"], read_config(run_dir)),
         *_finding_sections(run_dir, rows, read_summary(run_dir)),
         _event_table(rows["event"]),

@@ -54,6 +54,16 @@ def optimizer_charts(train: Sequence[MetricsRow]) -> list[str]:
     ]
 
 
+def task_charts(tasks: Sequence[MetricsRow]) -> list[str]:
+    """Each metric of each task over training."""
+    keys = sorted({key for row in tasks for key in row if key.startswith("tasks/")})
+    names = {key: key.removeprefix("tasks/").replace("/", ", ") for key in keys}
+    return [
+        line_chart(f"task-{index}", names[key], [Curve(tasks, key, ORANGE, marker="o")])
+        for index, key in enumerate(keys)
+    ]
+
+
 def throughput_charts(train: Sequence[MetricsRow]) -> list[str]:
     """Tokens per second and, where it was measured, model FLOPs utilisation."""
     speed = [Curve(train, "train/tokens_per_second", GREEN)]

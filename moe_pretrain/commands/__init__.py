@@ -24,7 +24,7 @@ COMMANDS = {
     "average": ("average", "the mean of a run's last checkpoints, as a checkpoint of a run of its own"),
     "prune": ("prune", "a run with fewer experts: seven methods, with the loss before and after each"),
     "upcycle": ("upcycle", "a dense run, or a Llama folder, as a mixture of experts that starts with its loss"),
-    "evaluate": ("evaluate", "loss, perplexity and bits per byte of a run on any text"),
+    "evaluate": ("evaluate", "loss and bits per byte of a run on any text; tasks of lm-evaluation-harness"),
     "completion": ("completion", "completion of commands, options and choices for bash or zsh"),
 }
 """Command -> (its module in this package, imported when it runs; one line of help)."""

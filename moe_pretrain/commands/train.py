@@ -6,6 +6,7 @@ from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import check_devices, check_warm_up, preflight
 from moe_pretrain.config.recorded import earlier_words, kept, words_at_start
+from moe_pretrain.inference.harness.extra import check_tasks
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_number, launched_rank, launched_world_size
 from moe_pretrain.run_folder.lock import owned
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     launched = launched_world_size()
     plan = preflight(config, launched or config.parallel.processes)
     check_warm_up(config, plan)
+    check_tasks("evaluation.tasks.names", config.evaluation.tasks.names)
     allow_open_files(plan.world_size)
     own_ranks = launched_number("LOCAL_WORLD_SIZE") or (launched_number("LOCAL_RANK") or 0) + 1
     check_devices(plan, own_ranks if launched else plan.world_size)

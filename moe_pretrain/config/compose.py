@@ -34,6 +34,8 @@ BEFORE = {
     "run.report": True,
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.head_size": None,
+    "model.qk_norm": "none",
     "model.moe.experts": {"name": "swiglu"},
     "model.moe.combine": {"name": "sum"},
     "model.mup_base_width": 128,
@@ -43,6 +45,7 @@ BEFORE = {
     "tokenizer.end_of_document": None,
     "tokenizer.max_unknown": 1.0,
     "metrics.collapse_ratio": 1.25,
+    "evaluation.tasks": {"names": [], "every_steps": None, "max_documents": None},
 }
 """Fields that earlier releases did not have, with what they did."""
 BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {

@@ -90,6 +90,8 @@ def _strangeness(word: str) -> str:
     key = key.lstrip("+~")
     if key == "router_file" and value != "null":
         return "python that would be run"
+    if key in ("evaluation.tasks.names", "evaluation.tasks") and any(end in value for end in (".yaml", ".yml", "/")):
+        return "task files, whose templates and python would be run"
     is_folders = key == _SEARCH_PATH and "pkg://" not in value
     is_path = "/" in value and key.partition("@")[0] in choices()
     if "${" in word or is_path or (key.startswith("hydra") and not is_folders):

@@ -99,6 +99,21 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class TasksConfig:
+    """Tasks of lm-evaluation-harness during training, on all ranks; needs the extra ``evaluate``.
+
+    Attributes:
+        names: Task files, and names of the harness's own; none by default. See ``inference.harness.tasks``.
+        every_steps: Steps between them; None for ``evaluation.every_steps``. They are always asked at the end.
+        max_documents: Questions of each task that are asked, the first ones; None for all.
+    """
+
+    names: list[str]
+    every_steps: pydantic.PositiveInt | None
+    max_documents: pydantic.PositiveInt | None
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Validation during training.
 
@@ -108,11 +123,13 @@ class EvaluationConfig:
             so many equal stretches, the same in every run; all of them where there are no more.
         sets: Further corpora by name, of which nothing is trained on, logged as ``validation/NAME/loss``. A choice of
             the group ``data`` fills one in: ``+data@evaluation.sets.code=files evaluation.sets.code.paths=[a.jsonl]``.
+        tasks: Tasks whose results are logged as ``tasks/NAME/METRIC``.
     """
 
     every_steps: pydantic.PositiveInt
     max_rows: pydantic.PositiveInt
     sets: dict[str, Annotated[CorpusConfig, pydantic.Field(discriminator="source")]]
+    tasks: TasksConfig
 
     def __post_init__(self) -> None:
         for name in self.sets:

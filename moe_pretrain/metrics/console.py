@@ -56,6 +56,8 @@ class ConsoleSink:
             self.say(f"[{row['event']}] step {row['step']}: {row['message']}")
         elif row["kind"] == "validation":
             self.say(f"validation at step {row['step']}: " + _validation_text(row))
+        elif row["kind"] == "tasks":
+            self.say(f"tasks at step {row['step']}: " + _tasks_text(row))
         elif self._use_bar:
             self._update_bar(row)
         else:
@@ -112,6 +114,11 @@ def _speed_text(row: MetricsRow) -> str:
     if row.get("train/tokens_per_second") is not None:
         parts.append(f"{short_number(row['train/tokens_per_second'])} tokens/s")
     return " | ".join(parts)
+
+
+def _tasks_text(row: MetricsRow) -> str:
+    values = [(key.removeprefix("tasks/"), value) for key, value in row.items() if key.startswith("tasks/")]
+    return " | ".join(f"{name.replace('/', ' ')} {_number(value, 4)}" for name, value in values)
 
 
 def _validation_text(row: MetricsRow) -> str:

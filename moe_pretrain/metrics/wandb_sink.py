@@ -24,7 +24,7 @@ from moe_pretrain.run_folder.record import find_runs
 
 _LAYER_KEY = re.compile(r"moe/layer_\d+/(\w+)")
 MAX_TABLE_STEPS = 200
-_SCALAR_GROUPS = ("train/", "aux/", "validation/", "data/")
+_SCALAR_GROUPS = ("train/", "aux/", "validation/", "tasks/", "data/")
 
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 120.0
@@ -224,8 +224,8 @@ def reduce_layers(row: MetricsRow) -> MetricsRow:
         row: A train or validation row, with any number of layers.
 
     Returns:
-        ``step``, ``tokens``, ``seconds`` where known, and the ``train/``, ``aux/``, ``validation/`` and ``data/``
-        numbers as they are;
+        ``step``, ``tokens``, ``seconds`` where known, and the ``train/``, ``aux/``, ``validation/``, ``tasks/`` and
+        ``data/`` numbers as they are;
         each per-layer number as ``moe/mean/NAME`` and ``moe/max/NAME`` over the layers. Lists, hashes and the times of
         the layers' parts stay in the file.
     """

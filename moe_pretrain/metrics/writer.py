@@ -109,7 +109,7 @@ class MetricsWriter:
             self._console.expect(total_steps)
 
     def write(self, row: MetricsRow) -> None:
-        """Write a train or validation row to every sink.
+        """Write a train row, a validation row or one of tasks to every sink.
 
         Numbers that are not finite become None, and an event "non_finite" names them.
 
@@ -119,9 +119,9 @@ class MetricsWriter:
         """
         if not self._is_main:
             return
-        is_validation = any(key.startswith("validation/") for key in row)
+        kinds = [kind for kind in ("validation", "tasks") if any(key.startswith(f"{kind}/") for key in row)]
         clean_row, bad_keys = replace_non_finite(row)
-        self._send("validation" if is_validation else "train", clean_row)
+        self._send(kinds[0] if kinds else "train", clean_row)
         if bad_keys:
             message = f"NaN or infinity in {', '.join(bad_keys)}; written as null"
             self.event(row["step"], row["tokens"], "non_finite", message)

@@ -21,6 +21,7 @@ _WHEN = "when shards of a stream are written, not what is in them"
 _SAVING = "what is saved and how long it stays; with spike.rewind=true it decides where the run goes back to"
 _WATCHING = "how long ranks wait for each other"
 _LOGGING = "what is logged, and where"
+_ASKING = "questions asked of the model, from which it learns nothing"
 _FAULT = "breaks a run on purpose, and the same run goes on without; a sick step decides"
 
 NOT_DECIDING = {
@@ -55,6 +56,9 @@ NOT_DECIDING = {
     "metrics.wandb": _LOGGING,
     "metrics.wandb_project": _LOGGING,
     "metrics.wandb_group": _LOGGING,
+    "evaluation.tasks.names": _ASKING,
+    "evaluation.tasks.every_steps": _ASKING,
+    "evaluation.tasks.max_documents": _ASKING,
     "fault.point": _FAULT,
     "fault.action": _FAULT,
     "fault.step": _FAULT,

@@ -1,7 +1,7 @@
 """The rows of ``RUN/metrics.jsonl``, one JSON object per line: written, read, cleaned, reduced.
 
 Keys of every row:
-    kind      "train", "validation" or "event"
+    kind      "train", "validation", "tasks" or "event"
     step      optimizer steps done
     tokens    tokens consumed so far
     seconds   wall time of this run, summed over its attempts
@@ -34,6 +34,7 @@ _NUMBER_OR_NULL = (float, int, type(None))
 _NEEDED_OF_KIND: dict[str, dict[str, tuple[type, ...]]] = {
     "train": {"tokens": (int,), "train/loss": _NUMBER_OR_NULL},
     "validation": {"tokens": (int,), "validation/loss": _NUMBER_OR_NULL},
+    "tasks": {"tokens": (int,)},
     "event": {"event": (str,), "message": (str,)},
 }
 """Keys that readers of a row rely on."""

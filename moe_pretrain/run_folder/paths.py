@@ -9,6 +9,7 @@ RUN/                         who writes it, when, and what it holds
     rewinds.json             the main rank before it goes back after a loss spike: rows left out, see ``rewinds``
     checkpoints/             all ranks: see ``checkpoint.write``
     probe/step_XXXXXXXX.npz  the main rank at a validation: losses by document and routes, see ``probe``
+    task_results/step_X.json ``evaluate RUN tasks=...``, and the main rank in training: see ``task_results``
     sick_steps/step_X.json   the main rank after a step that was not finite: which rows it read
     stacks/rank_XXXXX.txt    each rank when it hangs or dies: the stack of each of its threads
     report.html              the main rank at the end, and ``report``: the page
@@ -45,6 +46,7 @@ WANDB_ID_FILE = "wandb_id.txt"
 CHECKPOINTS = "checkpoints"
 PROBES = "probe"
 SICK_STEPS = "sick_steps"
+TASK_RESULTS = "task_results"
 STACKS = "stacks"
 WANDB = "wandb"
 
@@ -68,6 +70,7 @@ COMPARE_RUNS = "compare_runs.csv"
 
 
 _PROBE = re.compile(r"step_(\d{8})\.npz")
+_TASK_RESULT = re.compile(r"step_(\d{8})\.json")
 
 
 def sick_step_file(folder: Path, step: int) -> Path:
@@ -83,6 +86,17 @@ def probe_file(folder: Path, step: int) -> Path:
 def probe_step(path: Path) -> int | None:
     """Step of the validation whose probe ``path`` is; None for any other file."""
     match = _PROBE.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def task_result_file(folder: Path, step: int) -> Path:
+    """Results of tasks at one step of the run in ``folder``."""
+    return folder / TASK_RESULTS / f"step_{step:08d}.json"
+
+
+def task_result_step(path: Path) -> int | None:
+    """Step of the results of tasks that ``path`` is; None for any other file."""
+    match = _TASK_RESULT.fullmatch(path.name)
     return int(match.group(1)) if match else None
 
 

@@ -132,7 +132,7 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
 
 
 def _by_kind(rows: Sequence[MetricsRow]) -> dict[str, list[MetricsRow]]:
-    return {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "validation", "event")}
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in ("train", "validation", "tasks", "event")}
 
 
 def _last_word(rows: Sequence[MetricsRow]) -> tuple[State, str]:

@@ -44,7 +44,7 @@ SAVE_POINTS = (
 """Places in the save path, in the order in which they are passed; ``save.replaced_moved`` only when a damaged
 checkpoint of the same step is replaced, ``retain.renamed`` to ``retain.deleted`` only when one is removed."""
 
-RUN_POINTS = ("train.step", "train.backward", "train.update", "evaluate.batch", "report")
+RUN_POINTS = ("train.step", "train.backward", "train.update", "evaluate.batch", "evaluate.tasks", "report")
 """Places in the run where a rank may die or stop."""
 
 SICK_POINTS = {

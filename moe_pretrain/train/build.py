@@ -33,6 +33,7 @@ from moe_pretrain.system.exit_codes import STOPPED
 from moe_pretrain.system.stop_signals import StopRequest
 from moe_pretrain.train.context import RunContext, build_context
 from moe_pretrain.train.corpora import Corpora, describe_corpus, open_run_data, prepare_corpora
+from moe_pretrain.train.task_evaluator import RunTasks
 from moe_pretrain.train.trainer import Trainer
 
 _CLAIM = "moe_pretrain/claim"
@@ -122,6 +123,7 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
         StoppedEarly: A signal came before there was anything to save.
     """
     mesh, say = context.mesh, context.say
+    tasks = RunTasks(config)
     say(_describe_run(config, plan, mesh))
     for line in describe_match(config.model, config.router, config.budget):
         say(line)
@@ -154,7 +156,7 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
         context.faults,
         context.enter,
     )
-    return Trainer(config, plan, data, engine, context)
+    return Trainer(config, plan, data, engine, context, tasks)
 
 
 class StoppedEarly(Exception):

@@ -1,7 +1,8 @@
 """Records of a run, step by step: metrics rows, events, probes, notes on bad rows."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from moe_pretrain.metrics.writer import MetricsWriter
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.parallel.mesh import Mesh
 from moe_pretrain.plan.layer_cost import layer_cost
-from moe_pretrain.run_folder.paths import CHECKPOINTS, sick_step_file
+from moe_pretrain.run_folder.metrics_file import read_rows
+from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE, sick_step_file
 from moe_pretrain.run_folder.probe import Probe, ProbeFiles, routing_drift
 from moe_pretrain.run_folder.provenance import commit, processor, versions, write_config, write_sick_step, write_summary
+from moe_pretrain.run_folder.task_results import TaskResult, TaskResultFiles
 from moe_pretrain.train.corpora import RunData
 from moe_pretrain.train.progress import RunProgress
 
@@ -31,6 +34,7 @@ class RunRecorder:
         folder, num_steps = config.run.folder, plan.batches.num_steps
         self.bad_rows = BadRowsLog(folder, plan.batches.rows_per_step, data.corpus.fingerprint, mesh.is_main)
         self._checkpoints, self._probes = folder / CHECKPOINTS, ProbeFiles(folder)
+        self._tasks, self._metrics_file = TaskResultFiles(folder), folder / METRICS_FILE
         self._metrics = MetricsWriter(
             config.metrics, folder, num_steps, config.run.name, to_values(config), mesh.is_main
         )
@@ -66,11 +70,33 @@ class RunRecorder:
             self.event("probe_failed", f"losses by document and routes are not complete: {error}")
         return {f"moe/layer_{layer:02d}/routing_drift": share for layer, share in drift.items()}
 
+    def has_tasks(self) -> bool:
+        """Whether the tasks of the present step have their row: a checkpoint of this step may know of it or not."""
+        rows = read_rows(self._metrics_file)
+        return any(row["kind"] == "tasks" and row["step"] == self._progress.step for row in rows)
+
+    def keep_tasks(self, results: Sequence[TaskResult]) -> None:
+        """Write the row of the tasks of the present step, and what each document came to."""
+        if not self._is_main:
+            return
+        try:
+            self._tasks.add(self._progress.step, results)
+        except (OSError, ValueError) as error:
+            self.event("tasks_failed", f"results by document are not complete: {error}")
+        self.write(
+            {
+                f"tasks/{result.name}/{metric.name}": math.nan if metric.value is None else metric.value
+                for result in results
+                for metric in result.metrics
+            }
+        )
+
     def go_on(self) -> None:
         """Go on from the present step: rows and probes of later ones are removed."""
         self._metrics.resume(self._progress.step, self._progress.validation_loss is not None)
         if self._is_main:
             self._probes.remove_after(self._progress.step)
+            self._tasks.remove_after(self._progress.step)
 
     def sync(self) -> None:
         """Wait until every row so far is on the disk."""

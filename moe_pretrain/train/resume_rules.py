@@ -31,11 +31,14 @@ _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.init": lambda now: now != "mup",
     "model.gate_init": lambda now: True,
+    "model.head_size": lambda now: now is None,
+    "model.qk_norm": lambda now: now == "none",
     "model.mup_base_width": lambda now: True,
     "model.mup_base_layers": lambda now: True,
     "model.moe.combine": lambda now: now == {"name": "sum"},
     "model.moe.experts": lambda now: now == {"name": "swiglu"},
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
+    "evaluation.tasks": lambda now: not now["names"],
 }
 """Fields that a run from before they existed goes on without, and which of their values are no news to it.
 
@@ -43,6 +46,8 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
 """
 _ONLY_WHEN_ABSENT = {
     "model.init": "normal or width_aware",
+    "model.head_size": "null",
+    "model.qk_norm": "none",
     "model.moe.combine": "{'name': 'sum'}",
     "model.moe.experts": "{'name': 'swiglu'}",
 }

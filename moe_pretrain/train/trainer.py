@@ -26,6 +26,7 @@ from moe_pretrain.train.progress import RunProgress
 from moe_pretrain.train.recorder import RunRecorder, write_facts
 from moe_pretrain.train.resume import Resumer
 from moe_pretrain.train.saving import CheckpointSaving
+from moe_pretrain.train.task_evaluator import RunTasks
 
 
 class Trainer:
@@ -43,11 +44,20 @@ class Trainer:
         router_health: Detector of routers that send no tokens to some experts.
         recorder: Metrics rows, events, probes and notes in the run's folder.
         evaluator: Validation on all sets.
+        tasks: Tasks of the harness, which may be none.
         resumer: Checkpoints that the run begins from, goes on from and goes back to.
         saving: Checkpoints that the run writes.
     """
 
-    def __init__(self, config: Config, plan: RunPlan, data: RunData, engine: TrainEngine, context: RunContext):
+    def __init__(
+        self,
+        config: Config,
+        plan: RunPlan,
+        data: RunData,
+        engine: TrainEngine,
+        context: RunContext,
+        tasks: RunTasks,
+    ):
         """Open the run's folder; every rank makes one, at the same time."""
         self.config, self.plan, self.data, self.engine, self.context = config, plan, data, engine, context
         self.exhaustion_steps = data.loader.exhaustion_steps()
@@ -56,7 +66,7 @@ class Trainer:
         layers = [layer.router.layer for layer in engine.model.moe_layers()]
         self.router_health = RouterHealth(layers, config.metrics.router_health_steps, config.metrics.collapse_ratio)
         self.recorder = RunRecorder(config, plan, data, context.mesh, self.progress)
-        self.evaluator = Evaluator(config, plan, data, engine, context)
+        self.evaluator, self.tasks = Evaluator(config, plan, data, engine, context), tasks
         self.saving = CheckpointSaving(config, engine, context, self.progress, self.recorder)
         self.resumer = Resumer(config, data, engine, context, self.progress, self.recorder, self.saving)
 
@@ -130,7 +140,7 @@ class Trainer:
     def _train_until_spike(self) -> tuple[int | None, str | None]:
         """Step after step; the exit code at the end, or in words a spike that is to be undone."""
         progress = self.progress
-        if self._validation_is_due() and not self._validate():  # a stop at this very step came before it
+        if not self._evaluate():  # a stop at this very step came before it
             return self._save_and_stop(), None
         batches = self.data.loader.iterate(progress.data_step)
         try:
@@ -224,11 +234,25 @@ class Trainer:
         if self.context.agree_to_stop():
             return self._save_and_stop()
         # Before the checkpoint, so that a finished run has its last validation.
-        if self._validation_is_due(at_end) and not self._validate():
+        if not self._evaluate(at_end):
             return self._save_and_stop()
         if at_end or progress.step % config.checkpoint.every_steps == 0:
             self._save(wait=at_end)
         return UNSAVED if at_end and progress.saved_step != progress.step else FINISHED
+
+    def _evaluate(self, at_end: bool = False) -> bool:
+        """Validate and ask tasks, where they are due; False if a signal came in between."""
+        if self._validation_is_due(at_end) and not self._validate():
+            return False
+        mesh, step = self.context.mesh, self.progress.step
+        if not self.tasks.is_step(step, at_end) or mesh.on_main(self.recorder.has_tasks):
+            return True
+        with self.stopwatch.paused():
+            results = self.tasks.evaluate(self.engine, self.data.corpus.tokenizer, self.plan, self.context, step)
+            if results is None:
+                return False
+            self.recorder.keep_tasks(results)
+        return True
 
     def _validation_is_due(self, at_end: bool = False) -> bool:
         """Whether the present step is one to validate at, and has not been."""

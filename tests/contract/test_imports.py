@@ -30,6 +30,7 @@ CONFINED = {
     "deepspeed": {"engine/engine.py", "parallel/deepspeed_moe.py"},
     "hydra": {"config/compose.py", "sweep/"},
     "omegaconf": {"config/compose.py", "sweep/"},
+    "lm_eval": {"inference/harness/"},
     "wandb": {"metrics/wandb_sink.py"},
     "matplotlib": {"analysis/"},
     "torch.distributed": {

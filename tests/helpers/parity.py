@@ -27,7 +27,10 @@ _AXES = {
 }
 _VARIANTS = {
     "mixtral": ("router.load_balance_level=global_batch",),
-    "deepseek": (*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+    "deepseek": (
+        *(*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+        *("model.qk_norm=head", "model.head_size=10"),
+    ),
     "switch": ("router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch"),
     "scaled": (
         *WITH_ALL_PARTS,
@@ -57,7 +60,13 @@ _VARIANTS = {
         *("model.mup_base_width=8", "optimizer.groups.experts.lr_scale=2"),
     ),
     "muon_swiglu": (*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4"),
-    "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
+    "noisy": (
+        *WITH_ALL_PARTS,
+        "router.top_k=3",
+        "router.jitter=0.1",
+        "model.qk_norm=whole",
+        "packing.isolate_documents=false",
+    ),
 }
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),

@@ -20,6 +20,7 @@ from moe_pretrain.analysis.compare.statistics import (
     difference,
     rank,
 )
+from moe_pretrain.analysis.compare.task_comparison import TaskComparison, compare_tasks
 from moe_pretrain.analysis.compare.tuning import Tuning, certainties, tunings, warn_of_tuning
 from moe_pretrain.analysis.compare.variants import Variant, group, unnamed_differences
 from moe_pretrain.run_folder.record import RunRecord, differences, find_runs
@@ -105,6 +106,7 @@ class Comparison:
         paired: Variant -> its difference to the reference.
         ranking: The places of variants with a loss.
         tuned: Variant -> its tuning, of those that were tuned.
+        tasks: Each metric of each task that runs were asked at their end.
         warnings: Everything that makes the comparison less than it seems.
     """
 
@@ -117,6 +119,7 @@ class Comparison:
     paired: dict[str, Difference]
     ranking: Ranking
     tuned: dict[str, Tuning]
+    tasks: list[TaskComparison]
     warnings: list[str]
 
     @property
@@ -163,6 +166,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     for name, tuning in tuned.items():
         samples[name] = replace(samples[name], choice_variance=tuning.choice.mean_square if tuning.choice else 0.0)
     paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
+    tasks, task_warnings = compare_tasks(variants, chosen)
     return Comparison(
         runs=runs,
         variants=variants,
@@ -173,6 +177,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         paired=paired,
         ranking=rank(samples),
         tuned=tuned,
+        tasks=tasks,
         warnings=[
             *_warn_of_random(variants, samples, UNITS[key]),
             *_warn_of_data(variants, key, fields),
@@ -180,6 +185,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
             *cautions,
             *_warn_of_runs(runs, variants, losses),
             *_warn_of_seeds(paired, losses, chosen),
+            *task_warnings,
         ],
     )
 

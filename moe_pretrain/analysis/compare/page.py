@@ -6,6 +6,7 @@ from pathlib import Path
 from moe_pretrain.analysis.compare import charts as draws
 from moe_pretrain.analysis.compare import tables
 from moe_pretrain.analysis.compare.comparison import Comparison, compare
+from moe_pretrain.analysis.compare.task_comparison import TASKS_NOTE
 from moe_pretrain.analysis.figures import chart, write_png
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
 from moe_pretrain.analysis.html import charts, folded, legend, page, section, table, warnings
@@ -96,6 +97,7 @@ def _page(
             layout="single",
         ),
         *_tuning(found, key, colors),
+        *([section("Tasks", table(*tables.task_table(found)), TASKS_NOTE)] if found.tasks else []),
         charts("Validation loss", [key, *curves], band_note),
         charts("Experts per token", [key, *experts] if experts else [], layer_note),
         charts("Balance", [key, *balance] if balance else [], layer_note),

@@ -12,6 +12,7 @@ from moe_pretrain.analysis import findings
 from moe_pretrain.analysis.compare.bootstrap import RESAMPLES
 from moe_pretrain.analysis.compare.comparison import MEASURES, Comparison
 from moe_pretrain.analysis.compare.statistics import Estimate, Ranked
+from moe_pretrain.analysis.compare.task_comparison import TASKS_NOTE
 from moe_pretrain.analysis.compare.tuning import RESAMPLES as RESAMPLED_CHOICES
 from moe_pretrain.analysis.compare.variants import Variant
 from moe_pretrain.analysis.measures import part_times
@@ -28,7 +29,10 @@ def markdown(found: Comparison) -> str:
     text = _markdown_table(answer(found))
     tuned = f"\n{_markdown_table(tuning(found))}\n\n{TUNING_NOTE}\n" if found.tuned else ""
     cautions = "".join(f"\n- {escaped(line)}" for line in found.warnings)
-    return f"{text}\n\n{escaped(method(found))}\n{tuned}" + (f"\nTo be aware of:\n{cautions}\n" if cautions else "")
+    tasks = f"\n{_markdown_table(task_table(found))}\n\n{TASKS_NOTE}\n" if found.tasks else ""
+    return f"{text}\n\n{escaped(method(found))}\n{tuned}{tasks}" + (
+        f"\nTo be aware of:\n{cautions}\n" if cautions else ""
+    )
 
 
 def _markdown_table(table: Table) -> str:
@@ -136,6 +140,20 @@ def tuning(found: Comparison) -> Table:
     return ("Variant", "Chosen rate", "Chosen in", f"Cost of choosing, {found.unit}", "Trials"), lines
 
 
+def task_table(found: Comparison) -> Table:
+    """Each metric of each task: every variant that has a value."""
+    lines = []
+    for task in found.tasks:
+        for variant in found.variants:
+            name = variant.name
+            if task.values[name]:
+                apart = MISSING if name == found.reference else _interval(task.paired[name].difference, "+")
+                verdict = task.verdict(name, found.reference)
+                documents = str(task.documents or MISSING)
+                lines.append([task.task, task.metric, name, verdict, _interval(task.estimate(name)), apart, documents])
+    return ("Task", "Metric", "Variant", "Verdict", "Value", "Difference", "Documents"), lines
+
+
 def _place(ranked: Ranked) -> str:
     return f"{ranked.rank} to {ranked.last_rank}" if ranked.equals else str(ranked.rank)
 
@@ -191,6 +209,7 @@ def variant_rows(found: Comparison) -> list[Record]:
         row |= {"verdict": "reference" if variant.name == found.reference else paired.verdict}
         row |= {"indistinguishable_from": "; ".join(place.equals) if place else None}
         row |= _tuning_columns(found, variant.name)
+        row |= _task_columns(found, variant.name)
         row |= {name: _mean(variant, name) for name in MEASURES}
         rows.append(row | _part_columns(variant.counted))
     return rows
@@ -209,6 +228,17 @@ def _tuning_columns(found: Comparison, name: str) -> Record:
     }
 
 
+def _task_columns(found: Comparison, name: str) -> Record:
+    """Mean of each metric of each task, and what can be said of it against the reference."""
+    columns: Record = {}
+    for task in found.tasks:
+        of, apart = f"{task.task}_{task.metric}", task.paired[name].difference
+        mean = task.estimate(name)
+        columns |= {f"{of}_mean": mean and mean.mean, f"{of}_verdict": task.verdict(name, found.reference)}
+        columns |= {f"{of}_difference_{end}": apart and getattr(apart, end) for end in ("mean", "low", "high")}
+    return columns
+
+
 def run_rows(found: Comparison) -> list[Record]:
     """``compare_runs.csv``: a row for each run."""
     differing = differences([run.values for run in found.runs if run.values])
@@ -221,6 +251,9 @@ def run_rows(found: Comparison) -> list[Record]:
         row |= {key.replace("/", "_"): run.final(key) for key in ("validation/loss", "validation/bits_per_byte")}
         row |= {name: measure(run) for name, (_, measure, _) in MEASURES.items()}
         row |= _part_columns([run])
+        for task in found.tasks:
+            own = task.values[variant.name] if variant and run in variant.counted else {}
+            row[f"{task.task}_{task.metric}"] = own.get(run.values.get("seed", -1))
         rows.append(row | {key: run.values.get(key) for key in differing})
     return rows
 

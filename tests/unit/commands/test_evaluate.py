@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tasks import write_tasks
 from helpers.trained import tiny_run
+from lm_eval.tasks._index import Entry, Kind
 
 from moe_pretrain import cli
 from moe_pretrain.config.trained import TrainedRun, open_trained
-from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.data.tokenizer import load_tokenizer_file, train_tokenizer
 from moe_pretrain.huggingface.check import our_logits
 from moe_pretrain.inference.corpus_loss import corpus_loss
 
@@ -73,6 +75,18 @@ def test_the_command_prints_a_row_for_each_file(run: TrainedRun, tmp_path: Path,
         (["latin.txt"], "must be UTF-8"),
         (["empty.txt"], "holds no text"),
         (["empty.txt", "--max-documents=0"], "--max-documents=0"),
+        ([], "or tasks=NAME a task"),
+        (["latin.txt", "--num-fewshot=1"], "--num-fewshot is of tasks"),
+        (["tasks=no/task.yaml"], "tasks=no/task.yaml must be a task file that exists"),
+        (["tasks=facts.yaml,"], "without empty names"),
+        (
+            ["tasks=lost.yaml"],
+            "tasks=lost.yaml: dataset_kwargs.data_files=rows.json must be a file that exists, beside",
+        ),
+        (["tasks=broken.yaml"], "tasks=broken.yaml: no task file can be read"),
+        (["tasks=column.yaml"], "tasks=column.yaml cannot be loaded: UndefinedError"),
+        (["tasks=facts.yaml", "--num-fewshot=-1"], "--num-fewshot=-1 must be at least 0"),
+        (["tasks=facts.yaml", "--tokenizer=other/tokenizer.json"], "does not belong to this run"),
     ],
 )
 def test_mistakes_are_one_line(run: TrainedRun, words, fragment, tmp_path: Path, capsys, monkeypatch):
@@ -80,6 +94,27 @@ def test_mistakes_are_one_line(run: TrainedRun, words, fragment, tmp_path: Path,
     Path("rows.jsonl").write_text('{"body": "x"}\n')
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     Path("empty.txt").touch()
+    Path("broken.yaml").write_text("task: [")
+    facts = Path(write_tasks(tmp_path)[0]).read_text()
+    Path("lost.yaml").write_text(facts.replace("facts.jsonl", "rows.json"))
+    Path("column.yaml").write_text(facts.replace("{{question}}", "{{quest}}"))
+    Path("other").mkdir()
+    train_tokenizer(iter([facts] * 9), 270, Path("other/tokenizer.json"))
     assert cli.main(["evaluate", str(run.folder), *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert fragment in line
+
+
+def test_without_the_extra_the_line_says_how_to_install_it(run: TrainedRun, capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["evaluate", str(run.folder), f"tasks={write_tasks(tmp_path)[0]}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'pip install "moe_pretrain[evaluate]"' in line
+
+
+def test_a_task_that_nobody_knows_has_its_likes_named(run: TrainedRun, capsys, monkeypatch):
+    known = {name: Entry(name, Kind.TASK, None) for name in ("hellaswag", "arc_easy")}  # of 14,000, to be quick
+    monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex.build", staticmethod(lambda paths: known))
+    assert cli.main(["evaluate", str(run.folder), "tasks=hellaswagg"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tasks=hellaswagg must be a task of the harness or a task file; there are hellaswag" in line
