@@ -128,7 +128,7 @@ def _rows_of_matrices(config: Config, name: str, rows: int) -> list[int]:
     """Rows of the matrices one below the other: query, key and value, or gate and up."""
     model = config.model
     if name.endswith("qkv_weight"):
-        shared = model.num_key_value_heads * model.head_size
+        shared = rows * model.num_key_value_heads // (model.num_heads + 2 * model.num_key_value_heads)
         return [rows - 2 * shared, shared, shared]
     is_factorised = ".experts." in name and (model.moe.gate_rank is not None or config.router.expert_gate_rank)
     if name.endswith("in_weight") and not is_factorised:
