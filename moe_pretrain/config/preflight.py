@@ -69,11 +69,11 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":
         check_elastic(config.model, config.router, config.batch, plan.batches, world_size, plan.device, plan.dtype)
-    if plan.device == "cuda" and config.model.head_size < _SMALLEST_HEAD_ON_CUDA:
+    if plan.device == "cuda" and config.model.attention_head_size < _SMALLEST_HEAD_ON_CUDA:
         raise ValueError(
-            f"model.hidden_size/num_heads={config.model.head_size} must be at least {_SMALLEST_HEAD_ON_CUDA} on CUDA, "
+            f"{config.model.head_size_name} must be at least {_SMALLEST_HEAD_ON_CUDA} on CUDA, "
             f"whose attention kernels take no smaller heads: model.num_heads at most "
-            f"{config.model.hidden_size // _SMALLEST_HEAD_ON_CUDA}"
+            f"{config.model.hidden_size // _SMALLEST_HEAD_ON_CUDA}, or another model.head_size"
         )
     if plan.device == "cuda" and plan.dtype == "bfloat16":
         for problem in width_problems(moe, config.router, config.model.hidden_size):

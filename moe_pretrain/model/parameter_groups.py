@@ -89,9 +89,10 @@ class ParameterRole:
 
     Attributes:
         group: Its group.
-        reads: What a matrix multiplies: the residual stream (``hidden``), the inner activation of an expert or FFN
-            (``inner``), the ``rank`` numbers between two maps that stand in the place of one, or something of a user's
-            own router that does not grow (``fixed``). ``nothing`` for vectors, the embedding and the head.
+        reads: What a matrix multiplies: the residual stream or attention's heads (``hidden``), the inner activation of
+            an expert or FFN (``inner``), the ``rank`` numbers between two maps that stand in the place of one, or
+            something of a user's own router that does not grow (``fixed``). ``nothing`` for vectors, the embedding and
+            the head.
         is_final_norm: Whether it is the norm before the head.
         writes_residual: Whether what it makes is added to the residual stream.
     """
@@ -130,6 +131,8 @@ def _reads(module: nn.Module, name: str, parameter: Tensor, group: GroupName, co
         return "rank"
     if isinstance(module, LinearRouter) and module.projection is not None and name == "weight":
         return "rank"
+    if group == "attention":  # its heads together are as wide as the model, or grow with it
+        return "hidden"
     return "hidden" if parameter.shape[-1] == config.hidden_size else "fixed"
 
 

@@ -251,7 +251,7 @@ class _Layers:
         """Everything between the embedding and the loss that backward needs, without what it makes again."""
         model = self.model
         blocks = sum(self._block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers))
-        rotary = self.tokens * 4 * model.head_size
+        rotary = self.tokens * 4 * model.attention_head_size
         if self.passes > 1:  # the head's gradient is made in backward, of both passes' hidden states
             return self.passes * (blocks + rotary + self._norm() + self.tokens * self.row)
         head = self.tokens * self.row + self.size * model.vocab_size * model.hidden_size
@@ -342,9 +342,18 @@ class _Layers:
     def _attention(self) -> float:
         """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp."""
         model = self.model
-        key_value = model.num_key_value_heads * model.head_size
-        heads = self.size * (model.hidden_size + 2 * key_value) + self.size * (model.hidden_size + key_value)
-        return self._norm() + self.tokens * (3 * self.row + heads + 4 * model.num_heads)
+        query, key = model.attention_width, model.key_value_width
+        heads: float = self.size * (3 * query + 2 * key) + self.size * (query + key)
+        if model.qk_norm != "none":
+            heads += self._normed_heads()
+        return self._norm() + self.tokens * (self.row + heads + 4 * model.num_heads)
+
+    def _normed_heads(self) -> float:
+        """Bytes per token of the norm of queries and keys, whose input is the projection."""
+        model = self.model
+        rows = model.num_heads + model.num_key_value_heads if model.qk_norm == "head" else 2
+        copies = (1 if self.size == 4 else 2) if self.on_cpu else 0
+        return 4 * rows + copies * 4 * (model.attention_width + model.key_value_width)
 
     def _dense(self, is_moe: bool, recompute: str) -> float:
         """Norm, its output, gate and up, the activated gate and the product."""

@@ -40,6 +40,7 @@ from moe_pretrain.moe.types import (
 from moe_pretrain.verify.oracle_optimizers import UPDATES, rate_scale
 from moe_pretrain.verify.oracle_parts import (
     combine_outputs,
+    norm_heads,
     rms_norm,
     rotate,
     run_expert,
@@ -221,12 +222,17 @@ class Oracle:
         Also the statistic of it that the layer's router wants, ``[rows, sequence]``.
         """
         model = self.config.model
-        size, shared = model.head_size, model.num_heads // model.num_key_value_heads
+        size, shared = model.attention_head_size, model.num_heads // model.num_key_value_heads
         num_query, num_key = model.num_heads * size, model.num_key_value_heads * size
+        epsilon = model.norm_epsilon
         projected = normed @ attention.qkv_weight.T
         output, statistics = [], []
         for row, documents, positions in zip(projected, rows.document_ids, rows.position_ids, strict=True):
             query, key, value = row.split([num_query, num_key, num_key], dim=-1)
+            query, key = (
+                norm_heads(model.qk_norm, part, None if norm is None else norm.weight, size, epsilon)
+                for part, norm in ((query, attention.query_norm), (key, attention.key_norm))
+            )
             heads, matrices = [], []
             for head in range(model.num_heads):
                 of_query = slice(head * size, (head + 1) * size)

@@ -27,7 +27,10 @@ _AXES = {
 }
 _VARIANTS = {
     "mixtral": ("router.load_balance_level=global_batch",),
-    "deepseek": (*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+    "deepseek": (
+        *(*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+        *("model.qk_norm=head", "model.head_size=10"),
+    ),
     "switch": ("router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch"),
     "scaled": (
         *WITH_ALL_PARTS,
@@ -51,7 +54,13 @@ _VARIANTS = {
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
     "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
-    "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
+    "noisy": (
+        *WITH_ALL_PARTS,
+        "router.top_k=3",
+        "router.jitter=0.1",
+        "model.qk_norm=whole",
+        "packing.isolate_documents=false",
+    ),
 }
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
