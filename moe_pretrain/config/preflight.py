@@ -15,6 +15,7 @@ from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import sharded, width_problems
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.system.gpu import missing_compiler, unusable_gpu
 
 _SMALLEST_HEAD_ON_CUDA = 16
 """FlexAttention's kernels multiply blocks that are no narrower."""
@@ -110,6 +111,8 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
 def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
     """``auto`` to what this machine has: a GPU, with bfloat16 if it knows that; else the CPU with float32."""
     device = config.device
+    if device != "cpu" and (reason := unusable_gpu()):
+        raise ValueError(f"engine.device={device} must be cpu, or the GPU of this machine made usable: {reason}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -138,13 +141,17 @@ def check_warm_up(config: Config, plan: RunPlan) -> None:
 
 
 def check_devices(plan: RunPlan, local_ranks: int) -> None:
-    """Refuse more ranks on this host than it has GPUs.
+    """Refuse more ranks on this host than it has GPUs, and GPUs for which no kernel can be built.
 
     Raises:
-        ValueError: There are fewer.
+        ValueError: There are fewer, or Triton lacks a compiler.
     """
     if plan.device == "cuda" and (devices := torch.cuda.device_count()) < local_ranks:
         raise ValueError(
             f"{local_ranks} ranks on this host must be at most its {devices} CUDA device{'s' if devices != 1 else ''}, "
             "one for each: parallel.processes or torchrun's --nproc-per-node (CUDA_VISIBLE_DEVICES says which it sees)"
+        )
+    if plan.device == "cuda" and (lacking := missing_compiler()):
+        raise ValueError(
+            f"engine.device={plan.device} must be cpu, or this machine have {lacking} for Triton's kernels"
         )
