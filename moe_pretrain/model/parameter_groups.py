@@ -103,7 +103,8 @@ class ParameterRole:
         writes_residual: Whether what it makes is added to the residual stream.
         rows: Rows of the hidden layers' matrices that stand one below the other in it, or in each expert's part of it:
             those of query, key and value, or of gate and up. Empty for what is no matrix of a hidden layer: routers,
-            vectors, the one row of a shared-expert gate, embedding, head, and experts whose matrices are not of one piece.
+            vectors, the one row of a shared-expert gate, embedding, head, and experts whose matrices are not of one
+            piece.
     """
 
     group: GroupName

@@ -77,7 +77,7 @@ class MoEConfig:
 
     @property
     def activation_function(self) -> Activation:
-        """What ``activation`` and ``activation_limit`` say."""
+        """Function that ``activation`` and ``activation_limit`` name."""
         alpha, offset = (1.0, 0.0) if self.activation == "swiglu" else (1.702, 1.0)
         return Activation(alpha, offset, self.activation_limit or math.inf)
 
