@@ -1,4 +1,4 @@
-# GPU image: docker build -t moe_pretrain . ; docker run --gpus all --ipc=host -v "$PWD/outputs:/work/outputs" moe_pretrain
+# GPU image, for a driver of 580.65.06 or newer on the host (CUDA 13): docker build -t moe_pretrain . ; docker run --gpus all --ipc=host -v "$PWD/outputs:/work/outputs" moe_pretrain
 FROM nvidia/cuda:13.0.2-cudnn-runtime-ubuntu24.04
 
 RUN apt-get update \

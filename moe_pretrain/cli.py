@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from moe_pretrain.commands import COMMANDS
 from moe_pretrain.system.child_process import die_with_launcher
+from moe_pretrain.system.cuda_allocator import let_segments_grow
 from moe_pretrain.system.early_signals import ending_early_on_signals
 from moe_pretrain.system.exit_codes import INTERRUPTED, READER_GONE, USAGE_CODE
 from moe_pretrain.system.utf8_mode import restart_in_utf8_mode
@@ -53,6 +54,7 @@ def _main(words: list[str]) -> int:
         is_asked = not words or words[0] in ("-h", "--help")
         print(_usage(), file=sys.stdout if is_asked else sys.stderr)
         return 0 if words and is_asked else USAGE_CODE
+    let_segments_grow()
     # DeepSpeed reports its settings while it is imported and built; the user sees our progress instead.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)

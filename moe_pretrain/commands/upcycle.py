@@ -33,7 +33,7 @@ from moe_pretrain.system.files import check_unused
 
 _SHAPE = (
     *("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_heads", "num_key_value_heads", "rope_base"),
-    *("norm_epsilon", "tie_embeddings"),
+    *("norm_epsilon", "tie_embeddings", "qk_norm"),
 )
 
 

@@ -34,6 +34,8 @@ BEFORE = {
     "run.report": True,
     "model.init": "normal",
     "model.gate_init": "paper",
+    "model.head_size": None,
+    "model.qk_norm": "none",
     "model.moe.experts": {"name": "swiglu"},
     "model.moe.combine": {"name": "sum"},
     "model.mup_base_width": 128,

@@ -9,12 +9,13 @@ from moe_pretrain.checkpoint.store import complete_names, locate
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
-from moe_pretrain.engine.optimizers.base import check_groups
+from moe_pretrain.engine.optimizers.base import check_optimizer
 from moe_pretrain.model.parameter_groups import meta_model
-from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import sharded, width_problems
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
+from moe_pretrain.system.gpu import missing_compiler, unusable_gpu
 
 _SMALLEST_HEAD_ON_CUDA = 16
 """FlexAttention's kernels multiply blocks that are no narrower."""
@@ -63,16 +64,16 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         model = meta_model(config.model, config.router)
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
             raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
-    check_groups(config.optimizer, config.model, config.router)
+    check_optimizer(config.optimizer, config.model, config.router)
     if plan.dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":
         check_elastic(config.model, config.router, config.batch, plan.batches, world_size, plan.device, plan.dtype)
-    if plan.device == "cuda" and config.model.head_size < _SMALLEST_HEAD_ON_CUDA:
+    if plan.device == "cuda" and config.model.attention_head_size < _SMALLEST_HEAD_ON_CUDA:
         raise ValueError(
-            f"model.hidden_size/num_heads={config.model.head_size} must be at least {_SMALLEST_HEAD_ON_CUDA} on CUDA, "
+            f"{config.model.head_size_name} must be at least {_SMALLEST_HEAD_ON_CUDA} on CUDA, "
             f"whose attention kernels take no smaller heads: model.num_heads at most "
-            f"{config.model.hidden_size // _SMALLEST_HEAD_ON_CUDA}"
+            f"{config.model.hidden_size // _SMALLEST_HEAD_ON_CUDA}, or another model.head_size"
         )
     if plan.device == "cuda" and plan.dtype == "bfloat16":
         for problem in width_problems(moe, config.router, config.model.hidden_size):
@@ -100,7 +101,7 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
     """
     batches = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     device, dtype = target or _resolve_device(config.engine)
-    size = model_size(config.model, config.router)
+    size = config.size
     tokens = batches.micro_batch_size * config.model.sequence_length
     return RunPlan(
         world_size, device, dtype, batches, size.in_micro_batches(tokens, config.parallel.expert_parallel_size)
@@ -110,6 +111,8 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
 def _resolve_device(config: EngineConfig) -> tuple[str, Dtype]:
     """``auto`` to what this machine has: a GPU, with bfloat16 if it knows that; else the CPU with float32."""
     device = config.device
+    if device != "cpu" and (reason := unusable_gpu()):
+        raise ValueError(f"engine.device={device} must be cpu, or the GPU of this machine made usable: {reason}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -138,13 +141,17 @@ def check_warm_up(config: Config, plan: RunPlan) -> None:
 
 
 def check_devices(plan: RunPlan, local_ranks: int) -> None:
-    """Refuse more ranks on this host than it has GPUs.
+    """Refuse more ranks on this host than it has GPUs, and GPUs for which no kernel can be built.
 
     Raises:
-        ValueError: There are fewer.
+        ValueError: There are fewer, or Triton lacks a compiler.
     """
     if plan.device == "cuda" and (devices := torch.cuda.device_count()) < local_ranks:
         raise ValueError(
             f"{local_ranks} ranks on this host must be at most its {devices} CUDA device{'s' if devices != 1 else ''}, "
             "one for each: parallel.processes or torchrun's --nproc-per-node (CUDA_VISIBLE_DEVICES says which it sees)"
+        )
+    if plan.device == "cuda" and (lacking := missing_compiler()):
+        raise ValueError(
+            f"engine.device={plan.device} must be cpu, or this machine have {lacking} for Triton's kernels"
         )

@@ -1,8 +1,8 @@
-"""Choice of the transformers class that a model is exported as, and where each of its tensors comes from.
+"""Choice of the transformers class that a model is exported as.
 
-A class fits if it computes what the model computes. Of the classes with softmax or sigmoid routers, OLMoE and Qwen3-MoE
-normalise queries and keys, and DeepSeek-V3 normalises what it compresses keys to: no weights make these the identity.
-Models of ours do neither, so they go to the classes with the same routers and plain attention.
+A class fits if it computes what the model computes. OLMoE and Qwen3-MoE normalise queries and keys, and no weights make
+a norm the identity: with ``model.qk_norm`` a model can only be one of these, without it none of them. DeepSeek-V3
+compresses keys and normalises what it compresses them to, which no model of ours does.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,14 +14,13 @@ import transformers
 
 from moe_pretrain.checkpoint.manifest import BUFFER
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.huggingface import layout
+from moe_pretrain.huggingface.expert_values import expert_values
 from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, model_class, schemes
 from moe_pretrain.huggingface.tensors import ExportedTensor
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.moe.build import dense_width, expert_gate, expert_width
+from moe_pretrain.moe.build import expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
-from moe_pretrain.moe.experts.config import MatrixProductConfig, UnequalConfig
-from moe_pretrain.moe.experts.matrix_product import core_shapes, matrix_sizes
-from moe_pretrain.moe.experts.unequal import class_widths
 from moe_pretrain.moe.types import float32_parameters
 
 UNUSED_WIDTH = 16
@@ -31,6 +30,7 @@ _EQUAL_WEIGHTS = ("hash", "random", "uniform")
 """Schemes that may give a token's experts one weight, and name them in an order of their own."""
 _KNOWN_FIELDS = {
     *("vocab_size", "sequence_length", "num_layers", "hidden_size", "num_heads", "num_key_value_heads", "norm_epsilon"),
+    *("head_size", "qk_norm"),
     *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
     *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
     "experts",
@@ -71,23 +71,28 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
     """
     _refuse_what_is_not_known(config.model)
     _refuse_what_cannot_generate(config, model)
-    names = _widths(config)
-    if len(set(names)) == 1 and names[0]:
-        return _llama(config)
-    fields = _fields(config)
-    if (
-        fields is not None
-        and fields["name"] == "top_k"
-        and fields["score"] == "softmax"
-        and fields["weight_scale"] == 1
-    ):
-        if fields["weights"] == "renormalised" and not any(names) and not config.model.moe.shared_width:
+    return _of_transformers(config) or _remote(config, model)
+
+
+def _of_transformers(config: Config) -> Architecture | None:
+    """One of its own classes; None where none computes the same."""
+    norm, widths, fields = config.model.qk_norm, layout.dense_widths(config), _fields(config)
+    if len(set(widths)) == 1 and widths[0] and norm != "whole":
+        return _dense(config)
+    if fields is None:
+        return None
+    if fields["name"] == "top_k" and fields["score"] == "softmax" and fields["weight_scale"] == 1:
+        has_only_routed = not any(widths) and not config.model.moe.shared_width
+        if norm == "whole":
+            has_plain_heads = config.model.attention_width == config.model.hidden_size
+            return _olmoe(config, fields) if has_only_routed and has_plain_heads else None
+        if fields["weights"] == "renormalised" and has_only_routed and norm == "none":
             return _mixtral(config)
-        if len({width for width in names if width}) <= 1:
-            return _qwen2_moe(config, fields)
-    if fields is not None and fields["score"] == "sigmoid" and _fits_glm4_moe(config.model, names):
+        if norm == "none" or not config.model.moe.shared_width:
+            return _qwen_moe(config, fields)
+    if fields["score"] == "sigmoid" and norm != "whole" and _fits_glm4_moe(config.model, widths):
         return _glm4_moe(config, fields)
-    return _remote(config, model)
+    return None
 
 
 def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
@@ -119,13 +124,6 @@ def _refuse_what_is_not_known(model: ModelConfig) -> None:
                 raise ConfigError(f"{prefix}.{name}={value} cannot be exported yet: no class of transformers has it")
 
 
-def _widths(config: Config) -> list[int]:
-    """Inner width of each layer's dense network; 0 for a layer with experts."""
-    model = config.model
-    of_twin = dense_width(model.moe, config.router) if config.router.dense_experts else 0
-    return [of_twin if model.moe.is_moe_layer(k) else model.ffn_hidden_size for k in range(model.num_layers)]
-
-
 def _fields(config: Config) -> dict[str, Any] | None:
     """Fields of a router that is top-k of one linear map over full experts, as the classes have it; else None."""
     fields = asdict(config.router)  # type: ignore[call-overload]  # every scheme is a dataclass
@@ -144,10 +142,27 @@ def _fits_glm4_moe(model: ModelConfig, widths: list[int]) -> bool:
     return is_leading and model.moe.shared_width > 0 and model.moe.shared_width % model.moe.expert_hidden_size == 0
 
 
-def _llama(config: Config) -> Architecture:
-    values = _common(config, transformers.LlamaConfig, intermediate_size=_widths(config)[0], mlp_bias=False)
-    tensors = [*_ends(config), *_layers(config, lambda layer: _dense(config, layer, f"model.layers.{layer}.mlp"))]
+def _dense(config: Config) -> Architecture:
+    width, tensors = layout.dense_widths(config)[0], _mixtures(config, _routed)
+    if config.model.qk_norm == "head":
+        values = _common(config, transformers.Qwen3Config, intermediate_size=width, use_sliding_window=False)
+        return Architecture("Qwen3ForCausalLM", values, tensors)
+    values = _common(config, transformers.LlamaConfig, intermediate_size=width, mlp_bias=False)
     return Architecture("LlamaForCausalLM", values, tensors)
+
+
+def _olmoe(config: Config, fields: dict[str, Any]) -> Architecture:
+    moe = config.model.moe
+    values = _common(
+        config,
+        transformers.OlmoeConfig,
+        intermediate_size=moe.expert_hidden_size,
+        num_experts=moe.num_experts,
+        num_experts_per_tok=fields["top_k"],
+        norm_topk_prob=fields["weights"] == "renormalised",
+        clip_qkv=None,
+    )
+    return Architecture("OlmoeForCausalLM", values, _mixtures(config, _routed))
 
 
 def _mixtral(config: Config) -> Architecture:
@@ -161,58 +176,57 @@ def _mixtral(config: Config) -> Architecture:
         sliding_window=None,
     )
 
-    def mixture(layer: int) -> Iterator[ExportedTensor]:
-        prefix = f"model.layers.{layer}.block_sparse_moe"
-        yield _router(config, layer, f"{prefix}.gate.weight")
-        yield from _experts(config, layer, f"{prefix}.experts", ("w1", "w3", "w2"))
+    def mixture(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
+        yield layout.router(config, layer, f"{prefix}.gate.weight")
+        yield from layout.experts(config, layer, f"{prefix}.experts", ("w1", "w3", "w2"))
 
-    return Architecture("MixtralForCausalLM", values, [*_ends(config), *_layers(config, mixture)])
+    return Architecture("MixtralForCausalLM", values, _mixtures(config, mixture, "block_sparse_moe"))
 
 
-def _qwen2_moe(config: Config, fields: dict[str, Any]) -> Architecture:
-    moe, widths = config.model.moe, _widths(config)
-    shared = moe.shared_width or UNUSED_WIDTH
-    values = _common(
-        config,
-        transformers.Qwen2MoeConfig,
-        intermediate_size=max(*widths, config.model.ffn_hidden_size),
-        moe_intermediate_size=moe.expert_hidden_size,
-        shared_expert_intermediate_size=shared,
-        num_experts=moe.num_experts,
-        num_experts_per_tok=fields["top_k"],
-        norm_topk_prob=fields["weights"] == "renormalised",
-        mlp_only_layers=[layer for layer, width in enumerate(widths) if width],
-        decoder_sparse_step=1,
-        qkv_bias=False,
-        use_sliding_window=False,
-    )
-    hidden = config.model.hidden_size
-
-    def feed_forward(layer: int) -> Iterator[ExportedTensor]:
-        prefix = f"model.layers.{layer}.mlp"
-        if widths[layer]:
-            yield from _dense(config, layer, prefix)
-            return
-        yield _router(config, layer, f"{prefix}.gate.weight")
-        yield from _experts(config, layer, f"{prefix}.experts", ("gate_proj", "up_proj", "down_proj"))
-        yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], None)
-        if moe.shared_width:
-            yield from _shared(config, layer, f"{prefix}.shared_expert", 2.0)
-        else:
-            for name, shape in (("gate", [shared, hidden]), ("up", [shared, hidden]), ("down", [hidden, shared])):
-                yield ExportedTensor(f"{prefix}.shared_expert.{name}_proj.weight", shape, None)
-
+def _qwen_moe(config: Config, fields: dict[str, Any]) -> Architecture:
+    """Qwen3-MoE with norms of queries and keys, else Qwen2-MoE, which has a shared expert."""
+    moe, widths = config.model.moe, layout.dense_widths(config)
+    values = {
+        "intermediate_size": max(*widths, config.model.ffn_hidden_size),
+        "moe_intermediate_size": moe.expert_hidden_size,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": fields["top_k"],
+        "norm_topk_prob": fields["weights"] == "renormalised",
+        "mlp_only_layers": [layer for layer, width in enumerate(widths) if width],
+        "decoder_sparse_step": 1,
+        "use_sliding_window": False,
+    }
+    if config.model.qk_norm == "head":
+        values = _common(config, transformers.Qwen3MoeConfig, **values)
+        return Architecture("Qwen3MoeForCausalLM", values, _mixtures(config, _routed))
+    own = {"shared_expert_intermediate_size": moe.shared_width or UNUSED_WIDTH, "qkv_bias": False}
+    values = _common(config, transformers.Qwen2MoeConfig, **values, **own)
     note = (
         "Its shared experts have a gate in this class: its weights are 0, so that it is 1/2, and the experts' last "
         "matrix is doubled, which is exact."
         if moe.shared_width
         else f"This class cannot be without a shared expert: it has one of width {UNUSED_WIDTH} whose weights are 0."
     )
-    return Architecture("Qwen2MoeForCausalLM", values, [*_ends(config), *_layers(config, feed_forward)], note=note)
+    return Architecture("Qwen2MoeForCausalLM", values, _mixtures(config, _qwen2_mixture), note=note)
+
+
+def _qwen2_mixture(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
+    hidden = config.model.hidden_size
+    yield from _routed(config, layer, prefix)
+    yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], None)
+    if config.model.moe.shared_width:
+        yield from layout.shared(config, layer, f"{prefix}.shared_expert", 2.0)
+        return
+    for name, shape in (
+        ("gate", [UNUSED_WIDTH, hidden]),
+        ("up", [UNUSED_WIDTH, hidden]),
+        ("down", [hidden, UNUSED_WIDTH]),
+    ):
+        yield ExportedTensor(f"{prefix}.shared_expert.{name}_proj.weight", shape, None)
 
 
 def _glm4_moe(config: Config, fields: dict[str, Any]) -> Architecture:
-    moe, widths = config.model.moe, _widths(config)
+    moe = config.model.moe
     values = _common(
         config,
         transformers.Glm4MoeConfig,
@@ -227,24 +241,38 @@ def _glm4_moe(config: Config, fields: dict[str, Any]) -> Architecture:
         topk_group=1,
         first_k_dense_replace=moe.num_leading_dense_layers,
         num_nextn_predict_layers=0,
-        use_qk_norm=False,
+        use_qk_norm=config.model.qk_norm == "head",
     )
     values["partial_rotary_factor"] = 1.0  # of this class alone the default is another
 
-    def feed_forward(layer: int) -> Iterator[ExportedTensor]:
-        prefix = f"model.layers.{layer}.mlp"
-        if widths[layer]:
-            yield from _dense(config, layer, prefix)
-            return
-        yield _router(config, layer, f"{prefix}.gate.weight")
+    def mixture(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
+        yield from _routed(config, layer, prefix)
         bias = None if fields["name"] == "top_k" else f"blocks.{layer}.feed_forward.router.expert_bias"
         yield ExportedTensor(
             *(f"{prefix}.gate.e_score_correction_bias", [moe.num_experts], bias), kind=BUFFER, is_rounded=False
         )
-        yield from _experts(config, layer, f"{prefix}.experts", ("gate_proj", "up_proj", "down_proj"))
-        yield from _shared(config, layer, f"{prefix}.shared_experts", 1.0)
+        yield from layout.shared(config, layer, f"{prefix}.shared_experts", 1.0)
 
-    return Architecture("Glm4MoeForCausalLM", values, [*_ends(config), *_layers(config, feed_forward)])
+    return Architecture("Glm4MoeForCausalLM", values, _mixtures(config, mixture))
+
+
+def _routed(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
+    """Router and experts as most classes call them."""
+    yield layout.router(config, layer, f"{prefix}.gate.weight")
+    yield from layout.experts(config, layer, f"{prefix}.experts", ("gate_proj", "up_proj", "down_proj"))
+
+
+def _mixtures(
+    config: Config, mixture: Callable[[Config, int, str], Iterator[ExportedTensor]], name: str = "mlp"
+) -> list[ExportedTensor]:
+    """All tensors of a model whose layers are dense or ``mixture``, and are called ``name``."""
+    widths = layout.dense_widths(config)
+
+    def feed_forward(layer: int) -> Iterator[ExportedTensor]:
+        make = layout.dense if widths[layer] else mixture
+        return make(config, layer, f"model.layers.{layer}.{name}")
+
+    return [*layout.ends(config), *layout.layers(config, feed_forward)]
 
 
 def _common(config: Config, kind: type[transformers.PretrainedConfig], **values: Any) -> dict[str, Any]:
@@ -257,7 +285,7 @@ def _common(config: Config, kind: type[transformers.PretrainedConfig], **values:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_key_value_heads,
-        "head_dim": model.head_size,
+        "head_dim": model.attention_head_size,
         "hidden_act": "silu",
         "max_position_embeddings": model.sequence_length,
         "rms_norm_eps": model.norm_epsilon,
@@ -275,71 +303,10 @@ def _common(config: Config, kind: type[transformers.PretrainedConfig], **values:
     }
 
 
-def _ends(config: Config) -> Iterator[ExportedTensor]:
-    """Embedding, last norm and head."""
-    model = config.model
-    matrix = [model.vocab_size, model.hidden_size]
-    yield ExportedTensor("model.embed_tokens.weight", matrix, "embedding.weight")
-    yield ExportedTensor("model.norm.weight", [model.hidden_size], "norm.weight")
-    if not model.tie_embeddings:
-        yield ExportedTensor("lm_head.weight", matrix, "head.weight")
-
-
-def _layers(config: Config, feed_forward: Callable[[int], Iterator[ExportedTensor]]) -> Iterator[ExportedTensor]:
-    """Norms, attention and feed-forward network of every layer."""
-    model = config.model
-    hidden, head = model.hidden_size, model.head_size
-    for layer in range(model.num_layers):
-        theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
-        yield ExportedTensor(f"{theirs}.input_layernorm.weight", [hidden], f"{ours}.attention_norm.weight")
-        yield ExportedTensor(f"{theirs}.post_attention_layernorm.weight", [hidden], f"{ours}.feed_forward_norm.weight")
-        start = 0
-        for name, heads in (("q", model.num_heads), ("k", model.num_key_value_heads), ("v", model.num_key_value_heads)):
-            shape = [heads * head, hidden]
-            yield ExportedTensor(f"{theirs}.self_attn.{name}_proj.weight", shape, f"{ours}.attention.qkv_weight", start)
-            start += heads * head * hidden
-        yield ExportedTensor(f"{theirs}.self_attn.o_proj.weight", [hidden, hidden], f"{ours}.attention.out_weight")
-        yield from feed_forward(layer)
-
-
-def _dense(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
-    """A dense network: gate and up are halves of one matrix of ours."""
-    source, width = f"blocks.{layer}.feed_forward", _widths(config)[layer]
-    return _swiglu(prefix, source, width, config.model.hidden_size, 1.0)
-
-
-def _shared(config: Config, layer: int, prefix: str, factor: float) -> Iterator[ExportedTensor]:
-    source = f"blocks.{layer}.feed_forward.shared_experts"
-    return _swiglu(prefix, source, config.model.moe.shared_width, config.model.hidden_size, factor)
-
-
-def _swiglu(prefix: str, source: str, width: int, hidden: int, factor: float) -> Iterator[ExportedTensor]:
-    yield ExportedTensor(f"{prefix}.gate_proj.weight", [width, hidden], f"{source}.in_weight")
-    yield ExportedTensor(f"{prefix}.up_proj.weight", [width, hidden], f"{source}.in_weight", width * hidden)
-    yield ExportedTensor(f"{prefix}.down_proj.weight", [hidden, width], f"{source}.out_weight", factor=factor)
-
-
-def _router(config: Config, layer: int, name: str) -> ExportedTensor:
-    shape = [config.model.moe.num_experts, config.model.hidden_size]
-    return ExportedTensor(name, shape, f"blocks.{layer}.feed_forward.router.weight", is_rounded=False)
-
-
-def _experts(config: Config, layer: int, prefix: str, names: tuple[str, str, str]) -> Iterator[ExportedTensor]:
-    """Gate, up and down of every expert: slices of two stacks of ours."""
-    hidden, width = config.model.hidden_size, config.model.moe.expert_hidden_size
-    source, size = f"blocks.{layer}.feed_forward.experts", hidden * width
-    gate, up, down = names
-    for expert in range(config.model.moe.num_experts):
-        first = 2 * expert * size
-        yield ExportedTensor(f"{prefix}.{expert}.{gate}.weight", [width, hidden], f"{source}.in_weight", first)
-        yield ExportedTensor(f"{prefix}.{expert}.{up}.weight", [width, hidden], f"{source}.in_weight", first + size)
-        yield ExportedTensor(f"{prefix}.{expert}.{down}.weight", [hidden, width], f"{source}.out_weight", expert * size)
-
-
 def _remote(config: Config, model: DecoderLM) -> Architecture:
     """The model as it is, tensor by tensor, and the source of a class that runs it."""
     shape, moe, router = config.model, config.model.moe, config.router
-    widths, rank = _widths(config), expert_gate(config.model.moe, config.router)
+    widths, rank = layout.dense_widths(config), expert_gate(config.model.moe, config.router)
     has_experts = not all(widths)
     values = {
         "model_type": "moe_pretrain",
@@ -353,12 +320,14 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.attention_head_size,
+        "qk_norm": shape.qk_norm,
         "max_position_embeddings": shape.sequence_length,
         "rope_theta": shape.rope_base,
         "rms_norm_eps": shape.norm_epsilon,
         "tie_word_embeddings": shape.tie_embeddings,
         "dense_widths": widths,
-        **(_expert_values(config) if has_experts else {}),
+        **(expert_values(config) if has_experts else {}),
         "expert_width": expert_width(moe, router, shape.hidden_size) if has_experts else 0,
         "shared_expert_width": moe.shared_width if has_experts else 0,
         "gate_rank": rank if has_experts else None,
@@ -370,28 +339,6 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
     pieces = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
     source = assemble(router.name, pieces, moe.combine.name) if has_experts else assemble(None)
     return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
-
-
-def _expert_values(config: Config) -> dict[str, Any]:
-    """Numbers, widths and cores of the experts of every layer, and how their outputs are combined."""
-    moe, hidden = config.model.moe, config.model.hidden_size
-    kinds, experts = moe.kinds, moe.experts
-    values: dict[str, Any] = {
-        "num_experts": kinds.total,
-        "num_networks": kinds.ffn,
-        "num_constant_experts": kinds.constant,
-        "num_copy_experts": kinds.copy,
-        "num_zero_experts": kinds.zero,
-        "expert_input_scale": moe.expert_input_scale,
-        "combine_form": moe.combine.form if isinstance(moe.combine, OrthogonalConfig) else None,
-    }
-    if isinstance(experts, UnequalConfig):
-        widths = class_widths(experts.pattern, moe.expert_hidden_size)
-        values["expert_widths"] = [widths[expert % len(widths)] for expert in range(kinds.ffn)]
-    if isinstance(experts, MatrixProductConfig):
-        sizes = matrix_sizes(hidden, moe.expert_hidden_size)
-        values["core_shapes"] = {name: list(map(list, core_shapes(experts, *size))) for name, size in sizes.items()}
-    return values
 
 
 def _as_they_are(model: DecoderLM, source: str, values: dict[str, Any]) -> Iterator[ExportedTensor]:

@@ -85,8 +85,8 @@ def _write(
     shard_bytes: int,
 ) -> None:
     end = tokenizer.end_of_document
-    # No padding id in config.json: transformers would keep that token's embedding from training.
     own = {"architectures": [architecture.name], "dtype": dtype, "bos_token_id": None, "eos_token_id": end}
+    own["pad_token_id"] = None  # transformers would keep that token's embedding from training; OLMoE's default is 1
     values = architecture.config | own
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", {"eos_token_id": end, "pad_token_id": end})

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder under the names that they have here: dense Llama models, and Mixtral."""
+"""Weights of a Hugging Face folder under our names: dense Llama and Qwen3, Mixtral, OLMoE, Qwen3-MoE."""
 
 import json
 import math
@@ -16,16 +16,20 @@ from moe_pretrain.huggingface.tensors import INDEX_FILE
 from moe_pretrain.model.decoder import ModelConfig
 
 MODEL_CONFIG = "config.json"
-_NORMED = "normalises queries and keys, which this model does not"
 _ODD = {
-    "olmoe": _NORMED,
-    "qwen3": _NORMED,
-    "qwen3_moe": _NORMED,
     "deepseek_v3": "compresses keys and values, which this model does not",
     "qwen2": "has biases in its attention, which this model has not",
-    "qwen2_moe": "has biases in its attention and a gate on shared experts, which this model has not",
+    "qwen2_moe": "has biases in its attention, which this model has not",
 }
-_DENSE, _MIXTRAL = ("llama", "mistral"), "mixtral"
+_DENSE = ("llama", "mistral", "qwen3")
+_EXPERTS = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+"""Architectures with experts: what they call a layer's feed-forward part, and an expert's gate, up and down."""
+_KNOWN = (*_DENSE, *_EXPERTS)
+_QK_NORM = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "whole"}
 
 
 def is_folder(path: Path) -> bool:
@@ -53,9 +57,9 @@ class HuggingFaceFolder:
             kind = self.values["model_type"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path / MODEL_CONFIG} is no configuration of transformers: {error!r}") from None
-        if kind not in (*_DENSE, _MIXTRAL):
+        if kind not in _KNOWN:
             why = _ODD.get(kind, "is another architecture")
-            raise ConfigError(f"{path} cannot be read: model_type={kind} {why}; {', '.join((*_DENSE, _MIXTRAL))} can")
+            raise ConfigError(f"{path} cannot be read: model_type={kind} {why}; {', '.join(_KNOWN)} can")
         self._files = self._list_tensors()
         self._pieces = self._find_pieces(kind)
         used = {name for pieces in self._pieces.values() for name in pieces}
@@ -70,8 +74,15 @@ class HuggingFaceFolder:
 
     def model_words(self) -> list[str]:
         """Overrides by which a model has the folder's shape, feed-forward networks aside."""
+        words = {**self._shape_of_model(), "ffn_hidden_size": self.values["intermediate_size"]}
+        if (head := self._head_size()) * words["num_heads"] != words["hidden_size"]:
+            words["head_size"] = head
+        return [f"model.{name}={str(value).lower()}" for name, value in words.items()]
+
+    def _shape_of_model(self) -> dict[str, Any]:
+        """Fields of a model that decide its function, and the values that they have here."""
         values = self.values
-        words = {
+        return {
             "vocab_size": values["vocab_size"],
             "hidden_size": values["hidden_size"],
             "num_layers": values["num_hidden_layers"],
@@ -79,10 +90,9 @@ class HuggingFaceFolder:
             "num_key_value_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
             "rope_base": self._rope_base(),
             "norm_epsilon": values["rms_norm_eps"],
-            "tie_embeddings": str(bool(values.get("tie_word_embeddings", False))).lower(),
-            "ffn_hidden_size": values["intermediate_size"],
+            "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+            "qk_norm": _QK_NORM.get(values["model_type"], "none"),
         }
-        return [f"model.{name}={value}" for name, value in words.items()]
 
     def check(self, model: ModelConfig, field: str) -> None:
         """Compare what decides the function of a model beside its weights.
@@ -95,27 +105,19 @@ class HuggingFaceFolder:
             ConfigError: Something differs.
         """
         values = self.values
-        wanted = {
-            "num_heads": values["num_attention_heads"],
-            "num_key_value_heads": values.get("num_key_value_heads") or values["num_attention_heads"],
-            "num_layers": values["num_hidden_layers"],
-            "hidden_size": values["hidden_size"],
-            "vocab_size": values["vocab_size"],
-            "rope_base": self._rope_base(),
-            "norm_epsilon": values["rms_norm_eps"],
-            "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        }
-        for name, value in wanted.items():
+        for name, value in self._shape_of_model().items():
             if getattr(model, name) != value:
                 raise ConfigError(
                     f"model.{name}={getattr(model, name)} must be {value}, as {field}={self._path} has it"
                 )
-        head = values.get("head_dim") or model.head_size
-        window = values.get("sliding_window")
+        if (head := self._head_size()) != model.attention_head_size:
+            raise ConfigError(f"{model.head_size_name} must be {head}, as {field}={self._path} has it: model.head_size")
+        is_windowed = values.get("use_sliding_window", not values["model_type"].startswith("qwen3"))
+        window = values.get("sliding_window") if is_windowed else None
         rope = (values.get("rope_parameters") or values.get("rope_scaling") or {}).get("rope_type", "default")
         odd = {
             "hidden_act": values.get("hidden_act", "silu") != "silu",
-            "head_dim": head != model.head_size,
+            "clip_qkv": values.get("clip_qkv") is not None,
             "sliding_window": window is not None and window < model.sequence_length,
             "rope_type": rope != "default",
         }
@@ -140,6 +142,10 @@ class HuggingFaceFolder:
         if not bool(out.isfinite().all()):
             raise ConfigError(f"{self._path}: a number of {tensor} is not finite")
         return out
+
+    def _head_size(self) -> int:
+        """From the shapes: defaults of ``head_dim`` differ between architectures and releases."""
+        return self.shapes["blocks.0.attention.out_weight"][1] // int(self.values["num_attention_heads"])
 
     def _rope_base(self) -> float:
         parameters = self.values.get("rope_parameters") or {}
@@ -169,25 +175,36 @@ class HuggingFaceFolder:
                 f"{ours}.attention.qkv_weight": [f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"],
                 f"{ours}.attention.out_weight": [f"{theirs}.self_attn.o_proj.weight"],
             }
-            if kind in _DENSE:
-                gate, up, down = (f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-                pieces |= {f"{ours}.feed_forward.in_weight": [gate, up], f"{ours}.feed_forward.out_weight": [down]}
+            if kind in _QK_NORM:
+                pieces |= {
+                    f"{ours}.attention.query_norm.weight": [f"{theirs}.self_attn.q_norm.weight"],
+                    f"{ours}.attention.key_norm.weight": [f"{theirs}.self_attn.k_norm.weight"],
+                }
+            name, parts = _EXPERTS.get(kind, ("mlp", ("gate_proj", "up_proj", "down_proj")))
+            of_layer, (gate, up, down) = f"{ours}.feed_forward", parts
+            block = f"{theirs}.{name}"
+            if kind in _DENSE or self._is_dense(layer):
+                pieces |= {
+                    f"{of_layer}.in_weight": [f"{block}.{gate}.weight", f"{block}.{up}.weight"],
+                    f"{of_layer}.out_weight": [f"{block}.{down}.weight"],
+                }
                 continue
-            block, experts = f"{theirs}.block_sparse_moe", range(self.values["num_local_experts"])
+            experts = [f"{block}.experts.{expert}" for expert in range(self._num_experts())]
             pieces |= {
-                f"{ours}.feed_forward.router.weight": [f"{block}.gate.weight"],
-                f"{ours}.feed_forward.experts.in_weight": [
-                    f"{block}.experts.{expert}.{part}.weight" for expert in experts for part in ("w1", "w3")
-                ],
-                f"{ours}.feed_forward.experts.out_weight": [
-                    f"{block}.experts.{expert}.w2.weight" for expert in experts
-                ],
+                f"{of_layer}.router.weight": [f"{block}.gate.weight"],
+                f"{of_layer}.experts.in_weight": [f"{one}.{part}.weight" for one in experts for part in (gate, up)],
+                f"{of_layer}.experts.out_weight": [f"{one}.{down}.weight" for one in experts],
             }
         for names in pieces.values():
             for name in names:
                 if name not in self._files:
                     raise ConfigError(f"{self._path} lacks the tensor {name}")
         return pieces
+
+    def _is_dense(self, layer: int) -> bool:
+        """Whether a layer of a model with experts has none, by Qwen3-MoE's rule."""
+        is_listed = layer in (self.values.get("mlp_only_layers") or ())
+        return is_listed or (layer + 1) % (self.values.get("decoder_sparse_step") or 1) != 0
 
     def _shape_of(self, tensor: str, names: Sequence[str]) -> list[int]:
         """Shape of one of ours: pieces one below the other, stacks of experts by expert."""
@@ -197,8 +214,11 @@ class HuggingFaceFolder:
         rows = sum(shape[0] for shape in shapes)
         if ".experts." not in tensor:
             return [rows, *shapes[0][1:]]
-        experts = self.values["num_local_experts"]
+        experts = self._num_experts()
         return [experts, rows // experts, *shapes[0][1:]]
+
+    def _num_experts(self) -> int:
+        return int(self.values.get("num_local_experts") or self.values["num_experts"])
 
     def _shape(self, name: str) -> list[int]:
         with self._open(name) as file:

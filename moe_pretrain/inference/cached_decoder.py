@@ -10,7 +10,7 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.model.layers import apply_rotary, embed, rotary_table
+from moe_pretrain.model.layers import embed, rotary_table
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import AttentionStatistic, RoutingContext
 
@@ -53,7 +53,7 @@ class CachedDecoder:
     def __init__(self, model: DecoderLM, batch: int, capacity: int, ranks: tuple[int, ...] | None = None):
         config, weight = model.config, model.embedding.weight
         self._model, self._ranks, self._seen = model, ranks, 0
-        shape = (2, config.num_layers, batch, config.num_key_value_heads, capacity, config.head_size)
+        shape = (2, config.num_layers, batch, config.num_key_value_heads, capacity, config.attention_head_size)
         self._cache = torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class CachedDecoder:
         model, (batch, new) = self._model, ids.shape
         assert not model.training and self._seen + new <= self._cache.shape[4]
         place = torch.arange(self._seen, self._seen + new, device=ids.device).expand(batch, -1)
-        rotary = rotary_table(place, model.config.head_size, model.config.rope_base)
+        rotary = rotary_table(place, model.config.attention_head_size, model.config.rope_base)
         hidden = embed(ids, model.embedding.weight)
         carried: Tensor | None = None
         for layer, block in enumerate(model.blocks):
@@ -113,12 +113,9 @@ class CachedDecoder:
         wanted: AttentionStatistic | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over all positions so far, and the statistic that the router wants."""
-        query, key, value = (
-            part.unflatten(-1, (-1, attention.head_size)).transpose(1, 2)
-            for part in functional.linear(hidden, attention.qkv_weight).split(attention.sizes, dim=-1)
-        )
-        query, end = apply_rotary(query, rotary), self._seen + query.shape[2]
-        self._cache[0, layer, :, :, self._seen : end] = apply_rotary(key, rotary)
+        query, key, value = attention.project(hidden, rotary)
+        end = self._seen + query.shape[2]
+        self._cache[0, layer, :, :, self._seen : end] = key
         self._cache[1, layer, :, :, self._seen : end] = value
         key, value = self._cache[0, layer, :, :, :end], self._cache[1, layer, :, :, :end]
         visible = None

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.model.attention_statistic import attention_statistic
-from moe_pretrain.model.layers import apply_rotary
+from moe_pretrain.model.layers import RMSNorm, apply_rotary
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import AttentionStatistic
+
+QKNorm = Literal["none", "head", "whole"]
+"""RMSNorm of queries and keys: none, over each head, or over all heads together."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,51 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; ``qkv_weight`` holds query, key and value rows in that order."""
+    """Grouped-query attention with rotary positions; ``qkv_weight`` holds query, key and value rows in that order.
 
-    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_size: int):
+    With ``qk_norm`` queries and keys are normalised before they are rotated, so that their products stay bounded
+    however the weights grow (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_size: int,
+        qk_norm: QKNorm = "none",
+        norm_epsilon: float = 1e-6,
+    ):
         super().__init__()
         self.head_size = head_size
         self.sizes = [num_heads * head_size, num_key_value_heads * head_size, num_key_value_heads * head_size]
         self.qkv_weight = nn.Parameter(torch.empty(sum(self.sizes), hidden_size))
         self.out_weight = nn.Parameter(torch.empty(hidden_size, num_heads * head_size))
+        self.query_norm, self.key_norm = (
+            None if qk_norm == "none" else RMSNorm(head_size if qk_norm == "head" else width, norm_epsilon)
+            for width in self.sizes[:2]
+        )
+        self._norms_heads = qk_norm == "head"
+
+    def project(
+        self, hidden: Float[Tensor, "batch sequence hidden"], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[
+        Float[Tensor, "batch heads sequence head"],
+        Float[Tensor, "batch kv_heads sequence head"],
+        Float[Tensor, "batch kv_heads sequence head"],
+    ]:
+        """Queries and keys, normed if so configured and rotated, and values."""
+        query, key, value = functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
+        query, key = self._by_head(query, self.query_norm), self._by_head(key, self.key_norm)
+        return apply_rotary(query, rotary), apply_rotary(key, rotary), self._by_head(value, None)
+
+    def _by_head(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
+        if norm is not None and not self._norms_heads:
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, self.head_size))
+        if norm is not None and self._norms_heads:
+            heads = norm(heads)
+        return heads.transpose(1, 2)
 
     def forward(
         self,
@@ -116,9 +156,7 @@ class Attention(nn.Module):
         Returns:
             New hidden states, and the statistic if one was asked for (float32, no gradient).
         """
-        projected = functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected)
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        query, key, value = self.project(hidden, rotary)
         attended = attend(query, key, value, mask)
         output = functional.linear(attended.transpose(1, 2).flatten(2), self.out_weight)
         if statistic is None:

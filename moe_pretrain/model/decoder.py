@@ -11,7 +11,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_pretrain.model.attention import Attention, document_mask
+from moe_pretrain.model.attention import Attention, QKNorm, document_mask
 from moe_pretrain.model.block import Block, Recompute
 from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses, two_pass_losses
 from moe_pretrain.moe.build import build_moe_layer
@@ -31,8 +31,11 @@ class ModelConfig:
         sequence_length: Tokens per row.
         num_layers: Blocks.
         hidden_size: Model width.
-        num_heads: Query heads; divides ``hidden_size`` into heads of an even size.
+        num_heads: Query heads.
         num_key_value_heads: Key and value heads; divides ``num_heads``.
+        head_size: Size of a head, even; None for ``hidden_size / num_heads``, which must then be whole and even.
+        qk_norm: RMSNorm of queries and keys before the rotary positions: ``none``; ``head``: over each head, with one
+            weight for all of them (Qwen3); ``whole``: over all heads together (OLMoE, arXiv:2409.02060, sec. 4.2.5).
         ffn_hidden_size: Inner width of dense feed-forward networks (leading layers, dense twins).
         rope_base: Base of the rotary angles.
         norm_epsilon: Epsilon of RMSNorm.
@@ -62,6 +65,8 @@ class ModelConfig:
     hidden_size: PositiveInt
     num_heads: PositiveInt
     num_key_value_heads: PositiveInt
+    head_size: PositiveInt | None
+    qk_norm: QKNorm
     ffn_hidden_size: PositiveInt
     rope_base: PositiveFloat
     norm_epsilon: PositiveFloat
@@ -77,13 +82,13 @@ class ModelConfig:
     moe: MoEConfig
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
+        if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}; "
-                f"nearest: {_nearest_multiples(self.hidden_size, self.num_heads)}"
+                f"nearest: {_nearest_multiples(self.hidden_size, self.num_heads)}; or set model.head_size"
             )
-        if self.head_size % 2:
-            raise ValueError(f"model.hidden_size/num_heads={self.head_size} must be even: rotary positions turn pairs")
+        if self.attention_head_size % 2:
+            raise ValueError(f"{self.head_size_name} must be even: rotary positions turn pairs")
         if self.init == "mup" and self.gate_init == "paper":
             raise ValueError(
                 "model.gate_init=paper must be variance_preserving with model.init=mup, which says how the two factors "
@@ -95,9 +100,24 @@ class ModelConfig:
             )
 
     @property
-    def head_size(self) -> int:
-        """Size of one attention head."""
-        return self.hidden_size // self.num_heads
+    def attention_head_size(self) -> int:
+        """Size of one attention head, as given or as it follows."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def head_size_name(self) -> str:
+        """Field that decides it, with its value, for messages."""
+        return f"model.{'head_size' if self.head_size else 'hidden_size/num_heads'}={self.attention_head_size}"
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.attention_head_size
+
+    @property
+    def key_value_width(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_key_value_heads * self.attention_head_size
 
     @property
     def moe_layers(self) -> list[int]:
@@ -141,7 +161,10 @@ class DecoderLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.blocks = nn.ModuleList(
             Block(
-                Attention(width, config.num_heads, config.num_key_value_heads, config.head_size),
+                Attention(
+                    *(width, config.num_heads, config.num_key_value_heads, config.attention_head_size),
+                    *(config.qk_norm, config.norm_epsilon),
+                ),
                 build_moe_layer(config.moe, router, width, layer, shard)
                 if config.moe.is_moe_layer(layer)
                 else SwiGLU(width, config.ffn_hidden_size),
@@ -255,7 +278,7 @@ class DecoderLM(nn.Module):
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
     ) -> tuple[Tensor, list[MoEOutput]]:
         """All blocks: hidden states before the final norm, and the MoE layers' outputs."""
-        rotary = rotary_table(position_ids, self.config.head_size, self.config.rope_base)
+        rotary = rotary_table(position_ids, self.config.attention_head_size, self.config.rope_base)
         mask = document_mask(document_ids)
         hidden = embed(input_ids, self.embedding.weight)
         outputs = []

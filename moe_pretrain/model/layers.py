@@ -232,6 +232,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.mul_(counted).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ head_weight
             grad_weight += grad_logits.t() @ hidden[part]
+            del logits, exponentials, grad_logits  # else two chunks are there while the next logits are made
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(head_weight.dtype))
         return total

@@ -49,6 +49,7 @@ class ModelSize:
         merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
         num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
+        update_flops_per_token: A token's share of the optimizer's matrix products in a step.
     """
 
     embedding: int
@@ -76,6 +77,7 @@ class ModelSize:
     merges_per_token: float
     num_passes: int
     head_matmul: int
+    update_flops_per_token: float = 0.0
 
     @property
     def total_parameters(self) -> int:
@@ -115,12 +117,13 @@ class ModelSize:
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward, 3 times what is differentiated, in every pass over the token.
+        """Forward and backward, 3 times what is differentiated, in every pass over the token; and the update.
 
         Recomputation is not counted (model FLOPs).
         """
         forward_only = self.attention_statistic_flops + 2.0 * self.frozen_routers
-        return self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
+        model = self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
+        return model + self.update_flops_per_token
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
         """The same model with ``routes`` networks per token and layer: what an adaptive scheme was measured to use."""
@@ -169,7 +172,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         vectors = sum(size for ndim, size in sizes if ndim < 2)
         frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
         if any(module.attention_statistic is not None for module in modules):
-            statistic_flops = 1.0 * num_moe * config.sequence_length * width
+            statistic_flops = 1.0 * num_moe * config.sequence_length * config.attention_width
         constants = num_moe * moe.kinds.constant * 3 * width
         experts, stored = num_moe * moe.num_experts * expert, expert
         if isinstance(moe.experts, MatrixProductConfig):
@@ -183,13 +186,14 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
             merging = 2.0 * num_moe * moe.num_experts * (expert + width)
         first_layers = num_moe * 2 * width * inner
     scored = router.scored_experts(moe.num_experts)
-    key_value = config.num_key_value_heads * config.head_size
+    attention, key_value = config.attention_width, config.key_value_width
+    normed = {"none": 0, "head": 2 * config.attention_head_size, "whole": attention + key_value}[config.qk_norm]
     embedding = config.vocab_size * width
     return ModelSize(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
-        attention=config.num_layers * (2 * width * width + 2 * width * key_value),
-        norms=(2 * config.num_layers + 1) * width,
+        attention=config.num_layers * 2 * width * (attention + key_value),
+        norms=(2 * config.num_layers + 1) * width + config.num_layers * normed,
         dense_ffn=dense_ffn,
         routers=routers,
         router_vectors=vectors,
@@ -200,7 +204,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         experts_per_route=num_moe * expert,
         scoring=scored * first_layers,
         unselected=max(0.0, scored - routes) * first_layers,
-        attention_score_flops=2.0 * config.num_layers * config.sequence_length * width,
+        attention_score_flops=2.0 * config.num_layers * config.sequence_length * attention,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
         stored_per_route=num_moe * stored,

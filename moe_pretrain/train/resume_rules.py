@@ -31,6 +31,8 @@ _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.init": lambda now: now != "mup",
     "model.gate_init": lambda now: True,
+    "model.head_size": lambda now: now is None,
+    "model.qk_norm": lambda now: now == "none",
     "model.mup_base_width": lambda now: True,
     "model.mup_base_layers": lambda now: True,
     "model.moe.combine": lambda now: now == {"name": "sum"},
@@ -44,6 +46,8 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
 """
 _ONLY_WHEN_ABSENT = {
     "model.init": "normal or width_aware",
+    "model.head_size": "null",
+    "model.qk_norm": "none",
     "model.moe.combine": "{'name': 'sum'}",
     "model.moe.experts": "{'name': 'swiglu'}",
 }

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_pretrain.model.attention import QKNorm
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
@@ -64,6 +65,15 @@ def _of_row(name: AttentionStatistic, weights: list[float]) -> float:
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last axis, by its formula."""
     return hidden / (hidden.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def norm_heads(kind: QKNorm, projected: Tensor, weight: Tensor | None, size: int, epsilon: float) -> Tensor:
+    """Queries or keys ``[tokens, heads * size]`` of one row after ``model.qk_norm``, whose weight is ``weight``."""
+    if weight is None:
+        return projected
+    if kind == "whole":
+        return rms_norm(projected, weight, epsilon)
+    return torch.cat([rms_norm(head, weight, epsilon) for head in projected.split(size, dim=1)], dim=1)
 
 
 def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:

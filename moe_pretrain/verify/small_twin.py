@@ -41,6 +41,7 @@ def shrink(config: Config, plan: RunPlan) -> Config:
         # The kernels of attention on CUDA take no smaller heads.
         hidden_size=heads * (16 if plan.device == "cuda" else 8),
         num_heads=heads,
+        head_size=None if model.head_size is None else 32 if plan.device == "cuda" else 12,
         num_key_value_heads=heads // heads_per_key_value,
         ffn_hidden_size=28,
         cross_entropy_chunk_tokens=5,

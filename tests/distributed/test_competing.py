@@ -34,6 +34,7 @@ CASES = [
     ("router=expert_choice",),
     ("router=expert_choice", "router.capacity_factor=1.3", "engine.zero_stage=2"),
     ("router=relu", LOUD, "router.load_balance_level=global_batch", "engine.zero_stage=2"),
+    ("router=relu", LOUD, "router.load_balance_level=last_step"),
     ("router=relu", LOUD, "router.load_balance_level=sequence"),
     ("router=relu", LOUD, "router.load_balance_level=micro_batch"),
     ("router=sinkhorn", "router.load_balance_level=global_batch"),

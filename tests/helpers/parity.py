@@ -27,7 +27,10 @@ _AXES = {
 }
 _VARIANTS = {
     "mixtral": ("router.load_balance_level=global_batch",),
-    "deepseek": (*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+    "deepseek": (
+        *(*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
+        *("model.qk_norm=head", "model.head_size=10"),
+    ),
     "switch": ("router.top_k=1", "router.weights=raw", "router.load_balance_level=micro_batch"),
     "scaled": (
         *WITH_ALL_PARTS,
@@ -51,11 +54,23 @@ _VARIANTS = {
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
     "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
-    "noisy": (*WITH_ALL_PARTS, "router.top_k=3", "router.jitter=0.1", "packing.isolate_documents=false"),
+    "muon": (
+        *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4", "optimizer.learning_rate=0.01"),
+        *("optimizer.weight_decay=0.5", "model.moe.gate_rank=6", "model.init=mup", "model.init_std=0.04"),
+        *("model.mup_base_width=8", "optimizer.groups.experts.lr_scale=2"),
+    ),
+    "muon_swiglu": (*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4"),
+    "noisy": (
+        *WITH_ALL_PARTS,
+        "router.top_k=3",
+        "router.jitter=0.1",
+        "model.qk_norm=whole",
+        "packing.isolate_documents=false",
+    ),
 }
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
-    *("unequal", "orthogonal", "symmetric"),
+    *("unequal", "orthogonal", "symmetric", "muon", "muon_swiglu"),
 )
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
@@ -121,6 +136,11 @@ _ADDED = [
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "orthogonal"),
     Case(2, 2, 2, 1, 3, "full", 0.1, "float32", "symmetric"),
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "orthogonal"),
+    Case(1, 1, 0, 1, 3, "none", 0.1, "float32", "muon_swiglu"),
+    Case(2, 1, 1, 4, 1, "none", 0.1, "float32", "muon"),
+    Case(4, 1, 1, 1, 1, "none", 0.1, "float32", "muon_swiglu"),
+    Case(4, 2, 2, 1, 3, "none", 0.0, "float32", "muon_swiglu"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "muon_swiglu"),
 ]
 """Rates and spreads by group of parameters, and other combinations, which no other option of a step knows of."""
 

@@ -2,11 +2,15 @@
 
 SHARED = ("model.moe.num_shared_experts=2", "model.moe.shared_expert_hidden_size=20")
 LEADING = ("model.num_layers=3", "model.moe.num_leading_dense_layers=1")
+QK_NORM, WHOLE, APART = "model.qk_norm=head", "model.qk_norm=whole", "model.head_size=10"
 GROUPED = ("model.hidden_size=24", "model.num_heads=4", "model.num_key_value_heads=2", "model.tie_embeddings=false")
 SIGMOID = "router.score=sigmoid"
 
 CASES: dict[str, tuple[str, ...]] = {
-    "MixtralForCausalLM": (("router=top_k", *GROUPED),),
+    "MixtralForCausalLM": (("router=top_k", *GROUPED), ("router=top_k", APART)),
+    "OlmoeForCausalLM": (("router=top_k", "router.weights=raw", WHOLE, *GROUPED),),
+    "Qwen3MoeForCausalLM": (("router=top_k", QK_NORM, APART, *LEADING, *GROUPED),),
+    "Qwen3ForCausalLM": (("router=dense", QK_NORM, APART, *GROUPED),),
     "LlamaForCausalLM": (("router=dense",), ("router=top_k", "model.moe.num_leading_dense_layers=2")),
     "Qwen2MoeForCausalLM": (
         ("router=top_k", "router.weights=raw"),
@@ -16,7 +20,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "Glm4MoeForCausalLM": (
         ("router=loss_free", *SHARED, "router.weight_scale=2.5", *LEADING),
         ("router=quantile", *SHARED, *GROUPED),
-        ("router=top_k", SIGMOID, "router.weights=raw", *SHARED),
+        ("router=top_k", SIGMOID, "router.weights=raw", *SHARED, QK_NORM),
     ),
     "MoePretrainForCausalLM": (
         ("router=dense", *LEADING),
@@ -24,7 +28,7 @@ CASES: dict[str, tuple[str, ...]] = {
         ("router=loss_free", "router.score=sqrt_softplus", *GROUPED, *LEADING),
         ("router=top_k", "router.projection_size=24", "router.weight_scale=1.5"),
         ("router=top_k_factorised", "model.moe.gate_rank=6", "model.moe.expert_width_multiple=4"),
-        ("router=quantile",),
+        ("router=quantile", WHOLE, APART, *GROUPED),
         ("router=hash", "router.weights=learned", "router.weight_scale=1.5", *SHARED),
         ("router=hash",),
         ("router=sinkhorn",),
@@ -33,7 +37,7 @@ CASES: dict[str, tuple[str, ...]] = {
         ("router=k_means", "router.rule=least_squares", "router.refit_every_steps=2"),
         ("router=expert_choice", *GROUPED),
         ("router=expert_threshold", *SHARED),
-        ("router=relu",),
+        ("router=relu", QK_NORM, *SHARED),
         ("router=top_p", "router.max_experts=3", *LEADING),
         ("router=top_p_renormalised",),
         ("router=attention_importance", *GROUPED, "router.scale=0.9"),

@@ -22,7 +22,7 @@ class SickConfig(TopKRouterConfig):
     groups_per_token: int = 1
     projection_size: int | None = None
     load_balance_weight: float = 0.01
-    load_balance_level: BalanceLevel = "global_batch"
+    load_balance_level: BalanceLevel = "last_step"
     router_z_weight: float = 0.0
     jitter: float = 0.0
     def build(self, hidden_size, num_experts, layer):

@@ -54,8 +54,8 @@ def test_what_does_not_fit_is_one_line(home: Path, folder: Path):
     other = home / "other"
     shutil.copytree(folder, other)
     values = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**values, "model_type": "olmoe"}))
-    assert "model_type=olmoe normalises queries and keys" in refusal(*words_of("a", "other"))
+    (other / "config.json").write_text(json.dumps({**values, "model_type": "deepseek_v3"}))
+    assert "model_type=deepseek_v3 compresses keys and values" in refusal(*words_of("a", "other"))
     (other / "config.json").write_text(json.dumps({**values, "rope_parameters": {"rope_theta": 77.0}}))
     assert "model.rope_base=10000.0 must be 77.0, as checkpoint.warm_start=other has it" in refusal(
         *words_of("b", "other")

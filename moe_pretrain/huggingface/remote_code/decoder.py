@@ -28,6 +28,8 @@ class MoePretrainConfig(PretrainedConfig):
         num_hidden_layers: int = 0,
         num_attention_heads: int = 1,
         num_key_value_heads: int = 1,
+        head_dim: int | None = None,
+        qk_norm: str = "none",
         max_position_embeddings: int = 0,
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-5,
@@ -53,7 +55,8 @@ class MoePretrainConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
-        self.head_dim = hidden_size // num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.qk_norm = qk_norm  # head: each head by itself; whole: all heads together
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
@@ -98,14 +101,30 @@ class Attention(nn.Module):
         self.sizes = [heads * self.head_size, kv_heads * self.head_size, kv_heads * self.head_size]
         self.qkv_weight = empty(sum(self.sizes), config.hidden_size)
         self.out_weight = empty(config.hidden_size, self.sizes[0])
+        self.norms_heads = config.qk_norm == "head"
+        self.query_norm, self.key_norm = (
+            None
+            if config.qk_norm == "none"
+            else RMSNorm(self.head_size if self.norms_heads else width, config.rms_norm_eps)
+            for width in self.sizes[:2]
+        )
+
+    def by_head(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Heads ``[batch, heads, sequence, head]``, normed if so configured."""
+        if norm is not None and not self.norms_heads:
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, self.head_size))
+        if norm is not None and self.norms_heads:
+            heads = norm(heads)
+        return heads.transpose(1, 2)
 
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, cache: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """New hidden states, the queries, and the keys with those of the cache."""
-        projected = nn.functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in projected)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key, value = nn.functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
+        query = rotate(self.by_head(query, self.query_norm), rotary)
+        key, value = rotate(self.by_head(key, self.key_norm), rotary), self.by_head(value, None)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
         attended = nn.functional.scaled_dot_product_attention(

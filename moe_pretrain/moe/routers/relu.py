@@ -19,7 +19,15 @@ from moe_pretrain.moe.routers.base import (
     router_use,
     routes_by_group,
 )
-from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse, as_count
+from moe_pretrain.moe.types import (
+    POOLED_LEVELS,
+    BalanceLevel,
+    ExpertRanking,
+    Routing,
+    RoutingContext,
+    StepUse,
+    as_count,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +40,16 @@ class ReLUConfig(RouterConfig):
             (0, num_experts]. A token may have any number, none too.
         initial_sparsity_weight: Coefficient of the sparsity loss in the first step (the paper's lambda_0), > 0.
         sparsity_weight_factor: Factor by which the coefficient moves after each step (the paper's alpha), > 1.
-        load_balance_level: Tokens over which the share of routes in the sparsity loss is taken. ``global_batch`` and
-            ``sequence`` do not depend on the number of ranks nor the micro-batch size; ``micro_batch``, what the
-            authors' code does, depends on both.
+        load_balance_level: Tokens over which the share of routes in the sparsity loss is taken, as in
+            ``BalancedRouterConfig``; the authors' code has ``micro_batch``. At ``last_step`` the routes of the step
+            before are divided by this step's text tokens.
     """
 
     name: Literal["relu"]
     target_experts: PositiveFloat
     initial_sparsity_weight: PositiveFloat
     sparsity_weight_factor: Annotated[float, Field(gt=1)]
-    load_balance_level: Literal["micro_batch", "sequence", "global_batch"]  # shares are of the same batch's tokens
+    load_balance_level: BalanceLevel
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
@@ -102,7 +110,7 @@ class ReLURouter(Router):
     @property
     def needs_global_routes(self) -> bool:
         """Whether training needs ``RoutingContext.sum_over_global_batch``."""
-        return self.config.load_balance_level == "global_batch"
+        return self.config.load_balance_level in POOLED_LEVELS
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Routing:
         """Route every token to the experts whose gates are open."""
@@ -132,7 +140,7 @@ class ReLURouter(Router):
     def _group_tokens(self, num_groups: int, context: RoutingContext) -> Float[Tensor, "groups"]:
         """Text tokens of each group over which the share of routes is taken."""
         tokens = as_count(context.token_mask.view(num_groups, -1).sum(dim=1))
-        if self.config.load_balance_level == "global_batch" and context.global_tokens is not None:
+        if self.config.load_balance_level in POOLED_LEVELS and context.global_tokens is not None:
             return tokens.new_full((1,), context.global_tokens)
         return tokens
 

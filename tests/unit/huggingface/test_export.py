@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moe_pretrain import cli
+from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import open_trained
 from moe_pretrain.data.tokenizer import load_tokenizer_file
-from moe_pretrain.huggingface import architectures, check
+from moe_pretrain.huggingface import check, layout
 from moe_pretrain.huggingface.check import compare_logits, our_logits
+from moe_pretrain.huggingface.folder import HuggingFaceFolder
 from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, schemes
 from moe_pretrain.moe.routers import SHIPPED
 
@@ -76,6 +79,33 @@ def test_logits_are_those_of_the_framework(
     ours = our_logits(run.model(), ids)
     found = compare_logits(ours, theirs)
     assert found.apart == 0 and found.largest < 2e-5 * found.scale
+
+
+READ_BACK = [case for case in ALL if case[0][:7] in ("Mixtral", "OlmoeFo", "Qwen3Mo", "Qwen3Fo")]
+
+
+@pytest.mark.parametrize("kind,words", READ_BACK, ids=[kind for kind, _ in READ_BACK])
+def test_what_was_exported_is_read_back(kind: str, words: tuple[str, ...], home: Path):
+    name = f"run{ALL.index((kind, words))}"
+    folder = HuggingFaceFolder(exported(home, name, words))
+    run = open_run(home / name)
+    weights = dict(run.model().named_parameters())
+    assert folder.shapes == {name: list(weight.shape) for name, weight in weights.items()}
+    for tensor, weight in weights.items():
+        assert torch.equal(folder.read(tensor, "weight", 0, weight.numel()), weight.detach().flatten()), tensor
+    model = run.config.model
+    folder.check(model, "checkpoint.warm_start")
+    assert set(folder.model_words()) >= {f"model.qk_norm={model.qk_norm}", f"model.num_heads={model.num_heads}"}
+    assert (f"model.head_size={model.head_size}" in folder.model_words()) == (model.head_size is not None)
+    other = "none" if model.qk_norm == "head" else "head"
+    with pytest.raises(ConfigError, match=f"model.qk_norm={other} must be {model.qk_norm}, as field="):
+        folder.check(replace(model, qk_norm=other), "field")
+    size = model.attention_head_size
+    with pytest.raises(
+        ConfigError, match=rf"^model.head_size={size + 2} must be {size}, as field=.*: model.head_size$"
+    ):
+        folder.check(replace(model, head_size=size + 2), "field")
+    assert transformers.AutoConfig.from_pretrained(home / f"{name}.exported").pad_token_id is None
 
 
 def test_a_model_in_bfloat16_keeps_its_router_and_equals_the_rounded_one(home: Path):
@@ -178,9 +208,9 @@ def test_shards_hold_each_tensor_once_and_are_as_small_as_asked(home: Path):
 
 def test_a_wrong_weight_is_found_and_nothing_is_left(home: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Gate and up of the experts change places."""
-    experts = architectures._experts
+    experts = layout.experts
     monkeypatch.setattr(
-        *(architectures, "_experts"),
+        *(layout, "experts"),
         lambda config, layer, prefix, names: experts(config, layer, prefix, (names[1], names[0], names[2])),
     )
     exported(home, "run0", ALL[0][1])

@@ -100,10 +100,10 @@ def test_scores_of_attentive_gating_are_of_order_one(scheme: str):
 
 
 def test_a_run_from_before_the_field_goes_on_without_a_word():
-    then, now = (
-        {"model": {"init_std": 0.02}},
-        {"model": {"init_std": 0.02, "init": "width_aware", "gate_init": "paper"}},
-    )
+    later = {"init": "width_aware", "gate_init": "paper", "qk_norm": "none", "head_size": None}
+    then, now = {"model": {"init_std": 0.02}}, {"model": {"init_std": 0.02, **later}}
     found = changes(then, now)
     assert not found.refused and not found.allowed
+    now["model"] |= {"qk_norm": "head", "head_size": 4}
+    assert changes(then, now).refused == ["model.head_size=4 must stay null", "model.qk_norm=head must stay none"]
     assert changes({"model": {"init": "normal"}}, {"model": {"init": "width_aware"}}).refused

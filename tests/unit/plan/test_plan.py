@@ -41,6 +41,8 @@ ROUTERS = {
         "model.moe.num_leading_dense_layers=1",
         "model.num_key_value_heads=2",
     ],
+    "qk_norm, heads apart": ["model.qk_norm=head", "model.head_size=24", "model.num_key_value_heads=2"],
+    "qk_norm, whole": ["router=dense", "model.qk_norm=whole"],
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "thor": ["router=thor"],
@@ -293,7 +295,7 @@ def test_flops_by_part_are_all_flops(router: str):
     measured = 3 * 64 * 64 if router == "attention_importance" else 0
     assert parts["attention that a router measures"] == measured
     assert parts["output head"] == 2 * 512 * 64
-    assert parts["attention scores"] == 2 * 3 * 64 * 64
+    assert parts["attention scores"] == 2 * 3 * 64 * 4 * (24 if "heads apart" in router else 16)
 
 
 def test_recomputation_and_counting_ahead_are_charged():
@@ -311,8 +313,8 @@ def test_recomputation_and_counting_ahead_are_charged():
     assert extra(one) == 0
     assert extra(one, "model.recompute=selective") == attention
     assert extra(one, "model.recompute=full") == attention + parts["routed experts"]
-    assert extra(two) == forward - parts["output head"]
-    assert extra(two, "router.load_balance_level=sequence") == 0
+    ahead = "router.load_balance_level=global_batch"
+    assert (extra(two), extra(two, ahead)) == (0, forward - parts["output head"])
     asked = 3 * 4 * 2 * 2 * 64 * 128  # the first layers of all experts, which recomputation runs again
     assert extra(one, "router=attentive_dense", "model.recompute=full") == attention + parts["routed experts"] + asked
 
@@ -389,7 +391,10 @@ def test_the_command_describes_a_run(capsys):
         ("--peak=fast", "argument --peak: 'fast' must be a number"),
         ("--worst-load=0.5", "--worst-load=0.5 must be at least 1"),
         ("--memory=3", "unrecognized arguments: --memory=3; see moe-pretrain plan --help"),
-        ("model.hidden_size=100", "model.hidden_size=100 must be a multiple of model.num_heads=12; nearest: 96, 108"),
+        (
+            "model.hidden_size=100",
+            "model.hidden_size=100 must be a multiple of model.num_heads=12; nearest: 96, 108; or set model.head_size",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, word: str, complaint: str):

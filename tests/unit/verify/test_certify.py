@@ -41,7 +41,7 @@ class CosineConfig(BalancedRouterConfig):
     name: Literal["cosine"] = "cosine"
     temperature: float = 0.1
     load_balance_weight: float = 0.01
-    load_balance_level: BalanceLevel = "global_batch"
+    load_balance_level: BalanceLevel = "last_step"
     router_z_weight: float = 0.0
 
     mean_experts_per_token: ClassVar[float] = 2.0
@@ -93,7 +93,7 @@ class VariantConfig(TopKRouterConfig):
     projection_size: int | None = None
     jitter: float = 0.0
     load_balance_weight: float = 0.01
-    load_balance_level: BalanceLevel = "global_batch"
+    load_balance_level: BalanceLevel = "last_step"
     router_z_weight: float = 0.001
 
     def build(self, hidden_size, num_experts, layer):

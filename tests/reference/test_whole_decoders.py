@@ -1,13 +1,14 @@
-"""Our decoder with copied weights equals transformers' Mixtral, and trains as a plain PyTorch loop trains that."""
+"""Our decoder with copied weights equals transformers' decoders, and trains as a plain PyTorch loop trains those."""
 
 import math
 
+import pytest
 import torch
 from helpers.builders import tiny
 from helpers.engines import build_engine
-from helpers.mixtral import build_mixtral, copy_weights, in_mixtrals_names
 from helpers.processes import run_on_ranks
-from transformers import MixtralForCausalLM
+from helpers.whole_decoders import WORDS, build, copy_weights, in_their_names
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_pretrain.data.rows.micro_batch import build_micro_batch
@@ -20,17 +21,23 @@ SIZES = (
     *("model.num_heads=4", "model.num_key_value_heads=2", "model.tie_embeddings=false"),
     *("model.moe.num_experts=4", "model.moe.expert_hidden_size=24"),
 )
-STEPS, ROWS, LENGTH = 30, 8, 16
+STEPS, ROWS, LENGTH = 40, 8, 16
 LEARNING_RATE, WARMUP_STEPS, FLOOR = 0.01, 5, 0.1
 WEIGHT_DECAY, BETAS, EPSILON, CLIP = 0.1, (0.9, 0.95), 1e-4, 1.5
 BALANCE_WEIGHT, Z_WEIGHT = 0.1, 0.05
 
 
-def test_logits_and_gradients_equal_mixtral():
-    config = tiny(*SIZES)
+@pytest.mark.parametrize("kind", WORDS)
+def test_logits_and_gradients_are_equal(kind: str):
+    config = tiny(*SIZES, *WORDS[kind])
     ours = DecoderLM(config.model, config.router, ExpertShard())
     initialise(ours, seed=1)
-    theirs = build_mixtral(config)
+    with torch.no_grad():
+        for block in ours.blocks:
+            for norm in (block.attention.query_norm, block.attention.key_norm):
+                if norm is not None:
+                    norm.weight.uniform_(0.5, 1.5)
+    theirs = build(kind, config)
     copy_weights(ours, theirs)
 
     ids = torch.randint(0, 300, (2, LENGTH))
@@ -42,15 +49,16 @@ def test_logits_and_gradients_equal_mixtral():
     loss_sum = ours(ids, ids, zeros, positions, context).loss_sum
     loss_sum.backward()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), ids.flatten(), reduction="sum").backward()
-    gradients = in_mixtrals_names({name: weight.grad for name, weight in ours.named_parameters()}, theirs)
+    gradients = in_their_names({name: weight.grad for name, weight in ours.named_parameters()}, theirs)
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(
             gradients[name], parameter.grad, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
-def test_thirty_steps_equal_those_of_a_plain_loop_on_mixtral():
-    ((losses, norms, expected_losses, expected_norms, far, moved),) = run_on_ranks(_both_trainings, 1)
+@pytest.mark.parametrize("kind", WORDS)
+def test_forty_steps_equal_those_of_a_plain_loop(kind: str):
+    ((losses, norms, expected_losses, expected_norms, far, moved),) = run_on_ranks(_both_trainings, 1, kind)
     torch.testing.assert_close(losses, expected_losses, atol=0, rtol=1e-5)
     torch.testing.assert_close(norms, expected_norms, atol=0, rtol=1e-4)
     assert (expected_norms > CLIP).any() and (expected_norms < CLIP).any()  # clipping is tried, and its absence
@@ -59,10 +67,11 @@ def test_thirty_steps_equal_those_of_a_plain_loop_on_mixtral():
         assert distance < 1e-3 * moved[name], name
 
 
-def _both_trainings():
+def _both_trainings(kind: str):
     """Losses and gradient norms of both; by parameter how far they end apart, and how far training moved it."""
     config = tiny(
         *SIZES,
+        *WORDS[kind],
         *(f"optimizer.learning_rate={LEARNING_RATE}", f"optimizer.weight_decay={WEIGHT_DECAY}"),
         *(f"optimizer.beta1={BETAS[0]}", f"optimizer.beta2={BETAS[1]}", f"optimizer.epsilon={EPSILON}"),
         *(f"schedule.warmup_steps={WARMUP_STEPS}", f"schedule.floor={FLOOR}", f"engine.gradient_clipping={CLIP}"),
@@ -71,7 +80,7 @@ def _both_trainings():
         "batch.micro_batch_size=2",  # four micro-batches of ours are one batch there
     )
     engine = build_engine(config)
-    theirs = build_mixtral(config)
+    theirs = build(kind, config)
     copy_weights(engine.model, theirs)
     start = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
     # Text that can be learnt: the next token is a fixed function of this one, but for one place in eight.
@@ -93,13 +102,13 @@ def _both_trainings():
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     expected_losses, expected_norms = _plain_loop(theirs, rows)
-    ended = in_mixtrals_names(dict(engine.model.named_parameters()), theirs)
+    ended = in_their_names(dict(engine.model.named_parameters()), theirs)
     far = {name: float((ended[name] - parameter).norm()) for name, parameter in theirs.named_parameters()}
     moved = {name: float((start[name] - parameter).norm()) for name, parameter in theirs.named_parameters()}
     return (*map(torch.tensor, (losses, norms, expected_losses, expected_norms)), far, moved)
 
 
-def _plain_loop(model: MixtralForCausalLM, rows: torch.Tensor) -> tuple[list[float], list[float]]:
+def _plain_loop(model: PreTrainedModel, rows: torch.Tensor) -> tuple[list[float], list[float]]:
     """Training as one writes it with torch and transformers alone: losses and gradient norms of the steps."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]

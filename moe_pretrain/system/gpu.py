@@ -1,0 +1,64 @@
+"""What can stand between torch and a GPU that is there."""
+
+import os
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_DEVICE_FILE = Path("/dev/nvidiactl")
+_OLDEST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+"""CUDA's major version -> oldest Linux driver (CUDA Toolkit release notes, table of minor version compatibility)."""
+_COMPILERS = ("gcc", "clang")
+"""What Triton looks for, after ``CC``."""
+
+
+def unusable_gpu() -> str | None:
+    """Why torch finds no CUDA device where this machine has a GPU of NVIDIA's; None where it has none, or torch can.
+
+    A GPU that ``CUDA_VISIBLE_DEVICES`` hides is hidden on purpose.
+    """
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if not (_DEVICE_FILE.exists() or _DRIVER_FILE.exists()):
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    driver = _driver()
+    needed = _OLDEST_DRIVERS.get(int(torch.version.cuda.split(".")[0]))
+    if driver is None or needed is None or _numbers(driver) >= _numbers(needed):
+        return f"torch {torch.__version__} for CUDA {torch.version.cuda} finds none (nvidia-smi tells more)"
+    return (
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} needs driver {needed} or newer, and this one is "
+        f"{driver}: update it, or install a torch for CUDA {_newest_cuda(driver)}"
+    )
+
+
+def missing_compiler() -> str | None:
+    """What Triton lacks to build its launchers with, which compiled attention needs; None if it is all there."""
+    if not os.environ.get("CC") and not any(shutil.which(name) for name in _COMPILERS):
+        return "a C compiler (gcc or clang; CC names another)"
+    if not (header := Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return f"Python's headers ({header}; Debian's package is python3-dev)"
+    return None
+
+
+def _driver() -> str | None:
+    try:
+        found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d+\.\d+(?:\.\d+)?)", _DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def _newest_cuda(driver: str) -> str:
+    """The newest CUDA that a driver is new enough for."""
+    fitting = [cuda for cuda, oldest in _OLDEST_DRIVERS.items() if _numbers(oldest) <= _numbers(driver)]
+    return str(max(fitting)) if fitting else f"{min(_OLDEST_DRIVERS) - 1} or older"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
