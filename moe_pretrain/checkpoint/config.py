@@ -26,6 +26,11 @@ class CheckpointConfig:
             from. Its router may be another: routers' weights that fit by name and shape are taken over, the others
             start as ever. Optimizer, schedule, data and balancer state start anew. None for no such. Or a Hugging Face
             folder of a Llama, Mistral or Mixtral model, with its tokenizer (``tokenizer.path`` the same folder).
+        branch_from: ``RUN@STEP``: a new run begins with everything that the checkpoint of that step knows, weights,
+            moments, routers' state and position in the data, as if it had made these steps itself. Model, router, data,
+            tokenizer, seed, global batch and optimizer must be the same; schedule and budget, of which the steps so far
+            are a part, may be others: one stable run has a decay to each budget. RUN is the folder of a run, or its
+            name beside this one. None for no such.
     """
 
     every_steps: PositiveInt
@@ -35,3 +40,4 @@ class CheckpointConfig:
     asynchronous: bool
     resume: Literal["auto", "must", "never", "restart"]
     warm_start: str | None
+    branch_from: str | None

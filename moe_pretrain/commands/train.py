@@ -13,6 +13,7 @@ from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.open_files import allow_open_files
+from moe_pretrain.train.branch import check_branch
 from moe_pretrain.train.build import train
 
 
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     launched = launched_world_size()
     plan = preflight(config, launched or config.parallel.processes)
     check_warm_up(config, plan)
+    check_branch(config)
     check_tasks("evaluation.tasks.names", config.evaluation.tasks.names)
     allow_open_files(plan.world_size)
     own_ranks = launched_number("LOCAL_WORLD_SIZE") or (launched_number("LOCAL_RANK") or 0) + 1

@@ -9,9 +9,9 @@ from moe_pretrain.checkpoint.store import complete_names, locate
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.engine.elastic import check_elastic
-from moe_pretrain.engine.optimizers.base import check_groups
+from moe_pretrain.engine.optimizers.base import check_optimizer
 from moe_pretrain.model.parameter_groups import meta_model
-from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import sharded, width_problems
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
@@ -64,7 +64,7 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         model = meta_model(config.model, config.router)
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
             raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
-    check_groups(config.optimizer, config.model, config.router)
+    check_optimizer(config.optimizer, config.model, config.router)
     if plan.dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":
@@ -101,7 +101,7 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
     """
     batches = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
     device, dtype = target or _resolve_device(config.engine)
-    size = model_size(config.model, config.router)
+    size = config.size
     tokens = batches.micro_batch_size * config.model.sequence_length
     return RunPlan(
         world_size, device, dtype, batches, size.in_micro_batches(tokens, config.parallel.expert_parallel_size)

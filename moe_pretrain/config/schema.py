@@ -28,7 +28,7 @@ from moe_pretrain.engine.deepspeed_config import EngineConfig
 from moe_pretrain.engine.optimizers import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.model.size import model_size
+from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import check_combine, check_experts, check_gate
 from moe_pretrain.moe.routers import ShippedRouterConfig
 from moe_pretrain.parallel.config import ParallelConfig
@@ -223,8 +223,14 @@ class Config:
     def num_steps(self) -> int:
         """Optimizer steps of the run; with ``budget.flops`` at the scheme's expected number of experts per token."""
         # Only a budget of FLOPs needs them, and they take a model without storage to count.
-        flops = 0.0 if self.budget.flops is None else model_size(self.model, self.router).training_flops_per_token
+        flops = 0.0 if self.budget.flops is None else self.size.training_flops_per_token
         return self.budget.planned_steps(self.batch.global_batch_tokens, flops)
+
+    @property
+    def size(self) -> ModelSize:
+        """Parameters and FLOPs of the model, with those of the optimizer's updates over the tokens of a step."""
+        size, update = model_size(self.model, self.router), self.optimizer.update_flops(self.model, self.router)
+        return dataclasses.replace(size, update_flops_per_token=update / self.batch.global_batch_tokens)
 
     @property
     def num_tokens(self) -> int:

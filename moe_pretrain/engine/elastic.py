@@ -23,7 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moe_pretrain.engine.gradient_norms import GRADIENT_PARTS, gradient_part, norms_of
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
+from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.moe.build import build_router
 from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import Experts
@@ -123,7 +125,10 @@ class ElasticGradients:
         """Let every MoE layer of ``model`` exchange, also over one rank, and keep senders apart."""
         fix_products()
         self.norm = 0.0
+        self.norms: dict[str, float] = {}
         self._mesh = mesh
+        roles = parameter_roles(model)
+        self._part_of = {parameter: gradient_part(roles[name]) for name, parameter in model.named_parameters()}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._dense = [parameter for parameter in parameters if not is_expert(parameter)]
         self._experts = [parameter for parameter in parameters if is_expert(parameter)]
@@ -168,7 +173,8 @@ class ElasticGradients:
         """End the step: its gradients as ``GradientCarrier`` wants them, and the statistics. Collective.
 
         Args:
-            clip_to: Largest global norm, 0 for no clipping. The norm before clipping is in ``norm`` afterwards.
+            clip_to: Largest global norm, 0 for no clipping. The norm before clipping is in ``norm`` afterwards, those
+                of the model's parts in ``norms``.
         """
         mesh = self._mesh
         of_senders = TreeSum()
@@ -206,7 +212,14 @@ class ElasticGradients:
             for expert, of_expert in zip(own, gradient, strict=True):
                 squares[num_dense + row * num_experts + expert] = of_expert.double().square().sum()
         dist.all_reduce(squares)  # one rank has each number, the others 0
-        return squares.sum().sqrt()
+        norm = squares.sum().sqrt()
+        of_parts = torch.zeros(len(GRADIENT_PARTS), dtype=torch.float64)
+        for row, parameter in enumerate(self._dense):
+            of_parts[self._part_of[parameter]] += squares[row]
+        for parameter, own in zip(self._experts, squares[num_dense:].split(num_experts or 1), strict=True):
+            of_parts[self._part_of[parameter]] += own.sum()
+        self.norms = norms_of(of_parts.tolist(), set(self._part_of.values()), float(norm))
+        return norm
 
 
 def clip_scale(norm: Tensor, clip_to: float) -> Tensor:

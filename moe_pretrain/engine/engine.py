@@ -15,6 +15,8 @@ from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch, wrap_to
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, clips_itself, deepspeed_config
 from moe_pretrain.engine.elastic import ElasticGradients, GradientCarrier, clip_scale, exact_sum
 from moe_pretrain.engine.expert_start import start_expert
+from moe_pretrain.engine.gradient_norms import GradientNorms
+from moe_pretrain.engine.intervals import fragments
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
 from moe_pretrain.engine.optimizers import OptimizerConfig, build_optimizer, set_learning_rate
 from moe_pretrain.engine.sanity import (
@@ -78,6 +80,12 @@ class TrainEngine:
         self.optimizer_config = optimizer
         self.client_optimizer = build_optimizer(model, optimizer, is_exact=self._elastic is not None)
         check_optimizer_covers(model, [p for group in self.client_optimizer.param_groups for p in group["params"]])
+        # DeepSpeed keeps the order of groups.
+        self.group_of = {
+            parameter: index
+            for index, group in enumerate(self.client_optimizer.param_groups)
+            for parameter in group["params"]
+        }
         module: nn.Module = model
         rows, accumulation = plan.micro_batch_size, plan.accumulation
         if self._elastic is not None:  # DeepSpeed only gets finished gradients
@@ -86,6 +94,11 @@ class TrainEngine:
         with redirect_stdout(io.StringIO()):  # in bfloat16 it prints its memory use a dozen times
             initialised = deepspeed.initialize(model=module, optimizer=self.client_optimizer, config=settings)
         self.deepspeed, self.optimizer, _, _ = initialised
+        owned = fragments(self)
+        self.client_optimizer.own(owned)
+        self._norms = GradientNorms(owned)
+        if self._elastic is None:
+            self.client_optimizer.watch = self._norms.note
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of ``step``, of which each group of parameters has its multiple."""
@@ -121,7 +134,10 @@ class TrainEngine:
             sickness = None
             if not (math.isfinite(sums.loss_sum) and math.isfinite(gradient_norm)):
                 sickness = self._diagnose(step, batches, text_tokens, global_counts, gradient_norm)
-        result = sums.result(global_counts, self.model.aux_weights, gradient_norm, token_hash, sickness)
+        norms: dict[str, float] = {}
+        if sickness is None:
+            norms = self._norms.take(gradient_norm, self.mesh.device) if self._elastic is None else self._elastic.norms
+        result = sums.result(global_counts, self.model.aux_weights, gradient_norm, norms, token_hash, sickness)
         if sickness is not None:
             self._skipped += 1
             if self._skipped > self.config.max_skipped_steps:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_pretrain.engine.optimizers import OptimizerState
+from moe_pretrain.engine.optimizers.base import Fragment, OptimizerState
+from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 
 if TYPE_CHECKING:  # it edits what it owns by what is here
@@ -73,8 +74,8 @@ def global_start(engine: "TrainEngine", parameter: Tensor) -> int:
 
 def kept_moments(engine: "TrainEngine") -> dict[str, list[str]]:
     """Names of the moments that the optimizer keeps of each parameter."""
-    state = engine.optimizer_config.state
-    return {name: list(state(name, parameter).moments) for name, parameter in engine.model.named_parameters()}
+    roles, state = parameter_roles(engine.model), engine.optimizer_config.state
+    return {name: list(state(roles[name]).moments) for name, _ in engine.model.named_parameters()}
 
 
 def updates_made(engine: "TrainEngine") -> int:
@@ -82,35 +83,38 @@ def updates_made(engine: "TrainEngine") -> int:
     return max((int(piece.updates) for piece in pieces(engine)), default=0)
 
 
+def fragments(engine: "TrainEngine") -> list[Fragment]:
+    """Fragments of all parameters of this rank, those of which its optimizer owns nothing too."""
+    roles, partitions = parameter_roles(engine.model), [group["params"][0] for group in engine.optimizer.param_groups]
+    found = []
+    for name, parameter in engine.model.named_parameters():
+        owners = engine.mesh.expert_data_group if is_expert(parameter) else None
+        whole = (0, parameter.numel(), parameter, 0)
+        if engine.config.zero_stage == 0:
+            is_replica = torch.distributed.get_rank(owners) > 0
+            found.append(Fragment(name, parameter, roles[name], *whole, owners, is_replica))
+            continue
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by ZeRO; None: no part is here
+        place = (0, 0, partitions[engine.group_of[parameter]], 0)
+        if mapping is not None:
+            local, own = mapping.lp_fragment_address, mapping.hp_fragment_address
+            place = (local.start, own.numel, partitions[mapping.param_group_index], own.start)
+        found.append(Fragment(name, parameter, roles[name], *place, owners, is_replica=False))
+    return found
+
+
 def pieces(engine: "TrainEngine") -> Iterator[OwnedInterval]:
     """Every interval this rank's optimizer owns, with optimizer states that exist even before the first step."""
-    optimizer = engine.client_optimizer
-    if engine.config.zero_stage == 0:
-        for name, parameter in engine.model.named_parameters():
-            kept = engine.optimizer_config.state(name, parameter)
-            group = engine.mesh.expert_data_group if is_expert(parameter) else None
-            yield OwnedInterval(
-                name,
-                global_start(engine, parameter),
-                parameter.data.view(-1),
-                kept,
-                kept.of(optimizer, parameter),
-                0,
-                is_saved_here=torch.distributed.get_rank(group) == 0,
-            )
-        return
-    partitions = [group["params"][0] for group in optimizer.param_groups]
-    for name, parameter in engine.model.named_parameters():
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by ZeRO; None: no part is here
-        if mapping is None:
+    for fragment in fragments(engine):
+        if not fragment.length:
             continue
-        kept = engine.optimizer_config.state(name, parameter)
+        kept = engine.optimizer_config.state(fragment.role)
         yield OwnedInterval(
-            name,
-            global_start(engine, parameter) + mapping.lp_fragment_address.start,
-            mapping.hp_fragment.data,
+            fragment.name,
+            global_start(engine, fragment.parameter) + fragment.start,
+            fragment.partition.data.view(-1)[fragment.place],
             kept,
-            kept.of(optimizer, partitions[mapping.param_group_index]),
-            mapping.hp_fragment_address.start,
-            is_saved_here=True,
+            kept.of(engine.client_optimizer, fragment.partition),
+            fragment.partition_start,
+            is_saved_here=not fragment.is_replica,
         )

@@ -1,5 +1,6 @@
 """Results of a step and of an evaluation, and the sums over micro-batches and ranks that they come from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ class StepResult:
         aux: Each aux loss, unweighted.
         aux_weights: Coefficients of ``aux``.
         gradient_norm: Global norm before clipping.
+        gradient_norms: The same of each part of the model that there is; empty after a step that changed nothing.
         tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``, float64.
         kinds: The experts.
         tokens: Text tokens of the global batch.
@@ -34,6 +36,7 @@ class StepResult:
     aux: dict[str, float]
     aux_weights: dict[str, float]
     gradient_norm: float
+    gradient_norms: Mapping[str, float]
     tokens_per_expert: Tensor
     kinds: ExpertKinds
     tokens: int
@@ -133,6 +136,7 @@ class StepSums:
         counts: GlobalCounts,
         aux_weights: dict[str, float],
         gradient_norm: float,
+        gradient_norms: Mapping[str, float],
         token_hash: int,
         sickness: str | None,
     ) -> StepResult:
@@ -144,6 +148,7 @@ class StepSums:
             aux=dict(zip(self.aux_names, scalars[1:], strict=True)),
             aux_weights=aux_weights,
             gradient_norm=gradient_norm,
+            gradient_norms=gradient_norms,
             tokens_per_expert=routes,
             kinds=self.kinds,
             tokens=counts.tokens,

@@ -39,6 +39,7 @@ def train_row(
         "train/loss": result.loss,
         "train/aux_loss": result.aux_loss,
         "train/gradient_norm": result.gradient_norm,
+        **{f"train/gradient_norm_{part}": norm for part, norm in result.gradient_norms.items()},
         "train/learning_rate": learning_rate,
         "train/tokens_per_second": window.tokens_per_second,
         "train/step_seconds": window.step_seconds,

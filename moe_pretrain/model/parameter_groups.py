@@ -33,6 +33,11 @@ A router's matrix is an output matrix (width to a few numbers), so its logits st
 spread of a hidden matrix its gradient into the residual stream would outgrow the language model's by ``sqrt(m)``.
 Attention keeps ``1 / sqrt(head_size)``: widths differ in the number of heads.
 
+Under Muon a hidden matrix has an update of orthogonal directions, whose singular values are all
+``0.2 sqrt(max(rows, columns))`` times the rate: elements of the same size as AdamW's, but a spectral norm that grows
+with the root of the width where that of AdamW's, which points in few directions, grows with the width. So its 1 / m is
+``1 / sqrt(m)``; depth stays as it is, since both updates do not depend on the gradient's size.
+
 Weight decay does not follow these scales: a matrix shrinks by ``learning_rate(step) * weight_decay`` per step whatever
 its own rate. AdamW's epsilon is not scaled: gradients of hidden matrices fall as 1 / m, so it must stay far below them.
 
@@ -43,6 +48,7 @@ Source:
     what was measured here stands in the README of this folder.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -95,12 +101,29 @@ class ParameterRole:
             the head.
         is_final_norm: Whether it is the norm before the head.
         writes_residual: Whether what it makes is added to the residual stream.
+        rows: Rows of the hidden layers' matrices that stand one below the other in it, or in each expert's part of it:
+            those of query, key and value, or of gate and up. Empty for what is no matrix of a hidden layer: routers,
+            vectors, embedding, head, and experts whose matrices are not of one piece.
     """
 
     group: GroupName
     reads: Reads
     is_final_norm: bool = False
     writes_residual: bool = False
+    rows: tuple[int, ...] = ()
+
+    def matrices(self, parameter: Tensor) -> Iterator[tuple[int, int, int]]:
+        """Matrices that lie one after the other in the flat ``parameter``: how many alike, their rows and columns."""
+        alike: list[int] = list(self.rows)
+        if not alike:
+            return
+        count = parameter[..., 0, 0].numel()
+        if len(set(alike)) == 1:
+            yield count * len(alike), alike[0], parameter.shape[-1]
+            return
+        for _ in range(count):
+            for rows in alike:
+                yield 1, rows, parameter.shape[-1]
 
 
 def parameter_roles(model: DecoderLM) -> dict[str, ParameterRole]:
@@ -116,6 +139,7 @@ def parameter_roles(model: DecoderLM) -> dict[str, ParameterRole]:
                 reads=_reads(module, name, parameter, group, model.config),
                 is_final_norm=module is model.norm,
                 writes_residual=name == "out_weight",
+                rows=_rows(module, name, parameter, group),
             )
     return found
 
@@ -136,21 +160,40 @@ def _reads(module: nn.Module, name: str, parameter: Tensor, group: GroupName, co
     return "hidden" if parameter.shape[-1] == config.hidden_size else "fixed"
 
 
+def _rows(module: nn.Module, name: str, parameter: Tensor, group: GroupName) -> tuple[int, ...]:
+    is_whole = not isinstance(module, MergedExperts | MatrixProductExperts | ConstantExpert)
+    if parameter.ndim < 2 or group not in ("attention", "experts", "ffn") or not is_whole:
+        return ()
+    if isinstance(module, Attention) and name == "qkv_weight":
+        return tuple(module.sizes)
+    rows = parameter.shape[-2]
+    is_gate_and_up = isinstance(module, SwiGLU | SwiGLUExperts) and name == "in_weight"
+    return (rows // 2, rows // 2) if is_gate_and_up else (rows,)
+
+
 def base_fan_in(reads: Reads, config: ModelConfig) -> float:
     """Fan-in at which the rate and the spread of a matrix have the factor 1."""
     base = config.mup_base_width
     return {"hidden": base, "inner": 2 * base, "rank": base / 4}[reads]
 
 
-def rate_scale(role: ParameterRole, parameter: Tensor, config: ModelConfig) -> float:
-    """Factor of a parameter's learning rate that ``model.init`` asks for; 1 unless that is ``mup``."""
+def rate_scale(role: ParameterRole, parameter: Tensor, config: ModelConfig, width_power: float = 1.0) -> float:
+    """Factor of a parameter's learning rate that ``model.init`` asks for; 1 unless that is ``mup``.
+
+    Args:
+        role: The parameter's.
+        parameter: The parameter.
+        config: The model.
+        width_power: Power of base fan-in over fan-in: 1 where the size of an update's elements is the rate's, 1/2 where
+            that of its singular values over the root of the width is (``optimizer=muon``).
+    """
     if config.init != "mup":
         return 1.0
     if role.is_final_norm:
         return config.mup_base_width / config.hidden_size
     if role.reads in ("nothing", "fixed"):
         return 1.0
-    scale = base_fan_in(role.reads, config) / parameter.shape[-1]
+    scale: float = (base_fan_in(role.reads, config) / parameter.shape[-1]) ** width_power
     return scale * config.mup_base_layers / config.num_layers if role.writes_residual else scale
 
 

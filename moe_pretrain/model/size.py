@@ -49,6 +49,7 @@ class ModelSize:
         merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
         num_passes: Passes over every token in training.
         head_matmul: Parameters of the head's product: those of ``head``, or of the tied embedding.
+        update_flops_per_token: A token's share of the optimizer's matrix products in a step.
     """
 
     embedding: int
@@ -76,6 +77,7 @@ class ModelSize:
     merges_per_token: float
     num_passes: int
     head_matmul: int
+    update_flops_per_token: float = 0.0
 
     @property
     def total_parameters(self) -> int:
@@ -115,12 +117,13 @@ class ModelSize:
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward, 3 times what is differentiated, in every pass over the token.
+        """Forward and backward, 3 times what is differentiated, in every pass over the token; and the update.
 
         Recomputation is not counted (model FLOPs).
         """
         forward_only = self.attention_statistic_flops + 2.0 * self.frozen_routers
-        return self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
+        model = self.num_passes * (3.0 * self.forward_flops_per_token - 2.0 * forward_only - self.combine_flops)
+        return model + self.update_flops_per_token
 
     def with_experts_per_token(self, routes: float) -> "ModelSize":
         """The same model with ``routes`` networks per token and layer: what an adaptive scheme was measured to use."""

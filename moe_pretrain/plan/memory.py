@@ -13,6 +13,7 @@ import torch
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.config import MatrixProductConfig
@@ -36,6 +37,7 @@ class LocalParameters:
         largest: The largest tensor.
         moment_bytes: Bytes of the optimizer's moments of the first two.
         expert_moment_bytes: The same of this rank's experts.
+        update_bytes: What an update needs beside.
     """
 
     dense: int
@@ -44,6 +46,7 @@ class LocalParameters:
     largest: int
     moment_bytes: int
     expert_moment_bytes: int
+    update_bytes: float
 
     @property
     def count(self) -> int:
@@ -67,12 +70,13 @@ def local_parameters(config: Config) -> LocalParameters:
     of_experts = {id(p) for layer in model.moe_layers() for p in sharded_parameters(layer.experts)}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     expert = sum(sizes[name] for name, parameter in model.named_parameters() if id(parameter) in of_experts)
-    moments = {False: 0, True: 0}
+    moments, roles = {False: 0, True: 0}, parameter_roles(model)
     for name, parameter in model.named_parameters():
-        per_element = config.optimizer.state(name, parameter).bytes_per_element
+        per_element = config.optimizer.state(roles[name]).bytes_per_element
         moments[id(parameter) in of_experts] += per_element * sizes[name]
     dense = sum(sizes.values()) - kept - expert
-    return LocalParameters(dense, kept, expert, max(sizes.values()), moments[False], moments[True])
+    update_bytes = config.optimizer.update_bytes(model)
+    return LocalParameters(dense, kept, expert, max(sizes.values()), moments[False], moments[True], update_bytes)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Memory:
         gradients: Gradients at their most, while the last micro-batch's are reduced.
         buckets: DeepSpeed's buffer for reducing gradients, there throughout backward.
         copies: Copies of gradients while they are reduced or cast.
+        update: What the optimizer makes and drops while it updates.
         activations: What is saved for backward of one micro-batch, the gradients that the loss makes in forward among
             it.
         recomputed: The inside of one block, made again in backward.
@@ -102,6 +107,7 @@ class Memory:
     gradients: float
     buckets: float
     copies: float
+    update: float
     activations: float
     recomputed: float
     logits: float
@@ -113,7 +119,8 @@ class Memory:
         """The peak: where backward begins, or where it ends and activations have given way to gradients."""
         layer = self.recomputed + max(self.working, self.exchange)  # rows travel before and after an expert works
         begins = self.carried + self.activations + max(layer, self.logits + self.stale)
-        return self.weights + self.optimizer + self.buckets + max(begins, self.gradients + self.copies)
+        ends = self.gradients + max(self.copies, self.update)
+        return self.weights + self.optimizer + self.buckets + max(begins, ends)
 
 
 def memory_per_rank(
@@ -144,6 +151,7 @@ def memory_per_rank(
         gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
         buckets=_bucket_bytes(config.engine, dtype),
         copies=_copied_bytes(parameters, dtype, zero_stage),
+        update=parameters.update_bytes,
         activations=layers.saved,
         recomputed=layers.recomputed,
         logits=layers.logits,

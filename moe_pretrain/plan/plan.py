@@ -14,10 +14,11 @@ from moe_pretrain.config.match_budget import describe_match
 from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
-from moe_pretrain.engine.optimizers.base import check_groups, describe_rates, rate_scales_by_group
+from moe_pretrain.engine.optimizers.base import check_optimizer, describe_rates, rate_scales_by_group
 from moe_pretrain.model.block import Recompute
-from moe_pretrain.model.parameter_groups import meta_model
-from moe_pretrain.model.size import ModelSize, model_size
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.parameter_groups import meta_model, parameter_roles
+from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import build_router, sharded, width_problems
 from moe_pretrain.plan.memory import (
     BYTES,
@@ -37,8 +38,6 @@ COMPARED = "expert outputs that are compared"
 """Part whose backward costs as much as its forward."""
 USABLE = 0.92
 """Share of a GPU's memory that training may fill; the rest goes to the driver, NCCL and fragmentation."""
-CHECKPOINT_BYTES = 12
-"""Per parameter: float32 weight and two moments."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -189,18 +188,19 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         ValueError: The configuration is wrong.
     """
     config = load(overrides)
-    check_groups(config.optimizer, config.model, config.router)
+    check_optimizer(config.optimizer, config.model, config.router)
     found = problems(config)
-    size = model_size(config.model, config.router) if found else planned(config).size
+    size = config.size if found else planned(config).size
+    model = meta_model(config.model, config.router)
     ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
     say(
         f"{config.model.name}, {' '.join(_chosen(config))}: {short_number(size.total_parameters)} parameters, "
         f"{short_number(size.active_parameters)} active; checkpoint "
-        f"{_gib(CHECKPOINT_BYTES * size.total_parameters)}, {config.checkpoint.keep_last} kept"
+        f"{_gib(_checkpoint_bytes(config, model))}, {config.checkpoint.keep_last} kept"
     )
     for line in describe_match(config.model, config.router, config.budget):
         say(line)
-    if rates := describe_rates(rate_scales_by_group(meta_model(config.model, config.router), config.optimizer)):
+    if rates := describe_rates(rate_scales_by_group(model, config.optimizer)):
         say(rates)
     _say_flops(size, say)
     for problem in found:
@@ -239,10 +239,23 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     return 0
 
 
+def _checkpoint_bytes(config: Config, model: DecoderLM) -> int:
+    """float32 weights and moments."""
+    roles = parameter_roles(model)
+    return sum(
+        (4 + config.optimizer.state(roles[name]).bytes_per_element) * parameter.numel()
+        for name, parameter in model.named_parameters()
+    )
+
+
 def _chosen(config: Config) -> list[str]:
     """The scheme, and the parts of it that are not the usual ones."""
     moe = config.model.moe
-    parts = {"experts": (moe.experts.name, "swiglu"), "combine": (moe.combine.name, "sum")}
+    parts = {
+        "experts": (moe.experts.name, "swiglu"),
+        "combine": (moe.combine.name, "sum"),
+        "optimizer": (config.optimizer.name, "adamw"),
+    }
     others = [f"{group}={name}" for group, (name, usual) in parts.items() if name != usual]
     return [f"router={config.router.name}", *others]
 
@@ -255,6 +268,9 @@ def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
             share = value / size.forward_flops_per_token
             backward = {FROZEN: 0.0, MEASURED: 0.0, COMPARED: value}.get(name, 2 * value)
             say(f"  {name:<34}{short_number(value):>8} forward{short_number(backward):>8} backward{share:>7.1%}")
+    if size.update_flops_per_token:
+        share = size.update_flops_per_token / size.training_flops_per_token
+        say(f"  {'updates of the optimizer':<34}{short_number(size.update_flops_per_token):>8}, {share:.2%} of all")
 
 
 def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ from moe_pretrain.system.faults import SICK_POINTS
 DECIDING = (
     *("seed", "router_file", "model", "router", "data", "streaming", "tokenizer", "packing", "budget", "batch"),
     *("optimizer", "schedule", "engine", "spike", "evaluation", "checkpoint.warm_start"),
+    "checkpoint.branch_from",
 )
 """Parts of the configuration, with everything below them that is not in ``NOT_DECIDING``, and single fields."""
 
@@ -82,7 +83,7 @@ def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in values.items()
-        # Runs from before there was a warm start have no such field.
+        # Runs from before there were warm starts and branches have no such fields.
         if (decides(key) or decided_too.get(NOT_DECIDING.get(key, ""), False))
-        and not (key == "checkpoint.warm_start" and value is None)
+        and not (key in ("checkpoint.warm_start", "checkpoint.branch_from") and value is None)
     }

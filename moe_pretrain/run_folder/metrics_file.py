@@ -7,8 +7,10 @@ Keys of every row:
     seconds   wall time of this run, summed over its attempts
     attempt   0 for the first start, one more for every resume
 
-Names are ``group/name_unit``. Per-layer names are ``moe/layer_03/NAME``. A number that is not
-finite is written as ``null`` (JSON has no NaN) and an event row "non_finite" says so.
+Names are ``group/name_unit``. ``train/gradient_norm`` is the global norm before clipping;
+``train/gradient_norm_router``, ``_experts`` and ``_rest`` are those of the routers' own weights, of the routed experts
+and of all else. Per-layer names are ``moe/layer_03/NAME``. A number that is not finite is written as ``null`` (JSON has
+no NaN) and an event row "non_finite" says so.
 """
 
 import json

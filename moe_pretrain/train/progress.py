@@ -83,3 +83,7 @@ class RunProgress:
         self.saved_step, self.validation_loss = state.step, state.validation_loss
         self.spikes.restore(state.spikes)
         self.meter.restore(state.step, state.flops, state.train_seconds)
+
+    def leave_trunk(self) -> None:
+        """Forget what another run, whose checkpoint this one began with, has saved and validated."""
+        self.saved_step = self.validation_loss = None

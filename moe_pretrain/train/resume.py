@@ -15,6 +15,7 @@ from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE
 from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
+from moe_pretrain.train.branch import Branch, branch_of, record_in_trunk
 from moe_pretrain.train.context import RunContext
 from moe_pretrain.train.corpora import RunData
 from moe_pretrain.train.progress import RunProgress
@@ -157,11 +158,13 @@ class Resumer:
         return store.agree_on_newest(self._checkpoints, self._mesh, warn, accept, is_lenient)
 
     def _begin(self, warnings: list[str]) -> None:
-        """Start at step 0, with the weights of another run if that is asked for."""
+        """Start at step 0, with the weights of another run if that is asked for, or where that is to be left."""
         self._recorder.go_on()
         self._report_damage(warnings)
         self._say(f"starting {self._folder}")
-        if self._config.checkpoint.warm_start is not None:
+        if (branch := branch_of(self._config)) is not None:
+            self._branch_off(branch)
+        elif self._config.checkpoint.warm_start is not None:
             self._warm_start(Path(self._config.checkpoint.warm_start))
 
     def _go_on(self, path: Path, manifest: dict[str, Any], warnings: list[str]) -> None:
@@ -197,6 +200,21 @@ class Resumer:
     def _leave(self, step: int) -> None:
         """After rewinds, checkpoints of later steps are of a course that was left: they make room for new ones."""
         self._mesh.on_main(lambda: self._saving.leave(step))  # no rank goes on before that is done
+
+    def _branch_off(self, branch: Branch) -> None:
+        """Begin with all that a checkpoint of another run knows, and record it in both."""
+        path = branch.checkpoint
+        manifest = store.agree_on(path, self._mesh)
+        state = train_state(manifest)
+        allowed = self.rules.refuse_changes(state, path, is_branch=True)
+        self._loader.restore(state.stream)
+        self._take_over(path, manifest)
+        self._progress.leave_trunk()
+        if self._mesh.is_main and state.rewinds:
+            write_rewinds(self._folder, self._progress.rewinds)
+        unsaid = self._mesh.on_main(lambda: record_in_trunk(branch, self._folder, self._say))
+        others = f"; changed: {', '.join(allowed)}" if allowed else ""
+        self._recorder.event("branched", f"from {path}{others}{unsaid}")
 
     def _warm_start(self, where: Path) -> None:
         """Begin with the weights of another run, or of a Hugging Face folder."""

@@ -22,6 +22,7 @@ _MUST_STAY = (
     "optimizer.name",
     "optimizer.trainable",
     "checkpoint.warm_start",
+    "checkpoint.branch_from",
 )
 """Parts that decide the meaning of the weights, or the tokens that a step reads."""
 _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
@@ -39,6 +40,7 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.mup_base_layers": lambda now: True,
     "model.moe.combine": lambda now: now == {"name": "sum"},
     "model.moe.experts": lambda now: now == {"name": "swiglu"},
+    "checkpoint.branch_from": lambda now: now is None,
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
     "evaluation.tasks": lambda now: not now["names"],
 }
@@ -52,6 +54,7 @@ _ONLY_WHEN_ABSENT = {
     "model.qk_norm": "none",
     "model.moe.combine": "{'name': 'sum'}",
     "model.moe.experts": "{'name': 'swiglu'}",
+    "checkpoint.branch_from": "null",
 }
 """Those of them that are refused with any other value -> the values that they may have."""
 _KINDS = (
@@ -84,8 +87,8 @@ class ResumeRules:
             versions=versions(),
         )
 
-    def refuse_changes(self, state: TrainState, path: Path) -> list[str]:
-        """Compare with the checkpoint at ``path``, which this run is to resume.
+    def refuse_changes(self, state: TrainState, path: Path, is_branch: bool = False) -> list[str]:
+        """Compare with the checkpoint at ``path``, which this run is to resume, or to branch off from.
 
         Returns:
             Differences that may be, in words.
@@ -94,21 +97,22 @@ class ResumeRules:
             ConfigError: Something has changed that must stay the same.
         """
         then, now = state.identity, self.identity
+        way_out = "a branch keeps them" if is_branch else "choose another run.name to start anew"
         if not then.config or state.token_hash is None:
             raise ConfigError(
-                f"{path} cannot be resumed: it records no configuration or no token hash, as no run writes it; choose "
-                "another run.name to start anew"
+                f"{path} cannot be resumed: it records no configuration or no token hash, as no run writes it; "
+                f"{way_out}"
             )
-        found = changes(then.config, now.config)
+        found = changes(then.config, now.config, is_branch)
         if found.refused:
             raise ConfigError(
-                f"{', '.join(found.refused)}, with which {path} was made; choose another run.name to start anew"
+                f"{', '.join(found.refused)}, with which {path} was made; {way_out}"
                 + (f" (these differ too, and may: {', '.join(found.allowed)})" if found.allowed else "")
             )
         if then.corpus_fingerprint != now.corpus_fingerprint:
             raise ConfigError(
                 f"data: the corpus has changed since {path} was made: "
-                f"{_explained(then.corpus_facts, now.corpus_facts)}; choose another run.name to start anew"
+                f"{_explained(then.corpus_facts, now.corpus_facts)}; {way_out}"
             )
         tokens = state.step * now.config["batch"]["global_batch_tokens"]
         if state.tokens not in (None, tokens):
@@ -138,8 +142,8 @@ class Changes:
     allowed: list[str]
 
 
-def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
-    """Compare the configuration in a checkpoint with the one that goes on from it.
+def changes(then: dict[str, Any], now: dict[str, Any], is_branch: bool = False) -> Changes:
+    """Compare the configuration in a checkpoint with the one that goes on from it, in a run of its own if a branch.
 
     A field that only one of them has comes from another release: it is allowed and said, since nothing that was decided
     then is contradicted.
@@ -150,6 +154,8 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> Changes:
     differences = _differences("", then, json.loads(json.dumps(now)))
     of_another_kind = tuple(kind.rpartition(".")[0] for kind in _KINDS if kind in differences)
     for name, (before, after) in differences.items():
+        if is_branch and _is_within(name, _BEGINNINGS):
+            continue
         if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
         is_policy_unused = name.rpartition(".")[2] in _ROW_POLICIES and before == "fail"
@@ -199,5 +205,7 @@ def _differences(name: str, then: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     return {} if then == now else {name: (then, now)}
 
 
+_BEGINNINGS = ("checkpoint.warm_start", "checkpoint.branch_from")
+"""Beginnings of the run that a branch leaves, which are not the branch's."""
 _SILENT = ("run", "sweep", "metrics", "fault", "checkpoint.resume")
 """Parts whose changes are no news to training."""

@@ -19,6 +19,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch, build_micro_batch
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, routing_context
 from moe_pretrain.engine.optimizers import build_optimizer, set_learning_rate
+from moe_pretrain.engine.optimizers.base import whole_fragments
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -41,6 +42,7 @@ class PlainTraining:
         self.model = DecoderLM(config.model, config.router, ExpertShard())
         initialise(self.model, seed)
         self._optimizer = build_optimizer(self.model, config.optimizer)
+        self._optimizer.own(whole_fragments(self.model))
         self._step = 0
 
     def step(self, batch: MicroBatch, rate: float) -> float:

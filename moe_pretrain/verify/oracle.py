@@ -7,7 +7,7 @@ own float32 ``Routing`` and checks everything around it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.moe.counter_noise import counter_uniform, start_noise
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.merged import MergedExperts
@@ -37,7 +38,7 @@ from moe_pretrain.moe.types import (
     StepUse,
     float32_parameters,
 )
-from moe_pretrain.verify.oracle_optimizers import UPDATES, rate_scale
+from moe_pretrain.verify.oracle_optimizers import UPDATES, norms_by_part, rate_scale
 from moe_pretrain.verify.oracle_parts import (
     combine_outputs,
     norm_heads,
@@ -62,6 +63,7 @@ class StepRecord:
         aux: Each aux loss, unweighted, mean over MoE layers.
         gradients: Gradient of every parameter before clipping, experts stacked over all global ids.
         gradient_norm: Global norm of them.
+        gradient_norms: The same of each part of the model: router, experts, rest.
         weights: float32 weights after the update.
         tokens_per_expert: Routes of text tokens ``[moe_layers, experts]``.
     """
@@ -70,6 +72,7 @@ class StepRecord:
     aux: dict[str, float]
     gradients: dict[str, Tensor]
     gradient_norm: float
+    gradient_norms: Mapping[str, float]
     weights: dict[str, Tensor]
     tokens_per_expert: Tensor
 
@@ -138,8 +141,9 @@ class Oracle:
                     parameter.data = parameter.data.bfloat16().float()
         self.weights = dict(self.model.named_parameters())
         self._last_routes: dict[int, Tensor] = {}  # by layer; for the balance loss of load_balance_level=last_step
+        roles = parameter_roles(self.model)
         self.moments = {
-            name: {moment: torch.zeros_like(weight) for moment in config.optimizer.state(name, weight).moments}
+            name: {moment: torch.zeros_like(weight) for moment in config.optimizer.state(roles[name]).moments}
             for name, weight in self.weights.items()
         }
 
@@ -178,6 +182,7 @@ class Oracle:
             {name: value.item() for name, value in aux.items()},
             by_name,
             norm,
+            norms_by_part(by_name),
             {name: weight.detach().clone() for name, weight in self.weights.items()},
             torch.stack([layer.tokens_per_expert for layer in layers]) if layers else torch.zeros(0, 0),
         )
@@ -426,7 +431,8 @@ class Oracle:
         rate = config.learning_rate * self.config.schedule.factor(step, self.num_steps)
         for name, weight in self.weights.items():
             own = rate_scale(self.config, name, weight)
-            UPDATES[config.name](config, weight, gradients[name] * scale, self.moments[name], rate, own, step + 1)
+            gradient = gradients[name] * scale
+            UPDATES[config.name](self.config, name, weight, gradient, self.moments[name], rate, own, step + 1)
 
 
 _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]] = {

@@ -1,6 +1,7 @@
 """Each optimizer's update of one weight, as its paper writes it, and the rate at which a weight learns."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,20 @@ _PARTS = {
 """What the name of a weight contains -> its group; the first that fits."""
 
 
+def norms_by_part(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norm of the gradients of routers, of routed experts and of all else, told by names; of what there is."""
+    squares: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        group = _group(name)
+        part = group if group in ("router", "experts") else "rest"
+        squares[part] = squares.get(part, 0.0) + float(gradient.double().square().sum())
+    return {part: math.sqrt(square) for part, square in squares.items()}
+
+
+def _group(name: str) -> str:
+    return next(group for mark, group in _PARTS.items() if mark in name)
+
+
 def rate_scale(config: Config, name: str, weight: Tensor) -> float:
     """Learning rate of the weight called ``name`` as a multiple of the run's.
 
@@ -27,7 +42,7 @@ def rate_scale(config: Config, name: str, weight: Tensor) -> float:
     what is added to the residual stream also by base depth over depth (arXiv:2505.01618). Told by names alone.
     """
     model = config.model
-    group = next(group for mark, group in _PARTS.items() if mark in name)
+    group = _group(name)
     scale: float = getattr(config.optimizer.groups, group).lr_scale
     if model.init != "mup":
         return scale
@@ -46,11 +61,14 @@ def rate_scale(config: Config, name: str, weight: Tensor) -> float:
     elif fan_in != model.hidden_size:
         return scale
     depth = model.mup_base_layers / model.num_layers if kind == "out_weight" else 1.0
-    return scale * base / fan_in * depth
+    # Muon's update has a spectral norm that grows with the root of the width, AdamW's one that grows with the width.
+    is_spectral = config.optimizer.name == "muon" and _is_orthogonalised(name, weight)
+    return scale * (math.sqrt(base / fan_in) if is_spectral else base / fan_in) * depth
 
 
 def adamw(
-    config: Any,
+    config: Config,
+    name: str,
     weight: Tensor,
     gradient: Tensor,
     moments: dict[str, Tensor],
@@ -59,15 +77,68 @@ def adamw(
     count: int,
 ) -> None:
     """AdamW with decay on matrices (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2), their alpha ``scale``."""
+    optimizer: Any = config.optimizer
     first, second = moments["exp_avg"], moments["exp_avg_sq"]
-    first.mul_(config.beta1).add_(gradient * (1 - config.beta1))
-    second.mul_(config.beta2).add_(gradient**2 * (1 - config.beta2))
-    unbiased = first / (1 - config.beta1**count)
-    root = (second / (1 - config.beta2**count)).sqrt()
-    decay = config.weight_decay if weight.ndim >= 2 else 0.0
-    weight.copy_(weight - rate * (decay * weight + scale * unbiased / (root + config.epsilon)))
+    first.mul_(optimizer.beta1).add_(gradient * (1 - optimizer.beta1))
+    second.mul_(optimizer.beta2).add_(gradient**2 * (1 - optimizer.beta2))
+    unbiased = first / (1 - optimizer.beta1**count)
+    root = (second / (1 - optimizer.beta2**count)).sqrt()
+    decay = optimizer.weight_decay if weight.ndim >= 2 else 0.0
+    weight.copy_(weight - rate * (decay * weight + scale * unbiased / (root + optimizer.epsilon)))
 
 
-UPDATES: dict[str, Callable[[Any, Tensor, Tensor, dict[str, Tensor], float, float, int], None]] = {"adamw": adamw}
-"""By ``optimizer.name``: changes the weight and its moments, from the clipped gradient, the run's learning rate, the
-weight's multiple of it and the number of updates with this one."""
+def muon(
+    config: Config,
+    name: str,
+    weight: Tensor,
+    gradient: Tensor,
+    moments: dict[str, Tensor],
+    rate: float,
+    scale: float,
+    count: int,
+) -> None:
+    """Muon of every matrix by itself (arXiv:2502.16982, eq. 1-4), in float64; AdamW of what is none."""
+    if not _is_orthogonalised(name, weight):
+        adamw(config, name, weight, gradient, moments, rate, scale, count)
+        return
+    optimizer: Any = config.optimizer
+    momentum = moments["momentum"]
+    momentum.mul_(optimizer.momentum).add_(gradient * (1 - optimizer.momentum))
+    ahead = optimizer.momentum * momentum + (1 - optimizer.momentum) * gradient
+    own = [weight] if weight.ndim == 2 else list(weight)
+    updates = [ahead] if weight.ndim == 2 else list(ahead)
+    for stack, update in zip(own, updates, strict=True):
+        rows = _rows_of_matrices(config, name, len(stack))
+        for matrix, direction in zip(stack.split(rows), update.double().split(rows), strict=True):
+            x = direction / direction.norm().clamp(min=1e-7)
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+            size = 0.2 * math.sqrt(max(matrix.shape))
+            matrix.copy_(matrix - rate * (optimizer.weight_decay * matrix + scale * size * x.float()))
+
+
+def _is_orthogonalised(name: str, weight: Tensor) -> bool:
+    parts = (".attention.", ".feed_forward.", ".experts.", ".shared_experts.")
+    others = (".router.", ".zero_computation.")
+    return weight.ndim >= 2 and any(part in name for part in parts) and not any(part in name for part in others)
+
+
+def _rows_of_matrices(config: Config, name: str, rows: int) -> list[int]:
+    """Rows of the matrices one below the other: query, key and value, or gate and up."""
+    model = config.model
+    if name.endswith("qkv_weight"):
+        shared = rows * model.num_key_value_heads // (model.num_heads + 2 * model.num_key_value_heads)
+        return [rows - 2 * shared, shared, shared]
+    is_factorised = ".experts." in name and (model.moe.gate_rank is not None or config.router.expert_gate_rank)
+    if name.endswith("in_weight") and not is_factorised:
+        return [rows // 2, rows // 2]
+    return [rows]
+
+
+UPDATES: dict[str, Callable[[Config, str, Tensor, Tensor, dict[str, Tensor], float, float, int], None]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+"""By ``optimizer.name``: changes the weight called so and its moments, from the clipped gradient, the run's learning
+rate, the weight's multiple of it and the number of updates with this one."""

@@ -123,6 +123,7 @@ def record(engine: _RecordedEngine, step: int, micro_batches: list[MicroBatch]) 
         aux=result.aux,
         gradients={name: gradient.cpu() for name, gradient in engine.gradients.items()},
         gradient_norm=result.gradient_norm,
+        gradient_norms=result.gradient_norms,
         weights={name: weight.cpu() for name, weight in engine.master_weights().items()},
         tokens_per_expert=result.tokens_per_expert,
     )
@@ -145,6 +146,13 @@ def compare(run: Sequence[StepRecord], oracle: Sequence[StepRecord], dtype: Dtyp
         add(f"aux {name}", errors, scalar)
     norms = {f"step {i}": _relative(a.gradient_norm, b.gradient_norm) for i, (a, b) in enumerate(pairs)}
     add("gradient norm", norms, scalar)
+    parts = {
+        f"{part}, step {i}": _relative(a.gradient_norms.get(part, 0.0), norm)
+        for i, (a, b) in enumerate(pairs)
+        for part, norm in b.gradient_norms.items()
+    }
+    # A part's norm is that of some of the tensors, whose noise in bfloat16 does not average out.
+    add("gradient norm by part", parts, SCALE_TOLERANCE[dtype])
     ours, theirs = pairs[0][0].gradients, pairs[0][1].gradients
     scales = {name: _relative_scale(ours[name], gradient) for name, gradient in theirs.items()}
     add("gradient scale", scales, SCALE_TOLERANCE[dtype])
@@ -198,7 +206,7 @@ def verify(config: Config, plan: RunPlan, say: Callable[[str], None]) -> int:
     )
     for row in rows:
         verdict = "same" if row.is_same else f"DIFFERS most in {row.worst}"
-        say(f"  {row.quantity:<20} error {row.error:8.1e}  (at most {row.tolerance:.0e})  {verdict}")
+        say(f"  {row.quantity:<22} error {row.error:8.1e}  (at most {row.tolerance:.0e})  {verdict}")
     different = sum(not row.is_same for row in rows)
     say("the same as the oracle" if not different else f"{different} of {len(rows)} quantities differ")
     return int(different > 0)

@@ -60,6 +60,7 @@ class Bench:
             asynchronous=is_async,
             resume="auto",
             warm_start=None,
+            branch_from=None,
         )
         return store.Saver(self.engine, self.folder / str(is_async), policy, 600.0)
 

@@ -16,7 +16,14 @@ from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.intervals import WEIGHT, pieces
 
 POLICY = CheckpointConfig(
-    every_steps=1, keep_last=5, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto", warm_start=None
+    every_steps=1,
+    keep_last=5,
+    keep_every_steps=None,
+    keep_best=0,
+    asynchronous=True,
+    resume="auto",
+    warm_start=None,
+    branch_from=None,
 )
 OVERRIDES = ("parallel.expert_parallel_size=2", "engine.check_every_steps=0", "router=loss_free")
 

@@ -51,19 +51,20 @@ def load_and_train(source: str, target: str, overrides: tuple[str, ...], first: 
     checkpoints.save(engine, Path(target), TrainState(step=last), keep_last=3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_topology_loads_the_same_bits(tmp_path: Path, dtype: str):
+@pytest.mark.parametrize("dtype,words", [("float32", ()), ("bfloat16", ()), ("float32", ("optimizer=muon",))])
+def test_any_topology_loads_the_same_bits(tmp_path: Path, dtype: str, words: tuple[str, ...]):
     """Known defects C31 and C32: every expert and its moments, by global id, over ranks, expert parallel and ZeRO."""
     source = tmp_path / "source"
-    run_on_ranks(train_and_save, 4, str(source), overrides_of(2, 2, dtype), 2)
+    run_on_ranks(train_and_save, 4, str(source), (*overrides_of(2, 2, dtype), *words), 2)
     before = contents(source)
-    assert all(bool(value.abs().sum() > 0) for name, value in before.items() if "exp_avg" in name)
+    moments = [value for name, value in before.items() if "exp_avg" in name or "momentum" in name]
+    assert moments and all(bool(value.abs().sum() > 0) for value in moments)
     stages = (1, 2) if dtype == "bfloat16" else (0, 1, 2)
     topologies = [(1, 1), (2, 2), (2, 1), (4, 4)]
     for index, (world, ep) in enumerate(topologies):
         stage = stages[index % len(stages)]
         target = tmp_path / f"{world}-{ep}-{stage}"
-        run_on_ranks(load_and_save, world, str(source), str(target), overrides_of(ep, stage, dtype))
+        run_on_ranks(load_and_save, world, str(source), str(target), (*overrides_of(ep, stage, dtype), *words))
         assert_same(before, contents(target))
         source = target  # and onwards from the new one: errors cannot cancel
 
@@ -89,9 +90,19 @@ def test_experts_of_other_kinds_load_the_same_bits(tmp_path: Path, words: tuple[
         source = target
 
 
-@pytest.mark.parametrize("world,ep,stage,dtype", [(1, 1, 1, "float32"), (2, 2, 2, "bfloat16"), (2, 1, 0, "float32")])
-def test_resume_is_bitwise_on_the_same_topology(tmp_path: Path, world: int, ep: int, stage: int, dtype: str):
-    overrides = overrides_of(ep, stage, dtype)
+@pytest.mark.parametrize(
+    "world,ep,stage,dtype,optimizer",
+    [
+        (1, 1, 1, "float32", "adamw"),
+        (2, 2, 2, "bfloat16", "adamw"),
+        (2, 1, 0, "float32", "adamw"),
+        (2, 1, 1, "float32", "muon"),
+    ],
+)
+def test_resume_is_bitwise_on_the_same_topology(
+    tmp_path: Path, world: int, ep: int, stage: int, dtype: str, optimizer: str
+):
+    overrides = (*overrides_of(ep, stage, dtype), f"optimizer={optimizer}")
     straight, half, resumed = (tmp_path / name for name in ("straight", "half", "resumed"))
     run_on_ranks(train_and_save, world, str(straight), overrides, 3)
     run_on_ranks(train_and_save, world, str(half), overrides, 2)

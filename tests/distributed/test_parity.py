@@ -39,5 +39,5 @@ def test_the_oracle_would_notice(results: Results) -> None:
     for case, rows in results.items():
         losses = sum(row.quantity.startswith("aux ") for row in rows)
         assert losses == _num_losses(case.variant)
-        assert len(rows) - losses == (8 if case.dtype == "float32" else 7)
+        assert len(rows) - losses == (9 if case.dtype == "float32" else 8)
     assert max(row.error for rows in results.values() for row in rows if "gradients" in row.quantity) > 0

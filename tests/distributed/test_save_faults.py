@@ -20,7 +20,14 @@ from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.system.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
 
 KEEP = CheckpointConfig(
-    every_steps=1, keep_last=2, keep_every_steps=None, keep_best=0, asynchronous=True, resume="auto", warm_start=None
+    every_steps=1,
+    keep_last=2,
+    keep_every_steps=None,
+    keep_best=0,
+    asynchronous=True,
+    resume="auto",
+    warm_start=None,
+    branch_from=None,
 )
 FAULTY_STEP = 3
 # From here on the new checkpoint has its name.

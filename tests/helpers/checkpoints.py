@@ -60,6 +60,7 @@ def save(engine: TrainEngine, folder: Path, state: TrainState, keep_last: int) -
         asynchronous=False,
         resume="auto",
         warm_start=None,
+        branch_from=None,
     )
     saver = store.Saver(engine, folder, config, _SAVE_SECONDS)
     saver.save(state)

@@ -54,6 +54,12 @@ _VARIANTS = {
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
     "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
+    "muon": (
+        *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4", "optimizer.learning_rate=0.01"),
+        *("optimizer.weight_decay=0.5", "model.moe.gate_rank=6", "model.init=mup", "model.init_std=0.04"),
+        *("model.mup_base_width=8", "optimizer.groups.experts.lr_scale=2"),
+    ),
+    "muon_swiglu": (*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4"),
     "noisy": (
         *WITH_ALL_PARTS,
         "router.top_k=3",
@@ -64,7 +70,7 @@ _VARIANTS = {
 }
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
-    *("unequal", "orthogonal", "symmetric"),
+    *("unequal", "orthogonal", "symmetric", "muon", "muon_swiglu"),
 )
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
@@ -130,6 +136,11 @@ _ADDED = [
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "orthogonal"),
     Case(2, 2, 2, 1, 3, "full", 0.1, "float32", "symmetric"),
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "orthogonal"),
+    Case(1, 1, 0, 1, 3, "none", 0.1, "float32", "muon_swiglu"),
+    Case(2, 1, 1, 4, 1, "none", 0.1, "float32", "muon"),
+    Case(4, 1, 1, 1, 1, "none", 0.1, "float32", "muon_swiglu"),
+    Case(4, 2, 2, 1, 3, "none", 0.0, "float32", "muon_swiglu"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "muon_swiglu"),
 ]
 """Rates and spreads by group of parameters, and other combinations, which no other option of a step knows of."""
 

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat
 
 from moe_pretrain.engine.optimizers.base import OptimizerConfig, OptimizerState, Withholding
+from moe_pretrain.model.parameter_groups import ParameterRole
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class AdamWConfig(OptimizerConfig):
     beta2: Annotated[float, Field(ge=0, lt=1)]
     epsilon: PositiveFloat
 
-    def state(self, name: str, parameter: torch.Tensor) -> OptimizerState:
+    def state(self, role: ParameterRole) -> OptimizerState:
         """Mean of the gradients and of their squares, for every parameter alike."""
         return OptimizerState(moments=("exp_avg", "exp_avg_sq"))
 

@@ -1,17 +1,25 @@
 """The seam between an optimizer and those who keep, plan and check its state, and the groups of its parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pydantic
 import torch
+import torch.distributed as dist
 from pydantic_core import core_schema
 from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.model.parameter_groups import GROUP_NAMES, GroupName, meta_model, parameter_roles, rate_scale
+from moe_pretrain.model.parameter_groups import (
+    GROUP_NAMES,
+    GroupName,
+    ParameterRole,
+    meta_model,
+    parameter_roles,
+    rate_scale,
+)
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import float32_parameters
@@ -45,15 +53,71 @@ class OptimizerState:
         return state
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """Interval of one of this rank's parameters that its optimizer owns: all of it, or under ZeRO a part or nothing.
+
+    Attributes:
+        name: Name of the parameter.
+        parameter: The parameter.
+        role: Its place in the model.
+        start: First element, in the flat parameter.
+        length: Number of elements.
+        partition: The flat tensor that DeepSpeed gave to the optimizer in place of the parameter and its neighbours.
+        partition_start: First element, in that.
+        owners: Ranks that own the other parts of the parameter, or replicas of it; None for all ranks.
+        is_replica: Whether another rank owns the same.
+    """
+
+    name: str
+    parameter: Tensor
+    role: ParameterRole
+    start: int
+    length: int
+    partition: Tensor
+    partition_start: int
+    owners: dist.ProcessGroup | None
+    is_replica: bool
+
+    @property
+    def place(self) -> slice:
+        """Place in ``partition``."""
+        return slice(self.partition_start, self.partition_start + self.length)
+
+
+def whole_fragments(model: DecoderLM) -> list[Fragment]:
+    """Fragments of one process without DeepSpeed: every parameter as it is."""
+    roles = parameter_roles(model)
+    return [
+        Fragment(name, parameter, roles[name], 0, parameter.numel(), parameter, 0, None, is_replica=False)
+        for name, parameter in model.named_parameters()
+    ]
+
+
 class Withholding(torch.optim.Optimizer):
-    """Optimizer whose ``step`` does nothing while ``withheld`` is set, so that a sick step changes no state."""
+    """Optimizer whose ``step`` does nothing while ``withheld`` is set, so that a sick step changes no state.
+
+    ``watch`` is called with each tensor that an update is about to change, its gradient in ``grad``.
+    """
 
     withheld = False
+    watch: Callable[[Tensor], None] | None = None
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed passes no closure
         """Update, or do nothing."""
-        if not self.withheld:
-            super().step()
+        if self.withheld:
+            return
+        if self.watch is not None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.watch(parameter)
+        super().step()
+
+    def own(self, fragments: Sequence[Fragment]) -> None:
+        """Hear once, after DeepSpeed has put partitions in the place of parameters, what lies where in them.
+
+        Collective: every rank calls it, with a fragment for each parameter in the order of the model.
+        """
 
 
 @dataclass(frozen=True)
@@ -126,20 +190,30 @@ class OptimizerConfig(ABC):
     trainable: Literal["all", "routers"]
 
     @abstractmethod
-    def state(self, name: str, parameter: Tensor) -> OptimizerState:
-        """State of one parameter of the model; parameters of different states are put into different groups.
+    def state(self, role: ParameterRole) -> OptimizerState:
+        """State of a parameter; parameters of different states are put into different groups."""
 
-        Args:
-            name: Name of the parameter in the model.
-            parameter: The parameter, which may be on the meta device.
-        """
+    def width_power(self, role: ParameterRole) -> float:
+        """Power of base fan-in over fan-in by which ``model.init=mup`` scales the rate of a matrix."""
+        return 1.0
+
+    def update_flops(self, model: ModelConfig, router: RouterConfig) -> float:
+        """FLOPs of one update of all parameters beyond a few for each element."""
+        return 0.0
+
+    def update_bytes(self, model: DecoderLM) -> float:
+        """Bytes that an update of ``model`` needs beside state, weights and gradients."""
+        return 0.0
+
+    def check(self, model: DecoderLM) -> None:  # noqa: B027  # most optimizers take any model
+        """Raise ``ValueError`` if it is not for such a model, which may be on the meta device."""
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]], is_exact: bool) -> Withholding:
         """The optimizer over ``parameter_groups``.
 
         Args:
-            groups: Parameters, ``name``, ``weight_decay`` and ``lr_scale`` of each group.
+            groups: Parameters, ``name``, ``weight_decay``, ``lr_scale`` and names of the ``moments`` of each group.
             is_exact: Every element must be rounded alike, wherever in a tensor it lies.
         """
 
@@ -181,7 +255,8 @@ def rate_scales(model: DecoderLM, config: OptimizerConfig) -> dict[str, float]:
     """Learning rate of every parameter by name, as a multiple of ``optimizer.learning_rate``."""
     roles = parameter_roles(model)
     return {
-        name: rate_scale(roles[name], parameter, model.config) * config.groups.scale(roles[name].group)
+        name: rate_scale(roles[name], parameter, model.config, config.width_power(roles[name]))
+        * config.groups.scale(roles[name].group)
         for name, parameter in model.named_parameters()
     }
 
@@ -205,10 +280,12 @@ def describe_rates(by_group: dict[GroupName, list[float]]) -> str | None:
     return f"learning rates, as multiples of optimizer.learning_rate: {', '.join(words)}; else 1" if words else None
 
 
-def check_groups(config: OptimizerConfig, model: ModelConfig, router: RouterConfig) -> None:
-    """Raise ``ValueError`` if a group has a rate of its own that nothing would learn by."""
+def check_optimizer(config: OptimizerConfig, model: ModelConfig, router: RouterConfig) -> None:
+    """Raise ``ValueError`` if a group has a rate that nothing would learn by, or the optimizer is not for the model."""
     own = [name for name in GROUP_NAMES if config.groups.scale(name) != 1]
-    present = {role.group for role in parameter_roles(meta_model(model, router)).values()} if own else set()
+    built = meta_model(model, router)
+    config.check(built)
+    present = {role.group for role in parameter_roles(built).values()}
     for name in own:
         field = f"optimizer.groups.{name}.lr_scale={config.groups.scale(name):g} must be 1"
         if name not in present:
@@ -228,7 +305,7 @@ def parameter_groups(model: DecoderLM, config: OptimizerConfig, frozen: Collecti
     ``optimizer.learning_rate``, and has a decay that makes up for it: AdamW multiplies the two.
     """
     kept = {id(parameter) for parameter in float32_parameters(model)}
-    scales = rate_scales(model, config)
+    scales, roles = rate_scales(model, config), parameter_roles(model)
     groups: dict[str, dict[str, Any]] = {}
     for own_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -236,10 +313,11 @@ def parameter_groups(model: DecoderLM, config: OptimizerConfig, frozen: Collecti
         scale = scales[own_name]
         decayed = decays(parameter) and id(parameter) not in frozen
         words = ["decayed" if decayed else "plain", *(["float32"] if id(parameter) in kept else [])]
-        name = "_".join([*words, *config.state(own_name, parameter).moments, *([f"x{scale!r}"] if scale != 1 else [])])
+        state = config.state(roles[own_name])
+        name = "_".join([*words, *state.moments, *([f"x{scale!r}"] if scale != 1 else [])])
         decay = config.weight_decay / scale if decayed else 0.0
-        group = groups.setdefault(name, {"params": [], "name": name, "weight_decay": decay, "lr_scale": scale})
-        group["params"].append(parameter)
+        facts = {"name": name, "weight_decay": decay, "lr_scale": scale, "moments": state.moments}
+        groups.setdefault(name, {"params": [], **facts})["params"].append(parameter)
     return split_expert_groups(list(groups.values()))
 
 

@@ -24,6 +24,7 @@ def policy(keep_last: int, keep_every_steps: int | None = None, keep_best: int =
         asynchronous=False,
         resume="auto",
         warm_start=None,
+        branch_from=None,
     )
 
 

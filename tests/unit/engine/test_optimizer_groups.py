@@ -8,7 +8,7 @@ from moe_pretrain.config.preflight import preflight
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.optimizers import build_optimizer, set_learning_rate
 from moe_pretrain.engine.optimizers.base import (
-    check_groups,
+    check_optimizer,
     describe_rates,
     parameter_groups,
     rate_scales,
@@ -134,7 +134,7 @@ def test_a_rate_by_which_nothing_learns_is_refused_before_a_start(words: list[st
         preflight(config, 1)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=line):
-        check_groups(config.optimizer, config.model, config.router)
+        check_optimizer(config.optimizer, config.model, config.router)
 
 
 def test_a_run_from_before_the_groups_goes_on_and_is_told_of_a_new_rate():

@@ -27,6 +27,7 @@ def row_of(scheme: str, **state: list[float]) -> MetricsRow:
         aux={},
         aux_weights={},
         gradient_norm=1.0,
+        gradient_norms={"router": 0.6, "rest": 0.8},
         tokens_per_expert=torch.tensor([[0.0, 1, 2, 3], [1, 1, 1, 1]], dtype=torch.float64),
         kinds=ExpertKinds(4),
         tokens=10,
@@ -42,6 +43,8 @@ def test_layers_have_their_statistics() -> None:
     row = row_of("top_k")
     of_layer = {name.removeprefix("moe/layer_00/"): value for name, value in row.items() if "layer_00" in name}
     del of_layer["router_weight_norm"]
+    norms = {name: value for name, value in row.items() if "gradient_norm" in name}
+    assert norms == {"train/gradient_norm": 1.0, "train/gradient_norm_router": 0.6, "train/gradient_norm_rest": 0.8}
     assert of_layer == {
         "load_max_over_mean": 2.0,
         "router_entropy": 0.5,

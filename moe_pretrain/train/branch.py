@@ -1,0 +1,95 @@
+"""Branches: runs that begin with all that a checkpoint of another run knew, and go another way from there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_pretrain.checkpoint.manifest import complete_names, folder_name, read_manifest, step_of, train_state
+from moe_pretrain.config.schema import Config, ConfigError, to_values
+from moe_pretrain.run_folder.lock import owned
+from moe_pretrain.run_folder.metrics_file import JsonlSink, read_rows
+from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE
+from moe_pretrain.train.resume_rules import changes
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Place where a run branches off.
+
+    Attributes:
+        folder: Folder of the run that it leaves.
+        step: Finished steps of the checkpoint.
+    """
+
+    folder: Path
+    step: int
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.folder / CHECKPOINTS / folder_name(self.step)
+
+
+def branch_of(config: Config) -> Branch | None:
+    """Place that ``checkpoint.branch_from`` names; None for a run that is no branch.
+
+    Raises:
+        ConfigError: It is not ``RUN@STEP``.
+    """
+    word = config.checkpoint.branch_from
+    if word is None:
+        return None
+    name, _, step = word.rpartition("@")
+    if not name or not step.isdecimal():
+        raise ConfigError(f"checkpoint.branch_from={word} must be RUN@STEP: the folder or name of a run, and a step")
+    beside = config.run.folder.parent / name
+    return Branch(beside if beside.is_dir() and not Path(name).is_dir() else Path(name), int(step))
+
+
+def check_branch(config: Config) -> None:
+    """Refuse a branch that cannot be, before anything starts; a run that has checkpoints goes on from those.
+
+    Raises:
+        ConfigError: The step was not kept, or what must stay is another; one line.
+        CheckpointError: The checkpoint's manifest is damaged.
+    """
+    branch = branch_of(config)
+    if branch is None or complete_names(config.run.folder / CHECKPOINTS):
+        return
+    word = f"checkpoint.branch_from={config.checkpoint.branch_from}"
+    if config.checkpoint.warm_start is not None:
+        raise ConfigError(
+            f"checkpoint.warm_start={config.checkpoint.warm_start} must be null with {word}: it has weights"
+        )
+    if not branch.folder.is_dir():
+        raise ConfigError(f"{word}: {branch.folder} must be the folder of a run, or its name beside this one")
+    kept = sorted(step for path in complete_names(branch.folder / CHECKPOINTS) if (step := step_of(path)) is not None)
+    if branch.step not in kept:
+        raise ConfigError(
+            f"{word}: step {branch.step} was not kept, {branch.folder} has {', '.join(map(str, kept)) or 'none'}; "
+            "checkpoint.keep_every_steps keeps checkpoints for ever"
+        )
+    state = train_state(read_manifest(branch.checkpoint))
+    if refused := changes(state.identity.config, to_values(config), is_branch=True).refused:
+        raise ConfigError(f"{', '.join(refused)}, with which {branch.checkpoint} was made: a branch keeps them")
+    if config.num_steps <= branch.step:
+        raise ConfigError(
+            f"budget: the run comes to {config.num_steps} steps, which must be more than the {branch.step} of {word}"
+        )
+
+
+def record_in_trunk(branch: Branch, run: Path, say: Callable[[str], None]) -> str:
+    """Write into the metrics of the run that is left that ``run`` branches off; in words why not, or nothing."""
+    try:
+        with owned(branch.folder, say):
+            path = branch.folder / METRICS_FILE
+            last = next((row for row in reversed(read_rows(path)) if row["step"] <= branch.step), {})
+            sink = JsonlSink(path)
+            clock: dict[str, Any] = {key: last[key] for key in ("tokens", "seconds", "attempt") if key in last}
+            message = f"{run} goes on from {branch.checkpoint.name}"
+            sink.write({"kind": "event", "step": branch.step, **clock, "event": "branched_off", "message": message})
+            sink.close()
+    except (OSError, ValueError) as error:
+        return f"; {branch.folder} does not say so: {' '.join(str(error).split())}"
+    return ""
