@@ -15,16 +15,20 @@ import transformers
 from moe_pretrain.checkpoint.manifest import BUFFER
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.huggingface import layout
+from moe_pretrain.huggingface.expert_values import expert_values
 from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, model_class, schemes
 from moe_pretrain.huggingface.tensors import ExportedTensor
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.moe.build import expert_gate, expert_width
+from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.types import float32_parameters
 
 UNUSED_WIDTH = 16
 """Width of the shared expert of zeros that Qwen2-MoE gets where the model has none, since it cannot be without."""
 
+_EQUAL_WEIGHTS = ("hash", "random", "uniform")
+"""Schemes that may give a token's experts one weight, and name them in an order of their own."""
 _KNOWN_FIELDS = {
     *("vocab_size", "sequence_length", "num_layers", "hidden_size", "num_heads", "num_key_value_heads", "norm_epsilon"),
     *("head_size", "qk_norm"),
@@ -101,6 +105,13 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
             f"router={config.router.name} cannot be exported: in evaluation a token's experts depend on later tokens, "
             "which do not exist yet when text is generated"
         )
+    if isinstance(config.model.moe.combine, OrthogonalConfig) and config.model.moe.combine.form != "symmetric":
+        if config.router.name in _EQUAL_WEIGHTS:
+            raise ConfigError(
+                f"combine=orthogonal with router={config.router.name} cannot be exported: a token's weights are equal, "
+                "and the order in which it makes its outputs orthogonal is not kept; model.moe.combine.form=symmetric "
+                "has none"
+            )
     if routers and config.router.name not in schemes():
         raise ConfigError(
             f"router={config.router.name} cannot be exported: it has no inference form yet; one file in "
@@ -111,16 +122,8 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
 def _refuse_what_is_not_known(config: Config) -> None:
     """Refuse fields of the model that this file has never heard of, unless they are off."""
     model = config.model
-    if model.moe.combine.name != "sum":
-        raise ConfigError(
-            f"combine={model.moe.combine.name} cannot be exported yet: transformers' classes sum the experts' outputs"
-        )
     if config.router.dense_experts and model.moe.activation_function != SWIGLU:
         raise ConfigError(f"{model.moe.activation_name} cannot be exported yet with router={config.router.name}")
-    if model.moe.experts.name != "swiglu":
-        raise ConfigError(
-            f"experts={model.moe.experts.name} cannot be exported yet: no class of transformers has such experts"
-        )
     for prefix, part in (("model", model), ("model.moe", model.moe)):
         for name, value in vars(part).items():
             if name not in _KNOWN_FIELDS and value:
@@ -130,6 +133,8 @@ def _refuse_what_is_not_known(config: Config) -> None:
 def _fields(config: Config) -> dict[str, Any] | None:
     """Fields of a router that is top-k of one linear map over full experts, as the classes have it; else None."""
     fields = asdict(config.router)  # type: ignore[call-overload]  # every scheme is a dataclass
+    if config.model.moe.combine.name != "sum" or config.model.moe.experts.name != "swiglu":
+        return None
     if expert_gate(config.model.moe, config.router) is not None or "projection_size" not in fields:
         return None
     is_plain = fields["projection_size"] is None and fields["num_groups"] == 1
@@ -333,7 +338,7 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         "rms_norm_eps": shape.norm_epsilon,
         "tie_word_embeddings": shape.tie_embeddings,
         "dense_widths": widths,
-        "num_experts": moe.num_experts if has_experts else 0,
+        **(expert_values(config) if has_experts else {}),
         "expert_width": expert_width(moe, router, shape.hidden_size) if has_experts else 0,
         "shared_expert_width": moe.shared_width if has_experts else 0,
         "shared_expert_gate": moe.shared_expert_gate,
@@ -342,7 +347,10 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         "experts_own_down": moe.gate_rank is not None,
         "router": asdict(router) if has_experts else None,  # type: ignore[call-overload]
     }
-    source = assemble(router.name if has_experts else None, rank is not None)
+    own = moe.experts.name
+    networks = own if own in ("unequal", "matrix_product") else "swiglu" if rank is None else "factorised"
+    pieces = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
+    source = assemble(router.name, pieces, moe.combine.name) if has_experts else assemble(None)
     return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
 
 
@@ -355,7 +363,8 @@ def _as_they_are(model: DecoderLM, source: str, values: dict[str, Any]) -> Itera
     exact = {id(parameter) for parameter in float32_parameters(model)}
     for name, tensor in theirs.state_dict().items():
         shape = list(tensor.shape)
-        if name in parameters:
-            yield ExportedTensor(name, shape, name, is_rounded=id(parameters[name]) not in exact)
+        source = name.replace(".experts.constants.", ".zero_computation.constants.")
+        if source in parameters:
+            yield ExportedTensor(name, shape, source, is_rounded=id(parameters[source]) not in exact)
         elif name != "head.weight":  # else it is the embedding
             yield ExportedTensor(name, shape, name, kind=BUFFER, dtype=tensor.dtype, is_rounded=False)

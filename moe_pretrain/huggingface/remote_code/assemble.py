@@ -6,6 +6,7 @@ import pkgutil
 import re
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,17 @@ def schemes() -> dict[str, str]:
     return {scheme: name for name, module in modules.items() for scheme in module.SCHEMES}
 
 
-def assemble(scheme: str | None, is_factorised: bool) -> str:
+def assemble(scheme: str | None, experts: Sequence[str] = ("swiglu",), combine: str = "sum") -> str:
     """Source of the modelling file.
 
     Args:
         scheme: Name of the routing scheme; None for a model without routing.
-        is_factorised: Whether the experts' gate is the product of two factors.
+        experts: Pieces in ``experts/``, those of networks first.
+        combine: Piece in ``combine/``.
     """
     router = "top_k" if scheme is None else schemes()[scheme]
-    experts = "factorised" if is_factorised else "swiglu"
-    pieces = ("common", "dense", f"routers/{router}", f"experts/{experts}", "mixture", "decoder")
+    of_experts = [f"experts/{name}" for name in experts]
+    pieces = ("common", "dense", f"routers/{router}", *of_experts, f"combine/{combine}", "mixture", "decoder")
     texts = {piece: (_HERE / f"{piece}.py").read_text(encoding="utf-8") for piece in pieces}
     unused = _unused(texts["common"], "\n".join(text for piece, text in texts.items() if piece != "common"))
     imports: dict[str, set[str]] = {}

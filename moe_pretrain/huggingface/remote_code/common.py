@@ -1,6 +1,6 @@
 """Values and functions that the parts of an exported model share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ class Facts:
         key: Keys, those in the cache among them, ``[batch, kv_heads, keys, head]``.
         visible: Which keys a query sees, ``[batch, sequence, keys]``.
         experts: The layer's experts.
+        carried: What routers of the layers below have left for those above, bottom up.
     """
 
     token_ids: Tensor
@@ -26,6 +27,7 @@ class Facts:
     key: Tensor
     visible: Tensor
     experts: Any
+    carried: list[Tensor] = field(default_factory=list)
 
 
 def empty(*shape: int) -> nn.Parameter:

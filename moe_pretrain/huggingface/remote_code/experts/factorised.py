@@ -13,7 +13,7 @@ class Experts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.numbers = config.activation
-        num, width, hidden, rank = config.num_experts, config.expert_width, config.hidden_size, config.gate_rank
+        num, width, hidden, rank = config.num_networks, config.expert_width, config.hidden_size, config.gate_rank
         self.down_weight = empty(num, rank, hidden) if config.experts_own_down else None
         self.up_weight = empty(num, width, rank)
         self.in_weight = empty(num, width, hidden)
