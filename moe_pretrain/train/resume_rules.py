@@ -29,6 +29,8 @@ _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 """With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
+_ROW_POLICIES = ("invalid_text", "invalid_json", "invalid_utf8")
+"""Policies for rows that are no text. One that was ``fail`` may change: no row that was read until then met it."""
 _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.init": lambda now: now != "mup",
     "model.gate_init": lambda now: True,
@@ -156,7 +158,8 @@ def changes(then: dict[str, Any], now: dict[str, Any], is_branch: bool = False) 
             continue
         if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
-        must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
+        is_policy_unused = name.rpartition(".")[2] in _ROW_POLICIES and before == "fail"
+        must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER) and not is_policy_unused
         if before is _ABSENT and name in _WHEN_ABSENT and _WHEN_ABSENT[name](after):
             continue
         if before is _ABSENT and name in _ONLY_WHEN_ABSENT:
