@@ -349,7 +349,9 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
     }
     own = moe.experts.name
     networks = own if own in ("unequal", "matrix_product") else "swiglu" if rank is None else "factorised"
-    pieces = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
+    pieces: tuple[str, ...] = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
+    if router.merges_experts:
+        pieces = ()
     source = assemble(router.name, pieces, moe.combine.name) if has_experts else assemble(None)
     return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
 

@@ -36,12 +36,13 @@ def assemble(scheme: str | None, experts: Sequence[str] = ("swiglu",), combine: 
 
     Args:
         scheme: Name of the routing scheme; None for a model without routing.
-        experts: Pieces in ``experts/``, those of networks first.
-        combine: Piece in ``combine/``.
+        experts: Pieces in ``experts/``, those of networks first; none where they are merged.
+        combine: Piece in ``combine/``; of no use to merged ones.
     """
     router = "top_k" if scheme is None else schemes()[scheme]
     of_experts = [f"experts/{name}" for name in experts]
-    pieces = ("common", "dense", f"routers/{router}", *of_experts, f"combine/{combine}", "mixture", "decoder")
+    layer = [*of_experts, f"combine/{combine}", "mixture"] if experts else ["merged"]
+    pieces = ("common", "dense", f"routers/{router}", *layer, "decoder")
     texts = {piece: (_HERE / f"{piece}.py").read_text(encoding="utf-8") for piece in pieces}
     unused = _unused(texts["common"], "\n".join(text for piece, text in texts.items() if piece != "common"))
     imports: dict[str, set[str]] = {}

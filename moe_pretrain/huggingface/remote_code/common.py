@@ -18,6 +18,7 @@ class Facts:
         key: Keys, those in the cache among them, ``[batch, kv_heads, keys, head]``.
         visible: Which keys a query sees, ``[batch, sequence, keys]``.
         experts: The layer's experts.
+        cache: The key-value cache; None without one.
         carried: What routers of the layers below have left for those above, bottom up.
     """
 
@@ -27,6 +28,7 @@ class Facts:
     key: Tensor
     visible: Tensor
     experts: Any
+    cache: Any = None
     carried: list[Tensor] = field(default_factory=list)
 
 

@@ -171,7 +171,7 @@ class Block(nn.Module):
         normed = self.feed_forward_norm(hidden)
         if isinstance(self.feed_forward, SwiGLU):
             return hidden + self.feed_forward(normed)
-        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts, carried)
+        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts, cache, carried)
         return hidden + self.feed_forward(normed.flatten(0, 1), facts).view_as(hidden)
 
 
