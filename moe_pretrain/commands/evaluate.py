@@ -70,8 +70,10 @@ def run(options: argparse.Namespace) -> int:
         loaded = load_tasks("tasks", tasks, options.num_fewshot)
         rule = check_router(trained.meta_model(), trained.config.router.name, loaded)
         if rule and is_main:
-            words = f"router={trained.config.router.name} decides here by its evaluation rule: {rule}"
-            print(f"moe-pretrain evaluate: {words}", file=sys.stderr)
+            _note(f"router={trained.config.router.name} decides here by its evaluation rule: {rule}")
+        keeps = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
+        if options.num_fewshot and keeps and is_main:
+            _note(f"no examples for {', '.join(keeps[:5])}: num_fewshot: 0 stands in the task itself, and stays")
     model = trained.model(_device())
     if files and is_main:
         _print_losses(model, trained.config, tokenizer, files, options)
@@ -105,6 +107,10 @@ def _check(options: argparse.Namespace, files: Sequence[Path], tasks: Sequence[s
             raise ConfigError(f"FILE={file} must be a file that exists")
         next(_texts(file, options.column), None)  # a wrong column is said before a model is loaded
     check_tasks("tasks", tasks)
+
+
+def _note(line: str) -> None:
+    print(f"moe-pretrain evaluate: {line}", file=sys.stderr)
 
 
 def _words(options: argparse.Namespace) -> list[str]:

@@ -75,10 +75,12 @@ class TokenizerConfig:
             if self.end_of_document is not None:
                 raise ValueError(
                     f"tokenizer.end_of_document={self.end_of_document} has no effect with tokenizer.kind=train, whose "
-                    f"token is {END_OF_DOCUMENT}"
+                    f"token is {END_OF_DOCUMENT}; tokenizer=pretrained tokenizer.path=PATH takes one that is there"
                 )
             if self.path is not None:
-                raise ValueError(f"tokenizer.path={self.path} has no effect with tokenizer.kind=train")
+                raise ValueError(
+                    f"tokenizer.path={self.path} has no effect with tokenizer.kind=train: add tokenizer=pretrained"
+                )
             if self.vocab_size < _SMALLEST_TRAINED:
                 raise ValueError(
                     f"tokenizer.vocab_size={self.vocab_size} must be at least "

@@ -15,21 +15,26 @@ import transformers
 from moe_pretrain.checkpoint.manifest import BUFFER
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.huggingface import layout
+from moe_pretrain.huggingface.expert_values import expert_values
 from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, model_class, schemes
 from moe_pretrain.huggingface.tensors import ExportedTensor
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.moe.build import expert_gate, expert_width
+from moe_pretrain.moe.combine import OrthogonalConfig
+from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.types import float32_parameters
 
 UNUSED_WIDTH = 16
 """Width of the shared expert of zeros that Qwen2-MoE gets where the model has none, since it cannot be without."""
 
+_EQUAL_WEIGHTS = ("hash", "random", "uniform")
+"""Schemes that may give a token's experts one weight, and name them in an order of their own."""
 _KNOWN_FIELDS = {
     *("vocab_size", "sequence_length", "num_layers", "hidden_size", "num_heads", "num_key_value_heads", "norm_epsilon"),
     *("head_size", "qk_norm"),
     *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
     *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
-    "experts",
+    *("experts", "activation", "activation_limit", "shared_expert_gate"),
     # They decide how a model starts and how it is trained, not what it computes.
     *("name", "init", "init_std", "mup_base_width", "mup_base_layers", "gate_init", "scale_residual_init"),
     *("cross_entropy_chunk_tokens", "recompute", "expert_width_multiple"),
@@ -65,7 +70,7 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
     Raises:
         ConfigError: The scheme cannot be exported; the line says why.
     """
-    _refuse_what_is_not_known(config.model)
+    _refuse_what_is_not_known(config)
     _refuse_what_cannot_generate(config, model)
     return _of_transformers(config) or _remote(config, model)
 
@@ -73,6 +78,8 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
 def _of_transformers(config: Config) -> Architecture | None:
     """One of its own classes; None where none computes the same."""
     norm, widths, fields = config.model.qk_norm, layout.dense_widths(config), _fields(config)
+    if config.model.moe.activation_function != SWIGLU:
+        return None
     if len(set(widths)) == 1 and widths[0] and norm != "whole":
         return _dense(config)
     if fields is None:
@@ -98,6 +105,13 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
             f"router={config.router.name} cannot be exported: in evaluation a token's experts depend on later tokens, "
             "which do not exist yet when text is generated"
         )
+    if isinstance(config.model.moe.combine, OrthogonalConfig) and config.model.moe.combine.form != "symmetric":
+        if config.router.name in _EQUAL_WEIGHTS:
+            raise ConfigError(
+                f"combine=orthogonal with router={config.router.name} cannot be exported: a token's weights are equal, "
+                "and the order in which it makes its outputs orthogonal is not kept; model.moe.combine.form=symmetric "
+                "has none"
+            )
     if routers and config.router.name not in schemes():
         raise ConfigError(
             f"router={config.router.name} cannot be exported: it has no inference form yet; one file in "
@@ -105,16 +119,11 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
         )
 
 
-def _refuse_what_is_not_known(model: ModelConfig) -> None:
+def _refuse_what_is_not_known(config: Config) -> None:
     """Refuse fields of the model that this file has never heard of, unless they are off."""
-    if model.moe.combine.name != "sum":
-        raise ConfigError(
-            f"combine={model.moe.combine.name} cannot be exported yet: transformers' classes sum the experts' outputs"
-        )
-    if model.moe.experts.name != "swiglu":
-        raise ConfigError(
-            f"experts={model.moe.experts.name} cannot be exported yet: no class of transformers has such experts"
-        )
+    model = config.model
+    if config.router.dense_experts and model.moe.activation_function != SWIGLU:
+        raise ConfigError(f"{model.moe.activation_name} cannot be exported yet with router={config.router.name}")
     for prefix, part in (("model", model), ("model.moe", model.moe)):
         for name, value in vars(part).items():
             if name not in _KNOWN_FIELDS and value:
@@ -124,9 +133,12 @@ def _refuse_what_is_not_known(model: ModelConfig) -> None:
 def _fields(config: Config) -> dict[str, Any] | None:
     """Fields of a router that is top-k of one linear map over full experts, as the classes have it; else None."""
     fields = asdict(config.router)  # type: ignore[call-overload]  # every scheme is a dataclass
+    if config.model.moe.combine.name != "sum" or config.model.moe.experts.name != "swiglu":
+        return None
     if expert_gate(config.model.moe, config.router) is not None or "projection_size" not in fields:
         return None
     is_plain = fields["projection_size"] is None and fields["num_groups"] == 1
+    is_plain = is_plain and not fields["bias"] and fields["logit_cap"] is None
     return fields if is_plain and fields["name"] in ("top_k", "loss_free", "quantile") else None
 
 
@@ -134,7 +146,8 @@ def _fits_glm4_moe(model: ModelConfig, widths: list[int]) -> bool:
     """Whether dense layers come first, and shared experts are as wide as so many routed ones."""
     leading = model.moe.num_leading_dense_layers
     is_leading = all(bool(width) == (layer < leading) for layer, width in enumerate(widths))
-    return is_leading and model.moe.shared_width > 0 and model.moe.shared_width % model.moe.expert_hidden_size == 0
+    has_plain_ones = model.moe.shared_width > 0 and not model.moe.shared_expert_gate
+    return is_leading and has_plain_ones and model.moe.shared_width % model.moe.expert_hidden_size == 0
 
 
 def _dense(config: Config) -> Architecture:
@@ -202,15 +215,18 @@ def _qwen_moe(config: Config, fields: dict[str, Any]) -> Architecture:
         if moe.shared_width
         else f"This class cannot be without a shared expert: it has one of width {UNUSED_WIDTH} whose weights are 0."
     )
+    note = "" if moe.shared_expert_gate else note
     return Architecture("Qwen2MoeForCausalLM", values, _mixtures(config, _qwen2_mixture), note=note)
 
 
 def _qwen2_mixture(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
     hidden = config.model.hidden_size
     yield from _routed(config, layer, prefix)
-    yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], None)
+    is_gated, shared = config.model.moe.shared_expert_gate, f"blocks.{layer}.feed_forward.shared_experts"
+    gate = f"{shared}.gate_weight" if is_gated else None
+    yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], gate)
     if config.model.moe.shared_width:
-        yield from layout.shared(config, layer, f"{prefix}.shared_expert", 2.0)
+        yield from layout.shared(config, layer, f"{prefix}.shared_expert", 1.0 if is_gated else 2.0)
         return
     for name, shape in (
         ("gate", [UNUSED_WIDTH, hidden]),
@@ -322,14 +338,21 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         "rms_norm_eps": shape.norm_epsilon,
         "tie_word_embeddings": shape.tie_embeddings,
         "dense_widths": widths,
-        "num_experts": moe.num_experts if has_experts else 0,
+        **(expert_values(config) if has_experts else {}),
         "expert_width": expert_width(moe, router, shape.hidden_size) if has_experts else 0,
         "shared_expert_width": moe.shared_width if has_experts else 0,
+        "shared_expert_gate": moe.shared_expert_gate,
+        "activation": asdict(moe.activation_function) | {"limit": moe.activation_limit} if has_experts else None,
         "gate_rank": rank if has_experts else None,
         "experts_own_down": moe.gate_rank is not None,
         "router": asdict(router) if has_experts else None,  # type: ignore[call-overload]
     }
-    source = assemble(router.name if has_experts else None, rank is not None)
+    own = moe.experts.name
+    networks = own if own in ("unequal", "matrix_product") else "swiglu" if rank is None else "factorised"
+    pieces: tuple[str, ...] = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
+    if router.merges_experts:
+        pieces = ()
+    source = assemble(router.name, pieces, moe.combine.name) if has_experts else assemble(None)
     return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
 
 
@@ -342,7 +365,8 @@ def _as_they_are(model: DecoderLM, source: str, values: dict[str, Any]) -> Itera
     exact = {id(parameter) for parameter in float32_parameters(model)}
     for name, tensor in theirs.state_dict().items():
         shape = list(tensor.shape)
-        if name in parameters:
-            yield ExportedTensor(name, shape, name, is_rounded=id(parameters[name]) not in exact)
+        source = name.replace(".experts.constants.", ".zero_computation.constants.")
+        if source in parameters:
+            yield ExportedTensor(name, shape, source, is_rounded=id(parameters[source]) not in exact)
         elif name != "head.weight":  # else it is the embedding
             yield ExportedTensor(name, shape, name, kind=BUFFER, dtype=tensor.dtype, is_rounded=False)

@@ -29,6 +29,8 @@ _MUST_STAY_IF_ELASTIC = ("batch.micro_batch_size",)
 """With ``engine.determinism=elastic`` then and now: it decides the order of sums, and so the bits of the run."""
 _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
+_ROW_POLICIES = ("invalid_text", "invalid_json", "invalid_utf8")
+"""Policies for rows that are no text. One that was ``fail`` may change: no row that was read until then met it."""
 _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.init": lambda now: now != "mup",
     "model.gate_init": lambda now: True,
@@ -38,6 +40,11 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.mup_base_layers": lambda now: True,
     "model.moe.combine": lambda now: now == {"name": "sum"},
     "model.moe.experts": lambda now: now == {"name": "swiglu"},
+    "model.moe.shared_expert_gate": lambda now: now is False,
+    "model.moe.activation": lambda now: now == "swiglu",
+    "model.moe.activation_limit": lambda now: now is None,
+    "router.bias": lambda now: now is False,
+    "router.logit_cap": lambda now: now is None,
     "checkpoint.branch_from": lambda now: now is None,
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
     "evaluation.tasks": lambda now: not now["names"],
@@ -52,6 +59,11 @@ _ONLY_WHEN_ABSENT = {
     "model.qk_norm": "none",
     "model.moe.combine": "{'name': 'sum'}",
     "model.moe.experts": "{'name': 'swiglu'}",
+    "model.moe.shared_expert_gate": "false",
+    "model.moe.activation": "swiglu",
+    "model.moe.activation_limit": "null",
+    "router.bias": "false",
+    "router.logit_cap": "null",
     "checkpoint.branch_from": "null",
 }
 """Those of them that are refused with any other value -> the values that they may have."""
@@ -156,7 +168,8 @@ def changes(then: dict[str, Any], now: dict[str, Any], is_branch: bool = False) 
             continue
         if _is_within(name, _SILENT) or (_is_within(name, of_another_kind) and name not in _KINDS):
             continue
-        must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER)
+        is_policy_unused = name.rpartition(".")[2] in _ROW_POLICIES and before == "fail"
+        must_stay = _is_within(name, kept) and not _is_within(name, _MAY_DIFFER) and not is_policy_unused
         if before is _ABSENT and name in _WHEN_ABSENT and _WHEN_ABSENT[name](after):
             continue
         if before is _ABSENT and name in _ONLY_WHEN_ABSENT:

@@ -129,6 +129,33 @@ def test_a_spike_in_a_stream_ends_the_run_and_the_next_start_leaves_its_rows_out
     assert hashes[0] == hashes[1] and len(hashes[0]) == STEPS
 
 
+def test_a_run_goes_on_past_a_row_that_stopped_it(server, straight):
+    home, address, _ = server
+    lines = (home / "0.jsonl").read_text().splitlines()
+    (home / "bad.jsonl").write_text("\n".join([*lines[:215], '{"text": null}', *lines[215:]]) + "\n")
+    steps = 18
+    # One that is learnt from the stream would meet the row at once.
+    tokenizer = next(home.glob("**/stream-*/tokenizer.json"))
+    one = [
+        f"data.files=[{address}bad.jsonl]",
+        "tokenizer=pretrained",
+        f"tokenizer.path={tokenizer}",
+        "checkpoint.every_steps=1",
+        f"budget.tokens={steps * 1024}",
+    ]
+    code, _, err = run(home, *words(address, "past", *one))
+    assert code == 2 and "row 216: column 'text' must be a string, got None; data.invalid_text=skip" in err
+    before = rows_of(home, "past")
+    code, out, err = run(home, "train", "run.name=past", "data.invalid_text=skip")
+    assert code == 0, err
+    assert "left out: 1 without a text" in out
+    rows = rows_of(home, "past")
+    assert 0 < len(before) < steps == len(rows) and rows[: len(before)] == before
+    code, _, err = run(home, *words(address, "skipping", *one, "data.invalid_text=skip"))
+    assert code == 0, err
+    assert [row["data/token_hash"] for row in rows_of(home, "skipping")] == [row["data/token_hash"] for row in rows]
+
+
 def test_a_source_that_is_not_there_is_one_line(server):
     home, address, _ = server
     code, _, err = run(home, *words(address, "nothing", f"data.files=[{address}9.jsonl]"))

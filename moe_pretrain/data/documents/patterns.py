@@ -86,9 +86,10 @@ def _names_of(pattern: str, endings: tuple[str, ...]) -> list[str]:
     if parts[-1] != "**":  # which stands for folders, to be searched and not to be read
         for folder in folders:
             if not any(file.startswith(f"{folder}/") for file in files) and any(_scan(folder)):
+                ending = next((ending for ending in endings if pattern.endswith(ending)), endings[0])
                 raise ValueError(
                     f"data.paths: {folder}, which {pattern} matches, is a folder: name its files too "
-                    f"({folder}/*{endings[0]}), or write a pattern that it does not match"
+                    f"({folder}/*{ending}), or write a pattern that it does not match"
                 )
     if not files:
         raise ValueError(f"data.paths: pattern {pattern} matches no file{_hint(pattern)}")

@@ -107,23 +107,11 @@ class TokenizedCorpus(SingleCorpus):
     def describe_counts(self) -> str:
         """Documents and tokens in and out, in one line whose numbers add up."""
         counts = self.counts
-        left_out = "".join(
-            f" + {number:,} {words}"
-            for number, words in (
-                (counts.empty, "empty"),
-                (counts.invalid_utf8, "not UTF-8"),
-                (counts.invalid_json, "not JSON"),
-                (counts.invalid_text, "without a text"),
-                (counts.table, "tables"),
-                (counts.duplicate, "held out but trained on too, exactly or nearly"),
-            )
-            if number
-        )
         repaired = f" ({counts.repaired:,} with bytes replaced)" if counts.repaired else ""
         tokens = self.train.num_tokens + self.validation.num_tokens
         return (
             f"documents: {counts.read:,} read = {counts.train:,} training + {counts.validation:,} validation"
-            f"{left_out}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
+            f"{counts.describe_left_out()}{repaired}; tokens: {tokens:,} = {self.train.num_tokens:,} training + "
             f"{self.validation.num_tokens:,} validation, ends of documents among them{self.describe_duplicates()}"
         )
 

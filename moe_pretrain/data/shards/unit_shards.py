@@ -71,6 +71,18 @@ class Counts:
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return Counts(*(one + two for one, two in zip(mine, theirs, strict=True)))
 
+    def describe_left_out(self) -> str:
+        """Rows of the source that are on no side, by reason, with a plus before each; nothing where there are none."""
+        reasons = {
+            "empty": self.empty,
+            "not UTF-8": self.invalid_utf8,
+            "not JSON": self.invalid_json,
+            "without a text": self.invalid_text,
+            "tables": self.table,
+            "held out but trained on too, exactly or nearly": self.duplicate,
+        }
+        return "".join(f" + {number:,} {words}" for words, number in reasons.items() if number)
+
 
 NOTHING = Counts(*(0 for _ in dataclasses.fields(Counts)))
 

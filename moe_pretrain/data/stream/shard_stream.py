@@ -91,6 +91,7 @@ class ShardStream:
         self._num_shards: int | None = None
         self._expected: dict[int, str | None] = {}
         self._kept, self._last = 0, -1
+        self._counts, self._next_said = NOTHING, 1
 
     def load_tokenizer(self, config: TokenizerConfig) -> None:
         """Wait for the tokenizer, if it is learnt from the corpus, and load it: first of all."""
@@ -275,7 +276,19 @@ class ShardStream:
             record = read_record(path)
             self._records[shard] = record
             self._compare(shard)
+            self._say_left_out(record)
         return self._records.get(shard)
+
+    def _say_left_out(self, record: UnitRecord) -> None:
+        """Say how many rows are left out, whenever they have become ten times as many."""
+        self._counts += record.counts
+        left_out = self._counts.read - self._counts.train - self._counts.validation
+        if left_out >= self._next_said:
+            self._next_said = 10 ** len(str(left_out))
+            self.report(
+                f"{describe(self._corpus)}: of the {self._counts.read:,} rows of the shards read so far, left out:"
+                + self._counts.describe_left_out().replace(" +", "", 1)
+            )
 
     def _compare(self, shard: int) -> None:
         if shard in self._expected and self._expected[shard] != self.checksum(shard):

@@ -35,8 +35,18 @@ class MoePretrainConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         dense_widths: list[int] | None = None,
         num_experts: int = 0,
+        num_networks: int = 0,
+        num_constant_experts: int = 0,
+        num_copy_experts: int = 0,
+        num_zero_experts: int = 0,
+        expert_input_scale: float = 1.0,
         expert_width: int = 0,
+        expert_widths: list[int] | None = None,
+        core_shapes: dict[str, list[list[int]]] | None = None,
+        combine_form: str | None = None,
         shared_expert_width: int = 0,
+        shared_expert_gate: bool = False,
+        activation: dict[str, Any] | None = None,
         gate_rank: int | None = None,
         experts_own_down: bool = False,
         router: dict[str, Any] | None = None,
@@ -53,9 +63,19 @@ class MoePretrainConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.rms_norm_eps = rms_norm_eps
         self.dense_widths = dense_widths or []  # inner width of each layer's dense network; 0 where it has experts
-        self.num_experts = num_experts
+        self.num_experts = num_experts  # of all kinds: networks, then constants, copies and zeros
+        self.num_networks = num_networks
+        self.num_constant_experts = num_constant_experts
+        self.num_copy_experts = num_copy_experts
+        self.num_zero_experts = num_zero_experts
+        self.expert_input_scale = expert_input_scale
         self.expert_width = expert_width
+        self.expert_widths = expert_widths or []  # of each expert, where they differ
+        self.core_shapes = core_shapes or {}
+        self.combine_form = combine_form
         self.shared_expert_width = shared_expert_width
+        self.shared_expert_gate = shared_expert_gate
+        self.activation = activation  # of experts, routed and shared
         self.gate_rank = gate_rank
         self.experts_own_down = experts_own_down
         self.router = router or {}
@@ -136,15 +156,22 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config.hidden_size, width) if width else MixtureOfExperts(config, layer)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, cache: Any, ids: Tensor, place: Tensor
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        visible: Tensor,
+        cache: Any,
+        ids: Tensor,
+        place: Tensor,
+        carried: list[Tensor],
     ) -> Tensor:
-        """New hidden states ``[batch, sequence, hidden]``."""
+        """New hidden states ``[batch, sequence, hidden]``; routers may add to ``carried`` for those above."""
         attended, query, key = self.attention(self.attention_norm(hidden), rotary, visible, cache)
         hidden = hidden + attended
         normed = self.feed_forward_norm(hidden)
         if isinstance(self.feed_forward, SwiGLU):
             return hidden + self.feed_forward(normed)
-        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts)
+        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts, cache, carried)
         return hidden + self.feed_forward(normed.flatten(0, 1), facts).view_as(hidden)
 
 
@@ -209,9 +236,9 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             place = position_ids.expand(batch, -1)
         rotary = self._rotary_table(place)
-        hidden = self.embedding(input_ids)
+        hidden, carried = self.embedding(input_ids), list[Tensor]()
         for block in self.blocks:
-            hidden = block(hidden, rotary, visible, cache, input_ids, place)
+            hidden = block(hidden, rotary, visible, cache, input_ids, place, carried)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(self.norm(hidden[:, kept]))
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from moe_pretrain.huggingface.remote_code.combine.sum import combine
 from moe_pretrain.huggingface.remote_code.common import Facts
 from moe_pretrain.huggingface.remote_code.dense import SwiGLU
 from moe_pretrain.huggingface.remote_code.experts.swiglu import Experts
@@ -18,15 +18,13 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config, layer)
         self.experts = Experts(config)
+        self.form = config.combine_form
         width = config.shared_expert_width
-        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        shared = (config.hidden_size, width, config.activation, config.shared_expert_gate)
+        self.shared_experts = SwiGLU(*shared) if width else None
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Apply the layer to ``hidden [tokens, hidden]``."""
         gates = self.router(hidden, facts)
-        output = torch.zeros_like(hidden)
-        for expert in (gates != 0).any(dim=0).nonzero().flatten().tolist():
-            token = gates[:, expert].nonzero().flatten()
-            rows = self.experts.run(hidden[token], expert, self.router) * gates[token, expert, None]
-            output.index_add_(0, token, rows.to(output.dtype))
+        output = combine(hidden, gates, lambda rows, expert: self.experts.run(rows, expert, self.router), self.form)
         return output if self.shared_experts is None else output + self.shared_experts(hidden)

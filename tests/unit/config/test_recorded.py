@@ -200,3 +200,12 @@ def test_a_record_that_is_no_configuration_is_one_line(tmp_path: Path, damage: s
         file.write_text(yaml.safe_dump({**values, damage: wrong}))
         with pytest.raises(ConfigError, match="recorded configuration is damaged"):
             with_earlier_overrides(named)
+
+
+def test_a_policy_that_no_row_has_met_may_change():
+    def values(policy: str) -> dict:
+        return json.loads(json.dumps(to_values(load([*FILES, f"data.invalid_text={policy}"]))))
+
+    found = changes(values("fail"), values("skip"))
+    assert not found.refused and found.allowed == ["data.invalid_text=skip (was fail)"]
+    assert changes(values("skip"), values("fail")).refused == ["data.invalid_text=fail must stay skip"]

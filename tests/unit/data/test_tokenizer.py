@@ -93,7 +93,10 @@ def test_fingerprint_sees_the_file_and_its_output(file, tmp_path):
 def test_bad_settings_are_one_line():
     for options, line in [
         (("train", 256, None), r"^tokenizer\.vocab_size=256 must be at least 257 "),
-        (("train", 300, "x"), r"^tokenizer\.path=x has no effect with tokenizer\.kind=train$"),
+        (
+            ("train", 300, "x"),
+            r"^tokenizer\.path=x has no effect with tokenizer\.kind=train: add tokenizer=pretrained$",
+        ),
         (("pretrained", 0, None), r"^tokenizer\.path must name a tokenizer"),
     ]:
         with pytest.raises(ValueError, match=line):

@@ -101,6 +101,7 @@ def test_folders_behind_links_are_searched(tree, tmp_path_factory):
         (lambda t: (t / "a/9.txt").mkdir(), "a/*.txt", "4 matches"),
         (lambda t: os.mkfifo(t / "a/9.txt"), "a/*.txt", "no regular file"),
         (lambda t: None, "a/*", "a/b, which a/* matches, is a folder: name its files too (a/b/*.txt)"),
+        (lambda t: _folder_called(t / "a/7.jsonl"), "a/*.jsonl", "name its files too (a/7.jsonl/*.jsonl)"),
         (lambda t: None, "a", "a is a folder, write a pattern: a/*.txt"),
         (lambda t: None, "a/b/*.txt/x", "pattern a/b/*.txt/x matches no file"),
         (lambda t: None, "x/1.txt", "x/1.txt does not exist"),
@@ -159,3 +160,8 @@ def test_without_permission_is_one_line_whatever_the_pattern(tree):
     assert lines[-1] == "1", ran
     for pattern, line in zip(patterns[:-1], lines[:-1], strict=True):
         assert line.startswith("data.paths: ") and "Permission denied" in line, (pattern, line)
+
+
+def _folder_called(folder) -> None:
+    folder.mkdir()
+    (folder / "part.jsonl").write_text("{}")

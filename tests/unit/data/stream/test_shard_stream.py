@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -234,7 +235,8 @@ def test_the_end_of_the_source_is_said_and_what_follows_is_an_option(corpus, tmp
     num_rows = len(expected_rows(shard_tokens(corpus, stream, stream.config), stream.config, 0))
     assert len(steps) == (num_rows // 24 if at_end == "stop" else 300)
     then = "its next epoch follows" if at_end == "repeat" else "the run ends with it"
-    assert [line for line in lines if "ends after" in line and f"{num_rows:,} rows" in line and then in line] == lines
+    (told,) = [line for line in lines if "left out" not in line]
+    assert "ends after" in told and f"{num_rows:,} rows" in told and then in told
 
 
 def test_what_is_waited_for_is_said(corpus, tmp_path):
@@ -310,3 +312,18 @@ def test_windows_by_hand():
     windows.end()
     assert windows.num_rows == 12 and windows.rows(2) == range(9, 12)
     assert windows.shards(2) == range(3, 5)
+
+
+def test_rows_that_are_left_out_are_counted_and_said(tmp_path):
+    rows = [{"text": f"word {number} " * 30} for number in range(400)]
+    for number in (3, *range(150, 170)):
+        rows[number] = {"text": None}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines: list[str] = []
+    corpus = files(tmp_path / "a.jsonl", invalid_text="skip")
+    stream, _ = open_inline(tmp_path / "cache", corpus, streaming(), lines)
+    StreamedRows(stream, SEQUENCE, SEED, True).reach(0, 10**4, never)
+    told = [line for line in lines if "left out" in line]
+    assert len(told) == 2 and told[0].endswith(" left out: 1 without a text")
+    read, without = re.search(r"of the (\d+) rows .* left out: (\d+) without a text$", told[1]).groups()
+    assert 10 <= int(without) <= 21 and int(without) == sum(row["text"] is None for row in rows[: int(read)])
