@@ -221,7 +221,10 @@ class HuggingFaceFolder:
         return [experts, rows // experts, *shapes[0][1:]]
 
     def _num_experts(self) -> int:
-        return int(self.values.get("num_local_experts") or self.values["num_experts"])
+        number = self.values.get("num_local_experts") or self.values.get("num_experts")
+        if not number:
+            raise ConfigError(f"{self._path / MODEL_CONFIG} has no num_experts")
+        return int(number)
 
     def _shape(self, name: str) -> list[int]:
         with self._open(name) as file:

@@ -87,7 +87,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 MERGED = (
     ("router=smear", "router.evaluation_segment_tokens=7", *GROUPED, *LEADING),
-    ("router=lory", "router.segment_tokens=8", *SHARED),
+    ("router=lory", "router.segment_tokens=8", *SHARED, GATED, *GPT_OSS),
     ("router=lory", "router.segment_tokens=5", "router.first_segment=own_stop_gradient"),
 )
 """Schemes that the framework itself does not generate with yet: exported ones do."""

@@ -27,3 +27,10 @@ class SwiGLU(nn.Module):
         gate, up = nn.functional.linear(hidden, self.in_weight).chunk(2, dim=-1)
         output = nn.functional.linear(gated(gate, up, self.activation), self.out_weight)
         return output if self.gate_weight is None else output * nn.functional.linear(hidden, self.gate_weight).sigmoid()
+
+
+def shared_experts_of(config: Any) -> SwiGLU | None:
+    """The shared experts of a layer, one network; None where there are none."""
+    if not config.shared_expert_width:
+        return None
+    return SwiGLU(config.hidden_size, config.shared_expert_width, config.activation, config.shared_expert_gate)
