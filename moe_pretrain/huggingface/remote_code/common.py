@@ -42,6 +42,21 @@ def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(hidden.float(), weight.float())
 
 
+def logits_of(router: Any, inputs: Tensor) -> Tensor:
+    """Logits of a linear router: its map, its bias and the soft bound of both."""
+    logits, cap = linear_float32(inputs, router.weight), router.fields["logit_cap"]
+    if router.bias is not None:
+        logits = logits + router.bias
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def gated(gate: Tensor, up: Tensor, activation: dict[str, Any]) -> Tensor:
+    """``(up + offset) * gate * sigmoid(alpha * gate)``, both bounded; SwiGLU without these numbers."""
+    if activation["limit"] is not None:
+        gate, up = gate.clamp(max=activation["limit"]), up.clamp(-activation["limit"], activation["limit"])
+    return (up + activation["offset"]) * gate * torch.sigmoid(activation["alpha"] * gate)
+
+
 def best_first(scores: Tensor, ties: Tensor) -> Tensor:
     """Experts by score, best first; of equal scores the larger of ``ties``, then the lower expert."""
     by_tie = ties.sort(dim=-1, descending=True, stable=True).indices

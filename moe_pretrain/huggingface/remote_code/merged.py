@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import Facts, empty
-from moe_pretrain.huggingface.remote_code.dense import SwiGLU
+from moe_pretrain.huggingface.remote_code.common import Facts, empty, gated
+from moe_pretrain.huggingface.remote_code.dense import shared_experts_of
 from moe_pretrain.huggingface.remote_code.routers.smear import Router
 
 
@@ -15,6 +15,7 @@ class MergedExperts(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
+        self.numbers = config.activation
         self.in_weight = empty(config.expert_width, 2, config.num_experts, config.hidden_size)
         self.out_weight = empty(config.expert_width, config.num_experts, config.hidden_size)
 
@@ -22,7 +23,7 @@ class MergedExperts(nn.Module):
         """The network with the parameters ``sum_e mixture[e] theta_e``, merged in float32."""
         gate, up = torch.einsum("wgeh,e->gwh", self.in_weight.float(), mixture).to(hidden.dtype)
         out = torch.einsum("weh,e->hw", self.out_weight.float(), mixture).to(hidden.dtype)
-        inner = nn.functional.silu(nn.functional.linear(hidden, gate)) * nn.functional.linear(hidden, up)
+        inner = gated(nn.functional.linear(hidden, gate), nn.functional.linear(hidden, up), self.numbers)
         return nn.functional.linear(inner, out)
 
 
@@ -34,8 +35,7 @@ class MixtureOfExperts(nn.Module):
         self.kept_as = config.num_hidden_layers + sum(not width for width in config.dense_widths[:layer])
         self.router = Router(config, layer)
         self.experts = MergedExperts(config)
-        width = config.shared_expert_width
-        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        self.shared_experts = shared_experts_of(config)
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Apply the layer to ``hidden [tokens, hidden]``."""
