@@ -58,7 +58,7 @@ def rate_scale(config: Config, name: str, weight: Tensor) -> float:
         base = base / 4 if config.router.expert_gate_rank else base * 2
     elif kind == "up_weight" or (name.endswith(".router.weight") and fan_in != model.hidden_size):
         base = base / 4
-    elif fan_in != model.hidden_size:
+    elif fan_in != model.hidden_size and group != "attention":
         return scale
     depth = model.mup_base_layers / model.num_layers if kind == "out_weight" else 1.0
     # Muon's update has a spectral norm that grows with the root of the width, AdamW's one that grows with the width.
@@ -120,7 +120,7 @@ def muon(
 
 def _is_orthogonalised(name: str, weight: Tensor) -> bool:
     parts = (".attention.", ".feed_forward.", ".experts.", ".shared_experts.")
-    others = (".router.", ".zero_computation.")
+    others = (".router.", ".zero_computation.", ".gate_weight")
     return weight.ndim >= 2 and any(part in name for part in parts) and not any(part in name for part in others)
 
 

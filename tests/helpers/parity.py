@@ -38,7 +38,7 @@ _VARIANTS = {
     "scaled": (
         *WITH_ALL_PARTS,
         *("model.init=mup", "model.init_std=0.04", "model.mup_base_width=8", "model.moe.gate_rank=6"),
-        *("model.moe.activation=gpt_oss", _BOUNDED, "model.moe.shared_expert_gate=true"),
+        *("model.moe.activation=gpt_oss", _BOUNDED, "model.moe.shared_expert_gate=true", "model.head_size=10"),
         *("optimizer.groups.router.lr_scale=0.3", "optimizer.groups.experts.lr_scale=2", "optimizer.weight_decay=0.5"),
     ),
     "orthogonal": (*WITH_ALL_PARTS, "router.top_k=3", "combine=orthogonal"),
@@ -63,7 +63,10 @@ _VARIANTS = {
         *("optimizer.weight_decay=0.5", "model.moe.gate_rank=6", "model.init=mup", "model.init_std=0.04"),
         *("model.mup_base_width=8", "optimizer.groups.experts.lr_scale=2"),
     ),
-    "muon_swiglu": (*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4"),
+    "muon_swiglu": (
+        *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4"),
+        *("model.moe.shared_expert_gate=true", "model.head_size=10"),
+    ),
     "noisy": (
         *WITH_ALL_PARTS,
         "router.top_k=3",
