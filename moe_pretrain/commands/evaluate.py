@@ -57,18 +57,17 @@ def run(options: argparse.Namespace) -> int:
     files = [Path(word) for word in options.words if not word.startswith(("router_file=", "tasks="))]
     _check(options, files, tasks)
     trained = open_run(options)
-    launched = launched_world_size()
-    if launched is None and options.processes > 1:
-        find_tokenizer(trained, options.tokenizer)
-        return run_workers(_words(options), options.processes)
     tokenizer, _ = find_tokenizer(trained, options.tokenizer)
-    is_main = launched_rank() == 0
+    launched, is_main = launched_world_size(), launched_rank() == 0
+    starts_workers = launched is None and options.processes > 1
     if tasks:  # seconds of imports, and no model for a task that is not there
         from moe_pretrain.inference.harness.evaluate_tasks import check_router
         from moe_pretrain.inference.harness.tasks import load_tasks
 
         loaded = load_tasks("tasks", tasks, options.num_fewshot)
         rule = check_router(trained.meta_model(), trained.config.router.name, loaded)
+        if starts_workers:  # they find the data in the cache
+            return run_workers(_words(options), options.processes)
         if rule and is_main:
             _note(f"router={trained.config.router.name} decides here by its evaluation rule: {rule}")
         keeps = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
