@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("inspect", "what a checkpoint holds and where it comes from, and whether its checksums are right"),
     "report": ("report", "one run as a self-contained HTML page"),
     "compare": ("compare", "all runs below a folder, variant against variant"),
+    "ladder": ("ladder", "loss over size and tokens of a folder's runs: exponents, optimum, which gains survive scale"),
     "wandb": ("wandb", "wandb's offline files of all runs below a folder, written anew from their metrics"),
     "specialise": ("specialise", "information between experts and what their tokens are, in bits"),
     "export": ("export", "a run as a folder that transformers loads, checked by its logits; every routing scheme"),

@@ -57,21 +57,22 @@ def run(options: argparse.Namespace) -> int:
     files = [Path(word) for word in options.words if not word.startswith(("router_file=", "tasks="))]
     _check(options, files, tasks)
     trained = open_run(options)
-    launched = launched_world_size()
-    if launched is None and options.processes > 1:
-        find_tokenizer(trained, options.tokenizer)
-        return run_workers(_words(options), options.processes)
     tokenizer, _ = find_tokenizer(trained, options.tokenizer)
-    is_main = launched_rank() == 0
+    launched, is_main = launched_world_size(), launched_rank() == 0
+    starts_workers = launched is None and options.processes > 1
     if tasks:  # seconds of imports, and no model for a task that is not there
         from moe_pretrain.inference.harness.evaluate_tasks import check_router
         from moe_pretrain.inference.harness.tasks import load_tasks
 
         loaded = load_tasks("tasks", tasks, options.num_fewshot)
         rule = check_router(trained.meta_model(), trained.config.router.name, loaded)
+        if starts_workers:  # they find the data in the cache
+            return run_workers(_words(options), options.processes)
         if rule and is_main:
-            words = f"router={trained.config.router.name} decides here by its evaluation rule: {rule}"
-            print(f"moe-pretrain evaluate: {words}", file=sys.stderr)
+            _note(f"router={trained.config.router.name} decides here by its evaluation rule: {rule}")
+        keeps = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
+        if options.num_fewshot and keeps and is_main:
+            _note(f"no examples for {', '.join(keeps[:5])}: num_fewshot: 0 stands in the task itself, and stays")
     model = trained.model(_device())
     if files and is_main:
         _print_losses(model, trained.config, tokenizer, files, options)
@@ -105,6 +106,10 @@ def _check(options: argparse.Namespace, files: Sequence[Path], tasks: Sequence[s
             raise ConfigError(f"FILE={file} must be a file that exists")
         next(_texts(file, options.column), None)  # a wrong column is said before a model is loaded
     check_tasks("tasks", tasks)
+
+
+def _note(line: str) -> None:
+    print(f"moe-pretrain evaluate: {line}", file=sys.stderr)
 
 
 def _words(options: argparse.Namespace) -> list[str]:

@@ -15,6 +15,7 @@ from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.open_files import allow_open_files
 from moe_pretrain.train.branch import check_branch
 from moe_pretrain.train.build import train
+from moe_pretrain.train.task_evaluator import RunTasks
 
 
 def arguments(parser: Parser) -> None:
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     own_ranks = launched_number("LOCAL_WORLD_SIZE") or (launched_number("LOCAL_RANK") or 0) + 1
     check_devices(plan, own_ranks if launched else plan.world_size)
     if launched is None and config.parallel.processes > 1:
+        RunTasks(config)  # one that cannot be loaded is said once, and its data is in the cache
         with owned(config.run.folder, print):
             claim_overrides(config.run.folder, overrides)
             return run_workers(["train", *overrides], config.parallel.processes)

@@ -21,6 +21,7 @@ from moe_pretrain.huggingface.tensors import ExportedTensor
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.moe.build import expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
+from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.types import float32_parameters
 
 UNUSED_WIDTH = 16
@@ -33,7 +34,7 @@ _KNOWN_FIELDS = {
     *("head_size", "qk_norm"),
     *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
     *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
-    "experts",
+    *("experts", "activation", "activation_limit", "shared_expert_gate"),
     # They decide how a model starts and how it is trained, not what it computes.
     *("name", "init", "init_std", "mup_base_width", "mup_base_layers", "gate_init", "scale_residual_init"),
     *("cross_entropy_chunk_tokens", "recompute", "expert_width_multiple"),
@@ -69,7 +70,7 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
     Raises:
         ConfigError: The scheme cannot be exported; the line says why.
     """
-    _refuse_what_is_not_known(config.model)
+    _refuse_what_is_not_known(config)
     _refuse_what_cannot_generate(config, model)
     return _of_transformers(config) or _remote(config, model)
 
@@ -77,6 +78,8 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
 def _of_transformers(config: Config) -> Architecture | None:
     """One of its own classes; None where none computes the same."""
     norm, widths, fields = config.model.qk_norm, layout.dense_widths(config), _fields(config)
+    if config.model.moe.activation_function != SWIGLU:
+        return None
     if len(set(widths)) == 1 and widths[0] and norm != "whole":
         return _dense(config)
     if fields is None:
@@ -116,8 +119,11 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
         )
 
 
-def _refuse_what_is_not_known(model: ModelConfig) -> None:
+def _refuse_what_is_not_known(config: Config) -> None:
     """Refuse fields of the model that this file has never heard of, unless they are off."""
+    model = config.model
+    if config.router.dense_experts and model.moe.activation_function != SWIGLU:
+        raise ConfigError(f"{model.moe.activation_name} cannot be exported yet with router={config.router.name}")
     for prefix, part in (("model", model), ("model.moe", model.moe)):
         for name, value in vars(part).items():
             if name not in _KNOWN_FIELDS and value:
@@ -132,6 +138,7 @@ def _fields(config: Config) -> dict[str, Any] | None:
     if expert_gate(config.model.moe, config.router) is not None or "projection_size" not in fields:
         return None
     is_plain = fields["projection_size"] is None and fields["num_groups"] == 1
+    is_plain = is_plain and not fields["bias"] and fields["logit_cap"] is None
     return fields if is_plain and fields["name"] in ("top_k", "loss_free", "quantile") else None
 
 
@@ -139,7 +146,8 @@ def _fits_glm4_moe(model: ModelConfig, widths: list[int]) -> bool:
     """Whether dense layers come first, and shared experts are as wide as so many routed ones."""
     leading = model.moe.num_leading_dense_layers
     is_leading = all(bool(width) == (layer < leading) for layer, width in enumerate(widths))
-    return is_leading and model.moe.shared_width > 0 and model.moe.shared_width % model.moe.expert_hidden_size == 0
+    has_plain_ones = model.moe.shared_width > 0 and not model.moe.shared_expert_gate
+    return is_leading and has_plain_ones and model.moe.shared_width % model.moe.expert_hidden_size == 0
 
 
 def _dense(config: Config) -> Architecture:
@@ -207,15 +215,18 @@ def _qwen_moe(config: Config, fields: dict[str, Any]) -> Architecture:
         if moe.shared_width
         else f"This class cannot be without a shared expert: it has one of width {UNUSED_WIDTH} whose weights are 0."
     )
+    note = "" if moe.shared_expert_gate else note
     return Architecture("Qwen2MoeForCausalLM", values, _mixtures(config, _qwen2_mixture), note=note)
 
 
 def _qwen2_mixture(config: Config, layer: int, prefix: str) -> Iterator[ExportedTensor]:
     hidden = config.model.hidden_size
     yield from _routed(config, layer, prefix)
-    yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], None)
+    is_gated, shared = config.model.moe.shared_expert_gate, f"blocks.{layer}.feed_forward.shared_experts"
+    gate = f"{shared}.gate_weight" if is_gated else None
+    yield ExportedTensor(f"{prefix}.shared_expert_gate.weight", [1, hidden], gate)
     if config.model.moe.shared_width:
-        yield from layout.shared(config, layer, f"{prefix}.shared_expert", 2.0)
+        yield from layout.shared(config, layer, f"{prefix}.shared_expert", 1.0 if is_gated else 2.0)
         return
     for name, shape in (
         ("gate", [UNUSED_WIDTH, hidden]),
@@ -330,13 +341,17 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         **(expert_values(config) if has_experts else {}),
         "expert_width": expert_width(moe, router, shape.hidden_size) if has_experts else 0,
         "shared_expert_width": moe.shared_width if has_experts else 0,
+        "shared_expert_gate": moe.shared_expert_gate,
+        "activation": asdict(moe.activation_function) | {"limit": moe.activation_limit} if has_experts else None,
         "gate_rank": rank if has_experts else None,
         "experts_own_down": moe.gate_rank is not None,
         "router": asdict(router) if has_experts else None,  # type: ignore[call-overload]
     }
     own = moe.experts.name
     networks = own if own in ("unequal", "matrix_product") else "swiglu" if rank is None else "factorised"
-    pieces = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
+    pieces: tuple[str, ...] = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
+    if router.merges_experts:
+        pieces = ()
     source = assemble(router.name, pieces, moe.combine.name) if has_experts else assemble(None)
     return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
 

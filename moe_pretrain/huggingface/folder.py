@@ -14,6 +14,7 @@ from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.huggingface.tensors import INDEX_FILE
 from moe_pretrain.model.decoder import ModelConfig
+from moe_pretrain.moe.experts.activation import SWIGLU
 
 MODEL_CONFIG = "config.json"
 _ODD = {
@@ -115,6 +116,8 @@ class HuggingFaceFolder:
         is_windowed = values.get("use_sliding_window", not values["model_type"].startswith("qwen3"))
         window = values.get("sliding_window") if is_windowed else None
         rope = (values.get("rope_parameters") or values.get("rope_scaling") or {}).get("rope_type", "default")
+        if model.moe.activation_function != SWIGLU:
+            raise ConfigError(f"{model.moe.activation_name} must be plain swiglu, as {field}={self._path} has it")
         odd = {
             "hidden_act": values.get("hidden_act", "silu") != "silu",
             "clip_qkv": values.get("clip_qkv") is not None,
@@ -218,7 +221,10 @@ class HuggingFaceFolder:
         return [experts, rows // experts, *shapes[0][1:]]
 
     def _num_experts(self) -> int:
-        return int(self.values.get("num_local_experts") or self.values["num_experts"])
+        number = self.values.get("num_local_experts") or self.values.get("num_experts")
+        if not number:
+            raise ConfigError(f"{self._path / MODEL_CONFIG} has no num_experts")
+        return int(number)
 
     def _shape(self, name: str) -> list[int]:
         with self._open(name) as file:

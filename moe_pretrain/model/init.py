@@ -5,11 +5,11 @@ import math
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, parameter_roles
+from moe_pretrain.moe.experts.activation import activation_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
@@ -151,7 +151,8 @@ def _mup_std(module: nn.Module, name: str, parameter: Tensor, role: ParameterRol
         by_depth = config.mup_base_layers / config.num_layers
         by_depth /= math.sqrt(2 * config.mup_base_layers) if config.scale_residual_init else 1.0
         return at_base * spread * by_depth
-    is_output = role.group == "router" and parameter.ndim == 2  # with the experts' own factors, it has one per expert
+    # With the experts' own factors, a router has one per expert; a gate of shared experts is one number.
+    is_output = name == "gate_weight" or (role.group == "router" and parameter.ndim == 2)
     if isinstance(module, QueryKey):
         output = _output_factor(config) if name == "query_weight" else 1.0
         return _query_key_std(module, name, parameter, config) * output
@@ -194,16 +195,8 @@ def _query_key_std(module: QueryKey, name: str, parameter: Tensor, config: Model
             rank, width = base_fan_in("rank", config), config.mup_base_width
             size = math.sqrt(_width_aware_std(config, width) / math.sqrt(rank) * width)
     else:
-        size = swiglu_size(std * math.sqrt(config.hidden_size))
+        size = activation_size(std * math.sqrt(config.hidden_size), config.moe.activation_function)
     return 1 / (size * math.sqrt(inner))
-
-
-def swiglu_size(spread: float) -> float:
-    """Root mean square of ``silu(g) * u`` for independent normal ``g`` and ``u`` of standard deviation ``spread``."""
-    points = torch.linspace(-8, 8, 2001, dtype=torch.float64)
-    density = torch.exp(-points.square() / 2)
-    square = (functional.silu(spread * points).square() * density).sum() / density.sum()
-    return spread * math.sqrt(float(square))
 
 
 def _fill_normal(target: Tensor, std: float, seed: int, key: str) -> None:

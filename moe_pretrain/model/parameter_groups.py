@@ -103,7 +103,8 @@ class ParameterRole:
         writes_residual: Whether what it makes is added to the residual stream.
         rows: Rows of the hidden layers' matrices that stand one below the other in it, or in each expert's part of it:
             those of query, key and value, or of gate and up. Empty for what is no matrix of a hidden layer: routers,
-            vectors, embedding, head, and experts whose matrices are not of one piece.
+            vectors, the one row of a shared-expert gate, embedding, head, and experts whose matrices are not of one
+            piece.
     """
 
     group: GroupName
@@ -162,7 +163,7 @@ def _reads(module: nn.Module, name: str, parameter: Tensor, group: GroupName, co
 
 def _rows(module: nn.Module, name: str, parameter: Tensor, group: GroupName) -> tuple[int, ...]:
     is_whole = not isinstance(module, MergedExperts | MatrixProductExperts | ConstantExpert)
-    if parameter.ndim < 2 or group not in ("attention", "experts", "ffn") or not is_whole:
+    if parameter.ndim < 2 or group not in ("attention", "experts", "ffn") or not is_whole or name == "gate_weight":
         return ()
     if isinstance(module, Attention) and name == "qkv_weight":
         return tuple(module.sizes)

@@ -161,7 +161,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     else:
         rank, inner = expert_gate(moe, router), expert_width(moe, router, width)
         expert = 3 * width * inner if rank is None else 2 * width * inner + rank * inner
-        dense_ffn += num_moe * 3 * width * moe.shared_width
+        dense_ffn += num_moe * width * (3 * moe.shared_width + moe.shared_expert_gate)
         if rank is not None and moe.gate_rank is not None:
             expert += rank * width
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.

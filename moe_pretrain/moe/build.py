@@ -20,21 +20,24 @@ def build_moe_layer(
 ) -> MoELayer | SwiGLU:
     """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them."""
     if router.dense_experts:
-        return SwiGLU(hidden_size, dense_width(moe, router))
+        return SwiGLU(hidden_size, dense_width(moe, router), moe.activation_function)
     module = build_router(moe, router, hidden_size, layer)
     rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
+    activation = moe.activation_function
     if router.merges_experts:
-        return MergedLayer(moe, module, MergedExperts(moe.num_experts, hidden_size, width, shard), hidden_size)
+        merged = MergedExperts(moe.num_experts, hidden_size, width, shard, activation)
+        return MergedLayer(moe, module, merged, hidden_size)
     experts: RoutedExperts
     if isinstance(moe.experts, UnequalConfig):
-        experts = UnequalExperts(class_widths(moe.experts.pattern, width), moe.num_experts, hidden_size, shard)
+        widths = class_widths(moe.experts.pattern, width)
+        experts = UnequalExperts(widths, moe.num_experts, hidden_size, shard, activation)
     elif isinstance(moe.experts, MatrixProductConfig):
-        experts = MatrixProductExperts(moe.experts, moe.num_experts, hidden_size, width, shard)
+        experts = MatrixProductExperts(moe.experts, moe.num_experts, hidden_size, width, shard, activation)
     elif rank is None:
-        experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard)
+        experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard, activation)
     else:
         owns_down = moe.gate_rank is not None
-        experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down)
+        experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down, activation)
     built = MoELayer(moe, module, experts, hidden_size)
     if router.balance_level == "last_step":
         built.count_last_step()
@@ -101,6 +104,11 @@ def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> li
 def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
     """Raise ``ValueError`` unless ``router`` can choose among all experts that ``moe`` has."""
     kinds, name = moe.kinds, moe.experts.name
+    if moe.shared_expert_gate and (router.dense_experts or not moe.shared_width):
+        has_none = f"router={router.name}" if router.dense_experts else "model.moe.num_shared_experts=0"
+        raise ValueError(
+            f"model.moe.shared_expert_gate=true must be false with {has_none}: there are no shared experts"
+        )
     if isinstance(moe.experts, UnequalConfig):
         _check_unequal(moe, moe.experts, router)
     if not kinds.zero_computation:

@@ -1,18 +1,20 @@
 """The mixture-of-experts layer: route, send to the experts, combine, add the shared experts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.moe.combine import CombineConfig, SumConfig, build_combine
 from moe_pretrain.moe.dispatch import run_experts, score_routes
+from moe_pretrain.moe.experts.activation import Activation
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
@@ -45,6 +47,12 @@ class MoEConfig:
             Autonomy-of-Experts with a router kept; that scheme itself has ``router.gate_rank``.
         expert_width_multiple: With a factorised gate the experts' width, solved from equation 5 so that parameters stay
             the same, is rounded to a multiple of this.
+        shared_expert_gate: Whether the shared experts' output is multiplied with the sigmoid of a linear map of the
+            token (Qwen2-MoE, Qwen3-Next).
+        activation: Inside routed and shared experts, and the dense network in their place; leading dense layers have
+            SwiGLU. ``swiglu``: ``silu(g) * u``; ``gpt_oss``: ``(u + 1) * g * sigmoid(1.702 g)``.
+        activation_limit: Bound of ``g`` from above and of ``u`` on both sides, > 0 (gpt-oss: 7, DeepSeek-V4: 10); None
+            for none.
         combine: How a token's expert outputs become one: the group ``combine``.
     """
 
@@ -58,11 +66,25 @@ class MoEConfig:
     expert_width_multiple: PositiveInt
     combine: Annotated[CombineConfig, Field(discriminator="name")] = SumConfig("sum")
     experts: ExpertsConfig = SwiGLUConfig()
+    shared_expert_gate: bool = False
+    activation: Literal["swiglu", "gpt_oss"] = "swiglu"
+    activation_limit: PositiveFloat | None = None
 
     @property
     def kinds(self) -> ExpertKinds:
         """The experts among which a router chooses."""
         return self.experts.kinds(self.num_experts)
+
+    @property
+    def activation_function(self) -> Activation:
+        """Function that ``activation`` and ``activation_limit`` name."""
+        alpha, offset = (1.0, 0.0) if self.activation == "swiglu" else (1.702, 1.0)
+        return Activation(alpha, offset, self.activation_limit or math.inf)
+
+    @property
+    def activation_name(self) -> str:
+        """Both fields and their values, for messages."""
+        return f"model.moe.activation={self.activation} with model.moe.activation_limit={self.activation_limit}"
 
     @property
     def expert_input_scale(self) -> float:
@@ -106,7 +128,8 @@ class MoELayer(nn.Module):
         others = self.kinds.zero_computation
         self.zero_computation = ZeroComputationExperts(self.kinds, hidden_size) if others else None
         self.input_scale = config.expert_input_scale
-        self.shared_experts = SwiGLU(hidden_size, config.shared_width) if config.shared_width else None
+        shared = (hidden_size, config.shared_width, config.activation_function, config.shared_expert_gate)
+        self.shared_experts = SwiGLU(*shared) if config.shared_width else None
         self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
         self.experts_of_sender: Callable[[int], Experts] | None = None

@@ -40,7 +40,9 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
             "flops_per_route": 2.0 * size.experts_per_route / layers,
             "flops_per_token": (2.0 * size.constant_experts + size.merging_flops_per_token) / layers,
         },
-        "shared experts": {"flops_per_token": 6.0 * config.model.hidden_size * moe.shared_width},
+        "shared experts": {
+            "flops_per_token": 2.0 * config.model.hidden_size * (3 * moe.shared_width + moe.shared_expert_gate)
+        },
         "combine": {
             "bytes_per_route": 1.0 * row,
             "bytes_per_token": 1.0 * row,

@@ -16,6 +16,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
+from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.matrix_product import rebuilt_numbers
 from moe_pretrain.moe.experts.merged import networks_merged_together
@@ -375,7 +376,8 @@ class _Layers:
         if recompute == "full":
             return self.tokens * self.row
         width = dense_width(self.moe, self.router) if is_moe else self.model.ffn_hidden_size
-        return self._norm() + self.tokens * (self.row + 4 * self.size * width)
+        numbers = self._inner_numbers() if is_moe else 4
+        return self._norm() + self.tokens * (self.row + numbers * self.size * width)
 
     def _moe(self, recompute: str) -> float:
         """Norm, its output, the routes, the experts' pre-activations; under expert parallelism the received rows."""
@@ -383,7 +385,7 @@ class _Layers:
         if recompute == "full":
             return kept + self.routes * self._payload
         if self.merges:
-            return kept + self._merged_rows() + self.tokens * 4 * self.size * self.moe.shared_width
+            return kept + self._merged_rows() + self._shared()
         width = expert_width(self.moe, self.router, self.model.hidden_size)
         rows = self.rows * (2 * self.size * width + 4)
         if self.expert_parallel > 1:
@@ -395,7 +397,16 @@ class _Layers:
             rows += self.size * local * rebuilt_numbers(self.moe.experts, self.model.hidden_size, width)
         if self.rank is not None:
             rows += self.rows * self.size * self.rank
-        return kept + rows + self.tokens * 4 * self.size * self.moe.shared_width
+        return kept + rows + self._shared()
+
+    def _inner_numbers(self) -> int:
+        """Numbers that a dense network keeps per unit: gate, up, SwiGLU's activated gate, and the product."""
+        return 4 if self.moe.activation_function == SWIGLU else 3
+
+    def _shared(self) -> float:
+        """Shared experts; with a gate its input to the product, the output, and the gate itself."""
+        gate = self.row + self.size if self.moe.shared_expert_gate else 0
+        return self.tokens * (self._inner_numbers() * self.size * self.moe.shared_width + gate)
 
     def _merged_rows(self) -> float:
         """Pre-activations: of all tokens of the group, in this rank's part of the width; and the tokens that came."""

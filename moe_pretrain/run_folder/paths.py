@@ -27,6 +27,7 @@ SWEEP/                       the folder of a sweep; each job's run folder lies i
     JOB/log.txt              the job's process: what it printed
     JOB/slurm_job.json       the sweep when it submits the job to SLURM: the job's number there
 FOLDER/compare.*             ``compare FOLDER``: page, picture, and tables of variants and runs
+FOLDER/ladder.json           ``ladder FOLDER``: the law of each scheme, its runs and the gains at a larger scale
 """
 
 import re
@@ -62,6 +63,7 @@ JOB_LOCK = ".job.lock"
 LOG_FILE = "log.txt"
 SLURM_FILE = "slurm_job.json"
 
+LADDER_FILE = "ladder.json"
 COMPARE_PAGE = "compare.html"
 COMPARE_PICTURE = "compare.png"
 COMPARE_TEXT = "compare.md"

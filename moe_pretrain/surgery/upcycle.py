@@ -13,6 +13,7 @@ from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.build import expert_gate, expert_width
+from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoELayer
@@ -86,6 +87,8 @@ def check_upcycling(config: Config, width: int) -> int:
         )
     if moe.combine.name != "sum" or moe.experts.name != "swiglu":
         raise ConfigError(f"combine={moe.combine.name} experts={moe.experts.name} must be sum and swiglu for upcycle")
+    if moe.activation_function != SWIGLU:
+        raise ConfigError(f"{moe.activation_name} must be plain swiglu for upcycle, as in the dense network")
     own = expert_width(moe, config.router, config.model.hidden_size)
     if expert_gate(moe, config.router) is not None:
         if own != width:

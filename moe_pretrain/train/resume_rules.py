@@ -40,6 +40,11 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.mup_base_layers": lambda now: True,
     "model.moe.combine": lambda now: now == {"name": "sum"},
     "model.moe.experts": lambda now: now == {"name": "swiglu"},
+    "model.moe.shared_expert_gate": lambda now: now is False,
+    "model.moe.activation": lambda now: now == "swiglu",
+    "model.moe.activation_limit": lambda now: now is None,
+    "router.bias": lambda now: now is False,
+    "router.logit_cap": lambda now: now is None,
     "checkpoint.branch_from": lambda now: now is None,
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
     "evaluation.tasks": lambda now: not now["names"],
@@ -54,6 +59,11 @@ _ONLY_WHEN_ABSENT = {
     "model.qk_norm": "none",
     "model.moe.combine": "{'name': 'sum'}",
     "model.moe.experts": "{'name': 'swiglu'}",
+    "model.moe.shared_expert_gate": "false",
+    "model.moe.activation": "swiglu",
+    "model.moe.activation_limit": "null",
+    "router.bias": "false",
+    "router.logit_cap": "null",
     "checkpoint.branch_from": "null",
 }
 """Those of them that are refused with any other value -> the values that they may have."""

@@ -46,6 +46,7 @@ from moe_pretrain.verify.oracle_parts import (
     rotate,
     run_expert,
     run_merged,
+    run_shared,
     score,
     statistic_of_matrices,
     swiglu,
@@ -257,7 +258,7 @@ class Oracle:
     def _moe(self, hidden: Tensor, layer: MoELayer, step: int, rows: _Rows) -> _Layer:
         """Loop over experts; aux losses are means over the text tokens of each cut, weighted by its share."""
         text = (rows.document_ids >= 0).flatten()
-        length = rows.document_ids.shape[1]
+        length, moe = rows.document_ids.shape[1], self.config.model.moe
         # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
         level = self.config.router.balance_level
         by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
@@ -286,7 +287,7 @@ class Oracle:
                 carried += [] if cut_carried is None else [cut_carried]
             if isinstance(layer.experts, MergedExperts):
                 counts += (weight.detach().double() * text[part, None]).sum(dim=0)
-                merged = run_merged(layer.experts, hidden[part], weight)
+                merged = run_merged(layer.experts, hidden[part], weight, moe)
                 output = output.index_add(0, torch.arange(part.start, part.stop), merged)
                 first_row += num_rows
                 continue
@@ -294,7 +295,7 @@ class Oracle:
             for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 counts[expert] += float(text[part][tokens].sum())
-                result = run_expert(layer, expert, hidden[part][tokens])
+                result = run_expert(layer, expert, hidden[part][tokens], moe)
                 results = results.index_put((torch.tensor(expert), tokens), result)
             of_part = combine_outputs(self.config.model.moe.combine, results, weight, routed)
             output = output.index_add(0, torch.arange(part.start, part.stop), of_part)
@@ -303,8 +304,7 @@ class Oracle:
                 aux[name] = aux.get(name, torch.zeros(())) + share * value
             first_row += num_rows
         if layer.shared_experts is not None:
-            shared = layer.shared_experts
-            output = output + swiglu(hidden, shared.in_weight, shared.out_weight)
+            output = output + run_shared(layer.shared_experts, hidden, moe)
         return _Layer(output, aux, counts, sums, torch.cat(carried) if carried else None)
 
     @torch.no_grad()
@@ -335,6 +335,10 @@ class Oracle:
         if router.projection is not None:
             hidden = hidden @ router.projection.T
         logits = hidden @ router.weight.T
+        if router.bias is not None:
+            logits = logits + router.bias
+        if config.logit_cap is not None:
+            logits = config.logit_cap * torch.tanh(logits / config.logit_cap)
         positive = {
             "softmax": lambda: logits.softmax(dim=-1),
             "sigmoid": lambda: 1 / (1 + (-logits).exp()),
@@ -479,7 +483,7 @@ def _context(
         token_ids=rows.input_ids[part].flatten(),
         document_ids=rows.document_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
-        score_routes=partial(score, layer) if layer.router.needs_expert_scores else None,
+        score_routes=partial(score, layer, config.model.moe) if layer.router.needs_expert_scores else None,
         carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],
         pass_index=rows.pass_index,
     )

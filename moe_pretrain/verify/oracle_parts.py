@@ -10,10 +10,10 @@ from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, Orthogonal
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
-from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.unequal import UnequalExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
-from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.types import AttentionStatistic
 
 
@@ -76,7 +76,7 @@ def norm_heads(kind: QKNorm, projected: Tensor, weight: Tensor | None, size: int
     return torch.cat([rms_norm(head, weight, epsilon) for head in projected.split(size, dim=1)], dim=1)
 
 
-def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
+def run_expert(layer: MoELayer, expert: int, hidden: Tensor, moe: MoEConfig) -> Tensor:
     """One expert's output; a factorised gate is computed from the input, never sent along."""
     experts, kinds = layer.experts, layer.kinds
     hidden = hidden * layer.input_scale
@@ -95,14 +95,14 @@ def run_expert(layer: MoELayer, expert: int, hidden: Tensor) -> Tensor:
         assert isinstance(down_weight, Tensor)
         gate = hidden @ down_weight[expert].T @ experts.up_weight[expert].T
         value = hidden @ experts.in_weight[expert].T
-        return (gate * gate.sigmoid() * value) @ experts.out_weight[expert].T
+        return _gated(gate, value, moe) @ experts.out_weight[expert].T
     if isinstance(experts, UnequalExperts):
         stack, index = experts.locate(expert)
-        return swiglu(hidden, stack.in_weight[index], stack.out_weight[index])
+        return swiglu(hidden, stack.in_weight[index], stack.out_weight[index], moe)
     if isinstance(experts, MatrixProductExperts):
         gate, up, out = (_rebuilt(experts, name, expert) for name in ("gate", "up", "out"))
-        return swiglu(hidden, torch.cat([gate, up]), out)
-    return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert])
+        return swiglu(hidden, torch.cat([gate, up]), out, moe)
+    return swiglu(hidden, experts.in_weight[expert], experts.out_weight[expert], moe)
 
 
 def _rebuilt(experts: MatrixProductExperts, name: str, expert: int) -> Tensor:
@@ -116,7 +116,7 @@ def _rebuilt(experts: MatrixProductExperts, name: str, expert: int) -> Tensor:
     return matrix[:, :, 0]
 
 
-def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor) -> Tensor:
+def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor, moe: MoEConfig) -> Tensor:
     """Every token through the network whose parameters are the experts' sums with the token's own weights."""
     outputs = []
     _, lengths = weight.detach().unique_consecutive(dim=0, return_counts=True)
@@ -126,7 +126,7 @@ def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor) -> Tensor
             gate = gate + share * experts.in_weight[:, 0, expert]
             up = up + share * experts.in_weight[:, 1, expert]
             out = out + share * experts.out_weight[:, expert]
-        outputs.append(swiglu(rows, torch.cat([gate, up]), out.T))
+        outputs.append(swiglu(rows, torch.cat([gate, up]), out.T, moe))
     return torch.cat(outputs)
 
 
@@ -188,25 +188,43 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
     return list((sizes * (inverse / scale.sqrt() @ stacked)).float().unbind())
 
 
-def score(layer: MoELayer, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+def score(
+    layer: MoELayer, moe: MoEConfig, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor
+) -> Tensor:
     """Every candidate's key, made from its activation, times the token's query."""
     assert isinstance(layer.experts, SwiGLUExperts)
     scores = torch.zeros(candidates.shape)
     for expert in range(layer.kinds.ffn):
         routes = tokens, _ = (candidates == expert).nonzero(as_tuple=True)
-        keys = _inner(hidden[tokens], layer.experts.in_weight[expert]) @ key_weight.T
+        keys = _inner(hidden[tokens], layer.experts.in_weight[expert], moe) @ key_weight.T
         scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
     return scores
 
 
-def swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor) -> Tensor:
-    """SwiGLU with its gate and up halves stacked in ``in_weight [2 * width, hidden]``."""
-    return _inner(hidden, in_weight) @ out_weight.T
+def run_shared(shared: SwiGLU, hidden: Tensor, moe: MoEConfig) -> Tensor:
+    """The shared experts, times their gate where they have one."""
+    output = swiglu(hidden, shared.in_weight, shared.out_weight, moe)
+    if shared.gate_weight is None:
+        return output
+    return output / (1 + (-(hidden @ shared.gate_weight[0])).exp())[:, None]
 
 
-def _inner(hidden: Tensor, in_weight: Tensor) -> Tensor:
+def swiglu(hidden: Tensor, in_weight: Tensor, out_weight: Tensor, moe: MoEConfig | None = None) -> Tensor:
+    """A network whose gate and up are stacked in ``in_weight [2 * width, hidden]``, activated as ``moe`` says."""
+    return _inner(hidden, in_weight, moe) @ out_weight.T
+
+
+def _inner(hidden: Tensor, in_weight: Tensor, moe: MoEConfig | None) -> Tensor:
     width = in_weight.shape[0] // 2
-    gate, up = hidden @ in_weight[:width].T, hidden @ in_weight[width:].T
+    return _gated(hidden @ in_weight[:width].T, hidden @ in_weight[width:].T, moe)
+
+
+def _gated(gate: Tensor, up: Tensor, moe: MoEConfig | None) -> Tensor:
+    if moe is not None and (bound := moe.activation_limit) is not None:
+        gate = torch.where(gate > bound, bound, gate)
+        up = torch.where(up > bound, bound, torch.where(up < -bound, -bound, up))
+    if moe is not None and moe.activation == "gpt_oss":
+        return (up + 1) * gate / (1 + (-1.702 * gate).exp())
     return gate * torch.sigmoid(gate) * up
 
 

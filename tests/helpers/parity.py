@@ -25,9 +25,12 @@ _AXES = {
     "recompute": ("none", "selective", "full"),
     "clipping": (0.0, 0.1),
 }
+_BOUNDED = "model.moe.activation_limit=0.5"
 _VARIANTS = {
     "mixtral": ("router.load_balance_level=global_batch",),
-    "deepseek": (
+    "deepseek": (  # and what newer models have beside it
+        *("model.moe.shared_expert_gate=true", "model.moe.activation=gpt_oss", "model.moe.activation_limit=1.0"),
+        *("router.bias=true", "router.logit_cap=3.0"),
         *(*WITH_ALL_PARTS, "router.load_balance_level=sequence", "router.score=sigmoid"),
         *("model.qk_norm=head", "model.head_size=10"),
     ),
@@ -35,10 +38,11 @@ _VARIANTS = {
     "scaled": (
         *WITH_ALL_PARTS,
         *("model.init=mup", "model.init_std=0.04", "model.mup_base_width=8", "model.moe.gate_rank=6"),
+        *("model.moe.activation=gpt_oss", _BOUNDED, "model.moe.shared_expert_gate=true"),
         *("optimizer.groups.router.lr_scale=0.3", "optimizer.groups.experts.lr_scale=2", "optimizer.weight_decay=0.5"),
     ),
     "orthogonal": (*WITH_ALL_PARTS, "router.top_k=3", "combine=orthogonal"),
-    "lory": (*WITH_ALL_PARTS, "router=lory", "router.segment_tokens=3"),
+    "lory": (*WITH_ALL_PARTS, "router=lory", "router.segment_tokens=3", "model.moe.activation=gpt_oss"),
     "smear": ("router=smear", "router.evaluation_segment_tokens=4", "model.moe.num_experts=3"),
     "matrix_product": (
         *(*WITH_ALL_PARTS, "experts=matrix_product", "router.top_k=3"),
@@ -53,7 +57,7 @@ _VARIANTS = {
     ),
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
-    "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
+    "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8", _BOUNDED),
     "muon": (
         *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4", "optimizer.learning_rate=0.01"),
         *("optimizer.weight_decay=0.5", "model.moe.gate_rank=6", "model.init=mup", "model.init_std=0.04"),

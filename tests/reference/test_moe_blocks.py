@@ -1,8 +1,10 @@
-"""Our MoE layer with copied weights equals transformers' blocks: OLMoE, Qwen3-MoE, DeepSeek-V3 and V4, ERNIE 4.5.
+"""Our MoE layer with copied weights equals transformers' blocks, from OLMoE to DeepSeek-V4, gpt-oss and Qwen3-Next.
 
-Not ours, and set aside in the blocks: the limit of the SwiGLU's inputs of DeepSeek-V4, and ERNIE's floor under the sum
-of weights, 1e-12, which no sum reaches. V4 looks experts up in its first layers only; our ``hash`` does in all.
+Not ours, and set aside in the blocks: the biases of gpt-oss's experts, which are 0 here, and ERNIE's floor under the
+sum of weights, 1e-12, which no sum reaches. V4 looks experts up in its first layers only; our ``hash`` does in all.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
 from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.laguna import modeling_laguna
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import DecoderLM
@@ -19,6 +24,9 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 
 HIDDEN, WIDTH, EXPERTS, TOKENS, VOCABULARY = 32, 24, 8, 40, 300
+LIMIT = 0.8
+"""Bound of gates and ups, some of which it cuts off on either side."""
+BOUNDED = f"model.moe.activation_limit={LIMIT}"
 SHARED = ["model.moe.num_shared_experts=1", f"model.moe.shared_expert_hidden_size={WIDTH}"]
 
 
@@ -49,7 +57,7 @@ def _deepseek_v4(kind: str) -> nn.Module:
     return modeling_deepseek_v4.DeepseekV4SparseMoeBlock(
         modeling_deepseek_v4.DeepseekV4Config(
             hidden_size=HIDDEN, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, num_experts_per_tok=3,
-            routed_scaling_factor=1.5, vocab_size=VOCABULARY, num_hidden_layers=1, swiglu_limit=float("inf"),
+            routed_scaling_factor=1.5, vocab_size=VOCABULARY, num_hidden_layers=1, swiglu_limit=LIMIT,
             layer_types=["heavily_compressed_attention"], mlp_layer_types=[kind],
         ),
         layer_idx=0,
@@ -58,12 +66,12 @@ def _deepseek_v4(kind: str) -> nn.Module:
 
 def deepseek_v4():
     words = ["router=loss_free", "router.top_k=3", "router.score=sqrt_softplus", "router.weight_scale=1.5"]
-    return _deepseek_v4("moe"), [*words, *SHARED]
+    return _deepseek_v4("moe"), [*words, *SHARED, BOUNDED]
 
 
 def deepseek_v4_hash():
     words = ["router=hash", "router.top_k=3", "router.weights=learned", "router.weight_scale=1.5"]
-    return _deepseek_v4("hash_moe"), [*words, *SHARED]
+    return _deepseek_v4("hash_moe"), [*words, *SHARED, BOUNDED]
 
 
 def ernie():
@@ -74,7 +82,65 @@ def ernie():
     return modeling_ernie4_5_moe.Ernie4_5_MoeSparseMoeBlock(config), words
 
 
-@pytest.mark.parametrize("make", [olmoe, qwen3, deepseek_v3, deepseek_v4, deepseek_v4_hash, ernie])
+def laguna():
+    config = modeling_laguna.LagunaConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, shared_expert_intermediate_size=WIDTH, num_experts=EXPERTS,
+        num_experts_per_tok=3, moe_router_logit_softcapping=1.5, moe_routed_scaling_factor=1.5,
+    )  # fmt: skip
+    words = ["router=loss_free", "router.top_k=3", "router.logit_cap=1.5", "router.weight_scale=1.5", *SHARED]
+    return modeling_laguna.LagunaSparseMoeBlock(config), words
+
+
+def gpt_oss():
+    config = modeling_gpt_oss.GptOssConfig(
+        hidden_size=HIDDEN, intermediate_size=WIDTH, num_local_experts=EXPERTS, num_experts_per_tok=3,
+        swiglu_limit=LIMIT,
+    )  # fmt: skip
+    theirs = modeling_gpt_oss.GptOssMLP(config)
+    for bias in (theirs.experts.gate_up_proj_bias, theirs.experts.down_proj_bias):
+        nn.init.zeros_(bias.requires_grad_(False))
+    return theirs, ["router=top_k", "router.top_k=3", "router.bias=true", "model.moe.activation=gpt_oss", BOUNDED]
+
+
+def qwen3_next():
+    config = modeling_qwen3_next.Qwen3NextConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, shared_expert_intermediate_size=WIDTH, num_experts=EXPERTS,
+        num_experts_per_tok=3, num_hidden_layers=1,
+    )  # fmt: skip
+    words = ["router=top_k", "router.top_k=3", "model.moe.shared_expert_gate=true", *SHARED]
+    return modeling_qwen3_next.Qwen3NextSparseMoeBlock(config), words
+
+
+def _interleaved(gate_and_up: torch.Tensor) -> torch.Tensor:
+    """``[experts, 2 * width, hidden]``, halves, as gpt-oss has it: ``[experts, hidden, 2 * width]``, in turn."""
+    return gate_and_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).mT
+
+
+def _pairs(own: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> dict[str, tuple[str, Callable]]:
+    """Of each of their parameters, the name of ours and what makes theirs of it; of gradients likewise."""
+    gate = next(name.rpartition(".")[0] for name in other if name in ("gate.weight", "router.weight"))
+    is_interleaved = "experts.gate_up_proj_bias" in other
+    found: dict[str, tuple[str, Callable]] = {
+        f"{gate}.weight": ("router.weight", lambda weight: weight),
+        "experts.gate_up_proj": ("experts.in_weight", _interleaved if is_interleaved else lambda weight: weight),
+        "experts.down_proj": ("experts.out_weight", lambda weight: weight.mT if is_interleaved else weight),
+    }
+    if "router.bias" in own:
+        found[f"{gate}.bias"] = ("router.bias", lambda weight: weight)
+    if "shared_experts.out_weight" in own:
+        shared = next(name.partition(".")[0] for name in other if name.startswith("shared_expert"))
+        found[f"{shared}.down_proj.weight"] = ("shared_experts.out_weight", lambda weight: weight)
+        for half, name in enumerate(("gate", "up")):  # halves of one matrix of ours
+            found[f"{shared}.{name}_proj.weight"] = ("shared_experts.in_weight", lambda w, half=half: w.chunk(2)[half])
+    if "shared_experts.gate_weight" in own:
+        found["shared_expert_gate.weight"] = ("shared_experts.gate_weight", lambda weight: weight)
+    return found
+
+
+CASES = [olmoe, qwen3, deepseek_v3, deepseek_v4, deepseek_v4_hash, ernie, laguna, gpt_oss, qwen3_next]
+
+
+@pytest.mark.parametrize("make", CASES)
 def test_outputs_and_gradients_equal_those_of_the_block(make):
     torch.manual_seed(0)
     theirs, words = make()
@@ -89,26 +155,16 @@ def test_outputs_and_gradients_equal_those_of_the_block(make):
     initialise(model, seed=1)
     (ours,) = model.moe_layers()
     own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
-    pairs = {
-        "gate.weight": [own["router.weight"]],
-        "experts.gate_up_proj": [own["experts.in_weight"]],
-        "experts.down_proj": [own["experts.out_weight"]],
-    }
-    if ours.shared_experts is not None:
-        # Their gate and up are the two halves of one matrix of ours.
-        pairs["shared_experts.down_proj.weight"] = [own["shared_experts.out_weight"]]
-        for half, name in enumerate(("gate", "up")):
-            pairs[f"shared_experts.{name}_proj.weight"] = [own["shared_experts.in_weight"], half]
+    pairs = _pairs(own, other)
     assert {name for name, parameter in other.items() if parameter.requires_grad} == pairs.keys()
-
-    def of_ours(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.chunk(2)[pairs[name][1]] if len(pairs[name]) > 1 else tensor.view_as(other[name])
 
     ids = torch.randint(0, VOCABULARY, (TOKENS,))
     arguments = {}
     with torch.no_grad():
-        for name, (weight, *_) in pairs.items():
-            other[name].copy_(of_ours(name, weight))
+        if "router.bias" in own:  # starts at 0
+            own["router.bias"].normal_()
+        for name, (source, as_theirs) in pairs.items():
+            other[name].copy_(as_theirs(own[source]).view_as(other[name]))
         if words[0] == "router=loss_free":
             # Large enough to change the choice of most tokens; it must not enter the weights.
             bias = torch.rand(EXPERTS) * (0.3 if "router.score=softmax" in words else 1.0)
@@ -132,9 +188,10 @@ def test_outputs_and_gradients_equal_those_of_the_block(make):
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-4, rtol=1e-4)
-    for name, (weight, *_) in pairs.items():
+    for name, (source, as_theirs) in pairs.items():
+        found_grad = as_theirs(own[source].grad).view_as(other[name])
         torch.testing.assert_close(
-            of_ours(name, weight.grad), other[name].grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+            found_grad, other[name].grad, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
     if words[0] == "router=loss_free":
         with torch.no_grad():

@@ -75,6 +75,7 @@ def _both_trainings(kind: str):
         *(f"optimizer.learning_rate={LEARNING_RATE}", f"optimizer.weight_decay={WEIGHT_DECAY}"),
         *(f"optimizer.beta1={BETAS[0]}", f"optimizer.beta2={BETAS[1]}", f"optimizer.epsilon={EPSILON}"),
         *(f"schedule.warmup_steps={WARMUP_STEPS}", f"schedule.floor={FLOOR}", f"engine.gradient_clipping={CLIP}"),
+        "router.load_balance_level=global_batch",
         *(f"router.load_balance_weight={BALANCE_WEIGHT}", f"router.router_z_weight={Z_WEIGHT}"),
         *(f"batch.global_batch_tokens={ROWS * LENGTH}", f"budget.tokens={STEPS * ROWS * LENGTH}"),
         "batch.micro_batch_size=2",  # four micro-batches of ours are one batch there

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_pretrain.analysis import measures
 from moe_pretrain.analysis.compare.bootstrap import FEW_DOCUMENTS, last_probe, num_documents, resampled_losses
+from moe_pretrain.analysis.compare.scaling import Scaling, scaling_of
 from moe_pretrain.analysis.compare.statistics import (
     Difference,
     Ranking,
@@ -107,6 +108,7 @@ class Comparison:
         ranking: The places of variants with a loss.
         tuned: Variant -> its tuning, of those that were tuned.
         tasks: Each metric of each task that runs were asked at their end.
+        scaling: Laws of loss over size and tokens, where the runs are ladders.
         warnings: Everything that makes the comparison less than it seems.
     """
 
@@ -120,6 +122,7 @@ class Comparison:
     ranking: Ranking
     tuned: dict[str, Tuning]
     tasks: list[TaskComparison]
+    scaling: Scaling | None
     warnings: list[str]
 
     @property
@@ -178,6 +181,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         ranking=rank(samples),
         tuned=tuned,
         tasks=tasks,
+        scaling=scaling_of(runs, root),
         warnings=[
             *_warn_of_random(variants, samples, UNITS[key]),
             *_warn_of_data(variants, key, fields),

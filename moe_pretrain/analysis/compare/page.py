@@ -6,6 +6,7 @@ from pathlib import Path
 from moe_pretrain.analysis.compare import charts as draws
 from moe_pretrain.analysis.compare import tables
 from moe_pretrain.analysis.compare.comparison import Comparison, compare
+from moe_pretrain.analysis.compare.scaling import SCALING_NOTE
 from moe_pretrain.analysis.compare.task_comparison import TASKS_NOTE
 from moe_pretrain.analysis.figures import chart, write_png
 from moe_pretrain.analysis.findings import COST_NOTE, INFORMATION_NOTE, TIME_NOTE
@@ -97,6 +98,7 @@ def _page(
             layout="single",
         ),
         *_tuning(found, key, colors),
+        *_scaling(found),
         *([section("Tasks", table(*tables.task_table(found)), TASKS_NOTE)] if found.tasks else []),
         charts("Validation loss", [key, *curves], band_note),
         charts("Experts per token", [key, *experts] if experts else [], layer_note),
@@ -114,6 +116,16 @@ def _page(
     ]
     subtitle = f"{len(found.runs)} runs of {len(variants)} variants, compared in {found.unit}."
     return page(f"Comparison of {root.resolve().name}", subtitle, sections)
+
+
+def _scaling(found: Comparison) -> list[str]:
+    scaling = found.scaling
+    if scaling is None:
+        return []
+    if scaling.laws is None:
+        return [section("Does the gain survive scale", "", scaling.problem)]
+    shown = [*([table(*scaling.gains)] if scaling.gains else []), table(*scaling.laws)]
+    return [section("Does the gain survive scale", "".join(shown), SCALING_NOTE)]
 
 
 def _tuning(found: Comparison, key: str, colors: Mapping[str, str]) -> list[str]:

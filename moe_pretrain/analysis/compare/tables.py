@@ -11,31 +11,38 @@ import numpy as np
 from moe_pretrain.analysis import findings
 from moe_pretrain.analysis.compare.bootstrap import RESAMPLES
 from moe_pretrain.analysis.compare.comparison import MEASURES, Comparison
+from moe_pretrain.analysis.compare.scaling import SCALING_NOTE, Scaling
 from moe_pretrain.analysis.compare.statistics import Estimate, Ranked
 from moe_pretrain.analysis.compare.task_comparison import TASKS_NOTE
 from moe_pretrain.analysis.compare.tuning import RESAMPLES as RESAMPLED_CHOICES
 from moe_pretrain.analysis.compare.variants import Variant
+from moe_pretrain.analysis.ladder import Table
 from moe_pretrain.analysis.measures import part_times
 from moe_pretrain.moe.part_timer import PARTS, LayerPart
 from moe_pretrain.run_folder.record import MISSING, RunRecord, differences
 from moe_pretrain.system.words import short_number
 
-Table = tuple[Sequence[str], list[list[str]]]
-"""Header and lines."""
-
 
 def markdown(found: Comparison) -> str:
     """The main result as a Markdown table with what it rests on."""
-    text = _markdown_table(answer(found))
-    tuned = f"\n{_markdown_table(tuning(found))}\n\n{TUNING_NOTE}\n" if found.tuned else ""
+    text = markdown_table(answer(found))
+    tuned = f"\n{markdown_table(tuning(found))}\n\n{TUNING_NOTE}\n" if found.tuned else ""
     cautions = "".join(f"\n- {escaped(line)}" for line in found.warnings)
-    tasks = f"\n{_markdown_table(task_table(found))}\n\n{TASKS_NOTE}\n" if found.tasks else ""
-    return f"{text}\n\n{escaped(method(found))}\n{tuned}{tasks}" + (
+    tasks = f"\n{markdown_table(task_table(found))}\n\n{TASKS_NOTE}\n" if found.tasks else ""
+    return f"{text}\n\n{escaped(method(found))}\n{_scaling(found.scaling)}{tuned}{tasks}" + (
         f"\nTo be aware of:\n{cautions}\n" if cautions else ""
     )
 
 
-def _markdown_table(table: Table) -> str:
+def _scaling(found: Scaling | None) -> str:
+    if found is None or found.laws is None:
+        return f"\nNo law of scale: {escaped(found.problem)}\n" if found else ""
+    gained = f"\n{markdown_table(found.gains)}\n" if found.gains else ""
+    return f"{gained}\n{markdown_table(found.laws)}\n\n{SCALING_NOTE}\n"
+
+
+def markdown_table(table: Table) -> str:
+    """The table in Markdown."""
     header, lines = table
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in rows)

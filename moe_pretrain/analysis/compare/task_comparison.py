@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_pretrain.analysis.compare.bootstrap import RESAMPLES
+from moe_pretrain.analysis.compare.bootstrap import FEW_DOCUMENTS, RESAMPLES
 from moe_pretrain.analysis.compare.statistics import Difference, Estimate, Sample, Verdict, difference, estimate
 from moe_pretrain.analysis.compare.variants import Variant
 from moe_pretrain.run_folder.record import RunRecord
@@ -141,8 +141,9 @@ def _warn_of(found: Mapping[str, Mapping[int, Mapping[str, TaskResult]]], task: 
         warnings.append(f"Task {task}: {missing} finished runs have no results ({', '.join(without)}).")
     if len({result.fingerprint for result in asked}) > 1:
         warnings.append(f"TASK {task} IS NOT THE SAME in all runs: its questions or examples differ.")
-    for result in asked:
-        if result.documents < result.of_documents:
-            warnings.append(f"Task {task}: only {result.documents:,} of {result.of_documents:,} questions were asked.")
-            break
+    fewest = min(asked, key=lambda result: result.documents)
+    if fewest.documents < fewest.of_documents:
+        warnings.append(f"Task {task}: only {fewest.documents:,} of {fewest.of_documents:,} questions were asked.")
+    elif fewest.documents < FEW_DOCUMENTS:
+        warnings.append(f"Task {task} has only {fewest.documents} questions: they tell little of what others would.")
     return warnings

@@ -78,11 +78,11 @@ def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant
         if run.values:
             values = _experiment(run.values)
             grouped.setdefault(json.dumps(values, sort_keys=True, default=str), (values, []))[1].append(run)
-    names = _names([values for values, _ in grouped.values()], tuned)
+    names = names_apart([values for values, _ in grouped.values()], tuned)
     return [Variant(name, values, own) for name, (values, own) in zip(names, grouped.values(), strict=True)]
 
 
-def _names(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:
+def names_apart(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:
     """Size and scheme where they differ, then what tells variants of the same size and scheme apart."""
     differing = differences(values)
     leaves = [_leaf(key) for key in differing]

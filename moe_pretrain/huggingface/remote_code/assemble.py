@@ -36,14 +36,15 @@ def assemble(scheme: str | None, experts: Sequence[str] = ("swiglu",), combine: 
 
     Args:
         scheme: Name of the routing scheme; None for a model without routing.
-        experts: Pieces in ``experts/``, those of networks first.
-        combine: Piece in ``combine/``.
+        experts: Pieces in ``experts/``, those of networks first; none where they are merged.
+        combine: Piece in ``combine/``; of no use to merged ones.
     """
     router = "top_k" if scheme is None else schemes()[scheme]
     of_experts = [f"experts/{name}" for name in experts]
-    pieces = ("common", "dense", f"routers/{router}", *of_experts, f"combine/{combine}", "mixture", "decoder")
+    layer = [*of_experts, f"combine/{combine}", "mixture"] if experts else ["merged"]
+    pieces = ("common", "dense", f"routers/{router}", *layer, "decoder")
     texts = {piece: (_HERE / f"{piece}.py").read_text(encoding="utf-8") for piece in pieces}
-    elsewhere = "\n".join(text for piece, text in texts.items() if piece != "common")
+    unused = _unused(texts["common"], "\n".join(text for piece, text in texts.items() if piece != "common"))
     imports: dict[str, set[str]] = {}
     bodies = []
     for piece, text in texts.items():
@@ -53,7 +54,7 @@ def assemble(scheme: str | None, experts: Sequence[str] = ("swiglu",), combine: 
                 imports.update({f"import {alias.name}": set() for alias in node.names})
             elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith(_OURS):
                 imports.setdefault(f"from {node.module} import", set()).update(alias.name for alias in node.names)
-            is_unused = piece == "common" and isinstance(node, ast.FunctionDef) and f"{node.name}(" not in elsewhere
+            is_unused = piece == "common" and isinstance(node, ast.FunctionDef) and node.name in unused
             if is_unused or not _belongs(node):
                 del lines[node.lineno - 1 : node.end_lineno]
         bodies.append(re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip())
@@ -74,6 +75,14 @@ def model_class(source: str) -> Any:
     finally:
         del sys.modules[module.__name__]
     return module.MoePretrainForCausalLM
+
+
+def _unused(common: str, others: str) -> set[str]:
+    """Functions of ``common`` that neither ``others`` call nor those functions that are called."""
+    left = {node.name: ast.unparse(node) for node in ast.parse(common).body if isinstance(node, ast.FunctionDef)}
+    while called := [name for name in left if f"{name}(" in others]:
+        others += "".join(left.pop(name) for name in called)
+    return set(left)
 
 
 def _belongs(node: ast.stmt) -> bool:

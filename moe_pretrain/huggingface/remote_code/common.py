@@ -18,6 +18,7 @@ class Facts:
         key: Keys, those in the cache among them, ``[batch, kv_heads, keys, head]``.
         visible: Which keys a query sees, ``[batch, sequence, keys]``.
         experts: The layer's experts.
+        cache: The key-value cache; None without one.
         carried: What routers of the layers below have left for those above, bottom up.
     """
 
@@ -27,6 +28,7 @@ class Facts:
     key: Tensor
     visible: Tensor
     experts: Any
+    cache: Any = None
     carried: list[Tensor] = field(default_factory=list)
 
 
@@ -38,6 +40,21 @@ def empty(*shape: int) -> nn.Parameter:
 def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
     """``hidden @ weight.T`` in float32 whatever the dtype of the model: rounded logits choose other experts."""
     return nn.functional.linear(hidden.float(), weight.float())
+
+
+def logits_of(router: Any, inputs: Tensor) -> Tensor:
+    """Logits of a linear router: its map, its bias and the soft bound of both."""
+    logits, cap = linear_float32(inputs, router.weight), router.fields["logit_cap"]
+    if router.bias is not None:
+        logits = logits + router.bias
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def gated(gate: Tensor, up: Tensor, activation: dict[str, Any]) -> Tensor:
+    """``(up + offset) * gate * sigmoid(alpha * gate)``, both bounded; SwiGLU without these numbers."""
+    if activation["limit"] is not None:
+        gate, up = gate.clamp(max=activation["limit"]), up.clamp(-activation["limit"], activation["limit"])
+    return (up + activation["offset"]) * gate * torch.sigmoid(activation["alpha"] * gate)
 
 
 def best_first(scores: Tensor, ties: Tensor) -> Tensor:

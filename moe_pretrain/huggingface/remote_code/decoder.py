@@ -45,6 +45,8 @@ class MoePretrainConfig(PretrainedConfig):
         core_shapes: dict[str, list[list[int]]] | None = None,
         combine_form: str | None = None,
         shared_expert_width: int = 0,
+        shared_expert_gate: bool = False,
+        activation: dict[str, Any] | None = None,
         gate_rank: int | None = None,
         experts_own_down: bool = False,
         router: dict[str, Any] | None = None,
@@ -72,6 +74,8 @@ class MoePretrainConfig(PretrainedConfig):
         self.core_shapes = core_shapes or {}
         self.combine_form = combine_form
         self.shared_expert_width = shared_expert_width
+        self.shared_expert_gate = shared_expert_gate
+        self.activation = activation  # of experts, routed and shared
         self.gate_rank = gate_rank
         self.experts_own_down = experts_own_down
         self.router = router or {}
@@ -167,7 +171,7 @@ class Block(nn.Module):
         normed = self.feed_forward_norm(hidden)
         if isinstance(self.feed_forward, SwiGLU):
             return hidden + self.feed_forward(normed)
-        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts, carried)
+        facts = Facts(ids.flatten(), place.flatten(), query, key, visible, self.feed_forward.experts, cache, carried)
         return hidden + self.feed_forward(normed.flatten(0, 1), facts).view_as(hidden)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.huggingface.remote_code.combine.sum import combine
 from moe_pretrain.huggingface.remote_code.common import Facts
-from moe_pretrain.huggingface.remote_code.dense import SwiGLU
+from moe_pretrain.huggingface.remote_code.dense import shared_experts_of
 from moe_pretrain.huggingface.remote_code.experts.swiglu import Experts
 from moe_pretrain.huggingface.remote_code.routers.top_k import Router
 
@@ -19,8 +19,7 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config, layer)
         self.experts = Experts(config)
         self.form = config.combine_form
-        width = config.shared_expert_width
-        self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        self.shared_experts = shared_experts_of(config)
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Apply the layer to ``hidden [tokens, hidden]``."""

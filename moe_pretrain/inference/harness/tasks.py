@@ -4,7 +4,8 @@ import contextlib
 import difflib
 import glob
 import io
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def load_tasks(field: str, words: Sequence[str], num_fewshot: int | None = None)
                 close = difflib.get_close_matches(name, manager.all_tasks, 3)
                 like = f"; there are {', '.join(close)}" if close else ""
                 raise ConfigError(f"{field}={word} must be a task of the harness or a task file{like}")
-        found = _loaded(manager, field, words, names)
+        found = _loaded(manager, field, dict(zip(names, words, strict=True)))
     for task in found["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (own != 0 and num_fewshot is not None):
@@ -65,27 +66,31 @@ def seed_examples(tasks: TaskDict) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of the harness and of ``datasets``, and without counting downloads on the network."""
-    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    """Without progress bars and retries of the network on the screen, and without counting downloads there."""
+    hub = logging.getLogger("huggingface_hub")
+    counts, level = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, hub.level
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    hub.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        hub.setLevel(level)
 
 
-def _loaded(manager: TaskManager, field: str, words: Sequence[str], names: Sequence[str]) -> TaskDict:
-    """All of them together; one by one only to say which is at fault."""
-    try:
-        return manager.load(list(names))
-    except Exception as error:  # of templates, functions and data of anybody
-        for word, name in zip(words, names, strict=True):
-            try:
-                manager.load([name])
-            except Exception as own:
-                raise ConfigError(f"{field}={word} cannot be loaded: {type(own).__name__}: {one_line(own)}") from own
-        raise ConfigError(f"{field}={','.join(words)}: {one_line(error)}") from error
+def _loaded(manager: TaskManager, field: str, words: Mapping[str, str]) -> TaskDict:
+    """All of them; ``words`` are those by which each name was asked for."""
+    found = TaskDict(tasks={}, groups={}, group_map={})
+    for name, word in words.items():
+        try:
+            own = manager.load([name])
+        except Exception as error:  # of templates, functions and data of anybody
+            raise ConfigError(f"{field}={word} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+        found["tasks"] |= own["tasks"]
+        found["groups"] |= own.get("groups", {})
+        found["group_map"] |= own.get("group_map", {})
+    return found
 
 
 def _add_file(manager: TaskManager, field: str, word: str) -> str:

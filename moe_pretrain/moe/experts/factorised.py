@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.dispatch import sum_rows
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
-from moe_pretrain.moe.experts.swiglu import activate, activation_gradients
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
@@ -43,9 +43,17 @@ class FactorisedExperts(nn.Module):
     """Of ``in_weight``."""
 
     def __init__(
-        self, num_experts: int, hidden_size: int, width: int, rank: int, shard: ExpertShard, owns_down: bool = False
+        self,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        rank: int,
+        shard: ExpertShard,
+        owns_down: bool = False,
+        activation: Activation = SWIGLU,
     ):
         super().__init__()
+        self.activation = activation
         self.expert_ids = shard.local_experts(num_experts)
         local = len(self.expert_ids)
         self.down_weight = nn.Parameter(torch.empty(local, rank, hidden_size)) if owns_down else None
@@ -67,7 +75,7 @@ class FactorisedExperts(nn.Module):
             assert down is not None, "no payload and no down projection"
             payload = _DownProjection.apply(sources, down, order)
         weights = self.up_weight, self.in_weight, self.out_weight
-        return _FactorisedExpertsFunction.apply(sources, weight, payload, *weights, order)
+        return _FactorisedExpertsFunction.apply(sources, weight, payload, *weights, order, self.activation)
 
 
 class _DownProjection(torch.autograd.Function):
@@ -106,7 +114,9 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
         in_weight: Tensor,
         out_weight: Tensor,
         order: ExpertRowLayout,
+        activation: Activation,
     ) -> Tensor:
+        ctx.activation = activation
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, outputs = [], []
         for block in blocks:
@@ -114,7 +124,7 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
             value = block.times(take_rows(sources, order, block), in_weight)
             before = torch.cat([gate, value], dim=1)
             befores.append(before)
-            outputs.append(block.times(activate(before), out_weight))
+            outputs.append(block.times(activate(before, activation), out_weight))
         ctx.save_for_backward(sources, weight, payload, up_weight, in_weight, out_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
         with part("combine"):
@@ -130,7 +140,9 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
             source_of_row, factor = order.source_of_row[block.rows], weight[block.rows, None]
             # Gradients are those of the rows' outputs before the route's weight, which is applied on narrow sides.
             grad_rows = grads[0].index_select(0, source_of_row)
-            act, grad_before, grad_weight = activation_gradients(before, block.times_transposed(grad_rows, out_weight))
+            grad_act = block.times_transposed(grad_rows, out_weight)
+            act, grad_before, grad_weight = activation_gradients(before, grad_act, ctx.activation)
+            del grad_act
             grad_gate, grad_value = (part.contiguous() for part in grad_before.chunk(2, dim=1))
             grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)
             rows = sources.index_select(0, source_of_row).mul_(factor)
@@ -143,5 +155,5 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
         grad_sources = sum_rows(join(grad_inputs), order, weight)
         return (
             *(grad_sources, join(grad_weights), join(grad_payloads)),
-            *(grad_up_weight, grad_in_weight, grad_out_weight, None),
+            *(grad_up_weight, grad_in_weight, grad_out_weight, None, None),
         )

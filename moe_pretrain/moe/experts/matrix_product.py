@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.swiglu import run_swiglu_experts
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, RoutingContext
@@ -37,8 +38,17 @@ class MatrixProductExperts(nn.Module):
     """Of ``in_weight``."""
     dense_names = tuple(f"{name}_shared" for name in MATRICES)
 
-    def __init__(self, config: MatrixProductConfig, num_experts: int, hidden_size: int, width: int, shard: ExpertShard):
+    def __init__(
+        self,
+        config: MatrixProductConfig,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        shard: ExpertShard,
+        activation: Activation = SWIGLU,
+    ):
         super().__init__()
+        self.activation = activation
         self.expert_ids = shard.local_experts(num_experts)
         self.shapes = {name: core_shapes(config, *size) for name, size in matrix_sizes(hidden_size, width).items()}
         self.centre = config.num_cores // 2
@@ -90,7 +100,7 @@ class MatrixProductExperts(nn.Module):
         keep_shared: bool = True,
     ) -> Float[Tensor, "sources hidden"]:
         """As ``SwiGLUExperts``, with the rebuilt matrices."""
-        return run_swiglu_experts(sources, weight, *self.weights(keep_shared), order)
+        return run_swiglu_experts(sources, weight, *self.weights(keep_shared), order, self.activation)
 
     def options(self, context: RoutingContext, layer: int) -> dict[str, bool]:
         """Arguments of a training step: whether the shared cores get a gradient, drawn alike on every rank."""

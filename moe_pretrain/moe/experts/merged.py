@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients
 from moe_pretrain.moe.experts.grouped import join, row_blocks
-from moe_pretrain.moe.experts.swiglu import activate, activation_gradients
 from moe_pretrain.moe.types import ExpertShard
 
 _CHUNK_NUMBERS = 2**24
@@ -29,8 +29,11 @@ class MergedExperts(nn.Module):
     expert_axis = 2
     """Of ``in_weight``."""
 
-    def __init__(self, num_experts: int, hidden_size: int, width: int, shard: ExpertShard):
+    def __init__(
+        self, num_experts: int, hidden_size: int, width: int, shard: ExpertShard, activation: Activation = SWIGLU
+    ):
         super().__init__()
+        self.activation = activation
         self.expert_ids = range(num_experts)
         self.units = shard.local_experts(width)
         self.width = width
@@ -51,7 +54,7 @@ class MergedExperts(nn.Module):
             mixture: Share of each expert in the parameters of each segment's network, float32.
             lengths: Tokens of each segment.
         """
-        return _MergedExpertsFunction.apply(sources, mixture, self.in_weight, self.out_weight, lengths)
+        return _MergedExpertsFunction.apply(sources, mixture, self.in_weight, self.out_weight, lengths, self.activation)
 
 
 class _MergedExpertsFunction(torch.autograd.Function):
@@ -63,8 +66,15 @@ class _MergedExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sources: Tensor, mixture: Tensor, in_weight: Tensor, out_weight: Tensor, lengths: Tensor
+        ctx: Any,
+        sources: Tensor,
+        mixture: Tensor,
+        in_weight: Tensor,
+        out_weight: Tensor,
+        lengths: Tensor,
+        activation: Activation,
     ) -> Tensor:
+        ctx.activation = activation
         merge = _Merge(mixture, in_weight, out_weight)
         befores, outputs = [], []
         ctx.parts = list(_parts(lengths, in_weight.shape[0] * in_weight.shape[3]))
@@ -73,7 +83,7 @@ class _MergedExpertsFunction(torch.autograd.Function):
             for block in row_blocks(lengths[segments], sources.dtype):
                 before = block.times(sources[rows][block.rows], of_gate)
                 befores.append(before)
-                outputs.append(block.times(activate(before), of_output))
+                outputs.append(block.times(activate(before, activation), of_output))
         ctx.save_for_backward(sources, mixture, in_weight, out_weight, lengths, *befores)
         return join(outputs) if outputs else torch.zeros_like(sources)
 
@@ -88,14 +98,16 @@ class _MergedExpertsFunction(torch.autograd.Function):
             grad_gate = grad_output = None
             for block in row_blocks(lengths[segments], sources.dtype):
                 before, grad_rows = next(before_of_block), grads[0][rows][block.rows].contiguous()
-                act, grad_before, _ = activation_gradients(before, block.times_transposed(grad_rows, of_output))
+                grad_act = block.times_transposed(grad_rows, of_output)
+                act, grad_before, _ = activation_gradients(before, grad_act, ctx.activation)
+                del grad_act
                 grad_output = block.outer(grad_rows, act, grad_output)
                 grad_gate = block.outer(grad_before, sources[rows][block.rows], grad_gate)
                 grad_sources.append(block.times_transposed(grad_before, of_gate))
             assert grad_gate is not None and grad_output is not None
             merge.add_gradients(segments, grad_gate, grad_output)
         grad_source = join(grad_sources) if grad_sources else torch.zeros_like(sources)
-        return grad_source, merge.grad_mixture, *merge.parameter_gradients(), None
+        return grad_source, merge.grad_mixture, *merge.parameter_gradients(), None, None
 
 
 def networks_merged_together(parameters: float) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.dispatch import sum_rows
-from moe_pretrain.moe.experts.grouped import join, one_kernel_on_cuda, row_blocks, take_rows
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients, gated
+from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
@@ -17,17 +18,29 @@ class SwiGLU(nn.Module):
     """``(silu(x W_gate) * (x W_up)) W_out`` without biases (Shazeer 2020, arXiv:2002.05202, eq. 6).
 
     Used for dense layers and for shared experts. ``in_weight`` holds gate and up, in that order.
+
+    Args:
+        hidden_size: Model width.
+        width: Inner width.
+        activation: In place of ``silu(gate) * up``.
+        has_output_gate: Whether the output is multiplied with ``sigmoid(x @ gate_weight.T)``, one number per token
+            (the shared experts of Qwen2-MoE, arXiv:2407.10671, and of Qwen3-Next).
     """
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, activation: Activation = SWIGLU, has_output_gate: bool = False):
         super().__init__()
+        self.activation = activation
         self.in_weight = nn.Parameter(torch.empty(2 * width, hidden_size))
         self.out_weight = nn.Parameter(torch.empty(hidden_size, width))
+        self.gate_weight = nn.Parameter(torch.empty(1, hidden_size)) if has_output_gate else None
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
         """Apply the network to the last axis."""
-        gate, up = functional.linear(hidden, self.in_weight).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, self.out_weight)
+        inner = gated(functional.linear(hidden, self.in_weight), self.activation)
+        output = functional.linear(inner, self.out_weight)
+        if self.gate_weight is None:
+            return output
+        return output * functional.linear(hidden, self.gate_weight).sigmoid()
 
 
 class SwiGLUExperts(nn.Module):
@@ -40,8 +53,11 @@ class SwiGLUExperts(nn.Module):
     expert_axis = 0
     """Of ``in_weight``."""
 
-    def __init__(self, num_experts: int, hidden_size: int, width: int, shard: ExpertShard):
+    def __init__(
+        self, num_experts: int, hidden_size: int, width: int, shard: ExpertShard, activation: Activation = SWIGLU
+    ):
         super().__init__()
+        self.activation = activation
         self.expert_ids = shard.local_experts(num_experts)
         local = len(self.expert_ids)
         self.in_weight = nn.Parameter(torch.empty(local, 2 * width, hidden_size))
@@ -55,7 +71,7 @@ class SwiGLUExperts(nn.Module):
         payload: None = None,
     ) -> Float[Tensor, "sources hidden"]:
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
-        return run_swiglu_experts(sources, weight, self.in_weight, self.out_weight, order)
+        return run_swiglu_experts(sources, weight, self.in_weight, self.out_weight, order, self.activation)
 
     def scores(
         self,
@@ -69,7 +85,7 @@ class SwiGLUExperts(nn.Module):
         The query goes through ``key_weight`` once per source, so that a row costs its first layer and a dot product.
         """
         factor = query @ key_weight
-        return _ScoresFunction.apply(sources.to(self.in_weight.dtype), factor, self.in_weight, order)
+        return _ScoresFunction.apply(sources.to(self.in_weight.dtype), factor, self.in_weight, order, self.activation)
 
 
 def run_swiglu_experts(
@@ -78,29 +94,10 @@ def run_swiglu_experts(
     in_weight: Float[Tensor, "local_experts width2 hidden"],
     out_weight: Float[Tensor, "local_experts hidden width"],
     order: ExpertRowLayout,
+    activation: Activation,
 ) -> Float[Tensor, "sources hidden"]:
     """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
-    return _SwiGLUExpertsFunction.apply(sources, weight, in_weight, out_weight, order)
-
-
-@one_kernel_on_cuda
-def activate(before: Float[Tensor, "rows width2"]) -> Float[Tensor, "rows width"]:
-    """``silu(gate) * up`` of ``before = [gate, up]``."""
-    gate, up = before.unflatten(1, (2, -1)).unbind(1)
-    return functional.silu(gate) * up
-
-
-@one_kernel_on_cuda
-def activation_gradients(
-    before: Float[Tensor, "rows width2"], grad_act: Float[Tensor, "rows width"]
-) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width2"], Float[Tensor, "rows"]]:
-    """The activation again, the gradient of ``before``, and ``<grad_act, activation>`` per row in float32."""
-    gate, up = before.unflatten(1, (2, -1)).unbind(1)
-    silu = functional.silu(gate)
-    act = silu * up
-    product = (grad_act * act).sum(dim=1, dtype=torch.float32)
-    grad_gate = torch.ops.aten.silu_backward(grad_act * up, gate)
-    return act, torch.cat([grad_gate, silu.mul_(grad_act)], dim=1), product
+    return _SwiGLUExpertsFunction.apply(sources, weight, in_weight, out_weight, order, activation)
 
 
 class _SwiGLUExpertsFunction(torch.autograd.Function):
@@ -116,14 +113,21 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sources: Tensor, weight: Tensor, in_weight: Tensor, out_weight: Tensor, order: ExpertRowLayout
+        ctx: Any,
+        sources: Tensor,
+        weight: Tensor,
+        in_weight: Tensor,
+        out_weight: Tensor,
+        order: ExpertRowLayout,
+        activation: Activation,
     ) -> Tensor:
+        ctx.activation = activation
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, outputs = [], []
         for block in blocks:
             before = block.times(take_rows(sources, order, block), in_weight)
             befores.append(before)
-            outputs.append(block.times(activate(before), out_weight))
+            outputs.append(block.times(activate(before, ctx.activation), out_weight))
         ctx.save_for_backward(sources, weight, in_weight, out_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
         with part("combine"):
@@ -140,7 +144,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
             # Down to grad_inputs, gradients are those of the rows' outputs before the route's weight.
             grad_rows = grads[0].index_select(0, source_of_row)
             grad_act = block.times_transposed(grad_rows, out_weight)
-            act, grad_before, grad_weight = activation_gradients(before, grad_act)
+            act, grad_before, grad_weight = activation_gradients(before, grad_act, ctx.activation)
             del grad_act
             # In place with a float32 factor: the product is formed in float32 and rounded once.
             grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)
@@ -150,7 +154,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
             grad_weights.append(grad_weight)
             grad_inputs.append(block.times_transposed(grad_before, in_weight))
         grad_sources = sum_rows(join(grad_inputs), order, weight)
-        return grad_sources, join(grad_weights), grad_in_weight, grad_out_weight, None
+        return grad_sources, join(grad_weights), grad_in_weight, grad_out_weight, None, None
 
 
 class _ScoresFunction(torch.autograd.Function):
@@ -160,14 +164,17 @@ class _ScoresFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sources: Tensor, factor: Tensor, in_weight: Tensor, order: ExpertRowLayout) -> Tensor:
+    def forward(
+        ctx: Any, sources: Tensor, factor: Tensor, in_weight: Tensor, order: ExpertRowLayout, activation: Activation
+    ) -> Tensor:
+        ctx.activation = activation
         blocks = row_blocks(order.rows_per_expert, sources.dtype)
         befores, scores = [], []
         for block in blocks:
             source_of_row = order.source_of_row[block.rows]
             before = block.times(sources.index_select(0, source_of_row), in_weight)
             befores.append(before)
-            scores.append(factor.index_select(0, source_of_row).mul_(activate(before)).sum(dim=1))
+            scores.append(factor.index_select(0, source_of_row).mul_(activate(before, ctx.activation)).sum(dim=1))
         ctx.save_for_backward(sources, factor, in_weight, *befores)
         ctx.order, ctx.blocks = order, blocks
         return join(scores)
@@ -181,9 +188,9 @@ class _ScoresFunction(torch.autograd.Function):
         for block, before in zip(ctx.blocks, befores, strict=True):
             source_of_row, grad_rows = order.source_of_row[block.rows], grads[0][block.rows, None]
             grad_act = factor.index_select(0, source_of_row).mul_(grad_rows).to(before.dtype)
-            act, grad_before, _ = activation_gradients(before, grad_act)
+            act, grad_before, _ = activation_gradients(before, grad_act, ctx.activation)
             grad_factors.append(act.float().mul_(grad_rows))
             rows = sources.index_select(0, source_of_row)
             grad_in_weight = block.outer(grad_before, rows, grad_in_weight)
             grad_inputs.append(block.times_transposed(grad_before, in_weight))
-        return sum_rows(join(grad_inputs), order), sum_rows(join(grad_factors), order), grad_in_weight, None
+        return sum_rows(join(grad_inputs), order), sum_rows(join(grad_factors), order), grad_in_weight, None, None

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
@@ -22,13 +23,21 @@ class UnequalExperts(nn.Module):
         repeating pattern, so that ranks are alike, are ours.
     """
 
-    def __init__(self, pattern: Sequence[int], num_experts: int, hidden_size: int, shard: ExpertShard):
+    def __init__(
+        self,
+        pattern: Sequence[int],
+        num_experts: int,
+        hidden_size: int,
+        shard: ExpertShard,
+        activation: Activation = SWIGLU,
+    ):
         super().__init__()
         self.expert_ids = shard.local_experts(num_experts)
         repeats = num_experts // len(pattern)
         self.widths = sorted(set(pattern))
         self.classes = nn.ModuleList(
-            SwiGLUExperts(repeats * list(pattern).count(width), hidden_size, width, shard) for width in self.widths
+            SwiGLUExperts(repeats * list(pattern).count(width), hidden_size, width, shard, activation)
+            for width in self.widths
         )
         self.members = [
             [place for place, expert in enumerate(self.expert_ids) if pattern[expert % len(pattern)] == width]

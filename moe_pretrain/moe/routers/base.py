@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -213,13 +213,19 @@ class LinearRouterConfig(BalancedRouterConfig):
 
     Attributes:
         jitter: Half width of the multiplicative noise on the router's input in training, in [0, 1).
+        bias: Whether a learnt number per expert is added to the logits (gpt-oss). It starts at 0.
+        logit_cap: Soft bound of the logits, > 0: ``cap * tanh(logits / cap)`` (Gemma 2, arXiv:2408.00118, sec. 2, there
+            of other logits); None for none.
     """
 
     jitter: Fraction
+    bias: bool = False
+    logit_cap: PositiveFloat | None = None
 
     def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
-        """With noise: the noise, and the input with it."""
-        return 2 * hidden_size if self.jitter > 0 else 0
+        """With noise: the noise, and the input with it; with a cap what is under it."""
+        of_noise = 2 * hidden_size if self.jitter > 0 else 0
+        return of_noise if self.logit_cap is None else of_noise + num_experts
 
 
 def routes_by_group(
@@ -326,7 +332,7 @@ class BalancedRouter(Router):
 
 
 class LinearRouter(BalancedRouter):
-    """Base of routers whose logits are ``hidden @ weight.T``, or two such maps; a scheme decides what follows."""
+    """Base of routers whose logits are a linear map of the token, or two such maps; a scheme decides what follows."""
 
     def __init__(
         self,
@@ -340,6 +346,10 @@ class LinearRouter(BalancedRouter):
         self._jitter = settings.jitter
         self.projection = None if projection_size is None else nn.Parameter(torch.empty(projection_size, hidden_size))
         self.weight = nn.Parameter(torch.empty(num_experts, projection_size or hidden_size))
+        self._logit_cap = settings.logit_cap
+        self.bias = nn.Parameter(torch.empty(num_experts)) if settings.bias else None
+        if settings.bias:
+            self.start_values = {**self.start_values, "bias": 0.0}
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
@@ -352,7 +362,10 @@ class LinearRouter(BalancedRouter):
             inputs = hidden.float() * (1 + self._jitter * (2 * noise - 1))
         if self.projection is not None:
             inputs = router_logits(inputs, self.projection)
-        return router_logits(inputs, self.weight)
+        logits = router_logits(inputs, self.weight)
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts by their logits, with probabilities as gates."""

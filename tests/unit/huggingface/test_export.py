@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.schemes import CASES
+from helpers.schemes import CASES, MERGED
 from helpers.trained import tiny_run
 from safetensors import safe_open
 from torch import Tensor
@@ -26,6 +26,7 @@ from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, scheme
 from moe_pretrain.moe.routers import SHIPPED
 
 ALL = [(kind, words) for kind, cases in CASES.items() for words in cases]
+ALL += [("MoePretrainForCausalLM", words) for words in MERGED]
 
 
 def name_of(words: tuple[str, ...]) -> str:
@@ -266,8 +267,6 @@ def test_what_cannot_be_exported_is_one_line(home: Path, tmp_path: Path, capsys:
     assert "depend on later tokens, which do not exist yet" in refusal(str(ahead), str(tmp_path / "x"))
     orthogonal = tiny_run(home, "orthogonal", "router=random", "combine=orthogonal")
     assert "combine=orthogonal with router=random cannot be exported" in refusal(str(orthogonal), str(tmp_path / "x"))
-    merged = tiny_run(home, "merged", "router=smear", "router.evaluation_segment_tokens=8")
-    assert "router=smear cannot be exported: it has no inference form" in refusal(str(merged), str(tmp_path / "x"))
     (tmp_path / "mine.py").write_text(OWN)
     own = tiny_run(home, "own", "router_file=" + str(tmp_path / "mine.py"))
     file = f"router_file={tmp_path / 'mine.py'}"
@@ -307,8 +306,9 @@ def test_a_checkpoint_by_its_own_folder_and_a_damaged_one(home: Path, tmp_path: 
     assert not (tmp_path / "no").exists()
 
 
+NETWORKS = {"lory": [], "smear": [], **{name: ["factorised"] for name in schemes() if "autonomy" in name}}
 PIECES = [
-    *((scheme, ["factorised" if "autonomy" in scheme else "swiglu"], "sum") for scheme in schemes()),
+    *((scheme, NETWORKS.get(scheme, ["swiglu"]), "sum") for scheme in schemes()),
     *(
         ("top_k", experts, "orthogonal")
         for experts in (["unequal"], ["matrix_product"], ["swiglu", "zero_computation"])

@@ -10,7 +10,8 @@ from torch.nn import functional
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.model.init import initialise, swiglu_size
+from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.experts.activation import activation_size
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.train.resume_rules import changes
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
@@ -93,7 +94,7 @@ def test_scores_of_attentive_gating_are_of_order_one(scheme: str):
     else:
         gate, up = torch.einsum("th,ewh->tew", inputs, layer.experts.in_weight).chunk(2, dim=-1)
         inner = functional.silu(gate) * up
-        assert inner.square().mean().sqrt().item() == pytest.approx(swiglu_size(0.02 * math.sqrt(768)), rel=0.05)
+        assert inner.square().mean().sqrt().item() == pytest.approx(activation_size(0.02 * math.sqrt(768)), rel=0.05)
     query, keys = inputs @ layer.router.gate.query_weight.T, inner @ layer.router.gate.key_weight.T
     scores = torch.einsum("tk,tek->te", query, keys) / math.sqrt(query.shape[1])
     assert scores.std().item() == pytest.approx(1, rel=0.2)

@@ -44,6 +44,11 @@ ROUTERS = {
     ],
     "qk_norm, heads apart": ["model.qk_norm=head", "model.head_size=24", "model.num_key_value_heads=2"],
     "qk_norm, whole": ["router=dense", "model.qk_norm=whole"],
+    "gated, bounded": [
+        *("router=top_k", "model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true"),
+        *("model.moe.activation=gpt_oss", "model.moe.activation_limit=7", "router.bias=true", "router.logit_cap=30"),
+    ],
+    "dense, bounded": ["router=dense", "model.moe.activation_limit=7"],
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
     "thor": ["router=thor"],

@@ -190,9 +190,12 @@ def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: 
         (folder / "config.json").write_text(json.dumps({**config, **values}))
         return str(folder)
 
-    assert "model_type=qwen3_moe normalises queries and keys" in refusal(
-        changed("qwen", model_type="qwen3_moe"), target, "router=top_k"
+    assert "model_type=deepseek_v3 compresses keys and values" in refusal(
+        changed("deepseek", model_type="deepseek_v3"), target, "router=top_k"
     )
+    assert "config.json has no num_experts" in refusal(changed("moe", model_type="qwen3_moe"), target, "router=top_k")
+    bounded = refusal(dense, target, "router=top_k", "model.moe.activation_limit=7")
+    assert "must be plain swiglu for upcycle" in bounded
     assert "model_type=gpt2 is another architecture" in refusal(
         changed("gpt2", model_type="gpt2"), target, "router=top_k"
     )

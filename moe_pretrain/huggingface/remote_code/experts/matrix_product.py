@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import empty
+from moe_pretrain.huggingface.remote_code.common import empty, gated
 
 
 class Experts(nn.Module):
@@ -14,6 +14,7 @@ class Experts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.shapes = config.core_shapes
+        self.numbers = config.activation
         for name, shapes in self.shapes.items():
             for index, shape in enumerate(shapes):
                 is_shared = index == len(shapes) // 2
@@ -41,5 +42,5 @@ class Experts(nn.Module):
     def run(self, hidden: Tensor, expert: int, router: Any) -> Tensor:
         """Output of one expert."""
         gate, up, out = (self.matrix(name, expert) for name in ("gate", "up", "out"))
-        inner = nn.functional.silu(nn.functional.linear(hidden, gate)) * nn.functional.linear(hidden, up)
+        inner = gated(nn.functional.linear(hidden, gate), nn.functional.linear(hidden, up), self.numbers)
         return nn.functional.linear(inner, out)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import empty
+from moe_pretrain.huggingface.remote_code.common import empty, gated
 
 
 class Experts(nn.Module):
@@ -12,13 +12,14 @@ class Experts(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
+        self.numbers = config.activation
         self.in_weight = empty(config.num_networks, 2 * config.expert_width, config.hidden_size)
         self.out_weight = empty(config.num_networks, config.hidden_size, config.expert_width)
 
     def activation(self, hidden: Tensor, expert: int) -> Tensor:
         """Inner activation of one expert."""
         gate, up = nn.functional.linear(hidden, self.in_weight[expert]).chunk(2, dim=-1)
-        return nn.functional.silu(gate) * up
+        return gated(gate, up, self.numbers)
 
     def run(self, hidden: Tensor, expert: int, router: Any) -> Tensor:
         """Output of one expert."""

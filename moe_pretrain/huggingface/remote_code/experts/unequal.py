@@ -4,21 +4,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import empty
+from moe_pretrain.huggingface.remote_code.common import empty, gated
 
 
 class Stack(nn.Module):
     """Experts of one width; ``in_weight`` holds gate and up, in that order."""
 
-    def __init__(self, num: int, hidden_size: int, width: int):
+    def __init__(self, num: int, hidden_size: int, width: int, activation: dict[str, Any]):
         super().__init__()
+        self.numbers = activation
         self.in_weight = empty(num, 2 * width, hidden_size)
         self.out_weight = empty(num, hidden_size, width)
 
     def run(self, hidden: Tensor, member: int) -> Tensor:
         """Output of one of them."""
         gate, up = nn.functional.linear(hidden, self.in_weight[member]).chunk(2, dim=-1)
-        return nn.functional.linear(nn.functional.silu(gate) * up, self.out_weight[member])
+        return nn.functional.linear(gated(gate, up, self.numbers), self.out_weight[member])
 
 
 class Experts(nn.Module):
@@ -28,7 +29,9 @@ class Experts(nn.Module):
         super().__init__()
         widths = config.expert_widths
         kinds = sorted(set(widths))
-        self.classes = nn.ModuleList(Stack(widths.count(width), config.hidden_size, width) for width in kinds)
+        self.classes = nn.ModuleList(
+            Stack(widths.count(width), config.hidden_size, width, config.activation) for width in kinds
+        )
         self.places = [(kinds.index(width), widths[:expert].count(width)) for expert, width in enumerate(widths)]
 
     def run(self, hidden: Tensor, expert: int, router: Any) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import Facts, empty, linear_float32
+from moe_pretrain.huggingface.remote_code.common import Facts, empty, linear_float32, logits_of
 
 SCHEMES = ("attention_importance",)
 
@@ -20,6 +20,7 @@ class Router(nn.Module):
         super().__init__()
         self.fields, self.num_experts = config.router, config.num_experts
         self.weight = empty(config.num_experts, config.hidden_size)
+        self.bias = empty(config.num_experts) if self.fields["bias"] else None
         self.scale: Tensor
         self.register_buffer("scale", torch.zeros(()))
         if self.fields["importance"] == "predictor":
@@ -28,7 +29,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Gates ``[tokens, experts]``, 0 where an expert is not taken."""
-        logits = linear_float32(hidden, self.weight)
+        logits = logits_of(self, hidden)
         count = self._num_experts(hidden, facts)
         best = logits.sort(dim=-1, descending=True, stable=True).indices
         rank = best.argsort(dim=-1)  # place of each expert in the order

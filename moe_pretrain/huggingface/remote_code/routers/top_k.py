@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import Facts, best_first, empty, gates_of, linear_float32
+from moe_pretrain.huggingface.remote_code.common import Facts, best_first, empty, gates_of, linear_float32, logits_of
 
 SCHEMES = ("top_k", "loss_free", "quantile")
 
@@ -21,6 +21,7 @@ class Router(nn.Module):
         size = self.fields["projection_size"]
         self.projection = None if size is None else empty(size, config.hidden_size)
         self.weight = empty(experts, size or config.hidden_size)
+        self.bias = empty(experts) if self.fields["bias"] else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", None if self.fields["name"] == "top_k" else torch.zeros(experts))
 
@@ -28,7 +29,7 @@ class Router(nn.Module):
         """Gates ``[tokens, experts]``, 0 where an expert is not taken."""
         fields = self.fields
         inputs = hidden if self.projection is None else linear_float32(hidden, self.projection)
-        logits = linear_float32(inputs, self.weight)
+        logits = logits_of(self, inputs)
         if fields["score"] == "softmax":
             scores = logits.softmax(dim=-1)
         elif fields["score"] == "sigmoid":
