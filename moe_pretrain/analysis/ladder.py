@@ -10,7 +10,15 @@ import numpy as np
 
 from moe_pretrain.analysis import measures
 from moe_pretrain.analysis.compare.variants import names_apart
-from moe_pretrain.analysis.scaling_law import NUM_CONSTANTS, RESAMPLES, Fit, PercentileInterval, fit
+from moe_pretrain.analysis.scaling_law import (
+    LARGEST_EXPONENT,
+    LEAST_EXPONENT,
+    NUM_CONSTANTS,
+    RESAMPLES,
+    Fit,
+    PercentileInterval,
+    fit,
+)
 from moe_pretrain.run_folder.identity import deciding
 from moe_pretrain.run_folder.record import RunRecord
 from moe_pretrain.run_folder.tune_record import split_trials
@@ -20,6 +28,8 @@ Count = Literal["active", "total"]
 Table = tuple[Sequence[str], list[list[str]]]
 """Header and lines."""
 MIN_SIZES = 4
+_NOTHING = 0.01
+"""Share of the lowest loss below which E is none."""
 _MAX_NAMED = 5
 _GROWS = (
     *("seed", "run", "sweep", "budget", "batch", "schedule", "engine", "spike", "evaluation", "checkpoint"),
@@ -78,6 +88,13 @@ class Ladder:
     def interval(self, name: str) -> PercentileInterval:
         """One constant of the law."""
         return PercentileInterval.of(getattr(self.fit.law, name), [getattr(law, name) for law in self.fit.resampled])
+
+    def is_decided(self, name: str) -> bool:
+        """Whether the runs decide E or an exponent: its interval ends within what was searched, and E above zero."""
+        interval = self.interval(name)
+        if name == "irreducible":
+            return interval.low > _NOTHING * min(rung.loss for rung in self.rungs)
+        return 1.01 * LEAST_EXPONENT < interval.low and interval.high < 0.99 * LARGEST_EXPONENT  # it stays inside
 
     def best_parameters(self, flops: float) -> PercentileInterval:
         """Parameters of the lowest loss that ``flops`` can buy."""
@@ -240,7 +257,10 @@ def law_table(ladders: Sequence[Ladder]) -> Table:
     lines = []
     for ladder in ladders:
         law = ladder.fit.law
-        exact = [_words(ladder.interval(name), ".3f") for name in ("irreducible", "alpha", "beta")]
+        exact = [
+            _words(ladder.interval(name), ".3f") + ("" if ladder.is_decided(name) else " NOT DECIDED")
+            for name in ("irreducible", "alpha", "beta")
+        ]
         scales = [f"{law.of_parameters:.3g}", f"{law.of_tokens:.3g}", f"{ladder.fit.residual:.2%}"]
         name = ladder.name or "all runs"
         lines.append([name, str(len(ladder.rungs)), str(len(_sizes(ladder.rungs))), *exact, *scales])

@@ -20,7 +20,11 @@ RESAMPLES = 400
 NUM_CONSTANTS = 5
 _STARTS = ((0.15, 0.35, 0.7), (0.15, 0.35, 0.7), (0.5, 0.9))
 """Of alpha, of beta, and of E as a share of the lowest loss."""
-_BOUNDS = ([-np.inf, -np.inf, 1e-3, -np.inf, 1e-3], [np.inf, np.inf, 3.0, np.inf, 3.0])
+LEAST_EXPONENT, LARGEST_EXPONENT = 0.01, 2.0
+_BOUNDS = (
+    [-np.inf, -np.inf, LEAST_EXPONENT, -np.inf, LEAST_EXPONENT],
+    [np.inf, np.inf, LARGEST_EXPONENT, np.inf, LARGEST_EXPONENT],
+)
 """Of the logarithms of E and A, alpha, that of B, beta."""
 Floats = Float[np.ndarray, "points"]
 

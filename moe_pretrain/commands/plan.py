@@ -6,8 +6,12 @@ from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.plan.plan import Assumptions, describe
 
 _ASSUMED = {
-    "mfu": "share of the peak that model FLOPs reach, in (0, 1]",
+    "mfu": "share of the peak that model FLOPs reach, in (0, 1], in place of the estimate by part",
     "peak": "FLOP/s of one device",
+    "memory_bandwidth": "GB/s of its memory that copies reach",
+    "link": "GB/s that one device sends to others of its node",
+    "network": "GB/s that one device sends to other nodes",
+    "gpus_per_node": "devices of a node",
     "gpu_memory": "GiB of one device",
     "worst_load": "rows on the busiest rank over the mean, under expert parallelism",
 }
@@ -18,9 +22,11 @@ def arguments(parser: Parser) -> None:
     parser.add_overrides()
     for name, meaning in _ASSUMED.items():
         default = getattr(Assumptions, name)
-        help_text = f"{meaning} (default {default:g})"
+        help_text = meaning if default is None else f"{meaning} (default {default:g})"
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", type=_number, default=default, help=help_text)
-    parser.add_examples("model=700m router=top_p", "model=4b parallel.processes=8 --gpu-memory=141 --mfu=0.4")
+    parser.add_examples(
+        "model=700m router=top_p", "model=4b parallel.processes=8 --gpu-memory=141 --memory-bandwidth=4300"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -125,7 +125,13 @@ class Memory:
 
 
 def memory_per_rank(
-    config: Config, device: str, dtype: Dtype, plan: BatchPlan, ranks: int, worst_load: float
+    config: Config,
+    device: str,
+    dtype: Dtype,
+    plan: BatchPlan,
+    ranks: int,
+    worst_load: float,
+    parameters: LocalParameters | None = None,
 ) -> Memory:
     """Estimate the peak of a training step on one rank.
 
@@ -136,8 +142,9 @@ def memory_per_rank(
         plan: How the batch is cut over ``ranks``.
         ranks: Number of ranks.
         worst_load: Rows on this rank over the mean, with expert parallelism, >= 1.
+        parameters: Those of one rank, where they have been counted.
     """
-    parameters = local_parameters(config)
+    parameters = parameters or local_parameters(config)
     owned = parameters.owned(ranks, config.parallel.expert_parallel_size)
     layers = _Layers(config, device, dtype, plan.micro_batch_size, worst_load)
     zero_stage = config.engine.zero_stage

@@ -1,11 +1,8 @@
 """Plan of a run, before anything is started: parameters, FLOPs, memory, traffic, time; and what fits where."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from moe_pretrain import data
 from moe_pretrain.config.compose import choices
@@ -15,57 +12,66 @@ from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.engine.optimizers.base import check_optimizer, describe_rates, rate_scales_by_group
-from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import meta_model, parameter_roles
 from moe_pretrain.model.size import ModelSize
-from moe_pretrain.moe.build import build_router, sharded, width_problems
-from moe_pretrain.plan.memory import (
-    BYTES,
-    Memory,
-    local_parameters,
-    memory_per_rank,
-    routes_of_rank,
-)
-from moe_pretrain.schedule.batch_plan import BatchPlan
+from moe_pretrain.moe.build import sharded, width_problems
+from moe_pretrain.plan.cost import COMPARED, FROZEN, MEASURED, extra_forward, flops_by_part, traffic
+from moe_pretrain.plan.layouts import RECOMPUTE, layouts
+from moe_pretrain.plan.memory import Memory, local_parameters, memory_per_rank
+from moe_pretrain.plan.step_time import Machine, step_time
 from moe_pretrain.system.words import short_duration, short_number
 
 GIB = 2**30
-FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
-"""Parts without a backward."""
-MERGED, REBUILT = "merging of experts", "rebuilding of experts"
-COMPARED = "expert outputs that are compared"
-"""Part whose backward costs as much as its forward."""
 USABLE = 0.92
 """Share of a GPU's memory that training may fill; the rest goes to the driver, NCCL and fragmentation."""
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+_SHOWN_LAYOUTS = 5
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Assumptions on what the configuration does not say.
+    """Assumptions on what the configuration does not say; the defaults are an H100's.
 
     Attributes:
-        mfu: Share of the peak that model FLOPs reach, in (0, 1].
-        peak: FLOP/s of one device; 989e12 is the H100's dense bfloat16.
+        mfu: Share of the peak that model FLOPs reach, in (0, 1]; None to estimate the time by part.
+        peak: FLOP/s of one device, dense bfloat16.
+        memory_bandwidth: GB/s of its memory that copies reach.
+        link: GB/s that one device sends to others of its node.
+        network: GB/s that one device sends to other nodes.
+        gpus_per_node: Devices of a node.
         gpu_memory: GiB of one device.
         worst_load: Rows on the busiest rank over the mean, under expert parallelism, >= 1.
     """
 
-    mfu: float = 0.35
+    mfu: float | None = None
     peak: float = 989e12
+    memory_bandwidth: float = 3000.0
+    link: float = 300.0
+    network: float = 50.0
+    gpus_per_node: float = 8
     gpu_memory: float = 79.0
     worst_load: float = 1.5
 
     def __post_init__(self) -> None:
-        for name, ok, constraint in (
-            ("mfu", 0 < self.mfu <= 1, "in (0, 1]"),
-            ("peak", self.peak > 0, "positive"),
-            ("gpu_memory", self.gpu_memory > 0, "positive"),
-            ("worst_load", self.worst_load >= 1, "at least 1"),
-        ):
-            if not ok:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be {constraint}")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu={self.mfu} must be in (0, 1]")
+        if self.worst_load < 1:
+            raise ValueError(f"--worst-load={self.worst_load} must be at least 1")
+        for name in ("peak", "memory_bandwidth", "link", "network", "gpus_per_node", "gpu_memory"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
+
+    @property
+    def machine(self) -> Machine:
+        """Rates of the devices."""
+        return Machine(
+            self.peak, 1e9 * self.memory_bandwidth, 1e9 * self.link, 1e9 * self.network, int(self.gpus_per_node)
+        )
+
+    @property
+    def room(self) -> float:
+        """Bytes of one device that are counted on."""
+        return USABLE * self.gpu_memory * GIB
 
 
 def target(config: Config) -> tuple[str, Dtype]:
@@ -114,70 +120,6 @@ def epochs(config: Config, tokens: int) -> str:
     return f"{tokens / known:.2f} epochs over {known:,} training tokens"
 
 
-def flops_by_part(size: ModelSize) -> dict[str, float]:
-    """Forward FLOPs of one token by part; they sum to ``forward_flops_per_token``."""
-    parts = {
-        "attention projections": 2.0 * size.attention,
-        "attention scores": size.attention_score_flops,
-        "dense networks and shared experts": 2.0 * size.dense_ffn,
-        "routers": 2.0 * size.router_matmul,
-        MERGED: size.merging_flops_per_token,
-        REBUILT: size.rebuilding_flops_per_token,
-        FROZEN: 2.0 * size.frozen_routers,
-        "routed experts": 2.0 * size.active_experts,
-        "constant experts": 2.0 * size.constant_experts,
-        "experts that are only asked": 2.0 * size.scoring,
-        MEASURED: size.attention_statistic_flops,
-        COMPARED: size.combine_flops,
-        "output head": 2.0 * size.head_matmul,
-    }
-    assert math.isclose(sum(parts.values()), size.forward_flops_per_token)
-    return parts
-
-
-def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
-    """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
-    parts = flops_by_part(size)
-    attention = parts["attention projections"] + parts["attention scores"]
-    names = ("routed experts", "constant experts", "experts that are only asked", "dense networks and shared experts")
-    networks = sum(parts[name] for name in (*names, COMPARED, REBUILT))
-    again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
-    ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
-    # The logits of two passes are made again in backward.
-    logits = parts["output head"] if size.num_passes > 1 else 0.0
-    merged_again = parts[MERGED] * (2 if config.model.recompute == "full" else 1)
-    return size.num_passes * (again + logits) + merged_again + ahead
-
-
-def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
-    if plan.accumulation == 1 or config.router.dense_experts or config.router.balance_level == "last_step":
-        return False
-    with torch.device("meta"):
-        router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)
-    return router.needs_global_routes
-
-
-def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
-    """Bytes that one rank sends in a step, with ring algorithms and an even load."""
-    ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
-    parameters = local_parameters(config)
-    copies = ranks // expert_parallel  # of each expert
-    dense = parameters.dense + parameters.kept
-    shared = {ranks: dense, copies: 0}
-    shared[copies] += parameters.expert
-    ring = {count: (count - 1) / count * elements for count, elements in shared.items()}
-    weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
-    routed = routes_of_rank(config, dtype, plan.micro_batch_size)
-    passes = config.router.num_passes * (2 + (config.model.recompute == "full")) + _counts_ahead(config, plan)
-    layers = 0 if config.router.dense_experts else len(config.model.moe_layers)
-    one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
-    return {
-        "gradients, all-reduce in float32": 2 * 4 * sum(ring.values()),
-        "weights, all-gather": weights,
-        "tokens to experts and back": passes * layers * plan.accumulation * one_way,
-    }
-
-
 def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> int:
     """Print the plan of a configuration; starts nothing.
 
@@ -206,6 +148,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     for problem in found:
         say(f"DOES NOT DIVIDE: {problem}")
     if found:
+        if target(config)[0] == "cuda":
+            _say_layouts(config, assumed, say)
         return 1
     run = planned(config)
     plan, device, dtype = run.batches, run.device, run.dtype
@@ -230,13 +174,45 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     say("bytes that a rank sends per step:")
     for name, value in traffic(config, dtype, plan).items():
         say(f"  {name:<34}{_gib(value):>12}")
-    seconds = tokens * size.training_flops_per_token / (ranks * assumed.peak * assumed.mfu)
-    say(
-        f"time at {assumed.mfu:.0%} of {assumed.peak:.3g} FLOP/s on each of {ranks} ranks: {short_duration(seconds)}, "
-        f"{seconds / plan.num_steps:.3g} s a step"
-    )
+    _say_time(config, run, assumed, say)
+    if device == "cuda":
+        _say_layouts(config, assumed, say)
     _say_sizes(overrides, assumed, say)
     return 0
+
+
+def _say_time(config: Config, run: RunPlan, assumed: Assumptions, say: Callable[[str], None]) -> None:
+    """Of a step and of the run: by part, or at the share of the peak that is assumed."""
+    plan, ranks = run.batches, config.parallel.processes
+    least = plan.tokens_per_step * run.size.training_flops_per_token / (ranks * assumed.peak)
+    if assumed.mfu is not None:
+        seconds, mfu = least / assumed.mfu, assumed.mfu
+    elif run.device == "cuda":
+        parts = step_time(config, run, local_parameters(config), assumed.machine)
+        say("seconds of a step, estimated from FLOPs and counted bytes (not measured on a GPU):")
+        for name, value in vars(parts).items():
+            say(f"  {name:<14}{value:>10.3f}  {value / parts.total:>6.1%}")
+        seconds, mfu = parts.total, least / parts.total
+    else:
+        return
+    say(
+        f"time at {mfu:.1%} of {assumed.peak:.3g} FLOP/s on each of {ranks} ranks: "
+        f"{short_duration(seconds * plan.num_steps)}, {seconds:.3g} s a step, "
+        f"{plan.tokens_per_step / ranks / seconds:,.0f} tokens/s on each"
+    )
+
+
+def _say_layouts(config: Config, assumed: Assumptions, say: Callable[[str], None]) -> None:
+    """The fastest layouts that fit, and which to take."""
+    found = layouts(config, target(config), assumed.room, assumed.worst_load, assumed.machine)
+    ranks = config.parallel.processes
+    if not found:
+        say(f"no layout of {ranks} ranks divides and fits in {USABLE:.0%} of {assumed.gpu_memory:g} GiB")
+        return
+    say(f"{len(found)} layouts of {ranks} ranks divide and fit; the fastest by the same estimate:")
+    for layout in found[:_SHOWN_LAYOUTS]:
+        say(f"  {layout.time.total:>8.3f} s a step {_gib(layout.memory.total):>12}  {layout.words}")
+    say(f"take: {found[0].words}")
 
 
 def _checkpoint_bytes(config: Config, model: DecoderLM) -> int:
@@ -294,7 +270,7 @@ def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[st
 
 
 def _fits(memory: Memory, assumed: Assumptions) -> bool:
-    return memory.total <= USABLE * assumed.gpu_memory * GIB
+    return memory.total <= assumed.room
 
 
 def _verdict(memory: Memory, assumed: Assumptions) -> str:

@@ -1,4 +1,4 @@
-"""What can stand between torch and a GPU that is there."""
+"""Reasons why torch cannot use a GPU that is there."""
 
 import os
 import re
@@ -13,11 +13,11 @@ _DEVICE_FILE = Path("/dev/nvidiactl")
 _OLDEST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """CUDA's major version -> oldest Linux driver (CUDA Toolkit release notes, table of minor version compatibility)."""
 _COMPILERS = ("gcc", "clang")
-"""What Triton looks for, after ``CC``."""
+"""Names that Triton looks for, after ``CC``."""
 
 
 def unusable_gpu() -> str | None:
-    """Why torch finds no CUDA device where this machine has a GPU of NVIDIA's; None where it has none, or torch can.
+    """Reason why torch finds no CUDA device where this machine has one of NVIDIA's; None if it has none, or torch can.
 
     A GPU that ``CUDA_VISIBLE_DEVICES`` hides is hidden on purpose.
     """
@@ -38,7 +38,7 @@ def unusable_gpu() -> str | None:
 
 
 def missing_compiler() -> str | None:
-    """What Triton lacks to build its launchers with, which compiled attention needs; None if it is all there."""
+    """Tools that Triton lacks to build its launchers, which compiled attention needs; None if they are there."""
     if not os.environ.get("CC") and not any(shutil.which(name) for name in _COMPILERS):
         return "a C compiler (gcc or clang; CC names another)"
     if not (header := Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -48,7 +48,7 @@ def missing_compiler() -> str | None:
 
 def _driver() -> str | None:
     try:
-        found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d+\.\d+(?:\.\d+)?)", _DRIVER_FILE.read_text())
+        found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d+\.\d+(?:\.\d+)?)", _DRIVER_FILE.read_text(encoding="utf-8"))
     except OSError:
         return None
     return found[1] if found else None

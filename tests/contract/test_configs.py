@@ -16,7 +16,7 @@ import torch
 from helpers.config_reads import Reads, modules_below
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moe_pretrain.commands import tune
+from moe_pretrain.commands import plan, tune
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.config.compose import compose_values, config_folder, validate
 from moe_pretrain.config.load import load
@@ -342,6 +342,10 @@ def test_readme_commands_compose(command: str):
         for scheme in found:
             load([*shared.fixed, *scheme])
         return
+    if command.startswith("moe-pretrain plan"):
+        parser = Parser("plan", "")
+        plan.arguments(parser)
+        overrides = parser.parse(overrides).overrides
     if "--multirun" in overrides:
         sweep = parse([word for word in overrides if word != "--multirun"], OverridesParser.create())
         overrides = [*sweep.fixed, *sweep.example]

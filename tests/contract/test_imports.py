@@ -93,6 +93,8 @@ def test_environment_is_read_in_two_places_only():
             "parallel/mesh.py",
             "system/child_process.py",
             "system/cpu.py",
+            "system/cuda_allocator.py",
+            "system/gpu.py",
         ),
         *("metrics/wandb_start.py", "train/build.py"),
         *("sweep/running_job.py", "sweep/launcher.py", "sweep/slurm.py", "sweep/slurm_task.py"),

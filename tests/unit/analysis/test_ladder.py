@@ -59,6 +59,7 @@ def test_laws_gains_and_what_survives(
     width = found["stays"].here.high - found["stays"].here.low
     losses = [law.loss(64e6, 180e3) for law in reference.fit.resampled]
     assert width < 0.7 * (max(losses) - min(losses))
+    assert all("NOT DECIDED" not in cell for line in ladder.law_table(ladders)[1] for cell in line)
     text = markdown(compare(tmp_path))
     assert "at 10 times both" in text and "| stays | +0.09" in text and "survives" in text
     assert main(["ladder", str(tmp_path), "--scale", "100", "--parameters", "total"]) == 0
@@ -66,6 +67,19 @@ def test_laws_gains_and_what_survives(
     assert "| stays | " in printed and "survives" in printed and "| top_k | 12 | 4 | " in printed
     written = json.loads((tmp_path / "ladder.json").read_text())
     assert {run["parameters"] for run in written["ladders"][0]["runs"]} == {4 * size for size in SIZES}
+
+
+def test_what_runs_do_not_decide_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Losses that do not fall with size have no exponent of it."""
+    monkeypatch.setattr(ladder, "RESAMPLES", 40)
+    for size in SIZES:
+        for length in (*LENGTHS, 120):
+            curve = 3 * math.exp(-6 * length / STEPS) - 3 * math.exp(-6)
+            value = (2 + 60 * (length * TOKENS) ** -0.4) * (1 + 0.01 * math.sin(7 * math.log(size) + length)) - curve
+            facts = {"active_parameters": size}
+            Planted(f"{size:g}-{length}", value, steps=length, facts=facts).write(tmp_path)
+    (line,) = ladder.law_table(read_ladders(find_runs(tmp_path), tmp_path))[1]
+    assert line[4].endswith("NOT DECIDED")
 
 
 def diverge(root: Path) -> None:

@@ -14,8 +14,9 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.types import ExpertShard, RoutingContext, float32_parameters
+from moe_pretrain.plan.cost import extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.memory import local_parameters, memory_per_rank
-from moe_pretrain.plan.plan import extra_forward, flops_by_part, problems, traffic
+from moe_pretrain.plan.plan import problems
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.train.corpora import prepare_corpora
 

@@ -21,7 +21,7 @@ from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.routers.thor import ThorConfig, ThorRouter
 from moe_pretrain.moe.types import ExpertShard
-from moe_pretrain.plan.plan import extra_forward
+from moe_pretrain.plan.cost import extra_forward
 
 HIDDEN, EXPERTS = 8, 4
 

@@ -1,0 +1,86 @@
+"""FLOPs of a token by part, and bytes that a rank sends in a step; from the configuration alone."""
+
+import math
+
+import torch
+
+from moe_pretrain.config.schema import Config
+from moe_pretrain.engine.deepspeed_config import Dtype
+from moe_pretrain.model.size import ModelSize
+from moe_pretrain.moe.build import build_router
+from moe_pretrain.plan.memory import BYTES, local_parameters, routes_of_rank
+from moe_pretrain.schedule.batch_plan import BatchPlan
+
+FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
+"""Parts without a backward."""
+MERGED, REBUILT = "merging of experts", "rebuilding of experts"
+COMPARED = "expert outputs that are compared"
+"""Part whose backward costs as much as its forward."""
+GRADIENTS, WEIGHTS = "gradients, all-reduce in float32", "weights, all-gather"
+ROUTES = "tokens to experts and back"
+
+
+def flops_by_part(size: ModelSize) -> dict[str, float]:
+    """Forward FLOPs of one token by part; they sum to ``forward_flops_per_token``."""
+    parts = {
+        "attention projections": 2.0 * size.attention,
+        "attention scores": size.attention_score_flops,
+        "dense networks and shared experts": 2.0 * size.dense_ffn,
+        "routers": 2.0 * size.router_matmul,
+        MERGED: size.merging_flops_per_token,
+        REBUILT: size.rebuilding_flops_per_token,
+        FROZEN: 2.0 * size.frozen_routers,
+        "routed experts": 2.0 * size.active_experts,
+        "constant experts": 2.0 * size.constant_experts,
+        "experts that are only asked": 2.0 * size.scoring,
+        MEASURED: size.attention_statistic_flops,
+        COMPARED: size.combine_flops,
+        "output head": 2.0 * size.head_matmul,
+    }
+    assert math.isclose(sum(parts.values()), size.forward_flops_per_token)
+    return parts
+
+
+def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
+    """FLOPs per token beyond the model's: recomputation, and the pass that counts routes ahead under accumulation."""
+    parts = flops_by_part(size)
+    attention = parts["attention projections"] + parts["attention scores"]
+    names = ("routed experts", "constant experts", "experts that are only asked", "dense networks and shared experts")
+    networks = sum(parts[name] for name in (*names, COMPARED, REBUILT))
+    again = {"none": 0.0, "selective": attention, "full": attention + networks}[config.model.recompute]
+    ahead = size.forward_flops_per_token - parts["output head"] if _counts_ahead(config, plan) else 0.0
+    # The logits of two passes are made again in backward.
+    logits = parts["output head"] if size.num_passes > 1 else 0.0
+    merged_again = parts[MERGED] * (2 if config.model.recompute == "full" else 1)
+    return size.num_passes * (again + logits) + merged_again + ahead
+
+
+def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
+    if plan.accumulation == 1 or config.router.dense_experts or config.router.balance_level == "last_step":
+        return False
+    with torch.device("meta"):
+        router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)
+    return router.needs_global_routes
+
+
+def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
+    """Bytes that one rank sends in a step, with ring algorithms and an even load."""
+    ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
+    parameters = local_parameters(config)
+    copies = ranks // expert_parallel  # of each expert
+    dense = parameters.dense + parameters.kept
+    shared = {ranks: dense, copies: 0}
+    shared[copies] += parameters.expert
+    ring = {count: (count - 1) / count * elements for count, elements in shared.items()}
+    weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
+    # DeepSpeed's stage 2 reduces the gradients of every micro-batch.
+    reductions = plan.accumulation if config.engine.zero_stage == 2 else 1
+    routed = routes_of_rank(config, dtype, plan.micro_batch_size)
+    passes = config.router.num_passes * (2 + (config.model.recompute == "full")) + _counts_ahead(config, plan)
+    layers = 0 if config.router.dense_experts else len(config.model.moe_layers)
+    one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
+    return {
+        GRADIENTS: reductions * 2 * 4 * sum(ring.values()),
+        WEIGHTS: weights,
+        ROUTES: passes * layers * plan.accumulation * one_way,
+    }

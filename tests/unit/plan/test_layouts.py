@@ -1,0 +1,96 @@
+"""Time by part, and the layouts that ``plan`` ranks: they follow from FLOPs, bytes and what fits."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from moe_pretrain.cli import USAGE_CODE, main
+from moe_pretrain.config.load import load
+from moe_pretrain.plan.cost import GRADIENTS, ROUTES, traffic
+from moe_pretrain.plan.layouts import layouts
+from moe_pretrain.plan.memory import local_parameters
+from moe_pretrain.plan.plan import Assumptions, planned, target
+from moe_pretrain.plan.step_time import Machine, StepTime, step_time
+
+H100 = Machine()
+
+
+def time_of(*words: str, machine: Machine = H100) -> StepTime:
+    config = load(["model=700m", "parallel.processes=8", *words])
+    return step_time(config, planned(config), local_parameters(config), machine)
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens_per_second"),
+    [
+        (("parallel.expert_parallel_size=8",), 163e3),
+        ((), 179e3),
+        (("model=4b", "parallel.expert_parallel_size=8"), 42.4e3),
+    ],
+)
+def test_it_agrees_with_a_sum_over_all_kernels(words: tuple[str, ...], tokens_per_second: float) -> None:
+    """Tokens/s of one of 8 GPUs from an audit that gave each of 4,700 kernels the time of its bytes or FLOPs."""
+    assert 4_194_304 / 8 / time_of(*words).total == pytest.approx(tokens_per_second, rel=0.03)
+
+
+def test_each_part_follows_what_it_is_made_of() -> None:
+    base, parallel = time_of(), time_of("parallel.expert_parallel_size=8")
+    assert base.exchange == 0 and parallel.total > base.total
+    sent = traffic(config := load(["model=700m", "parallel.processes=8", "parallel.expert_parallel_size=8"]),
+                   "bfloat16", planned(config).batches)[ROUTES]  # fmt: skip
+    slow = replace(H100, link=H100.link / 2)
+    slower = time_of("parallel.expert_parallel_size=8", machine=slow).exchange
+    assert slower - parallel.exchange == pytest.approx(sent / H100.link)
+    nodes = time_of("parallel.processes=16", "parallel.expert_parallel_size=8")
+    assert nodes.exchange == pytest.approx(parallel.exchange / 2) and nodes.reduction > 5 * parallel.reduction
+    full = time_of("model.recompute=full")
+    assert (full.products, full.attention) > (base.products, base.attention) and full.memory > base.memory
+    larger = time_of("batch.micro_batch_size=32")
+    assert larger.accumulation == pytest.approx(base.accumulation / 4) and larger.products == base.products
+    assert time_of("router=dense").routing == 0
+    assert time_of("router.load_balance_level=global_batch").products > base.products
+    assert base.total == pytest.approx(sum(vars(base).values()))
+
+
+def test_gradients_are_reduced_with_every_micro_batch_at_stage_2() -> None:
+    one, two = (load(["model=700m", "parallel.processes=8", f"engine.zero_stage={stage}"]) for stage in (1, 2))
+    batches = planned(one).batches
+    sent = [traffic(config, "bfloat16", batches)[GRADIENTS] for config in (one, two)]
+    assert sent[1] == batches.accumulation * sent[0] > 0
+
+
+def test_the_layout_to_take_is_the_fastest_that_fits_and_its_words_give_its_time(capsys) -> None:
+    words = ["model=700m", "parallel.processes=8"]
+    assert main(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    taken = re.search(r"^take: (.*)$", out, re.M)[1].split()
+    rows = re.findall(r"^ +([\d.]+) s a step +([\d.]+) GiB  (parallel.*)$", out, re.M)
+    assert [float(row[0]) for row in rows] == sorted(float(row[0]) for row in rows) and rows[0][2].split() == taken
+    assert main(["plan", *words, *taken]) == 0
+    again = capsys.readouterr().out
+    assert float(re.search(r"([\d.]+) s a step, ", again)[1]) == pytest.approx(float(rows[0][0]), rel=0.01)
+    assert re.search(r"  peak +([\d.]+) GiB", again)[1] == rows[0][1]
+    assumed = Assumptions()
+    config = load(words)
+    found = layouts(config, target(config), assumed.room, assumed.worst_load, H100)
+    assert all(layout.memory.total <= assumed.room for layout in found)
+    assert {layout.config.parallel.expert_parallel_size for layout in found} == {1, 2, 4, 8}
+    little = layouts(config, target(config), 0.15 * assumed.room, assumed.worst_load, H100)
+    assert 0 < len(little) < len(found) and little[0].time.total > found[0].time.total
+    assert main(["plan", *words, "--gpu-memory=1"]) == 0
+    assert "no layout of 8 ranks divides and fits in 92% of 1 GiB" in capsys.readouterr().out
+
+
+def test_where_the_micro_batch_does_not_divide_a_layout_that_does_is_named(capsys) -> None:
+    assert main(["plan", "model=700m", "parallel.processes=512"]) == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT DIVIDE: batch.global_batch_tokens=4194304 must be a multiple of 8388608" in out
+    taken = re.search(r"^take: (.*)$", out, re.M)[1].split()
+    assert main(["plan", "model=700m", "parallel.processes=512", *taken]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--link=0", "--network=-1", "--memory-bandwidth=0", "--gpus-per-node=0"])
+def test_wrong_rates_are_one_line(flag: str, capsys) -> None:
+    assert main(["plan", "model=700m", flag]) == USAGE_CODE
+    assert capsys.readouterr().err.strip().endswith("must be positive")
