@@ -48,7 +48,9 @@ def missing_compiler() -> str | None:
 
 def _driver() -> str | None:
     try:
-        found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d+\.\d+(?:\.\d+)?)", _DRIVER_FILE.read_text(encoding="utf-8"))
+        found = re.search(
+            r"(?:Kernel Module|x86_64|aarch64)\s+(\d+\.\d+(?:\.\d+)?)", _DRIVER_FILE.read_text(encoding="utf-8")
+        )
     except OSError:
         return None
     return found[1] if found else None
