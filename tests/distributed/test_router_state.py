@@ -24,13 +24,16 @@ from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.moe.types import MoEOutput, StepUse
 from moe_pretrain.verify.verify import own_micro_batches
 
+# The level last_step has state of its own: the layer's last routes.
+GLOBAL = "router.load_balance_level=global_batch"
 SCHEMES = {
     "loss_free": ("router=loss_free",),
     # As many experts as there are on average: a rank by itself, or a layer, would now and then move the other way.
-    "relu": ("router=relu", "router.target_experts=2.1", "router.initial_sparsity_weight=0.01"),
+    "relu": ("router=relu", GLOBAL, "router.target_experts=2.1", "router.initial_sparsity_weight=0.01"),
     # From 0.7 the mean is close to the target, so that a rank by itself would now and then move the other way.
     "top_p": (
         "router=top_p",
+        GLOBAL,
         "router.threshold=0.7",
         "router.target_experts=2.5",
         "router.controller_rate=0.01",
