@@ -335,8 +335,8 @@ class Oracle:
         if router.projection is not None:
             hidden = hidden @ router.projection.T
         logits = hidden @ router.weight.T
-        if router.bias is not None:
-            logits = logits + router.bias
+        if router.logit_bias is not None:
+            logits = logits + router.logit_bias
         if config.logit_cap is not None:
             logits = config.logit_cap * torch.tanh(logits / config.logit_cap)
         positive = {

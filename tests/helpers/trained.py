@@ -59,7 +59,7 @@ def model_of(config: Config, seed: int = 0) -> DecoderLM:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("router.bias"):  # starts at 0
+            elif name.endswith(("router.logit_bias", "router.bias")):  # starts at 0
                 parameter.uniform_(-1, 1)
     for step, batches in enumerate(random_batches(config, 1)[:2]):
         context = routing_context(batches[0], seed, step)

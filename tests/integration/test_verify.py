@@ -27,7 +27,7 @@ def test_command_agrees_with_the_oracle() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[0].startswith("2 ranks, expert parallel 2, ZeRO 1, float32") and "recompute full" in lines[0]
-    assert len(lines) == 12 and all("same" in line for line in lines[1:])
+    assert len(lines) == 13 and all("same" in line for line in lines[1:])
 
 
 def _verify_with_broken_factor() -> tuple[int, list[str]]:

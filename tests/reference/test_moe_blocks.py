@@ -125,8 +125,8 @@ def _pairs(own: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> dict
         "experts.gate_up_proj": ("experts.in_weight", _interleaved if is_interleaved else lambda weight: weight),
         "experts.down_proj": ("experts.out_weight", lambda weight: weight.mT if is_interleaved else weight),
     }
-    if "router.bias" in own:
-        found[f"{gate}.bias"] = ("router.bias", lambda weight: weight)
+    if "router.logit_bias" in own:
+        found[f"{gate}.bias"] = ("router.logit_bias", lambda weight: weight)
     if "shared_experts.out_weight" in own:
         shared = next(name.partition(".")[0] for name in other if name.startswith("shared_expert"))
         found[f"{shared}.down_proj.weight"] = ("shared_experts.out_weight", lambda weight: weight)
@@ -161,8 +161,8 @@ def test_outputs_and_gradients_equal_those_of_the_block(make):
     ids = torch.randint(0, VOCABULARY, (TOKENS,))
     arguments = {}
     with torch.no_grad():
-        if "router.bias" in own:  # starts at 0
-            own["router.bias"].normal_()
+        if "router.logit_bias" in own:  # starts at 0
+            own["router.logit_bias"].normal_()
         for name, (source, as_theirs) in pairs.items():
             other[name].copy_(as_theirs(own[source]).view_as(other[name]))
         if words[0] == "router=loss_free":

@@ -45,8 +45,8 @@ def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
 def logits_of(router: Any, inputs: Tensor) -> Tensor:
     """Logits of a linear router: its map, its bias and the soft bound of both."""
     logits, cap = linear_float32(inputs, router.weight), router.fields["logit_cap"]
-    if router.bias is not None:
-        logits = logits + router.bias
+    if router.logit_bias is not None:
+        logits = logits + router.logit_bias
     return logits if cap is None else cap * (logits / cap).tanh()
 
 

@@ -347,9 +347,10 @@ class LinearRouter(BalancedRouter):
         self.projection = None if projection_size is None else nn.Parameter(torch.empty(projection_size, hidden_size))
         self.weight = nn.Parameter(torch.empty(num_experts, projection_size or hidden_size))
         self._logit_cap = settings.logit_cap
-        self.bias = nn.Parameter(torch.empty(num_experts)) if settings.bias else None
+        # Not ``bias``, which a scheme of a user's own may well call a buffer of its own.
+        self.logit_bias = nn.Parameter(torch.empty(num_experts)) if settings.bias else None
         if settings.bias:
-            self.start_values = {**self.start_values, "bias": 0.0}
+            self.start_values = {**self.start_values, "logit_bias": 0.0}
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
@@ -363,8 +364,8 @@ class LinearRouter(BalancedRouter):
         if self.projection is not None:
             inputs = router_logits(inputs, self.projection)
         logits = router_logits(inputs, self.weight)
-        if self.bias is not None:
-            logits = logits + self.bias
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return logits if self._logit_cap is None else self._logit_cap * (logits / self._logit_cap).tanh()
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:

@@ -122,7 +122,7 @@ def test_a_run_is_charged_for_the_widths_it_uses() -> None:
     assert size.total_parameters == sum(p.numel() for p in model.parameters())
     sums = StepSums([], 2, model.moe_layers()[0].kinds, 0, torch.device("cpu"))
     sums.layers[:, :EXPERTS] = torch.tensor([30.0, 0, 10, 20, 20, 10, 5, 5])
-    result = sums.result(GlobalCounts(labels=50, tokens=50), {}, 0.0, 0, None)
+    result = sums.result(GlobalCounts(labels=50, tokens=50), {}, 0.0, {}, 0, None)
     by_hand = sum(3 * HIDDEN * w * n for w, n in zip(WIDTHS, [30, 0, 10, 20, 20, 10, 5, 5], strict=True)) / 50
     assert size.with_experts_per_token(result.mean_experts_run).active_experts == pytest.approx(2 * by_hand)
     assert result.experts_per_token == 2

@@ -20,7 +20,7 @@ class Router(nn.Module):
         super().__init__()
         self.fields, self.num_experts = config.router, config.num_experts
         self.weight = empty(config.num_experts, config.hidden_size)
-        self.bias = empty(config.num_experts) if self.fields["bias"] else None
+        self.logit_bias = empty(config.num_experts) if self.fields["bias"] else None
         self.scale: Tensor
         self.register_buffer("scale", torch.zeros(()))
         if self.fields["importance"] == "predictor":

@@ -18,7 +18,7 @@ class Router(nn.Module):
         super().__init__()
         self.fields = config.router
         self.weight = empty(config.num_experts, config.hidden_size)
-        self.bias = empty(config.num_experts) if self.fields["bias"] else None
+        self.logit_bias = empty(config.num_experts) if self.fields["bias"] else None
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Gates ``[tokens, experts]``, 0 where an expert is not taken."""

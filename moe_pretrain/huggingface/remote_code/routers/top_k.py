@@ -21,7 +21,7 @@ class Router(nn.Module):
         size = self.fields["projection_size"]
         self.projection = None if size is None else empty(size, config.hidden_size)
         self.weight = empty(experts, size or config.hidden_size)
-        self.bias = empty(experts) if self.fields["bias"] else None
+        self.logit_bias = empty(experts) if self.fields["bias"] else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", None if self.fields["name"] == "top_k" else torch.zeros(experts))
 

@@ -19,7 +19,7 @@ class Router(nn.Module):
         super().__init__()
         self.fields = config.router
         self.weight = empty(config.num_experts, config.hidden_size)
-        self.bias = empty(config.num_experts) if self.fields["bias"] else None
+        self.logit_bias = empty(config.num_experts) if self.fields["bias"] else None
         self.threshold: Tensor
         self.register_buffer("threshold", torch.zeros(()))
 
