@@ -8,7 +8,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import build_router
-from moe_pretrain.plan.memory import BYTES, local_parameters, routes_of_rank
+from moe_pretrain.plan.memory import BYTES, LocalParameters, local_parameters, routes_of_rank
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
 FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
@@ -63,10 +63,15 @@ def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
     return router.needs_global_routes
 
 
-def traffic(config: Config, dtype: Dtype, plan: BatchPlan) -> dict[str, float]:
-    """Bytes that one rank sends in a step, with ring algorithms and an even load."""
+def traffic(
+    config: Config, dtype: Dtype, plan: BatchPlan, parameters: LocalParameters | None = None
+) -> dict[str, float]:
+    """Bytes that one rank sends in a step, with ring algorithms and an even load.
+
+    ``parameters`` are those of one rank, where they have been counted.
+    """
     ranks, expert_parallel = config.parallel.processes, config.parallel.expert_parallel_size
-    parameters = local_parameters(config)
+    parameters = parameters or local_parameters(config)
     copies = ranks // expert_parallel  # of each expert
     dense = parameters.dense + parameters.kept
     shared = {ranks: dense, copies: 0}

@@ -104,7 +104,7 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     # A forward pass is about two fifths of the traffic of both.
     share = {"none": 1.0, "selective": 1.15, "full": 1.4}[model.recompute]
     moved = size.num_passes * (share * once + _BYTES_PER_LOGIT * model.vocab_size)
-    sent = traffic(config, run.dtype, plan)
+    sent = traffic(config, run.dtype, plan, parameters)
     dense, own = sent[GRADIENTS] + sent[WEIGHTS], sent[ROUTES]
     return StepTime(
         products=tokens * products / (_MATRIX_RATE * machine.peak),
