@@ -9,6 +9,7 @@ import difflib
 import errno
 import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -131,7 +132,8 @@ class Faults:
             return
         action = self._config.action
         if action in _SIGNALS:
-            os.kill(os.getpid(), _SIGNALS[action])
+            # To this thread: a SIGSTOP to the process lets it go on until another thread has been woken to take it.
+            signal.pthread_kill(threading.get_ident(), _SIGNALS[action])
         elif action == _HANG:
             while True:
                 time.sleep(1.0)
