@@ -57,7 +57,9 @@ class Assumptions:
             raise ValueError(f"--mfu={self.mfu} must be in (0, 1]")
         if self.worst_load < 1:
             raise ValueError(f"--worst-load={self.worst_load} must be at least 1")
-        for name in ("peak", "memory_bandwidth", "link", "network", "gpus_per_node", "gpu_memory"):
+        if self.gpus_per_node < 1 or self.gpus_per_node % 1:
+            raise ValueError(f"--gpus-per-node={self.gpus_per_node:g} must be a whole number, at least 1")
+        for name in ("peak", "memory_bandwidth", "link", "network", "gpu_memory"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
 

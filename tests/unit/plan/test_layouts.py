@@ -90,7 +90,17 @@ def test_where_the_micro_batch_does_not_divide_a_layout_that_does_is_named(capsy
     assert main(["plan", "model=700m", "parallel.processes=512", *taken]) == 0
 
 
-@pytest.mark.parametrize("flag", ["--link=0", "--network=-1", "--memory-bandwidth=0", "--gpus-per-node=0"])
-def test_wrong_rates_are_one_line(flag: str, capsys) -> None:
+@pytest.mark.parametrize(
+    ("flag", "constraint"),
+    [
+        ("--link=0", "positive"),
+        ("--network=-1", "positive"),
+        ("--memory-bandwidth=0", "positive"),
+        ("--gpus-per-node=0", "a whole number, at least 1"),
+        ("--gpus-per-node=0.5", "a whole number, at least 1"),
+    ],
+)
+def test_wrong_rates_are_one_line(flag: str, constraint: str, capsys) -> None:
     assert main(["plan", "model=700m", flag]) == USAGE_CODE
-    assert capsys.readouterr().err.strip().endswith("must be positive")
+    told = capsys.readouterr().err.strip()
+    assert flag in told and told.endswith(f" must be {constraint}") and "\n" not in told
