@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
+
 
 def count_routes(
     expert_index: Int[Tensor, "routes"],
@@ -142,6 +144,7 @@ def sparsity_loss(
     return _mean_of_shares(share, gates, token_mask)
 
 
+@one_kernel_on_cuda
 def _mean_of_shares(
     share: Float[Tensor, "groups experts"],
     values: Float[Tensor, "tokens experts"],
@@ -153,6 +156,7 @@ def _mean_of_shares(
     return num_experts * (share.float() * by_group).sum() / token_mask.sum().clamp(min=1)
 
 
+@one_kernel_on_cuda
 def entropy_loss(
     router_probs: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],
@@ -173,6 +177,7 @@ def entropy_loss(
     return (entropy * token_mask).sum() / token_mask.sum().clamp(min=1)
 
 
+@one_kernel_on_cuda
 def router_z_loss(
     router_logits: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],

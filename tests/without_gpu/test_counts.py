@@ -19,6 +19,8 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.model.attention import _visible
 from moe_pretrain.moe import compiled
 from moe_pretrain.moe.experts.activation import SWIGLU, _swiglu, _swiglu_gradients, activate, activation_gradients
+from moe_pretrain.plan import step_time
+from moe_pretrain.plan.cost import ROUTES, traffic
 from moe_pretrain.plan.memory import local_parameters, memory_per_rank
 
 WORDS = ["engine.dtype=bfloat16", "tokenizer=pretrained", "tokenizer.path=unused", "metrics.wandb=off"]
@@ -63,7 +65,7 @@ def per_layer(kernels: Callable[[Kernel], bool], expert_parallel: int = 1) -> tu
     return many - few, (more - less) / (8 * 2048) / 1e3
 
 
-LAYER_BUDGETS = {1: (97, 78, 463), 8: (114, 87, 556)}
+LAYER_BUDGETS = {1: (52, 40, 240), 8: (70, 49, 296)}
 """Expert parallelism -> kernels of a layer's forward pass, of its backward pass, kB per token of both."""
 
 
@@ -77,12 +79,29 @@ def test_kernels_and_traffic_of_a_layer_stay_within_their_budget(expert_parallel
     assert traffic == pytest.approx(budget[2], rel=0.01)
 
 
-LOSS_BYTES_PER_LOGIT = 54
+def test_the_plan_charges_the_bytes_that_are_counted():
+    """Of a layer alone and under expert parallelism, forward and backward, in a model without recomputation."""
+    model, routes = config_of("model=700m").model, 2
+    hidden, width = model.hidden_size, model.moe.expert_hidden_size
+    charged = (step_time._BYTES_PER_HIDDEN + step_time._BYTES_PER_ROUTED_HIDDEN * routes) * hidden
+    charged += step_time._BYTES_PER_WIDTH * routes * width
+    alone, spread = (1e3 * per_layer(lambda kernel: True, size)[1] for size in (1, 8))
+    assert alone == pytest.approx(charged, rel=0.02)
+    config = config_of("model=700m", "model.num_layers=1", "parallel.processes=8", "parallel.expert_parallel_size=8")
+    sent = traffic(config, "bfloat16", plan_run(config, 8, TARGET).batches)[ROUTES] / (
+        config.batch.global_batch_tokens / 8
+    )
+    assert spread - alone == pytest.approx(step_time._BYTES_PER_SENT_BYTE * sent, rel=0.1)
+    assert LOSS_BYTES_PER_LOGIT == step_time._BYTES_PER_LOGIT
+
+
+LOSS_BYTES_PER_LOGIT = 8.5
 
 
 def test_traffic_of_the_loss_stays_within_its_budget():
     account = counted(1).account
-    _, moved = account.total(lambda kernel: kernel.site == "model/layers.py forward")
+    sites = ("model/layers.py forward", "model/layers.py _cross_entropy")
+    _, moved = account.total(lambda kernel: kernel.site in sites)
     per_logit = moved / (8 * 2048) / 32000
     assert per_logit == pytest.approx(LOSS_BYTES_PER_LOGIT, rel=0.02)
 
