@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import plan_run
+from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.model.attention import _visible
 from moe_pretrain.moe import compiled
@@ -39,18 +39,43 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("expert_parallel", [1, 8])
-@pytest.mark.parametrize("model", ["700m", "4b"])
+@functools.cache
+def whole(model: str, expert_parallel: int) -> tuple[Config, RunPlan, Counted]:
+    """One micro-batch of a run on 8 ranks."""
+    words = [f"model={model}", "parallel.processes=8", f"parallel.expert_parallel_size={expert_parallel}"]
+    config = config_of(*words)
+    run = plan_run(config, 8, TARGET)
+    return config, run, count(config, run.batches.micro_batch_size, expert_parallel)
+
+
+SIZES = [("700m", 1), ("700m", 8), ("4b", 1), ("4b", 8)]
+
+
+@pytest.mark.parametrize(("model", "expert_parallel"), SIZES)
 def test_planned_memory_is_what_a_micro_batch_holds(model: str, expert_parallel: int):
     """Weights to the byte, what is saved within 2%, the most at a time in a micro-batch within 10%."""
-    config = config_of(f"model={model}", "parallel.processes=8", f"parallel.expert_parallel_size={expert_parallel}")
-    run = plan_run(config, 8, TARGET)
+    config, run, held = whole(model, expert_parallel)
     planned = memory_per_rank(config, *TARGET, run.batches, 8, worst_load=1.0)
-    held = count(config, run.batches.micro_batch_size, expert_parallel)
     assert held.weights == pytest.approx(planned.weights, rel=1e-3)
     assert held.saved == pytest.approx(planned.activations, rel=0.02)
     most = planned.activations + max(planned.recomputed + max(planned.working, planned.exchange), planned.logits)
     assert held.peak == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "expert_parallel"), SIZES)
+def test_planned_time_is_a_sum_over_all_kernels(model: str, expert_parallel: int):
+    """Each takes as long as its bytes or FLOPs at the rates of the plan, and 3 us at least; without the reduction."""
+    config, run, held = whole(model, expert_parallel)
+    machine = step_time.Machine()
+    planned = step_time.step_time(config, run, local_parameters(config), machine)
+
+    def seconds(kernel: Kernel) -> float:
+        rate = step_time._ATTENTION_RATE if kernel.name.startswith("flex") else step_time._MATRIX_RATE
+        return max(kernel.bytes / machine.memory_bandwidth, kernel.flops / (rate * machine.peak), 3e-6)
+
+    sent = traffic(config, "bfloat16", run.batches)[ROUTES] if expert_parallel > 1 else 0
+    total = run.batches.accumulation * sum(map(seconds, held.account.kernels)) + sent / machine.link
+    assert planned.total - planned.accumulation - planned.reduction == pytest.approx(total, rel=0.05)
 
 
 @functools.cache
