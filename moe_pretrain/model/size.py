@@ -24,7 +24,7 @@ class ModelSize:
         head: Output embedding; 0 when tied.
         attention: All attention layers.
         norms: All norms.
-        dense_ffn: Dense feed-forward networks and shared experts.
+        dense_ffn: Dense feed-forward networks, shared experts, and the maps to and from the experts' own width.
         routers: Matrices of all routers.
         router_vectors: Their vectors, which no product has.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
@@ -154,14 +154,18 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
+    routed, latent_norms = moe.routed_size(width), 0
     routers = vectors = frozen = experts = constants = expert = first_layers = stored = cores = 0
     routes = statistic_flops = combining = merging = rebuilding = 0.0
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
         rank, inner = expert_gate(moe, router), expert_width(moe, router, width)
-        expert = 3 * width * inner if rank is None else 2 * width * inner + rank * inner
+        expert = 3 * routed * inner if rank is None else 2 * width * inner + rank * inner
         dense_ffn += num_moe * width * (3 * moe.shared_width + moe.shared_expert_gate)
+        if moe.latent_size is not None:
+            dense_ffn += num_moe * 2 * width * routed
+            latent_norms = num_moe * routed * moe.latent_norm
         if rank is not None and moe.gate_rank is not None:
             expert += rank * width
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
@@ -176,11 +180,11 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         constants = num_moe * moe.kinds.constant * 3 * width
         experts, stored = num_moe * moe.num_experts * expert, expert
         if isinstance(moe.experts, MatrixProductConfig):
-            cores, stored = core_parameters(moe.experts, width, inner)
+            cores, stored = core_parameters(moe.experts, routed, inner)
             experts = num_moe * (cores + moe.num_experts * stored)
-            rebuilding = num_moe * moe.num_experts * rebuild_flops(moe.experts, width, inner)
+            rebuilding = num_moe * moe.num_experts * rebuild_flops(moe.experts, routed, inner)
         routes = expected_ffn_experts(moe, router)
-        combining = num_moe * pair_product_flops(moe.combine, width, routes)
+        combining = num_moe * pair_product_flops(moe.combine, routed, routes)
         if router.merges_experts:
             # Every expert's parameters times its share, and every expert's logit.
             merging = 2.0 * num_moe * moe.num_experts * (expert + width)
@@ -193,7 +197,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         attention=config.num_layers * 2 * width * (attention + key_value),
-        norms=(2 * config.num_layers + 1) * width + config.num_layers * normed,
+        norms=(2 * config.num_layers + 1) * width + config.num_layers * normed + latent_norms,
         dense_ffn=dense_ffn,
         routers=routers,
         router_vectors=vectors,

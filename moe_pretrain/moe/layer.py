@@ -17,6 +17,7 @@ from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.activation import Activation
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -54,6 +55,10 @@ class MoEConfig:
         activation_limit: Bound of ``g`` from above and of ``u`` on both sides, > 0 (gpt-oss: 7, DeepSeek-V4: 10); None
             for none.
         combine: How a token's expert outputs become one: the group ``combine``.
+        latent_size: Width of the routed experts' inputs and outputs, below the model's, with a map to it before tokens
+            are sent and one back after outputs are combined (Nemotron-H, Kimi K3); None for the model's width. Router
+            and shared experts have the model's.
+        latent_norm: Whether combined outputs of that width are normalised before they are mapped back (Kimi K3).
     """
 
     num_experts: PositiveInt
@@ -69,6 +74,12 @@ class MoEConfig:
     shared_expert_gate: bool = False
     activation: Literal["swiglu", "gpt_oss"] = "swiglu"
     activation_limit: PositiveFloat | None = None
+    latent_size: PositiveInt | None = None
+    latent_norm: bool = False
+
+    def routed_size(self, hidden_size: int) -> int:
+        """Width of what routed experts read and return in a model of width ``hidden_size``."""
+        return self.latent_size or hidden_size
 
     @property
     def kinds(self) -> ExpertKinds:
@@ -118,6 +129,7 @@ class MoELayer(nn.Module):
         router: Router,
         experts: RoutedExperts | MergedExperts,
         hidden_size: int,
+        latent: LatentMaps | None = None,
     ):
         super().__init__()
         self.kinds = config.kinds
@@ -125,6 +137,7 @@ class MoELayer(nn.Module):
         self.register_buffer("last_routes", None)
         self.router = router
         self.experts = experts
+        self.latent = latent
         others = self.kinds.zero_computation
         self.zero_computation = ZeroComputationExperts(self.kinds, hidden_size) if others else None
         self.input_scale = config.expert_input_scale
@@ -194,6 +207,9 @@ class MoELayer(nn.Module):
         arguments: dict[str, Any] = self.router.expert_arguments(self.experts.expert_ids) | options
         routed = replace(routing, weight=weight, payload=payload)
         inputs = hidden if self.input_scale == 1 else hidden * self.input_scale
+        if self.latent is not None:
+            with part("experts"):
+                inputs = self.latent.narrow(inputs)
         meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)
         if self.zero_computation is not None:
             is_network = routing.expert_index < self.kinds.ffn
@@ -210,6 +226,9 @@ class MoELayer(nn.Module):
             experts_of_sender=self.experts_of_sender,
             combine=self.combine,
         )
+        if self.latent is not None:
+            with part("experts"):
+                output = self.latent.widen(output)
         if beside is None:
             return output
         with part("combine"):

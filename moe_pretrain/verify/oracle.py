@@ -41,6 +41,7 @@ from moe_pretrain.moe.types import (
 from moe_pretrain.verify.oracle_optimizers import UPDATES, norms_by_part, rate_scale
 from moe_pretrain.verify.oracle_parts import (
     combine_outputs,
+    narrow,
     norm_heads,
     rms_norm,
     rotate,
@@ -50,6 +51,7 @@ from moe_pretrain.verify.oracle_parts import (
     score,
     statistic_of_matrices,
     swiglu,
+    widen,
 )
 
 JITTER_STREAM, SHARED_DROPOUT_STREAM = 1, 9
@@ -291,14 +293,15 @@ class Oracle:
                 output = output.index_add(0, torch.arange(part.start, part.stop), merged)
                 first_row += num_rows
                 continue
-            results = torch.zeros(layer.kinds.total, *hidden[part].shape)
+            inputs = narrow(layer.latent, hidden[part])
+            results = torch.zeros(layer.kinds.total, *inputs.shape)
             for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 counts[expert] += float(text[part][tokens].sum())
-                result = run_expert(layer, expert, hidden[part][tokens], moe)
+                result = run_expert(layer, expert, inputs[tokens], moe)
                 results = results.index_put((torch.tensor(expert), tokens), result)
             of_part = combine_outputs(self.config.model.moe.combine, results, weight, routed)
-            output = output.index_add(0, torch.arange(part.start, part.stop), of_part)
+            output = output.index_add(0, torch.arange(part.start, part.stop), widen(layer.latent, of_part))
             share = float(text[part].sum()) / float(text.sum())
             for name, value in cut_aux.items():
                 aux[name] = aux.get(name, torch.zeros(())) + share * value

@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_pretrain.model.attention import QKNorm
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -186,6 +187,21 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
         root, inverse = root @ step, step @ inverse
     sizes = stacked.norm(dim=1, keepdim=True)
     return list((sizes * (inverse / scale.sqrt() @ stacked)).float().unbind())
+
+
+def narrow(latent: LatentMaps | None, hidden: Tensor) -> Tensor:
+    """Rows that experts of another width than the model's read."""
+    return hidden if latent is None else hidden @ latent.in_weight.T
+
+
+def widen(latent: LatentMaps | None, combined: Tensor) -> Tensor:
+    """The layer's output of what they return, normalised first where that is asked for."""
+    if latent is None:
+        return combined
+    if latent.norm_weight is not None:
+        assert latent.norm_epsilon is not None
+        combined = rms_norm(combined, latent.norm_weight, latent.norm_epsilon)
+    return combined @ latent.out_weight.T
 
 
 def score(

@@ -48,6 +48,11 @@ ROUTERS = {
         *("router=top_k", "model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true"),
         *("model.moe.activation=gpt_oss", "model.moe.activation_limit=7", "router.bias=true", "router.logit_cap=30"),
     ],
+    "latent": ["router=top_k", "model.moe.latent_size=24", "model.moe.num_shared_experts=1"],
+    "latent, normed, orthogonal": [
+        *("router=top_k", "model.moe.latent_size=24", "model.moe.latent_norm=true", "combine=orthogonal"),
+    ],
+    "latent, matrix_product": ["experts=matrix_product", "model.moe.latent_size=24", "model.num_key_value_heads=2"],
     "dense, bounded": ["router=dense", "model.moe.activation_limit=7"],
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
@@ -255,6 +260,7 @@ def test_the_peak_of_every_kind_of_scheme_is_within_a_tenth(router: str):
         ("top_k", "bfloat16", 1, "none"),
         ("lory", "float32", 1, "none"),
         ("matrix_product", "float32", 1, "none"),
+        ("latent, normed, orthogonal", "float32", 1, "none"),
     ],
 )
 def test_a_peak_of_activations_and_exchange_is_within_a_tenth(router: str, dtype: str, stage: int, recompute: str):
