@@ -190,7 +190,7 @@ def _latent_std(module: LatentMaps, name: str, config: ModelConfig) -> float:
 
 
 def _depth_factor(config: ModelConfig) -> float:
-    """How much quieter a matrix that writes to the residual stream starts than one that does not."""
+    """Factor of the start of a matrix that writes to the residual stream."""
     layers, by_depth = config.num_layers, 1.0
     if config.init == "mup":
         layers, by_depth = config.mup_base_layers, config.mup_base_layers / config.num_layers
