@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moe_pretrain.moe.experts.config import MatrixProductConfig, UnequalConfig
+from moe_pretrain.moe.experts.config import MatrixProductConfig, SwiGLUConfig, UnequalConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
 from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, check_matrix_product
@@ -12,7 +12,7 @@ from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
 from moe_pretrain.moe.layer import MoEConfig, MoELayer, RoutedExperts
 from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.base import LinearRouterConfig, RouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace
 
 
@@ -200,6 +200,21 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
         raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
 
 
+def check_coupling(moe: MoEConfig, router: RouterConfig) -> None:
+    """Raise ``ValueError`` if the rows of the router cannot be run through the gates of the experts as tokens are."""
+    if not couples_experts(router):
+        return
+    asked = f"router.expert_router_coupling_weight={vars(router)['expert_router_coupling_weight']:g}"
+    if size := vars(router).get("projection_size"):
+        raise ValueError(f"{asked} must be 0 with router.projection_size={size}: its rows are no tokens")
+    if moe.gate_rank is not None:
+        raise ValueError(f"{asked} must be 0 with model.moe.gate_rank={moe.gate_rank}: it is of full gates")
+    if not isinstance(moe.experts, SwiGLUConfig):
+        raise ValueError(f"{asked} must be 0 with experts={moe.experts.name}: it compares gates of one width")
+    if moe.num_experts < 2:
+        raise ValueError(f"{asked} must be 0 with model.moe.num_experts=1: there is no other expert")
+
+
 def check_latent(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` unless routed experts can read and return rows of another width than the router reads."""
     if moe.latent_size is None:
@@ -252,6 +267,11 @@ def check_combine(moe: MoEConfig, router: RouterConfig) -> None:
 def dense_width(moe: MoEConfig, router: RouterConfig) -> int:
     """Inner width of the dense twin: the active routed experts' and the shared experts' together."""
     return router.dense_experts * moe.expert_hidden_size + moe.shared_width
+
+
+def couples_experts(router: RouterConfig) -> bool:
+    """Whether training runs rows of the router through the gates of all experts."""
+    return isinstance(router, LinearRouterConfig) and router.couples_experts
 
 
 def num_sharded_experts(moe: MoEConfig, router: RouterConfig) -> int:

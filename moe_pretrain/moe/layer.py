@@ -164,6 +164,8 @@ class MoELayer(nn.Module):
         """
         if self.router.needs_expert_scores:
             context = replace(context, score_routes=self._score_routes(recompute_experts))
+        if self.router.needs_proxy_norms and self.training:
+            context = replace(context, proxy_norms=self._proxy_norms)
         with part("router"):
             routing: Routing = (
                 self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
@@ -194,6 +196,18 @@ class MoELayer(nn.Module):
         scores = self.experts.scores
         score = partial(checkpoint, scores, use_reentrant=False) if recompute_experts else scores
         return partial(score_routes, num_experts=self.kinds.ffn, score=score, exchange=self.exchange)
+
+    def _proxy_norms(self, proxies: Float[Tensor, "experts hidden"]) -> Float[Tensor, "experts experts"]:
+        """Norm of each expert's gate (columns) for each row; experts of other ranks say theirs, with gradient."""
+        assert isinstance(self.experts, SwiGLUExperts), "moe.check_coupling has refused experts of another kind"
+        if self.latent is not None:
+            proxies = self.latent.narrow(proxies.to(self.latent.in_weight.dtype))
+        norms = self.experts.gate_norms(proxies)
+        if self.exchange is not None:
+            size = self.exchange.size
+            everywhere = [len(norms)] * size
+            (norms,) = self.exchange.start([norms.repeat(size, 1)], everywhere, everywhere).wait()
+        return norms.T
 
     def _experts_of(
         self,

@@ -32,6 +32,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
     routes = config.model.sequence_length * expected_ffn_experts(moe, config.router)
     asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
+    asked += size.coupling_flops_per_token
     return {
         "router": {"flops_per_token": asked / layers},
         "permute": {"bytes_per_route": 2.0 * row},

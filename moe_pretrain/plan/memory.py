@@ -14,7 +14,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import parameter_roles
-from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
+from moe_pretrain.moe.build import couples_experts, dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
@@ -384,7 +384,7 @@ class _Layers:
 
     def _moe(self, recompute: str) -> float:
         """Norm, its output, the routes, the experts' pre-activations; under expert parallelism the received rows."""
-        kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute)
+        kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute) + self._coupling()
         if recompute == "full":
             return kept + self.routes * self._payload
         if self.merges:
@@ -455,6 +455,15 @@ class _Layers:
         own = self.router.kept_per_token(self.model.hidden_size, experts)
         routes = self.tokens * self.router.mean_experts_per_token
         return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4)
+
+    def _coupling(self) -> float:
+        """Gates of this rank's experts for the rows of the router; the rows' factors, the rows as they go in, norms."""
+        if not couples_experts(self.router):
+            return 0.0
+        experts, hidden = self.moe.num_experts, self.model.hidden_size
+        gates = experts // self.expert_parallel * expert_width(self.moe, self.router, hidden)
+        inputs = self.row + (self.routed_row if self.moe.latent_size is not None else 0)
+        return experts * (self.size * gates + 4 * hidden + inputs + 3 * 4 * experts)
 
     def _asking(self, recompute: str) -> float:
         """Bytes of asking experts for keys: their first layers, what these are multiplied with, scores, indices.

@@ -47,6 +47,8 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.moe.latent_norm": lambda now: now is False,
     "router.bias": lambda now: now is False,
     "router.logit_cap": lambda now: now is None,
+    "router.expert_router_coupling_weight": lambda now: now == 0,
+    "router.expert_router_coupling_alpha": lambda now: True,
     "checkpoint.branch_from": lambda now: now is None,
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
     "evaluation.tasks": lambda now: not now["names"],
@@ -68,6 +70,7 @@ _ONLY_WHEN_ABSENT = {
     "model.moe.latent_norm": "false",
     "router.bias": "false",
     "router.logit_cap": "null",
+    "router.expert_router_coupling_weight": "0",
     "checkpoint.branch_from": "null",
 }
 """Those of them that are refused with any other value -> the values that they may have."""

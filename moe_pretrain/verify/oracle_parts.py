@@ -1,6 +1,7 @@
 """The oracle's statistics of attention: from explicit softmax matrices, one token at a time."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -215,6 +216,33 @@ def score(
         keys = _inner(hidden[tokens], layer.experts.in_weight[expert], moe) @ key_weight.T
         scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
     return scores
+
+
+def coupling_loss(rows: Tensor, alpha: float, proxy_norms: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
+    """Loss that couples experts and rows of the router (arXiv:2512.23447), pair by pair; ``noise`` in [-1, 1)."""
+    proxies = []
+    for index, row in enumerate(rows):
+        distances = [float((row - other).detach().norm()) for place, other in enumerate(rows) if place != index]
+        proxies.append(row * (1 + min(distances) / (2 * float(row.detach().norm())) * noise[index]))
+    norms, number = proxy_norms(torch.stack(proxies)), len(rows)
+    total = torch.zeros(())
+    for one in range(number):
+        for other in range(number):
+            if one != other:
+                own = alpha * norms[one, one]
+                total = total + torch.relu(norms[one, other] - own) + torch.relu(norms[other, one] - own)
+    return total / number**2
+
+
+def proxy_norms(layer: MoELayer, proxies: Tensor) -> Tensor:
+    """Length of each expert's pre-activation of the gate (columns) for each row."""
+    assert isinstance(layer.experts, SwiGLUExperts)
+    width = layer.experts.in_weight.shape[1] // 2
+    lengths = []
+    for proxy in proxies:
+        inputs = narrow(layer.latent, proxy[None])[0]
+        lengths.append(torch.stack([(matrix[:width] @ inputs).norm() for matrix in layer.experts.in_weight]))
+    return torch.stack(lengths)
 
 
 def run_shared(shared: SwiGLU, hidden: Tensor, moe: MoEConfig) -> Tensor:

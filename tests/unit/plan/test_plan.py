@@ -48,6 +48,8 @@ ROUTERS = {
         *("router=top_k", "model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true"),
         *("model.moe.activation=gpt_oss", "model.moe.activation_limit=7", "router.bias=true", "router.logit_cap=30"),
     ],
+    "coupled": ["router=top_k", "router.expert_router_coupling_weight=1", "model.moe.num_experts=8"],
+    "coupled, latent": ["router.expert_router_coupling_weight=1", "model.moe.latent_size=24"],
     "latent": ["router=top_k", "model.moe.latent_size=24", "model.moe.num_shared_experts=1"],
     "latent, normed, orthogonal": [
         *("router=top_k", "model.moe.latent_size=24", "model.moe.latent_norm=true", "combine=orthogonal"),
@@ -218,6 +220,7 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
 
 PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_dense", "attentive_low_rank"]
 PEAKS += [
+    "coupled",
     "orthogonal",
     "thor",
     "lory",
