@@ -278,6 +278,11 @@ class DynMoERouter(Router):
         self.unrouted_tokens.zero_()
         return start
 
+    @property
+    def free_slots(self) -> Bool[Tensor, "experts"]:
+        """Slots without an expert."""
+        return self.in_use == 0
+
     def metrics(self, use: StepUse) -> dict[str, float]:
         """Experts in use, and the share of text tokens that passed no threshold."""
         return {"active_experts": float(self.in_use.sum()), "unrouted_share": float(self.unrouted_share)}
