@@ -122,9 +122,11 @@ def describe(found: Mapping[str, FoundElsewhere]) -> str:
     for name, one in found.items():
         if one.near:
             what = "left out" if one.dropped else f"kept (data.sources.{name}.near_duplicates=drop leaves them out)"
-            clauses.append(f"{one.near:,} held-out documents of {name} ({one.exact:,} exact), {what}")
+            clauses.append(f"{one.near:,} of {name} ({one.exact:,} exact), {what}")
     return (
-        f"other sources train on {'; on '.join(clauses)}" if clauses else "no source trains on what another holds out"
+        f"other sources train on held-out documents: {'; '.join(clauses)}"
+        if clauses
+        else "no source trains on what another holds out"
     )
 
 
