@@ -71,7 +71,7 @@ def test_they_are_counted_said_and_left_out_as_the_source_that_holds_them_out_sa
     counted, dropped, ignored = prepare("count", "count"), prepare("drop", "count"), prepare("ignore", "drop")
     assert texts_of(counted.sources["web"]) == held_out == texts_of(ignored.sources["web"])
     assert (counted.found["web"].near, counted.found["web"].exact) == (len(near), 0)
-    words = f"other sources train on held-out documents: {len(near)} of web (0 exact), "
+    words = f"{len(near)} of web (0 exact), "
     assert words + "kept (data.sources.web.near_duplicates=drop leaves them out)" in counted.describe_size()
     assert ignored.found["web"].near == 0 < ignored.found["books"].near
     assert texts_of(dropped.sources["web"]) == [text for text in held_out if text not in (*near, own)]
