@@ -78,6 +78,10 @@ def check_elastic(
         )
     with torch.device("meta"):
         module = build_router(model.moe, router, model.hidden_size, layer=0)
+    if module.needs_proxy_norms:
+        raise ValueError(
+            f"router.expert_router_coupling_weight must be 0 {word}: the experts' part of its gradient is of no sender"
+        )
     if module.needs_expert_scores or module.expert_arguments(range(1)):
         raise ValueError(
             f"router={router.name} must be another {word}: its own parameters take part on the ranks of the experts, "

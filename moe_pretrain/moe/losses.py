@@ -10,6 +10,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
+
+
+def expert_router_coupling_loss(norms: Float[Tensor, "proxies experts"], alpha: float) -> Float[Tensor, ""]:
+    """Penalise experts that respond to another's proxy token, and proxy tokens to which another responds.
+
+    ``1/n^2 sum_i sum_{j != i} max(M_ij - a M_ii, 0) + max(M_ji - a M_ii, 0)`` of the ``n x n`` norms ``M``. It is of
+    parameters alone, no mean over tokens.
+
+    Args:
+        norms: Norm of each expert's response (columns) to each expert's proxy token (rows).
+        alpha: Share of its own response that others may reach.
+
+    Source:
+        Lv et al. 2025 (arXiv:2512.23447), eq. 3 and figure 8.
+    """
+    own = alpha * norms.diagonal()
+    over = (norms - own[:, None]).clamp(min=0) + (norms - own[None, :]).clamp(min=0)
+    return (over - over.diagonal().diag()).mean()
+
 
 def count_routes(
     expert_index: Int[Tensor, "routes"],
@@ -142,6 +162,7 @@ def sparsity_loss(
     return _mean_of_shares(share, gates, token_mask)
 
 
+@one_kernel_on_cuda
 def _mean_of_shares(
     share: Float[Tensor, "groups experts"],
     values: Float[Tensor, "tokens experts"],
@@ -153,6 +174,7 @@ def _mean_of_shares(
     return num_experts * (share.float() * by_group).sum() / token_mask.sum().clamp(min=1)
 
 
+@one_kernel_on_cuda
 def entropy_loss(
     router_probs: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],
@@ -173,6 +195,7 @@ def entropy_loss(
     return (entropy * token_mask).sum() / token_mask.sum().clamp(min=1)
 
 
+@one_kernel_on_cuda
 def router_z_loss(
     router_logits: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],

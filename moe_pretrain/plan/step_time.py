@@ -17,19 +17,19 @@ _MATRIX_RATE = 0.62
 """Share of the peak that large matrix products reach: 0.78 of the 790 TFLOP/s that an H100 of 989 sustains."""
 _ATTENTION_RATE = 0.40
 """The same of FlexAttention's kernels."""
-_BYTES_PER_HIDDEN = 300
+_BYTES_PER_HIDDEN = 128
 """Memory traffic per token, layer and unit of the hidden size, forward and backward: norms, rotary, residuals."""
-_BYTES_PER_ROUTED_HIDDEN = 80
+_BYTES_PER_ROUTED_HIDDEN = 20
 """The same for each route: gathers, and sums over a token's experts."""
 _BYTES_PER_WIDTH = 18
 """Memory traffic per row of an expert and unit of its width: the activation and its backward."""
-_BYTES_PER_LOGIT = 54
+_BYTES_PER_LOGIT = 8.5
 """Memory traffic of the loss per token and entry of the vocabulary."""
 _BYTES_PER_PARAMETER = 26
 """Memory traffic of accumulating gradients, per parameter of a rank and micro-batch (``BF16_Optimizer``)."""
-_BYTES_PER_SENT_BYTE = 12
+_BYTES_PER_SENT_BYTE = 5
 """Memory traffic of packing, sorting, unpacking and adding up what the exchange moves."""
-_ROUTER_SECONDS = 0.4e-3
+_ROUTER_SECONDS = 0.2e-3
 """Of a layer's routing in a micro-batch, forward and backward: kernels too small to be limited by anything else."""
 
 
@@ -99,8 +99,8 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     inner = routes * expert_width(model.moe, config.router, model.hidden_size) + model.moe.shared_width
     in_moe = inner if experts else dense_width(model.moe, config.router)
     widths = len(model.moe_layers) * in_moe + (model.num_layers - len(model.moe_layers)) * model.ffn_hidden_size
-    hidden = _BYTES_PER_HIDDEN * model.num_layers + _BYTES_PER_ROUTED_HIDDEN * experts * routes
-    once = hidden * model.hidden_size + _BYTES_PER_WIDTH * widths
+    routed = _BYTES_PER_ROUTED_HIDDEN * experts * routes * model.moe.routed_size(model.hidden_size)
+    once = _BYTES_PER_HIDDEN * model.num_layers * model.hidden_size + routed + _BYTES_PER_WIDTH * widths
     # A forward pass is about two fifths of the traffic of both.
     share = {"none": 1.0, "selective": 1.15, "full": 1.4}[model.recompute]
     moved = size.num_passes * (share * once + _BYTES_PER_LOGIT * model.vocab_size)
