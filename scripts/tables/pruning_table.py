@@ -1,4 +1,4 @@
-"""What does pruning cost, and how much of it does tuning bring back? Every method on one run.
+"""Losses of one run pruned by every method: what it costs, and how much of it tuning brings back.
 
     python scripts/tables/pruning_table.py outputs/tiny-top_k --experts 4 --steps 50 --folder outputs/pruned
 
