@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, expert_router_coupling_loss, load_balance_loss, router_z_loss
 from moe_pretrain.moe.router import Router
@@ -276,14 +277,17 @@ def router_use(
     sums: Float[Tensor, "sums"] | None = None,
 ) -> RouterUse:
     """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
+    tokens, entropy = _count_text(probs.detach(), context.token_mask)
+    return RouterUse(tokens_per_expert, tokens, entropy, tokens_per_expert.new_zeros(()), sums)
+
+
+@one_kernel_on_cuda
+def _count_text(
+    probs: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Number of text tokens, and their summed entropy."""
     entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
-    return RouterUse(
-        tokens_per_expert,
-        as_count(context.token_mask.sum()),
-        as_count((entropy * context.token_mask).sum()),
-        tokens_per_expert.new_zeros(()),
-        sums,
-    )
+    return as_count(token_mask.sum()), as_count((entropy * token_mask).sum())
 
 
 class BalancedRouter(Router):
