@@ -42,8 +42,8 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
 class CachedDecoder:
     """A model in evaluation with the keys and values of all positions that it has been fed.
 
-    Of schemes that merge experts it keeps the inputs of their layers too. The logits are those of the model on the whole
-    text. Each sequence of the batch is one document from its start.
+    Of schemes that merge experts it keeps the inputs of their layers too. The logits are those of the model on the
+    whole text. Each sequence of the batch is one document from its start.
 
     Args:
         model: In evaluation.

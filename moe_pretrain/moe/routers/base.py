@@ -349,13 +349,13 @@ class BalancedRouter(Router):
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask, self.balanced_costs),
                 "router_z": router_z_loss(logits, context.token_mask),
-                **self.own_losses(context),
+                **self.own_losses(probs, context),
             },
             payload=payload,
         )
 
-    def own_losses(self, context: RoutingContext) -> dict[str, Tensor]:
-        """Aux losses of what a scheme has beside them."""
+    def own_losses(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
+        """Aux losses that a scheme has beside these two."""
         return {}
 
 
@@ -391,7 +391,7 @@ class LinearRouter(BalancedRouter):
         own = {"expert_router_coupling": self._coupling[0]} if self.needs_proxy_norms else {}
         return super().aux_weights | own
 
-    def own_losses(self, context: RoutingContext) -> dict[str, Tensor]:
+    def own_losses(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
         """Coupling of experts and router where it is asked for; in training."""
         if context.proxy_norms is None:
             return {}
