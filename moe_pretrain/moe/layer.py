@@ -227,8 +227,10 @@ class MoELayer(nn.Module):
         meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)
         if self.zero_computation is not None:
             is_network = routing.expert_index < self.kinds.ffn
-            others = routed.only((~is_network).nonzero()[:, 0])
-            routed = routed.only(is_network.nonzero()[:, 0])
+            networks_first = torch.argsort((~is_network).to(torch.uint8), stable=True)
+            num_networks = int(is_network.sum())  # the one number that is waited for
+            others = routed.only(networks_first[num_networks:])
+            routed = routed.only(networks_first[:num_networks])
             meanwhile = partial(self._run_zero_computation, self.zero_computation, inputs, others, meanwhile)
         output, beside = run_experts(
             inputs,

@@ -81,7 +81,7 @@ WAITS: dict[str, dict[str, int]] = {
     "expert_choice": {"nonzero moe/routers/expert_choice.py forward": 1},
     "expert_threshold": {"nonzero moe/routers/expert_threshold.py forward": 1},
     **dict.fromkeys(("lory", "smear"), {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1}),
-    "moe_plus_plus": {"nonzero moe/layer.py _experts_of": 2},
+    "moe_plus_plus": {"__int__ moe/layer.py _experts_of": 1},
     "relu": {"nonzero moe/routers/relu.py forward": 1},
     **dict.fromkeys(("top_p", "top_p_renormalised"), {"nonzero moe/routers/top_p.py forward": 1}),
 }

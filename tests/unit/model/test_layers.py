@@ -19,6 +19,21 @@ def test_neighbouring_positions_keep_apart_at_any_distance(last: int):
     assert (cosine[0, 0, 1:] != cosine[0, 0, :-1]).any(dim=1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_and_its_gradient_are_those_of_the_formula_to_the_bit(dtype: torch.dtype):
+    """In place and with the rotation back for a gradient, heads taken out of a wider projection."""
+    table = rotary_table(torch.arange(9).expand(2, -1), 16, 10_000.0)
+    heads = torch.randn(2, 9, 5, 16).to(dtype)[:, :, :3].transpose(1, 2).requires_grad_()
+    first, second = heads.float().chunk(2, dim=-1)
+    cosine, sine = table
+    formula = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(dtype)
+    upstream = torch.randn(2, 3, 9, 16).to(dtype)
+    found = apply_rotary(heads, table)
+    assert torch.equal(found, formula)
+    for value, expected in zip(*(torch.autograd.grad(out, heads, upstream) for out in (found, formula)), strict=True):
+        assert torch.equal(value, expected)
+
+
 def test_bfloat16_heads_are_rotated_in_float32_and_rounded_once():
     heads = torch.randn(2, 3, 64, 16).bfloat16()
     table = rotary_table(torch.arange(500, 564).expand(2, -1), 16, 10_000.0)
