@@ -35,7 +35,7 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
             f"router={name} cannot generate yet: a new token's network is merged by hidden states of earlier tokens, "
             "which are not kept"
         )
-    return routers[0].evaluation_rule or None if routers else None
+    return model.evaluation_rule or None
 
 
 class CachedDecoder:

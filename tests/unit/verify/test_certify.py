@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.builders import SCHEME_WORDS
 from helpers.processes import run_on_ranks
 
 from moe_pretrain import cli
 from moe_pretrain.commands import certify as certify_command
-from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run, preflight
 from moe_pretrain.config.schema import Config, ConfigError
@@ -675,7 +675,7 @@ COMPETING = {TRAINING_CAUSALITY, "cut of the batch in training", "documents apar
 
 # Overrides -> how some rows' details begin.
 SHIPPED: list[tuple[list[str], dict[str, str]]] = [
-    *(([f"router={file.stem}"], {}) for file in sorted((config_folder() / "router").glob("*.yaml"))),
+    *(([f"router={word}"], {}) for word in SCHEME_WORDS),
     (
         ["router.score=sigmoid", "router.jitter=0.1", "router.load_balance_level=sequence"],
         {COLLAPSE: "3.0000 when 2 of"},
@@ -690,6 +690,10 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
         {COLLAPSE: "6.0000 when 1 of 6 experts has", STATE: "after_step moves nothing"},
     ),
     (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
+    (
+        ["router=by_layer", "router.layers={0:hash,rest:{router:loss_free,top_k:3}}"],
+        {f"rest=loss_free: {COLLAPSE}": "2.0000 when 3 of 6", STATE: "expert_bias: "},
+    ),
     (["router=quantile", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
     (["router=expert_threshold", "router.initial_threshold=0.8"], {STATE: "ema_weight, threshold: "}),
     (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
