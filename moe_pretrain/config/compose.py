@@ -440,9 +440,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if override in chosen or override.startswith(("+", "~")) or not key:
             continue
         if key.startswith("router.layers.") and fields.get("router", {}).get("name") == "by_layer":
-            return (
-                f"{override}: no layers have such a key; give all: 'router.layers={{0-1:{{router:hash,top_k:4}},...}}'"
-            )
+            return _explain_layers(override, key.split(".")[2], fields["router"]["layers"])
         known = fields
         for depth, part in enumerate(parts := key.split(".")):
             if not isinstance(known, dict) or part not in known:
@@ -454,6 +452,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             known = known[part]
     text = " ".join(str(error).split())
     return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
+
+
+def _explain_layers(override: str, key: str, layers: Any) -> str:
+    """Way out for an override of settings that layers do not have as yet."""
+    if isinstance(layers, dict) and isinstance({str(name): value for name, value in layers.items()}.get(key), dict):
+        return f"{override}: these layers have their choice's own value so far; write +{override}"
+    return f"{override}: no layers have such a key; give all: 'router.layers={{0-1:{{router:hash,top_k:4}},...}}'"
 
 
 def _fields_of(chosen: Sequence[str]) -> Any:

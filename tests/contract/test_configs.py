@@ -44,6 +44,7 @@ REQUIRED = {
     "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
     **{f"experiment={name}": ["tokenizer.path=some/tokenizer"] for name in EXPERIMENTS},
+    "experiment=deepseek_v4_routing": [],
     **{f"experiment=tiny_shakespeare{kind}": ["data.paths=[a.txt]"] for kind in ("", "_moe")},
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]
@@ -228,6 +229,7 @@ MISTAKES = [
     ),
     (["router=by_layer", OF_LAYERS, "model.moe.num_leading_dense_layers=1"], "0 must name a layer with experts"),
     (["router=by_layer", OF_LAYERS, "router.layers.rest.top_k=4"], "no layers have such a key; give all"),
+    (["experiment=deepseek_v4_routing", "router.layers.rest.top_k=4"], "write +router.layers.rest.top_k=4"),
     (["router=by_layer", OF_LAYERS, "budget.match=active_params", "budget.solve=top_k"], "which has no router.top_k"),
     (["model.num_heads=5"], "nearest: 125, 130"),
     (["model.num_key_value_heads=3"], "must divide"),

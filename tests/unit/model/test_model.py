@@ -265,7 +265,6 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=autonomy_expert_choice", "router.gate_rank=8"],
         ["router=top_k", "router.top_k=3", "combine=orthogonal"],
         ["router=by_layer", "router.layers={1:{router:hash,weights:learned},rest:{router:top_k,top_k:3}}"],
-        ["router=by_layer", "router.layers={1:{router:attention_importance,min_experts:2,max_experts:2},rest:hash}"],
         ["router=dense"],
     ],
 )

@@ -1,6 +1,7 @@
 """The certificate of a routing scheme: what ships passes, the README's example passes, and broken schemes do not."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from moe_pretrain.config.preflight import plan_run, preflight
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.train.build import train
 from moe_pretrain.verify.certificate import certify as certificate
-from moe_pretrain.verify.certificate.certify import PropertyResult, ask, examine
+from moe_pretrain.verify.certificate.certify import PROPERTIES, PropertyResult, ask, examine
 from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.subject import Subject
@@ -690,10 +691,6 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
         {COLLAPSE: "6.0000 when 1 of 6 experts has", STATE: "after_step moves nothing"},
     ),
     (["router=loss_free", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
-    (
-        ["router=by_layer", "router.layers={0:hash,rest:{router:loss_free,top_k:3}}"],
-        {f"rest=loss_free: {COLLAPSE}": "2.0000 when 3 of 6", STATE: "expert_bias: "},
-    ),
     (["router=quantile", "router.top_k=3"], {COLLAPSE: "2.0000 when 3 of 6", STATE: "expert_bias: "}),
     (["router=expert_threshold", "router.initial_threshold=0.8"], {STATE: "ema_weight, threshold: "}),
     (["router=top_p", "router.target_experts=2", "router.controller_rate=0.01"], {STATE: "threshold: "}),
@@ -743,6 +740,22 @@ def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) ->
     assert noncausal == (COMPETING if competes else merged_ahead)
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
+
+
+def test_schemes_by_layer_are_asked_one_by_one_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("aux losses named", COLLAPSE, STATE, "gradient parity with the oracle")
+    monkeypatch.setattr(certificate, "PROPERTIES", {name: PROPERTIES[name] for name in asked})
+    layers = "router.layers={0:hash,rest:{router:top_k,top_k:3}}"
+    rows = list(examine(load([*SMALL, "model.num_layers=2", "router=by_layer", layers])))
+    assert not failing(rows)
+    details = {row.property: row.detail for row in rows}
+    alone = [f"{place}: {name}" for place in ("0=hash", "rest=top_k") for name in asked]
+    assert list(details) == [*alone, *(name for name in asked if name != COLLAPSE)]  # which is asked of one router
+    assert details["0=hash: aux losses named"] == "none" and "load_balance" in details["aux losses named"]
+    assert details[f"rest=top_k: {COLLAPSE}"].startswith("2.0000 when 3 of 6")
+    # Of the model with both, the oracle's gradients are more than those of either scheme's router.
+    counts = [int(re.search(r"(\d+) gradients", details[name])[1]) for name in (asked[3], f"0=hash: {asked[3]}")]
+    assert counts[0] == counts[1] + 1
 
 
 def test_received_attention_is_a_declared_leak() -> None:
