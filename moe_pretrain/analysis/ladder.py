@@ -37,6 +37,7 @@ _GROWS = (
     *("model.num_heads", "model.num_key_value_heads", "model.head_size", "model.ffn_hidden_size", "model.init_std"),
     *("model.moe.expert_hidden_size", "model.moe.shared_expert_hidden_size", "model.moe.num_experts"),
     *("model.moe.num_leading_dense_layers", "model.moe.gate_rank", "router.gate_rank"),
+    "model.moe.latent_size",
 )
 """Fields that may differ within a ladder: size, length, and what is set for them."""
 

@@ -43,6 +43,8 @@ BEFORE = {
     "model.moe.shared_expert_gate": False,
     "model.moe.activation": "swiglu",
     "model.moe.activation_limit": None,
+    "model.moe.latent_size": None,
+    "model.moe.latent_norm": False,
     "model.mup_base_width": 128,
     "model.mup_base_layers": 4,
     "optimizer.name": "adamw",

@@ -29,7 +29,7 @@ from moe_pretrain.engine.optimizers import OptimizerConfig
 from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import check_combine, check_experts, check_gate
+from moe_pretrain.moe.build import check_combine, check_coupling, check_experts, check_gate, check_latent
 from moe_pretrain.moe.by_layer import AnyRouterConfig
 from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.schedule.batch_plan import BatchConfig
@@ -181,6 +181,8 @@ class Config:
                 f"model.init=mup must be normal or width_aware with {kind}: its rules are of experts that have their "
                 "matrices to themselves"
             )
+        check_coupling(self.model.moe, self.router)
+        check_latent(self.model.moe, self.router, self.model.hidden_size)
         check_gate(self.model.moe, self.router, self.model.hidden_size)
         check_combine(self.model.moe, self.router)
         sources = self.data.sources if isinstance(self.data, MixtureConfig) else {"": self.data}

@@ -34,7 +34,7 @@ _KNOWN_FIELDS = {
     *("head_size", "qk_norm"),
     *("ffn_hidden_size", "rope_base", "tie_embeddings", "moe", "num_experts", "expert_hidden_size", "combine"),
     *("num_shared_experts", "shared_expert_hidden_size", "every_k_layers", "num_leading_dense_layers", "gate_rank"),
-    *("experts", "activation", "activation_limit", "shared_expert_gate"),
+    *("experts", "activation", "activation_limit", "shared_expert_gate", "latent_size", "latent_norm"),
     # They decide how a model starts and how it is trained, not what it computes.
     *("name", "init", "init_std", "mup_base_width", "mup_base_layers", "gate_init", "scale_residual_init"),
     *("cross_entropy_chunk_tokens", "recompute", "expert_width_multiple"),
@@ -78,7 +78,7 @@ def choose(config: Config, model: DecoderLM) -> Architecture:
 def _of_transformers(config: Config) -> Architecture | None:
     """One of its own classes; None where none computes the same."""
     norm, widths, fields = config.model.qk_norm, layout.dense_widths(config), _fields(config)
-    if config.model.moe.activation_function != SWIGLU:
+    if config.model.moe.activation_function != SWIGLU or config.model.moe.latent_size is not None:
         return None
     if len(set(widths)) == 1 and widths[0] and norm != "whole":
         return _dense(config)
@@ -345,6 +345,8 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         "shared_expert_gate": moe.shared_expert_gate,
         "activation": asdict(moe.activation_function) | {"limit": moe.activation_limit} if has_experts else None,
         "gate_rank": rank if has_experts else None,
+        "latent_size": moe.latent_size,
+        "latent_norm": moe.latent_norm,
         "experts_own_down": moe.gate_rank is not None,
         "router": _router_values(config) if has_experts else None,
     }

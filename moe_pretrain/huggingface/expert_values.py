@@ -11,7 +11,7 @@ from moe_pretrain.moe.experts.unequal import class_widths
 
 def expert_values(config: Config) -> dict[str, Any]:
     """Numbers, widths and cores of the experts of every layer, and how their outputs are combined."""
-    moe, hidden = config.model.moe, config.model.hidden_size
+    moe = config.model.moe
     kinds, experts = moe.kinds, moe.experts
     values: dict[str, Any] = {
         "num_experts": kinds.total,
@@ -26,6 +26,6 @@ def expert_values(config: Config) -> dict[str, Any]:
         widths = class_widths(experts.pattern, moe.expert_hidden_size)
         values["expert_widths"] = [widths[expert % len(widths)] for expert in range(kinds.ffn)]
     if isinstance(experts, MatrixProductConfig):
-        sizes = matrix_sizes(hidden, moe.expert_hidden_size)
+        sizes = matrix_sizes(moe.routed_size(config.model.hidden_size), moe.expert_hidden_size)
         values["core_shapes"] = {name: list(map(list, core_shapes(experts, *size))) for name, size in sizes.items()}
     return values

@@ -167,7 +167,7 @@ class DecoderLM(nn.Module):
                     *(width, config.num_heads, config.num_key_value_heads, config.attention_head_size),
                     *(config.qk_norm, config.norm_epsilon),
                 ),
-                build_moe_layer(config.moe, router, width, layer, shard)
+                build_moe_layer(config.moe, router, width, layer, shard, config.norm_epsilon)
                 if config.moe.is_moe_layer(layer)
                 else SwiGLU(width, config.ffn_hidden_size),
                 width,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
-from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, parameter_roles
+from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, in_latent_width, parameter_roles
 from moe_pretrain.moe.experts.activation import activation_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
@@ -48,6 +49,10 @@ def initialise(model: DecoderLM, seed: int) -> None:
     ``query_weight, key_weight``    with ``variance_preserving`` such that queries and keys have unit entries, and
     of attentive gating             scaled scores so a spread of 1 between experts; with ``paper`` both ``base_std``
     cores of a matrix product       such that the rebuilt matrices have the spread of plain ones
+    experts of another width        ``in_weight`` such that gate and up have the spread of those at the model's; the
+                                    maps to it and back keep the size of what they map, the one back, which writes to
+                                    the residual stream, but for ``1 / sqrt(2 * num_layers)``, as ``out_weight`` above;
+                                    of normalised outputs it makes what they would have been
     experts that are merged         ``sqrt(num_experts)`` times that of others, so that the network merged evenly of
                                     independent ones starts like one of them
     ``start_stds`` of a router or   what it says, with every ``model.init``
@@ -72,6 +77,9 @@ def initialise(model: DecoderLM, seed: int) -> None:
             if isinstance(module, RMSNorm):
                 is_scale = roles[full_name].is_final_norm and config.init == "mup"
                 parameter.fill_(config.mup_base_width / config.hidden_size if is_scale else 1.0)
+                continue
+            if isinstance(module, LatentMaps) and name == "norm_weight":
+                parameter.fill_(1.0)
                 continue
             if isinstance(module, Router) and name in module.start_values:
                 parameter.fill_(module.start_values[name])
@@ -125,10 +133,14 @@ def parameter_std(module: nn.Module, name: str, parameter: Tensor, role: Paramet
     """
     if isinstance(module, Router | ConstantExpert) and name in module.start_stds:
         return module.start_stds[name]
+    if isinstance(module, LatentMaps):
+        return _latent_std(module, name, config)
     if config.init == "mup":
         return _mup_std(module, name, parameter, role, config)
     std = base_std(config)
     residual_std = std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std
+    if in_latent_width(module, config):
+        std, residual_std = std * math.sqrt(config.hidden_size / config.moe.routed_size(config.hidden_size)), std
     if isinstance(module, MatrixProductExperts):
         return module.start_std(name, residual_std if name.startswith("out") else std)
     if name == "out_weight":
@@ -146,11 +158,11 @@ def _mup_std(module: nn.Module, name: str, parameter: Tensor, role: ParameterRol
     at_base = _width_aware_std(config, config.mup_base_width)
     if role.reads in ("nothing", "fixed"):
         return at_base
-    spread = math.sqrt(base_fan_in(role.reads, config) / parameter.shape[-1])
+    # Of unit entries, however many: experts' gates and ups start alike at every width of theirs.
+    base = base_fan_in("hidden" if role.reads == "latent" else role.reads, config)
+    spread = math.sqrt(base / parameter.shape[-1])
     if role.writes_residual:
-        by_depth = config.mup_base_layers / config.num_layers
-        by_depth /= math.sqrt(2 * config.mup_base_layers) if config.scale_residual_init else 1.0
-        return at_base * spread * by_depth
+        return at_base * spread * _depth_factor(config)
     # With the experts' own factors, a router has one per expert; a gate of shared experts is one number.
     is_output = name == "gate_weight" or (role.group == "router" and parameter.ndim == 2)
     if isinstance(module, QueryKey):
@@ -160,6 +172,29 @@ def _mup_std(module: nn.Module, name: str, parameter: Tensor, role: ParameterRol
         factor = math.sqrt(at_base / math.sqrt(base_fan_in("rank", config))) * spread
         return factor * _output_factor(config) if role.reads == "rank" and is_output else factor
     return at_base * spread * (_output_factor(config) if is_output else 1.0)
+
+
+def _latent_std(module: LatentMaps, name: str, config: ModelConfig) -> float:
+    """Spread of the maps to and from the experts' own width, with every ``model.init``."""
+    if name == "in_weight":
+        return 1 / math.sqrt(config.hidden_size)  # of a normed input
+    size = 1.0
+    if module.norm_weight is not None:  # what the experts' outputs would have been, of weights that sum to 1
+        is_mup, inner = config.init == "mup", config.moe.expert_hidden_size
+        reference = config.mup_base_width if is_mup else config.hidden_size
+        std = _width_aware_std(config, reference) if is_mup else base_std(config)
+        of_out = base_fan_in("inner", config) if is_mup else inner
+        inside = activation_size(std * math.sqrt(reference), config.moe.activation_function)
+        size = inside * std * math.sqrt(of_out / module.routes_per_token)
+    return size * _depth_factor(config) / math.sqrt(module.out_weight.shape[-1])
+
+
+def _depth_factor(config: ModelConfig) -> float:
+    """Factor of the start of a matrix that writes to the residual stream."""
+    layers, by_depth = config.num_layers, 1.0
+    if config.init == "mup":
+        layers, by_depth = config.mup_base_layers, config.mup_base_layers / config.num_layers
+    return by_depth / math.sqrt(2 * layers) if config.scale_residual_init else by_depth
 
 
 def _output_factor(config: ModelConfig) -> float:

@@ -59,6 +59,7 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -71,9 +72,9 @@ from moe_pretrain.moe.types import ExpertShard
 GroupName = Literal["embedding", "head", "norms", "attention", "router", "experts", "ffn"]
 GROUP_NAMES: tuple[GroupName, ...] = get_args(GroupName)
 """``router`` holds all of a routing scheme's own weights, so the ``W_down`` of Autonomy-of-Experts too; ``experts`` has
-those that are no networks too; ``ffn`` the dense networks and the shared experts; ``embedding`` also the output head
-where the two are tied."""
-Reads = Literal["hidden", "inner", "rank", "fixed", "nothing"]
+those that are no networks too, and the maps to and from their own width; ``ffn`` the dense networks and the
+shared experts; ``embedding`` also the output head where the two are tied."""
+Reads = Literal["hidden", "inner", "latent", "rank", "fixed", "nothing"]
 
 _GROUP_OF: dict[type[nn.Module], GroupName] = {
     nn.Embedding: "embedding",
@@ -85,6 +86,7 @@ _GROUP_OF: dict[type[nn.Module], GroupName] = {
     MergedExperts: "experts",
     MatrixProductExperts: "experts",
     ConstantExpert: "experts",
+    LatentMaps: "experts",
     SwiGLU: "ffn",
 }
 
@@ -96,9 +98,9 @@ class ParameterRole:
     Attributes:
         group: Its group.
         reads: What a matrix multiplies: the residual stream or attention's heads (``hidden``), the inner activation of
-            an expert or FFN (``inner``), the ``rank`` numbers between two maps that stand in the place of one, or
-            something of a user's own router that does not grow (``fixed``). ``nothing`` for vectors, the embedding and
-            the head.
+            an expert or FFN (``inner``), the width that experts have for themselves (``latent``), the ``rank`` numbers
+            between two maps that stand in the place of one, or something of a user's own router that does not grow
+            (``fixed``). ``nothing`` for vectors, the embedding and the head.
         is_final_norm: Whether it is the norm before the head.
         writes_residual: Whether what it makes is added to the residual stream.
         rows: Rows of the hidden layers' matrices that stand one below the other in it, or in each expert's part of it:
@@ -139,15 +141,24 @@ def parameter_roles(model: DecoderLM) -> dict[str, ParameterRole]:
                 group=group,
                 reads=_reads(module, name, parameter, group, model.config),
                 is_final_norm=module is model.norm,
-                writes_residual=name == "out_weight",
+                writes_residual=name == "out_weight" and not in_latent_width(module, model.config),
                 rows=_rows(module, name, parameter, group),
             )
     return found
 
 
+def in_latent_width(module: nn.Module, config: ModelConfig) -> bool:
+    """Whether ``module`` holds experts that read and return rows of another width than the residual stream's."""
+    return config.moe.latent_size is not None and isinstance(module, SwiGLUExperts | MatrixProductExperts)
+
+
 def _reads(module: nn.Module, name: str, parameter: Tensor, group: GroupName, config: ModelConfig) -> Reads:
     if parameter.ndim < 2 or group in ("embedding", "head"):
         return "nothing"
+    if isinstance(module, LatentMaps):
+        return "hidden" if name == "in_weight" else "latent"
+    if name == "in_weight" and in_latent_width(module, config):
+        return "latent"
     if name == "out_weight" and group in ("experts", "ffn"):
         return "inner"
     if isinstance(module, QueryKey) and name == "key_weight":
@@ -175,7 +186,8 @@ def _rows(module: nn.Module, name: str, parameter: Tensor, group: GroupName) -> 
 def base_fan_in(reads: Reads, config: ModelConfig) -> float:
     """Fan-in at which the rate and the spread of a matrix have the factor 1."""
     base = config.mup_base_width
-    return {"hidden": base, "inner": 2 * base, "rank": base / 4}[reads]
+    latent = base * config.moe.routed_size(config.hidden_size) / config.hidden_size  # the same share of the width
+    return {"hidden": base, "inner": 2 * base, "latent": latent, "rank": base / 4}[reads]
 
 
 def rate_scale(role: ParameterRole, parameter: Tensor, config: ModelConfig, width_power: float = 1.0) -> float:

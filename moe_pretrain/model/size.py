@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.moe.build import build_router, dense_width, expected_ffn_experts, expert_gate, expert_width
+from moe_pretrain.moe.build import (
+    build_router,
+    couples_experts,
+    dense_width,
+    expected_ffn_experts,
+    expert_gate,
+    expert_width,
+)
 from moe_pretrain.moe.combine import pair_product_flops
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.matrix_product import core_parameters, rebuild_flops
@@ -25,7 +32,7 @@ class ModelSize:
         head: Output embedding; 0 when tied.
         attention: All attention layers.
         norms: All norms.
-        dense_ffn: Dense feed-forward networks and shared experts.
+        dense_ffn: Dense feed-forward networks, shared experts, and the maps to and from the experts' own width.
         routers: Matrices of all routers.
         router_vectors: Their vectors, which no product has.
         frozen_routers: Weights of all routers that nothing trains; no parameters, and no backward.
@@ -44,7 +51,8 @@ class ModelSize:
             ``experts_per_route`` unless these are rebuilt from fewer.
         shared_cores: Parameters that all experts of a layer share, of all layers.
         rebuild_flops: Forward FLOPs of rebuilding all experts of all layers.
-        rebuilds_per_token: Times that this happens, over tokens: all ranks of a group together once a micro-batch.
+        coupling_flops: Forward FLOPs of running the router's rows through the gates of all experts of all layers.
+        rebuilds_per_token: Times that these two happen, over tokens: all ranks of a group together once a micro-batch.
         merge_flops: Forward FLOPs of merging one network's experts in all layers, the router's decision included; 0 for
             schemes that send tokens to experts.
         merges_per_token: Merged networks over tokens: 1 over the tokens that share one.
@@ -73,6 +81,7 @@ class ModelSize:
     stored_per_route: int
     shared_cores: int
     rebuild_flops: float
+    coupling_flops: float
     rebuilds_per_token: float
     merge_flops: float
     merges_per_token: float
@@ -99,7 +108,8 @@ class ModelSize:
         matrices += self.constant_experts
         matrices += self.scoring + self.router_matmul + self.frozen_routers
         others = self.attention_score_flops + self.attention_statistic_flops + self.combine_flops
-        return 2.0 * matrices + others + self.merging_flops_per_token + self.rebuilding_flops_per_token
+        others += self.merging_flops_per_token + self.rebuilding_flops_per_token + self.coupling_flops_per_token
+        return 2.0 * matrices + others
 
     @property
     def router_matmul(self) -> int:
@@ -110,6 +120,11 @@ class ModelSize:
     def rebuilding_flops_per_token(self) -> float:
         """A token's share of rebuilding the experts' matrices, forward."""
         return self.rebuild_flops * self.rebuilds_per_token
+
+    @property
+    def coupling_flops_per_token(self) -> float:
+        """A token's share of the loss that couples experts and router, forward."""
+        return self.coupling_flops * self.rebuilds_per_token
 
     @property
     def merging_flops_per_token(self) -> float:
@@ -155,16 +170,20 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     num_moe = len(config.moe_layers)
     num_dense = config.num_layers - num_moe
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
+    routed, latent_norms = moe.routed_size(width), 0
     routers = vectors = frozen = experts = constants = expert = first_layers = stored = cores = 0
-    statistic_flops = combining = merging = rebuilding = 0.0
+    statistic_flops = combining = merging = rebuilding = coupling = 0.0
     own = [router.of_layer(layer) for layer in config.moe_layers]
     routes = [0.0 if scheme.dense_experts else expected_ffn_experts(moe, scheme) for scheme in own]
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
         rank, inner = expert_gate(moe, router), expert_width(moe, router, width)
-        expert = 3 * width * inner if rank is None else 2 * width * inner + rank * inner
+        expert = 3 * routed * inner if rank is None else 2 * width * inner + rank * inner
         dense_ffn += num_moe * width * (3 * moe.shared_width + moe.shared_expert_gate)
+        if moe.latent_size is not None:
+            dense_ffn += num_moe * 2 * width * routed
+            latent_norms = num_moe * routed * moe.latent_norm
         if rank is not None and moe.gate_rank is not None:
             expert += rank * width
         # Autonomy-of-Experts' down projections are among them: every token passes all of them, so all are active.
@@ -179,10 +198,13 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         constants = num_moe * moe.kinds.constant * 3 * width
         experts, stored = num_moe * moe.num_experts * expert, expert
         if isinstance(moe.experts, MatrixProductConfig):
-            cores, stored = core_parameters(moe.experts, width, inner)
+            cores, stored = core_parameters(moe.experts, routed, inner)
             experts = num_moe * (cores + moe.num_experts * stored)
-            rebuilding = num_moe * moe.num_experts * rebuild_flops(moe.experts, width, inner)
-        combining = sum(pair_product_flops(moe.combine, width, of_layer) for of_layer in routes)
+            rebuilding = num_moe * moe.num_experts * rebuild_flops(moe.experts, routed, inner)
+        if coupled := sum(couples_experts(scheme) for scheme in own):
+            mapped = width * routed if moe.latent_size is not None else 0
+            coupling = 2.0 * coupled * moe.num_experts * (moe.num_experts * routed * inner + mapped)
+        combining = sum(pair_product_flops(moe.combine, routed, of_layer) for of_layer in routes)
         if router.merges_experts:
             # Every expert's parameters times its share, and every expert's logit.
             merging = 2.0 * num_moe * moe.num_experts * (expert + width)
@@ -195,7 +217,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         attention=config.num_layers * 2 * width * (attention + key_value),
-        norms=(2 * config.num_layers + 1) * width + config.num_layers * normed,
+        norms=(2 * config.num_layers + 1) * width + config.num_layers * normed + latent_norms,
         dense_ffn=dense_ffn,
         routers=routers,
         router_vectors=vectors,
@@ -212,6 +234,7 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         stored_per_route=num_moe * stored,
         shared_cores=num_moe * cores,
         rebuild_flops=rebuilding,
+        coupling_flops=coupling,
         rebuilds_per_token=1 / config.sequence_length,
         merge_flops=merging,
         merges_per_token=1 / (router.mean_segment_tokens(config.sequence_length) or math.inf),

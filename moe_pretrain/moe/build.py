@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Concatenate, ParamSpec
 
 from moe_pretrain.moe.by_layer import in_place
-from moe_pretrain.moe.experts.config import MatrixProductConfig, UnequalConfig
+from moe_pretrain.moe.experts.config import MatrixProductConfig, SwiGLUConfig, UnequalConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, check_matrix_product
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -15,14 +16,19 @@ from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
 from moe_pretrain.moe.layer import MoEConfig, MoELayer, RoutedExperts
 from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.base import LinearRouterConfig, RouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace
 
 _More = ParamSpec("_More")
 
 
 def build_moe_layer(
-    moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int, shard: ExpertShard
+    moe: MoEConfig,
+    router: RouterConfig,
+    hidden_size: int,
+    layer: int,
+    shard: ExpertShard,
+    norm_epsilon: float = 1e-6,
 ) -> MoELayer | SwiGLU:
     """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them.
 
@@ -38,17 +44,21 @@ def build_moe_layer(
         merged = MergedExperts(moe.num_experts, hidden_size, width, shard, activation)
         return MergedLayer(moe, module, merged, hidden_size)
     experts: RoutedExperts
+    latent, size = None, moe.routed_size(hidden_size)
+    if moe.latent_size is not None:
+        epsilon = norm_epsilon if moe.latent_norm else None
+        latent = LatentMaps(hidden_size, size, epsilon, expected_ffn_experts(moe, router))
     if isinstance(moe.experts, UnequalConfig):
         widths = class_widths(moe.experts.pattern, width)
-        experts = UnequalExperts(widths, moe.num_experts, hidden_size, shard, activation)
+        experts = UnequalExperts(widths, moe.num_experts, size, shard, activation)
     elif isinstance(moe.experts, MatrixProductConfig):
-        experts = MatrixProductExperts(moe.experts, moe.num_experts, hidden_size, width, shard, activation)
+        experts = MatrixProductExperts(moe.experts, moe.num_experts, size, width, shard, activation)
     elif rank is None:
-        experts = SwiGLUExperts(moe.num_experts, hidden_size, width, shard, activation)
+        experts = SwiGLUExperts(moe.num_experts, size, width, shard, activation)
     else:
         owns_down = moe.gate_rank is not None
-        experts = FactorisedExperts(moe.num_experts, hidden_size, width, rank, shard, owns_down, activation)
-    built = MoELayer(moe, module, experts, hidden_size)
+        experts = FactorisedExperts(moe.num_experts, size, width, rank, shard, owns_down, activation)
+    built = MoELayer(moe, module, experts, hidden_size, latent)
     if router.balance_level == "last_step":
         built.count_last_step()
     return built
@@ -97,6 +107,8 @@ def with_expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int, wi
 def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> list[str]:
     """Widths that grouped products in bfloat16 on a GPU refuse, each with the nearest that they take."""
     widths = {"model.hidden_size": hidden_size}
+    if moe.latent_size is not None:
+        widths["model.moe.latent_size"] = moe.latent_size
     rank = expert_gate(moe, router)
     if rank is None:
         widths["model.moe.expert_hidden_size"] = moe.expert_hidden_size
@@ -205,7 +217,7 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
             reason = "whose experts have a factorised gate"
         if reason is not None:
             raise ValueError(f"experts=matrix_product must be swiglu with router={router.name}, {reason}")
-        check_matrix_product(moe.experts, hidden_size, moe.expert_hidden_size)
+        check_matrix_product(moe.experts, moe.routed_size(hidden_size), moe.expert_hidden_size)
     if router.merges_experts and moe.gate_rank is not None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which merges full experts"
@@ -223,6 +235,47 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     if rank is not None and rank >= hidden_size:
         name = "router.gate_rank" if of_router is not None else "model.moe.gate_rank"
         raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
+
+
+@_of_each_part
+def check_coupling(moe: MoEConfig, router: RouterConfig) -> None:
+    """Raise ``ValueError`` if the rows of the router cannot be run through the gates of the experts as tokens are."""
+    if not couples_experts(router):
+        return
+    asked = f"router.expert_router_coupling_weight={vars(router)['expert_router_coupling_weight']:g}"
+    if size := vars(router).get("projection_size"):
+        raise ValueError(f"{asked} must be 0 with router.projection_size={size}: its rows are no tokens")
+    if moe.gate_rank is not None:
+        raise ValueError(f"{asked} must be 0 with model.moe.gate_rank={moe.gate_rank}: it is of full gates")
+    if not isinstance(moe.experts, SwiGLUConfig):
+        raise ValueError(f"{asked} must be 0 with experts={moe.experts.name}: it compares gates of one width")
+    if moe.num_experts < 2:
+        raise ValueError(f"{asked} must be 0 with model.moe.num_experts=1: there is no other expert")
+
+
+@_of_each_part
+def check_latent(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
+    """Raise ``ValueError`` unless routed experts can read and return rows of another width than the router reads."""
+    if moe.latent_size is None:
+        if moe.latent_norm:
+            raise ValueError("model.moe.latent_norm=true must be false with model.moe.latent_size=null")
+        return
+    asked = f"model.moe.latent_size={moe.latent_size}"
+    reason = None
+    if router.dense_experts:
+        reason = "which has no routed experts"
+    elif router.merges_experts:
+        reason = "which sends no token to an expert and merges them at the model's width"
+    elif router.expert_gate_rank is not None or router.scored_experts(moe.num_experts):
+        reason = "which ranks experts by their own activations, and they would be those of a narrower token"
+    if reason is not None:
+        raise ValueError(f"{asked} must be null with router={router.name}, {reason}")
+    if moe.kinds.zero_computation:
+        raise ValueError(f"{asked} must be null with experts={moe.experts.name}, which has copies of the token itself")
+    if moe.gate_rank is not None:
+        raise ValueError(f"{asked} must be null with model.moe.gate_rank={moe.gate_rank}: both narrow an expert")
+    if moe.latent_size >= hidden_size:
+        raise ValueError(f"{asked} must be below model.hidden_size={hidden_size}")
 
 
 @_of_each_part
@@ -254,6 +307,11 @@ def check_combine(moe: MoEConfig, router: RouterConfig) -> None:
 def dense_width(moe: MoEConfig, router: RouterConfig) -> int:
     """Inner width of the dense twin: the active routed experts' and the shared experts' together."""
     return router.dense_experts * moe.expert_hidden_size + moe.shared_width
+
+
+def couples_experts(router: RouterConfig) -> bool:
+    """Whether training runs rows of the router through the gates of all experts."""
+    return isinstance(router, LinearRouterConfig) and router.couples_experts
 
 
 def num_sharded_experts(moe: MoEConfig, router: RouterConfig) -> int:

@@ -17,6 +17,7 @@ from moe_pretrain.moe.dispatch import run_experts, score_routes
 from moe_pretrain.moe.experts.activation import Activation
 from moe_pretrain.moe.experts.config import ExpertsConfig, SwiGLUConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -54,6 +55,10 @@ class MoEConfig:
         activation_limit: Bound of ``g`` from above and of ``u`` on both sides, > 0 (gpt-oss: 7, DeepSeek-V4: 10); None
             for none.
         combine: How a token's expert outputs become one: the group ``combine``.
+        latent_size: Width of the routed experts' inputs and outputs, below the model's, with a map to it before tokens
+            are sent and one back after outputs are combined (Nemotron-H, Kimi K3); None for the model's width. Router
+            and shared experts have the model's.
+        latent_norm: Whether combined outputs of that width are normalised before they are mapped back (Kimi K3).
     """
 
     num_experts: PositiveInt
@@ -69,6 +74,12 @@ class MoEConfig:
     shared_expert_gate: bool = False
     activation: Literal["swiglu", "gpt_oss"] = "swiglu"
     activation_limit: PositiveFloat | None = None
+    latent_size: PositiveInt | None = None
+    latent_norm: bool = False
+
+    def routed_size(self, hidden_size: int) -> int:
+        """Width of what routed experts read and return in a model of width ``hidden_size``."""
+        return self.latent_size or hidden_size
 
     @property
     def kinds(self) -> ExpertKinds:
@@ -118,6 +129,7 @@ class MoELayer(nn.Module):
         router: Router,
         experts: RoutedExperts | MergedExperts,
         hidden_size: int,
+        latent: LatentMaps | None = None,
     ):
         super().__init__()
         self.kinds = config.kinds
@@ -125,6 +137,7 @@ class MoELayer(nn.Module):
         self.register_buffer("last_routes", None)
         self.router = router
         self.experts = experts
+        self.latent = latent
         others = self.kinds.zero_computation
         self.zero_computation = ZeroComputationExperts(self.kinds, hidden_size) if others else None
         self.input_scale = config.expert_input_scale
@@ -151,6 +164,8 @@ class MoELayer(nn.Module):
         """
         if self.router.needs_expert_scores:
             context = replace(context, score_routes=self._score_routes(recompute_experts))
+        if self.router.needs_proxy_norms and self.training:
+            context = replace(context, proxy_norms=self._proxy_norms)
         with part("router"):
             routing: Routing = (
                 self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
@@ -182,6 +197,18 @@ class MoELayer(nn.Module):
         score = partial(checkpoint, scores, use_reentrant=False) if recompute_experts else scores
         return partial(score_routes, num_experts=self.kinds.ffn, score=score, exchange=self.exchange)
 
+    def _proxy_norms(self, proxies: Float[Tensor, "experts hidden"]) -> Float[Tensor, "experts experts"]:
+        """Norm of each expert's gate (columns) for each row; experts of other ranks say theirs, with gradient."""
+        assert isinstance(self.experts, SwiGLUExperts), "moe.check_coupling has refused experts of another kind"
+        if self.latent is not None:
+            proxies = self.latent.narrow(proxies.to(self.latent.in_weight.dtype))
+        norms = self.experts.gate_norms(proxies)
+        if self.exchange is not None:
+            size = self.exchange.size
+            everywhere = [len(norms)] * size
+            (norms,) = self.exchange.start([norms.repeat(size, 1)], everywhere, everywhere).wait()
+        return norms.T
+
     def _experts_of(
         self,
         hidden: Tensor,
@@ -194,6 +221,9 @@ class MoELayer(nn.Module):
         arguments: dict[str, Any] = self.router.expert_arguments(self.experts.expert_ids) | options
         routed = replace(routing, weight=weight, payload=payload)
         inputs = hidden if self.input_scale == 1 else hidden * self.input_scale
+        if self.latent is not None:
+            with part("experts"):
+                inputs = self.latent.narrow(inputs)
         meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)
         if self.zero_computation is not None:
             is_network = routing.expert_index < self.kinds.ffn
@@ -210,6 +240,9 @@ class MoELayer(nn.Module):
             experts_of_sender=self.experts_of_sender,
             combine=self.combine,
         )
+        if self.latent is not None:
+            with part("experts"):
+                output = self.latent.widen(output)
         if beside is None:
             return output
         with part("combine"):

@@ -11,6 +11,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def expert_router_coupling_loss(norms: Float[Tensor, "proxies experts"], alpha: float) -> Float[Tensor, ""]:
+    """Penalise experts that respond to another's proxy token, and proxy tokens to which another responds.
+
+    ``1/n^2 sum_i sum_{j != i} max(M_ij - a M_ii, 0) + max(M_ji - a M_ii, 0)`` of the ``n x n`` norms ``M``. It is of
+    parameters alone, no mean over tokens.
+
+    Args:
+        norms: Norm of each expert's response (columns) to each expert's proxy token (rows).
+        alpha: Share of its own response that others may reach.
+
+    Source:
+        Lv et al. 2025 (arXiv:2512.23447), eq. 3 and figure 8.
+    """
+    own = alpha * norms.diagonal()
+    over = (norms - own[:, None]).clamp(min=0) + (norms - own[None, :]).clamp(min=0)
+    return (over - over.diagonal().diag()).mean()
+
+
 def count_routes(
     expert_index: Int[Tensor, "routes"],
     counted: Bool[Tensor, "routes"],

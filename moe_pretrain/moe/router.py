@@ -25,6 +25,7 @@ class Router(nn.Module):
         attention_statistic: Name of the statistic of its block's attention that the router wants in
             ``RoutingContext.attention``; None for most schemes.
         needs_expert_scores: Whether the router wants ``RoutingContext.score_routes``.
+        needs_proxy_norms: Whether the router wants ``RoutingContext.proxy_norms`` in training.
         needs_token_counts: Whether ``use_token_counts`` is to be called with the corpus's counts before training.
         frozen_weights: Names of buffers that ``model.init`` draws like weights and nothing trains: matrices by which a
             token is multiplied. They stay float32.
@@ -51,6 +52,7 @@ class Router(nn.Module):
     balanced_costs: tuple[float, ...] = ()
     attention_statistic: AttentionStatistic | None = None
     needs_expert_scores: bool = False
+    needs_proxy_norms: bool = False
     needs_token_counts: bool = False
     frozen_weights: tuple[str, ...] = ()
     without_lm_gradient: Mapping[str, str] = MappingProxyType({})

@@ -55,6 +55,8 @@ class RoutingContext:
         attention: The router's ``attention_statistic`` of each token in this block's attention, no gradient;
             None unless the router asks for one.
         score_routes: Runs candidate experts as far as their keys; None unless the router asks for it.
+        proxy_norms: Says how strongly experts respond to rows that are no tokens; None unless the router asks for it,
+            and in evaluation.
         carried: ``Routing.carried`` of the MoE layer below, with gradient; None in the lowest one, and where that
             layer's router carries nothing.
     """
@@ -71,6 +73,7 @@ class RoutingContext:
     ranks: tuple[int, ...] | None = None
     attention: Float[Tensor, "tokens"] | None = None
     score_routes: "ScoreRoutes | None" = None
+    proxy_norms: Callable[[Tensor], Tensor] | None = None
     carried: Float[Tensor, "tokens experts"] | None = None
     pass_index: int = 0
     document_ids: Int[Tensor, "tokens"] | None = None

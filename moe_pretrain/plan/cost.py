@@ -14,6 +14,7 @@ from moe_pretrain.schedule.batch_plan import BatchPlan
 FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"
 """Parts without a backward."""
 MERGED, REBUILT = "merging of experts", "rebuilding of experts"
+COUPLED = "coupling of experts and router"
 COMPARED = "expert outputs that are compared"
 """Part whose backward costs as much as its forward."""
 GRADIENTS, WEIGHTS = "gradients, all-reduce in float32", "weights, all-gather"
@@ -29,6 +30,7 @@ def flops_by_part(size: ModelSize) -> dict[str, float]:
         "routers": 2.0 * size.router_matmul,
         MERGED: size.merging_flops_per_token,
         REBUILT: size.rebuilding_flops_per_token,
+        COUPLED: size.coupling_flops_per_token,
         FROZEN: 2.0 * size.frozen_routers,
         "routed experts": 2.0 * size.active_experts,
         "constant experts": 2.0 * size.constant_experts,

@@ -24,11 +24,14 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     layers = len(config.model.moe_layers)
     if not layers or config.router.dense_experts:
         return {}
-    moe, row = config.model.moe, BYTES[dtype] * config.model.hidden_size
+    moe, hidden = config.model.moe, config.model.hidden_size
+    row = BYTES[dtype] * moe.routed_size(hidden)
+    mapped = 2 * hidden * moe.latent_size if moe.latent_size else 0
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
     routes = config.model.sequence_length * mean_ffn_experts(config.model, config.router)
     asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
+    asked += size.coupling_flops_per_token
     return {
         "router": {"flops_per_token": asked / layers},
         "permute": {"bytes_per_route": 2.0 * row},
@@ -37,11 +40,9 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
         },
         "experts": {
             "flops_per_route": 2.0 * size.experts_per_route / layers,
-            "flops_per_token": (2.0 * size.constant_experts + size.merging_flops_per_token) / layers,
+            "flops_per_token": (2.0 * size.constant_experts + size.merging_flops_per_token) / layers + 2.0 * mapped,
         },
-        "shared experts": {
-            "flops_per_token": 2.0 * config.model.hidden_size * (3 * moe.shared_width + moe.shared_expert_gate)
-        },
+        "shared experts": {"flops_per_token": 2.0 * hidden * (3 * moe.shared_width + moe.shared_expert_gate)},
         "combine": {
             "bytes_per_route": 1.0 * row,
             "bytes_per_token": 1.0 * row,

@@ -15,7 +15,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import parameter_roles
-from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_gate, expert_width
+from moe_pretrain.moe.build import couples_experts, dense_width, expected_ffn_experts, expert_gate, expert_width
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
@@ -243,10 +243,11 @@ def routes_of_rank(config: Config, dtype: Dtype, micro_batch_size: int) -> Route
         everywhere = first.expert_parallel * first.tokens * first.row
         return Routed(everywhere, everywhere)
     if len(layers.schemes) == 1:
-        return Routed(first.routes * first.message, first.routes * first.row)
+        return Routed(first.routes * first.message, first.routes * first.routed_row)
     own = [layers.of(layer) for layer in config.model.moe_layers]
     return Routed(
-        fmean(scheme.routes * scheme.message for scheme in own), fmean(scheme.routes * scheme.row for scheme in own)
+        fmean(scheme.routes * scheme.message for scheme in own),
+        fmean(scheme.routes * scheme.routed_row for scheme in own),
     )
 
 
@@ -309,6 +310,8 @@ class _SchemeLayers:
         # Without an exchange, rows are this rank's own routes.
         self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
         self.row = self.size * self.model.hidden_size
+        self.routed_size = self.moe.routed_size(self.model.hidden_size)
+        self.routed_row = self.size * self.routed_size  # as it travels to an expert
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
         self.merges = self.router.merges_experts
         self.passes = self.router.num_passes
@@ -355,12 +358,12 @@ class _SchemeLayers:
         else:
             blocks, widths = 1, 6 if self.rank else 4
         block = self.rows / blocks
-        experts = (self.rows - block) * self.row + block * (2 * self.row + widths * self.size * width)
+        experts = (self.rows - block) * self.routed_row + block * (2 * self.routed_row + widths * self.size * width)
         # Gradients of the queries' factors are float32, joined, and summed over a token's experts; what the routed
         # experts had saved is gone by then.
         asking = self.asked_rows * (self.row + 2 * 4 * width) + 2 * self.tokens * 4 * width
         asking -= self.rows * 2 * self.size * width
-        weights = 3 * self.size * local * self.model.hidden_size * width
+        weights = 3 * self.size * local * self.routed_size * width
         # The inside of attention is made again when the experts are done, in the room of what they held.
         again = 0.0 if self.model.recompute == "none" else self._attention() - self.tokens * self.row
         return max(0.0, weights + max(experts, asking if self.asked else 0.0) - again)
@@ -376,12 +379,12 @@ class _SchemeLayers:
         if self.merges:  # packed and received, for as many as there are ranks; outputs go back as they came
             return 3 * self.expert_parallel * self.tokens * self.row
         asking = (2 * self.asked + self.asked_rows) * (self.row + self._query)
-        return max(asking, 2 * self.routes * self.message + self.rows * (self.message + self.row))
+        return max(asking, 2 * self.routes * self.message + self.rows * (self.message + self.routed_row))
 
     @property
     def message(self) -> float:
         """Bytes of one travelling route: the row, its weight and what the scheme sends along."""
-        return self.row + 4 + self._payload
+        return self.routed_row + 4 + self._payload
 
     @property
     def _payload(self) -> float:
@@ -398,9 +401,10 @@ class _SchemeLayers:
         feed_forward = self._moe(recompute) if is_moe and self.routes else self._dense(is_moe, recompute)
         return (self.tokens * self.row if recompute != "none" else self._attention()) + feed_forward
 
-    def _norm(self) -> float:
+    def _norm(self, width: int | None = None) -> float:
         """Input of a norm and the inverse deviation of its rows; on a CPU in float32, with the normalised rows."""
-        return self.tokens * ((8 * self.model.hidden_size if self.on_cpu else self.row) + 4)
+        width = width or self.model.hidden_size
+        return self.tokens * ((8 if self.on_cpu else self.size) * width + 4)
 
     def _attention(self) -> float:
         """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp."""
@@ -428,7 +432,7 @@ class _SchemeLayers:
 
     def _moe(self, recompute: str) -> float:
         """Norm, its output, the routes, the experts' pre-activations; under expert parallelism the received rows."""
-        kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute)
+        kept = self._norm() + self.tokens * self.row + self._routing() + self._asking(recompute) + self._coupling()
         if recompute == "full":
             return kept + self.routes * self._payload
         if self.merges:
@@ -436,12 +440,14 @@ class _SchemeLayers:
         width = expert_width(self.moe, self.router, self.model.hidden_size)
         rows = self.rows * (2 * self.size * width + 4)
         if self.expert_parallel > 1:
-            rows += self.rows * self.row
+            rows += self.rows * self.routed_row
+        if self.moe.latent_size is not None:
+            rows += self._latent()
         if self.compares:
             rows += self._compared()
         if isinstance(self.moe.experts, MatrixProductConfig):
             local = self.moe.num_experts // self.expert_parallel
-            rows += self.size * local * rebuilt_numbers(self.moe.experts, self.model.hidden_size, width)
+            rows += self.size * local * rebuilt_numbers(self.moe.experts, self.routed_size, width)
         if self.rank is not None:
             rows += self.rows * self.size * self.rank
         return kept + rows + self._shared()
@@ -454,6 +460,12 @@ class _SchemeLayers:
         """Shared experts; with a gate its input to the product, the output, and the gate itself."""
         gate = self.row + self.size if self.moe.shared_expert_gate else 0
         return self.tokens * (self._inner_numbers() * self.size * self.moe.shared_width + gate)
+
+    def _latent(self) -> float:
+        """Rows of the experts' own width: what they read, unless it has been sent away, and what is mapped back."""
+        sent = self.expert_parallel > 1 or self.compares
+        normed = self._norm(self.routed_size) if self.moe.latent_norm else 0.0
+        return normed + self.tokens * self.routed_row * (1 if sent else 2)
 
     def _merged_rows(self) -> float:
         """Pre-activations: of all tokens of the group, in this rank's part of the width; and the tokens that came."""
@@ -481,7 +493,7 @@ class _SchemeLayers:
 
         Of the pairs backward needs two or three matrices, of the routes factors, norms and indices.
         """
-        outputs = self.routes * self.row * (1 if self.expert_parallel > 1 else 2)
+        outputs = self.routes * self.routed_row * (1 if self.expert_parallel > 1 else 2)
         matrices = 2 if isinstance(self.moe.combine, OrthogonalConfig) and self.moe.combine.form == "symmetric" else 3
         return outputs + self.tokens * 8 * matrices * self.router.mean_experts_per_token**2 + self.routes * 62
 
@@ -491,6 +503,15 @@ class _SchemeLayers:
         own = self.router.kept_per_token(self.model.hidden_size, experts)
         routes = self.tokens * self.router.mean_experts_per_token
         return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4)
+
+    def _coupling(self) -> float:
+        """Gates of this rank's experts for the rows of the router; the rows' factors, the rows as they go in, norms."""
+        if not couples_experts(self.router):
+            return 0.0
+        experts, hidden = self.moe.num_experts, self.model.hidden_size
+        gates = experts // self.expert_parallel * expert_width(self.moe, self.router, hidden)
+        inputs = self.row + (self.routed_row if self.moe.latent_size is not None else 0)
+        return experts * (self.size * gates + 4 * hidden + inputs + 3 * 4 * experts)
 
     def _asking(self, recompute: str) -> float:
         """Bytes of asking experts for keys: their first layers, what these are multiplied with, scores, indices.

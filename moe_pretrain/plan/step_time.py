@@ -100,8 +100,8 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     inner = routes * expert_width(model.moe, config.router, model.hidden_size) + model.moe.shared_width
     in_moe = inner if experts else dense_width(model.moe, config.router)
     widths = len(model.moe_layers) * in_moe + (model.num_layers - len(model.moe_layers)) * model.ffn_hidden_size
-    hidden = _BYTES_PER_HIDDEN * model.num_layers + _BYTES_PER_ROUTED_HIDDEN * experts * routes
-    once = hidden * model.hidden_size + _BYTES_PER_WIDTH * widths
+    routed = _BYTES_PER_ROUTED_HIDDEN * experts * routes * model.moe.routed_size(model.hidden_size)
+    once = _BYTES_PER_HIDDEN * model.num_layers * model.hidden_size + routed + _BYTES_PER_WIDTH * widths
     # A forward pass is about two fifths of the traffic of both.
     share = {"none": 1.0, "selective": 1.15, "full": 1.4}[model.recompute]
     moved = size.num_passes * (share * once + _BYTES_PER_LOGIT * model.vocab_size)

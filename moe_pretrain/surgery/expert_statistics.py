@@ -1,6 +1,6 @@
 """Statistics of a layer's experts on calibration text: one pass of the model serves every method of pruning.
 
-Axis names as in ``moe.types``; ``sample`` is a part of the calibration tokens.
+Axis names as in ``moe.types``; ``sample`` is a part of the calibration tokens, ``routed`` the width of experts' rows.
 """
 
 from collections.abc import Iterable
@@ -87,8 +87,10 @@ class LayerStatistics:
 
 
 @torch.no_grad()
-def output_of(layer: MoELayer, hidden: Float[Tensor, "tokens hidden"], expert: int) -> Float[Tensor, "tokens hidden"]:
-    """Output of one expert for every row, whatever the router would say."""
+def output_of(layer: MoELayer, hidden: Float[Tensor, "tokens hidden"], expert: int) -> Float[Tensor, "tokens routed"]:
+    """Output of one expert for every row, whatever the router would say; as wide as the experts' own rows are."""
+    if layer.latent is not None:
+        hidden = layer.latent.narrow(hidden)
     ones = torch.ones(len(hidden))
     index = torch.arange(len(hidden))
     none = torch.zeros((), dtype=torch.float64)

@@ -89,6 +89,10 @@ def check_upcycling(config: Config, width: int) -> int:
         raise ConfigError(f"combine={moe.combine.name} experts={moe.experts.name} must be sum and swiglu for upcycle")
     if moe.activation_function != SWIGLU:
         raise ConfigError(f"{moe.activation_name} must be plain swiglu for upcycle, as in the dense network")
+    if moe.latent_size is not None:
+        raise ConfigError(
+            f"model.moe.latent_size={moe.latent_size} must be null for upcycle: a dense network reads the model's width"
+        )
     own = expert_width(moe, config.router, config.model.hidden_size)
     if expert_gate(moe, config.router) is not None:
         if own != width:

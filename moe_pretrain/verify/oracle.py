@@ -41,7 +41,10 @@ from moe_pretrain.moe.types import (
 from moe_pretrain.verify.oracle_optimizers import UPDATES, norms_by_part, rate_scale
 from moe_pretrain.verify.oracle_parts import (
     combine_outputs,
+    coupling_loss,
+    narrow,
     norm_heads,
+    proxy_norms,
     rms_norm,
     rotate,
     run_expert,
@@ -50,9 +53,10 @@ from moe_pretrain.verify.oracle_parts import (
     score,
     statistic_of_matrices,
     swiglu,
+    widen,
 )
 
-JITTER_STREAM, SHARED_DROPOUT_STREAM = 1, 9
+JITTER_STREAM, SHARED_DROPOUT_STREAM, COUPLING_STREAM = 1, 9, 10
 
 
 @dataclass(frozen=True)
@@ -297,14 +301,15 @@ class Oracle:
                 output = output.index_add(0, torch.arange(part.start, part.stop), merged)
                 first_row += num_rows
                 continue
-            results = torch.zeros(layer.kinds.total, *hidden[part].shape)
+            inputs = narrow(layer.latent, hidden[part])
+            results = torch.zeros(layer.kinds.total, *inputs.shape)
             for expert in range(layer.kinds.total):
                 tokens = routed[:, expert].nonzero()[:, 0]
                 counts[expert] += float(text[part][tokens].sum())
-                result = run_expert(layer, expert, hidden[part][tokens], moe)
+                result = run_expert(layer, expert, inputs[tokens], moe)
                 results = results.index_put((torch.tensor(expert), tokens), result)
             of_part = combine_outputs(self.config.model.moe.combine, results, weight, routed)
-            output = output.index_add(0, torch.arange(part.start, part.stop), of_part)
+            output = output.index_add(0, torch.arange(part.start, part.stop), widen(layer.latent, of_part))
             share = float(text[part].sum()) / float(text.sum())
             for name, value in cut_aux.items():
                 aux[name] = aux.get(name, torch.zeros(())) + share * value
@@ -377,6 +382,11 @@ class Oracle:
         num_text = text.sum().clamp(min=1)
         squares = logits[text].exp().sum(dim=-1).log().square()
         aux = {"load_balance": balance / num_text, "router_z": squares.sum() / num_text}
+        if context.proxy_norms is not None:
+            keys = (context.seed, COUPLING_STREAM, context.step, router.layer)
+            noise = 2 * counter_uniform(torch.arange(num_experts), router.weight.shape[1], *keys) - 1
+            alpha = config.expert_router_coupling_alpha
+            aux["expert_router_coupling"] = coupling_loss(router.weight, alpha, context.proxy_norms, noise)
         return routed, weight, aux
 
     def _routing(
@@ -490,6 +500,7 @@ def _context(
         document_ids=rows.document_ids[part].flatten(),
         attention=None if rows.attention is None else rows.attention[part].flatten(),
         score_routes=partial(score, layer, config.model.moe) if layer.router.needs_expert_scores else None,
+        proxy_norms=partial(proxy_norms, layer) if layer.router.needs_proxy_norms and layer.router.training else None,
         carried=None if rows.carried is None else rows.carried[first_row * length : (first_row + num_rows) * length],
         pass_index=rows.pass_index,
     )

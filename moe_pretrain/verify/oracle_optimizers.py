@@ -11,6 +11,7 @@ from moe_pretrain.config.schema import Config
 _PARTS = {
     ".router.": "router",
     ".experts.": "experts",
+    ".latent.": "experts",
     ".zero_computation.": "experts",
     ".attention.": "attention",
     ".feed_forward.": "ffn",
@@ -52,15 +53,19 @@ def rate_scale(config: Config, name: str, weight: Tensor) -> float:
         return scale * base / model.hidden_size
     if weight.ndim == 1 or group in ("embedding", "head"):
         return scale
-    if kind == "out_weight" and group != "attention":
+    is_map = ".latent." in name
+    in_latent = model.moe.latent_size is not None and ".experts." in name
+    if kind == "out_weight" and group != "attention" and not is_map:
         base *= 2
+    elif fan_in == model.moe.latent_size and (is_map or in_latent):
+        base *= fan_in / model.hidden_size  # the same share of the width at the base
     elif kind == "key_weight":
         base = base / 4 if config.router.expert_gate_rank else base * 2
     elif kind == "up_weight" or (name.endswith(".router.weight") and fan_in != model.hidden_size):
         base = base / 4
     elif fan_in != model.hidden_size and group != "attention":
         return scale
-    depth = model.mup_base_layers / model.num_layers if kind == "out_weight" else 1.0
+    depth = model.mup_base_layers / model.num_layers if kind == "out_weight" and not in_latent else 1.0
     # Muon's update has a spectral norm that grows with the root of the width, AdamW's one that grows with the width.
     is_spectral = config.optimizer.name == "muon" and _is_orthogonalised(name, weight)
     return scale * (math.sqrt(base / fan_in) if is_spectral else base / fan_in) * depth
@@ -131,7 +136,7 @@ def _rows_of_matrices(config: Config, name: str, rows: int) -> list[int]:
         shared = rows * model.num_key_value_heads // (model.num_heads + 2 * model.num_key_value_heads)
         return [rows - 2 * shared, shared, shared]
     is_factorised = ".experts." in name and (model.moe.gate_rank is not None or config.router.expert_gate_rank)
-    if name.endswith("in_weight") and not is_factorised:
+    if name.endswith("in_weight") and not is_factorised and ".latent." not in name:
         return [rows // 2, rows // 2]
     return [rows]
 

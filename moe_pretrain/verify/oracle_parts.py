@@ -1,6 +1,7 @@
 """The oracle's statistics of attention: from explicit softmax matrices, one token at a time."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from moe_pretrain.model.attention import QKNorm
 from moe_pretrain.moe.combine import CombineConfig, OrthogonalConfig, OrthogonalForm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
@@ -188,6 +190,21 @@ def _loewdin(outputs: list[Tensor]) -> list[Tensor]:
     return list((sizes * (inverse / scale.sqrt() @ stacked)).float().unbind())
 
 
+def narrow(latent: LatentMaps | None, hidden: Tensor) -> Tensor:
+    """Rows that experts of another width than the model's read."""
+    return hidden if latent is None else hidden @ latent.in_weight.T
+
+
+def widen(latent: LatentMaps | None, combined: Tensor) -> Tensor:
+    """The layer's output of what they return, normalised first where that is asked for."""
+    if latent is None:
+        return combined
+    if latent.norm_weight is not None:
+        assert latent.norm_epsilon is not None
+        combined = rms_norm(combined, latent.norm_weight, latent.norm_epsilon)
+    return combined @ latent.out_weight.T
+
+
 def score(
     layer: MoELayer, moe: MoEConfig, hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor
 ) -> Tensor:
@@ -199,6 +216,33 @@ def score(
         keys = _inner(hidden[tokens], layer.experts.in_weight[expert], moe) @ key_weight.T
         scores = scores.index_put(routes, (keys * query[tokens]).sum(dim=1))
     return scores
+
+
+def coupling_loss(rows: Tensor, alpha: float, proxy_norms: Callable[[Tensor], Tensor], noise: Tensor) -> Tensor:
+    """Loss that couples experts and rows of the router (arXiv:2512.23447), pair by pair; ``noise`` in [-1, 1)."""
+    proxies = []
+    for index, row in enumerate(rows):
+        distances = [float((row - other).detach().norm()) for place, other in enumerate(rows) if place != index]
+        proxies.append(row * (1 + min(distances) / (2 * float(row.detach().norm())) * noise[index]))
+    norms, number = proxy_norms(torch.stack(proxies)), len(rows)
+    total = torch.zeros(())
+    for one in range(number):
+        for other in range(number):
+            if one != other:
+                own = alpha * norms[one, one]
+                total = total + torch.relu(norms[one, other] - own) + torch.relu(norms[other, one] - own)
+    return total / number**2
+
+
+def proxy_norms(layer: MoELayer, proxies: Tensor) -> Tensor:
+    """Length of each expert's pre-activation of the gate (columns) for each row."""
+    assert isinstance(layer.experts, SwiGLUExperts)
+    width = layer.experts.in_weight.shape[1] // 2
+    lengths = []
+    for proxy in proxies:
+        inputs = narrow(layer.latent, proxy[None])[0]
+        lengths.append(torch.stack([(matrix[:width] @ inputs).norm() for matrix in layer.experts.in_weight]))
+    return torch.stack(lengths)
 
 
 def run_shared(shared: SwiGLU, hidden: Tensor, moe: MoEConfig) -> Tensor:

@@ -28,6 +28,9 @@ def shrink(config: Config, plan: RunPlan) -> Config:
     sequence, micro_batch_size = 12, min(2, batches.micro_batch_size)
     tokens = sequence * micro_batch_size * batches.accumulation * plan.world_size
     small_moe = replace(moe, expert_hidden_size=24, shared_expert_hidden_size=16, num_leading_dense_layers=leading)
+    size = 16 if plan.device == "cuda" else 8  # the kernels of attention on CUDA take no smaller heads
+    if moe.latent_size is not None:
+        small_moe = replace(small_moe, latent_size=heads * size // 2)
     in_twin = [layer for layer in range(num_layers) if small_moe.is_moe_layer(layer)]
     places = {layer: kept[min(index, len(kept) - 1)] for index, layer in enumerate(in_twin) if kept}
     router = config.router.renumbered(places).for_sequence_length(sequence)
@@ -43,8 +46,7 @@ def shrink(config: Config, plan: RunPlan) -> Config:
         vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
         sequence_length=sequence,
         num_layers=num_layers,
-        # The kernels of attention on CUDA take no smaller heads.
-        hidden_size=heads * (16 if plan.device == "cuda" else 8),
+        hidden_size=heads * size,
         num_heads=heads,
         head_size=None if model.head_size is None else 32 if plan.device == "cuda" else 12,
         num_key_value_heads=heads // heads_per_key_value,

@@ -58,6 +58,22 @@ _VARIANTS = {
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
     "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8", _BOUNDED),
+    "latent": (
+        *(*WITH_ALL_PARTS, "router.top_k=3", "model.moe.latent_size=10", "model.moe.latent_norm=true"),
+        *("model.init=mup", "model.init_std=0.04", "model.mup_base_width=8", "combine=orthogonal"),
+    ),
+    "coupled": (
+        *(*WITH_ALL_PARTS, "router.top_k=3", "router.expert_router_coupling_weight=2.0"),
+        *("router.expert_router_coupling_alpha=0.8", "model.moe.latent_size=10"),
+    ),
+    "coupled_top_p": (
+        *("router=top_p", "router.threshold=0.6", "router.expert_router_coupling_weight=2.0"),
+        "router.load_balance_level=global_batch",
+    ),
+    "latent_muon": (
+        *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4", "optimizer.learning_rate=0.01"),
+        *("model.moe.latent_size=10", "model.init=mup", "model.init_std=0.04", "model.mup_base_width=8"),
+    ),
     "muon": (
         *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4", "optimizer.learning_rate=0.01"),
         *("optimizer.weight_decay=0.5", "model.moe.gate_rank=6", "model.init=mup", "model.init_std=0.04"),
@@ -77,7 +93,7 @@ _VARIANTS = {
 }
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
-    *("unequal", "orthogonal", "symmetric", "muon", "muon_swiglu"),
+    *("unequal", "orthogonal", "symmetric", "muon", "muon_swiglu", "latent", "latent_muon", "coupled", "coupled_top_p"),
 )
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
@@ -148,6 +164,13 @@ _ADDED = [
     Case(4, 1, 1, 1, 1, "none", 0.1, "float32", "muon_swiglu"),
     Case(4, 2, 2, 1, 3, "none", 0.0, "float32", "muon_swiglu"),
     Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "muon_swiglu"),
+    Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "latent"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "latent"),
+    Case(2, 2, 1, 1, 3, "none", 0.1, "float32", "latent_muon"),
+    Case(1, 1, 0, 4, 1, "none", 0.1, "float32", "coupled"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "coupled"),
+    Case(4, 2, 2, 1, 3, "none", 0.1, "float32", "coupled"),
+    Case(2, 2, 1, 4, 3, "none", 0.1, "float32", "coupled_top_p"),
 ]
 """Rates and spreads by group of parameters, and other combinations, which no other option of a step knows of."""
 

@@ -75,6 +75,8 @@ CASES: dict[str, tuple[str, ...]] = {
             "model.moe.expert_hidden_size=16",
             BOUNDED,
         ),
+        ("router=top_k", "model.moe.latent_size=8", "model.moe.latent_norm=true", *SHARED),
+        ("router=loss_free", "model.moe.latent_size=8", "experts=unequal", "model.moe.experts.pattern=[1,3]", BOUNDED),
         ("router=loss_free", "experts=matrix_product", "model.moe.experts.num_cores=5", BOUNDED),
         ("router=top_k", "experts=matrix_product", "model.moe.experts.truncation=4", *GROUPED),
         ("router=top_k", "router.top_k=3", "combine=orthogonal"),

@@ -1,7 +1,8 @@
-"""Our MoE layer with copied weights equals transformers' blocks, from OLMoE to DeepSeek-V4, gpt-oss and Qwen3-Next.
+"""Our MoE layer with copied weights equals transformers' blocks, from OLMoE to DeepSeek-V4, gpt-oss and Nemotron-H.
 
 Not ours, and set aside in the blocks: the biases of gpt-oss's experts, which are 0 here, and ERNIE's floor under the
-sum of weights, 1e-12, which no sum reaches. V4 looks experts up in its first layers only: ``router=by_layer``.
+sum of weights, 1e-12, which no sum reaches. Nemotron-H's networks, which have no gate, give way to DeepSeek-V3's. V4
+looks experts up in its first layers only: ``router=by_layer``.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4
 from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.laguna import modeling_laguna
+from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.qwen3_next import modeling_qwen3_next
@@ -25,6 +27,7 @@ from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 
 HIDDEN, WIDTH, EXPERTS, TOKENS, VOCABULARY = 32, 24, 8, 40, 300
+LATENT = 20
 LIMIT = 0.8
 """Bound of gates and ups, some of which it cuts off on either side."""
 BOUNDED = f"model.moe.activation_limit={LIMIT}"
@@ -110,6 +113,23 @@ def qwen3_next():
     return modeling_qwen3_next.Qwen3NextSparseMoeBlock(config), words
 
 
+def nemotron_h():
+    config = modeling_nemotron_h.NemotronHConfig(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, moe_shared_expert_intermediate_size=WIDTH,
+        n_routed_experts=EXPERTS, num_experts_per_tok=3, n_group=2, topk_group=1, routed_scaling_factor=2.5,
+        norm_topk_prob=True, moe_latent_size=LATENT,
+    )  # fmt: skip
+    theirs = modeling_nemotron_h.NemotronHMoE(config)
+    networks = modeling_deepseek_v3.DeepseekV3Config(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, hidden_act="silu"
+    )
+    theirs.shared_experts = modeling_deepseek_v3.DeepseekV3MLP(networks, WIDTH)
+    networks.hidden_size = LATENT
+    theirs.experts = modeling_deepseek_v3.DeepseekV3Experts(networks)
+    words = ["router=loss_free", "router.top_k=3", "router.score=sigmoid", "router.weight_scale=2.5", *SHARED]
+    return theirs, [*words, "router.num_groups=2", "router.groups_per_token=1", f"model.moe.latent_size={LATENT}"]
+
+
 def _interleaved(gate_and_up: torch.Tensor) -> torch.Tensor:
     """``[experts, 2 * width, hidden]``, halves, as gpt-oss has it: ``[experts, hidden, 2 * width]``, in turn."""
     return gate_and_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).mT
@@ -131,6 +151,9 @@ def _pairs(own: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> dict
         found[f"{shared}.down_proj.weight"] = ("shared_experts.out_weight", lambda weight: weight)
         for half, name in enumerate(("gate", "up")):  # halves of one matrix of ours
             found[f"{shared}.{name}_proj.weight"] = ("shared_experts.in_weight", lambda w, half=half: w.chunk(2)[half])
+    if "latent.in_weight" in own:
+        found["fc1_latent_proj.weight"] = ("latent.in_weight", lambda weight: weight)
+        found["fc2_latent_proj.weight"] = ("latent.out_weight", lambda weight: weight)
     if "shared_experts.gate_weight" in own:
         found["shared_expert_gate.weight"] = ("shared_experts.gate_weight", lambda weight: weight)
     return found
@@ -150,7 +173,7 @@ def _ours(*words: str) -> list[MoELayer]:
     return model.moe_layers()
 
 
-CASES = [olmoe, qwen3, deepseek_v3, deepseek_v4, deepseek_v4_hash, ernie, laguna, gpt_oss, qwen3_next]
+CASES = [olmoe, qwen3, deepseek_v3, deepseek_v4, deepseek_v4_hash, ernie, laguna, gpt_oss, qwen3_next, nemotron_h]
 
 
 @pytest.mark.parametrize("make", CASES)

@@ -48,6 +48,8 @@ class MoePretrainConfig(PretrainedConfig):
         shared_expert_gate: bool = False,
         activation: dict[str, Any] | None = None,
         gate_rank: int | None = None,
+        latent_size: int | None = None,
+        latent_norm: bool = False,
         experts_own_down: bool = False,
         router: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -77,6 +79,9 @@ class MoePretrainConfig(PretrainedConfig):
         self.shared_expert_gate = shared_expert_gate
         self.activation = activation  # of experts, routed and shared
         self.gate_rank = gate_rank
+        self.latent_size = latent_size
+        self.latent_norm = latent_norm  # of what experts of that width return
+        self.expert_input_size = latent_size or hidden_size
         self.experts_own_down = experts_own_down
         self.router = router or {}
         super().__init__(**kwargs)

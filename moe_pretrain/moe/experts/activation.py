@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.moe.experts.grouped import one_kernel_on_cuda
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
 
 
 @dataclass(frozen=True)

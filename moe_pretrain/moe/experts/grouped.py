@@ -1,4 +1,4 @@
-"""Matrix products of row blocks with one matrix per expert, and what else depends on the device.
+"""Matrix products of row blocks with one matrix per expert, which depend on the device.
 
 On CUDA in bfloat16 all rows are one block and a product is one ``torch.nn.functional.grouped_mm``: one launch,
 the experts' ends stay on the device, no host synchronisation. Everywhere else each expert's rows are a block of
@@ -8,10 +8,7 @@ products, and only one expert's temporaries exist at a time.
 """
 
 import functools
-import inspect
 import itertools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -20,31 +17,6 @@ from torch.nn import functional
 
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import ExpertRowLayout
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def one_kernel_on_cuda(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Compile an elementwise function of tensors for CUDA; call it as it is elsewhere.
-
-    Between the products a layer is limited by memory: seven passes over ``[rows, width]`` become one. On a CPU the
-    same takes a C++ compiler, which the machine may not have, for 5 % of the layer.
-    """
-
-    @functools.cache
-    def compiled() -> Callable[_Arguments, _Result]:
-        # dynamic: the number of rows changes with every batch under expert parallelism.
-        # unwrap: the tests wrap every function in a shape check, which is not to be compiled.
-        return torch.compile(inspect.unwrap(function), dynamic=True)
-
-    @functools.wraps(function)
-    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        first = args[0]
-        on_cuda = isinstance(first, Tensor) and first.is_cuda
-        return (compiled() if on_cuda else function)(*args, **kwargs)
-
-    return call
 
 
 class ExpertRows:

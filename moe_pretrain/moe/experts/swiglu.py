@@ -73,6 +73,13 @@ class SwiGLUExperts(nn.Module):
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
         return run_swiglu_experts(sources, weight, self.in_weight, self.out_weight, order, self.activation)
 
+    def gate_norms(self, proxies: Float[Tensor, "proxies hidden"]) -> Float[Tensor, "local_experts proxies"]:
+        """Norm of ``W_gate x`` of every expert for every row, float32."""
+        gates = self.in_weight[:, : self.in_weight.shape[1] // 2]
+        # Expanded by hand: ``@`` would fold the experts into rows, which copies their gates.
+        inner = torch.bmm(proxies.to(gates.dtype).expand(len(gates), -1, -1), gates.mT)
+        return torch.linalg.vector_norm(inner, dim=-1, dtype=torch.float32)
+
     def scores(
         self,
         sources: Float[Tensor, "sources hidden"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_loss
+from moe_pretrain.moe.losses import count_routes, expert_router_coupling_loss, load_balance_loss, router_z_loss
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import (
     POOLED_LEVELS,
@@ -25,7 +25,7 @@ from moe_pretrain.moe.types import (
     as_count,
 )
 
-JITTER_STREAM = 1
+JITTER_STREAM, COUPLING_STREAM = 1, 10
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 """A number in [0, 1), such as a decay."""
 MeanExperts = Annotated[float, Field(ge=1)]
@@ -261,11 +261,30 @@ class LinearRouterConfig(BalancedRouterConfig):
         bias: Whether a learnt number per expert is added to the logits (gpt-oss). It starts at 0.
         logit_cap: Soft bound of the logits, > 0: ``cap * tanh(logits / cap)`` (Gemma 2, arXiv:2408.00118, sec. 2, there
             of other logits); None for none.
+        expert_router_coupling_weight: Coefficient of the loss that ties each expert to its row of the router, >= 0; the
+            paper's is 1.
+        expert_router_coupling_alpha: Share of its response to its own row that an expert's response to others may
+            reach, in (0, 1]: 1 for 64 experts, 0.5 for 256 in the paper.
     """
 
     jitter: Fraction
     bias: bool = False
     logit_cap: PositiveFloat | None = None
+    expert_router_coupling_weight: NonNegativeFloat = 0.0
+    expert_router_coupling_alpha: ProbabilityMass = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alpha = self.expert_router_coupling_alpha
+        if not self.expert_router_coupling_weight and alpha != 1:
+            raise ValueError(
+                f"router.expert_router_coupling_alpha={alpha} must be 1 with router.expert_router_coupling_weight=0"
+            )
+
+    @property
+    def couples_experts(self) -> bool:
+        """Whether training has the loss of that weight."""
+        return self.expert_router_coupling_weight > 0
 
     def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
         """With noise: the noise, and the input with it; with a cap what is under it."""
@@ -371,9 +390,14 @@ class BalancedRouter(Router):
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask, self.balanced_costs),
                 "router_z": router_z_loss(logits, context.token_mask),
+                **self.own_losses(context),
             },
             payload=payload,
         )
+
+    def own_losses(self, context: RoutingContext) -> dict[str, Tensor]:
+        """Aux losses of what a scheme has beside them."""
+        return {}
 
 
 class LinearRouter(BalancedRouter):
@@ -396,6 +420,24 @@ class LinearRouter(BalancedRouter):
         self.logit_bias = nn.Parameter(torch.empty(num_experts)) if settings.bias else None
         if settings.bias:
             self.start_values = {**self.start_values, "logit_bias": 0.0}
+        self._coupling = (settings.expert_router_coupling_weight, settings.expert_router_coupling_alpha)
+        self.needs_proxy_norms = settings.couples_experts
+        if self.needs_proxy_norms:
+            reason = "the bound of the noise on a row is held constant, though it depends on the rows"
+            self.gradients_by_design = {**self.gradients_by_design, "expert_router_coupling": reason}
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficients of the losses in ``Routing.aux``."""
+        own = {"expert_router_coupling": self._coupling[0]} if self.needs_proxy_norms else {}
+        return super().aux_weights | own
+
+    def own_losses(self, context: RoutingContext) -> dict[str, Tensor]:
+        """Coupling of experts and router where it is asked for; in training."""
+        if context.proxy_norms is None:
+            return {}
+        norms = context.proxy_norms(perturbed_rows(self.weight.float(), context, self.layer))
+        return {"expert_router_coupling": expert_router_coupling_loss(norms, self._coupling[1])}
 
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext
@@ -417,6 +459,27 @@ class LinearRouter(BalancedRouter):
         """Experts by their logits, with probabilities as gates."""
         logits = self.logits(hidden, context)
         return ExpertRanking(logits, logits.softmax(dim=-1))
+
+
+def perturbed_rows(
+    rows: Float[Tensor, "experts hidden"], context: RoutingContext, layer: int
+) -> Float[Tensor, "experts hidden"]:
+    """Rows of a router as proxies of the tokens that it sends to each expert: each number times ``1 + e_i u``.
+
+    ``u`` is uniform in [-1, 1), new in every step and alike in all of its micro-batches and on all ranks; ``e_i = min_j
+    |R_i - R_j| / (2 |R_i|)`` keeps a row nearer to itself than to another. The noise has no gradient.
+
+    Source:
+        Lv et al. 2025 (arXiv:2512.23447), eq. 4 and figure 8.
+    """
+    with torch.no_grad():
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distances.fill_diagonal_(torch.inf).amin(dim=1)
+        bound = nearest / (2 * rows.norm(dim=1)).clamp(min=1e-20)
+        place = torch.arange(len(rows), device=rows.device)
+        uniform = counter_uniform(place, rows.shape[1], context.seed, COUPLING_STREAM, context.step, layer)
+        factor = 1 + bound[:, None] * (2 * uniform - 1)
+    return factor * rows
 
 
 def check_within_experts(config: object, num_experts: int, *fields: str) -> None:

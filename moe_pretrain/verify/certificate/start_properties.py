@@ -35,7 +35,8 @@ def _starts_as_loud(subject: Subject) -> str:
     moe = replace(model.moe, expert_hidden_size=min(model.moe.expert_hidden_size, WIDEST_EXPERT, fitting))
     model = replace(model, moe=moe)
     ours = start_loudness(model, router, subject.config.seed)
-    plain_moe = replace(moe, gate_rank=None, combine=SumConfig("sum"), experts=SwiGLUConfig())
+    plain_moe = replace(moe, gate_rank=None, latent_size=None, latent_norm=False)
+    plain_moe = replace(plain_moe, combine=SumConfig("sum"), experts=SwiGLUConfig())
     plain = _of_top_2(replace(model, moe=plain_moe), subject.config.seed)
     ratios = {
         "output": ours.output / plain.output,

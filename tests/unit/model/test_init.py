@@ -49,6 +49,14 @@ def test_every_scheme_starts_as_loud_as_top_k(scheme: str):
             assert 1 / TOLERANCE < ratio < TOLERANCE
 
 
+@pytest.mark.parametrize("init", ["width_aware", "normal", "mup"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_experts_of_another_width_start_as_loud(init: str, norm: bool):
+    plain = (f"model.init={init}", "model.hidden_size=96", "model.num_layers=5", "router=top_k", "router.top_k=3")
+    ours = loudness(*plain, "model.moe.latent_size=32", f"model.moe.latent_norm={str(norm).lower()}")
+    assert ours.output == pytest.approx(loudness(*plain).output, rel=0.1)
+
+
 def test_two_factors_of_the_papers_are_quiet():
     """The test above can fail: with 0.02 for each factor at this width an expert is seven times too quiet."""
     paper = ("model.init=normal", "model.gate_init=paper")

@@ -48,6 +48,13 @@ ROUTERS = {
         *("router=top_k", "model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true"),
         *("model.moe.activation=gpt_oss", "model.moe.activation_limit=7", "router.bias=true", "router.logit_cap=30"),
     ],
+    "coupled": ["router=top_k", "router.expert_router_coupling_weight=1", "model.moe.num_experts=8"],
+    "coupled, latent": ["router.expert_router_coupling_weight=1", "model.moe.latent_size=24"],
+    "latent": ["router=top_k", "model.moe.latent_size=24", "model.moe.num_shared_experts=1"],
+    "latent, normed, orthogonal": [
+        *("router=top_k", "model.moe.latent_size=24", "model.moe.latent_norm=true", "combine=orthogonal"),
+    ],
+    "latent, matrix_product": ["experts=matrix_product", "model.moe.latent_size=24", "model.num_key_value_heads=2"],
     "dense, bounded": ["router=dense", "model.moe.activation_limit=7"],
     "orthogonal": ["router=top_k", "combine=orthogonal"],
     "symmetric, all experts": ["router.top_k=4", "combine=orthogonal", "model.moe.combine.form=symmetric"],
@@ -218,6 +225,7 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
 
 PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_dense", "attentive_low_rank"]
 PEAKS += [
+    "coupled",
     "orthogonal",
     "thor",
     "lory",
@@ -261,6 +269,7 @@ def test_the_peak_of_every_kind_of_scheme_is_within_a_tenth(router: str):
         ("top_k", "bfloat16", 1, "none"),
         ("lory", "float32", 1, "none"),
         ("matrix_product", "float32", 1, "none"),
+        ("latent, normed, orthogonal", "float32", 1, "none"),
     ],
 )
 def test_a_peak_of_activations_and_exchange_is_within_a_tenth(router: str, dtype: str, stage: int, recompute: str):

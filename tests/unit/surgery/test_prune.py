@@ -251,6 +251,7 @@ def test_experts_that_are_alike_up_to_the_order_of_their_units_merge_without_los
         ("router=k_means",),
         ("router=random",),
         ("router=autonomy", "router.gate_rank=6"),
+        ("router=sinkhorn", "model.moe.latent_size=10"),
         ("router=attentive", "router.key_size=6", "router.num_candidates=3"),
     ],
     ids=lambda words: words[0][7:],

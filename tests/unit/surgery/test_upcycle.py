@@ -196,6 +196,9 @@ def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: 
     assert "config.json has no num_experts" in refusal(changed("moe", model_type="qwen3_moe"), target, "router=top_k")
     bounded = refusal(dense, target, "router=top_k", "model.moe.activation_limit=7")
     assert "must be plain swiglu for upcycle" in bounded
+    assert "model.moe.latent_size=8 must be null for upcycle" in refusal(
+        dense, target, "router=top_k", "model.moe.latent_size=8"
+    )
     assert "model_type=gpt2 is another architecture" in refusal(
         changed("gpt2", model_type="gpt2"), target, "router=top_k"
     )

@@ -13,8 +13,8 @@ class Experts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.numbers = config.activation
-        self.in_weight = empty(config.num_networks, 2 * config.expert_width, config.hidden_size)
-        self.out_weight = empty(config.num_networks, config.hidden_size, config.expert_width)
+        self.in_weight = empty(config.num_networks, 2 * config.expert_width, config.expert_input_size)
+        self.out_weight = empty(config.num_networks, config.expert_input_size, config.expert_width)
 
     def activation(self, hidden: Tensor, expert: int) -> Tensor:
         """Inner activation of one expert."""

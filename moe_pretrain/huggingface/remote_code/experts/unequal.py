@@ -30,7 +30,7 @@ class Experts(nn.Module):
         widths = config.expert_widths
         kinds = sorted(set(widths))
         self.classes = nn.ModuleList(
-            Stack(widths.count(width), config.hidden_size, width, config.activation) for width in kinds
+            Stack(widths.count(width), config.expert_input_size, width, config.activation) for width in kinds
         )
         self.places = [(kinds.index(width), widths[:expert].count(width)) for expert, width in enumerate(widths)]
 

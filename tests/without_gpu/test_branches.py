@@ -1,0 +1,156 @@
+"""The CUDA branches of every scheme on a CPU: the numbers of the CPU's, and where the host waits for the device."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import cuda_branches
+from helpers.cuda_branches import Waits, says_cuda
+from helpers.engines import build_engine, random_batches
+from helpers.processes import run_on_ranks
+from torch import Tensor
+
+from moe_pretrain.config.compose import config_folder
+from moe_pretrain.config.load import load
+from moe_pretrain.data.rows.micro_batch import MicroBatch
+from moe_pretrain.engine.micro_batch import routing_context
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.types import ExpertShard, float32_parameters
+from moe_pretrain.parallel.exchange import AllToAll
+
+LAYERS, ROWS, SEQUENCE, VOCAB = 2, 4, 64, 256
+SMALL = [
+    *("model=tiny", f"model.num_layers={LAYERS}", f"model.sequence_length={SEQUENCE}", f"model.vocab_size={VOCAB}"),
+    *("model.hidden_size=64", "model.num_heads=2", "model.ffn_hidden_size=96", "model.moe.expert_hidden_size=80"),
+    *("model.init=normal", "model.init_std=0.2", "tokenizer=pretrained", "tokenizer.path=unused", "metrics.wandb=off"),
+]
+ROUTERS = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    """A world of one, so that the exchange runs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(router: str) -> tuple[DecoderLM, MicroBatch]:
+    """A model in bfloat16, routers aside, and rows of one document each."""
+    config = load([*SMALL, f"router={router}", *(["router.segment_tokens=32"] if router == "lory" else [])])
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, 0)
+    kept = {id(parameter) for parameter in float32_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.bfloat16()
+    ids = torch.randint(0, VOCAB, (ROWS, SEQUENCE))
+    positions = torch.arange(SEQUENCE).expand(ROWS, -1)
+    documents = torch.zeros_like(ids)
+    documents[-1] = -1  # padding
+    return model, MicroBatch(ids, ids.roll(-1, 1), documents, positions, torch.arange(ROWS), 0)
+
+
+def numbers(model: DecoderLM, batch: MicroBatch) -> dict[str, Tensor]:
+    """Losses, uses and all gradients of a pass."""
+    context = routing_context(batch, 0, 0, lambda layer, counts: counts.clone(), ROWS * SEQUENCE)
+    output = model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
+    loss = output.loss_sum / (ROWS * SEQUENCE) + sum(output.aux.values(), torch.zeros(()))
+    model.zero_grad()
+    loss.backward()
+    found = {"loss": output.loss_sum.detach(), **{name: value.detach() for name, value in output.aux.items()}}
+    for index, use in enumerate(output.uses):
+        found |= {f"{index} {name}": value for name, value in vars(use).items() if value is not None}
+    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+EXCHANGE = {"tolist moe/dispatch.py _exchange_sizes": 1}
+"""The one wait that a dropless exchange needs: the sizes of its blocks."""
+NO_FIXED_K = "__int__ moe/dispatch.py order_by"
+WAITS: dict[str, dict[str, int]] = {
+    "attention_importance": {"nonzero moe/routers/attention_importance.py forward": 1, NO_FIXED_K: 1},
+    "attention_importance_renormalised": {"nonzero moe/routers/attention_importance.py forward": 1, NO_FIXED_K: 1},
+    "autonomy": {"nonzero moe/routers/autonomy.py forward": 1},
+    "autonomy_expert_choice": {"nonzero moe/routers/autonomy.py forward": 1, NO_FIXED_K: 1},
+    "autonomy_top_p": {"nonzero moe/routers/autonomy.py forward": 1, NO_FIXED_K: 1},
+    "dynmoe": {
+        "nonzero moe/routers/dynmoe.py forward": 1,
+        "nonzero moe/routers/dynmoe.py _sums": 1,
+        "index moe/routers/dynmoe.py _losses": 1,
+        NO_FIXED_K: 1,
+    },
+    "expert_choice": {"nonzero moe/routers/expert_choice.py forward": 1, NO_FIXED_K: 1},
+    "expert_threshold": {"nonzero moe/routers/expert_threshold.py forward": 1, NO_FIXED_K: 1},
+    "k_means": {"_local_scalar_dense moe/routers/k_means.py _sums": 2},
+    "lory": {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1},
+    "moe_plus_plus": {"nonzero moe/layer.py _experts_of": 2, NO_FIXED_K: 1},
+    "relu": {"nonzero moe/routers/relu.py forward": 1, NO_FIXED_K: 1},
+    "smear": {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1},
+    "top_p": {"nonzero moe/routers/top_p.py forward": 1, NO_FIXED_K: 1},
+    "top_p_renormalised": {"nonzero moe/routers/top_p.py forward": 1, NO_FIXED_K: 1},
+}
+"""Waits for the device in a layer and micro-batch, forward and backward, where a scheme has any: no more than these."""
+MORE_EXCHANGES: dict[str, dict[str, int]] = {
+    # Experts are asked before they are chosen, or every token passes twice.
+    **dict.fromkeys(("attentive", "attentive_dense", "thor"), {"tolist moe/dispatch.py _exchange_sizes": 2}),
+    "dense": {},
+    **dict.fromkeys(("lory", "smear"), {"tolist moe/merged_layer.py <genexpr>": 2}),
+}
+
+
+@pytest.mark.parametrize("exchanges", [False, True], ids=["alone", "exchange"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_branch_of_cuda_has_the_numbers_of_the_cpus_and_waits_no_more_than_stated(router: str, exchanges: bool):
+    """Bit for bit, but for the embedding's gradient, which CUDA's own kernel sums in float32 as ours does on a CPU."""
+    model, batch = build(router)
+    expected_waits = dict(WAITS.get(router, {}))
+    if exchanges:
+        expected_waits |= MORE_EXCHANGES.get(router, EXCHANGE)
+        for layer in model.moe_layers():
+            layer.exchange = AllToAll(dist.group.WORLD)
+    expected = numbers(model, batch)
+    with says_cuda(), Waits() as waits:
+        found = numbers(model, batch)
+    assert found.keys() == expected.keys() and found["blocks.0.attention.qkv_weight"].any()
+    for name, value in expected.items():
+        if name == "embedding.weight":
+            torch.testing.assert_close(found[name], value, rtol=0.1, atol=0.05 * float(value.abs().max()))
+        else:
+            assert torch.equal(found[name], value), name
+    assert {" ".join(key): count / LAYERS for key, count in waits.found.items()} == expected_waits
+
+
+def test_waits_are_seen(monkeypatch: pytest.MonkeyPatch):
+    """What the counter takes for one, and what it does not."""
+    monkeypatch.setattr(cuda_branches, "call_site", lambda: "here")
+    counts = torch.tensor([2, 0, 1])
+    with Waits() as waits:
+        counts.tolist(), int(counts.max()), counts.max().item(), bool(counts.any())
+        counts.nonzero(), counts[counts > 0], counts.repeat_interleave(counts)
+        counts.repeat_interleave(counts, output_size=3), counts[counts], counts.sum(), counts.argsort()
+    names = ["__bool__", "__int__", "index", "item", "nonzero", "repeat_interleave", "tolist"]
+    assert sorted(name for name, _ in waits.found) == names
+    assert set(waits.found.values()) == {1}
+
+
+def waits_of_a_step(rows: int) -> dict[str, int]:
+    """Waits of a step with micro-batches of four rows, outside of the model."""
+    words = [f"batch.global_batch_tokens={rows * SEQUENCE}", "batch.micro_batch_size=4", "engine.dtype=bfloat16"]
+    words += ["engine.device=cpu", "engine.zero_stage=1", "engine.check_every_steps=0"]
+    engine = build_engine(load([*SMALL, *words, "engine.reduce_bucket_elements=2000"]))
+    engine.step(0, random_batches(engine, 0))  # makes the moments, and counts ahead
+    batches = random_batches(engine, 1)
+    with Waits() as waits:
+        engine.step(1, batches)
+    found = {" ".join(key): count for key, count in waits.found.items()}
+    # Batches have not been copied to the device where they are counted.
+    before_copy = ("engine/engine.py <listcomp>", "data/")
+    return {key: n for key, n in found.items() if not key.split(" ", 1)[1].startswith(("moe/", "model/", *before_copy))}
+
+
+def test_a_step_waits_a_stated_number_of_times_whatever_its_micro_batches():
+    found = [run_on_ranks(waits_of_a_step, 1, rows)[0] for rows in (4, 12)]
+    assert found[0] == found[1], "a micro-batch waits for nothing"
+    assert sum(found[0].values()) <= 14, found[0]

@@ -1,0 +1,161 @@
+"""What a step asks of a GPU at the size of real runs: memory as planned, kernels and bytes within their budgets."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.cuda_branches import Counted, Kernel, count, says_cuda
+from helpers.engines import build_engine
+from helpers.processes import run_on_ranks
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from moe_pretrain.config.load import load
+from moe_pretrain.config.preflight import plan_run
+from moe_pretrain.config.schema import Config
+from moe_pretrain.model.attention import _visible
+from moe_pretrain.moe import compiled
+from moe_pretrain.moe.experts.activation import SWIGLU, _swiglu, _swiglu_gradients, activate, activation_gradients
+from moe_pretrain.plan.memory import local_parameters, memory_per_rank
+
+WORDS = ["engine.dtype=bfloat16", "tokenizer=pretrained", "tokenizer.path=unused", "metrics.wandb=off"]
+TARGET = ("cuda", "bfloat16")
+
+
+def config_of(*words: str) -> Config:
+    return load([*WORDS, "engine.device=cuda", *words])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    """Eight ranks of which this is the first; what the others would send never comes."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 8])
+@pytest.mark.parametrize("model", ["700m", "4b"])
+def test_planned_memory_is_what_a_micro_batch_holds(model: str, expert_parallel: int):
+    """Weights to the byte, what is saved within 2%, the most at a time in a micro-batch within 10%."""
+    config = config_of(f"model={model}", "parallel.processes=8", f"parallel.expert_parallel_size={expert_parallel}")
+    run = plan_run(config, 8, TARGET)
+    planned = memory_per_rank(config, *TARGET, run.batches, 8, worst_load=1.0)
+    held = count(config, run.batches.micro_batch_size, expert_parallel)
+    assert held.weights == pytest.approx(planned.weights, rel=1e-3)
+    assert held.saved == pytest.approx(planned.activations, rel=0.02)
+    most = planned.activations + max(planned.recomputed + max(planned.working, planned.exchange), planned.logits)
+    assert held.peak == pytest.approx(most, rel=0.1)
+
+
+@functools.cache
+def counted(layers: int, router: str = "top_k", expert_parallel: int = 1) -> Counted:
+    words = ["model=700m", f"router={router}", f"model.num_layers={layers}"]
+    return count(config_of(*words), 8, expert_parallel)
+
+
+def per_layer(kernels: Callable[[Kernel], bool], expert_parallel: int = 1) -> tuple[int, float]:
+    """Kernels that are no products, and their kB per token, that one more layer of 700m makes."""
+    (few, less), (many, more) = (counted(layers, "top_k", expert_parallel).account.total(kernels) for layers in (1, 2))
+    return many - few, (more - less) / (8 * 2048) / 1e3
+
+
+LAYER_BUDGETS = {1: (97, 78, 463), 8: (114, 87, 556)}
+"""Expert parallelism -> kernels of a layer's forward pass, of its backward pass, kB per token of both."""
+
+
+@pytest.mark.parametrize("expert_parallel", LAYER_BUDGETS)
+def test_kernels_and_traffic_of_a_layer_stay_within_their_budget(expert_parallel: int):
+    forward, _ = per_layer(lambda kernel: kernel.phase == "forward", expert_parallel)
+    backward, _ = per_layer(lambda kernel: kernel.phase == "backward", expert_parallel)
+    _, traffic = per_layer(lambda kernel: True, expert_parallel)
+    budget = LAYER_BUDGETS[expert_parallel]
+    assert (forward, backward) == budget[:2]
+    assert traffic == pytest.approx(budget[2], rel=0.01)
+
+
+LOSS_BYTES_PER_LOGIT = 54
+
+
+def test_traffic_of_the_loss_stays_within_its_budget():
+    account = counted(1).account
+    _, moved = account.total(lambda kernel: kernel.site == "model/layers.py forward")
+    per_logit = moved / (8 * 2048) / 32000
+    assert per_logit == pytest.approx(LOSS_BYTES_PER_LOGIT, rel=0.02)
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """What is compiled is counted, and runs as it is."""
+    counter = CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **words: compile_(function, backend=counter, **words))
+    monkeypatch.setattr(compiled, "compiled", functools.cache(compiled.compiled.__wrapped__))
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+def test_another_number_of_rows_compiles_nothing_again(compilations: CompileCounter):
+    """One compilation for all sizes, and at most one each for a single row and for none."""
+    with says_cuda(region=compiled.compiled):
+        for rows in (50, 65, 128, 1000, 7, 33, 1, 0, 500, 0, 1):
+            before, grad_act = torch.randn(rows, 64), torch.randn(rows, 32)
+            for found, expected in zip(
+                (activate(before, SWIGLU), *activation_gradients(before, grad_act, SWIGLU)),
+                (_swiglu.__wrapped__(before), *_swiglu_gradients.__wrapped__(before, grad_act)),
+                strict=True,
+            ):
+                assert torch.equal(found, expected)
+    assert 2 <= compilations.frame_count <= 2 * 3
+
+
+def test_another_micro_batch_compiles_no_attention_again(compilations: CompileCounter):
+    """Its mask is a closure over other documents."""
+    flex = torch.compile(flex_attention)
+
+    def attend(batch: int) -> None:
+        documents = (torch.arange(128) // torch.randint(20, 90, (batch, 1))).contiguous()
+        mask = create_block_mask(_visible(documents), batch, None, 128, 128, device="cpu")
+        flex(*torch.randn(3, batch, 2, 128, 32).unbind(), block_mask=mask)
+
+    for _ in range(4):
+        attend(4)
+    assert compilations.frame_count == 1
+    for batch in (2, 4, 3, 2):  # a validation's last one
+        attend(batch)
+    assert compilations.frame_count == 2
+
+
+def engine_of_a_world(world_size: int, rank: int) -> tuple[list[int], list[int], range, int]:
+    """Expert groups, experts and optimizer state of one rank of many, none of which is there."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    words = [f"parallel.processes={world_size}", "parallel.expert_parallel_size=8", "engine.device=cpu"]
+    words += [f"batch.global_batch_tokens={world_size * 16}", "batch.micro_batch_size=1"]
+    engine = build_engine(load([*WORDS, *TINY, *words, "engine.reduce_bucket_elements=2000"]))
+    mesh = engine.mesh
+    owned = sum(part.numel() for group in engine.client_optimizer.param_groups for part in group["params"])
+    experts = mesh.shard.local_experts(8)
+    return *map(dist.get_process_group_ranks, (mesh.expert_group, mesh.expert_data_group)), experts, owned
+
+
+TINY = [
+    *("model=tiny", "model.num_layers=2", "model.sequence_length=16", "model.hidden_size=32", "model.num_heads=2"),
+    *("model.vocab_size=512", "model.moe.expert_hidden_size=40", "model.moe.num_experts=8"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "rank"), [(64, 21), (512, 511)])
+def test_a_rank_of_many_finds_its_place(world_size: int, rank: int):
+    """Experts within a node, their copies over nodes, optimizer state over all; DeepSpeed builds its groups."""
+    ((own, copies, experts, owned),) = run_on_ranks(engine_of_a_world, 1, world_size, rank)
+    assert own == list(range(rank // 8 * 8, rank // 8 * 8 + 8))
+    assert copies == list(range(rank % 8, world_size, 8))
+    assert experts == range(rank % 8, rank % 8 + 1)
+    config = load([*WORDS, *TINY, f"parallel.processes={world_size}", "parallel.expert_parallel_size=8"])
+    planned = local_parameters(config).owned(world_size, 8)
+    assert planned <= owned <= planned + 64, "padding of groups aside"
