@@ -12,15 +12,15 @@ _CHOICE = "router"
 """Key of a choice among settings that differ from it."""
 
 
-def layer_choices(router: Any) -> dict[str, str]:
-    """Choices that ``router.layers`` names, by layers.
+def layer_choices(settings: Any) -> dict[str, str]:
+    """Choices that ``router.layers`` names, by layers, from the ``router`` part of composed values.
 
     Raises:
         ConfigError: One is no word that could be a choice.
     """
-    if not isinstance(router, dict) or router.get("name") != "by_layer":
+    if not isinstance(settings, dict) or settings.get("name") != "by_layer":
         return {}
-    layers, found = router["layers"], dict[str, str]()
+    layers, found = settings["layers"], dict[str, str]()
     if not isinstance(layers, dict):
         raise ConfigError(f"router.layers={layers} must name layers: 'router.layers={{0-1:hash,rest:loss_free}}'")
     for key, value in layers.items():

@@ -321,7 +321,7 @@ class _SchemeLayers:
         self.asked_rows = self.asked * (worst_load if self.expert_parallel > 1 else 1)
 
     def with_ends(self, blocks: float) -> float:
-        """What ``blocks`` save, with the rotary table, the last norm and the head."""
+        """Bytes of ``blocks``, with the rotary table, the last norm and the head."""
         model = self.model
         rotary = self.tokens * 4 * model.attention_head_size
         if self.passes > 1:  # the head's gradient is made in backward, of both passes' hidden states

@@ -90,7 +90,7 @@ class RouterConfig(ABC):
 
     @property
     def whole_model_reason(self) -> str | None:
-        """Why it cannot be that of some layers only, in words that follow its name; None for schemes that can."""
+        """Reason against it in some layers only, in words that follow its name; None where there is none."""
         if self.dense_experts:
             return "has no experts: model.moe.num_leading_dense_layers and model.moe.every_k_layers make layers dense"
         if self.merges_experts:
