@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     from moe_pretrain.inference.harness.evaluate_tasks import evaluate_tasks
     from moe_pretrain.inference.harness.language_model import HarnessModel
 
-    rows = options.batch_size or trained.config.batch.micro_batch_size or _ROWS
+    trained_with = trained.config.batch.micro_batch_size
+    rows = options.batch_size or (trained_with if isinstance(trained_with, int) else _ROWS)
     sharing = _sharing(trained.config, launched)
     adapter = HarnessModel(model, tokenizer, rows * trained.config.model.sequence_length, sharing)
     results = evaluate_tasks(adapter, loaded, options.max_documents, rule)

@@ -1,17 +1,22 @@
 """``train``: one run, here or in workers of our own, or a sweep of them."""
 
 import argparse
+from dataclasses import replace
 
 from moe_pretrain.commands.options import Parser, overrides_of, shows
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import check_devices, check_warm_up, preflight
+from moe_pretrain.config.preflight import check_devices, check_warm_up, plan_run, preflight
 from moe_pretrain.config.recorded import earlier_words, kept, words_at_start
+from moe_pretrain.config.schema import Config
 from moe_pretrain.inference.harness.extra import check_tasks
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_number, launched_rank, launched_world_size
+from moe_pretrain.plan.micro_batch import USABLE, with_largest_micro_batch
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
+from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.system.child_process import is_worker
+from moe_pretrain.system.gpu import smallest_memory
 from moe_pretrain.system.open_files import allow_open_files
 from moe_pretrain.train.branch import check_branch
 from moe_pretrain.train.build import train
@@ -46,6 +51,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     config = load(overrides)
     launched = launched_world_size()
+    if config.batch.micro_batch_size == "auto":
+        overrides = with_micro_batch(overrides, config, launched or config.parallel.processes)
+        config = load(overrides)
     plan = preflight(config, launched or config.parallel.processes)
     check_warm_up(config, plan)
     check_branch(config)
@@ -84,3 +92,25 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
     words = earlier_words(folder, recorded, overrides)
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first
     return words + kept(words_at_start(folder, recorded, overrides), values, words) if values else words
+
+
+def with_micro_batch(overrides: list[str], config: Config, ranks: int) -> list[str]:
+    """Overrides with a number for ``batch.micro_batch_size=auto``, which the run keeps: the one that it has, if any.
+
+    Raises:
+        ValueError: Nothing fits, or there is no GPU.
+    """
+    earlier = read_config(config.run.folder).get("batch", {}).get("micro_batch_size")
+    rows = config.batch.global_batch_tokens // config.model.sequence_length
+    if isinstance(earlier, int) and rows % (earlier * ranks) == 0:
+        size = earlier
+    else:
+        one = replace(config, batch=replace(config.batch, micro_batch_size=1))
+        run = plan_run(one, ranks)
+        room = USABLE * smallest_memory() if run.device == "cuda" else 0.0
+        sized = with_largest_micro_batch(config, ranks, (run.device, run.dtype), room)
+        size = plan_batches(sized.batch, config.model.sequence_length, ranks, config.num_steps).micro_batch_size
+        if not launched_rank():
+            print(f"batch.micro_batch_size=auto is {size}: the most rows that are planned to fit")
+    others = [word for word in overrides if not word.lstrip("+").startswith("batch.micro_batch_size=")]
+    return [*others, f"batch.micro_batch_size={size}"]

@@ -33,6 +33,9 @@ class TrainingCorpus(Protocol):
     def fingerprint(self) -> str:
         """Hash of all tokens and of the tokenizer; a run's data is a function of it."""
 
+    def training_sides(self) -> Mapping[str, ShardReader]:
+        """Tokens to train on by source; none of a stream, of which they are not there yet."""
+
     def train_token_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each token in the training text, int64 [vocab_size], by the names of ``validation_sets``."""
 

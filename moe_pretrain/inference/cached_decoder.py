@@ -12,6 +12,7 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.layers import embed, rotary_table
 from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.types import AttentionStatistic, RoutingContext
 
 
@@ -30,10 +31,10 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
         raise ConfigError(
             f"router={name} cannot generate: a token's experts depend on later tokens, which do not exist yet"
         )
-    if any(router.reads_earlier_tokens for router in routers):
+    if any(layer.router.reads_earlier_tokens and not isinstance(layer, MergedLayer) for layer in model.moe_layers()):
         raise ConfigError(
-            f"router={name} cannot generate yet: a new token's network is merged by hidden states of earlier tokens, "
-            "which are not kept"
+            f"router={name} cannot generate: a new token's experts are chosen by hidden states of earlier tokens, "
+            "which are kept for schemes that merge experts only"
         )
     return model.evaluation_rule or None
 
@@ -41,7 +42,8 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
 class CachedDecoder:
     """A model in evaluation with the keys and values of all positions that it has been fed.
 
-    The logits are those of the model on the whole text. Each sequence of the batch is one document from its start.
+    Of schemes that merge experts it keeps the inputs of their layers too. The logits are those of the model on the
+    whole text. Each sequence of the batch is one document from its start.
 
     Args:
         model: In evaluation.
@@ -55,6 +57,10 @@ class CachedDecoder:
         self._model, self._ranks, self._seen = model, ranks, 0
         shape = (2, config.num_layers, batch, config.num_key_value_heads, capacity, config.attention_head_size)
         self._cache = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        merged = [layer.router.layer for layer in model.moe_layers() if isinstance(layer, MergedLayer)]
+        if merged and ranks is not None:
+            raise ValueError("experts are merged: there is no second-best one")
+        self._inputs = {layer: weight.new_empty(batch, capacity, config.hidden_size) for layer in merged}
 
     @torch.no_grad()
     def feed(self, ids: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new vocab"]:
@@ -89,6 +95,10 @@ class CachedDecoder:
         normed = block.feed_forward_norm(hidden)
         if not isinstance(feed_forward, MoELayer):
             return hidden + feed_forward(normed), carried
+        if isinstance(feed_forward, MergedLayer):
+            kept, end = self._inputs[layer], self._seen + hidden.shape[1]
+            kept[:, self._seen : end] = normed
+            return hidden + feed_forward.go_on(kept[:, : self._seen], normed), None
         context = RoutingContext(
             token_mask=torch.ones(ids.numel(), dtype=torch.bool, device=ids.device),
             token_position=place.flatten(),

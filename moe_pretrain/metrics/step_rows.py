@@ -62,7 +62,10 @@ def train_row(
         prefix = f"moe/layer_{layer.router.layer:02d}"
         row[f"{prefix}/load_max_over_mean"] = float(share.max() * layer.kinds.total)
         row[f"{prefix}/router_entropy"] = result.router_entropy[index]
-        row[f"{prefix}/dead_experts"] = float((routes == 0).sum())
+        dead = routes == 0
+        if (free := layer.router.free_slots) is not None:
+            dead &= ~free.cpu()
+        row[f"{prefix}/dead_experts"] = float(dead.sum())
         row[f"{prefix}/dropped_share"] = result.dropped_share[index]
         row[f"{prefix}/experts_per_token"] = float(routes[: layer.kinds.ffn].sum()) / max(result.tokens, 1.0)
         if layer.kinds.costs:

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
+
 IGNORE_INDEX = -100
 """Label of a position whose prediction is not counted."""
 
@@ -69,10 +71,41 @@ def apply_rotary(
     table: tuple[Tensor, Tensor],
 ) -> Float[Tensor, "batch heads sequence head"]:
     """Rotate pairs ``(i, i + head / 2)``, Llama's layout; computed in float32, returned in the input's dtype."""
-    cosine, sine = table
+    return _Rotary.apply(heads, *table)
+
+
+def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+    if heads.is_cuda:
+        return _rotate_at_once(heads, cosine, sine, back)
+    # The same operations without copies: twice as fast on a CPU.
+    wide, sine = heads.float(), -sine if back else sine
+    rotated = torch.empty(wide.shape)
+    (first, second), (to_first, to_second) = wide.chunk(2, dim=-1), rotated.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=to_first).sub_(second * sine)
+    torch.mul(second, cosine, out=to_second).add_(first * sine)
+    return rotated.to(heads.dtype)
+
+
+@one_kernel_on_cuda
+def _rotate_at_once(heads: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+    sine = -sine if back else sine
     first, second = heads.float().chunk(2, dim=-1)
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return rotated.to(heads.dtype)
+
+
+class _Rotary(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: one node instead of a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotate(heads, cosine, sine, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotate(grads[0], cosine, sine, True), None, None
 
 
 def chunked_cross_entropy(
@@ -205,6 +238,46 @@ def token_losses(
     return torch.cat(losses)
 
 
+def _cross_entropy(
+    logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, "tokens"], needs_grad: bool
+) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens vocab"] | None]:
+    """Term of each position, and the gradient of their sum with respect to the logits, in their dtype."""
+    if logits.is_cuda:
+        terms, largest, normaliser = _cross_entropy_sums(logits, labels)
+        return terms, _cross_entropy_gradient(logits, labels, largest, normaliser) if needs_grad else None
+    dtype, logits = logits.dtype, logits.float()
+    counted = (labels != IGNORE_INDEX)[:, None]
+    index = labels.clamp(min=0)[:, None]
+    target_logits = logits.gather(1, index)
+    largest = logits.amax(dim=-1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()  # in place, and once: it serves the loss and the gradient
+    normaliser = exponentials.sum(dim=-1, keepdim=True)
+    terms = (normaliser.log() + largest - target_logits) * counted
+    if not needs_grad:
+        return terms, None
+    grad_logits = exponentials.div_(normaliser)
+    grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+    return terms, grad_logits.mul_(counted).to(dtype)
+
+
+@one_kernel_on_cuda
+def _cross_entropy_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms of positions; their largest logits, and sums of exponentials without these."""
+    wide = logits.float()
+    largest = wide.amax(dim=-1, keepdim=True)
+    normaliser = (wide - largest).exp().sum(dim=-1, keepdim=True)
+    target_logits = logits.gather(1, labels.clamp(min=0)[:, None]).float()
+    terms = (normaliser.log() + largest - target_logits) * (labels != IGNORE_INDEX)[:, None]
+    return terms, largest, normaliser
+
+
+@one_kernel_on_cuda
+def _cross_entropy_gradient(logits: Tensor, labels: Tensor, largest: Tensor, normaliser: Tensor) -> Tensor:
+    probs = (logits.float() - largest).exp() / normaliser
+    hit = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    return ((probs - hit.float()) * (labels != IGNORE_INDEX)[:, None]).to(logits.dtype)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -216,23 +289,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = functional.linear(hidden[part], head_weight).float()
-            target = labels[part]
-            counted = (target != IGNORE_INDEX)[:, None]
-            index = target.clamp(min=0)[:, None]
-            target_logits = logits.gather(1, index)
-            largest = logits.amax(dim=-1, keepdim=True)
-            exponentials = logits.sub_(largest).exp_()  # in place, and once: it serves the loss and the gradient
-            normaliser = exponentials.sum(dim=-1, keepdim=True)
-            total += ((normaliser.log() + largest - target_logits) * counted).sum()
-            if grad_hidden is None or grad_weight is None:
+            logits = functional.linear(hidden[part], head_weight)
+            terms, grad_logits = _cross_entropy(logits, labels[part], needs_grad)
+            total += terms.sum()
+            if grad_hidden is None or grad_weight is None or grad_logits is None:
                 continue
-            grad_logits = exponentials.div_(normaliser)
-            grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-            grad_logits = grad_logits.mul_(counted).to(hidden.dtype)
             grad_hidden[part] = grad_logits @ head_weight
             grad_weight += grad_logits.t() @ hidden[part]
-            del logits, exponentials, grad_logits  # else two chunks are there while the next logits are made
+            del logits, grad_logits  # else two chunks are there while the next logits are made
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(head_weight.dtype))
         return total

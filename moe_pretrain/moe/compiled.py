@@ -18,7 +18,7 @@ def one_kernel_on_cuda(function: Callable[_Arguments, _Result]) -> Callable[_Arg
     Between the products a model is limited by memory: many passes over the same rows become one. On a CPU the same
     takes a C++ compiler, which the machine may not have, for 5 % of a layer.
 
-    A region has no gradient: what needs one calls it inside ``torch.autograd.Function``, with another for backward.
+    The first argument is a tensor. What a region computes for backward is compiled too, if its inputs have a gradient.
     """
 
     @functools.wraps(function)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import Combine, Exchange, ExpertRowLayout, Experts, Routing
 
@@ -27,17 +28,28 @@ def sum_rows(rows: Tensor, order: ExpertRowLayout, weight: Tensor | None = None)
         return rows.new_zeros(slots.shape[0], rows.shape[1])
     if slots.shape[1] == 1 and order.is_full and weight is None:
         return rows.index_select(0, slots[:, 0])
+    return _sum_slots(rows, slots, weight, order.is_full)
+
+
+@one_kernel_on_cuda
+def _sum_slots(rows: Tensor, slots: Tensor, weight: Tensor | None, is_full: bool) -> Tensor:
     total: Tensor | None = None
     for slot in slots.unbind(dim=1):
-        index = slot if order.is_full else slot.clamp(min=0)
+        index = slot if is_full else slot.clamp(min=0)
         part = rows.index_select(0, index).float()
         if weight is not None:
             part.mul_(weight.index_select(0, index)[:, None])
-        if not order.is_full:
+        if not is_full:
             part.masked_fill_(slot[:, None] < 0, 0.0)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total.to(rows.dtype)
+
+
+@one_kernel_on_cuda
+def scaled_rows(sources: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+    """Rows ``index`` of ``sources``, each times its ``factor [rows, 1]``: formed in float32 and rounded once."""
+    return sources.index_select(0, index).mul_(factor)
 
 
 class _Gather(torch.autograd.Function):
@@ -103,7 +115,8 @@ def order_by(
     Returns:
         The permutation (route of each sorted row) and the ``ExpertRowLayout``.
     """
-    route_of_row = torch.argsort(key, stable=True)
+    # On a GPU a radix sort passes over the keys once for each of their bytes.
+    route_of_row = torch.argsort(key.to(torch.int16) if key.is_cuda else key, stable=True)
     routes = key.shape[0]
     row_of_route = torch.empty_like(route_of_row)
     row_of_route[route_of_row] = torch.arange(routes, device=key.device)
@@ -113,7 +126,8 @@ def order_by(
         counts = source.new_zeros(num_sources).scatter_add_(0, source, torch.ones_like(source))
         first = counts.cumsum(0) - counts
         rank = torch.arange(routes, device=key.device) - first[source]
-        most = int(counts.max()) if num_sources else 0
+        # No source has two routes to an expert. A GPU would be waited for to know better.
+        most = len(rows_per_expert) if key.is_cuda else int(counts.max()) if num_sources else 0
         slots = row_of_route.new_full((num_sources, most), -1)
         slots[source, rank] = row_of_route
     order = ExpertRowLayout(source[route_of_row], slots, routes_per_source is not None, rows_per_expert)

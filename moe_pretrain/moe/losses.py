@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
+
 
 def expert_router_coupling_loss(norms: Float[Tensor, "proxies experts"], alpha: float) -> Float[Tensor, ""]:
     """Penalise experts that respond to another's proxy token, and proxy tokens to which another responds.
@@ -160,6 +162,7 @@ def sparsity_loss(
     return _mean_of_shares(share, gates, token_mask)
 
 
+@one_kernel_on_cuda
 def _mean_of_shares(
     share: Float[Tensor, "groups experts"],
     values: Float[Tensor, "tokens experts"],
@@ -171,6 +174,7 @@ def _mean_of_shares(
     return num_experts * (share.float() * by_group).sum() / token_mask.sum().clamp(min=1)
 
 
+@one_kernel_on_cuda
 def entropy_loss(
     router_probs: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],
@@ -191,6 +195,7 @@ def entropy_loss(
     return (entropy * token_mask).sum() / token_mask.sum().clamp(min=1)
 
 
+@one_kernel_on_cuda
 def router_z_loss(
     router_logits: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],

@@ -38,6 +38,20 @@ class MergedLayer(MoELayer):
             output = self._merged_and_shared(*arguments)
         return MoEOutput(output, merging.aux, merging.use)
 
+    def go_on(
+        self, earlier: Float[Tensor, "rows seen hidden"], new: Float[Tensor, "rows new hidden"]
+    ) -> Float[Tensor, "rows new hidden"]:
+        """Outputs of the last tokens of rows, each one document, in evaluation; what comes before them merges too."""
+        every = torch.cat([earlier, new], dim=1)
+        rows, length, _ = every.shape
+        place = torch.arange(length, device=every.device).repeat(rows)
+        context = RoutingContext(torch.ones_like(place, dtype=torch.bool), place, num_sequences=rows, seed=0, step=0)
+        with part("router"):
+            merging: Merging = self.router(every.flatten(0, 1), context)
+        segment = torch.arange(len(merging.lengths), device=every.device).repeat_interleave(merging.lengths)
+        kept, lengths = segment.view(rows, -1)[:, earlier.shape[1] :].flatten().unique_consecutive(return_counts=True)
+        return self._merged_and_shared(new.flatten(0, 1), merging.mixture[kept], lengths).view_as(new)
+
     def _merged_and_shared(self, hidden: Tensor, mixture: Tensor, lengths: Tensor) -> Tensor:
         output = self._merged(hidden, mixture, lengths)
         if self.shared_experts is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from moe_pretrain.moe.types import AttentionStatistic, ExpertRanking, ExpertStart, Routing, RoutingContext, StepUse
@@ -85,6 +85,11 @@ class Router(nn.Module):
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Order of all experts for each token; None for schemes that have none, such as a table."""
+        return None
+
+    @property
+    def free_slots(self) -> Bool[Tensor, "experts"] | None:
+        """Experts that the scheme has out of use for now and no token can reach; None where there are none."""
         return None
 
     def after_step(self, use: StepUse) -> ExpertStart | None:

@@ -18,7 +18,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from moe_pretrain.parallel.heartbeat import STACK_SIGNAL, last_seen
-from moe_pretrain.system.child_process import LAUNCHER
+from moe_pretrain.system.child_process import LAUNCHER, signal_main_thread
 from moe_pretrain.system.exit_codes import INTERRUPTED, LOST_RANK
 from moe_pretrain.system.stop_signals import HANDLED
 
@@ -128,7 +128,9 @@ def _wait(workers: list[subprocess.Popen[bytes]], store: dist.TCPStore, is_inter
 
 def _write_stacks(workers: list[subprocess.Popen[bytes]]) -> None:
     """Have the workers that are left write their stacks, stopped ones too."""
-    _signal_all(workers, STACK_SIGNAL)
+    for worker in workers:
+        if worker.poll() is None:
+            signal_main_thread(worker.pid, STACK_SIGNAL)
     _signal_all(workers, signal.SIGCONT)
     deadline = time.monotonic() + _STACK_SECONDS
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:

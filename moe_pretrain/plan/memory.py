@@ -331,13 +331,16 @@ class _SchemeLayers:
 
     @property
     def logits(self) -> float:
-        """A chunk of logits in float32, also in the engine's dtype, and the float32 sum of the head's gradient."""
+        """A chunk of logits and of their gradient, and the float32 sum of the head's gradient.
+
+        On a CPU the chunk is made float32 and its gradient in its place.
+        """
         model = self.model
         chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
-        each = 4 + (self.size if self.size < 4 else 0)
+        each = 4 + (self.size if self.size < 4 else 0) if self.on_cpu else 2 * self.size
         if self.passes > 1:  # both passes' probabilities, their ratio and a gradient, of a quarter of the positions
             chunk = min(max(1, model.cross_entropy_chunk_tokens // 4), self.tokens)
-            each += 4 * 4
+            each = 4 + (self.size if self.size < 4 else 0) + 4 * 4
         return 4 * model.vocab_size * model.hidden_size + chunk * model.vocab_size * each
 
     @property

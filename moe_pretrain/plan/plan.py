@@ -19,12 +19,11 @@ from moe_pretrain.moe.build import sharded, width_problems
 from moe_pretrain.plan.cost import COMPARED, FROZEN, MEASURED, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.layouts import RECOMPUTE, layouts
 from moe_pretrain.plan.memory import Memory, local_parameters, memory_per_rank
+from moe_pretrain.plan.micro_batch import USABLE, WORST_LOAD, with_largest_micro_batch
 from moe_pretrain.plan.step_time import Machine, step_time
 from moe_pretrain.system.words import short_duration, short_number
 
 GIB = 2**30
-USABLE = 0.92
-"""Share of a GPU's memory that training may fill; the rest goes to the driver, NCCL and fragmentation."""
 _SHOWN_LAYOUTS = 5
 
 
@@ -50,7 +49,7 @@ class Assumptions:
     network: float = 50.0
     gpus_per_node: float = 8
     gpu_memory: float = 79.0
-    worst_load: float = 1.5
+    worst_load: float = WORST_LOAD
 
     def __post_init__(self) -> None:
         if self.mfu is not None and not 0 < self.mfu <= 1:
@@ -131,8 +130,9 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     Raises:
         ValueError: The configuration is wrong.
     """
-    config = load(overrides)
-    check_optimizer(config.optimizer, config.model, config.router)
+    asked = load(overrides)
+    check_optimizer(asked.optimizer, asked.model, asked.router)
+    config = _sized(asked, assumed)
     found = problems(config)
     size = config.size if found else planned(config).size
     model = meta_model(config.model, config.router)
@@ -177,10 +177,19 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     for name, value in traffic(config, dtype, plan).items():
         say(f"  {name:<34}{_gib(value):>12}")
     _say_time(config, run, assumed, say)
+    if asked.batch.micro_batch_size == "auto":
+        say(f"batch.micro_batch_size=auto is {plan.micro_batch_size} on such a GPU")
     if device == "cuda":
         _say_layouts(config, assumed, say)
     _say_sizes(overrides, assumed, say)
     return 0
+
+
+def _sized(config: Config, assumed: Assumptions) -> Config:
+    """``config`` with a number of rows in a micro-batch, where it asks for what fits."""
+    if config.batch.micro_batch_size != "auto":
+        return config
+    return with_largest_micro_batch(config, config.parallel.processes, target(config), assumed.room, assumed.worst_load)
 
 
 def _say_time(config: Config, run: RunPlan, assumed: Assumptions, say: Callable[[str], None]) -> None:
@@ -258,7 +267,7 @@ def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[st
     others = [word for word in overrides if not word.startswith("model=")]
     for name in choices(overrides)["model"]:
         try:
-            config = load([*others, f"model={name}"])
+            config = _sized(load([*others, f"model={name}"]), assumed)
             plan = planned(config).batches
         except ValueError as error:
             say(f"  {name:<8}  {error}")

@@ -18,19 +18,19 @@ _MATRIX_RATE = 0.62
 """Share of the peak that large matrix products reach: 0.78 of the 790 TFLOP/s that an H100 of 989 sustains."""
 _ATTENTION_RATE = 0.40
 """The same of FlexAttention's kernels."""
-_BYTES_PER_HIDDEN = 300
+_BYTES_PER_HIDDEN = 128
 """Memory traffic per token, layer and unit of the hidden size, forward and backward: norms, rotary, residuals."""
-_BYTES_PER_ROUTED_HIDDEN = 80
+_BYTES_PER_ROUTED_HIDDEN = 20
 """The same for each route: gathers, and sums over a token's experts."""
 _BYTES_PER_WIDTH = 18
 """Memory traffic per row of an expert and unit of its width: the activation and its backward."""
-_BYTES_PER_LOGIT = 54
+_BYTES_PER_LOGIT = 8.5
 """Memory traffic of the loss per token and entry of the vocabulary."""
 _BYTES_PER_PARAMETER = 26
 """Memory traffic of accumulating gradients, per parameter of a rank and micro-batch (``BF16_Optimizer``)."""
-_BYTES_PER_SENT_BYTE = 12
+_BYTES_PER_SENT_BYTE = 5
 """Memory traffic of packing, sorting, unpacking and adding up what the exchange moves."""
-_ROUTER_SECONDS = 0.4e-3
+_ROUTER_SECONDS = 0.2e-3
 """Of a layer's routing in a micro-batch, forward and backward: kernels too small to be limited by anything else."""
 
 

@@ -1,6 +1,7 @@
 """The global batch to micro-batches and accumulation. Every divisibility error of the batch lives here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import PositiveInt
 
@@ -11,11 +12,12 @@ class BatchConfig:
 
     Attributes:
         global_batch_tokens: Tokens per optimizer step over all ranks; a multiple of the sequence length.
-        micro_batch_size: Sequences per rank and forward pass; None for all of a rank's, without accumulation.
+        micro_batch_size: Sequences per rank and forward pass; None for all of a rank's, without accumulation. ``auto``
+            is what fits into a GPU, a number from the run's first start on.
     """
 
     global_batch_tokens: PositiveInt
-    micro_batch_size: PositiveInt | None
+    micro_batch_size: PositiveInt | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ def plan_batches(config: BatchConfig, sequence_length: int, world_size: int, num
         ValueError: The global batch is not a whole number of sequences, or those are not a whole number of
             micro-batches on every rank; the message gives the nearest values that work.
     """
+    if config.micro_batch_size == "auto":
+        raise ValueError(
+            "batch.micro_batch_size=auto must be a number here: only a single run of train, and plan, ask what fits"
+        )
     per_round = sequence_length * (config.micro_batch_size or 1) * world_size
     if config.global_batch_tokens % per_round:
         below = config.global_batch_tokens // per_round * per_round

@@ -46,6 +46,24 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def signal_main_thread(pid: int, number: int) -> None:
+    """Send a signal to the main thread of process ``pid``: a stopped one handles it before it goes on.
+
+    A signal to the process is taken by whichever of its threads is woken first, while the main thread goes on.
+
+    Raises:
+        ProcessLookupError: There is no such process.
+    """
+    try:
+        tgkill = ctypes.CDLL(None, use_errno=True).tgkill
+    except AttributeError:  # a C library without it
+        os.kill(pid, number)
+        return
+    if tgkill(pid, pid, number):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
 def start_helper(module: str, words: Sequence[str], pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
     """Call ``module.main()`` in a fresh interpreter that does not import the caller's ``__main__``.
 

@@ -1,4 +1,4 @@
-"""Reasons why torch cannot use a GPU that is there."""
+"""Reasons why torch cannot use a GPU that is there, and the memory of one that it can."""
 
 import os
 import re
@@ -35,6 +35,11 @@ def unusable_gpu() -> str | None:
         f"torch {torch.__version__} for CUDA {torch.version.cuda} needs driver {needed} or newer, and this one is "
         f"{driver}: update it, or install a torch for CUDA {_newest_cuda(driver)}"
     )
+
+
+def smallest_memory() -> int:
+    """Bytes of the visible CUDA device that has the fewest."""
+    return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
 
 
 def missing_compiler() -> str | None:

@@ -47,6 +47,7 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.moe.latent_norm": lambda now: now is False,
     "router.bias": lambda now: now is False,
     "router.logit_cap": lambda now: now is None,
+    "router.entropy_weight": lambda now: now == 0,
     "router.expert_router_coupling_weight": lambda now: now == 0,
     "router.expert_router_coupling_alpha": lambda now: True,
     "checkpoint.branch_from": lambda now: now is None,
@@ -70,6 +71,7 @@ _ONLY_WHEN_ABSENT = {
     "model.moe.latent_norm": "false",
     "router.bias": "false",
     "router.logit_cap": "null",
+    "router.entropy_weight": "0",
     "router.expert_router_coupling_weight": "0",
     "checkpoint.branch_from": "null",
 }

@@ -198,7 +198,8 @@ class Trainer:
         spike = self.progress.spikes.judge(result.loss)
         if spike is not None:
             self.recorder.event("loss_spike", f"step {self.progress.step - 1}: {spike}")
-        for name, message in self.router_health.update(result.tokens_per_expert, result.tokens):
+        free = [layer.router.free_slots for layer in self.engine.model.moe_layers()]
+        for name, message in self.router_health.update(result.tokens_per_expert, result.tokens, free):
             self.recorder.event(name, message)
         return spike
 

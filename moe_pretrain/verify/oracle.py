@@ -382,6 +382,9 @@ class Oracle:
         num_text = text.sum().clamp(min=1)
         squares = logits[text].exp().sum(dim=-1).log().square()
         aux = {"load_balance": balance / num_text, "router_z": squares.sum() / num_text}
+        if config.entropy_weight:
+            entropies = [-sum(share * share.log() for share in row) for row in probs[text]]
+            aux["entropy"] = sum(entropies, torch.zeros(())) / num_text
         if context.proxy_norms is not None:
             keys = (context.seed, COUPLING_STREAM, context.step, router.layer)
             noise = 2 * counter_uniform(torch.arange(num_experts), router.weight.shape[1], *keys) - 1

@@ -15,9 +15,10 @@ import pytest
 import torch
 from helpers import parity
 from helpers.parity import Case
-from helpers.runs import run_script
+from helpers.runs import run, run_script, train_words
 
 from moe_pretrain.config.load import load
+from moe_pretrain.run_folder.record import load_rows
 from moe_pretrain.verify.verify import QuantityCheck
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,7 @@ ELSEWHERE = {
     "slurm/local_cluster.sh": "helpers/slurm.py",
     "slurm/train.sbatch": "integration/test_slurm.py",
     "tables/parity.py": "contract/test_scripts.py",
+    "tables/pruning_table.py": "contract/test_scripts.py",
     "test.sh": "contract/test_scripts.py",
 }
 """Scripts that other tests start, with the file that does."""
@@ -123,6 +125,29 @@ def test_a_script_comes_to_its_end(home: Path, script: str):
     assert code == 0, out[-3000:] + err[-3000:]
     for text in expected:
         assert text in out, out[-3000:]
+
+
+def test_the_table_of_pruning(home: Path):
+    """Of a short run: a row for each method, tuned by as many steps, SEER's with another loss."""
+    words = [
+        "budget.tokens=2048",
+        "evaluation.max_rows=8",
+        f"run.output_dir={home}",
+        f"data.paths=[{home}/corpus.jsonl]",
+    ]
+    code, _, err = run(home, *train_words("pruned", *words))
+    assert code == 0, err
+    words = [f"{home}/pruned", "--experts=2", "--steps=2", f"--folder={home}/fewer", "--methods", "seer"]
+    words += ["--entropy-weights", "5.0", "--rows=4", "--overrides", "optimizer.learning_rate=0.01"]
+    code, out, err = run_script(home, SCRIPTS / "tables" / "pruning_table.py", *words)
+    assert code == 0, out[-3000:] + err[-3000:]
+    rows = {cells[1].strip(): cells[2:5] for line in out.splitlines()[2:] if (cells := line.split("|"))[1:]}
+    assert list(rows) == ["(not pruned)", "`seer`", "`seer, entropy 5.0`"]
+    before, after, tuned = ([float(row[place]) for row in rows.values()] for place in range(3))
+    assert len(set(before)) == 1 and after[0] == before[0] and after[1] == after[2] and len(set(tuned)) == 3
+    assert all(now < then for now, then in zip(tuned, after, strict=True))
+    (row, *_) = load_rows(home / "fewer" / "seer-entropy-5.0-tuned")["train"]
+    assert row["aux/entropy_weight"] == 5.0 and row["aux/entropy_loss"] > 0
 
 
 @pytest.mark.parametrize("error,code", [(0.0, 0), (1.0, 1)])

@@ -6,6 +6,7 @@ kernel each.
 """
 
 import collections
+import functools
 import math
 import sys
 import weakref
@@ -225,28 +226,55 @@ class Account(TorchDispatchMode):
             self._inside_region = was
 
     def one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` as one launch that reads its arguments and writes its results once."""
+        """``function`` as one launch that reads its arguments and writes its results once; so its backward pass."""
+        name = function.__name__
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.region():
-                out = function(*args, **kwargs)
-            outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-            ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            kept = {id(tensor) for tensor in ins}
-            for tensor in outs:
-                self.hold(tensor)
-            written = [tensor for tensor in outs if id(tensor) not in kept]
-            inplace = [tensor for tensor in outs if id(tensor) in kept]
-            moved = nbytes(ins) + nbytes(written) + nbytes(inplace)
-            self.kernels.append(Kernel(self.phase, call_site(), getattr(function, "__name__", "region"), moved))
-            return out
+        class Region(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                ctx.args = args
+                return self._launch_region(name, function, args)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Any:
+                return self._launch_region(f"{name} backward", functools.partial(_again, function), (ctx.args, grads))
+
+        def call(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in args):
+                return Region.apply(*args)
+            return self._launch_region(name, function, args)
 
         return call
+
+    def _launch_region(self, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        with self.region():
+            out = function(*args)
+        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in outs:
+            self.hold(tensor)
+        ins = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        moved = nbytes(ins) + nbytes(outs)
+        if name == "scaled_rows":  # as much of the sources as comes out
+            moved += nbytes(outs) - nbytes(ins[:1])
+        self.kernels.append(Kernel(self.phase, call_site(), name, moved))
+        return out
 
     def total(self, of: Callable[[Kernel], bool] = lambda kernel: True) -> tuple[int, int]:
         """Number of kernels without products, and their bytes."""
         found = [kernel for kernel in self.kernels if not kernel.flops and of(kernel)]
         return len(found), sum(kernel.bytes for kernel in found)
+
+
+def _again(function: Callable[..., Any], args: Any, grads: Any) -> Any:
+    """Gradients of the arguments of ``function``, None for those without."""
+    has = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in args]
+    with torch.enable_grad():
+        own = [leaf.detach().requires_grad_() if needs else leaf for leaf, needs in zip(args, has, strict=True)]
+        outs = tree_leaves(function(*own))
+    given = [(out, grad) for out, grad in zip(outs, grads, strict=True) if out.requires_grad]
+    wanted = [leaf for leaf, needs in zip(own, has, strict=True) if needs]
+    found = iter(torch.autograd.grad([out for out, _ in given], wanted, [grad for _, grad in given]))
+    return tuple(next(found) if needs else None for needs in has)
 
 
 def _flex(account: Account) -> Callable[..., Tensor]:

@@ -64,7 +64,7 @@ _VARIANTS = {
     ),
     "coupled": (
         *(*WITH_ALL_PARTS, "router.top_k=3", "router.expert_router_coupling_weight=2.0"),
-        *("router.expert_router_coupling_alpha=0.8", "model.moe.latent_size=10"),
+        *("router.expert_router_coupling_alpha=0.8", "model.moe.latent_size=10", "router.entropy_weight=0.5"),
     ),
     "coupled_top_p": (
         *("router=top_p", "router.threshold=0.6", "router.expert_router_coupling_weight=2.0"),

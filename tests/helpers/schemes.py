@@ -105,4 +105,4 @@ MERGED = (
     ("router=lory", "router.segment_tokens=8", *SHARED, GATED, *GPT_OSS),
     ("router=lory", "router.segment_tokens=5", "router.first_segment=own_stop_gradient"),
 )
-"""Schemes that the framework itself does not generate with yet: exported ones do."""
+"""Schemes that merge experts."""

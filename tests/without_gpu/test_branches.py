@@ -68,28 +68,22 @@ def numbers(model: DecoderLM, batch: MicroBatch) -> dict[str, Tensor]:
 
 EXCHANGE = {"tolist moe/dispatch.py _exchange_sizes": 1}
 """The one wait that a dropless exchange needs: the sizes of its blocks."""
-NO_FIXED_K = "__int__ moe/dispatch.py order_by"
 WAITS: dict[str, dict[str, int]] = {
-    "attention_importance": {"nonzero moe/routers/attention_importance.py forward": 1, NO_FIXED_K: 1},
-    "attention_importance_renormalised": {"nonzero moe/routers/attention_importance.py forward": 1, NO_FIXED_K: 1},
-    "autonomy": {"nonzero moe/routers/autonomy.py forward": 1},
-    "autonomy_expert_choice": {"nonzero moe/routers/autonomy.py forward": 1, NO_FIXED_K: 1},
-    "autonomy_top_p": {"nonzero moe/routers/autonomy.py forward": 1, NO_FIXED_K: 1},
+    **dict.fromkeys(
+        ("attention_importance", "attention_importance_renormalised"),
+        {"nonzero moe/routers/attention_importance.py forward": 1},
+    ),
+    **dict.fromkeys(("autonomy_expert_choice", "autonomy_top_p"), {"nonzero moe/routers/autonomy.py _routes": 1}),
     "dynmoe": {
         "nonzero moe/routers/dynmoe.py forward": 1,
-        "nonzero moe/routers/dynmoe.py _sums": 1,
         "index moe/routers/dynmoe.py _losses": 1,
-        NO_FIXED_K: 1,
     },
-    "expert_choice": {"nonzero moe/routers/expert_choice.py forward": 1, NO_FIXED_K: 1},
-    "expert_threshold": {"nonzero moe/routers/expert_threshold.py forward": 1, NO_FIXED_K: 1},
-    "k_means": {"_local_scalar_dense moe/routers/k_means.py _sums": 2},
-    "lory": {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1},
-    "moe_plus_plus": {"nonzero moe/layer.py _experts_of": 2, NO_FIXED_K: 1},
-    "relu": {"nonzero moe/routers/relu.py forward": 1, NO_FIXED_K: 1},
-    "smear": {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1},
-    "top_p": {"nonzero moe/routers/top_p.py forward": 1, NO_FIXED_K: 1},
-    "top_p_renormalised": {"nonzero moe/routers/top_p.py forward": 1, NO_FIXED_K: 1},
+    "expert_choice": {"nonzero moe/routers/expert_choice.py forward": 1},
+    "expert_threshold": {"nonzero moe/routers/expert_threshold.py forward": 1},
+    **dict.fromkeys(("lory", "smear"), {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1}),
+    "moe_plus_plus": {"nonzero moe/layer.py _experts_of": 2},
+    "relu": {"nonzero moe/routers/relu.py forward": 1},
+    **dict.fromkeys(("top_p", "top_p_renormalised"), {"nonzero moe/routers/top_p.py forward": 1}),
 }
 """Waits for the device in a layer and micro-batch, forward and backward, where a scheme has any: no more than these."""
 MORE_EXCHANGES: dict[str, dict[str, int]] = {

@@ -14,11 +14,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import plan_run
+from moe_pretrain.config.preflight import RunPlan, plan_run
 from moe_pretrain.config.schema import Config
 from moe_pretrain.model.attention import _visible
 from moe_pretrain.moe import compiled
 from moe_pretrain.moe.experts.activation import SWIGLU, _swiglu, _swiglu_gradients, activate, activation_gradients
+from moe_pretrain.plan import step_time
+from moe_pretrain.plan.cost import ROUTES, traffic
 from moe_pretrain.plan.memory import local_parameters, memory_per_rank
 
 WORDS = ["engine.dtype=bfloat16", "tokenizer=pretrained", "tokenizer.path=unused", "metrics.wandb=off"]
@@ -37,18 +39,43 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("expert_parallel", [1, 8])
-@pytest.mark.parametrize("model", ["700m", "4b"])
+@functools.cache
+def whole(model: str, expert_parallel: int) -> tuple[Config, RunPlan, Counted]:
+    """One micro-batch of a run on 8 ranks."""
+    words = [f"model={model}", "parallel.processes=8", f"parallel.expert_parallel_size={expert_parallel}"]
+    config = config_of(*words)
+    run = plan_run(config, 8, TARGET)
+    return config, run, count(config, run.batches.micro_batch_size, expert_parallel)
+
+
+SIZES = [("700m", 1), ("700m", 8), ("4b", 1), ("4b", 8)]
+
+
+@pytest.mark.parametrize(("model", "expert_parallel"), SIZES)
 def test_planned_memory_is_what_a_micro_batch_holds(model: str, expert_parallel: int):
     """Weights to the byte, what is saved within 2%, the most at a time in a micro-batch within 10%."""
-    config = config_of(f"model={model}", "parallel.processes=8", f"parallel.expert_parallel_size={expert_parallel}")
-    run = plan_run(config, 8, TARGET)
+    config, run, held = whole(model, expert_parallel)
     planned = memory_per_rank(config, *TARGET, run.batches, 8, worst_load=1.0)
-    held = count(config, run.batches.micro_batch_size, expert_parallel)
     assert held.weights == pytest.approx(planned.weights, rel=1e-3)
     assert held.saved == pytest.approx(planned.activations, rel=0.02)
     most = planned.activations + max(planned.recomputed + max(planned.working, planned.exchange), planned.logits)
     assert held.peak == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "expert_parallel"), SIZES)
+def test_planned_time_is_a_sum_over_all_kernels(model: str, expert_parallel: int):
+    """Each takes as long as its bytes or FLOPs at the rates of the plan, and 3 us at least; without the reduction."""
+    config, run, held = whole(model, expert_parallel)
+    machine = step_time.Machine()
+    planned = step_time.step_time(config, run, local_parameters(config), machine)
+
+    def seconds(kernel: Kernel) -> float:
+        rate = step_time._ATTENTION_RATE if kernel.name.startswith("flex") else step_time._MATRIX_RATE
+        return max(kernel.bytes / machine.memory_bandwidth, kernel.flops / (rate * machine.peak), 3e-6)
+
+    sent = traffic(config, "bfloat16", run.batches)[ROUTES] if expert_parallel > 1 else 0
+    total = run.batches.accumulation * sum(map(seconds, held.account.kernels)) + sent / machine.link
+    assert planned.total - planned.accumulation - planned.reduction == pytest.approx(total, rel=0.05)
 
 
 @functools.cache
@@ -63,7 +90,7 @@ def per_layer(kernels: Callable[[Kernel], bool], expert_parallel: int = 1) -> tu
     return many - few, (more - less) / (8 * 2048) / 1e3
 
 
-LAYER_BUDGETS = {1: (97, 78, 463), 8: (114, 87, 556)}
+LAYER_BUDGETS = {1: (52, 40, 240), 8: (70, 49, 296)}
 """Expert parallelism -> kernels of a layer's forward pass, of its backward pass, kB per token of both."""
 
 
@@ -77,12 +104,29 @@ def test_kernels_and_traffic_of_a_layer_stay_within_their_budget(expert_parallel
     assert traffic == pytest.approx(budget[2], rel=0.01)
 
 
-LOSS_BYTES_PER_LOGIT = 54
+def test_the_plan_charges_the_bytes_that_are_counted():
+    """Of a layer alone and under expert parallelism, forward and backward, in a model without recomputation."""
+    model, routes = config_of("model=700m").model, 2
+    hidden, width = model.hidden_size, model.moe.expert_hidden_size
+    charged = (step_time._BYTES_PER_HIDDEN + step_time._BYTES_PER_ROUTED_HIDDEN * routes) * hidden
+    charged += step_time._BYTES_PER_WIDTH * routes * width
+    alone, spread = (1e3 * per_layer(lambda kernel: True, size)[1] for size in (1, 8))
+    assert alone == pytest.approx(charged, rel=0.02)
+    config = config_of("model=700m", "model.num_layers=1", "parallel.processes=8", "parallel.expert_parallel_size=8")
+    sent = traffic(config, "bfloat16", plan_run(config, 8, TARGET).batches)[ROUTES] / (
+        config.batch.global_batch_tokens / 8
+    )
+    assert spread - alone == pytest.approx(step_time._BYTES_PER_SENT_BYTE * sent, rel=0.1)
+    assert LOSS_BYTES_PER_LOGIT == step_time._BYTES_PER_LOGIT
+
+
+LOSS_BYTES_PER_LOGIT = 8.5
 
 
 def test_traffic_of_the_loss_stays_within_its_budget():
     account = counted(1).account
-    _, moved = account.total(lambda kernel: kernel.site == "model/layers.py forward")
+    sites = ("model/layers.py forward", "model/layers.py _cross_entropy")
+    _, moved = account.total(lambda kernel: kernel.site in sites)
     per_logit = moved / (8 * 2048) / 32000
     assert per_logit == pytest.approx(LOSS_BYTES_PER_LOGIT, rel=0.02)
 

@@ -25,8 +25,8 @@ class BuiltinCorpusConfig:
         source: The word that chooses this corpus.
         validation_fraction: Share of documents held out, in (0, 1).
         near_duplicates: Held-out documents of which training has the same or nearly the same text: ``drop`` takes them
-            out of the validation set and counts them, ``count`` counts them, ``ignore`` counts equal ones alone. Of a
-            streamed corpus there is no whole to compare with.
+            out of the validation set and counts them, ``count`` counts them, ``ignore`` counts equal ones alone. In a
+            stream, where the validation set is fixed first, the documents to train on are taken out or counted.
     """
 
     source: Literal["builtin"]
@@ -199,3 +199,11 @@ def has_own_split(config: CorpusConfig) -> bool:
     return isinstance(config, LocalCorpusConfig) and (
         config.validation_paths is not None or config.validation_split == "end"
     )
+
+
+def can_be_on_both_sides(config: CorpusConfig) -> bool:
+    """Whether documents are to be looked for on both sides: nearly equal ones where asked for, equal ones always.
+
+    Where the hash of a text decides its side, equal ones are on the same anyway.
+    """
+    return config.near_duplicates != "ignore" or has_own_split(config)

@@ -14,8 +14,8 @@ from moe_pretrain.data.documents.config import (
     CorpusConfig,
     HubCorpusConfig,
     TokensCorpusConfig,
+    can_be_on_both_sides,
     describe,
-    has_own_split,
     version_and_licence,
 )
 from moe_pretrain.data.documents.hub import START, Place
@@ -54,6 +54,8 @@ from moe_pretrain.data.tokenizer import (
 from moe_pretrain.system.files import sync_folder, write_whole
 
 COUNTS_FILE = "counts.json"
+DOCUMENT_BYTES_FILE = "document-bytes.bin"
+"""uint64 [documents] of the validation side: bytes of each one's text, for a mixture that leaves some of them out."""
 
 
 def is_complete(folder: Path, sides: tuple[str, ...]) -> bool:
@@ -224,11 +226,8 @@ class Preparation:
 
     @property
     def _sketched(self) -> bool:
-        """Whether documents that are held out are looked for among those that are trained on.
-
-        Equal ones always: where the hash of a text decides its side they cannot be on both.
-        """
-        return self.sides == SIDES and (self._corpus.near_duplicates != "ignore" or has_own_split(self._corpus))
+        """Whether documents that are held out are looked for among those that are trained on."""
+        return self.sides == SIDES and can_be_on_both_sides(self._corpus)
 
     def _find_duplicates(self, tokenizer: Tokenizer) -> Counts:
         """Look for held-out documents in the training side, and leave them out where that is asked for.
@@ -296,6 +295,10 @@ class Preparation:
                 else f"packed documents: {counts.packed:,} Megatron documents have end-of-document tokens inside, and "
                 "are kept whole (data.megatron_documents=end_of_document cuts them)"
             )
+        if self._sketched:
+            held_out = [read_unit_sketches(self._partial, record.index, SIDES[1]) for record in records]
+            text_bytes = np.concatenate(held_out)["text_bytes"]
+            write_whole(self._partial / SIDES[1] / DOCUMENT_BYTES_FILE, text_bytes.tobytes())
         write_whole(self._partial / COUNTS_FILE, json.dumps(dataclasses.asdict(counts)).encode())
         if self.folder.exists():
             shutil.rmtree(self.folder)  # published folders are complete: somebody removed files from it

@@ -11,7 +11,8 @@ import xxhash
 
 from moe_pretrain.data.documents.config import version_and_licence
 from moe_pretrain.data.documents.work_units import content_identity, sample_texts
-from moe_pretrain.data.prepare import cache
+from moe_pretrain.data.prepare import across_sources, cache
+from moe_pretrain.data.prepare.across_sources import FoundElsewhere
 from moe_pretrain.data.prepare.prepare_corpus import check_prepared, naming, prepare_corpus
 from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
@@ -46,12 +47,14 @@ class TokenizedMixture:
         config: How they take turns.
         shares: Share of each source in the rows of the whole planned run.
         tokenizer_file: Where the tokenizer is, if it was learnt from the sources.
+        found: Held-out documents of each source that other sources train on.
     """
 
     sources: Mapping[str, TokenizedCorpus]
     config: MixtureConfig
     shares: Mapping[str, float]
     tokenizer_file: Path
+    found: Mapping[str, FoundElsewhere]
 
     @property
     def folders(self) -> list[Path]:
@@ -73,6 +76,10 @@ class TokenizedMixture:
         """Hash of the sources' fingerprints and names."""
         facts = sorted((name, source.fingerprint) for name, source in self.sources.items())
         return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+
+    def training_sides(self) -> dict[str, ShardReader]:
+        """The training side of each source."""
+        return {name: source.train for name, source in self.sources.items()}
 
     def train_token_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each token in the training text of each source."""
@@ -98,14 +105,12 @@ class TokenizedMixture:
 
     def describe_size(self) -> str:
         """Size of the mixture, in a few words."""
-        return (
-            f"a mixture of {len(self.sources)} sources; held-out documents are looked for in the training side of "
-            "their own source, not of the others"
-        )
+        return f"a mixture of {len(self.sources)} sources; {across_sources.describe(self.found)}"
 
     def describe_prepared(self, num_tokens: int) -> str:
         """Documents and tokens in and out of every source: all of them are in the cache."""
-        return "\n".join(f"{name}: {source.describe_counts()}" for name, source in self.sources.items())
+        lines = [f"{name}: {source.describe_counts()}" for name, source in self.sources.items()]
+        return "\n".join([*lines, across_sources.describe(self.found)])
 
 
 def prepare_mixture(
@@ -138,7 +143,7 @@ def prepare_mixture(
             lambda line: report(f"{name}: {line}"),
         )
 
-    return _open(config, tokenizer, cache_dir, run, open_source)
+    return _open(config, tokenizer, cache_dir, run, open_source, report)
 
 
 def check_mixture(
@@ -155,7 +160,7 @@ def check_mixture(
     def open_source(name: str, shared: TokenizerConfig, tokens_needed: int) -> TokenizedCorpus:
         return check_prepared(config.sources[name], shared, cache_dir, tokens_needed)
 
-    return _open(config, tokenizer, cache_dir, run, open_source)
+    return _open(config, tokenizer, cache_dir, run, open_source, lambda line: None)
 
 
 def _open(
@@ -164,17 +169,20 @@ def _open(
     cache_dir: Path,
     run: RunLength,
     open_source: Callable[[str, TokenizerConfig, int], TokenizedCorpus],
+    report: Callable[[str], None],
 ) -> TokenizedMixture:
     file = _tokenizer_file(config, tokenizer, cache_dir)
     shared = tokenizer if tokenizer.kind == "pretrained" else TokenizerConfig("pretrained", 0, str(file))
     rows = config.turns(run.rows_per_step).counts(run.num_steps * run.rows_per_step)
-    sources, shares = {}, {}
+    sources: dict[str, TokenizedCorpus] = {}
+    shares = {}
     for name, number in zip(sorted(config.sources), rows, strict=True):
         with naming(f"data.sources.{name}"):
             # At least one row, and the last row's last target.
             sources[name] = open_source(name, shared, max(1, number) * run.sequence_length + 1)
         shares[name] = number / sum(rows)
-    return TokenizedMixture(sources, config, shares, file)
+    sources, found = across_sources.look_across(sources, config.sources, cache_dir, report)
+    return TokenizedMixture(sources, config, shares, file, found)
 
 
 def _build_tokenizer(

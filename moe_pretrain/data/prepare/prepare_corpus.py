@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,8 +13,9 @@ import xxhash
 
 from moe_pretrain.data.documents.config import CorpusConfig, FilesCorpusConfig, HubCorpusConfig, TokensCorpusConfig
 from moe_pretrain.data.documents.work_units import content_identity, local_files
+from moe_pretrain.data.prepare.across_sources import look_in_training
 from moe_pretrain.data.prepare.attempt import COUNTS_FILE, Preparation, build, is_complete
-from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
+from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus, fingerprint_of
 from moe_pretrain.data.shards import reader as shards
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
@@ -40,6 +41,9 @@ class TrainedOn(Protocol):
     @property
     def tokenizer_file(self) -> Path:
         """Path of the tokenizer, if it was learnt from this corpus."""
+
+    def training_sides(self) -> Mapping[str, ShardReader]:
+        """Tokens to train on by source, where all of them are there before the first step."""
 
 
 def prepare_corpus(
@@ -95,6 +99,8 @@ def prepare_evaluation_set(
 ) -> ShardReader:
     """A corpus that is only evaluated on, all of it, in the tokens of the one that is trained on.
 
+    Documents that are trained on too are counted and said; it is the user's choice of a text, and stays whole.
+
     Args:
         name: Name of the set, for errors.
         corpus: Where the text comes from; its ``validation_fraction`` has no meaning here.
@@ -116,7 +122,15 @@ def prepare_evaluation_set(
         pretrained = trained_on.tokenizer
         folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES[:1])
         build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES[:1], workers, report))
-        return _open_sides(folder, SIDES[:1])[0]
+        reader = _open_sides(folder, SIDES[:1])[0]
+        if training := trained_on.training_sides():
+            found = look_in_training(reader, training, corpus.near_duplicates != "ignore", cache_dir, report)
+            if found.near:
+                report(
+                    f"evaluation.sets.{name}: {found.near:,} of {reader.num_documents:,} documents are near duplicates "
+                    f"of training documents ({found.exact:,} exact), kept"
+                )
+        return reader
 
 
 def check_prepared(
@@ -241,6 +255,6 @@ def _open(folder: Path, pretrained: Tokenizer | None) -> TokenizedCorpus:
         train=train,
         validation=validation,
         tokenizer=tokenizer,
-        fingerprint=xxhash.xxh3_128_hexdigest((train.fingerprint + validation.fingerprint).encode()),
+        fingerprint=fingerprint_of(train, validation),
         counts=Counts(**json.loads((folder / COUNTS_FILE).read_bytes())),
     )

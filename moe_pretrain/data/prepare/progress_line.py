@@ -8,6 +8,20 @@ from moe_pretrain.data.shards.unit_shards import UnitRecord
 _SECONDS_BETWEEN_REPORTS = 1.0
 
 
+class SteadyLine:
+    """A line of progress at most once a second."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._said = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Report unless that was just done."""
+        if time.monotonic() - self._said >= _SECONDS_BETWEEN_REPORTS:
+            self._report(line)
+            self._said = time.monotonic()
+
+
 class ProgressLine:
     """Lines with tokens so far, tokens per second and, where the size is known, what is left."""
 

@@ -1,11 +1,13 @@
 """A corpus whose token shards are ready: readers of both sides, tokenizer, counts."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from moe_pretrain.data.corpus_changes import source_file_facts
 from moe_pretrain.data.rows.mixture import DataConfig
@@ -75,6 +77,19 @@ class TokenizedCorpus(SingleCorpus):
         """True: every row can be read at any time."""
         return True
 
+    def training_sides(self) -> dict[str, ShardReader]:
+        """The one training side."""
+        return {HELD_OUT: self.train}
+
+    def with_validation(self, validation: ShardReader) -> "TokenizedCorpus":
+        """The corpus with less held out: the documents that are missing are on another side too."""
+        left_out = self.counts.validation - validation.num_documents
+        counts = dataclasses.replace(
+            self.counts, validation=validation.num_documents, duplicate=self.counts.duplicate + left_out
+        )
+        fingerprint = fingerprint_of(self.train, validation)
+        return dataclasses.replace(self, validation=validation, fingerprint=fingerprint, counts=counts)
+
     def train_token_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each token in the training text."""
         return {HELD_OUT: self.train.token_counts()}
@@ -125,3 +140,8 @@ class TokenizedCorpus(SingleCorpus):
             f"; {counts.near_duplicates:,} held-out documents are near duplicates of training documents "
             f"({counts.exact_duplicates:,} exact), {what}"
         )
+
+
+def fingerprint_of(train: ShardReader, validation: ShardReader) -> str:
+    """Hash of all tokens of both sides and of their tokenizer."""
+    return xxhash.xxh3_128_hexdigest((train.fingerprint + validation.fingerprint).encode())

@@ -8,6 +8,7 @@ Source:
     and a MinHash index as in Lee et al. 2021 (arXiv:2107.06499).
 """
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,10 @@ _MOST_RUNS = 1024
 _RUNS_AT_ONCE = 2**18
 _NUM_PERMUTATIONS = 64  # standard error of an estimated similarity: 0.06
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbouring token ids over all bits
+_SEEN_BITS = 24  # 16 MB; a foreign run meets one of a million runs of held-out documents in 6% of all times
+# Of a document the sketches of which agree in SIMILARITY (give or take 0.06) more than this share of its runs is held
+# out; of another hardly ever so many.
+_LEAST_SEEN = 0.3
 _MISSED_WEIGHT = 0.9  # a candidate too many costs a comparison of 64 numbers, one too few is a duplicate not found
 
 SKETCH_DTYPE = np.dtype([("content", "<u8"), ("text_bytes", "<u8"), ("minima", "<u4", (_NUM_PERMUTATIONS,))])
@@ -51,17 +56,55 @@ class Sketcher:
         """Sketch one document: integers [tokens], without an end-of-document token."""
         tokens = tokens.astype("<u4")
         sketch = np.zeros((), SKETCH_DTYPE)
-        sketch["content"] = xxhash.xxh3_64_intdigest(tokens.tobytes())
+        sketch["content"] = _content_hash(tokens)
         sketch["text_bytes"] = text_bytes
         if self._near:
-            minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
-            minhash.update_batch(_smallest_runs(tokens).tolist())
-            sketch["minima"] = minhash.hashvalues
+            sketch["minima"] = self.minima(_smallest_runs(tokens))
         self._sketches.append(sketch)
+
+    def minima(self, runs: np.ndarray) -> np.ndarray:
+        """Minima of the hashes of some runs under each permutation: uint32 [permutations]."""
+        minhash = self._minhash(_NUM_PERMUTATIONS, permutations=self._permutations, hashfunc=int, scheme="affine32")
+        minhash.update_batch(runs.tolist())
+        return np.asarray(minhash.hashvalues)
 
     def sketches(self) -> np.ndarray:
         """``SKETCH_DTYPE`` [documents]."""
         return np.array(self._sketches, SKETCH_DTYPE)
+
+
+class HeldOutDocuments:
+    """Held-out documents in which those that are trained on are looked up, one at a time, by their tokens.
+
+    Args:
+        documents: Integers [tokens] of each, without an end-of-document token.
+        near: Whether near duplicates are looked for too.
+    """
+
+    def __init__(self, documents: Iterable[np.ndarray], near: bool = True) -> None:
+        self._sketcher = Sketcher(near)
+        self._seen = np.zeros(2**_SEEN_BITS if near else 0, bool)
+        for tokens in documents:
+            self._sketcher.add(tokens, 0)
+            if near:
+                self._seen[_smallest_runs(tokens.astype("<u4")) >> (32 - _SEEN_BITS)] = True
+        sketches = self._sketcher.sketches()
+        self._numbers: dict[int, list[int]] = {}
+        for number, content in enumerate(sketches["content"].tolist()):
+            self._numbers.setdefault(content, []).append(number)
+        self._index = _MinimaIndex(sketches["minima"]) if near else None
+
+    def find(self, tokens: np.ndarray) -> tuple[list[int], list[int]]:
+        """Numbers of the held-out documents that equal a document, and of those that equal or nearly equal it."""
+        tokens = tokens.astype("<u4")
+        exact = self._numbers.get(_content_hash(tokens), [])
+        if self._index is None:
+            return exact, exact
+        runs = _smallest_runs(tokens)
+        # Nearly all documents end here: their sketches would take most of the time.
+        if self._seen[runs >> (32 - _SEEN_BITS)].mean() < _LEAST_SEEN:
+            return exact, exact
+        return exact, sorted({*exact, *self._index.find(self._sketcher.minima(runs)).tolist()})
 
 
 def read_sketches(path: Path) -> np.ndarray:
@@ -83,28 +126,41 @@ def find_duplicates(
         bool [documents] of those that are equal to a training document, and of those equal or nearly equal.
     """
     exact = np.zeros(len(held_out), bool)
-    if not near:
-        for some in trained_on:
-            exact |= np.isin(held_out["content"], some["content"])
-        return exact, exact
-    from datasketch import MinHash, MinHashLSH
-
-    permutations = MinHash(_NUM_PERMUTATIONS).permutations
-
-    def minhash(minima: np.ndarray) -> MinHash:
-        return MinHash(hashvalues=minima, permutations=permutations, scheme="affine32")
-
-    index = MinHashLSH(SIMILARITY, _NUM_PERMUTATIONS, weights=(1 - _MISSED_WEIGHT, _MISSED_WEIGHT))
     found = np.zeros(len(held_out), bool)
-    for number, minima in enumerate(held_out["minima"]):
-        index.insert(number, minhash(minima))
+    index = _MinimaIndex(held_out["minima"]) if near else None
     for some in trained_on:
         exact |= np.isin(held_out["content"], some["content"])
-        for minima in some["minima"]:
-            candidates = [number for number in index.query(minhash(minima)) if not found[number]]
-            if candidates:
-                found[candidates] |= (held_out["minima"][candidates] == minima).mean(axis=1) >= SIMILARITY
+        if index is not None:
+            for minima in some["minima"]:
+                found[index.find(minima)] = True
     return exact, exact | found
+
+
+class _MinimaIndex:
+    """Sketches among which those like another are found.
+
+    Args:
+        minima: uint32 [documents, permutations].
+    """
+
+    def __init__(self, minima: np.ndarray) -> None:
+        from datasketch import MinHash, MinHashLSH
+
+        permutations = MinHash(_NUM_PERMUTATIONS).permutations
+        self._minhash = functools.partial(MinHash, permutations=permutations, scheme="affine32")
+        self._lsh = MinHashLSH(SIMILARITY, _NUM_PERMUTATIONS, weights=(1 - _MISSED_WEIGHT, _MISSED_WEIGHT))
+        self._minima = minima
+        for number, one in enumerate(minima):
+            self._lsh.insert(number, self._minhash(hashvalues=one))
+
+    def find(self, minima: np.ndarray) -> np.ndarray:
+        """int64, the numbers of those that are ``SIMILARITY`` or more like one sketch."""
+        candidates = np.array(self._lsh.query(self._minhash(hashvalues=minima)), np.int64)
+        return candidates[(self._minima[candidates] == minima).mean(axis=1) >= SIMILARITY]
+
+
+def _content_hash(tokens: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(tokens.tobytes())
 
 
 def _smallest_runs(tokens: np.ndarray) -> np.ndarray:

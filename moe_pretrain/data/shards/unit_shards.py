@@ -7,7 +7,7 @@ unit's contents follow from the corpus alone, so does everything written here.
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, T
 from moe_pretrain.data.documents.hub import Place
 from moe_pretrain.data.documents.token_files import token_rows
 from moe_pretrain.data.documents.work_units import Unit, unit_rows
-from moe_pretrain.data.shards.near_duplicates import Sketcher, read_sketches
+from moe_pretrain.data.shards.near_duplicates import HeldOutDocuments, Sketcher, read_sketches
 from moe_pretrain.data.shards.reader import INDEX_DTYPE, ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer import Tokenizer
@@ -41,11 +41,13 @@ class Counts:
         invalid_json: Left out because their line is no JSON object.
         invalid_text: Left out because they have no text: none at all, null, a list, a number.
         table: Left out of the built-in corpus because they are tables.
-        duplicate: Left out of the validation side because training has the same or nearly the same.
+        duplicate: Left out of the validation side because training has the same or nearly the same; in a stream, left
+            out of the training side because the validation set has.
         train: Documents to train on.
         validation: Documents held out.
         repaired: Of the last two, those in which bytes that are not UTF-8 were replaced.
-        near_duplicates: Of ``validation`` and ``duplicate``, those of which training has the same or nearly the same.
+        near_duplicates: Of ``validation`` and ``duplicate``, those of which training has the same or nearly the same;
+            in a stream, of ``train`` and ``duplicate``, those of which the validation set has.
         exact_duplicates: Of these, those of which training has the same.
         packed: Ends of documents inside Megatron documents, at which these were cut; or documents that have any, where
             the index alone decides.
@@ -79,7 +81,7 @@ class Counts:
             "not JSON": self.invalid_json,
             "without a text": self.invalid_text,
             "tables": self.table,
-            "held out but trained on too, exactly or nearly": self.duplicate,
+            "on both sides, exactly or nearly": self.duplicate,
         }
         return "".join(f" + {number:,} {words}" for words, number in reasons.items() if number)
 
@@ -124,6 +126,7 @@ def write_unit(
     max_tokens: int | None,
     tick: Tick,
     sketch: bool = False,
+    held_out: HeldOutDocuments | None = None,
 ) -> UnitRecord:
     """Tokenise one unit.
 
@@ -136,6 +139,7 @@ def write_unit(
         max_tokens: Stop with the document that brings the training side there; None for no end.
         tick: Called after every batch of documents.
         sketch: Whether to write sketches of the documents: see ``near_duplicates``.
+        held_out: Where documents to train on are looked up, to be counted or left out; None to look up none.
 
     Raises:
         ValueError: The source cannot be used.
@@ -157,17 +161,20 @@ def write_unit(
                 if isinstance(row, LeftOut):
                     counted[row.reason] += 1
                     continue
-                content = row.tokens if isinstance(row, TokenDocument) else row.text
                 ids = row.tokens if isinstance(row, TokenDocument) else np.asarray(next(tokens))
                 text_bytes = 0 if isinstance(row, TokenDocument) else len(row.text.encode())
                 counted["packed"] += isinstance(row, TokenDocument) and row.packed
-                if validation_fraction and unit.held_out is not None:
-                    held_out = unit.held_out
-                else:
-                    held_out = is_validation(content, validation_fraction)
-                (validation if held_out else train).add(ids, text_bytes)
+                to_validation = is_held_out(row, unit, validation_fraction)
+                if held_out is not None and not to_validation:
+                    exact, near = held_out.find(ids)
+                    counted["exact_duplicates"] += bool(exact)
+                    counted["near_duplicates"] += bool(near)
+                    if near and config.near_duplicates == "drop":
+                        counted["duplicate"] += 1
+                        continue
+                (validation if to_validation else train).add(ids, text_bytes)
                 if sketch:
-                    sketchers[held_out].add(ids, text_bytes)
+                    sketchers[to_validation].add(ids, text_bytes)
                 counted["repaired"] += isinstance(row, Document) and row.repaired
                 limited = max_tokens is not None and train.num_tokens >= max_tokens
                 if limited:
@@ -189,6 +196,36 @@ def write_unit(
     write_whole(folder / UNITS / f"unit-{unit.index:05d}.counts", zlib.compress(train.token_counts.tobytes(), 1))
     write_whole(record_path(folder, unit.index), json.dumps(dataclasses.asdict(record)).encode())
     return record
+
+
+def is_held_out(document: Document | TokenDocument, unit: Unit, validation_fraction: float) -> bool:
+    """Whether a document of a unit is on the validation side."""
+    if validation_fraction and unit.held_out is not None:
+        return unit.held_out
+    content = document.tokens if isinstance(document, TokenDocument) else document.text
+    return is_validation(content, validation_fraction)
+
+
+def held_out_documents(
+    config: CorpusConfig, units: Iterable[Unit], tokenizer: Tokenizer, alive: Callable[[], None]
+) -> Iterator[np.ndarray]:
+    """Tokens of the documents of some units that are on the validation side, without ends of documents.
+
+    Args:
+        config: The corpus.
+        units: The units.
+        tokenizer: The tokenizer.
+        alive: Called for every row; raises if nobody wants them any more.
+
+    Raises:
+        ValueError: The source cannot be used.
+    """
+    for unit in units:
+        for row in _rows(config, unit, tokenizer):
+            alive()
+            if isinstance(row, LeftOut) or not is_held_out(row, unit, config.validation_fraction):
+                continue
+            yield row.tokens if isinstance(row, TokenDocument) else np.asarray(tokenizer.encode_batch([row.text])[0])
 
 
 def drop_from_validation(

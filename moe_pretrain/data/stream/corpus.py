@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_pretrain.data.documents.config import CorpusConfig
+from moe_pretrain.data.documents.config import CorpusConfig, can_be_on_both_sides
 from moe_pretrain.data.prepare.prepare_corpus import folder_name
 from moe_pretrain.data.prepare.tokenized_corpus import HELD_OUT, SingleCorpus
 from moe_pretrain.data.rows.mixture import DataConfig
@@ -51,6 +51,10 @@ class StreamedCorpus(SingleCorpus):
         """Path of the tokenizer, if it was learnt from this corpus."""
         return self.train.folder / TOKENIZER_FILE
 
+    def training_sides(self) -> dict[str, ShardReader]:
+        """None: what will be trained on is not there yet."""
+        return {}
+
     @property
     def can_rewind(self) -> bool:
         """False: a stream is read forwards; the next attempt can begin earlier."""
@@ -91,8 +95,7 @@ class StreamedCorpus(SingleCorpus):
         config = self.train.config
         return (
             f"streamed, rows shuffled in windows of {config.window_shards} shards of {config.shard_bytes:,} bytes; "
-            f"{self.validation.num_tokens:,} validation tokens of the first {config.validation_shards} shards, near "
-            "duplicates of which in the stream are not looked for"
+            f"{self.validation.num_tokens:,} validation tokens of the first {config.validation_shards} shards"
         )
 
 
@@ -125,7 +128,9 @@ def open_stream(
     """
     pretrained = load_pretrained(tokenizer) if tokenizer.kind == "pretrained" else None
     owner = None if config.cache_shards is None else run_name
-    name = folder_name(corpus, tokenizer, pretrained, None, SIDES, streamed=[config.shard_bytes, owner])
+    # What is counted in a shard and left out of it follows from the documents held out of the first so many.
+    held_out = [config.validation_shards] if can_be_on_both_sides(corpus) else []
+    name = folder_name(corpus, tokenizer, pretrained, None, SIDES, streamed=[config.shard_bytes, owner, *held_out])
     folder = cache_dir / f"stream-{name}"
     writer = None
     if is_first:

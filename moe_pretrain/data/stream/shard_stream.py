@@ -91,7 +91,7 @@ class ShardStream:
         self._num_shards: int | None = None
         self._expected: dict[int, str | None] = {}
         self._kept, self._last = 0, -1
-        self._counts, self._next_said = NOTHING, 1
+        self._counts, self._next_said, self._next_twice = NOTHING, 1, 1
 
     def load_tokenizer(self, config: TokenizerConfig) -> None:
         """Wait for the tokenizer, if it is learnt from the corpus, and load it: first of all."""
@@ -276,18 +276,23 @@ class ShardStream:
             record = read_record(path)
             self._records[shard] = record
             self._compare(shard)
-            self._say_left_out(record)
+            self._say_counts(record)
         return self._records.get(shard)
 
-    def _say_left_out(self, record: UnitRecord) -> None:
-        """Say how many rows are left out, whenever they have become ten times as many."""
+    def _say_counts(self, record: UnitRecord) -> None:
+        """Say how many rows are left out, or validated on too, whenever they have become ten times as many."""
         self._counts += record.counts
-        left_out = self._counts.read - self._counts.train - self._counts.validation
+        counts = self._counts
+        where = f"{describe(self._corpus)}: of the {counts.read:,} rows of the shards read so far"
+        left_out = counts.read - counts.train - counts.validation
         if left_out >= self._next_said:
             self._next_said = 10 ** len(str(left_out))
+            self.report(f"{where}, left out:" + counts.describe_left_out().replace(" +", "", 1))
+        if not counts.duplicate and counts.near_duplicates >= self._next_twice:
+            self._next_twice = 10 ** len(str(counts.near_duplicates))
             self.report(
-                f"{describe(self._corpus)}: of the {self._counts.read:,} rows of the shards read so far, left out:"
-                + self._counts.describe_left_out().replace(" +", "", 1)
+                f"{where}, {counts.near_duplicates:,} to train on are near duplicates of documents of the validation "
+                f"set ({counts.exact_duplicates:,} exact), kept (data.near_duplicates=drop leaves them out)"
             )
 
     def _compare(self, shard: int) -> None:

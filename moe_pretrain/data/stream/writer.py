@@ -4,6 +4,7 @@ A fresh interpreter without torch that sees no GPU, connected by a pipe; the ker
 which shards are read and works on the first one that is missing from there on. ``writer_process`` is its other end.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -11,16 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
-from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, describe
+from moe_pretrain.data.documents.config import CorpusConfig, HubCorpusConfig, can_be_on_both_sides, describe
 from moe_pretrain.data.documents.hub import START, Place, Retries
 from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
 from moe_pretrain.data.prepare import cache
+from moe_pretrain.data.shards.near_duplicates import HeldOutDocuments
 from moe_pretrain.data.shards.unit_shards import (
     SIDES,
     UNITS,
     UnitRecord,
     forget_shards,
+    held_out_documents,
     read_record,
     record_path,
     shard_is_whole,
@@ -99,6 +103,7 @@ class ShardsAhead:
         if self._plan is not None:
             self._write_end(len(self._plan))
         self._stream: Iterator[Unit] = iter(())
+        self._held_out: HeldOutDocuments | None = None
         self._next_in_stream: int | None = None  # shard that ``_stream`` gives next; None for no stream open
         self._cached = {int(path.stem.removeprefix("shard-")) for path in (job.folder / SIDES[0]).glob("shard-*.bin")}
 
@@ -108,6 +113,8 @@ class ShardsAhead:
         if shard is None:
             self._send("status", f"the writer has written {self._job.config.shards_ahead} shards ahead and pauses")
             return False
+        if self._held_out is None and can_be_on_both_sides(self._job.corpus):
+            self._held_out = self._look_up_held_out()
         self._send("status", f"the writer reads the source for shard {shard}")
         unit = self._unit(shard)
         if unit is None:
@@ -123,6 +130,7 @@ class ShardsAhead:
             self._tokenizer,
             None,
             lambda tokens, characters: self._alive(),
+            held_out=self._held_out,
         )
         if before is not None and before.shards != record.shards:
             raise ValueError(
@@ -133,6 +141,13 @@ class ShardsAhead:
             self._cached.add(shard)
         self._send("done", f"the writer has written shard {shard}")
         return True
+
+    def _look_up_held_out(self) -> HeldOutDocuments:
+        """The documents of the validation set: they must be known before the first shard to train on is written."""
+        self._send("status", "the writer reads the source for the validation set")
+        units = itertools.takewhile(bool, map(self._unit, range(self._job.config.validation_shards)))
+        documents = held_out_documents(self._job.corpus, cast(Iterator[Unit], units), self._tokenizer, self._alive)
+        return HeldOutDocuments(documents, self._job.corpus.near_duplicates != "ignore")
 
     def _wanted(self) -> Iterator[tuple[int, bool]]:
         """Training shards in the order of reading, each with whether it is read now or only ahead."""

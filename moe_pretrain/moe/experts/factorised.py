@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe_pretrain.moe.dispatch import sum_rows
+from moe_pretrain.moe.dispatch import scaled_rows, sum_rows
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.part_timer import part
@@ -145,7 +145,7 @@ class _FactorisedExpertsFunction(torch.autograd.Function):
             del grad_act
             grad_gate, grad_value = (part.contiguous() for part in grad_before.chunk(2, dim=1))
             grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)
-            rows = sources.index_select(0, source_of_row).mul_(factor)
+            rows = scaled_rows(sources, source_of_row, factor)
             grad_in_weight = block.outer(grad_value, rows, grad_in_weight)
             weighted_payload = payload[block.rows].clone().mul_(factor)
             grad_up_weight = block.outer(grad_gate, weighted_payload, grad_up_weight)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_pretrain.moe.dispatch import sum_rows
+from moe_pretrain.moe.dispatch import scaled_rows, sum_rows
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients, gated
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.part_timer import part
@@ -156,7 +156,7 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
             # In place with a float32 factor: the product is formed in float32 and rounded once.
             grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)
             del act, grad_rows
-            rows = sources.index_select(0, source_of_row).mul_(factor)
+            rows = scaled_rows(sources, source_of_row, factor)
             grad_in_weight = block.outer(grad_before, rows, grad_in_weight)
             grad_weights.append(grad_weight)
             grad_inputs.append(block.times_transposed(grad_before, in_weight))

@@ -174,7 +174,7 @@ class AutonomyBase(BalancedRouter):
         """Run every expert's first projection and let the scheme choose by the norms."""
         low, norms = self._first_activations(hidden)
         taken, sums = self.select(norms.detach(), context)
-        routes = token_index, expert_index = taken.nonzero(as_tuple=True)
+        routes = token_index, expert_index = self._routes(taken)
         probs = norms.softmax(dim=-1)
         if self._fields.weights == "selected":
             # The lowest finite number, not -inf: a token without experts would have weights of NaN.
@@ -188,6 +188,15 @@ class AutonomyBase(BalancedRouter):
         )
         routing.aux.update(self.more_aux(probs, context))
         return routing
+
+    def _routes(self, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and experts of the routes that are taken; where their number is known, nothing waits for it."""
+        if self.routes_per_token is None:
+            token_index, expert_index = taken.nonzero(as_tuple=True)
+        else:
+            found = torch.nonzero_static(taken, size=len(taken) * self.routes_per_token)
+            token_index, expert_index = found.unbind(dim=1)
+        return token_index, expert_index
 
     def _first_activations(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """``x W_down`` of every expert, and its norm."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes, expert_router_coupling_loss, load_balance_loss, router_z_loss
 from moe_pretrain.moe.router import Router
@@ -321,14 +322,17 @@ def router_use(
     sums: Float[Tensor, "sums"] | None = None,
 ) -> RouterUse:
     """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
+    tokens, entropy = _count_text(probs.detach(), context.token_mask)
+    return RouterUse(tokens_per_expert, tokens, entropy, tokens_per_expert.new_zeros(()), sums)
+
+
+@one_kernel_on_cuda
+def _count_text(
+    probs: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Number of text tokens, and their summed entropy."""
     entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
-    return RouterUse(
-        tokens_per_expert,
-        as_count(context.token_mask.sum()),
-        as_count((entropy * context.token_mask).sum()),
-        tokens_per_expert.new_zeros(()),
-        sums,
-    )
+    return as_count(token_mask.sum()), as_count((entropy * token_mask).sum())
 
 
 class BalancedRouter(Router):
@@ -390,13 +394,13 @@ class BalancedRouter(Router):
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask, self.balanced_costs),
                 "router_z": router_z_loss(logits, context.token_mask),
-                **self.own_losses(context),
+                **self.own_losses(probs, context),
             },
             payload=payload,
         )
 
-    def own_losses(self, context: RoutingContext) -> dict[str, Tensor]:
-        """Aux losses of what a scheme has beside them."""
+    def own_losses(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
+        """Aux losses that a scheme has beside these two."""
         return {}
 
 
@@ -432,7 +436,7 @@ class LinearRouter(BalancedRouter):
         own = {"expert_router_coupling": self._coupling[0]} if self.needs_proxy_norms else {}
         return super().aux_weights | own
 
-    def own_losses(self, context: RoutingContext) -> dict[str, Tensor]:
+    def own_losses(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
         """Coupling of experts and router where it is asked for; in training."""
         if context.proxy_norms is None:
             return {}

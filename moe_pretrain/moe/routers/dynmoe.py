@@ -212,8 +212,7 @@ class DynMoERouter(Router):
         self, hidden: Float[Tensor, "tokens hidden"], passed: Bool[Tensor, "tokens experts"], context: RoutingContext
     ) -> Float[Tensor, "sums"]:
         """Text's routes to each expert, the sum of the inputs without a route, and their number; float64."""
-        token_index, expert_index = passed.nonzero(as_tuple=True)
-        counts = self._count(token_index, expert_index, context)
+        counts = (passed & context.token_mask[:, None]).sum(dim=0).double()
         unrouted = ~passed.any(dim=1) & context.token_mask
         total = (hidden.detach().double() * unrouted[:, None]).sum(dim=0)
         return torch.cat([counts, total, unrouted.sum()[None].double()])
@@ -278,6 +277,11 @@ class DynMoERouter(Router):
         self.unrouted_sum.zero_()
         self.unrouted_tokens.zero_()
         return start
+
+    @property
+    def free_slots(self) -> Bool[Tensor, "experts"]:
+        """Slots without an expert."""
+        return self.in_use == 0
 
     def metrics(self, use: StepUse) -> dict[str, float]:
         """Experts in use, and the share of text tokens that passed no threshold."""

@@ -154,7 +154,8 @@ class KMeansRouter(Router):
     def _sums(self, features: Float[Tensor, "tokens features"], cluster: Tensor, text: Tensor) -> Float[Tensor, "sums"]:
         """Counts and feature sums of each cluster, and for the fit the Gram matrix; text only, float64."""
         seen = functional.pad(features, (0, 1), value=1.0).double() * text[:, None]
-        member = functional.one_hot(cluster, self.num_experts).double()
+        # Not ``one_hot``, which reads the largest index on the host.
+        member = (cluster[:, None] == torch.arange(self.num_experts, device=cluster.device)).double()
         by_cluster = member.T @ seen
         parts = [by_cluster[:, -1], by_cluster[:, :-1].flatten()]
         if self.config.rule == "least_squares":

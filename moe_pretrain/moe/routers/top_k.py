@@ -5,10 +5,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.losses import entropy_loss
 from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, best_first, check_within_experts
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
@@ -32,6 +33,8 @@ class TopKRouterConfig(LinearRouterConfig):
         groups_per_token: Groups that a token's experts may come from, in [1, num_groups] (DeepSeek-V3: 4 of 8).
         projection_size: Width between two linear maps that make the logits, or None for one map. It is the "large
             router" control of Autonomy-of-Experts: no non-linearity, only more parameters.
+        entropy_weight: Coefficient of the mean entropy of the distribution over experts, >= 0; what SEER-MoE
+            (arXiv:2404.05089) tunes a pruned model with.
     """
 
     name: Literal["top_k"]
@@ -42,6 +45,7 @@ class TopKRouterConfig(LinearRouterConfig):
     num_groups: PositiveInt
     groups_per_token: PositiveInt
     projection_size: PositiveInt | None
+    entropy_weight: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +81,9 @@ class TopKRouterConfig(LinearRouterConfig):
         return TopKRouter(self, hidden_size, num_experts, layer)
 
     def kept_per_token(self, hidden_size: int, num_experts: int) -> int:
-        """Beside noise: the numbers between the two maps."""
-        return super().kept_per_token(hidden_size, num_experts) + (self.projection_size or 0)
+        """Beside noise: the numbers between the two maps, and what the entropy is made of."""
+        of_entropy = 2 * num_experts if self.entropy_weight else 0
+        return super().kept_per_token(hidden_size, num_experts) + (self.projection_size or 0) + of_entropy
 
 
 class TopKRouter(LinearRouter):
@@ -131,6 +136,17 @@ class TopKRouter(LinearRouter):
         if self.config.num_groups > 1:
             scores = self._within_groups(scores, logits)
         return best_first(scores, logits)[:, : self.config.top_k]
+
+    @property
+    def aux_weights(self) -> dict[str, float]:
+        """Coefficients of the losses in ``Routing.aux``."""
+        weight = self.config.entropy_weight
+        return super().aux_weights | ({"entropy": weight} if weight else {})
+
+    def own_losses(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:
+        """The entropy where it is asked for, beside those of every linear router."""
+        own = {"entropy": entropy_loss(probs, context.token_mask)} if self.config.entropy_weight else {}
+        return super().own_losses(probs, context) | own
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts as selection orders them, groups aside."""

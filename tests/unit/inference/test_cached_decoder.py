@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.builders import tiny
-from helpers.schemes import CASES
+from helpers.schemes import CASES, MERGED
 from helpers.trained import model_of
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from moe_pretrain.inference.cached_decoder import CachedDecoder, check_generates
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.routers.top_k import TopKRouter
 
-WORDS = [words for cases in CASES.values() for words in cases]
+WORDS = [*(words for cases in CASES.values() for words in cases), *MERGED]
 LENGTH = 15
 
 

@@ -60,6 +60,30 @@ def test_the_window_is_judged_as_a_whole():
     assert warnings_of([EVEN, ONE_DEAD], [EVEN, other], window=2) == [[], []]
 
 
+def test_slots_without_an_expert_are_no_dead_ones():
+    """DynMoE: two of six slots are free; a third that was free at the end of any step of the window has no say yet."""
+    some = [10.0, 20.0, 0.0, 30.0, 0.0, 0.0]
+
+    def named(*steps: list[bool]) -> list[tuple[str, str]]:
+        health = RouterHealth([0], len(steps), RATIO)
+        for free in steps:
+            found = health.update(torch.tensor([some], dtype=torch.float64), 60, [torch.tensor(free)])
+        return found
+
+    free = [False, False, True, False, True, True]
+    came = [False, False, True, False, True, False]
+    assert named(free, free) == named(free, came) == named(came, free) == []
+    ((name, message),) = named(came, came)
+    assert name == "dead_experts" and "expert 5 of 4" in message
+
+
+def test_all_experts_in_use_for_every_token_are_no_collapse():
+    health, free = RouterHealth([0], 1, RATIO), torch.tensor([False, False, True, True])
+    assert health.update(torch.tensor([[30.0, 30.0, 0.0, 0.0]]).double(), 30, [free]) == []
+    both = health.update(torch.tensor([[30.0, 30.0, 0.0, 0.0]]).double(), 30)
+    assert [name for name, _ in both] == ["dead_experts", "collapsed_router"]
+
+
 def test_a_scheme_that_uses_every_expert_for_every_token_is_well():
     assert warnings_of([[30.0] * 6, [30.0] * 6]) == [[]]
 

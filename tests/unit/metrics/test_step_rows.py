@@ -14,13 +14,13 @@ from moe_pretrain.moe.types import ExpertKinds, ExpertShard
 from moe_pretrain.run_folder.metrics_file import MetricsRow
 
 
-def row_of(scheme: str, **state: list[float]) -> MetricsRow:
+def row_of(scheme: str, layer: int = 1, **state: list[float]) -> MetricsRow:
     """A step of 10 tokens in which expert e of 4 got e routes in the first layer, and one in the second."""
     config = tiny(f"router={scheme}")
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, 0)
-    for name, value in state.items():  # of the upper layer's router
-        getattr(model.moe_layers()[1].router, name).copy_(torch.tensor(value))
+    for name, value in state.items():  # of one layer's router
+        getattr(model.moe_layers()[layer].router, name).copy_(torch.tensor(value))
     num_sums = model.moe_layers()[0].router.num_sums
     result = StepResult(
         loss=2.0,
@@ -66,3 +66,8 @@ def test_expert_threshold_adds_its_own_of_each_layer() -> None:
     assert [row[f"moe/layer_{layer:02d}/unrouted_share"] for layer in (0, 1)] == [0.4, 0.6]
     assert [row[f"moe/layer_{layer:02d}/threshold_mean"] for layer in (0, 1)] == pytest.approx([0.55, 0.7])
     assert reduce_layers({**row, "step": 1, "tokens": 10})["moe/max/unrouted_share"] == 0.6
+
+
+@pytest.mark.parametrize("in_use,dead", [([1, 1, 1, 1], 1.0), ([0, 1, 1, 1], 0.0)])
+def test_slots_without_an_expert_are_not_counted_as_dead(in_use: list[float], dead: float) -> None:
+    assert row_of("dynmoe", 0, in_use=in_use)["moe/layer_00/dead_experts"] == dead

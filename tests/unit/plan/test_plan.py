@@ -49,6 +49,7 @@ ROUTERS = {
         *("model.moe.activation=gpt_oss", "model.moe.activation_limit=7", "router.bias=true", "router.logit_cap=30"),
     ],
     "coupled": ["router=top_k", "router.expert_router_coupling_weight=1", "model.moe.num_experts=8"],
+    "entropy": ["router=loss_free", "router.entropy_weight=0.1"],
     "coupled, latent": ["router.expert_router_coupling_weight=1", "model.moe.latent_size=24"],
     "latent": ["router=top_k", "model.moe.latent_size=24", "model.moe.num_shared_experts=1"],
     "latent, normed, orthogonal": [

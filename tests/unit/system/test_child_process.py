@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from moe_pretrain.system.child_process import start_helper
+from moe_pretrain.system.child_process import signal_main_thread, start_helper
 
 MAIN = """
 import os, sys
@@ -35,3 +37,39 @@ def test_the_caller_still_hears_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert start_helper("quick_helper", [], []).wait(20) == 0
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+STOPS = 30
+STOPPING = f"""
+import faulthandler, signal, sys, threading, time
+faulthandler.register(signal.SIGUSR2, file=sys.stdout)
+for _ in range(16):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+def stop():
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+def go_on():
+    time.sleep(0.005)
+for _ in range({STOPS}):
+    stop()
+    go_on()
+"""
+
+
+def test_a_stopped_main_thread_handles_its_signal_before_it_goes_on(tmp_path: Path):
+    """To the process, another of its threads took the signal two times of fifteen, and the stacks missed the place."""
+    path = tmp_path / "stacks.txt"
+    with path.open("w") as stacks:  # no pipe: those of 17 threads do not fit into one
+        process = subprocess.Popen([sys.executable, "-c", STOPPING], stdout=stacks)
+    for _ in range(STOPS):
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        signal_main_thread(process.pid, signal.SIGUSR2)
+        process.send_signal(signal.SIGCONT)
+    process.wait(20)
+    assert path.read_text().count("in stop\n") == STOPS
+
+
+def test_a_signal_to_no_process_is_an_error():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(20)
+    with pytest.raises(ProcessLookupError):
+        signal_main_thread(process.pid, signal.SIGCONT)

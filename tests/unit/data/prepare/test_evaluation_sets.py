@@ -9,6 +9,7 @@ from moe_pretrain import cli
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.data import TokenizerConfig, prepare_corpus, prepare_evaluation_set
+from moe_pretrain.data.documents.document import is_validation
 from moe_pretrain.data.prepare import prepare_corpus as preparation
 
 TOKENIZER = TokenizerConfig("train", 300, None)
@@ -39,6 +40,29 @@ def test_a_set_is_the_whole_corpus_in_the_same_tokens(trained_on, tmp_path):
     # The same file as a training corpus has a folder of its own.
     other = prepare_corpus(files(path, fraction=0.9), TOKENIZER, tmp_path / "cache", None, 1, None)
     assert other.train.folder.parent != reader.folder.parent and other.validation.num_documents > 30
+
+
+@pytest.mark.parametrize("policy, found", [("ignore", None), ("count", 3)])
+def test_documents_that_are_trained_on_are_counted_and_stay(tmp_path, policy, found):
+    def text_of(n):
+        return f"{n} " + " ".join(str(n * k % 997) for k in range(60))
+
+    path, code = tmp_path / "train.jsonl", tmp_path / "code.jsonl"
+    path.write_text("".join(json.dumps({"text": text_of(n)}) + "\n" for n in range(1, 60)))
+    corpus = prepare_corpus(files(path, fraction=0.2), TOKENIZER, tmp_path / "cache", None, 1, None)
+    trained_on = [text for n in range(1, 60) if not is_validation(text := text_of(n), 0.2)]
+    texts = [trained_on[0] + " end", trained_on[1], trained_on[2] + " and", text_of(100), text_of(101)]
+    code.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for _ in range(2):
+        lines: list[str] = []
+        config = files(code, near_duplicates=policy)
+        # A set may have the name of a source.
+        reader = prepare_evaluation_set(
+            "held-out documents", config, corpus, TOKENIZER, tmp_path / "cache", 100, 1, lines.append
+        )
+        number = 1 if found is None else found
+        words = f"{number} of 5 documents are near duplicates of training documents (1 exact), kept"
+        assert lines[-1] == f"evaluation.sets.held-out documents: {words}" and reader.num_documents == 5
 
 
 def test_errors_name_the_set(trained_on, tmp_path):

@@ -311,7 +311,7 @@ def test_held_out_documents_that_are_trained_on_nearly_are_counted_or_left_out(t
     assert [corpora[policy].counts.near_duplicates for policy in ("ignore", "count", "drop")] == [0, found, found]
     counts = corpora["drop"].counts
     assert (counts.read, counts.duplicate, counts.validation) == (len(texts), found, len(expected))
-    assert f"+ {found} held out but trained on too" in corpora["drop"].describe_counts()
+    assert f"+ {found} on both sides" in corpora["drop"].describe_counts()
     assert f"{found} held-out documents are near duplicates of training documents (0 exact), kept" in (
         corpora["count"].describe_counts()
     )

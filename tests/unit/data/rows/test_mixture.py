@@ -146,7 +146,7 @@ def test_a_mixture_that_stops_ends_before_the_first_repeated_row(readers):
     first = min(np.flatnonzero(order == n)[size] for n, size in enumerate(sizes))
 
     def steps_of(reader, rows):
-        corpus = TokenizedMixture({}, reader.config, {}, Path("tokenizer.json"))
+        corpus = TokenizedMixture({}, reader.config, {}, Path("tokenizer.json"), {})
         if not corpus.stops_when_exhausted:
             return None
         return steps_until_exhausted(TrainLoader(reader, SEQUENCE, rows, 1, 0, 1, 0, True))
@@ -192,7 +192,8 @@ def test_one_tokenizer_is_learnt_from_all_sources(sources, tmp_path):
         assert one.counts.read == len(list(documents(sources[name]))) == one.counts.train + one.counts.validation
     again = prepare_mixture(config, TOKENIZER, tmp_path / "cache", RUN, 1, None)
     assert again.fingerprint == made.fingerprint
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == ["files"] * 3 + ["tokenizer"]
+    kinds = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()]
+    assert sorted(kinds) == ["across", *["files"] * 3, "tokenizer"]
 
 
 def test_the_fingerprint_is_that_of_names_and_sources(sources, tmp_path):

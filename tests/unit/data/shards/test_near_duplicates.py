@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_pretrain.data.shards.near_duplicates import Sketcher, find_duplicates
+from moe_pretrain.data.shards.near_duplicates import HeldOutDocuments, Sketcher, find_duplicates
 
 
 def sketches(*documents):
@@ -63,3 +63,19 @@ def test_documents_shorter_than_a_run_and_empty_ones():
     exact, near = find_duplicates(held_out, [sketches([1, 2, 3, 4], [1])])
     assert exact.tolist() == near.tolist() == [False, True, True, False]
     assert not find_duplicates(sketches(), [sketches([1])])[1].size
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_one_document_at_a_time_gives_what_the_sketches_give(documents, near):
+    """Among many: those of similarity 0.9 down to 0.2, cuts, doubles and empty ones."""
+    held_out = [changed(tokens, every) for tokens, every in zip(documents, range(4, 164, 4), strict=False)]
+    held_out += [documents[3], documents[3], documents[4][:600], documents[5][400:], np.array([], dtype=int)]
+    looked_up = HeldOutDocuments(held_out, near)
+    exact, found = np.zeros(len(held_out), bool), np.zeros(len(held_out), bool)
+    for tokens in [*documents, np.array([1, 2]), np.array([], dtype=int)]:
+        exactly, nearly = looked_up.find(tokens)
+        exact[exactly] = found[nearly] = True
+    batches = [sketches(*documents, [1, 2], [])]
+    expected = find_duplicates(sketches(*held_out), batches, near)
+    assert exact.tolist() == expected[0].tolist() and found.tolist() == expected[1].tolist()
+    assert exact.sum() == 3 and near == (10 < found.sum() < 43)

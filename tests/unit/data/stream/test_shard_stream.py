@@ -18,6 +18,7 @@ from moe_pretrain.data.documents.hub import START
 from moe_pretrain.data.documents.work_units import documents
 from moe_pretrain.data.loader import TrainLoader
 from moe_pretrain.data.rows.permutation import RowPermutation
+from moe_pretrain.data.shards.unit_shards import NOTHING
 from moe_pretrain.data.stream import shard_stream as streaming_module
 from moe_pretrain.data.stream.rows import StreamedRows, Windows
 from moe_pretrain.data.stream.shard_stream import ShardStream
@@ -327,3 +328,40 @@ def test_rows_that_are_left_out_are_counted_and_said(tmp_path):
     assert len(told) == 2 and told[0].endswith(" left out: 1 without a text")
     read, without = re.search(r"of the (\d+) rows .* left out: (\d+) without a text$", told[1]).groups()
     assert 10 <= int(without) <= 21 and int(without) == sum(row["text"] is None for row in rows[: int(read)])
+
+
+@pytest.mark.parametrize("policy", ["count", "drop", "ignore"])
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_documents_of_the_validation_set_are_looked_for_in_the_whole_stream(tmp_path, policy, kind):
+    """Twins of held-out documents stand before them, behind them, and long after the first shards."""
+    words = [f"{n} {' '.join(str(n * k % 997) for k in range(60))}" for n in range(1, 61)]
+    held_out = [text for text in words[:20] if is_validation(text, 0.1)]
+    twins = [f"{text} end{n}" for text in held_out for n in range(12) if not is_validation(f"{text} end{n}", 0.1)]
+    assert len(held_out) > 1
+    texts = [twins[0], *words[:20], *twins[1:8], *words[20:], *twins[8:]]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = files(path, fraction=0.1, near_duplicates=policy)
+    if kind == "hub":
+        corpus = hub(name="json", files=(f"file://{path}",), validation_fraction=0.1, near_duplicates=policy)
+    config = streaming(shard_bytes=6000, validation_shards=1)
+    lines: list[str] = []
+    stream, writer = open_inline(tmp_path / "cache", corpus, config, lines)
+    validation, _, _ = stream.validation(never)
+    in_set = {text for text in words[:20] if is_validation(text, 0.1)}
+    assert validation.num_documents == len(in_set)
+    records, shard = [], 0
+    while record := stream.wait_for_record(shard, shard, never):
+        records.append(record)
+        shard += 1
+    total = sum((record.counts for record in records), NOTHING)
+    found = 0 if policy == "ignore" else len(twins)
+    assert total.near_duplicates == found and total.duplicate == (found if policy == "drop" else 0)
+    assert total.read == len(texts) == total.train + total.validation + total.duplicate
+    said = [line for line in lines if "are near duplicates of documents of the validation set (0 exact), kept" in line]
+    assert bool(said) == (policy == "count")
+    assert any("on both sides, exactly or nearly" in line for line in lines) == (policy == "drop")
+    # The writer that goes on after these shards writes what comes then as one that wrote them all.
+    shutil.rmtree(tmp_path / "cache" / "units")
+    again, _ = open_inline(tmp_path / "cache", corpus, config)
+    assert [again.wait_for_record(n, n, never) for n in range(shard)] == records

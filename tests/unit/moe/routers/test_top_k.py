@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.papers import pruning
 from torch import Tensor
 
 from moe_pretrain.moe.counter_noise import counter_uniform
@@ -292,3 +293,21 @@ def test_logits_keep_the_input_as_it_came(dtype: torch.dtype) -> None:
     ):
         assert value.dtype == reference.dtype
         torch.testing.assert_close(value, reference)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_entropy_of_seer_is_that_of_text_tokens(score: str):
+    """SEER-MoE's regulariser; with a bias of another scheme it would be left out, as the scores are without."""
+    router, hidden = make_router(entropy_weight=0.1, score=score), torch.randn(TOKENS, HIDDEN)
+    mask = torch.arange(TOKENS) < 9
+    routing = router(hidden, make_context(token_mask=mask))
+    logits = hidden[mask].double() @ router.weight.double().T
+    if score == "sigmoid":  # a distribution whose softmax is that of the divided scores
+        logits = logits.sigmoid().log()
+    expected = pruning.router_entropy(logits, range(EXPERTS))
+    assert routing.aux["entropy"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert router.aux_weights["entropy"] == 0.1 and "entropy" not in make_router().aux_weights
+    with torch.no_grad():
+        (gradient,) = torch.autograd.grad(routing.aux["entropy"], router.weight)
+        router.weight -= 0.1 * gradient
+    assert router(hidden, make_context(token_mask=mask)).aux["entropy"] < routing.aux["entropy"]

@@ -1,0 +1,70 @@
+"""Regions that are one kernel on a GPU, compiled for the CPU, against the operations that they are made of."""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_pretrain.model import layers
+from moe_pretrain.moe import dispatch, losses
+from moe_pretrain.moe.compiled import compiled
+from moe_pretrain.moe.experts import activation
+from moe_pretrain.moe.routers import base
+
+ROWS, SOURCES, HIDDEN, EXPERTS, VOCAB = 37, 19, 24, 5, 96
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def probs() -> Tensor:
+    return torch.randn(ROWS, EXPERTS).softmax(dim=-1).requires_grad_()
+
+
+MASK = torch.arange(ROWS) % 4 > 0
+LABELS = torch.where(MASK, torch.arange(ROWS) * 2, layers.IGNORE_INDEX)
+SLOTS = torch.tensor([[row, -1 if row % 3 else (row + 18) % ROWS] for row in range(SOURCES)])
+HEADS, ANGLES = (2, 3, 8, 16), torch.rand(2, 1, 8, 8)
+REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]]] = {
+    "activation": (activation._swiglu, lambda: (rows(ROWS, 2 * HIDDEN),)),
+    "its gradients": (activation._swiglu_gradients, lambda: (rows(ROWS, 2 * HIDDEN), rows(ROWS, HIDDEN))),
+    "rotary": (layers._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), False)),
+    "rotary, back": (layers._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), True)),
+    "sums of the loss": (layers._cross_entropy_sums, lambda: (rows(ROWS, VOCAB), LABELS)),
+    "gradient of the loss": (
+        layers._cross_entropy_gradient,
+        lambda: (rows(ROWS, VOCAB), LABELS, 3 + torch.rand(ROWS, 1), 90 + torch.rand(ROWS, 1)),
+    ),
+    "weighted sum": (dispatch._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS, torch.rand(ROWS), False)),
+    "full sum": (dispatch._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS.abs(), None, True)),
+    "scaled rows": (dispatch.scaled_rows, lambda: (rows(SOURCES, HIDDEN), SLOTS[:, 0], torch.rand(SOURCES, 1))),
+    "balance": (losses._mean_of_shares, lambda: (torch.rand(1, EXPERTS).double(), probs(), MASK)),
+    "z loss": (losses.router_z_loss, lambda: (torch.randn(ROWS, EXPERTS, requires_grad=True), MASK)),
+    "entropy": (losses.entropy_loss, lambda: (probs(), MASK)),
+    "statistics": (base._count_text, lambda: (probs().detach(), MASK)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for the CPU needs g++")
+@pytest.mark.parametrize("name", REGIONS)
+def test_a_compiled_region_is_its_operations_within_rounding(name: str):
+    """Values and, where there are any, gradients: a bfloat16 may round to its neighbour, a float32 sum in any order."""
+    region, arguments = REGIONS[name]
+    given = arguments()
+    leaves = [value for value in given if isinstance(value, Tensor) and value.requires_grad]
+    found, expected = (_values(function(*given), leaves) for function in (compiled(region), region))
+    assert len(found) == len(expected) > 0
+    for value, reference in zip(found, expected, strict=True):
+        # The plain gradients round products to bfloat16 before they add them, the compiled ones do not.
+        is_rounded = value.dtype == torch.bfloat16 or name == "its gradients"
+        error = (value.double() - reference.double()).norm() / reference.double().norm()
+        assert error <= (2**-7 if is_rounded else 1e-6)
+
+
+def _values(output: object, leaves: list[Tensor]) -> list[Tensor]:
+    outputs = [output] if isinstance(output, Tensor) else list(output)
+    return outputs + (list(torch.autograd.grad(outputs[0], leaves)) if leaves else [])
