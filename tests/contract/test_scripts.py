@@ -48,6 +48,14 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         ["--cpu-clock", "--rounds=1", "--tokens=64", "--hidden=64", "--width=64"],
         ["\nmoe_pretrain ", "\nOLMoE grouped_mm ", "\nDeepSpeed MoE, no drop "],
     ),
+    "bench/bench_product.py": (
+        ["--steps=1", *SMALL_MODEL],
+        [
+            "tokens per step in 2 micro-batches",
+            "\nkernels of a micro-batch ",
+            "\nGB beside products, of a micro-batch ",
+        ],
+    ),
     "bench/bench_step.py": (
         ["--cpu-clock", "--rounds=1", *SMALL_MODEL],
         ["\nmoe_pretrain ", "\ndense twin ", "\ntransformers Mixtral "],
@@ -243,6 +251,27 @@ def test_the_gpu_check_without_a_gpu_is_one_error():
     )
     assert done.returncode == 1
     assert done.stderr == f"error: {sys.executable} finds no CUDA device\n" and not done.stdout
+
+
+@pytest.mark.parametrize(("devices", "gib"), [(1, 80), (2, 141)])
+def test_the_gpu_check_makes_one_table_within_its_time(checkout: Path, devices: int, gib: int):
+    """Of what its parts print, with a python that only says that there are GPUs."""
+    printed = {"pytest": "15 passed", "bench_product": "seconds  1.5  2.5\nkernels of a micro-batch  2000  1900"}
+    cases = "".join(f"*{name}*) printf '{text}\n';; " for name, text in printed.items())
+    python = checkout / "python"
+    python.write_text(f'#!/bin/bash\ncase "$*" in -c*) printf "H\\t{gib}\\t{devices}\\n";; {cases} *) false;; esac\n')
+    python.chmod(0o755)
+    code, out, _ = shell(checkout, "gpu_check.sh", PYTHON=str(python))
+    table = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in out.partition("---")[2].splitlines()[1:])
+    assert code == 1, "the other benchmarks have failed, and are in the table"
+    assert f"{devices} x H, {gib} GiB" in out and table["GPU tests"] == "15 passed"
+    assert table["layer"] == "FAILED, see outputs/gpu_check/layer.log"
+    assert table["product, 700m: s a step"] == "1.5" and table["kernels of a micro-batch"] == "2000"
+    assert table["planned"] == "2.5" and table["counted without a GPU"] == "1900"
+    assert ("product, 700m, 2 GPUs, EP 2: s a step" in table) == (devices == 2)
+    assert ("step, 4b" in table) == (gib < 100)
+    limits = [int(seconds) for seconds in re.findall(r"^ *part (\d+) ", (SCRIPTS / "gpu_check.sh").read_text(), re.M)]
+    assert len(limits) == 6 and sum(limits) < 8 * 60
 
 
 @pytest.mark.parametrize("script", sorted(script for script in FILES if not script.endswith(".py")))

@@ -110,6 +110,28 @@ def test_attention_equals_explicit_softmax():
     torch.testing.assert_close(attend(query, key, value, document_mask(documents)), expected)
 
 
+def test_rows_of_one_document_are_attended_together(monkeypatch: pytest.MonkeyPatch):
+    """And the others document by document, all of them in their places."""
+    lengths = [[12], [12], [5, 7], [12], [3, 3, 6], [12]]
+    documents = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    query, key, value = torch.randn(6, 4, 12, 6), torch.randn(6, 2, 12, 6), torch.randn(6, 2, 12, 6)
+    calls, sdpa = [], functional.scaled_dot_product_attention
+    noted = lambda query, *others, **words: calls.append(tuple(query.shape)) or sdpa(query, *others, **words)  # noqa: E731
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    found = attend(query, key, value, document_mask(documents))
+    torch.testing.assert_close(found, explicit_attention(query, key, value, documents))
+    assert [(shape[0], shape[2]) for shape in calls] == [
+        (2, 12),
+        (1, 5),
+        (1, 7),
+        (1, 12),
+        (1, 3),
+        (1, 3),
+        (1, 6),
+        (1, 12),
+    ]
+
+
 def test_flex_attention_mask_is_the_same_rule():
     """The CUDA path's mask function, on the CPU through dense SDPA and FlexAttention's forward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
