@@ -17,7 +17,7 @@ from moe_pretrain.metrics.step_rows import read_part_times
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, REPORT_FILE
 from moe_pretrain.run_folder.provenance import read_config, read_summary
-from moe_pretrain.run_folder.record import flatten, load_rows
+from moe_pretrain.run_folder.record import flatten, load_rows, show
 from moe_pretrain.run_folder.task_results import TaskResultFiles
 from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import short_duration, short_number
@@ -35,6 +35,13 @@ def _lookup(config: dict[str, Any], *paths: str) -> Any:
         if value is not None and not isinstance(value, dict | list):
             return value
     return None
+
+
+def _router(config: dict[str, Any]) -> Any:
+    """The scheme, or the schemes by layer."""
+    found = _lookup(config, "router", "router.name", "moe.router", "moe.router.name")
+    name = show(flatten(config), "router.name")
+    return name if found is not None and name.startswith(f"{found}{{") else found
 
 
 def _median(rows: list[MetricsRow], key: str) -> float | None:
@@ -66,7 +73,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
     validation_losses = [row["validation/loss"] for row in validation]
     return {
         "run_name": run_dir.resolve().name,  # not the recorded one: a copy is the run where it lies
-        "router": _lookup(config, "router", "router.name", "moe.router", "moe.router.name"),
+        "router": _router(config),
         "model": _lookup(config, "model", "model.name", "model.size"),
         "total_parameters": recorded.get("total_parameters"),
         "active_parameters": recorded.get("active_parameters"),

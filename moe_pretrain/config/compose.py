@@ -24,8 +24,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from moe_pretrain.config.layer_choices import layer_choices, settle_layers, words_of_choice
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.parameter_groups import GROUP_NAMES
+from moe_pretrain.moe.by_layer import in_place
 
 ROOT_CONFIG = "pretrain"
 RENAMED = {"batch.total_tokens": "budget.tokens"}
@@ -201,11 +203,15 @@ def refuse_resolvers(overrides: Sequence[str], given: Sequence[str]) -> None:
     Raises:
         ConfigError: The first such value.
     """
-    with _hydra(overrides):
-        values = OmegaConf.to_container(compose(ROOT_CONFIG, overrides=list(overrides)), resolve=False)
-    for path, value in _texts(values, ""):
-        if _RESOLVER.search(value) and not any(value in word for word in given):
-            raise ConfigError(f"{path}={value} is not evaluated for a run's folder: give it on the command line")
+    composed = [list(overrides)]
+    for words in composed:
+        with _hydra(words):
+            values: Any = OmegaConf.to_container(compose(ROOT_CONFIG, overrides=words), resolve=False)
+        for path, value in _texts(values, ""):
+            if _RESOLVER.search(value) and not any(value in word for word in given):
+                raise ConfigError(f"{path}={value} is not evaluated for a run's folder: give it on the command line")
+        if len(composed) == 1:
+            composed += [words_of_choice(choice, overrides) for choice in layer_choices(values["router"]).values()]
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -235,7 +241,14 @@ def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
             del composed["hydra"]
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    found = {str(key): value for key, value in values.items()}
+    settle_layers(found, overrides, lambda words: deepcopy(_composed_choice(tuple(words))))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _composed_choice(words: tuple[str, ...]) -> dict[str, Any]:
+    return compose_values(words)
 
 
 @contextmanager
@@ -315,10 +328,13 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
     if location[:3] in (["model", "moe", "combine"], ["model", "moe", "experts"]) and len(location) > 4:
         del location[3]
     is_named_corpus = location[:2] in (["evaluation", "sets"], ["data", "sources"]) and len(location) > 3
-    if is_named_corpus:
+    of_layers = location[:2] == ["router", "layers"] and len(location) > 2
+    if is_named_corpus or (of_layers and len(location) > 3):
         del location[3]
     if first["type"] == "value_error":
         text = str(first["ctx"]["error"])
+        if of_layers:
+            return in_place(text, ".".join(location[:3]))
         # A corpus calls itself data, wherever it stands.
         return f"{'.'.join(location[:3])}.{text.removeprefix('data.')}" if is_named_corpus else text
     path = ".".join(location)
@@ -425,6 +441,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key = override.partition("=")[0]
         if override in chosen or override.startswith(("+", "~")) or not key:
             continue
+        if key.startswith("router.layers.") and fields.get("router", {}).get("name") == "by_layer":
+            return _explain_layers(override, key.split(".")[2], fields["router"]["layers"])
         known = fields
         for depth, part in enumerate(parts := key.split(".")):
             if not isinstance(known, dict) or part not in known:
@@ -436,6 +454,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             known = known[part]
     text = " ".join(str(error).split())
     return text.removesuffix(" Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.")
+
+
+def _explain_layers(override: str, key: str, layers: Any) -> str:
+    """Way out for an override of settings that layers do not have as yet."""
+    if isinstance(layers, dict) and isinstance({str(name): value for name, value in layers.items()}.get(key), dict):
+        return f"{override}: these layers have their choice's own value so far; write +{override}"
+    return f"{override}: no layers have such a key; give all: 'router.layers={{0-1:{{router:hash,top_k:4}},...}}'"
 
 
 def _fields_of(chosen: Sequence[str]) -> Any:

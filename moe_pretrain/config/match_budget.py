@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from moe_pretrain.model.decoder import ModelConfig
-from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.moe.build import check_experts, expected_ffn_experts, expert_width, with_expert_width
+from moe_pretrain.model.size import ModelSize, mean_ffn_experts, model_size
+from moe_pretrain.moe.build import check_experts, expert_width, with_expert_width
 from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.schedule.budget import BudgetConfig, Matched, Measure
 
@@ -88,7 +88,8 @@ def _expert_width(model: ModelConfig, router: RouterConfig, budget: BudgetConfig
 def _num_experts(model: ModelConfig, router: RouterConfig, budget: BudgetConfig) -> _Problem:
     if router.dense_experts:
         raise ValueError("budget.solve=num_experts must be expert_width with router=dense, which has no experts")
-    of_all = router.expert_gate_rank or router.scored_experts(model.moe.num_experts) == model.moe.num_experts
+    schemes, total = router.parts().values(), model.moe.num_experts
+    of_all = router.expert_gate_rank or any(scheme.scored_experts(total) == total for scheme in schemes)
     if budget.match != "total_params" and not of_all:
         raise ValueError(
             f"budget.solve=num_experts must be expert_width with budget.match={budget.match} and router={router.name}: "
@@ -152,7 +153,7 @@ def describe_match(model: ModelConfig, router: RouterConfig, budget: BudgetConfi
     if name == "expert_hidden_size" and not router.dense_experts:
         width = expert_width(model.moe, router, model.hidden_size)
         line += f", experts {width} wide by equation 5" if width != now else ""
-    used = router.dense_experts or expected_ffn_experts(model.moe, router)
+    used = router.dense_experts or mean_ffn_experts(model, router)
     lines = [f"{line}; a token is expected to use {used:g} experts"]
     for kind, value in measures(model_size(model, router)).items():
         wanted = matched.reference[kind]

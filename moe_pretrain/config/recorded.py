@@ -33,6 +33,8 @@ _MISSING, _NOT_GIVEN = object(), object()
 
 
 _SEARCH_PATH = "hydra.searchpath"
+_LAYERS = ("router", "layers")
+"""Schemes by layer go on as a whole: Hydra has no words for a field below a key such as ``0-1``."""
 
 
 def earlier_words(folder: Path, recorded: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -219,7 +221,7 @@ def _solved(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and path != _LAYERS:
         return {at: leaf for key, inner in value.items() for at, leaf in _leaves(inner, (*path, str(key))).items()}
     return {path: value}
 

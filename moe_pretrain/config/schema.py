@@ -30,7 +30,7 @@ from moe_pretrain.metrics.writer import MetricsConfig
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.build import check_combine, check_coupling, check_experts, check_gate, check_latent
-from moe_pretrain.moe.routers import ShippedRouterConfig
+from moe_pretrain.moe.by_layer import AnyRouterConfig
 from moe_pretrain.parallel.config import ParallelConfig
 from moe_pretrain.schedule.batch_plan import BatchConfig
 from moe_pretrain.schedule.budget import BudgetConfig
@@ -154,7 +154,7 @@ class Config:
     run: RunConfig
     sweep: SweepConfig
     model: ModelConfig
-    router: Annotated[ShippedRouterConfig, pydantic.Field(discriminator="name")]
+    router: Annotated[AnyRouterConfig, pydantic.Field(discriminator="name")]
     data: Annotated[DataConfig, pydantic.Field(discriminator="source")]
     streaming: StreamingConfig
     tokenizer: TokenizerConfig
@@ -172,6 +172,7 @@ class Config:
     fault: FaultConfig
 
     def __post_init__(self) -> None:
+        self.router.check_layers(self.model.moe_layers, self.model.num_layers)
         check_experts(self.model.moe, self.router)
         self.router.check_sequence_length(self.model.sequence_length)
         if self.model.init == "mup" and (self.router.merges_experts or self.model.moe.experts.name == "matrix_product"):

@@ -76,17 +76,20 @@ def check_elastic(
         raise ValueError(
             f"experts=matrix_product must be swiglu {word}: the gradient of the shared cores would be summed by rank"
         )
-    with torch.device("meta"):
-        module = build_router(model.moe, router, model.hidden_size, layer=0)
-    if module.needs_proxy_norms:
-        raise ValueError(
-            f"router.expert_router_coupling_weight must be 0 {word}: the experts' part of its gradient is of no sender"
-        )
-    if module.needs_expert_scores or module.expert_arguments(range(1)):
-        raise ValueError(
-            f"router={router.name} must be another {word}: its own parameters take part on the ranks of the experts, "
-            "where their gradients would be summed by rank (autonomy: set router.gate_activation=travels)"
-        )
+    for layer in router.twin_layers(model.moe_layers):
+        with torch.device("meta"):
+            module = build_router(model.moe, router, model.hidden_size, layer)
+        if module.needs_proxy_norms:
+            raise ValueError(
+                f"router.expert_router_coupling_weight must be 0 {word}: the experts' part of its gradient is of no "
+                "sender"
+            )
+        if module.needs_expert_scores or module.expert_arguments(range(1)):
+            raise ValueError(
+                f"router={router.of_layer(layer).name} must be another {word}: its own parameters take part on the "
+                "ranks of the experts, where their gradients would be summed by rank (autonomy: set "
+                "router.gate_activation=travels)"
+            )
 
 
 class TreeSum:

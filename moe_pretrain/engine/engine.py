@@ -75,7 +75,7 @@ class TrainEngine:
         layers = model.moe_layers()
         self._layer_row = {layer.router.layer: row for row, layer in enumerate(layers)}
         self._kinds = layers[0].kinds if layers else ExpertKinds(0)
-        self._num_sums = layers[0].router.num_sums if layers else 0
+        self._num_sums = [layer.router.num_sums for layer in layers]
         self._elastic = ElasticGradients(model, mesh) if config.determinism == "elastic" else None
         self.optimizer_config = optimizer
         self.client_optimizer = build_optimizer(model, optimizer, is_exact=self._elastic is not None)
@@ -195,7 +195,7 @@ class TrainEngine:
 
     def _no_sums(self) -> StepSums:
         names = list(self.model.aux_weights)
-        return StepSums(names, len(self._layer_row), self._kinds, self._num_sums, self.mesh.device)
+        return StepSums(names, self._kinds, self._num_sums, self.mesh.device)
 
     def _diagnose(
         self,
@@ -300,14 +300,8 @@ class TrainEngine:
         third more compute. ``router.load_balance_level=last_step`` avoids it from the second step on, ``sequence``
         and a larger micro-batch always.
         """
-        layers = self.model.moe_layers()
-        needs_routes = bool(layers) and layers[0].router.needs_global_routes
-        return needs_routes and self._plan.accumulation > 1 and not self._knows_last_step(step)
-
-    def _knows_last_step(self, step: int) -> bool:
-        """Whether the balance loss takes the routes of the step before."""
-        layers = self.model.moe_layers()
-        return step > 0 and bool(layers) and layers[0].last_routes is not None
+        needing = [layer for layer in self.model.moe_layers() if layer.router.needs_global_routes]
+        return self._plan.accumulation > 1 and any(step == 0 or layer.last_routes is None for layer in needing)
 
     def _count_routes_ahead(self, step: int, batches: list[MicroBatch]) -> Tensor:
         """Routes per layer and expert of the whole global batch, from a pass without gradient."""
@@ -321,24 +315,20 @@ class TrainEngine:
 
     def _global_routes(self, step: int, ahead: Tensor | None) -> Callable[[int, Tensor], Tensor]:
         """The context's ``sum_over_global_batch``."""
+        layers = self.model.moe_layers()
 
-        def from_pass(layer: int, counts: Tensor) -> Tensor:
-            assert ahead is not None
-            return ahead[self._layer_row[layer]]
-
-        def over_ranks(layer: int, counts: Tensor) -> Tensor:
+        def of_layer(layer: int, counts: Tensor) -> Tensor:
+            row = self._layer_row[layer]
+            last = layers[row].last_routes
+            if step > 0 and last is not None:
+                return last
+            if ahead is not None:
+                return ahead[row]
             counts = counts.clone()
             dist.all_reduce(counts)
             return counts
 
-        def of_last_step(layer: int, counts: Tensor) -> Tensor:
-            routes = self.model.moe_layers()[self._layer_row[layer]].last_routes
-            assert routes is not None
-            return routes
-
-        if self._knows_last_step(step):
-            return of_last_step
-        return over_ranks if ahead is None else from_pass
+        return of_layer
 
     def _clip(self) -> Tensor:
         """Global norm over all ranks' experts, each parameter once, and clipping by it; stage 0 only."""

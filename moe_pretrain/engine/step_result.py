@@ -1,6 +1,6 @@
 """Results of a step and of an evaluation, and the sums over micro-batches and ranks that they come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class StepResult:
         tokens: Text tokens of the global batch.
         router_entropy: Mean entropy of the routing distribution per MoE layer, nats.
         dropped_share: Share of routes that no expert computed, per MoE layer.
-        sums: The scheme's own sums ``[moe_layers, num_sums]``, float64, on the training device.
+        sums: Each MoE layer's own sums ``[num_sums]``, float64, on the training device.
         token_hash: Wrapping 64-bit sum of the hashes of the rows consumed.
         sickness: None, or why the step changed nothing: a loss or gradient that is not finite, and where it arose.
     """
@@ -42,7 +42,7 @@ class StepResult:
     tokens: int
     router_entropy: list[float]
     dropped_share: list[float]
-    sums: Tensor
+    sums: Sequence[Tensor]
     token_hash: int
     sickness: str | None = None
 
@@ -65,7 +65,7 @@ class StepResult:
 
     def layer_uses(self) -> list[StepUse]:
         """Sums by which each MoE layer's router may move its state."""
-        routes = self.tokens_per_expert.to(self.sums.device)
+        routes = self.tokens_per_expert.to(self.sums[0].device) if self.sums else self.tokens_per_expert
         mean = self._per_token(self.tokens_per_expert)
         return [StepUse(own, self.tokens, mean, sums) for own, sums in zip(routes, self.sums, strict=True)]
 
@@ -92,12 +92,14 @@ class Evaluation:
 class StepSums:
     """Sums over one step's micro-batches; one stacked all-reduce at its end covers all layers."""
 
-    def __init__(self, aux_names: list[str], num_layers: int, kinds: ExpertKinds, num_sums: int, device: torch.device):
-        self.aux_names, self.num_layers, self.num_experts = aux_names, num_layers, kinds.total
-        self.kinds = kinds
+    def __init__(self, aux_names: list[str], kinds: ExpertKinds, num_sums: list[int], device: torch.device):
+        """Begin at 0; ``num_sums`` has the number of each MoE layer's own sums."""
+        self.aux_names, self.num_experts = aux_names, kinds.total
+        self.kinds, self.num_sums = kinds, num_sums
         num_experts = kinds.total
         self.scalars = torch.zeros(1 + len(aux_names), dtype=torch.float64, device=device)
-        self.layers = torch.zeros(num_layers, num_experts + 2 + num_sums, dtype=torch.float64, device=device)
+        columns = num_experts + 2 + max(num_sums, default=0)
+        self.layers = torch.zeros(len(num_sums), columns, dtype=torch.float64, device=device)
 
     def add(self, output: LMOutput, share: float) -> None:
         """Add one micro-batch; ``share`` is its part of the global batch's tokens."""
@@ -109,7 +111,7 @@ class StepSums:
             self.layers[row, self.num_experts] += use.router_entropy
             self.layers[row, self.num_experts + 1] += use.dropped_routes
             if use.sums is not None:
-                self.layers[row, self.num_experts + 2 :] += use.sums
+                self.layers[row, self.num_experts + 2 :][: self.num_sums[row]] += use.sums
 
     def reduce(self) -> None:
         """Sum over ranks."""
@@ -153,7 +155,7 @@ class StepSums:
             kinds=self.kinds,
             tokens=counts.tokens,
             router_entropy=(layers[:, self.num_experts] / max(counts.tokens, 1)).tolist(),
-            sums=self.layers[:, self.num_experts + 2 :],
+            sums=[own[self.num_experts + 2 :][:number] for own, number in zip(self.layers, self.num_sums, strict=True)],
             dropped_share=(layers[:, self.num_experts + 1] / routes.sum(dim=1).clamp(min=1)).tolist(),
             token_hash=token_hash,
             sickness=sickness,

@@ -19,7 +19,7 @@ from moe_pretrain.huggingface.expert_values import expert_values
 from moe_pretrain.huggingface.remote_code.assemble import FILE, assemble, model_class, schemes
 from moe_pretrain.huggingface.tensors import ExportedTensor
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.moe.build import expert_gate, expert_width
+from moe_pretrain.moe.build import expert_gate, expert_width, is_lowest
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.types import float32_parameters
@@ -105,16 +105,17 @@ def _refuse_what_cannot_generate(config: Config, model: DecoderLM) -> None:
             f"router={config.router.name} cannot be exported: in evaluation a token's experts depend on later tokens, "
             "which do not exist yet when text is generated"
         )
+    names = {scheme.name for scheme in config.router.parts().values()}
     if isinstance(config.model.moe.combine, OrthogonalConfig) and config.model.moe.combine.form != "symmetric":
-        if config.router.name in _EQUAL_WEIGHTS:
+        for name in sorted(names & set(_EQUAL_WEIGHTS)):
             raise ConfigError(
-                f"combine=orthogonal with router={config.router.name} cannot be exported: a token's weights are equal, "
+                f"combine=orthogonal with router={name} cannot be exported: a token's weights are equal, "
                 "and the order in which it makes its outputs orthogonal is not kept; model.moe.combine.form=symmetric "
                 "has none"
             )
-    if routers and config.router.name not in schemes():
+    for name in sorted(names - schemes().keys()) if routers else ():
         raise ConfigError(
-            f"router={config.router.name} cannot be exported: it has no inference form yet; one file in "
+            f"router={name} cannot be exported: it has no inference form yet; one file in "
             "moe_pretrain/huggingface/remote_code/routers is it"
         )
 
@@ -347,15 +348,32 @@ def _remote(config: Config, model: DecoderLM) -> Architecture:
         "latent_size": moe.latent_size,
         "latent_norm": moe.latent_norm,
         "experts_own_down": moe.gate_rank is not None,
-        "router": asdict(router) if has_experts else None,  # type: ignore[call-overload]
+        "router": _router_values(config) if has_experts else None,
     }
     own = moe.experts.name
     networks = own if own in ("unequal", "matrix_product") else "swiglu" if rank is None else "factorised"
     pieces: tuple[str, ...] = (networks, *(["zero_computation"] if moe.kinds.zero_computation else []))
     if router.merges_experts:
         pieces = ()
-    source = assemble(router.name, pieces, moe.combine.name) if has_experts else assemble(None)
+    names = list(dict.fromkeys(scheme.name for scheme in router.parts().values()))
+    is_by_layer = len(router.parts()) > 1
+    source = assemble(names, pieces, moe.combine.name, is_by_layer) if has_experts else assemble(())
     return Architecture("MoePretrainForCausalLM", values, list(_as_they_are(model, source, values)), source)
+
+
+def _router_values(config: Config) -> dict[str, Any]:
+    """Settings of the scheme; of several those of each layer, and whether it has what the layer below may carry."""
+    model, router = config.model, config.router
+    if len(router.parts()) == 1:
+        (scheme,) = router.parts().values()
+        return asdict(scheme)  # type: ignore[call-overload]  # every scheme is a dataclass
+    of_layer = [
+        {**asdict(router.of_layer(layer)), "is_lowest": is_lowest(model.moe, router, layer)}  # type: ignore[call-overload]
+        if model.moe.is_moe_layer(layer)
+        else None
+        for layer in range(model.num_layers)
+    ]
+    return {"name": router.name, "of_layer": of_layer}
 
 
 def _as_they_are(model: DecoderLM, source: str, values: dict[str, Any]) -> Iterator[ExportedTensor]:

@@ -23,7 +23,7 @@ def model_card(run: TrainedRun, architecture: Architecture, dtype: str, check: s
     trust = ", trust_remote_code=True" if architecture.modelling_file else ""
     facts = {
         "run": config.run.name,
-        "routing scheme": config.router.name,
+        "routing scheme": config.router.description,
         "parameters": f"{size.total_parameters:,} ({size.active_parameters:,.0f} active)",
         "layers, width, vocabulary": f"{shape.num_layers}, {shape.hidden_size}, {shape.vocab_size}",
         "steps, tokens": f"{state.step:,}, {'not recorded' if state.tokens is None else f'{state.tokens:,}'}",

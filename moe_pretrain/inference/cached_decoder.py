@@ -36,7 +36,7 @@ def check_generates(model: DecoderLM, name: str) -> str | None:
             f"router={name} cannot generate: a new token's experts are chosen by hidden states of earlier tokens, "
             "which are kept for schemes that merge experts only"
         )
-    return routers[0].evaluation_rule or None if routers else None
+    return model.evaluation_rule or None
 
 
 class CachedDecoder:

@@ -1,5 +1,6 @@
 """A Llama-style decoder whose feed-forward networks are mixtures of experts."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -138,8 +139,8 @@ class LMOutput(NamedTuple):
 
     Attributes:
         loss_sum: Cross-entropy summed over counted positions, nats, float32; of several passes their mean.
-        aux: Each aux loss of the routers, unweighted, averaged over MoE layers; of two passes also ``consistency``,
-            their symmetric KL divergence, the mean over text.
+        aux: Each aux loss of the routers, unweighted, averaged over MoE layers, those that have it; of two passes also
+            ``consistency``, their symmetric KL divergence, the mean over text.
         uses: Statistics of each MoE layer, bottom up; of several passes their mean.
         num_passes: Passes over the micro-batch, whose cross-entropies the objective adds.
     """
@@ -157,6 +158,7 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.config = config
         self._consistency_weight = router.two_pass_weight
+        self._differs_by_layer = len(router.parts()) > 1
         width = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.blocks = nn.ModuleList(
@@ -188,9 +190,18 @@ class DecoderLM(nn.Module):
     @property
     def aux_weights(self) -> dict[str, float]:
         """Coefficient of each aux loss of a training step; some routers move theirs between steps."""
-        layers = self.moe_layers()
-        weights = dict(layers[0].router.aux_weights) if layers else {}
+        of_layers = [layer.router.aux_weights for layer in self.moe_layers()]
+        weights = dict(of_layers[0]) if of_layers else {}
+        if self._differs_by_layer:  # of a mean over all MoE layers, in which one without the loss counts as 0
+            names = dict.fromkeys(name for own in of_layers for name in own)
+            weights = {name: math.fsum(own.get(name, 0.0) for own in of_layers) / len(of_layers) for name in names}
         return weights if self._consistency_weight is None else weights | {"consistency": self._consistency_weight}
+
+    @property
+    def evaluation_rule(self) -> str:
+        """Rule by which routers decide in evaluation, if it is not that of training; else empty."""
+        rules = [layer.router.evaluation_rule for layer in self.moe_layers()]
+        return "; ".join(dict.fromkeys(rule for rule in rules if rule))
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, bottom up."""
@@ -229,10 +240,26 @@ class DecoderLM(nn.Module):
             loss_sum, apart = two_pass_losses(first, second, self.head_weight, labels.flatten(), text, chunk)
             own_losses["consistency"] = apart / text.sum().clamp(min=1)
         outputs = [output for _, of_pass in passes for output in of_pass]
-        names = outputs[0].aux if outputs else {}
-        aux = {name: torch.stack([output.aux[name] for output in outputs]).mean() for name in names}
+        aux = self._mean_aux([output.aux for output in outputs])
         uses = [mean_use([output.use for output in of_layer]) for of_layer in zip(*(p[1] for p in passes), strict=True)]
         return LMOutput(loss_sum, aux | own_losses, uses, num_passes)
+
+    def _mean_aux(self, losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Each aux loss over the MoE layers that have it, bottom up in each pass: the mean, weighted by coefficient.
+
+        Times ``aux_weights`` it is the sum over layers of loss times coefficient, over the number of all MoE layers.
+        """
+        if not self._differs_by_layer:
+            return {name: torch.stack([own[name] for own in losses]).mean() for name in (losses[0] if losses else {})}
+        weights = [layer.router.aux_weights for layer in self.moe_layers()]
+        means = {}
+        for name in dict.fromkeys(name for own in losses for name in own):
+            values = torch.stack([own[name] for own in losses if name in own])
+            shares = values.new_tensor([own[name] for own in weights if name in own])
+            if not shares.any():
+                shares = torch.ones_like(shares)
+            means[name] = (shares * values).sum() / shares.sum()
+        return means
 
     @torch.no_grad()
     def routes(

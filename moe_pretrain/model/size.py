@@ -1,6 +1,7 @@
 """Parameters and FLOPs of a configuration, counted without building the model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -171,7 +172,9 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
     dense_ffn = num_dense * 3 * width * config.ffn_hidden_size
     routed, latent_norms = moe.routed_size(width), 0
     routers = vectors = frozen = experts = constants = expert = first_layers = stored = cores = 0
-    routes = statistic_flops = combining = merging = rebuilding = coupling = 0.0
+    statistic_flops = combining = merging = rebuilding = coupling = 0.0
+    own = [router.of_layer(layer) for layer in config.moe_layers]
+    routes = [0.0 if scheme.dense_experts else expected_ffn_experts(moe, scheme) for scheme in own]
     if router.dense_experts:
         dense_ffn += num_moe * 3 * width * dense_width(moe, router)
     else:
@@ -190,24 +193,23 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         routers = sum(size for ndim, size in sizes if ndim >= 2)
         vectors = sum(size for ndim, size in sizes if ndim < 2)
         frozen = sum(module.get_buffer(name).numel() for module in modules for name in module.frozen_weights)
-        if any(module.attention_statistic is not None for module in modules):
-            statistic_flops = 1.0 * num_moe * config.sequence_length * config.attention_width
+        measuring = sum(module.attention_statistic is not None for module in modules)
+        statistic_flops = 1.0 * measuring * config.sequence_length * config.attention_width
         constants = num_moe * moe.kinds.constant * 3 * width
         experts, stored = num_moe * moe.num_experts * expert, expert
         if isinstance(moe.experts, MatrixProductConfig):
             cores, stored = core_parameters(moe.experts, routed, inner)
             experts = num_moe * (cores + moe.num_experts * stored)
             rebuilding = num_moe * moe.num_experts * rebuild_flops(moe.experts, routed, inner)
-        if couples_experts(router):
+        if coupled := sum(couples_experts(scheme) for scheme in own):
             mapped = width * routed if moe.latent_size is not None else 0
-            coupling = 2.0 * num_moe * moe.num_experts * (moe.num_experts * routed * inner + mapped)
-        routes = expected_ffn_experts(moe, router)
-        combining = num_moe * pair_product_flops(moe.combine, routed, routes)
+            coupling = 2.0 * coupled * moe.num_experts * (moe.num_experts * routed * inner + mapped)
+        combining = sum(pair_product_flops(moe.combine, routed, of_layer) for of_layer in routes)
         if router.merges_experts:
             # Every expert's parameters times its share, and every expert's logit.
             merging = 2.0 * num_moe * moe.num_experts * (expert + width)
-        first_layers = num_moe * 2 * width * inner
-    scored = router.scored_experts(moe.num_experts)
+        first_layers = 2 * width * inner
+    scored = [scheme.scored_experts(moe.num_experts) for scheme in own]
     attention, key_value = config.attention_width, config.key_value_width
     normed = {"none": 0, "head": 2 * config.attention_head_size, "whole": attention + key_value}[config.qk_norm]
     embedding = config.vocab_size * width
@@ -222,10 +224,10 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         frozen_routers=frozen,
         experts=experts,
         constant_experts=constants,
-        active_experts=routes * num_moe * expert,
+        active_experts=_sum(routes) * expert,
         experts_per_route=num_moe * expert,
-        scoring=scored * first_layers,
-        unselected=max(0.0, scored - routes) * first_layers,
+        scoring=sum(scored) * first_layers,
+        unselected=_sum([max(0.0, asked - used) for asked, used in zip(scored, routes, strict=True)]) * first_layers,
         attention_score_flops=2.0 * config.num_layers * config.sequence_length * attention,
         attention_statistic_flops=statistic_flops,
         combine_flops=combining,
@@ -239,3 +241,14 @@ def model_size(config: ModelConfig, router: RouterConfig) -> ModelSize:
         num_passes=router.num_passes,
         head_matmul=embedding,
     )
+
+
+def mean_ffn_experts(config: ModelConfig, router: RouterConfig) -> float:
+    """Feed-forward experts that a token is expected to use in a MoE layer, on average over these; 0 without any."""
+    own = [expected_ffn_experts(config.moe, router.of_layer(layer)) for layer in config.moe_layers]
+    return _sum(own) / len(own) if own else 0.0
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Sum that is a product where all are equal, to the bit."""
+    return values[0] * len(values) if len(set(values)) == 1 else math.fsum(values)

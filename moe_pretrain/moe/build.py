@@ -1,7 +1,11 @@
 """Builder of a mixture-of-experts layer from its configuration, and the widths that follow from it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Concatenate, ParamSpec
 
+from moe_pretrain.moe.by_layer import in_place
 from moe_pretrain.moe.experts.config import MatrixProductConfig, SwiGLUConfig, UnequalConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
 from moe_pretrain.moe.experts.latent import LatentMaps
@@ -15,6 +19,8 @@ from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import LinearRouterConfig, RouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace
 
+_More = ParamSpec("_More")
+
 
 def build_moe_layer(
     moe: MoEConfig,
@@ -24,10 +30,14 @@ def build_moe_layer(
     shard: ExpertShard,
     norm_epsilon: float = 1e-6,
 ) -> MoELayer | SwiGLU:
-    """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them."""
-    if router.dense_experts:
+    """Build layer ``layer`` with this rank's experts; parameters are empty until ``model.init`` fills them.
+
+    ``router`` is that of the model, of which the layer gets its own.
+    """
+    module = None if router.dense_experts else build_router(moe, router, hidden_size, layer)
+    router = router.of_layer(layer)
+    if module is None:
         return SwiGLU(hidden_size, dense_width(moe, router), moe.activation_function)
-    module = build_router(moe, router, hidden_size, layer)
     rank, width = expert_gate(moe, router), expert_width(moe, router, hidden_size)
     activation = moe.activation_function
     if router.merges_experts:
@@ -55,13 +65,22 @@ def build_moe_layer(
 
 
 def build_router(moe: MoEConfig, router: RouterConfig, hidden_size: int, layer: int) -> Router:
-    """The module that routes in layer ``layer``."""
-    is_lowest = not any(moe.is_moe_layer(below) for below in range(layer))
-    width = expert_width(moe, router, hidden_size)
-    module = router.build_in_place(hidden_size, LayerPlace(layer, is_lowest, moe.kinds, width))
+    """The module that routes in layer ``layer`` of a model with ``router``."""
+    own = router.of_layer(layer)
+    width = expert_width(moe, own, hidden_size)
+    module = own.build_in_place(hidden_size, LayerPlace(layer, is_lowest(moe, router, layer), moe.kinds, width))
     if moe.kinds.balances_cost:
         module.balanced_costs = moe.kinds.costs
     return module
+
+
+def is_lowest(moe: MoEConfig, router: RouterConfig, layer: int) -> bool:
+    """Whether no MoE layer below ``layer`` carries something up to it: to the same scheme, from the nearest one."""
+    below = [one for one in range(layer) if moe.is_moe_layer(one)]
+    if not below:
+        return True
+    own, nearest = router.of_layer(layer), router.of_layer(below[-1])
+    return nearest.name != own.name or not nearest.carries
 
 
 def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
@@ -113,6 +132,23 @@ def width_problems(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> li
     ]
 
 
+def _of_each_part(
+    check: Callable[Concatenate[MoEConfig, RouterConfig, _More], None],
+) -> Callable[Concatenate[MoEConfig, RouterConfig, _More], None]:
+    """``check`` of one scheme made one of all schemes that a model has, each complaint about the one that it is of."""
+
+    @functools.wraps(check)
+    def of_all(moe: MoEConfig, router: RouterConfig, *more: _More.args, **named: _More.kwargs) -> None:
+        for place, scheme in router.parts().items():
+            try:
+                check(moe, scheme, *more, **named)
+            except ValueError as error:
+                raise ValueError(in_place(str(error), place)) from error
+
+    return of_all
+
+
+@_of_each_part
 def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
     """Raise ``ValueError`` unless ``router`` can choose among all experts that ``moe`` has."""
     kinds, name = moe.kinds, moe.experts.name
@@ -164,6 +200,7 @@ def _check_unequal(moe: MoEConfig, experts: UnequalConfig, router: RouterConfig)
     class_widths(experts.pattern, moe.expert_hidden_size)
 
 
+@_of_each_part
 def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked; a dense network has none."""
     if router.dense_experts:
@@ -200,6 +237,7 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
         raise ValueError(f"{name}={rank} must be below model.hidden_size={hidden_size}")
 
 
+@_of_each_part
 def check_coupling(moe: MoEConfig, router: RouterConfig) -> None:
     """Raise ``ValueError`` if the rows of the router cannot be run through the gates of the experts as tokens are."""
     if not couples_experts(router):
@@ -215,6 +253,7 @@ def check_coupling(moe: MoEConfig, router: RouterConfig) -> None:
         raise ValueError(f"{asked} must be 0 with model.moe.num_experts=1: there is no other expert")
 
 
+@_of_each_part
 def check_latent(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` unless routed experts can read and return rows of another width than the router reads."""
     if moe.latent_size is None:
@@ -239,6 +278,7 @@ def check_latent(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None
         raise ValueError(f"{asked} must be below model.hidden_size={hidden_size}")
 
 
+@_of_each_part
 def check_combine(moe: MoEConfig, router: RouterConfig) -> None:
     """Raise ``ValueError`` if a combination that compares a token's expert outputs never gets two of them."""
     if moe.combine.name == "sum":

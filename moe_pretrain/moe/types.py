@@ -279,7 +279,7 @@ class LayerPlace:
 
     Attributes:
         layer: Index of the decoder layer.
-        is_lowest: Whether no layer below it is MoE.
+        is_lowest: Whether the MoE layer below it, if any, carries nothing to it.
         kinds: Its experts.
         expert_width: Inner width of a feed-forward expert.
     """

@@ -58,11 +58,15 @@ def extra_forward(config: Config, size: ModelSize, plan: BatchPlan) -> float:
 
 
 def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
-    if plan.accumulation == 1 or config.router.dense_experts or config.router.balance_level == "last_step":
+    if plan.accumulation == 1 or config.router.dense_experts:
         return False
+    model, router = config.model, config.router
     with torch.device("meta"):
-        router = build_router(config.model.moe, config.router, config.model.hidden_size, layer=0)
-    return router.needs_global_routes
+        return any(
+            router.of_layer(layer).balance_level != "last_step"
+            and build_router(model.moe, router, model.hidden_size, layer).needs_global_routes
+            for layer in router.twin_layers(model.moe_layers)
+        )
 
 
 def traffic(

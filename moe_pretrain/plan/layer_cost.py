@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
-from moe_pretrain.model.size import ModelSize
-from moe_pretrain.moe.build import expected_ffn_experts
+from moe_pretrain.model.size import ModelSize, mean_ffn_experts
 from moe_pretrain.plan.memory import BYTES, routes_of_rank
 
 Cost = dict[str, dict[str, float]]
@@ -17,7 +16,7 @@ Cost = dict[str, dict[str, float]]
 
 
 def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
-    """The parts of one MoE layer, forward; empty without one.
+    """The parts of one MoE layer, forward, on average over layers whose schemes differ; empty without one.
 
     ``router`` holds all that is run to decide: its own products, those of experts that it asks, and a statistic of the
     attention. ``permute`` copies rows into expert order, ``combine`` reads the experts' rows and sums them per token.
@@ -30,7 +29,7 @@ def layer_cost(config: Config, dtype: Dtype, size: ModelSize) -> Cost:
     mapped = 2 * hidden * moe.latent_size if moe.latent_size else 0
     ranks = config.parallel.expert_parallel_size
     one_row = routes_of_rank(config, dtype, 1)  # of the expected number of routes
-    routes = config.model.sequence_length * expected_ffn_experts(moe, config.router)
+    routes = config.model.sequence_length * mean_ffn_experts(config.model, config.router)
     asked = 2.0 * (size.router_matmul + size.frozen_routers + size.scoring) + size.attention_statistic_flops
     asked += size.coupling_flops_per_token
     return {

@@ -7,6 +7,7 @@ number of rows on this rank.
 """
 
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -20,6 +21,7 @@ from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.matrix_product import rebuilt_numbers
 from moe_pretrain.moe.experts.merged import networks_merged_together
+from moe_pretrain.moe.routers.base import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters, sharded_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
@@ -147,6 +149,7 @@ def memory_per_rank(
     parameters = parameters or local_parameters(config)
     owned = parameters.owned(ranks, config.parallel.expert_parallel_size)
     layers = _Layers(config, device, dtype, plan.micro_batch_size, worst_load)
+    schemes = layers.schemes
     zero_stage = config.engine.zero_stage
     return Memory(
         weights=weight_bytes(parameters, dtype),
@@ -162,9 +165,9 @@ def memory_per_rank(
         update=parameters.update_bytes,
         activations=layers.saved,
         recomputed=layers.recomputed,
-        logits=layers.logits,
-        working=layers.working,
-        exchange=layers.exchange,
+        logits=schemes[0].logits,
+        working=max(scheme.working for scheme in schemes),
+        exchange=max(scheme.exchange for scheme in schemes),
     )
 
 
@@ -233,20 +236,73 @@ class Routed:
 
 
 def routes_of_rank(config: Config, dtype: Dtype, micro_batch_size: int) -> Routed:
-    """Routes that one rank sends through one layer's exchange, to all ranks together."""
+    """Routes that one rank sends through one layer's exchange, to all ranks together; the mean over layers."""
     layers = _Layers(config, "cuda", dtype, micro_batch_size, 1.0)
+    first = layers.schemes[0]
     if config.router.merges_experts:  # every rank gets every token, and sends back its part of every output
-        everywhere = layers.expert_parallel * layers.tokens * layers.row
+        everywhere = first.expert_parallel * first.tokens * first.row
         return Routed(everywhere, everywhere)
-    return Routed(layers.routes * layers.message, layers.routes * layers.routed_row)
+    if len(layers.schemes) == 1:
+        return Routed(first.routes * first.message, first.routes * first.routed_row)
+    own = [layers.of(layer) for layer in config.model.moe_layers]
+    return Routed(
+        fmean(scheme.routes * scheme.message for scheme in own),
+        fmean(scheme.routes * scheme.routed_row for scheme in own),
+    )
 
 
 class _Layers:
-    """Bytes that the layers keep of one micro-batch."""
+    """Bytes that all layers keep of one micro-batch, each by its scheme."""
 
     def __init__(self, config: Config, device: str, dtype: Dtype, micro_batch_size: int, worst_load: float):
+        self._model, self._router = config.model, config.router
+        self._of = {
+            id(scheme): _SchemeLayers(config, scheme, device, dtype, micro_batch_size, worst_load)
+            for scheme in config.router.parts().values()
+        }
+
+    @property
+    def schemes(self) -> list["_SchemeLayers"]:
+        """One for each scheme that there is."""
+        return list(self._of.values())
+
+    def of(self, layer: int) -> "_SchemeLayers":
+        """Those of the scheme of a layer; of a dense layer they do not depend on it."""
+        if not self._model.moe.is_moe_layer(layer):
+            return self.schemes[0]
+        return self._of[id(self._router.of_layer(layer))]
+
+    @property
+    def saved(self) -> float:
+        """Everything between the embedding and the loss that backward needs, without what it makes again."""
+        model, any_scheme = self._model, self.schemes[0]
+        blocks = sum(
+            self.of(layer).block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers)
+        )
+        return any_scheme.with_ends(blocks)
+
+    @property
+    def recomputed(self) -> float:
+        """The largest difference that recomputation makes to a block."""
+        model = self._model
+        kinds = {(self.of(layer), model.moe.is_moe_layer(layer)) for layer in range(model.num_layers)}
+        return max(own.block(is_moe, "none") - own.block(is_moe, model.recompute) for own, is_moe in kinds)
+
+
+class _SchemeLayers:
+    """Bytes that a layer keeps of one micro-batch by its scheme, and what is the same for all."""
+
+    def __init__(
+        self,
+        config: Config,
+        router: RouterConfig,
+        device: str,
+        dtype: Dtype,
+        micro_batch_size: int,
+        worst_load: float,
+    ):
         self.on_cpu = device == "cpu"
-        self.model, self.router, self.moe = config.model, config.router, config.model.moe
+        self.model, self.router, self.moe = config.model, router, config.model.moe
         self.tokens = micro_batch_size * self.model.sequence_length
         self.size = BYTES[dtype]
         self.expert_parallel = config.parallel.expert_parallel_size
@@ -264,22 +320,14 @@ class _Layers:
         self.asked = self.tokens * self.router.scored_experts(self.moe.num_experts)
         self.asked_rows = self.asked * (worst_load if self.expert_parallel > 1 else 1)
 
-    @property
-    def saved(self) -> float:
-        """Everything between the embedding and the loss that backward needs, without what it makes again."""
+    def with_ends(self, blocks: float) -> float:
+        """Bytes of ``blocks``, with the rotary table, the last norm and the head."""
         model = self.model
-        blocks = sum(self._block(model.moe.is_moe_layer(layer), model.recompute) for layer in range(model.num_layers))
         rotary = self.tokens * 4 * model.attention_head_size
         if self.passes > 1:  # the head's gradient is made in backward, of both passes' hidden states
             return self.passes * (blocks + rotary + self._norm() + self.tokens * self.row)
         head = self.tokens * self.row + self.size * model.vocab_size * model.hidden_size
         return blocks + rotary + self._norm() + head
-
-    @property
-    def recomputed(self) -> float:
-        """The largest difference that recomputation makes to a block."""
-        kinds = {self.model.moe.is_moe_layer(layer) for layer in range(self.model.num_layers)}
-        return max(self._block(kind, "none") - self._block(kind, self.model.recompute) for kind in kinds)
 
     @property
     def logits(self) -> float:
@@ -351,7 +399,7 @@ class _Layers:
         """Bytes of a token's query, float32, where experts are asked for keys."""
         return 4 * self.router.query_size
 
-    def _block(self, is_moe: bool, recompute: str) -> float:
+    def block(self, is_moe: bool, recompute: str) -> float:
         """One block; ``selective`` drops the inside of attention, ``full`` that of the feed-forward network too."""
         feed_forward = self._moe(recompute) if is_moe and self.routes else self._dense(is_moe, recompute)
         return (self.tokens * self.row if recompute != "none" else self._attention()) + feed_forward

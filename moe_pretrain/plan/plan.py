@@ -244,7 +244,7 @@ def _chosen(config: Config) -> list[str]:
         "optimizer": (config.optimizer.name, "adamw"),
     }
     others = [f"{group}={name}" for group, (name, usual) in parts.items() if name != usual]
-    return [f"router={config.router.name}", *others]
+    return [f"router={config.router.description}", *others]
 
 
 def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:

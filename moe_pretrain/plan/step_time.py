@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
-from moe_pretrain.moe.build import dense_width, expected_ffn_experts, expert_width
+from moe_pretrain.model.size import mean_ffn_experts
+from moe_pretrain.moe.build import dense_width, expert_width
 from moe_pretrain.plan.cost import GRADIENTS, ROUTES, WEIGHTS, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.memory import LocalParameters
 
@@ -95,7 +96,7 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     trained = 3 * size.num_passes
     products = size.training_flops_per_token + again - trained * scores - scores_again
     experts = 0 if config.router.dense_experts else len(model.moe_layers)
-    routes = expected_ffn_experts(model.moe, config.router) if experts else 0.0
+    routes = mean_ffn_experts(model, config.router) if experts else 0.0
     inner = routes * expert_width(model.moe, config.router, model.hidden_size) + model.moe.shared_width
     in_moe = inner if experts else dense_width(model.moe, config.router)
     widths = len(model.moe_layers) * in_moe + (model.num_layers - len(model.moe_layers)) * model.ffn_hidden_size

@@ -177,7 +177,16 @@ def differences(values: Sequence[Mapping[str, Any]]) -> list[str]:
 def show(values: Mapping[str, Any], key: str) -> str:
     """One value as text; ``MISSING`` where the configuration has no such key."""
     value = values.get(key, MISSING)
+    if key == "router.name":
+        value = f"{value}{_of_layers(values)}"
     return "null" if value is None else str(value)
+
+
+def _of_layers(values: Mapping[str, Any]) -> str:
+    """Schemes by layer, of a router that has several; else empty."""
+    names = [(key.split("."), value) for key, value in values.items() if key.startswith("router.layers.")]
+    schemes = [f"{path[2]}:{value}" for path, value in names if path[3:] == ["name"]]
+    return f"{{{','.join(schemes)}}}" if schemes else ""
 
 
 def load_rows(run_dir: Path) -> dict[str, list[MetricsRow]]:

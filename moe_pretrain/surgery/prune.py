@@ -68,8 +68,10 @@ def check_method(method: str, config: Config, has_earlier: bool) -> None:
         raise ConfigError(f"experts={config.model.moe.experts.name} cannot be pruned yet: only networks can")
     if not all(isinstance(layer.experts, SwiGLUExperts | FactorisedExperts) for layer in layers):
         raise ConfigError(f"router={config.router.name} cannot be pruned: it merges experts, and no token goes to one")
-    if any(layer.router.needs_token_counts for layer in layers):
-        raise ConfigError(f"router={config.router.name} cannot be pruned: its table names experts that would be gone")
+    for layer in layers:
+        if layer.router.needs_token_counts:
+            name = config.router.of_layer(layer.router.layer).name
+            raise ConfigError(f"router={name} cannot be pruned: its table names experts that would be gone")
     if method in MERGING and expert_gate(config.model.moe, config.router) is not None:
         raise ConfigError(
             f"--method={method} needs experts with full gates: the mean of two products is not the product of two means"

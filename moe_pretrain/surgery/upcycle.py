@@ -155,7 +155,7 @@ def upcycle(
             lost = _fill_factorised(layer, network, generator)
             say(f"layer {index}: the truncated gate leaves out {lost:.1%} of the dense gate's squared weights")
         elif isinstance(layer.experts, SwiGLUExperts):
-            _fill_copies(layer, network, segments, config.router)
+            _fill_copies(layer, network, segments, config.router.of_layer(index))
         else:
             raise ConfigError(f"router={config.router.name} merges its experts: upcycle does not make such ones yet")
         _vary(layer, variation, generator)

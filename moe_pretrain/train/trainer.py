@@ -182,8 +182,8 @@ class Trainer:
         if result.tokens_per_expert.numel():
             # Adaptive schemes are charged for the experts they used, not for those expected.
             size = size.with_experts_per_token(result.mean_experts_run)
-            if self.config.router.merges_experts and result.sums.any():
-                size = size.with_tokens_per_merge(result.tokens / float(result.sums[:, 0].mean()))
+            if self.config.router.merges_experts and (merges := float(torch.stack([*result.sums]).mean())):
+                size = size.with_tokens_per_merge(result.tokens / merges)
         seconds = self.stopwatch.lap()
         if meter.counts_seconds:
             seconds = self.context.mesh.share(seconds)

@@ -52,8 +52,7 @@ class PlainTraining:
         self.model.train()
         output = self.model(batch.input_ids, batch.labels, batch.document_ids, batch.position_ids, context)
         routers = [layer.router for layer in self.model.moe_layers()]
-        weights = routers[0].aux_weights if routers else {}
-        micro_batch_loss(output, weights, counts.tokens, counts).backward()
+        micro_batch_loss(output, self.model.aux_weights, counts.tokens, counts).backward()
         if self._config.engine.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._config.engine.gradient_clipping)
         set_learning_rate(self._optimizer.param_groups, rate)

@@ -159,11 +159,17 @@ class Oracle:
         passes = [self._trunk(step, rows, index) for index in range(1 if weight is None else 2)]
         losses = [self._cross_entropy(hidden, rows.labels) for hidden, _ in passes]
         layers = [_mean_of_passes(of_layer) for of_layer in zip(*(own for _, own in passes), strict=True)]
-        names = layers[0].aux if layers else {}
-        aux = {name: torch.stack([layer.aux[name] for layer in layers]).mean() for name in names}
         loss, total = torch.stack(losses).mean(), torch.stack(losses).sum()
-        for name, value in aux.items():
-            total = total + self.model.moe_layers()[0].router.aux_weights[name] * value
+        weighted: dict[str, list[tuple[float, Tensor]]] = {}
+        for module, of_module in zip(self.model.moe_layers(), layers, strict=True):
+            for name, value in of_module.aux.items():
+                weighted.setdefault(name, []).append((module.router.aux_weights[name], value))
+                total = total + weighted[name][-1][0] * value / len(layers)
+        aux = {}
+        for name, own in weighted.items():  # of layers that differ: by their coefficients, if they have any
+            shares = torch.tensor([share for share, _ in own])
+            shares = shares if shares.any() else torch.ones_like(shares)
+            aux[name] = (torch.stack([value for _, value in own]) * shares).sum() / shares.sum()
         if weight is not None:
             aux["consistency"] = self._divergence(passes[0][0], passes[1][0], rows.document_ids >= 0)
             total = total + weight * aux["consistency"]
@@ -264,7 +270,7 @@ class Oracle:
         text = (rows.document_ids >= 0).flatten()
         length, moe = rows.document_ids.shape[1], self.config.model.moe
         # Only the micro-batch level, and a scheme in which tokens compete, look at how the batch was cut.
-        level = self.config.router.balance_level
+        level = self.config.router.of_layer(layer.router.layer).balance_level
         by_cut = level == "micro_batch" or layer.router.losses_depend_on_cut
         by_cut = by_cut or (layer.router.training and not layer.router.causal_in_training)
         cuts = rows.rows_per_micro_batch if by_cut else [len(rows.row_positions)]

@@ -20,6 +20,9 @@ def shrink(config: Config, plan: RunPlan) -> Config:
     """The same configuration, whose plan is ``plan``, in the smallest shape that still has every one of its parts."""
     model, moe, batches = config.model, config.model.moe, plan.batches
     leading = min(1, moe.num_leading_dense_layers)
+    kept = config.router.twin_layers(model.moe_layers)
+    # One MoE layer is two in the twin, the second as the first.
+    num_layers = min(model.num_layers, leading + max(1, len(kept) - 1) * moe.every_k_layers + 1)
     heads_per_key_value = model.num_heads // model.num_key_value_heads
     heads = heads_per_key_value * min(2, model.num_key_value_heads)
     sequence, micro_batch_size = 12, min(2, batches.micro_batch_size)
@@ -28,19 +31,21 @@ def shrink(config: Config, plan: RunPlan) -> Config:
     size = 16 if plan.device == "cuda" else 8  # the kernels of attention on CUDA take no smaller heads
     if moe.latent_size is not None:
         small_moe = replace(small_moe, latent_size=heads * size // 2)
-    router: Any = config.router.for_sequence_length(sequence)
+    in_twin = [layer for layer in range(num_layers) if small_moe.is_moe_layer(layer)]
+    places = {layer: kept[min(index, len(kept) - 1)] for index, layer in enumerate(in_twin) if kept}
+    router = config.router.renumbered(places).for_sequence_length(sequence)
     rank = expert_gate(moe, router)
     if rank is not None:
         small_rank = min(heads * 4, rank)
         if moe.gate_rank is None:
-            router = replace(router, gate_rank=small_rank)
+            router = router.with_parts(lambda scheme: _with_gate_rank(scheme, small_rank))
         else:
             small_moe = replace(small_moe, gate_rank=small_rank)
     small_model = replace(
         model,
         vocab_size=264,  # a learnt tokenizer has at least 257 tokens, and the configuration is checked against it
         sequence_length=sequence,
-        num_layers=min(model.num_layers, leading + moe.every_k_layers + 1),
+        num_layers=num_layers,
         hidden_size=heads * size,
         num_heads=heads,
         head_size=None if model.head_size is None else 32 if plan.device == "cuda" else 12,
@@ -76,6 +81,10 @@ def shrink(config: Config, plan: RunPlan) -> Config:
         schedule=replace(config.schedule, warmup_steps=0),
         engine=replace(config.engine, check_every_steps=1),
     )
+
+
+def _with_gate_rank(scheme: Any, rank: int) -> Any:
+    return replace(scheme, gate_rank=rank)
 
 
 def random_batches(config: Config, plan: BatchPlan, seed: int = 0) -> list[list[MicroBatch]]:

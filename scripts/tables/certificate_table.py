@@ -37,9 +37,12 @@ COLUMNS = {
     "gradients, 1 and 2 ranks": ["gradient parity with the oracle"],
 }
 
+_NO_SCHEMES = ("dense", "by_layer")
+"""Choices of the group ``router`` that route nothing, or by other choices."""
+
 
 def main() -> None:
-    shipped = sorted(file.stem for file in (config_folder() / "router").glob("*.yaml") if file.stem != "dense")
+    shipped = sorted(file.stem for file in (config_folder() / "router").glob("*.yaml") if file.stem not in _NO_SCHEMES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="+", default=shipped, choices=shipped, metavar="SCHEME")
     schemes = parser.parse_args().schemes

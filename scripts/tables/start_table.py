@@ -12,9 +12,12 @@ from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
+_NO_SCHEMES = ("dense", "by_layer")
+"""Choices of the group ``router`` that route nothing, or by other choices."""
+
 
 def main() -> None:
-    names = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml") if path.stem != "dense")
+    names = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml") if path.stem not in _NO_SCHEMES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="key=value, as for moe-pretrain train")
     parser.add_argument("--schemes", nargs="+", default=names, choices=names, metavar="SCHEME", help="top_k is added")

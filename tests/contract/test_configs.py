@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.builders import OF_LAYERS
 from helpers.config_reads import Reads, modules_below
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -36,12 +37,14 @@ EXPERIMENTS = GROUPS["experiment"]
 SIZES = [name for name in GROUPS["model"] if name != "base"]
 # Values that a group asks of its user.
 REQUIRED = {
+    "router=by_layer": [OF_LAYERS],
     "data=files": ["data.paths=[a.txt]"],
     "data=hub": ["data.name=owner/dataset"],
     "data=mixture": ["+data@data.sources.one=builtin", "+data.weights.one=1"],
     "data=tokens": ["data.paths=[a.npy]", "tokenizer=pretrained", "tokenizer.path=some/tokenizer"],
     "tokenizer=pretrained": ["tokenizer.path=some/tokenizer"],
     **{f"experiment={name}": ["tokenizer.path=some/tokenizer"] for name in EXPERIMENTS},
+    "experiment=deepseek_v4_routing": [],
     **{f"experiment=tiny_shakespeare{kind}": ["data.paths=[a.txt]"] for kind in ("", "_moe")},
 }
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]
@@ -54,7 +57,7 @@ def test_every_choice_composes(choice: str):
 
 @pytest.mark.parametrize("size,router", itertools.product(SIZES, GROUPS["router"]))
 def test_counted_parameters_equal_the_built_module(size: str, router: str):
-    config = load([f"model={size}", f"router={router}"])
+    config = load([f"model={size}", f"router={router}", *REQUIRED.get(f"router={router}", [])])
     with torch.device("meta"):
         model = DecoderLM(config.model, config.router, ExpertShard())
     counted = model_size(config.model, config.router)
@@ -196,6 +199,38 @@ MISTAKES = [
     (["router=dense", "router.top_k=2"], "top_k"),
     (["router.top_k=9"], "at most model.moe.num_experts=8"),
     (["router.top_k=1"], "router.weights"),
+    (["router=by_layer"], "router.layers is missing: it must be given"),
+    *(
+        (["router=by_layer", f"router.layers={layers}"], fragment)
+        for layers, fragment in {
+            "{0-1:hash,1-3:top_k}": "router.layers: 0-1 and 1-3 both name layer 1",
+            "{0-1:hash,3:top_k}": "router.layers must name layer 2 too, or rest",
+            "{0-4:hash}": "0-4 must be within 0-3, model.num_layers=4",
+            "{0-3:hash,rest:top_k}": "rest must name a layer with experts, which are 0, 1, 2, 3",
+            "{first:hash,rest:top_k}": "'first' must be a layer (3), layers from and to (0-1), or rest",
+            "{3-2:hash,rest:top_k}": "'3-2' must be",
+            "{0:hsh,rest:top_k}": "router.layers.0=hsh is not a choice; did you mean hash?",
+            "{0:../router/hash,rest:top_k}": "router.layers.0=../router/hash must be a choice of router",
+            "{0:by_layer,rest:top_k}": "router.layers.0=by_layer must be a choice of router with one scheme",
+            "{0:{top_k:1},rest:top_k}": "{router:top_k,top_k:4}",
+            "hash": "router.layers=hash must name layers",
+            "{0:{router:hash,top_k:9},rest:top_k}": "router.layers.0.top_k=9 must be at most model.moe.num_experts=8",
+            "{0:{router:hash,topk:3},rest:top_k}": "router.layers.0.topk=3 is not a field of HashConfig; did you mean",
+            "{0:{router:hash,top_k:x},rest:top_k}": "router.layers.0.top_k='x'",
+            "{0:{router:top_k,top_k:1},rest:top_k}": "router.layers.0.weights=renormalised must",
+            "{0:dense,rest:top_k}": "router.layers.0=dense must be another scheme: dense has no experts",
+            "{0:lory,rest:top_k}": "lory spreads experts over ranks by their width",
+            "{0:hash,rest:thor}": "router.layers.rest=thor must be another scheme: thor runs the whole model twice",
+            "{0:hash,rest:relu}": "router.layers.rest=relu must be another scheme: relu moves one coefficient",
+            "{0:hash,rest:autonomy}": "router.layers.rest=autonomy: experts have gate_rank=32, with",
+            "{0:hash,rest:moe_plus_plus}": "comes with model.moe.experts.name=zero_computation, which all layers share",
+            "{0:hash,rest:top_k_factorised}": "comes with model.moe.gate_rank=32, which all layers share",
+        }.items()
+    ),
+    (["router=by_layer", OF_LAYERS, "model.moe.num_leading_dense_layers=1"], "0 must name a layer with experts"),
+    (["router=by_layer", OF_LAYERS, "router.layers.rest.top_k=4"], "no layers have such a key; give all"),
+    (["experiment=deepseek_v4_routing", "router.layers.rest.top_k=4"], "write +router.layers.rest.top_k=4"),
+    (["router=by_layer", OF_LAYERS, "budget.match=active_params", "budget.solve=top_k"], "which has no router.top_k"),
     (["model.num_heads=5"], "nearest: 125, 130"),
     (["model.num_key_value_heads=3"], "must divide"),
     (["model.head_size=7"], "model.head_size=7 must be even"),

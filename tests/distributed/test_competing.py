@@ -39,6 +39,11 @@ CASES = [
     ("router=relu", LOUD, "router.load_balance_level=micro_batch"),
     ("router=sinkhorn", "router.load_balance_level=global_batch"),
     ("router=sinkhorn", "router.load_balance_level=sequence", "engine.zero_stage=2"),
+    (  # of each layer its own level, own sums and own rule of cutting
+        *("router=by_layer", "model.num_layers=5"),
+        "router.layers={0:{router:top_k,load_balance_level:last_step,load_balance_weight:0.5},1:hash,2:expert_choice,"
+        "rest:{router:loss_free,top_k:3,load_balance_level:global_batch,load_balance_weight:0.3}}",
+    ),
     ("router=sinkhorn", "router.load_balance_level=micro_batch", "router.score=sigmoid", "router.top_k=1"),
 ]
 DECAY = 0.9

@@ -53,7 +53,7 @@ def train(folder: str, topology: Topology, mode: str, first: int, last: int, sou
             store.restore(engine, path, manifest)
         for step in range(first, last):
             result = engine.step(step, random_batches(engine, step))
-            statistics = result.tokens_per_expert.tolist(), result.router_entropy, result.sums.tolist()
+            statistics = result.tokens_per_expert.tolist(), result.router_entropy, [own.tolist() for own in result.sums]
             results.append((result.loss, result.aux, (result.gradient_norm, result.gradient_norms), statistics))
         evaluation = engine.evaluate(random_batches(engine, last))
         results.append((evaluation.loss, evaluation.labels))

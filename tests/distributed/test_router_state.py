@@ -41,6 +41,7 @@ SCHEMES = {
     # What these make of their histograms is in test_pooled_quantiles.py.
     "quantile": ("router=quantile",),
     "expert_threshold": ("router=expert_threshold",),
+    "by_layer": ("router=by_layer", "router.layers={0:expert_threshold,1:loss_free}"),
 }
 COUNTED = ("loss_free", "relu", "top_p")
 """Schemes whose state follows from the routes alone."""
@@ -157,7 +158,7 @@ Runs = Callable[[str], list[Run]]
 
 
 def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys() and len(left) in (2, 4)  # of both layers
+    assert left.keys() == right.keys() and len(left) in (2, 3, 4)  # of both layers
     for name, value in left.items():
         assert value.dtype == right[name].dtype == torch.float32, name
         assert torch.equal(value, right[name]), (name, value, right[name])

@@ -38,6 +38,11 @@ _TINY = (
     *("tokenizer=pretrained", "tokenizer.path=unused"),
 )
 
+OF_LAYERS = "router.layers={0:hash,rest:loss_free}"
+"""With ``router=by_layer``, which needs it."""
+SCHEME_WORDS = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml") if path.stem != "by_layer")
+"""Choices of the group ``router`` that are one scheme."""
+
 _LOSSES = {"load_balance_weight": 0.1, "router_z_weight": 0.05}
 """Coefficients of the schemes that have these losses."""
 

@@ -82,6 +82,19 @@ CASES: dict[str, tuple[str, ...]] = {
         ("router=top_k", "router.top_k=3", "combine=orthogonal"),
         ("router=relu", "combine=orthogonal", "model.moe.combine.form=symmetric"),
         ("router=top_p", "combine=orthogonal", "model.moe.combine.form=magnitudes", *SHARED),
+        (
+            "router=by_layer",
+            "router.layers={1:{router:hash,weights:learned},2:{router:top_k,top_k:1,weights:raw},rest:loss_free}",
+            *("model.num_layers=4", "model.moe.num_leading_dense_layers=1", *SHARED),
+        ),
+        (
+            *("router=by_layer", "experts=zero_computation", "model.num_layers=5"),
+            "router.layers={0:moe_plus_plus,1:random,2-3:moe_plus_plus,rest:expert_choice}",
+        ),
+        (
+            *("router=by_layer", "model.moe.expert_width_multiple=4"),
+            "router.layers={0:{router:autonomy,gate_rank:6},1:{router:autonomy_expert_choice,gate_rank:6}}",
+        ),
         ("router=random",),
         ("router=uniform", "model.moe.num_experts=6"),
     ),

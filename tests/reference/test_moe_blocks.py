@@ -2,7 +2,7 @@
 
 Not ours, and set aside in the blocks: the biases of gpt-oss's experts, which are 0 here, and ERNIE's floor under the
 sum of weights, 1e-12, which no sum reaches. Nemotron-H's networks, which have no gate, give way to DeepSeek-V3's. V4
-looks experts up in its first layers only; our ``hash`` does in all.
+looks experts up in its first layers only: ``router=by_layer``.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 
 HIDDEN, WIDTH, EXPERTS, TOKENS, VOCABULARY = 32, 24, 8, 40, 300
@@ -56,25 +57,23 @@ def deepseek_v3():
     return modeling_deepseek_v3.DeepseekV3MoE(config), [*words, "router.groups_per_token=2", *SHARED]
 
 
-def _deepseek_v4(kind: str) -> nn.Module:
-    return modeling_deepseek_v4.DeepseekV4SparseMoeBlock(
-        modeling_deepseek_v4.DeepseekV4Config(
-            hidden_size=HIDDEN, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, num_experts_per_tok=3,
-            routed_scaling_factor=1.5, vocab_size=VOCABULARY, num_hidden_layers=1, swiglu_limit=LIMIT,
-            layer_types=["heavily_compressed_attention"], mlp_layer_types=[kind],
-        ),
-        layer_idx=0,
+def _deepseek_v4(*kinds: str) -> list[nn.Module]:
+    config = modeling_deepseek_v4.DeepseekV4Config(
+        hidden_size=HIDDEN, moe_intermediate_size=WIDTH, n_routed_experts=EXPERTS, num_experts_per_tok=3,
+        routed_scaling_factor=1.5, vocab_size=VOCABULARY, num_hidden_layers=len(kinds), swiglu_limit=LIMIT,
+        layer_types=["heavily_compressed_attention"] * len(kinds), mlp_layer_types=list(kinds),
     )  # fmt: skip
+    return [modeling_deepseek_v4.DeepseekV4SparseMoeBlock(config, layer_idx=layer) for layer in range(len(kinds))]
 
 
 def deepseek_v4():
     words = ["router=loss_free", "router.top_k=3", "router.score=sqrt_softplus", "router.weight_scale=1.5"]
-    return _deepseek_v4("moe"), [*words, *SHARED, BOUNDED]
+    return _deepseek_v4("moe")[0], [*words, *SHARED, BOUNDED]
 
 
 def deepseek_v4_hash():
     words = ["router=hash", "router.top_k=3", "router.weights=learned", "router.weight_scale=1.5"]
-    return _deepseek_v4("hash_moe"), [*words, *SHARED, BOUNDED]
+    return _deepseek_v4("hash_moe")[0], [*words, *SHARED, BOUNDED]
 
 
 def ernie():
@@ -160,6 +159,20 @@ def _pairs(own: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> dict
     return found
 
 
+def _ours(*words: str) -> list[MoELayer]:
+    """Our layers, with their initial weights."""
+    config = load(
+        [
+            *(f"model.hidden_size={HIDDEN}", "model.num_heads=4", "model.ffn_hidden_size=24"),
+            *(f"model.vocab_size={VOCABULARY}", f"model.moe.num_experts={EXPERTS}", "model.init_std=0.2"),
+            *(f"model.moe.expert_hidden_size={WIDTH}", *words),
+        ]
+    )
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, seed=1)
+    return model.moe_layers()
+
+
 CASES = [olmoe, qwen3, deepseek_v3, deepseek_v4, deepseek_v4_hash, ernie, laguna, gpt_oss, qwen3_next, nemotron_h]
 
 
@@ -167,16 +180,7 @@ CASES = [olmoe, qwen3, deepseek_v3, deepseek_v4, deepseek_v4_hash, ernie, laguna
 def test_outputs_and_gradients_equal_those_of_the_block(make):
     torch.manual_seed(0)
     theirs, words = make()
-    config = load(
-        [
-            *("model.num_layers=1", f"model.hidden_size={HIDDEN}", "model.num_heads=4", "model.ffn_hidden_size=24"),
-            *(f"model.vocab_size={VOCABULARY}", f"model.moe.num_experts={EXPERTS}", "model.init_std=0.2"),
-            *(f"model.moe.expert_hidden_size={WIDTH}", *words),
-        ]
-    )
-    model = DecoderLM(config.model, config.router, ExpertShard())
-    initialise(model, seed=1)
-    (ours,) = model.moe_layers()
+    (ours,) = _ours("model.num_layers=1", *words)
     own, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     pairs = _pairs(own, other)
     assert {name for name, parameter in other.items() if parameter.requires_grad} == pairs.keys()
@@ -220,3 +224,45 @@ def test_outputs_and_gradients_equal_those_of_the_block(make):
         with torch.no_grad():
             ours.router.expert_bias.zero_()
             assert not torch.allclose(ours(hidden, context, False).hidden, found, atol=1e-2)  # the bias did choose
+
+
+def test_hash_layers_below_others_equal_deepseek_v4s():
+    """Three residual layers, two that look experts up and one balanced by a bias, with gradients through all."""
+    torch.manual_seed(0)
+    theirs = _deepseek_v4("hash_moe", "hash_moe", "moe")
+    ours = _ours(
+        *("model.num_layers=3", "router=by_layer", *SHARED, BOUNDED),
+        "router.layers={0-1:{router:hash,top_k:3,weights:learned,weight_scale:1.5},"
+        "rest:{router:loss_free,top_k:3,score:sqrt_softplus,weight_scale:1.5}}",
+    )
+    ids = torch.randint(0, VOCABULARY, (TOKENS,))
+    context = RoutingContext(
+        torch.ones(TOKENS, dtype=torch.bool), torch.arange(TOKENS), 1, seed=0, step=0, token_ids=ids
+    )
+    hidden = torch.randn(TOKENS, HIDDEN)
+    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
+    found, expected = inputs
+    for layer, block in zip(ours, theirs, strict=True):
+        own, other = dict(layer.named_parameters()), dict(block.named_parameters())
+        with torch.no_grad():
+            for name, (source, as_theirs) in _pairs(own, other).items():
+                other[name].copy_(as_theirs(own[source]).view_as(other[name]))
+            if layer is ours[-1]:
+                layer.router.expert_bias.uniform_()
+                block.gate.e_score_correction_bias.copy_(layer.router.expert_bias)
+            else:
+                layer.router.use_token_counts(torch.arange(1, VOCABULARY + 1))
+                block.gate.tid2eid.copy_(layer.router.table)
+        found = found + layer(found, context, False).hidden
+        expected = expected + block(expected[None], input_ids=ids[None])[0]
+    assert not torch.equal(ours[0].router.table, ours[1].router.table)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+    weights = torch.randn(TOKENS, HIDDEN)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-4, rtol=1e-3)
+    for layer, block in zip(ours, theirs, strict=True):
+        own, other = dict(layer.named_parameters()), dict(block.named_parameters())
+        for name, (source, as_theirs) in _pairs(own, other).items():
+            gradient = as_theirs(own[source].grad).view_as(other[name])
+            torch.testing.assert_close(gradient, other[name].grad, atol=5e-4, rtol=1e-3, msg=name)

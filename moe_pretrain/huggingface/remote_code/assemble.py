@@ -31,19 +31,28 @@ def schemes() -> dict[str, str]:
     return {scheme: name for name, module in modules.items() for scheme in module.SCHEMES}
 
 
-def assemble(scheme: str | None, experts: Sequence[str] = ("swiglu",), combine: str = "sum") -> str:
+def assemble(
+    wanted: Sequence[str], experts: Sequence[str] = ("swiglu",), combine: str = "sum", is_by_layer: bool = False
+) -> str:
     """Source of the modelling file.
 
     Args:
-        scheme: Name of the routing scheme; None for a model without routing.
+        wanted: Names of the routing schemes; none for a model without routing.
         experts: Pieces in ``experts/``, those of networks first; none where they are merged.
         combine: Piece in ``combine/``; of no use to merged ones.
+        is_by_layer: Whether each layer has settings of its own.
     """
-    router = "top_k" if scheme is None else schemes()[scheme]
+    pieces_of = {name: f"routers/{schemes()[name]}" for name in wanted} or {"": "routers/top_k"}
+    of_routers = list(dict.fromkeys(pieces_of.values()))
     of_experts = [f"experts/{name}" for name in experts]
     layer = [*of_experts, f"combine/{combine}", "mixture"] if experts else ["merged"]
-    pieces = ("common", "dense", f"routers/{router}", *layer, "decoder")
+    by_layer = ["by_layer"] if is_by_layer else []
+    pieces = ("common", "dense", *of_routers, *by_layer, *layer, "decoder")
     texts = {piece: (_HERE / f"{piece}.py").read_text(encoding="utf-8") for piece in pieces}
+    if by_layer:
+        texts |= {piece: _with_own_names(texts[piece], piece) for piece in of_routers}
+        classes = ", ".join(f'"{name}": {_prefix(piece)}Router' for name, piece in pieces_of.items())
+        texts["by_layer"] = re.sub(r"ROUTERS: .*", f"ROUTERS: dict[str, Any] = {{{classes}}}", texts["by_layer"])
     unused = _unused(texts["common"], "\n".join(text for piece, text in texts.items() if piece != "common"))
     imports: dict[str, set[str]] = {}
     bodies = []
@@ -61,7 +70,8 @@ def assemble(scheme: str | None, experts: Sequence[str] = ("swiglu",), combine: 
     words = sorted(f"{start} {', '.join(sorted(names))}" if names else start for start, names in imports.items())
     of_torch = [word for word in words if word.split()[1].split(".")[0] in ("torch", "transformers")]
     standard = [word for word in words if word not in of_torch]
-    head = _HEADER.format(scheme="no routing" if scheme is None else f"routing scheme {scheme}")
+    scheme = f"routing scheme{'s' if len(wanted) > 1 else ''} {', '.join(wanted)}" if wanted else "no routing"
+    head = _HEADER.format(scheme=scheme)
     top = "\n".join([head, *standard, "", *of_torch])
     return "\n\n\n".join([top, *bodies]) + "\n"
 
@@ -75,6 +85,20 @@ def model_class(source: str) -> Any:
     finally:
         del sys.modules[module.__name__]
     return module.MoePretrainForCausalLM
+
+
+def _prefix(piece: str) -> str:
+    """A piece of a router in the name of its class: ``routers/top_k`` is ``TopK``."""
+    return "".join(word.title() for word in piece.rpartition("/")[2].split("_"))
+
+
+def _with_own_names(text: str, piece: str) -> str:
+    """A piece whose classes and functions have names that no other piece has."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            own = _prefix(piece) if isinstance(node, ast.ClassDef) else f"_{piece.rpartition('/')[2]}_"
+            text = re.sub(rf"\b{node.name}\b", f"{own}{node.name}", text)
+    return text
 
 
 def _unused(common: str, others: str) -> set[str]:

@@ -57,7 +57,7 @@ def check_router(model: DecoderLM, name: str, tasks: TaskDict) -> str:
                 check_generates(model, name)
             except ConfigError as error:
                 raise ConfigError(f"task {task.task_name} asks for texts: {error}") from None
-    return routers[0].evaluation_rule if routers else ""
+    return model.evaluation_rule
 
 
 def evaluate_tasks(model: HarnessModel, tasks: TaskDict, max_documents: int | None, rule: str) -> list[TaskResult]:

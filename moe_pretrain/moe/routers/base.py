@@ -1,6 +1,7 @@
 """Bases of routing schemes: their configuration, balance and z losses, statistics, float32 logits with input noise."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -54,6 +55,50 @@ class RouterConfig(ABC):
     def build(self, hidden_size: int, num_experts: int, layer: int) -> Router:
         """The module that routes in layer ``layer``; its parameters are empty until ``model.init`` fills them."""
         raise NotImplementedError(f"router={self.name} has no module of its own")
+
+    def of_layer(self, layer: int) -> "RouterConfig":
+        """The scheme of decoder layer ``layer``: this one, except where schemes go by layer (``moe.by_layer``)."""
+        return self
+
+    def parts(self) -> Mapping[str, "RouterConfig"]:
+        """Schemes that layers may have, by the words in which messages speak of each; this one alone for most."""
+        return {"router": self}
+
+    def with_parts(self, change: Callable[["RouterConfig"], "RouterConfig"]) -> "RouterConfig":
+        """The same with every one of its ``parts`` changed."""
+        return change(self)
+
+    def check_layers(self, moe_layers: Sequence[int], num_layers: int) -> None:  # noqa: B027  # most are for any
+        """Raise ``ValueError`` unless every one of ``moe_layers`` has one scheme, and no other layer is named."""
+
+    def twin_layers(self, moe_layers: Sequence[int]) -> list[int]:
+        """Those of ``moe_layers`` that a small twin of the model keeps: two, of every part."""
+        return list(moe_layers[:2])
+
+    def renumbered(self, layers: Mapping[int, int]) -> "RouterConfig":
+        """The same for a model whose layer ``new`` has the place of layer ``layers[new]``."""
+        return self
+
+    @property
+    def description(self) -> str:
+        """Its name; of several schemes those and their layers."""
+        return self.name
+
+    @property
+    def carries(self) -> bool:
+        """Whether its layers carry something up to the next one of the same scheme (``Routing.carried``)."""
+        return False
+
+    @property
+    def whole_model_reason(self) -> str | None:
+        """Reason against it in some layers only, in words that follow its name; None where there is none."""
+        if self.dense_experts:
+            return "has no experts: model.moe.num_leading_dense_layers and model.moe.every_k_layers make layers dense"
+        if self.merges_experts:
+            return "spreads experts over ranks by their width, the others by their number"
+        if self.two_pass_weight is not None:
+            return "runs the whole model twice"
+        return None
 
     @abstractmethod
     def check_num_experts(self, num_experts: int) -> None:

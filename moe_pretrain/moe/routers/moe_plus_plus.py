@@ -69,6 +69,11 @@ class MoEPlusPlusConfig(FixedCountConfig):
             )
 
     @property
+    def carries(self) -> bool:
+        """Its logits, with the residual."""
+        return self.gating_residual
+
+    @property
     def zero_computation_load(self) -> float:
         """``1 / tau``."""
         return 1 / self.tau
@@ -86,8 +91,8 @@ class MoEPlusPlusConfig(FixedCountConfig):
 class MoEPlusPlusRouter(Router):
     """Top-k of ``softmax(G_j)`` with ``G_j = W x_j + W_g G_(j-1)``: logits of the MoE layer below are added, mapped.
 
-    Without a MoE layer below there is nothing to add and no ``W_g``. Logits are carried in float32, with gradient, so
-    the LM loss of a layer reaches the routers below it.
+    Where the MoE layer below is none of the scheme, or there is none, there is nothing to add and no ``W_g``. Logits
+    are carried in float32, with gradient, so the LM loss of a layer reaches the routers below it.
 
     The loss ``heterogeneous_balance`` is ``sum_i eta_i f_i P_i`` with the share ``f_i`` of tokens that choose expert
     ``i`` (``sum f = top_k``), the mean probability ``P_i``, and ``eta`` 1 for networks and ``tau`` for others. There

@@ -60,6 +60,11 @@ class ReLUConfig(RouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return self.target_experts
 
+    @property
+    def whole_model_reason(self) -> str:
+        """Its coefficient is one for all layers."""
+        return "moves one coefficient by the experts per token of all layers"
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ReLURouter":
         """The module of layer ``layer``."""
         return ReLURouter(self, hidden_size, num_experts, layer)

@@ -8,7 +8,7 @@ loud it starts).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,12 @@ from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, N
 
 PROPERTIES: dict[str, Callable[[Subject], str]] = ROUTES | DEPENDENCE | LEARNING | DERIVATIVES | START
 """Name of the row -> the question behind it, in the order of the certificate."""
+OF_ONE_ROUTER = {
+    *("router gradient with top_k=1", "balance loss at uniform", "balance loss at collapse", "finite at ties"),
+    *DERIVATIVES,
+    *START,
+}
+"""Rows that look at one router by itself."""
 PropertyVerdict = Literal["PASS", "FAIL", "not applicable", "declared non-causal"]
 
 
@@ -42,14 +48,28 @@ class PropertyResult:
 
     def __str__(self) -> str:
         verdict = self.verdict if self.verdict in ("PASS", "FAIL") else f"{self.verdict}:"
-        return f"{self.property:<34} {verdict:<4} {self.detail}"
+        width = 34 if ": " not in self.property else 60  # with the layers that it is of
+        return f"{self.property:<{width}} {verdict:<4} {self.detail}"
 
 
 def examine(config: Config) -> Iterator[PropertyResult]:
-    """Every property of ``config``'s router that one process can see."""
-    subject = Subject(config)
-    for name in PROPERTIES:
-        yield ask(name, subject)
+    """Every property of ``config``'s router that one process can see.
+
+    Schemes that go by layer are asked one by one, each as that of all layers; then the model with all of them, about
+    everything but what is asked of one router by itself.
+    """
+    parts = config.router.parts()
+    for place, scheme in parts.items():
+        subject = Subject(config if len(parts) == 1 else replace(config, router=scheme))
+        of_part = "" if len(parts) == 1 else f"{place.rpartition('.')[2]}={scheme.name}: "
+        for name in PROPERTIES:
+            row = ask(name, subject)
+            yield replace(row, property=f"{of_part}{name}")
+    if len(parts) > 1:
+        subject = Subject(config)
+        for name in PROPERTIES:
+            if name not in OF_ONE_ROUTER:
+                yield ask(name, subject)
 
 
 def ask(name: str, subject: Subject) -> PropertyResult:
@@ -92,8 +112,8 @@ def certify(
     model = Subject(config).config.model
     parts = "" if model.moe.combine.name == "sum" else f" combine={model.moe.combine.name}"
     say(
-        f"router={config.router.name} ({source}){parts} in {len(model.moe_layers)} layers of {model.moe.kinds.total} "
-        "experts, cpu, float32"
+        f"router={config.router.description} ({source}){parts} in {len(model.moe_layers)} layers of "
+        f"{model.moe.kinds.total} experts, cpu, float32"
     )
     rows = []
     for row in examine(config):

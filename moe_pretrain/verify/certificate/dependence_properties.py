@@ -104,7 +104,7 @@ def _evaluates_as_it_trains(subject: Subject) -> str:
     """Without noise, training and evaluation decide alike, unless the scheme declares a rule of its own."""
     model = subject.warm_model()
     routers = routers_of(model)
-    rule = routers[0].evaluation_rule
+    rule = model.evaluation_rule
     if rule:
         raise NotApplicable(f"evaluation has a rule of its own: {rule}")
     if any(router.causal_in_training != router.causal_in_evaluation for router in routers):

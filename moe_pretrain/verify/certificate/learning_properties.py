@@ -58,12 +58,16 @@ def _learns_from_lm_loss(subject: Subject, router: RouterConfig | None = None) -
     whole = math.sqrt(sum(float(_gradient(parameter).square().sum()) for parameter in model.parameters()))
     constant = all((decision.routing.weight == 1).all() for decision in seen.decisions)
     why = ": every weight is 1, whatever the parameters are" if constant else ""
-    excused = routers_of(model)[0].without_lm_gradient
-    learnt = {name: norm for name, norm in norms.items() if name.partition(".")[2] not in excused}
+    excused = {
+        f"{layer}.{name}": (name, reason)
+        for layer, module in enumerate(routers_of(model))
+        for name, reason in module.without_lm_gradient.items()
+    }
+    learnt = {name: norm for name, norm in norms.items() if name not in excused}
     for name, norm in norms.items():
         require(math.isfinite(norm), f"that of {name} is not finite")
         require(norm > ROUNDING * whole or name not in learnt, f"{name} gets none{why}")
-    reasons = "; ".join(f"not {name}: {reason}" for name, reason in excused.items())
+    reasons = "; ".join(f"not {name}: {reason}" for name, reason in dict(excused.values()).items())
     if not learnt:
         raise NotApplicable(reasons)
     found = f"{min(learnt.values()) / whole:.0e} or more of the whole gradient's norm, in every layer"

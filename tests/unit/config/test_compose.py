@@ -1,22 +1,21 @@
 """How composed configurations call a run that nobody named."""
 
 import pytest
+from helpers.builders import OF_LAYERS, SCHEME_WORDS
 
-from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
-
-ROUTERS = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml"))
 
 
 def test_words_for_one_scheme_have_folders_of_their_own():
-    names = [load([f"router={word}"]).run.name for word in ROUTERS]
-    assert names == [f"tiny-{word}" for word in ROUTERS]
+    names = [load([f"router={word}"]).run.name for word in SCHEME_WORDS]
+    assert names == [f"tiny-{word}" for word in SCHEME_WORDS]
 
 
 @pytest.mark.parametrize(
     ("words", "name"),
     [
         ([], "tiny-top_k"),
+        (["router=by_layer", OF_LAYERS], "tiny-by_layer"),
         (["router=top_p", "router.weights=renormalised"], "tiny-top_p"),
         (["router=top_p", "router=top_p_renormalised", "model=small"], "small-top_p_renormalised"),
         (["router=top_p_renormalised", "run.name=mine"], "mine"),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.builders import SCHEME_WORDS
 
 from moe_pretrain.cli import main
-from moe_pretrain.config.compose import config_folder, validate
+from moe_pretrain.config.compose import validate
 from moe_pretrain.config.load import load
 from moe_pretrain.config.match_budget import describe_match, measures
 from moe_pretrain.config.schema import Config, ConfigError, to_values
@@ -19,7 +20,6 @@ from moe_pretrain.moe.build import expected_ffn_experts, expert_width
 from moe_pretrain.moe.routers.dense import DenseConfig
 from moe_pretrain.moe.types import ExpertShard
 
-ROUTERS = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml"))
 MEASURES = ["total_params", "active_params", "flops_per_token"]
 MULTIPLES = [2, 8, 64]
 
@@ -83,7 +83,7 @@ def neighbours(config: Config) -> list[Config]:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SCHEME_WORDS)
 def test_the_solved_width_is_the_nearest_multiple(router: str, measure: str):
     words = words_of(router, measure)
     plain = load(words)

@@ -318,7 +318,7 @@ PIECES = [
 
 @pytest.mark.parametrize("scheme,experts,combine", PIECES)
 def test_the_modelling_file_imports_nothing_of_ours(scheme: str, experts: list[str], combine: str):
-    source = assemble(scheme, experts, combine)
+    source = assemble([scheme], experts, combine)
     compile(source, FILE, "exec")
     assert "moe_pretrain." not in source and "jaxtyping" not in source
     assert max(map(len, source.splitlines())) <= 120

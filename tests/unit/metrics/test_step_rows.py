@@ -33,7 +33,7 @@ def row_of(scheme: str, layer: int = 1, **state: list[float]) -> MetricsRow:
         tokens=10,
         router_entropy=[0.5, 0.25],
         dropped_share=[0.0, 0.0],
-        sums=torch.tensor([[4.0], [6.0]], dtype=torch.float64).expand(2, num_sums),
+        sums=list(torch.tensor([[4.0], [6.0]], dtype=torch.float64).expand(2, num_sums)),
         token_hash=0,
     )
     return train_row(result, model, Window(100.0, 0.1, 0.0), 0.01, 1e6, 1, None)

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from helpers.builders import SCHEME_WORDS
 from torch.nn import functional
 
-from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -16,7 +16,7 @@ from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.train.resume_rules import changes
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
-SCHEMES = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml") if path.stem != "dense")
+SCHEMES = [word for word in SCHEME_WORDS if word != "dense"]
 RAW = {"attention_importance": 0.35, "expert_choice": 0.42, "sinkhorn": 0.42, "top_p": 0.44}
 """Schemes whose weights are probabilities over all experts: as much quieter as the mass that they keep."""
 OTHERS = {"lory": (1.53, 0.46), "smear": (1.75, 0.49), "moe_plus_plus": (6.9, 0.67)}

@@ -286,6 +286,7 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=autonomy_top_p", "router.gate_rank=8"],
         ["router=autonomy_expert_choice", "router.gate_rank=8"],
         ["router=top_k", "router.top_k=3", "combine=orthogonal"],
+        ["router=by_layer", "router.layers={1:{router:hash,weights:learned},rest:{router:top_k,top_k:3}}"],
         ["router=top_k", "model.moe.latent_size=12", "model.moe.latent_norm=true"],
         ["router=top_k", "model.moe.latent_size=12", "experts=unequal", "model.moe.experts.pattern=[1,3]"],
         ["router=top_k", "model.moe.latent_size=12", "router.top_k=3", "combine=orthogonal"],

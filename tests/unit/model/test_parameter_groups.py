@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from helpers.builders import SCHEME_WORDS
 
-from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.model.decoder import DecoderLM
@@ -13,7 +13,6 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.model.parameter_groups import GROUP_NAMES, meta_model, parameter_roles, rate_scale
 from moe_pretrain.moe.types import ExpertShard
 
-SCHEMES = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml"))
 ALL_PARTS = ("model.moe.num_leading_dense_layers=1", "model.moe.num_shared_experts=2", "model.tie_embeddings=false")
 
 
@@ -29,7 +28,7 @@ def started(config: Config) -> DecoderLM:
     return model
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEME_WORDS)
 def test_every_parameter_has_one_role_and_routers_are_told_by_their_name(scheme: str):
     config = load([f"router={scheme}", *ALL_PARTS])
     model = meta_model(config.model, config.router)

@@ -120,7 +120,7 @@ def test_a_run_is_charged_for_the_widths_it_uses() -> None:
     model = DecoderLM(setting.model, setting.router, ExpertShard())
     size = model_size(setting.model, setting.router)
     assert size.total_parameters == sum(p.numel() for p in model.parameters())
-    sums = StepSums([], 2, model.moe_layers()[0].kinds, 0, torch.device("cpu"))
+    sums = StepSums([], model.moe_layers()[0].kinds, [0, 0], torch.device("cpu"))
     sums.layers[:, :EXPERTS] = torch.tensor([30.0, 0, 10, 20, 20, 10, 5, 5])
     result = sums.result(GlobalCounts(labels=50, tokens=50), {}, 0.0, {}, 0, None)
     by_hand = sum(3 * HIDDEN * w * n for w, n in zip(WIDTHS, [30, 0, 10, 20, 20, 10, 5, 5], strict=True)) / 50

@@ -67,6 +67,11 @@ ROUTERS = {
     "autonomy": ["router=autonomy", "router.gate_rank=16"],
     "factorised": ["router=top_k", "model.moe.gate_rank=16"],
     "hash": ["router=hash"],
+    # Of layers that differ: tables, more experts, and queries for experts that are asked.
+    "by layer": [
+        "router=by_layer",
+        "router.layers={0:hash,1:{router:attentive,num_candidates:3},rest:{router:top_k,top_k:4}}",
+    ],
     "random": ["router=random"],
     "uniform": ["router=uniform"],
     "learned hash": ["router=hash", "router.weights=learned"],
@@ -230,6 +235,7 @@ PEAKS += [
     "autonomy_expert_choice",
     "attention_importance",
     "factorised",
+    "by layer",
 ]
 
 
@@ -306,7 +312,7 @@ def test_flops_by_part_are_all_flops(router: str):
     size = model_size(config.model, config.router)
     parts = flops_by_part(size)
     assert sum(parts.values()) == size.forward_flops_per_token
-    asked = {"attentive": 3, "attentive_dense": 4, "attentive_dense, similarity": 4}.get(router, 0)
+    asked = {"attentive": 3, "attentive_dense": 4, "attentive_dense, similarity": 4, "by layer": 1}.get(router, 0)
     assert parts["experts that are only asked"] == 3 * asked * 2 * 2 * 64 * 128
     measured = 3 * 64 * 64 if router == "attention_importance" else 0
     assert parts["attention that a router measures"] == measured

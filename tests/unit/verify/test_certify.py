@@ -1,23 +1,24 @@
 """The certificate of a routing scheme: what ships passes, the README's example passes, and broken schemes do not."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.builders import SCHEME_WORDS
 from helpers.processes import run_on_ranks
 
 from moe_pretrain import cli
 from moe_pretrain.commands import certify as certify_command
-from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run, preflight
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.train.build import train
 from moe_pretrain.verify.certificate import certify as certificate
-from moe_pretrain.verify.certificate.certify import PropertyResult, ask, examine
+from moe_pretrain.verify.certificate.certify import PROPERTIES, PropertyResult, ask, examine
 from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.subject import Subject
@@ -675,7 +676,7 @@ COMPETING = {TRAINING_CAUSALITY, "cut of the batch in training", "documents apar
 
 # Overrides -> how some rows' details begin.
 SHIPPED: list[tuple[list[str], dict[str, str]]] = [
-    *(([f"router={file.stem}"], {}) for file in sorted((config_folder() / "router").glob("*.yaml"))),
+    *(([f"router={word}"], {}) for word in SCHEME_WORDS),
     (
         ["router.score=sigmoid", "router.jitter=0.1", "router.load_balance_level=sequence"],
         {COLLAPSE: "3.0000 when 2 of"},
@@ -739,6 +740,22 @@ def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) ->
     assert noncausal == (COMPETING if competes else merged_ahead)
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
+
+
+def test_schemes_by_layer_are_asked_one_by_one_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("aux losses named", COLLAPSE, STATE, "gradient parity with the oracle")
+    monkeypatch.setattr(certificate, "PROPERTIES", {name: PROPERTIES[name] for name in asked})
+    layers = "router.layers={0:hash,rest:{router:top_k,top_k:3}}"
+    rows = list(examine(load([*SMALL, "model.num_layers=2", "router=by_layer", layers])))
+    assert not failing(rows)
+    details = {row.property: row.detail for row in rows}
+    alone = [f"{place}: {name}" for place in ("0=hash", "rest=top_k") for name in asked]
+    assert list(details) == [*alone, *(name for name in asked if name != COLLAPSE)]  # which is asked of one router
+    assert details["0=hash: aux losses named"] == "none" and "load_balance" in details["aux losses named"]
+    assert details[f"rest=top_k: {COLLAPSE}"].startswith("2.0000 when 3 of 6")
+    # Of the model with both, the oracle's gradients are more than those of either scheme's router.
+    counts = [int(re.search(r"(\d+) gradients", details[name])[1]) for name in (asked[3], f"0=hash: {asked[3]}")]
+    assert counts[0] == counts[1] + 1
 
 
 def test_received_attention_is_a_declared_leak() -> None:

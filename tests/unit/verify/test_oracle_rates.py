@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
+from helpers.builders import SCHEME_WORDS
 
-from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
@@ -13,13 +13,12 @@ from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.verify.oracle_optimizers import rate_scale
 from moe_pretrain.verify.small_twin import shrink
 
-SCHEMES = sorted(path.stem for path in (config_folder() / "router").glob("*.yaml"))
 SCALES = {"embedding": 3, "head": 5, "norms": 7, "attention": 0.3, "experts": 1.1, "router": 0.7, "ffn": 1.3}
 GROUPS = [f"optimizer.groups.{name}.lr_scale={scale}" for name, scale in SCALES.items()]
 
 
 @pytest.mark.parametrize("words", [[], ["model.init=mup"]], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEME_WORDS)
 def test_oracle_and_optimizer_have_the_same_rates(scheme: str, words: list[str]):
     parts = ["model.moe.num_leading_dense_layers=1", "model.moe.num_shared_experts=2", "model.tie_embeddings=false"]
     overrides = [f"router={scheme}", "model=small", "engine.device=cpu", *parts, *words, *GROUPS]

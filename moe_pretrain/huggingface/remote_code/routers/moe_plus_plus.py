@@ -21,7 +21,8 @@ class Router(nn.Module):
         inner = 8 * experts if self.fields["projection"] == "two_layer" else None
         self.projection = None if inner is None else empty(inner, config.hidden_size)
         self.weight = empty(experts, inner or config.hidden_size)
-        is_lowest = all(config.dense_widths[:layer])
+        # Of a model with several schemes its own fields say so.
+        is_lowest = self.fields.get("is_lowest", all(config.dense_widths[:layer]))
         self.residual_weight = empty(experts, experts) if self.fields["gating_residual"] and not is_lowest else None
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:

@@ -255,7 +255,7 @@ def test_a_step_says_the_share_of_cheap_routes_and_charges_networks_alone() -> N
 
     setting = config(*SHALLOW)
     model = DecoderLM(setting.model, setting.router, ExpertShard())
-    sums = StepSums([], 2, model.moe_layers()[0].kinds, 0, torch.device("cpu"))
+    sums = StepSums([], model.moe_layers()[0].kinds, [0, 0], torch.device("cpu"))
     sums.layers[:, :8] = torch.tensor([30.0, 0, 10, 20, 20, 10, 5, 5])
     initialise(model, 0)
     result = sums.result(GlobalCounts(labels=50, tokens=50), {}, 0.0, {}, 0, None)
