@@ -239,13 +239,17 @@ def token_losses(
 
 
 def _cross_entropy(
-    logits: Float[Tensor, "tokens vocab"], labels: Int[Tensor, "tokens"], needs_grad: bool
+    hidden: Float[Tensor, "tokens hidden"],
+    head_weight: Float[Tensor, "vocab hidden"],
+    labels: Int[Tensor, "tokens"],
+    needs_grad: bool,
 ) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens vocab"] | None]:
     """Term of each position, and the gradient of their sum with respect to the logits, in their dtype."""
+    logits = functional.linear(hidden, head_weight)
     if logits.is_cuda:
         terms, largest, normaliser = _cross_entropy_sums(logits, labels)
         return terms, _cross_entropy_gradient(logits, labels, largest, normaliser) if needs_grad else None
-    dtype, logits = logits.dtype, logits.float()
+    dtype, logits = logits.dtype, logits.float()  # under this name: those of 16 bits are not kept beside
     counted = (labels != IGNORE_INDEX)[:, None]
     index = labels.clamp(min=0)[:, None]
     target_logits = logits.gather(1, index)
@@ -289,14 +293,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = functional.linear(hidden[part], head_weight)
-            terms, grad_logits = _cross_entropy(logits, labels[part], needs_grad)
+            terms, grad_logits = _cross_entropy(hidden[part], head_weight, labels[part], needs_grad)
             total += terms.sum()
             if grad_hidden is None or grad_weight is None or grad_logits is None:
                 continue
             grad_hidden[part] = grad_logits @ head_weight
             grad_weight += grad_logits.t() @ hidden[part]
-            del logits, grad_logits  # else two chunks are there while the next logits are made
+            del grad_logits  # else two chunks are there while the next logits are made
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(head_weight.dtype))
         return total
