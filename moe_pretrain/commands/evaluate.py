@@ -22,6 +22,7 @@ from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_number, launched_rank, launched_world_size
 from moe_pretrain.parallel.sharing import ALONE, Sharing
 from moe_pretrain.run_folder.task_results import TaskResult, TaskResultFiles
+from moe_pretrain.system.gpu import device_for_inference
 
 _ROWS = 8
 """Full rows at once where the run has no micro-batches of its own."""
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         keeps = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
         if options.num_fewshot and keeps and is_main:
             _note(f"no examples for {', '.join(keeps[:5])}: num_fewshot: 0 stands in the task itself, and stays")
-    model = trained.model(_device())
+    model = trained.model(device_for_inference(launched_number("LOCAL_RANK") or 0))
     if files and is_main:
         _print_losses(model, trained.config, tokenizer, files, options)
     if not tasks:
@@ -119,12 +120,6 @@ def _words(options: argparse.Namespace) -> list[str]:
     given = {**values, "tokenizer": options.tokenizer}
     named = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     return ["evaluate", str(options.run), *options.words, *named]
-
-
-def _device() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{launched_number('LOCAL_RANK') or 0}"
 
 
 def _sharing(config: Config, launched: int | None) -> Sharing:

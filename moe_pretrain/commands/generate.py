@@ -12,6 +12,7 @@ from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.data.tokenizer import Tokenizer
 from moe_pretrain.inference.cached_decoder import check_generates
 from moe_pretrain.inference.decoding import Generator, Sampling, SelfContrast
+from moe_pretrain.system.gpu import device_for_inference
 
 _DECODINGS = ("sample", "self_contrast")
 
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     length = trained.config.model.sequence_length
     if not 0 < len(ids) < length:
         raise ConfigError(f"TEXT has {len(ids)} tokens, must have 1 to {length - 1}: the model was trained on {length}")
-    model = trained.model("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.model(device_for_inference())
     if rule := check_generates(model, trained.config.router.name):
         _note(f"router={trained.config.router.name} decides here by its evaluation rule: {rule}")
     count = min(options.max_tokens, length - len(ids))

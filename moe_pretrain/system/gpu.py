@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def unusable_gpu() -> str | None:
         f"torch {torch.__version__} for CUDA {torch.version.cuda} needs driver {needed} or newer, and this one is "
         f"{driver}: update it, or install a torch for CUDA {_newest_cuda(driver)}"
     )
+
+
+def device_for_inference(number: int = 0) -> str:
+    """``cuda:NUMBER`` where torch can use a GPU, else ``cpu``: the same numbers, only slower.
+
+    Where a GPU is there that torch cannot use, a line on the standard error says why it is slow.
+    """
+    if torch.cuda.is_available():
+        return f"cuda:{number}"
+    if reason := unusable_gpu():
+        print(f"moe-pretrain: on the CPU, since {reason}", file=sys.stderr)
+    return "cpu"
 
 
 def smallest_memory() -> int:

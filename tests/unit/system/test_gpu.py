@@ -57,6 +57,17 @@ def test_the_line_is_what_a_user_sees(machine, capsys: pytest.CaptureFixture) ->
     assert told.count("\n") == 1 and "needs driver 580.65.06" in told
 
 
+def test_evaluation_goes_on_the_cpu_and_says_why(machine, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    machine("13.0", PROPRIETARY.format("535.104.05"))
+    assert gpu.device_for_inference(1) == "cpu"
+    told = capsys.readouterr().err
+    assert told.startswith("moe-pretrain: on the CPU, since torch") and "580.65.06" in told and told.count("\n") == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.device_for_inference() == "cpu" and not capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.device_for_inference(1) == "cuda:1"
+
+
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_a_gpu_that_is_hidden_on_purpose_is_none(machine, monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     machine("13.0", PROPRIETARY.format("535.104.05"))
