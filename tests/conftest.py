@@ -44,8 +44,8 @@ def _log_goes_where_it_went() -> Iterator[None]:
     root.setLevel(level)
 
 
-_LONG_FIRST = ("integration", "distributed")
-"""Folders of the files that take longest: begun last, one of them would run alone."""
+_LONG_FIRST = ("integration", "distributed", "test_certify.py", "test_plan.py", "test_match_budget.py")
+"""Folders and files that take longest: begun last, one of them would run alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
