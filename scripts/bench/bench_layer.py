@@ -6,17 +6,20 @@
 All MoE variants hold the same weights (the very same memory), get the same input and upstream gradient, and are
 compared with ours in output and input gradient. Tokens are made such that each prefers its experts clearly:
 variants that compute router logits in bfloat16 then still choose the same experts, and the load is what the
-title says. One more variant is ours with ``router=uniform``: no router to compute, and every expert the same load.
+title says. Two more variants are ours with ``router=uniform``: no router to compute, and every expert the same load;
+one of them with ``experts=unequal``, whose active FLOPs are the same then, and its weights its own.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bench_tools import device_name, interleave, print_table, ratio_of_medians
 from torch import Tensor, nn
 
+from moe_pretrain.moe.build import build_moe_layer
+from moe_pretrain.moe.experts.config import UnequalConfig
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
@@ -26,6 +29,8 @@ from moe_pretrain.system.cpu import keep_freed_memory
 
 COPY_LIMIT_BYTES = 2 << 30
 DENSE, OURS, EVEN = "dense SwiGLU, equal FLOPs", "moe_pretrain", "moe_pretrain, router=uniform"
+UNEQUAL = f"{EVEN}, experts=unequal"
+PATTERN = (1, 1, 2, 4)
 
 
 @dataclass
@@ -48,6 +53,8 @@ def main() -> None:
     layer = build_ours(options).to(device)
     variants = {DENSE: build_dense(options, device, dtype), OURS: wrap_ours(layer, options, device)}
     variants[EVEN] = wrap_ours(build_even(options, layer), options, device)
+    if options.experts % len(PATTERN) == 0:
+        variants[UNEQUAL] = wrap_ours(build_unequal(options).to(device), options, device)
     variants |= build_transformers(options, layer) | build_deepspeed(options, layer, device)
     if options.only:
         variants = {name: v for name, v in variants.items() if any(part in name for part in options.only.split(","))}
@@ -126,6 +133,18 @@ def build_even(options: argparse.Namespace, layer: MoELayer) -> MoELayer:
     """The same experts, whose tokens are dealt out."""
     router = UniformRouter(UniformConfig(name="uniform", top_k=options.top_k), options.experts, layer=0)
     return MoELayer(layer_config(options), router, layer.experts, options.hidden)
+
+
+def build_unequal(options: argparse.Namespace) -> MoELayer:
+    """Experts of the widths of ``PATTERN``, ``--width`` on average, whose tokens are dealt out."""
+    config = replace(layer_config(options), experts=UnequalConfig("unequal", PATTERN, "cost"))
+    router = UniformConfig(name="uniform", top_k=options.top_k)
+    layer = build_moe_layer(config, router, options.hidden, 0, ExpertShard())
+    assert isinstance(layer, MoELayer)
+    for parameter in layer.experts.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    layer.experts.to(getattr(torch, options.dtype))
+    return layer
 
 
 def layer_config(options: argparse.Namespace) -> MoEConfig:
@@ -252,7 +271,7 @@ def bench(
         dense = ratio_of_medians(times[DENSE], times[name]) if DENSE in usable else "-"
         ours = ratio_of_medians(times[name], times[OURS]) if OURS in usable else "-"
         errors = ["-", "-"]
-        if name not in (DENSE, EVEN) and OURS in usable:
+        if name not in (DENSE, EVEN, UNEQUAL) and OURS in usable:
             errors = [f"{relative_error(a, b):.0e}" for a, b in zip(outputs[name], outputs[OURS], strict=True)]
         median = float(torch.tensor(times[name]).median())
         rows.append([name, f"{median:.2f}", dense, ours, f"{saved[name]:.1f}", *errors])

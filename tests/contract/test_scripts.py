@@ -46,7 +46,12 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
     ),
     "bench/bench_layer.py": (
         ["--cpu-clock", "--rounds=1", "--tokens=64", "--hidden=64", "--width=64"],
-        ["\nmoe_pretrain ", "\nOLMoE grouped_mm ", "\nDeepSpeed MoE, no drop "],
+        [
+            "\nmoe_pretrain ",
+            "\nmoe_pretrain, router=uniform, experts=unequal ",
+            "\nOLMoE grouped_mm ",
+            "\nDeepSpeed MoE, no drop ",
+        ],
     ),
     "bench/bench_product.py": (
         ["--steps=1", *SMALL_MODEL],
