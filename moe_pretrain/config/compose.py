@@ -319,10 +319,16 @@ def _validator(root: Any) -> Callable[[dict[str, Any]], Any]:
     return pydantic.TypeAdapter(root).validate_python
 
 
+_ALTERNATIVE = re.compile(r"(constrained-)?(int|float|str)|literal\[.+\]")
+"""Name that pydantic gives to one of several types of a field, at the end of the field's path."""
+
+
 def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str:
     first = error.errors()[0]
     # In a union, pydantic's location names the variant behind the field; the user's path does not.
     location = [str(part) for part in first["loc"]]
+    if is_alternative := len(location) > 1 and _ALTERNATIVE.fullmatch(location[-1]):
+        del location[-1]
     if len(location) > 1 and location[0] in variants:
         del location[1]
     if location[:3] in (["model", "moe", "combine"], ["model", "moe", "experts"]) and len(location) > 4:
@@ -347,7 +353,9 @@ def _first_complaint(error: pydantic.ValidationError, variants: set[str]) -> str
         return f"{path}.{field}={first['ctx']['tag']} must be one of {first['ctx']['expected_tags']}"
     if constraint := _constraint(first["type"], first.get("ctx", {})):
         return f"{path}={first['input']} must {constraint}"
-    return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    alternatives = [each["msg"] for each in error.errors() if is_alternative and each["loc"][:-1] == first["loc"][:-1]]
+    said = " or ".join(message[0].lower() + message[1:] for message in alternatives or [first["msg"]])
+    return f"{path}={first['input']!r}: {said}"
 
 
 def _constraint(kind: str, bounds: Mapping[str, Any]) -> str | None:

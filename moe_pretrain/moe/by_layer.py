@@ -45,13 +45,13 @@ class ByLayerConfig(RouterConfig):
         for place, scheme in self.parts().items():
             if (reason := scheme.whole_model_reason) is not None:
                 raise ValueError(f"{place}={scheme.name} must be another scheme: {scheme.name} {reason}")
-        ranks = {place: scheme.expert_gate_rank for place, scheme in self.parts().items()}
-        first = next(iter(ranks))
-        for place, rank in ranks.items():
-            if rank != ranks[first]:
+        first, of_first = next(iter(self.parts().items()))
+        for place, scheme in self.parts().items():
+            if scheme.expert_gate_rank != of_first.expert_gate_rank:
                 raise ValueError(
-                    f"{place}={scheme.name}: experts have gate_rank={_null(rank)}, with {first} {_null(ranks[first])}; "
-                    "it must be the same, since experts have one shape in all layers"
+                    f"{place}={scheme.name}: experts have gate_rank={_null(scheme.expert_gate_rank)}, with {first} "
+                    f"{_null(of_first.expert_gate_rank)}; it must be the same, since experts have one shape in all "
+                    "layers"
                 )
 
     def of_layer(self, layer: int) -> RouterConfig:

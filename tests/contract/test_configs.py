@@ -223,6 +223,7 @@ MISTAKES = [
             "{0:hash,rest:thor}": "router.layers.rest=thor must be another scheme: thor runs the whole model twice",
             "{0:hash,rest:relu}": "router.layers.rest=relu must be another scheme: relu moves one coefficient",
             "{0:hash,rest:autonomy}": "router.layers.rest=autonomy: experts have gate_rank=32, with",
+            "{0:autonomy,1:hash,rest:top_k}": "router.layers.1=hash: experts have gate_rank=null, with",
             "{0:hash,rest:moe_plus_plus}": "comes with model.moe.experts.name=zero_computation, which all layers share",
             "{0:hash,rest:top_k_factorised}": "comes with model.moe.gate_rank=32, which all layers share",
         }.items()
@@ -283,6 +284,9 @@ MISTAKES = [
     ),
     (["combine=orthogonal", "router=dense"], "router=dense, which has no experts"),
     (["model.moe.gate_rank=0"], "model.moe.gate_rank=0 must be at least 1"),
+    (["batch.micro_batch_size=0"], "batch.micro_batch_size=0 must be at least 1"),
+    (["batch.micro_batch_size=big"], "batch.micro_batch_size='big': input should be a valid integer, unable to parse"),
+    (["batch.micro_batch_size=big"], "as an integer or input should be 'auto'"),
     (["spike.window_steps=1"], "spike.window_steps=1 must be at least 2"),
     (["optimizer.learning_rate='nan'"], "optimizer.learning_rate=nan must be finite"),
     (["data=mixture", *REQUIRED["data=mixture"], "data.sources.one.validation_fraction=0"], "sources.one.validation_"),

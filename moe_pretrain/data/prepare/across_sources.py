@@ -135,16 +135,23 @@ def _folder(cache_dir: Path, facts: Sequence[object]) -> Path:
 
 
 def _build(folder: Path, write: Callable[[Path], None], report: Callable[[str], None]) -> None:
-    """Have the folder written by one process, unless it is there."""
+    """Have the folder written by one process, unless it is there.
+
+    Raises:
+        ValueError: It cannot be written; one line.
+    """
     if folder.is_dir():
         return
     with cache.locked(folder, report):
         if not folder.is_dir():
             partial = cache.partial_folder(folder)
             shutil.rmtree(partial, ignore_errors=True)
-            write(partial)
-            partial.rename(folder)
-            sync_folder(folder.parent)
+            try:
+                write(partial)
+                partial.rename(folder)
+                sync_folder(folder.parent)
+            except OSError as error:
+                raise ValueError(f"{partial}: {error.strerror}; the same command begins it again") from None
 
 
 def _write_found(folder: Path, found: FoundElsewhere) -> None:

@@ -1,6 +1,8 @@
 """Held-out documents of one source that another trains on are counted or left out, between any two sources."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -94,6 +96,19 @@ def test_they_are_looked_for_once_and_checked(mixture, monkeypatch):
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     with pytest.raises(ValueError, match=rf"^{shard}: damaged: xxh3 is "):
         prepare("drop", "count", check_mixture)
+
+
+def test_a_full_disk_is_one_line_and_the_next_attempt_begins_again(mixture, monkeypatch):
+    prepare, *_ = mixture
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_pretrain.data.prepare.across_sources.write_whole", full)
+        with pytest.raises(ValueError, match=r"^[^\n]*across-[^\n]*: No space left on device; the same command"):
+            prepare("count", "count")
+    assert prepare("count", "count").found["web"].near > 0
 
 
 def test_the_same_text_on_two_sides_is_exact(mixture, tmp_path):
