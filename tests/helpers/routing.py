@@ -9,16 +9,27 @@ import pytest
 import torch
 
 from moe_pretrain.config.compose import compose_values, validate
+from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.moe.layer import MoEConfig
+from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers import RouterConfig
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
 
 
 def make_context(tokens: int, sequences: int = 1, **changes: Any) -> RoutingContext:
     """``tokens`` tokens of text in ``sequences`` sequences."""
     mask = torch.ones(tokens, dtype=torch.bool)
     return replace(RoutingContext(mask, torch.arange(tokens), sequences, seed=11, step=4), **changes)
+
+
+def moe_layer_of(*overrides: str) -> MoELayer:
+    """The first MoE layer of the model that ``overrides`` configure, initialised."""
+    config = load(overrides)
+    model = DecoderLM(config.model, config.router, ExpertShard())
+    initialise(model, seed=1)
+    return model.moe_layers()[0]
 
 
 def by_token(routing: Routing, tokens: int) -> list[dict[int, float]]:

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.routing import make_context, moe_layer_of
 from reference.papers import coupling as paper
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_pretrain.config.load import load
-from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
+from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.losses import expert_router_coupling_loss
 from moe_pretrain.moe.routers.base import perturbed_rows
-from moe_pretrain.moe.types import ExpertShard, RoutingContext
+from moe_pretrain.moe.types import RoutingContext
 
 HIDDEN, WIDTH, EXPERTS, TOKENS = 16, 7, 5, 12
 WORDS = [
@@ -23,15 +23,12 @@ WORDS = [
 ]
 
 
-def layer_of(*words: str):
-    config = load([*WORDS, *words])
-    model = DecoderLM(config.model, config.router, ExpertShard())
-    initialise(model, seed=1)
-    return model.moe_layers()[0]
+def layer_of(*words: str) -> MoELayer:
+    return moe_layer_of(*WORDS, *words)
 
 
 def context(tokens: int = TOKENS, step: int = 3) -> RoutingContext:
-    return RoutingContext(torch.ones(tokens, dtype=torch.bool), torch.arange(tokens), 1, seed=0, step=step)
+    return make_context(tokens, step=step)
 
 
 def test_by_hand():

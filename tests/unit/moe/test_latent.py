@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers.routing import make_context, moe_layer_of
 from torch.nn import functional
 
 from moe_pretrain.config.load import load
-from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.model.init import initialise
-from moe_pretrain.moe.types import ExpertShard, RoutingContext
+from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.types import RoutingContext
 from moe_pretrain.plan.cost import ROUTES, traffic
 from moe_pretrain.schedule.batch_plan import plan_batches
 
@@ -19,15 +19,12 @@ WORDS = [
 ]
 
 
-def layer_of(*words: str):
-    config = load([*WORDS, *words])
-    model = DecoderLM(config.model, config.router, ExpertShard())
-    initialise(model, seed=1)
-    return model.moe_layers()[0]
+def layer_of(*words: str) -> MoELayer:
+    return moe_layer_of(*WORDS, *words)
 
 
 def context() -> RoutingContext:
-    return RoutingContext(torch.ones(TOKENS, dtype=torch.bool), torch.arange(TOKENS), 1, seed=0, step=0)
+    return make_context(TOKENS)
 
 
 def by_loops(weights: dict[str, torch.Tensor], hidden: torch.Tensor, epsilon: float) -> torch.Tensor:
