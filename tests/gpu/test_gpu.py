@@ -1,12 +1,14 @@
 """What only a CUDA device can show. Every comparison is with a readable loop in float32 or float64 on the CPU."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.builders import random_batches, tiny
+from helpers.routing import PLAIN_TOP_K
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,7 +19,7 @@ from moe_pretrain.moe.dispatch import order_by
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.part_timer import PARTS, PartClock, time_source
-from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingContext
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches
@@ -103,20 +105,7 @@ def test_experts_without_any_row_give_zeros() -> None:
 
 
 def make_layer() -> tuple[MoELayer, RoutingContext]:
-    config = TopKRouterConfig(
-        name="top_k",
-        top_k=TOP_K,
-        score="softmax",
-        weights="renormalised",
-        weight_scale=1.0,
-        num_groups=1,
-        groups_per_token=1,
-        projection_size=None,
-        jitter=0.1,
-        load_balance_weight=0.01,
-        load_balance_level="micro_batch",
-        router_z_weight=0.001,
-    )
+    config = replace(PLAIN_TOP_K, top_k=TOP_K, jitter=0.1)
     layer = MoELayer(
         MoEConfig(EXPERTS, WIDTH, 1, WIDTH, 1, 0, None, 8),
         TopKRouter(config, HIDDEN, EXPERTS, 0),

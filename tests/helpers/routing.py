@@ -15,7 +15,24 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers import RouterConfig
+from moe_pretrain.moe.routers.top_k import TopKRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
+
+PLAIN_TOP_K = TopKRouterConfig(
+    name="top_k",
+    top_k=2,
+    score="softmax",
+    weights="renormalised",
+    weight_scale=1.0,
+    num_groups=1,
+    groups_per_token=1,
+    projection_size=None,
+    jitter=0.0,
+    load_balance_weight=0.01,
+    load_balance_level="micro_batch",
+    router_z_weight=0.001,
+)
+"""Top-k with the losses of its own micro-batch, from which other configurations are changed."""
 
 
 def make_context(tokens: int, sequences: int = 1, **changes: Any) -> RoutingContext:

@@ -1,10 +1,12 @@
 """Statistics of attention against explicit softmax rows; core.md section 3g lists what must hold."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
+from helpers.routing import PLAIN_TOP_K
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -17,7 +19,7 @@ from moe_pretrain.model.block import Block
 from moe_pretrain.model.layers import rotary_table
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, MoEOutput, Routing, RoutingContext
 from moe_pretrain.verify.oracle_parts import statistic_of_matrices
 
@@ -238,20 +240,7 @@ class _Asking(TopKRouter):
     """Top-k that asks for a statistic and notes what it gets."""
 
     def __init__(self, statistic: str | None):
-        config = TopKRouterConfig(
-            name="top_k",
-            top_k=2,
-            score="softmax",
-            weights="raw",
-            weight_scale=1.0,
-            num_groups=1,
-            groups_per_token=1,
-            projection_size=None,
-            jitter=0.0,
-            load_balance_weight=0.0,
-            load_balance_level="micro_batch",
-            router_z_weight=0.0,
-        )
+        config = replace(PLAIN_TOP_K, weights="raw", load_balance_weight=0.0, router_z_weight=0.0)
         super().__init__(config, 12, 4, layer=0)
         self.attention_statistic = statistic
         self.got: list[Tensor | None] = []

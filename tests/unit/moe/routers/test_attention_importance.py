@@ -24,9 +24,8 @@ from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
-from moe_pretrain.moe.routers.top_k import TopKRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
-from tests.helpers.routing import refusal
+from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = AttentionImportanceConfig(
@@ -190,20 +189,7 @@ def test_a_constant_count_is_top_k_bit_for_bit(
 ) -> None:
     """3g 7: output, losses, and every gradient of the layer."""
     shape = MoEConfig(EXPERTS, 6, 0, 1, 1, 0, None, 8)
-    plain = TopKRouterConfig(
-        name="top_k",
-        top_k=top_k,
-        score="softmax",
-        weights=weights,
-        weight_scale=1.0,
-        num_groups=1,
-        groups_per_token=1,
-        projection_size=None,
-        jitter=0.1,
-        load_balance_weight=0.01,
-        load_balance_level="micro_batch",
-        router_z_weight=0.001,
-    )
+    plain = replace(PLAIN_TOP_K, top_k=top_k, weights=weights, jitter=0.1)
     results = []
     for config in (plain, replace(CONFIG, weights=weights, jitter=0.1, **changes)):
         layer = build_moe_layer(shape, config, HIDDEN, 3, ExpertShard())

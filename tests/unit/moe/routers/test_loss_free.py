@@ -5,7 +5,7 @@ shown on ranks, in ``tests/distributed/test_router_state.py``.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -17,22 +17,11 @@ from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
-from tests.helpers.routing import refusal
+from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = LossFreeRouterConfig(
-    name="loss_free",
-    top_k=2,
-    score="sigmoid",
-    weights="renormalised",
-    weight_scale=1.0,
-    num_groups=1,
-    groups_per_token=1,
-    projection_size=None,
-    jitter=0.0,
-    load_balance_weight=0.0,
-    load_balance_level="micro_batch",
-    router_z_weight=0.001,
+    **{**asdict(PLAIN_TOP_K), "name": "loss_free", "score": "sigmoid", "load_balance_weight": 0.0},
     bias_update_rate=0.01,
 )
 BIAS = [0.3, -0.2, 0.0, 0.15, -0.4]

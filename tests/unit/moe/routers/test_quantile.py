@@ -4,7 +4,7 @@ That ranks and micro-batches pool their histograms is shown on ranks, in ``tests
 """
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,22 +15,17 @@ from torch import Tensor
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig, balancing_bias
 from moe_pretrain.moe.types import Routing, RoutingContext
-from tests.helpers.routing import refusal
+from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, HIDDEN, EXPERTS = 60, 8, 5
 CONFIG = QuantileRouterConfig(
-    name="quantile",
-    top_k=2,
-    score="sigmoid",
-    weights="renormalised",
-    weight_scale=1.0,
-    num_groups=1,
-    groups_per_token=1,
-    projection_size=None,
-    jitter=0.0,
-    load_balance_weight=0.0,
-    load_balance_level="micro_batch",
-    router_z_weight=0.0,
+    **{
+        **asdict(PLAIN_TOP_K),
+        "name": "quantile",
+        "score": "sigmoid",
+        "load_balance_weight": 0.0,
+        "router_z_weight": 0.0,
+    },
     num_bins=1000,
     ema_decay=0.0,
 )

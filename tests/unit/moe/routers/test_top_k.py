@@ -11,29 +11,15 @@ from torch import Tensor
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.routers.base import router_logits
-from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import Routing, RoutingContext
-from tests.helpers.routing import refusal
+from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, SEQUENCES, HIDDEN, EXPERTS = 12, 3, 8, 5
-CONFIG = TopKRouterConfig(
-    name="top_k",
-    top_k=2,
-    score="softmax",
-    weights="renormalised",
-    weight_scale=1.0,
-    num_groups=1,
-    groups_per_token=1,
-    projection_size=None,
-    jitter=0.0,
-    load_balance_weight=0.01,
-    load_balance_level="micro_batch",
-    router_z_weight=0.001,
-)
 
 
 def make_router(layer: int = 3, **changes: Any) -> TopKRouter:
-    router = TopKRouter(replace(CONFIG, **changes), HIDDEN, EXPERTS, layer)
+    router = TopKRouter(replace(PLAIN_TOP_K, **changes), HIDDEN, EXPERTS, layer)
     torch.nn.init.normal_(router.weight)
     return router
 
@@ -78,7 +64,7 @@ def test_equals_one_token_at_a_time(score: str, weights: str, top_k: int) -> Non
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 def test_groups_limit_where_experts_come_from(score: str) -> None:
     """DeepSeek-V3: the groups with the largest sums of their two best scores, then the best experts in them."""
-    config = replace(CONFIG, score=score, top_k=3, num_groups=4, groups_per_token=2)
+    config = replace(PLAIN_TOP_K, score=score, top_k=3, num_groups=4, groups_per_token=2)
     router = TopKRouter(config, HIDDEN, 12, 0)
     torch.nn.init.normal_(router.weight)
     hidden = torch.randn(60, HIDDEN)
@@ -117,7 +103,7 @@ def test_large_router_is_two_maps_in_a_row() -> None:
     ours, expected = router(hidden, make_context()), one_map(hidden, make_context())
     assert torch.equal(ours.expert_index, expected.expert_index)
     torch.testing.assert_close(ours.weight, expected.weight)
-    large = TopKRouter(replace(CONFIG, projection_size=1012), 768, 8, 0)
+    large = TopKRouter(replace(PLAIN_TOP_K, projection_size=1012), 768, 8, 0)
     assert sum(parameter.numel() for parameter in large.parameters()) == 785_312
 
 
@@ -271,7 +257,7 @@ def test_global_level_without_a_callback_is_the_micro_batch() -> None:
     ],
 )
 def test_wrong_configurations_get_one_line(changes: dict[str, Any], message: str) -> None:
-    complaint = refusal(CONFIG, EXPERTS, **changes)
+    complaint = refusal(PLAIN_TOP_K, EXPERTS, **changes)
     assert complaint.startswith(message) and "\n" not in complaint
 
 
