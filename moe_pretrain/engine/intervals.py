@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_pretrain.engine.optimizers.base import Fragment, OptimizerState
 from moe_pretrain.model.parameter_groups import parameter_roles
+from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 
 if TYPE_CHECKING:  # it edits what it owns by what is here
@@ -89,17 +90,18 @@ def fragments(engine: "TrainEngine") -> list[Fragment]:
     found = []
     for name, parameter in engine.model.named_parameters():
         owners = engine.mesh.expert_data_group if is_expert(parameter) else None
+        shard = engine.mesh.shard if is_expert(parameter) else ExpertShard()
         whole = (0, parameter.numel(), parameter, 0)
         if engine.config.zero_stage == 0:
             is_replica = torch.distributed.get_rank(owners) > 0
-            found.append(Fragment(name, parameter, roles[name], *whole, owners, is_replica))
+            found.append(Fragment(name, parameter, roles[name], *whole, owners, is_replica, shard))
             continue
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by ZeRO; None: no part is here
         place = (0, 0, partitions[engine.group_of[parameter]], 0)
         if mapping is not None:
             local, own = mapping.lp_fragment_address, mapping.hp_fragment_address
             place = (local.start, own.numel, partitions[mapping.param_group_index], own.start)
-        found.append(Fragment(name, parameter, roles[name], *place, owners, is_replica=False))
+        found.append(Fragment(name, parameter, roles[name], *place, owners, False, shard))
     return found
 
 

@@ -60,7 +60,7 @@ from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.layers import RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.latent import LatentMaps
-from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts
+from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, core_matrix
 from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
@@ -105,8 +105,10 @@ class ParameterRole:
         writes_residual: Whether what it makes is added to the residual stream.
         rows: Rows of the hidden layers' matrices that stand one below the other in it, or in each expert's part of it:
             those of query, key and value, or of gate and up. Empty for what is no matrix of a hidden layer: routers,
-            vectors, the one row of a shared-expert gate, embedding, head, and experts whose matrices are not of one
-            piece.
+            vectors, the one row of a shared-expert gate, embedding, head.
+        columns: Columns of these matrices.
+        is_interleaved: Whether the first row of every matrix comes before the second row of any, as in merged experts,
+            whose rows are sharded over the ranks of an expert group: ``rows`` are those of all these ranks.
     """
 
     group: GroupName
@@ -114,19 +116,24 @@ class ParameterRole:
     is_final_norm: bool = False
     writes_residual: bool = False
     rows: tuple[int, ...] = ()
+    columns: int = 0
+    is_interleaved: bool = False
 
     def matrices(self, parameter: Tensor) -> Iterator[tuple[int, int, int]]:
-        """Matrices that lie one after the other in the flat ``parameter``: how many alike, their rows and columns."""
+        """Matrices of ``parameter`` in their order: how many alike, their rows and columns."""
         alike: list[int] = list(self.rows)
         if not alike:
             return
-        count = parameter[..., 0, 0].numel()
+        if self.is_interleaved:
+            yield parameter[0, ..., 0].numel(), alike[0], self.columns
+            return
+        count = parameter.numel() // (sum(alike) * self.columns)
         if len(set(alike)) == 1:
-            yield count * len(alike), alike[0], parameter.shape[-1]
+            yield count * len(alike), alike[0], self.columns
             return
         for _ in range(count):
             for rows in alike:
-                yield 1, rows, parameter.shape[-1]
+                yield 1, rows, self.columns
 
 
 def parameter_roles(model: DecoderLM) -> dict[str, ParameterRole]:
@@ -137,12 +144,15 @@ def parameter_roles(model: DecoderLM) -> dict[str, ParameterRole]:
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             group = "router" if full_name.startswith(routers) else _GROUP_OF[type(module)]
+            rows, columns = _matrix_sizes(module, name, parameter, group)
             found[full_name] = ParameterRole(
                 group=group,
                 reads=_reads(module, name, parameter, group, model.config),
                 is_final_norm=module is model.norm,
                 writes_residual=name == "out_weight" and not in_latent_width(module, model.config),
-                rows=_rows(module, name, parameter, group),
+                rows=rows,
+                columns=columns,
+                is_interleaved=isinstance(module, MergedExperts),
             )
     return found
 
@@ -172,15 +182,21 @@ def _reads(module: nn.Module, name: str, parameter: Tensor, group: GroupName, co
     return "hidden" if parameter.shape[-1] == config.hidden_size else "fixed"
 
 
-def _rows(module: nn.Module, name: str, parameter: Tensor, group: GroupName) -> tuple[int, ...]:
-    is_whole = not isinstance(module, MergedExperts | MatrixProductExperts | ConstantExpert)
-    if parameter.ndim < 2 or group not in ("attention", "experts", "ffn") or not is_whole or name == "gate_weight":
-        return ()
+def _matrix_sizes(module: nn.Module, name: str, parameter: Tensor, group: GroupName) -> tuple[tuple[int, ...], int]:
+    """``ParameterRole.rows`` and ``columns``."""
+    is_hidden = group in ("attention", "experts", "ffn") and not isinstance(module, ConstantExpert)
+    if parameter.ndim < 2 or not is_hidden or name == "gate_weight":
+        return (), 0
+    if isinstance(module, MergedExperts):  # out matrices lie transposed
+        return (module.width,), parameter.shape[-1]
+    if isinstance(module, MatrixProductExperts):
+        rows, columns = core_matrix(parameter.shape[-4:])
+        return ((rows,), columns) if min(rows, columns) > 1 else ((), 0)
+    rows, columns = parameter.shape[-2:]
     if isinstance(module, Attention) and name == "qkv_weight":
-        return tuple(module.sizes)
-    rows = parameter.shape[-2]
+        return tuple(module.sizes), columns
     is_gate_and_up = isinstance(module, SwiGLU | SwiGLUExperts) and name == "in_weight"
-    return (rows // 2, rows // 2) if is_gate_and_up else (rows,)
+    return ((rows // 2, rows // 2) if is_gate_and_up else (rows,)), columns
 
 
 def base_fan_in(reads: Reads, config: ModelConfig) -> float:

@@ -1,7 +1,8 @@
 """Each optimizer's update of one weight, as its paper writes it, and the rate at which a weight learns."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,8 @@ _PARTS = {
     "norm.": "norms",
 }
 """What the name of a weight contains -> its group; the first that fits."""
+_CORE = re.compile(r"\.experts\.(gate|up|out)_(shared|core_\d)$")
+"""Cores of ``experts=matrix_product``."""
 
 
 def norms_by_part(gradients: Mapping[str, Tensor]) -> dict[str, float]:
@@ -110,9 +113,7 @@ def muon(
     momentum = moments["momentum"]
     momentum.mul_(optimizer.momentum).add_(gradient * (1 - optimizer.momentum))
     ahead = optimizer.momentum * momentum + (1 - optimizer.momentum) * gradient
-    own = [weight] if weight.ndim == 2 else list(weight)
-    updates = [ahead] if weight.ndim == 2 else list(ahead)
-    for stack, update in zip(own, updates, strict=True):
+    for stack, update in zip(_own_matrices(config, name, weight), _own_matrices(config, name, ahead), strict=True):
         rows = _rows_of_matrices(config, name, len(stack))
         for matrix, direction in zip(stack.split(rows), update.double().split(rows), strict=True):
             x = direction / direction.norm().clamp(min=1e-7)
@@ -123,7 +124,19 @@ def muon(
             matrix.copy_(matrix - rate * (optimizer.weight_decay * matrix + scale * size * x.float()))
 
 
+def _own_matrices(config: Config, name: str, weight: Tensor) -> Sequence[Tensor]:
+    """Views of what each expert, or whoever has the weight, has of it."""
+    if ".experts." in name and config.router.merges_experts:  # an inner unit's rows of all experts come together
+        return weight.flatten(1, -2).unbind(1)
+    if _CORE.search(name):  # each core takes a digit and a bond to a digit and a bond
+        cores = weight.unsqueeze(0) if name.endswith("_shared") else weight
+        return [core.flatten(2, 3).flatten(0, 1) for core in cores]
+    return [weight] if weight.ndim == 2 else list(weight)
+
+
 def _is_orthogonalised(name: str, weight: Tensor) -> bool:
+    if _CORE.search(name) and 1 in (weight.shape[-4] * weight.shape[-3], weight.shape[-2] * weight.shape[-1]):
+        return False  # a vector
     parts = (".attention.", ".feed_forward.", ".experts.", ".shared_experts.")
     others = (".router.", ".zero_computation.", ".gate_weight")
     return weight.ndim >= 2 and any(part in name for part in parts) and not any(part in name for part in others)
@@ -136,7 +149,8 @@ def _rows_of_matrices(config: Config, name: str, rows: int) -> list[int]:
         shared = rows * model.num_key_value_heads // (model.num_heads + 2 * model.num_key_value_heads)
         return [rows - 2 * shared, shared, shared]
     is_factorised = ".experts." in name and (model.moe.gate_rank is not None or config.router.expert_gate_rank)
-    if name.endswith("in_weight") and not is_factorised and ".latent." not in name:
+    is_merged = ".experts." in name and config.router.merges_experts
+    if name.endswith("in_weight") and not is_factorised and not is_merged and ".latent." not in name:
         return [rows // 2, rows // 2]
     return [rows]
 

@@ -70,7 +70,14 @@ def test_any_topology_loads_the_same_bits(tmp_path: Path, dtype: str, words: tup
 
 
 @pytest.mark.parametrize(
-    "words", [("router=lory", "router.segment_tokens=4"), ("experts=matrix_product",)], ids=lambda words: words[0]
+    "words",
+    [
+        ("router=lory", "router.segment_tokens=4"),
+        ("experts=matrix_product",),
+        ("optimizer=muon", "router=lory", "router.segment_tokens=4"),
+        ("optimizer=muon", "experts=matrix_product"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
 )
 def test_experts_of_other_kinds_load_the_same_bits(tmp_path: Path, words: tuple[str, ...]):
     """Slices of the width of merged experts, cores of their own and shared: saved by 2 ranks, loaded by 4, 1 and 2."""
@@ -83,6 +90,8 @@ def test_experts_of_other_kinds_load_the_same_bits(tmp_path: Path, words: tuple[
     run_on_ranks(train_and_save, 2, str(source), overrides(2, 1), 1)
     before = contents(source)
     assert sum(".experts." in name for name in before) > 1
+    moments = [value for name, value in before.items() if "exp_avg" in name or "momentum" in name]
+    assert moments and all(bool(value.any()) for value in moments)
     for world, ep, stage in ((4, 4, 2), (1, 1, 0), (2, 1, 1)):
         target = tmp_path / f"{world}-{ep}-{stage}"
         run_on_ranks(load_and_save, world, str(source), str(target), overrides(ep, stage))

@@ -83,6 +83,14 @@ _VARIANTS = {
         *(*WITH_ALL_PARTS, "optimizer=muon", "optimizer.epsilon=1e-4"),
         *("model.moe.shared_expert_gate=true", "model.head_size=10"),
     ),
+    "muon_lory": (
+        *(*WITH_ALL_PARTS, "router=lory", "router.segment_tokens=3", "optimizer=muon", "optimizer.epsilon=1e-4"),
+        *("optimizer.weight_decay=0.5", "optimizer.groups.experts.lr_scale=2"),
+    ),
+    "muon_matrix_product": (
+        *(*WITH_ALL_PARTS, "experts=matrix_product", "optimizer=muon", "optimizer.epsilon=1e-4"),
+        "optimizer.learning_rate=0.003",
+    ),
     "noisy": (
         *WITH_ALL_PARTS,
         "router.top_k=3",
@@ -94,6 +102,7 @@ _VARIANTS = {
 _ALONE = (
     *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
     *("unequal", "orthogonal", "symmetric", "muon", "muon_swiglu", "latent", "latent_muon", "coupled", "coupled_top_p"),
+    *("muon_lory", "muon_matrix_product"),
 )
 """What varies the model and not the step; taken in turn, but for those in ``_ALONE``."""
 
@@ -167,6 +176,13 @@ _ADDED = [
     Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "latent"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "latent"),
     Case(2, 2, 1, 1, 3, "none", 0.1, "float32", "latent_muon"),
+    Case(1, 1, 0, 1, 3, "none", 0.1, "float32", "muon_lory"),
+    Case(2, 1, 1, 1, 3, "none", 0.1, "float32", "muon_lory"),
+    Case(4, 2, 2, 1, 3, "none", 0.1, "float32", "muon_lory"),
+    Case(4, 2, 0, 1, 3, "none", 0.1, "float32", "muon_lory"),
+    Case(4, 4, 1, 1, 1, "none", 0.1, "bfloat16", "muon_lory"),
+    Case(1, 1, 0, 1, 3, "none", 0.1, "float32", "muon_matrix_product"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "float32", "muon_matrix_product"),
     Case(1, 1, 0, 4, 1, "none", 0.1, "float32", "coupled"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "coupled"),
     Case(4, 2, 2, 1, 3, "none", 0.1, "float32", "coupled"),

@@ -22,7 +22,7 @@ from moe_pretrain.model.parameter_groups import (
 )
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig
-from moe_pretrain.moe.types import float32_parameters
+from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.parallel.deepspeed_moe import split_expert_groups
 
 
@@ -67,6 +67,8 @@ class Fragment:
         partition_start: First element, in that.
         owners: Ranks that own the other parts of the parameter, or replicas of it; None for all ranks.
         is_replica: Whether another rank owns the same.
+        shard: Ranks that hold the other slices of the parameter, each of this size, and the place of this one among
+            them.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Fragment:
     partition_start: int
     owners: dist.ProcessGroup | None
     is_replica: bool
+    shard: ExpertShard
 
     @property
     def place(self) -> slice:
@@ -89,7 +92,7 @@ def whole_fragments(model: DecoderLM) -> list[Fragment]:
     """Fragments of one process without DeepSpeed: every parameter as it is."""
     roles = parameter_roles(model)
     return [
-        Fragment(name, parameter, roles[name], 0, parameter.numel(), parameter, 0, None, is_replica=False)
+        Fragment(name, parameter, roles[name], 0, parameter.numel(), parameter, 0, None, False, ExpertShard())
         for name, parameter in model.named_parameters()
     ]
 

@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from moe_pretrain.engine.optimizers.base import Fragment, OptimizerConfig, Optim
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.parameter_groups import ParameterRole, meta_model, parameter_roles
 from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.types import sharded_parameters
 
 MATRIX_STATE = OptimizerState(moments=("momentum",))
 VECTOR_STATE = OptimizerState(moments=("exp_avg", "exp_avg_sq"))
@@ -34,8 +37,10 @@ class MuonConfig(OptimizerConfig):
     The matrices of attention, dense networks and experts are moved by the momentum's nearest orthogonal matrix:
     ``m = momentum m + (1 - momentum) g``, ``O = newton_schulz(momentum m + (1 - momentum) g)``,
     ``w -= rate (0.2 sqrt(max(rows, columns)) O + weight_decay w)``. Query, key and value, gate and up, and all
-    experts are matrices of their own. Embedding, output head, norms, all of a router, and what is no matrix have AdamW
-    with the same rate and decay: the factor gives both updates the same root mean square.
+    experts are matrices of their own; of ``experts=matrix_product`` each core is one, as the map it is
+    (``core_matrix``), so an expert's matrix moves by what its cores make of their orthogonal steps. Embedding, output
+    head, norms, all of a router, and what is no matrix have AdamW with the same rate and decay: the factor gives both
+    updates the same root mean square.
 
     An expert that gets no token keeps moving along its momentum at full speed, since the update does not depend on the
     gradient's size.
@@ -67,13 +72,19 @@ class MuonConfig(OptimizerConfig):
 
     def update_flops(self, model: ModelConfig, router: RouterConfig) -> float:
         """Those of Newton-Schulz, each matrix once."""
-        matrices = _all_matrices(meta_model(model, router))
-        return sum(count * newton_schulz_flops(rows, columns) for count, rows, columns in matrices)
+        built = meta_model(model, router)
+        found = (role.matrices(built.get_parameter(name)) for name, role in parameter_roles(built).items())
+        return sum(count * newton_schulz_flops(rows, columns) for own in found for count, rows, columns in own)
 
     def update_bytes(self, model: DecoderLM) -> float:
-        """Of the largest batch of matrices, at most float32."""
-        numbers = [(count, rows * columns) for count, rows, columns in _all_matrices(model)]
-        return 4.0 * _WORKSPACE * max((min(count, _together(each)) * each for count, each in numbers), default=0)
+        """Of the largest batch of matrices, at most float32; interleaved ones are put together as a whole."""
+        most = 0.0
+        for (_, interleaved, rows, columns), run in groupby(_shapes_in_order(model), key=itemgetter(0)):
+            count, each = sum(own for _, own in run), rows * columns
+            batch = min(count, _together(each)) * each
+            beside = count * each - batch if interleaved else 0
+            most = max(most, 4.0 * (_WORKSPACE * batch + beside))
+        return most
 
     def build(self, groups: list[dict[str, Any]], is_exact: bool) -> "WithholdingMuon":
         """AdamW as ``optimizer=adamw`` has it; with ``is_exact`` one matrix at a time."""
@@ -88,42 +99,50 @@ class MuonConfig(OptimizerConfig):
         return replace(self, epsilon=max(1e-3, self.epsilon))
 
     def check(self, model: DecoderLM) -> None:
-        """Raise if all that would be learnt, or the experts, are not for Muon."""
+        """Raise if all that would be learnt is not for Muon."""
         if self.trainable == "routers":
             raise ValueError(
                 "optimizer.trainable=routers must be all with optimizer.name=muon, which is not for routers"
             )
-        for name, role in parameter_roles(model).items():
-            parameter = model.get_parameter(name)
-            if ".experts." in name and parameter.ndim > 1 and role.group == "experts" and not role.rows:
-                kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
-                raise ValueError(
-                    f"optimizer.name=muon must be adamw with such experts: {kind} has no matrices that lie one "
-                    "after the other for Muon to take by themselves"
-                )
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """One matrix of a parameter, and the part of it that this rank owns, which may be nothing.
+class _Piece:
+    """What of a parameter is orthogonalised at once, and the part of it that this rank owns, which may be nothing.
+
+    One matrix, or all those of a parameter whose rows are interleaved.
 
     Attributes:
         fragment: The parameter, and what this rank owns of it.
-        first: First element in the flat parameter.
-        rows: Its rows.
-        columns: Its columns.
+        first: First element in the flat parameter, over all shards if rows are interleaved.
+        count: Matrices whose rows are interleaved.
+        rows: Rows of each, over all shards.
+        columns: Columns of each.
     """
 
     fragment: Fragment
     first: int
+    count: int
     rows: int
     columns: int
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.count * self.rows * self.columns
+
+    @property
+    def _start(self) -> int:
+        """First element that this rank owns of the parameter, counted as ``first`` is."""
+        fragment = self.fragment
+        shards_before = fragment.shard.rank * fragment.parameter.numel() if fragment.role.is_interleaved else 0
+        return shards_before + fragment.start
+
+    @property
     def part(self) -> slice:
-        """Elements that this rank owns, in the flat matrix."""
-        begin = max(self.fragment.start - self.first, 0)
-        end = min(self.fragment.start + self.fragment.length - self.first, self.rows * self.columns)
+        """Elements that this rank owns, in the flat piece."""
+        begin = max(self._start - self.first, 0)
+        end = min(self._start + self.fragment.length - self.first, self.size)
         return slice(begin, max(begin, end))
 
     @property
@@ -134,49 +153,74 @@ class _Matrix:
     @property
     def place(self) -> slice:
         """Place of these elements in the partition."""
-        begin = self.fragment.partition_start + self.first + self.part.start - self.fragment.start
+        begin = self.fragment.partition_start + self.first + self.part.start - self._start
         return slice(begin, begin + self.length)
+
+    @property
+    def owners(self) -> dist.ProcessGroup | None:
+        """Ranks that own the other parts; None for all: shards and their replicas are all ranks."""
+        return None if self.fragment.role.is_interleaved else self.fragment.owners
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """Whole matrices of one shape that lie one after the other in a partition."""
+    """Whole matrices of one shape that lie one after the other in a partition, or interleaved."""
 
     place: slice
+    count: int
     rows: int
     columns: int
 
-    def goes_on_with(self, matrix: _Matrix) -> bool:
-        """Whether ``matrix`` is the next one."""
-        return (self.place.stop, self.rows, self.columns) == (matrix.place.start, matrix.rows, matrix.columns)
+    def goes_on_with(self, piece: _Piece) -> bool:
+        """Whether ``piece`` is the next one."""
+        is_same = (self.rows, self.columns) == (piece.rows, piece.columns)
+        return is_same and self.count == piece.count == 1 and self.place.stop == piece.place.start
 
 
-def _matrices_of(fragment: Fragment) -> Iterator[_Matrix]:
+def _stacked(flat: Tensor, count: int, rows: int, columns: int) -> Tensor:
+    """View ``[matrices, rows, columns]`` of matrices one after the other, or of ``count`` interleaved ones."""
+    return flat.view(-1, rows, columns) if count == 1 else flat.view(rows, count, columns).transpose(0, 1)
+
+
+def _pieces_of(fragment: Fragment) -> Iterator[_Piece]:
     first = 0
     for count, rows, columns in fragment.role.matrices(fragment.parameter):
+        if fragment.role.is_interleaved:
+            yield _Piece(fragment, 0, count, rows, columns)
+            continue
         for _ in range(count):
-            yield _Matrix(fragment, first, rows, columns)
+            yield _Piece(fragment, first, 1, rows, columns)
             first += rows * columns
 
 
-def _are_cut(matrices: Sequence[_Matrix]) -> list[bool]:
-    """Of each matrix, whether some rank owns a part of it that is not all. Collective, where there are ranks."""
-    found = [False] * len(matrices)
+def _are_cut(pieces: Sequence[_Piece]) -> list[bool]:
+    """Of each piece, whether some rank owns a part of it that is not all. Collective, where there are ranks."""
+    found = [False] * len(pieces)
     if not dist.is_initialized():
         return found
-    for owners in dict.fromkeys(matrix.fragment.owners for matrix in matrices):
-        own = [index for index, matrix in enumerate(matrices) if matrix.fragment.owners is owners]
-        parts = [0 < matrices[index].length < matrices[index].rows * matrices[index].columns for index in own]
-        flags = torch.tensor(parts, dtype=torch.int32, device=matrices[own[0]].fragment.partition.device)
+    for owners in dict.fromkeys(piece.owners for piece in pieces):
+        own = [index for index, piece in enumerate(pieces) if piece.owners is owners]
+        parts = [0 < pieces[index].length < pieces[index].size for index in own]
+        flags = torch.tensor(parts, dtype=torch.int32, device=pieces[own[0]].fragment.partition.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=owners)
         for index, flag in zip(own, flags.tolist(), strict=True):
             found[index] = bool(flag)
     return found
 
 
-def _all_matrices(model: DecoderLM) -> Iterator[tuple[int, int, int]]:
-    for name, role in parameter_roles(model).items():
-        yield from role.matrices(model.get_parameter(name))
+def _shapes_in_order(model: DecoderLM) -> Iterator[tuple[tuple[bool, str, int, int], int]]:
+    """Numbers of matrices, dense ones first and experts' behind, as partitions have them.
+
+    With each number what neighbours that are taken together have in common: of experts or not, the name of what is
+    interleaved, rows and columns.
+    """
+    sharded = {id(parameter) for layer in model.moe_layers() for parameter in sharded_parameters(layer.experts)}
+    for of_experts in (False, True):
+        for name, role in parameter_roles(model).items():
+            parameter = model.get_parameter(name)
+            if (id(parameter) in sharded) == of_experts:
+                for count, rows, columns in role.matrices(parameter):
+                    yield (of_experts, name if role.is_interleaved else "", rows, columns), count
 
 
 def _together(numbers: int) -> int:
@@ -195,7 +239,7 @@ class _MuonAndAdamW(torch.optim.AdamW):
     momentum: float
     is_exact: bool
     stacks: Mapping[Tensor, list[_Stack]]
-    cut: Mapping[Tensor, list[_Matrix]]
+    cut: Mapping[Tensor, list[_Piece]]
     dtype_of: Mapping[Tensor, torch.dtype]
 
     @torch.no_grad()
@@ -222,18 +266,21 @@ class _MuonAndAdamW(torch.optim.AdamW):
         weights.mul_(1 - rate * weight_decay)
         dtype = self.dtype_of[partition]
         for stack in self.stacks.get(partition, []):
-            shape = (-1, stack.rows, stack.columns)
+            shape = (stack.count, stack.rows, stack.columns)
             together = 1 if self.is_exact else _together(stack.rows * stack.columns)
-            pairs = (weights[stack.place].view(shape), ahead[stack.place].view(shape))
+            pairs = (_stacked(weights[stack.place], *shape), _stacked(ahead[stack.place], *shape))
             for own, update in zip(*(each.split(together) for each in pairs), strict=True):
                 own.add_(newton_schulz(update.to(dtype, copy=True)), alpha=-rate * _factor(stack.rows, stack.columns))
-        for matrix in self.cut.get(partition, []):
-            whole = ahead.new_zeros(matrix.rows * matrix.columns)
-            whole[matrix.part] = ahead[matrix.place]
-            dist.all_reduce(whole, group=matrix.fragment.owners)  # each element is one rank's: exact in any order
-            if matrix.length:
-                update = newton_schulz(whole.view(1, matrix.rows, matrix.columns).to(dtype)).flatten()
-                weights[matrix.place].add_(update[matrix.part], alpha=-rate * _factor(matrix.rows, matrix.columns))
+        for piece in self.cut.get(partition, []):
+            whole = ahead.new_zeros(piece.size)
+            if not piece.fragment.is_replica:
+                whole[piece.part] = ahead[piece.place]
+            dist.all_reduce(whole, group=piece.owners)  # each element is one rank's: exact in any order
+            if piece.length:
+                joined = _stacked(whole, piece.count, piece.rows, piece.columns)
+                for matrices in joined.split(1 if self.is_exact else _together(piece.rows * piece.columns)):
+                    matrices.copy_(newton_schulz(matrices.to(dtype)))
+                weights[piece.place].add_(whole[piece.part], alpha=-rate * _factor(piece.rows, piece.columns))
 
 
 class WithholdingMuon(Withholding, _MuonAndAdamW):
@@ -243,15 +290,15 @@ class WithholdingMuon(Withholding, _MuonAndAdamW):
         """Find the matrices in the partitions, and those that other ranks own parts of. Collective."""
         self.dtype_of = {fragment.partition: fragment.parameter.dtype for fragment in fragments}
         self.stacks, self.cut = defaultdict(list), defaultdict(list)
-        matrices = [matrix for fragment in fragments for matrix in _matrices_of(fragment)]
-        for matrix, is_cut in zip(matrices, _are_cut(matrices), strict=True):
-            partition = matrix.fragment.partition
+        pieces = [piece for fragment in fragments for piece in _pieces_of(fragment)]
+        for piece, is_cut in zip(pieces, _are_cut(pieces), strict=True):
+            partition = piece.fragment.partition
             if is_cut:
-                self.cut[partition].append(matrix)
-            elif matrix.length:
+                self.cut[partition].append(piece)
+            elif piece.length:
                 stacks = self.stacks[partition]
-                if stacks and stacks[-1].goes_on_with(matrix):
-                    place = slice(stacks.pop().place.start, matrix.place.stop)
+                if stacks and stacks[-1].goes_on_with(piece):
+                    place = slice(stacks.pop().place.start, piece.place.stop)
                 else:
-                    place = matrix.place
-                stacks.append(_Stack(place, matrix.rows, matrix.columns))
+                    place = piece.place
+                stacks.append(_Stack(place, piece.count, piece.rows, piece.columns))

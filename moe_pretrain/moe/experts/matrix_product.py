@@ -177,6 +177,17 @@ def core_shapes(config: MatrixProductConfig, rows: int, columns: int) -> list[tu
     return list(zip(widths[:-1], of_rows, of_columns, widths[1:], strict=True))
 
 
+def core_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a core as the linear map by which it acts on an input.
+
+    Applied core by core from the right, ``T_m`` takes the digit ``j_m`` of the input and the bond behind it to the
+    digit ``i_m`` of the output and the bond before it: ``[D_m i_m, j_m D_(m+1)]``, which is how it lies in memory. One
+    row or one column, where a size has no factor left for it, makes it a vector.
+    """
+    before, row, column, behind = shape
+    return before * row, column * behind
+
+
 def check_matrix_product(config: MatrixProductConfig, hidden_size: int, width: int) -> None:
     """Raise ``ValueError`` if ``truncation`` cuts nothing: a number that has no effect."""
     whole = bonds(factors(width, config.num_cores), factors(hidden_size, config.num_cores), None)

@@ -224,6 +224,37 @@ def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtyp
     assert held["peak"] == pytest.approx(memory.total, rel=0.1), memory
 
 
+def needed_by_an_update(overrides: list[str]) -> float:
+    """Bytes that live at once in an update and not before it, on this rank."""
+    with LiveMemory() as memory:
+        engine = build_engine(load(overrides))
+        step, found = engine.client_optimizer.step, 0.0
+
+        def watched(closure: None = None) -> None:
+            nonlocal found
+            before = memory.peak = memory.live
+            step(closure)  # ZeRO calls it for each group
+            found = max(found, memory.peak - before)
+
+        engine.step(0, random_batches(engine, 0))
+        engine.client_optimizer.step = watched
+        engine.step(1, random_batches(engine, 1))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("top_k", 1), ("lory", 1), ("lory", 2), ("matrix_product", 1)])
+def test_what_a_muon_update_needs_is_planned(kind: str, ranks: int):
+    """Merged experts are put together from two ranks' slices, or lie in one piece."""
+    overrides = [*SMALL, *ROUTERS[kind], "optimizer=muon", "engine.zero_stage=1", "engine.dtype=float32"]
+    overrides += ["model.moe.num_experts=8"]  # of which there is more than of attention
+    overrides += [f"parallel.processes={ranks}", f"parallel.expert_parallel_size={ranks}"]
+    overrides += [f"batch.global_batch_tokens={128 * ranks}", "engine.check_every_steps=0"]
+    planned = local_parameters(load(overrides)).update_bytes
+    needed = run_on_ranks(needed_by_an_update, ranks, overrides)[0]
+    print(f"{kind}, {ranks} ranks: {needed / planned:.3f} of the planned {planned:.0f} bytes")
+    assert needed == pytest.approx(planned, rel=0.01)
+
+
 PEAKS = ["top_k", "relu", "top_p", "expert_threshold", "attentive", "attentive_dense", "attentive_low_rank"]
 PEAKS += [
     "coupled",
