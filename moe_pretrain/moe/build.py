@@ -162,13 +162,12 @@ def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
     if not kinds.zero_computation:
         router.check_num_experts(kinds.total)
         return
-    reason = None
-    if router.dense_experts:
-        reason = "which has no routed experts"
-    elif router.merges_experts:
-        reason = "which merges parameters, and these have none"
-    elif router.expert_gate_rank is not None or router.scored_experts(kinds.ffn):
-        reason = "which asks the experts themselves how well a token fits, and these have nothing to answer with"
+    reason = _reason_against(
+        router,
+        kinds.ffn,
+        merging="merges parameters, and these have none",
+        asking="asks the experts themselves how well a token fits, and these have nothing to answer with",
+    )
     if reason is not None:
         raise ValueError(f"experts={name} must be another with router={router.name}, {reason}: experts=swiglu")
     try:
@@ -178,15 +177,25 @@ def check_experts(moe: MoEConfig, router: RouterConfig) -> None:
         raise ValueError(str(error).replace(f"model.moe.num_experts={kinds.total}", more)) from None
 
 
-def _check_unequal(moe: MoEConfig, experts: UnequalConfig, router: RouterConfig) -> None:
-    reason = None
+def _reason_against(router: RouterConfig, num_ffn: int, merging: str, asking: str) -> str | None:
+    """Reason why ``router`` cannot have experts of an odd kind, if it merges experts or asks them for scores."""
     if router.dense_experts:
-        reason = "which has no routed experts"
-    elif router.merges_experts:
-        reason = "which merges parameters of one shape"
-    elif router.expert_gate_rank is not None or router.scored_experts(moe.num_experts):
-        reason = "which asks the experts themselves how well a token fits, by inner activations of one width"
-    elif router.starts_experts:
+        return "which has no routed experts"
+    if router.merges_experts:
+        return f"which {merging}"
+    if router.expert_gate_rank is not None or router.scored_experts(num_ffn):
+        return f"which {asking}"
+    return None
+
+
+def _check_unequal(moe: MoEConfig, experts: UnequalConfig, router: RouterConfig) -> None:
+    reason = _reason_against(
+        router,
+        moe.num_experts,
+        merging="merges parameters of one shape",
+        asking="asks the experts themselves how well a token fits, by inner activations of one width",
+    )
+    if reason is None and router.starts_experts:
         reason = "which begins an expert with the mean of others, of one width"
     if reason is not None:
         raise ValueError(f"experts=unequal must be another with router={router.name}, {reason}: experts=swiglu")
@@ -261,13 +270,12 @@ def check_latent(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None
             raise ValueError("model.moe.latent_norm=true must be false with model.moe.latent_size=null")
         return
     asked = f"model.moe.latent_size={moe.latent_size}"
-    reason = None
-    if router.dense_experts:
-        reason = "which has no routed experts"
-    elif router.merges_experts:
-        reason = "which sends no token to an expert and merges them at the model's width"
-    elif router.expert_gate_rank is not None or router.scored_experts(moe.num_experts):
-        reason = "which ranks experts by their own activations, and they would be those of a narrower token"
+    reason = _reason_against(
+        router,
+        moe.num_experts,
+        merging="sends no token to an expert and merges them at the model's width",
+        asking="ranks experts by their own activations, and they would be those of a narrower token",
+    )
     if reason is not None:
         raise ValueError(f"{asked} must be null with router={router.name}, {reason}")
     if moe.kinds.zero_computation:
