@@ -323,7 +323,7 @@ def recorded_routings(model: DecoderLM) -> Iterator[list[Routing]]:
     found: list[Routing] = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...], routing: Routing) -> None:
-        found.append(routing)
+        found.append(routing.exact())
 
     handles = [layer.router.register_forward_hook(note) for layer in model.moe_layers()]
     try:

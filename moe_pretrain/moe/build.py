@@ -15,6 +15,7 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
 from moe_pretrain.moe.layer import MoEConfig, MoELayer, RoutedExperts
 from moe_pretrain.moe.merged_layer import MergedLayer
+from moe_pretrain.moe.route_list import PADDED_OVER_EXPECTED
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import LinearRouterConfig, RouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace
@@ -59,6 +60,7 @@ def build_moe_layer(
         owns_down = moe.gate_rank is not None
         experts = FactorisedExperts(moe.num_experts, size, width, rank, shard, owns_down, activation)
     built = MoELayer(moe, module, experts, hidden_size, latent)
+    built.padded_routes_per_token = PADDED_OVER_EXPECTED * expected_ffn_experts(moe, router)
     if router.balance_level == "last_step":
         built.count_last_step()
     return built
@@ -335,6 +337,14 @@ def sharded(moe: MoEConfig, router: RouterConfig) -> tuple[str, int]:
         repeats = moe.num_experts // len(moe.experts.pattern)
         return "model.moe.num_experts / len(model.moe.experts.pattern)", repeats
     return "model.moe.num_experts", num_sharded_experts(moe, router)
+
+
+def padded_ffn_experts(moe: MoEConfig, router: RouterConfig) -> float:
+    """Rows per token that experts of this rank get on a GPU in bfloat16, with the padding of ``moe.route_list``."""
+    expected = expected_ffn_experts(moe, router)
+    most = router.most_experts_per_token(moe.kinds.total)
+    takes_padding = moe.combine.name == "sum" and not isinstance(moe.experts, UnequalConfig)
+    return most if takes_padding and expected < most <= PADDED_OVER_EXPECTED * expected else expected
 
 
 def expected_ffn_experts(moe: MoEConfig, router: RouterConfig) -> float:

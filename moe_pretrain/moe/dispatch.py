@@ -102,6 +102,7 @@ def order_by(
     num_sources: int,
     routes_per_source: int | None,
     rows_per_expert: Int[Tensor, "local_experts"],
+    is_padded: bool = False,
 ) -> tuple[Int[Tensor, "routes"], ExpertRowLayout]:
     """Sort routes by ``key``, stably, and say how to gather and sum them.
 
@@ -111,6 +112,7 @@ def order_by(
         num_sources: Number of source rows.
         routes_per_source: Routes of every source if all have the same number, else None.
         rows_per_expert: Number of routes of each key.
+        is_padded: Whether routes may end in padding, whose key is the number of keys.
 
     Returns:
         The permutation (route of each sorted row) and the ``ExpertRowLayout``.
@@ -123,13 +125,17 @@ def order_by(
     if routes_per_source is not None:
         slots = row_of_route.view(num_sources, routes_per_source)
     else:
-        counts = source.new_zeros(num_sources).scatter_add_(0, source, torch.ones_like(source))
+        is_route = (key < len(rows_per_expert)).long() if is_padded else torch.ones_like(source)
+        counts = source.new_zeros(num_sources).scatter_add_(0, source, is_route)
         first = counts.cumsum(0) - counts
         rank = torch.arange(routes, device=key.device) - first[source]
         # No source has two routes to an expert. A GPU would be waited for to know better.
         most = len(rows_per_expert) if key.is_cuda else int(counts.max()) if num_sources else 0
-        slots = row_of_route.new_full((num_sources, most), -1)
+        if is_padded:  # has a column of its own, which is cut off
+            rank = torch.where(is_route > 0, rank, most)
+        slots = row_of_route.new_full((num_sources, most + is_padded), -1)
         slots[source, rank] = row_of_route
+        slots = slots[:, :most]
     order = ExpertRowLayout(source[route_of_row], slots, routes_per_source is not None, rows_per_expert)
     return route_of_row, order
 
@@ -163,11 +169,18 @@ def run_experts(
         ``sum over a token's routes of weight * expert(hidden)``, or what ``combine`` makes of ``expert(hidden)`` and
         weights, ``[tokens, hidden]``, and the result of ``meanwhile``.
     """
+    is_padded = routing.num_routes is not None
     with part("permute"):
         counts = _count(routing.expert_index, num_experts)
         route_of_row, order = order_by(
-            routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts
+            routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts, is_padded
         )
+    if exchange is not None:
+        with part("exchange"):
+            received_counts, send, receive = _exchange_sizes(counts, exchange)
+        if is_padded:
+            route_of_row, order = route_of_row[: sum(send)], order.first(sum(send))
+    with part("permute"):
         weight = routing.weight[route_of_row]
         payload = None if routing.payload is None else routing.payload[route_of_row]
     # Experts scale and sum per source: with a source for each route and weights of 1 they return plain outputs.
@@ -184,8 +197,6 @@ def run_experts(
         with part("combine"):
             return combine(unsummed, weight, order), other
 
-    with part("exchange"):
-        received_counts, send, receive = _exchange_sizes(counts, exchange)
     with part("permute"):
         rows = _Gather.apply(hidden, order)
     with part("exchange"):
@@ -266,9 +277,9 @@ def score_routes(
 
 
 def _count(expert_index: Int[Tensor, "routes"], num_experts: int) -> Int[Tensor, "experts"]:
-    """Routes to each expert."""
-    counts = expert_index.new_zeros(num_experts)
-    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))
+    """Routes to each expert; one more would be that of padding."""
+    counts = expert_index.new_zeros(num_experts + 1)
+    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))[:num_experts]
 
 
 def _exchange_sizes(counts: Int[Tensor, "experts"], exchange: Exchange) -> tuple[Tensor, list[int], list[int]]:

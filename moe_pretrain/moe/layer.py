@@ -121,6 +121,7 @@ class MoELayer(nn.Module):
 
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
     ``experts_of_sender`` is None unless the rows of each sending rank are to run by themselves (``engine.elastic``).
+    ``padded_routes_per_token`` is the length up to which lists of routes go to this rank's experts with their padding.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class MoELayer(nn.Module):
         self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
         self.experts_of_sender: Callable[[int], Experts] | None = None
+        self.padded_routes_per_token = 0.0
 
     def count_last_step(self) -> None:
         """Keep the routes to each expert in the last step for the balance loss of the next; checkpoints save them."""
@@ -170,6 +172,8 @@ class MoELayer(nn.Module):
             routing: Routing = (
                 self.router(hidden, context) if context.ranks is None else route_by_rank(self.router, hidden, context)
             )
+        if self.zero_computation is None:
+            routing = self._without_much_padding(routing, hidden)
         options: dict[str, bool] = {}
         if isinstance(self.experts, MatrixProductExperts) and self.training:
             options = self.experts.options(context, self.router.layer)
@@ -186,6 +190,20 @@ class MoELayer(nn.Module):
         if isinstance(self.experts, UnequalExperts):
             return list(self.experts.stacks)
         return [self.experts]
+
+    def _without_much_padding(self, routing: Routing, hidden: Tensor) -> Routing:
+        """``routing`` as experts take it: with its padding where that is little, else cut by a wait for its length.
+
+        An exchange cuts it by itself, where it learns the sizes of its blocks. Only products of all experts' rows at
+        once pass over padding (``experts.grouped``), and a comparison of outputs would compare it.
+        """
+        fits = len(routing.expert_index) <= self.padded_routes_per_token * len(hidden)
+        is_one_block = (
+            hidden.is_cuda and hidden.dtype == torch.bfloat16 and not isinstance(self.experts, UnequalExperts)
+        )
+        if self.exchange is not None or (fits and is_one_block and self.combine is None):
+            return routing
+        return routing.exact()
 
     def _score_routes(self, recompute_experts: bool) -> ScoreRoutes:
         """Function by which the router asks experts for scores; ``recompute_experts`` keeps none of their activations.
@@ -226,12 +244,8 @@ class MoELayer(nn.Module):
                 inputs = self.latent.narrow(inputs)
         meanwhile = None if self.shared_experts is None else partial(self._run_shared, self.shared_experts, hidden)
         if self.zero_computation is not None:
-            is_network = routing.expert_index < self.kinds.ffn
-            networks_first = torch.argsort((~is_network).to(torch.uint8), stable=True)
-            num_networks = int(is_network.sum())  # the one number that is waited for
-            others = routed.only(networks_first[num_networks:])
-            routed = routed.only(networks_first[:num_networks])
-            meanwhile = partial(self._run_zero_computation, self.zero_computation, inputs, others, meanwhile)
+            meanwhile = partial(self._run_zero_computation, self.zero_computation, inputs, routed, meanwhile)
+            routed = self._without_much_padding(routed.networks(self.kinds.ffn), inputs)
         output, beside = run_experts(
             inputs,
             routed,

@@ -41,8 +41,8 @@ def count_routes(
     """Count the routes to each expert within each group of tokens.
 
     Args:
-        expert_index: Expert of each route, in ``[0, num_experts)``.
-        counted: False for routes of padding, which are left out.
+        expert_index: Expert of each route, in ``[0, num_experts)``; ``num_experts`` for none.
+        counted: False for routes of padding tokens, which are left out.
         group_of_route: Group of each route, in ``[0, num_groups)``.
         num_groups: Number of groups.
         num_experts: Number of experts.
@@ -50,9 +50,10 @@ def count_routes(
     Returns:
         Counts in float64, exact up to 2**53. No host synchronisation takes place.
     """
-    flat = group_of_route * num_experts + expert_index
-    counts = flat.new_zeros(num_groups * num_experts).scatter_add_(0, flat, counted.to(flat.dtype))
-    return counts.view(num_groups, num_experts).double()
+    bins = num_experts + 1  # the last is that of no expert
+    flat = group_of_route * bins + expert_index
+    counts = flat.new_zeros(num_groups * bins).scatter_add_(0, flat, counted.to(flat.dtype))
+    return counts.view(num_groups, bins)[:, :num_experts].double()
 
 
 def load_balance_loss(

@@ -114,9 +114,12 @@ class ScoreRoutes(Protocol):
 class Routing:
     """A router's decision as one flat list of routes, token-major, each (token, expert) pair once.
 
+    On a GPU nobody waits to learn how many routes there are where their number is not fixed: the list is then as long
+    as it can get, and ends in padding (``moe.route_list``). Whoever is not the layer reads ``exact()``.
+
     Attributes:
         token_index: Token of each route, ascending.
-        expert_index: Expert of each route, in ``[0, num_experts)``.
+        expert_index: Expert of each route, in ``[0, num_experts)``; of padding ``num_experts``.
         weight: Factor of the expert's output, float32, differentiable.
         routes_per_token: The number of routes of every token if all have the same, else None.
         aux: Named auxiliary losses, unweighted scalars; means over the micro-batch's text tokens.
@@ -124,6 +127,7 @@ class Routing:
         payload: Rows that travel to the expert with the route, with gradient; None for most schemes.
         carried: What the router of the next MoE layer gets in ``RoutingContext.carried``, float32, with gradient; None
             for most schemes. Routers are never run again in backward, so this needs no care under recomputation.
+        num_routes: Routes before the padding; None where there is none.
     """
 
     token_index: Int[Tensor, "routes"]
@@ -134,9 +138,22 @@ class Routing:
     aux: dict[str, Tensor] = field(default_factory=dict)
     payload: Float[Tensor, "routes low"] | None = None
     carried: Float[Tensor, "tokens experts"] | None = None
+    num_routes: Int[Tensor, ""] | None = None
 
-    def only(self, routes: Int[Tensor, "kept"]) -> "Routing":
-        """The same decision with the routes ``routes`` (ascending) alone."""
+    def exact(self) -> "Routing":
+        """The same decision without padding; waits for the number of routes if there may be some."""
+        if self.num_routes is None:
+            return self
+        return self._only(slice(int(self.num_routes)))
+
+    def networks(self, num_networks: int) -> "Routing":
+        """The routes to experts below ``num_networks`` alone; all others are padding."""
+        is_network = self.expert_index < num_networks
+        networks_first = torch.argsort((~is_network).to(torch.uint8), stable=True)
+        routed = self._only(networks_first)
+        return replace(routed, expert_index=routed.expert_index.clamp(max=num_networks), num_routes=is_network.sum())
+
+    def _only(self, routes: Int[Tensor, "kept"] | slice) -> "Routing":
         return replace(
             self,
             token_index=self.token_index[routes],
@@ -144,6 +161,7 @@ class Routing:
             weight=self.weight[routes],
             payload=None if self.payload is None else self.payload[routes],
             routes_per_token=None,
+            num_routes=None,
         )
 
 
@@ -378,16 +396,20 @@ class ExpertRowLayout:
     """Layout of source rows for the experts: a gather, and its adjoint sum.
 
     Attributes:
-        source_of_row: Source row of each expert row; rows are sorted by local expert.
+        source_of_row: Source row of each expert row; rows are sorted by local expert, and padding comes last.
         rows_of_source: Expert rows of each source row, filled with -1 where a source has fewer than ``slots``.
         is_full: Whether ``rows_of_source`` has no -1.
-        rows_per_expert: Rows of each local expert, on the device.
+        rows_per_expert: Rows of each local expert, on the device; padding is no one's.
     """
 
     source_of_row: Int[Tensor, "rows"]
     rows_of_source: Int[Tensor, "sources slots"]
     is_full: bool
     rows_per_expert: Int[Tensor, "local_experts"]
+
+    def first(self, rows: int) -> "ExpertRowLayout":
+        """The same without the rows after the first ``rows``, which are padding."""
+        return replace(self, source_of_row=self.source_of_row[:rows])
 
 
 def sharded_parameters(experts: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,14 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import parameter_roles
-from moe_pretrain.moe.build import couples_experts, dense_width, expected_ffn_experts, expert_gate, expert_width
+from moe_pretrain.moe.build import (
+    couples_experts,
+    dense_width,
+    expected_ffn_experts,
+    expert_gate,
+    expert_width,
+    padded_ffn_experts,
+)
 from moe_pretrain.moe.combine import OrthogonalConfig
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
@@ -306,14 +313,16 @@ class _SchemeLayers:
         self.tokens = micro_batch_size * self.model.sequence_length
         self.size = BYTES[dtype]
         self.expert_parallel = config.parallel.expert_parallel_size
+        self.merges = self.router.merges_experts
         self.routes = self.tokens * expected_ffn_experts(self.moe, self.router)
-        # Without an exchange, rows are this rank's own routes.
-        self.rows = self.routes * (worst_load if self.expert_parallel > 1 else 1)
+        # Without an exchange, rows are this rank's own routes, on a GPU perhaps with padding.
+        own = padded_ffn_experts(self.moe, self.router) if (device, dtype) == ("cuda", "bfloat16") else None
+        padded = self.routes if own is None or self.merges else self.tokens * own
+        self.rows = self.routes * worst_load if self.expert_parallel > 1 else padded
         self.row = self.size * self.model.hidden_size
         self.routed_size = self.moe.routed_size(self.model.hidden_size)
         self.routed_row = self.size * self.routed_size  # as it travels to an expert
         self.rank = expert_gate(self.moe, self.router) if self.routes else None
-        self.merges = self.router.merges_experts
         self.passes = self.router.num_passes
         self.compares = bool(self.routes) and isinstance(self.moe.combine, OrthogonalConfig)
         # Rows of the experts' first layers that are run to choose among them, and those that come to this rank.
@@ -505,7 +514,10 @@ class _SchemeLayers:
         experts = self.moe.kinds.total
         own = self.router.kept_per_token(self.model.hidden_size, experts)
         routes = self.tokens * self.router.mean_experts_per_token
-        return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4)
+        # Of routes that are as many as they happen to be, a GPU keeps lists as long as they can get.
+        most = self.router.most_experts_per_token(experts)
+        listed = 0.0 if self.on_cpu or self.merges or most == routes / self.tokens else self.tokens * 8 * 3 * most
+        return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4) + listed
 
     def _coupling(self) -> float:
         """Gates of this rank's experts for the rows of the router; the rows' factors, the rows as they go in, norms."""

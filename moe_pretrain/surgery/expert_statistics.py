@@ -133,7 +133,7 @@ def measure(model: DecoderLM, batches: Iterable[MicroBatch], seed: int) -> list[
     seen: list[tuple[Tensor, RoutingContext, Routing]] = []
 
     def note(module: Any, inputs: tuple[Any, ...], routing: Routing) -> None:
-        seen.append((inputs[0], inputs[1], routing))
+        seen.append((inputs[0], inputs[1], routing.exact()))
 
     handles = [layer.router.register_forward_hook(note) for layer in layers]
     try:

@@ -96,6 +96,7 @@ class PlainTraining:
             router, first_router = last.feed_forward.router, first.feed_forward.router
 
             def note_router(module: nn.Module, inputs: tuple[Any, ...], routing: Routing) -> None:
+                routing = routing.exact()
                 sums = torch.zeros(tokens).index_add(0, routing.token_index, routing.weight)
                 found["sum of weights"] = sums, None
                 logits, as_before = router.logits(*inputs), first_router.logits(*inputs)

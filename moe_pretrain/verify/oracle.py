@@ -396,7 +396,7 @@ class Oracle:
         self, hidden: Tensor, router: Router, context: RoutingContext
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor | None]:
         """The same from the router's own decision, for schemes without a formula; its own sums, and ``carried``."""
-        routing = router(hidden, context)
+        routing = router(hidden, context).exact()
         routes = (routing.token_index, routing.expert_index)
         empty = torch.zeros(hidden.shape[0], self.config.model.moe.kinds.total)
         return (

@@ -60,7 +60,7 @@ def start_loudness(model: ModelConfig, router: RouterConfig, seed: int) -> Start
         outputs.append(output.hidden.detach())
 
     def note_routing(module: nn.Module, inputs: object, routing: Routing) -> None:
-        routings.append(routing)
+        routings.append(routing.exact())
 
     layers: list[MoELayer] = net.moe_layers()
     for layer in layers:

@@ -69,22 +69,14 @@ def numbers(model: DecoderLM, batch: MicroBatch) -> dict[str, Tensor]:
 
 EXCHANGE = {"tolist moe/dispatch.py _exchange_sizes": 1}
 """The one wait that a dropless exchange needs: the sizes of its blocks."""
+ONE_READ = {"__int__ moe/types.py exact": 1}
+"""Routes are counted where padding would be more than a quarter of them, as with eight experts for two."""
+MERGED = {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1}
 WAITS: dict[str, dict[str, int]] = {
-    **dict.fromkeys(
-        ("attention_importance", "attention_importance_renormalised"),
-        {"nonzero moe/routers/attention_importance.py forward": 1},
-    ),
-    **dict.fromkeys(("autonomy_expert_choice", "autonomy_top_p"), {"nonzero moe/routers/autonomy.py _routes": 1}),
-    "dynmoe": {
-        "nonzero moe/routers/dynmoe.py forward": 1,
-        "index moe/routers/dynmoe.py _losses": 1,
-    },
-    "expert_choice": {"nonzero moe/routers/expert_choice.py forward": 1},
-    "expert_threshold": {"nonzero moe/routers/expert_threshold.py forward": 1},
-    **dict.fromkeys(("lory", "smear"), {"nonzero moe/segments.py cut": 1, "tolist moe/experts/merged.py _parts": 1}),
-    "moe_plus_plus": {"__int__ moe/layer.py _experts_of": 1},
-    "relu": {"nonzero moe/routers/relu.py forward": 1},
-    **dict.fromkeys(("top_p", "top_p_renormalised"), {"nonzero moe/routers/top_p.py forward": 1}),
+    **dict.fromkeys(("attention_importance", "attention_importance_renormalised", "autonomy_top_p"), ONE_READ),
+    **dict.fromkeys(("dynmoe", "expert_threshold", "moe_plus_plus", "relu"), ONE_READ),
+    **dict.fromkeys(("top_p", "top_p_renormalised"), ONE_READ),
+    **dict.fromkeys(("lory", "smear"), MERGED),
 }
 """Waits for the device in a layer and micro-batch, forward and backward, where a scheme has any: no more than these."""
 MORE_EXCHANGES: dict[str, dict[str, int]] = {
@@ -100,9 +92,10 @@ MORE_EXCHANGES: dict[str, dict[str, int]] = {
 def test_the_branch_of_cuda_has_the_numbers_of_the_cpus_and_waits_no_more_than_stated(router: str, exchanges: bool):
     """Bit for bit, but for the embedding's gradient, which CUDA's own kernel sums in float32 as ours does on a CPU."""
     model, batch = build(router)
-    expected_waits = dict(WAITS.get(router, {}))
+    expected_waits = WAITS.get(router, {})
     if exchanges:
-        expected_waits |= MORE_EXCHANGES.get(router, EXCHANGE)
+        alone = {} if expected_waits is ONE_READ else expected_waits
+        expected_waits = alone | MORE_EXCHANGES.get(router, EXCHANGE)
         for layer in model.moe_layers():
             layer.exchange = AllToAll(dist.group.WORLD)
     expected = numbers(model, batch)
@@ -112,6 +105,8 @@ def test_the_branch_of_cuda_has_the_numbers_of_the_cpus_and_waits_no_more_than_s
     for name, value in expected.items():
         if name == "embedding.weight":
             torch.testing.assert_close(found[name], value, rtol=0.1, atol=0.05 * float(value.abs().max()))
+        elif router == "dynmoe" and (name == "diversity" or name.endswith("router.weight")):  # a sum with zeros in it
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()))
         else:
             assert torch.equal(found[name], value), name
     assert {" ".join(key): count / LAYERS for key, count in waits.found.items()} == expected_waits

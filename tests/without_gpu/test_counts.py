@@ -62,6 +62,23 @@ def test_planned_memory_is_what_a_micro_batch_holds(model: str, expert_parallel:
     assert held.peak == pytest.approx(most, rel=0.1)
 
 
+PADDED = [
+    *("expert_choice", "autonomy_expert_choice"),
+    "top_p router.max_experts=4 router.expected_experts=3.5",
+    "attention_importance router.max_experts=2",
+]
+"""Schemes whose experts get lists of routes with their padding."""
+
+
+@pytest.mark.parametrize("router", PADDED)
+def test_planned_memory_counts_the_padding_of_routes(router: str):
+    config = config_of("model=700m", f"router={router.split()[0]}", "model.num_layers=1", *router.split()[1:])
+    run = plan_run(config, 1, TARGET)
+    held = count(config, run.batches.micro_batch_size)
+    planned = memory_per_rank(config, *TARGET, run.batches, 1, worst_load=1.0)
+    assert held.saved == pytest.approx(planned.activations, rel=0.02)
+
+
 @pytest.mark.parametrize(("model", "expert_parallel"), SIZES)
 def test_planned_time_is_a_sum_over_all_kernels(model: str, expert_parallel: int):
     """Each takes as long as its bytes or FLOPs at the rates of the plan, and 3 us at least; without the reduction."""

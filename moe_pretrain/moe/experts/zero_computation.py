@@ -44,12 +44,13 @@ class ZeroComputationExperts(nn.Module):
         expert_index: Int[Tensor, "routes"],
         weight: Float[Tensor, "routes"],
     ) -> Float[Tensor, "tokens hidden"]:
-        """Weighted outputs, summed per token; routes to networks are left out by the caller."""
+        """Weighted outputs of these experts, summed per token; arguments are those of all routes, and of padding."""
         kinds = self.kinds
-        # Each pair is there once, so this is no sum, and its order does not matter.
-        empty = weight.new_zeros(len(hidden), kinds.zero_computation)
-        weights = empty.index_put((token_index, expert_index - kinds.ffn), weight)
-        of_constant, of_copy, _ = weights.split([kinds.constant, kinds.copy, kinds.zero], dim=1)
+        # Each pair is there once, so this is no sum, and its order does not matter. Padding has the last column.
+        empty = weight.new_zeros(len(hidden), kinds.total + 1)
+        weights = empty.index_put((token_index, expert_index), weight)
+        sizes = [kinds.ffn, kinds.constant, kinds.copy, kinds.zero, 1]
+        _, of_constant, of_copy, _, _ = weights.split(sizes, dim=1)
         factor = of_copy.sum(dim=1)
         if not kinds.constant:
             return factor[:, None].to(hidden.dtype) * hidden

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional
 
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.routers.base import (
     Fraction,
     LinearRouter,
@@ -199,12 +201,14 @@ class AttentionImportanceRouter(LinearRouter):
         count = self.num_experts_of(statistic if predicted is None else predicted.detach(), text)
         best = logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.config.max_experts]
         taken = torch.arange(best.shape[1], device=best.device) < count[:, None]
-        token_index, slot = taken.nonzero(as_tuple=True)
+        routes = list_routes(taken, taken.numel())
         scores = probs.gather(1, best)
         if self.config.weights == "renormalised":
             scores = scores / (scores * taken).sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        best = functional.pad(best, (0, 1), value=self.num_experts)  # the expert of padding
+        weight, number = routes.take(scores), routes.num_routes
         routing = self.route(
-            logits, probs, token_index, best[token_index, slot], scores[token_index, slot], None, context
+            logits, probs, routes.token, best[routes.token, routes.slot], weight, None, context, num_routes=number
         )
         if predicted is not None:
             error = (predicted - statistic).square() * text

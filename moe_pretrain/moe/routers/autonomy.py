@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.routers.base import (
     BalancedRouter,
     BalancedRouterConfig,
@@ -23,6 +24,7 @@ from moe_pretrain.moe.routers.expert_choice import (
     EvaluationThresholds,
     choose_tokens,
     cutoff_sums,
+    most_taken,
 )
 from moe_pretrain.moe.routers.top_p import top_p_mask
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
@@ -143,6 +145,10 @@ class AutonomyExpertChoiceConfig(AutonomyFields):
         """Expected routes per token, for parameter and FLOP counts."""
         return self.capacity_factor
 
+    def most_experts_per_token(self, num_experts: int) -> float:
+        """The same: experts take as many."""
+        return self.capacity_factor
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "AutonomyExpertChoiceRouter":
         """The module of layer ``layer``."""
         return AutonomyExpertChoiceRouter(self, hidden_size, num_experts, layer)
@@ -174,29 +180,22 @@ class AutonomyBase(BalancedRouter):
         """Run every expert's first projection and let the scheme choose by the norms."""
         low, norms = self._first_activations(hidden)
         taken, sums = self.select(norms.detach(), context)
-        routes = token_index, expert_index = self._routes(taken)
+        per_token = self.routes_per_token
+        most = self.most_routes(taken) if per_token is None else len(taken) * per_token
+        routes = list_routes(taken, most, is_exact=per_token is not None)
         probs = norms.softmax(dim=-1)
         if self._fields.weights == "selected":
             # The lowest finite number, not -inf: a token without experts would have weights of NaN.
             lowest = torch.finfo(norms.dtype).min
-            weight = norms.masked_fill(~taken, lowest).softmax(dim=-1)[routes]
+            weight = routes.take(norms.masked_fill(~taken, lowest).softmax(dim=-1))
         else:
-            weight = probs[routes]
-        payload = low[routes] if self._fields.gate_activation == "travels" else None
+            weight = routes.take(probs)
+        payload = routes.take(low) if self._fields.gate_activation == "travels" else None
         routing = self.route(
-            norms, probs, token_index, expert_index, weight, self.routes_per_token, context, payload, sums
+            *(norms, probs, routes.token, routes.slot, weight, per_token, context, payload, sums, routes.num_routes)
         )
         routing.aux.update(self.more_aux(probs, context))
         return routing
-
-    def _routes(self, taken: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and experts of the routes that are taken; where their number is known, nothing waits for it."""
-        if self.routes_per_token is None:
-            token_index, expert_index = taken.nonzero(as_tuple=True)
-        else:
-            found = torch.nonzero_static(taken, size=len(taken) * self.routes_per_token)
-            token_index, expert_index = found.unbind(dim=1)
-        return token_index, expert_index
 
     def _first_activations(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """``x W_down`` of every expert, and its norm."""
@@ -216,6 +215,10 @@ class AutonomyBase(BalancedRouter):
     def routes_per_token(self) -> int | None:
         """See ``Routing``."""
         return None
+
+    def most_routes(self, taken: Bool[Tensor, "tokens experts"]) -> int:
+        """Most routes that there can be."""
+        return taken.numel()
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """Experts that each token takes, and the scheme's own sums."""
@@ -277,6 +280,10 @@ class AutonomyTopPRouter(AutonomyBase):
         """Coefficients of the losses in ``Routing.aux``."""
         return {**super().aux_weights, "dynamic": self.config.dynamic_weight}
 
+    def most_routes(self, taken: Bool[Tensor, "tokens experts"]) -> int:
+        """As many of each token as the limit allows."""
+        return len(taken) * (self.config.max_experts or self.num_experts)
+
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """The shortest prefix of the ordered probabilities that passes the threshold."""
         return top_p_mask(norms.softmax(dim=-1), self.config.threshold, self.config.max_experts, norms), None
@@ -306,6 +313,10 @@ class AutonomyExpertChoiceRouter(AutonomyBase):
         self.config = config
         self.num_sums = NUM_CUTOFF_SUMS * num_experts
         self.evaluation = EvaluationThresholds(num_experts, 0.0, config.threshold_decay)
+
+    def most_routes(self, taken: Bool[Tensor, "tokens experts"]) -> int:
+        """In training as many of each expert as it takes of nothing but text."""
+        return most_taken(taken, self.config.capacity_factor if self.training else None)
 
     def select(self, norms: Float[Tensor, "tokens experts"], context: RoutingContext) -> Selection:
         """In training the experts choose; in evaluation thresholds decide."""

@@ -109,6 +109,14 @@ class RouterConfig(ABC):
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts; a run's FLOPs use the number that it measures."""
 
+    def most_experts_per_token(self, num_experts: int) -> float:
+        """Largest mean number of routes per token that a micro-batch can have.
+
+        Lists of routes have this length on a GPU (``moe.route_list``). It is the field ``top_k`` or ``max_experts``,
+        where there is one and it is set, else all of ``num_experts``.
+        """
+        return vars(self).get("top_k") or vars(self).get("max_experts") or num_experts
+
     def build_for_experts(self, hidden_size: int, num_experts: int, layer: int, expert_width: int) -> Router:
         """``build`` for a module that also needs the inner width of an expert, as one that maps keys from it does."""
         return self.build(hidden_size, num_experts, layer)
@@ -368,6 +376,7 @@ class BalancedRouter(Router):
         context: RoutingContext,
         payload: Float[Tensor, "routes low"] | None = None,
         sums: Float[Tensor, "sums"] | None = None,
+        num_routes: Int[Tensor, ""] | None = None,
     ) -> Routing:
         """Put a decision, its losses and its statistics together.
 
@@ -381,6 +390,7 @@ class BalancedRouter(Router):
             context: Of the micro-batch.
             payload: See ``Routing``.
             sums: See ``RouterUse``.
+            num_routes: See ``Routing``.
         """
         level = self._settings.load_balance_level
         own = routes_by_group(token_index, expert_index, level, self.num_experts, context)
@@ -397,6 +407,7 @@ class BalancedRouter(Router):
                 **self.own_losses(probs, context),
             },
             payload=payload,
+            num_routes=num_routes,
         )
 
     def own_losses(self, probs: Float[Tensor, "tokens experts"], context: RoutingContext) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import RouterConfig, best_first, router_logits, router_use
 from moe_pretrain.moe.types import ExpertStart, Routing, RoutingContext, StepUse
@@ -185,18 +186,19 @@ class DynMoERouter(Router):
         # The value is exact and the gradient that of the margin; one that was taken for want of another has none.
         gates = routed.float() + torch.where(passed, margins - margins.detach(), 0.0)
         count = routed.sum(dim=1, keepdim=True).clamp(min=1)
-        token_index, expert_index = routed.nonzero(as_tuple=True)
-        counts = self._count(token_index, expert_index, context)
+        routes = list_routes(routed, routed.numel())
+        counts = self._count(routes.token, routes.slot, context)
         shares = scores.detach() * used
         shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=_TINY)
         sums = self._sums(hidden, passed, context) if self.training else None
         return Routing(
-            token_index,
-            expert_index,
-            (gates / count)[token_index, expert_index],
+            routes.token,
+            routes.slot,
+            routes.take(gates / count),
             routes_per_token=None,
             use=router_use(counts, shares, context, sums),
             aux=self._losses(gates, routed, used, context.token_mask),
+            num_routes=routes.num_routes,
         )
 
     def _best(self, cosines: Float[Tensor, "tokens experts"], used: Bool[Tensor, "experts"]) -> Tensor:
@@ -226,7 +228,9 @@ class DynMoERouter(Router):
     ) -> dict[str, Tensor]:
         keys = functional.normalize(self.weight, dim=1)
         others = used[:, None] & used & ~torch.eye(self.num_experts, dtype=torch.bool, device=used.device)
-        squares = (keys @ keys.T).square()[others].sum()
+        squares = (keys @ keys.T).square()
+        # A GPU would be waited for to pick out those of others.
+        squares = (squares * others if squares.is_cuda else squares[others]).sum()
         losses = {
             # The root has an infinite gradient at 0, which one expert alone has for a sum.
             "diversity": squares.clamp(min=_TINY).sqrt(),

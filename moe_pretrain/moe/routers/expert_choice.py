@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     Fraction,
@@ -51,6 +52,10 @@ class ExpertChoiceConfig(RouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return self.capacity_factor
 
+    def most_experts_per_token(self, num_experts: int) -> float:
+        """The same: experts take as many."""
+        return self.capacity_factor
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertChoiceRouter":
         """The module of layer ``layer``."""
         return ExpertChoiceRouter(self, hidden_size, num_experts, layer)
@@ -85,6 +90,14 @@ def choose_tokens(
     # A row of zeros below, for when all is taken; padding's -1 is no score either.
     cutoff = functional.pad(eligible.gather(0, token), (0, 0, 0, 1)).index_select(0, capacity[None])[0].clamp(min=0.0)
     return taken, cutoff
+
+
+def most_taken(taken: Bool[Tensor, "tokens experts"], capacity_factor: float | None) -> int:
+    """Most routes that there can be: all, or where experts choose what ``choose_tokens`` takes of nothing but text."""
+    num_tokens, num_experts = taken.shape
+    if capacity_factor is None:
+        return taken.numel()
+    return num_experts * min(num_tokens, max(1, round(capacity_factor * num_tokens / num_experts)))
 
 
 def margins(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
@@ -200,14 +213,16 @@ class ExpertChoiceRouter(Router):
             sums = cutoff_sums(probs.detach(), cutoffs, text)
         else:
             taken = (probs > self.evaluation.thresholds) & text[:, None]
-        token_index, expert_index = taken.nonzero(as_tuple=True)
-        counts = count_routes(expert_index, text[token_index], torch.zeros_like(token_index), 1, self.num_experts)[0]
+        routes = list_routes(taken, most_taken(taken, self.config.capacity_factor if self.training else None))
+        groups = torch.zeros_like(routes.token)
+        (counts,) = count_routes(routes.slot, text[routes.token], groups, 1, self.num_experts)
         return Routing(
-            token_index,
-            expert_index,
-            probs[token_index, expert_index],
+            routes.token,
+            routes.slot,
+            routes.take(probs),
             routes_per_token=None,
             use=router_use(counts, probs.detach(), context, sums),
+            num_routes=routes.num_routes,
         )
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
@@ -100,12 +101,13 @@ class ExpertThresholdRouter(Router):
             taken, _ = choose_tokens(seen, text, self.config.target_experts, logits.detach())
         else:
             taken = seen > self.threshold
-        token_index, expert_index = taken.nonzero(as_tuple=True)
-        groups = torch.zeros_like(token_index)
-        (tokens_per_expert,) = count_routes(expert_index, text[token_index], groups, 1, self.num_experts)
+        routes = list_routes(taken, taken.numel())
+        groups = torch.zeros_like(routes.token)
+        (tokens_per_expert,) = count_routes(routes.slot, text[routes.token], groups, 1, self.num_experts)
         probs = seen / seen.sum(dim=1, keepdim=True).clamp(min=1e-20)
         use = router_use(tokens_per_expert, probs, context, self._sums(seen, taken, text) if self.training else None)
-        return Routing(token_index, expert_index, scores[token_index, expert_index], None, use)
+        weight = routes.take(scores)
+        return Routing(routes.token, routes.slot, weight, None, use, num_routes=routes.num_routes)
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts by their logits, whatever their thresholds."""

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import sparsity_loss
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     RouterConfig,
@@ -121,20 +122,21 @@ class ReLURouter(Router):
         """Route every token to the experts whose gates are open."""
         config = self.config
         gates = router_logits(hidden, self.weight).relu()
-        token_index, expert_index = (gates.detach() > 0).nonzero(as_tuple=True)
+        routes = list_routes(gates.detach() > 0, gates.numel())
         level = config.load_balance_level
-        own = routes_by_group(token_index, expert_index, level, self.num_experts, context)
+        own = routes_by_group(routes.token, routes.slot, level, self.num_experts, context)
         counts = balance_counts(own, level, self.layer, context)
         tokens = self._group_tokens(len(own), context)
         # The entropy that is reported is that of the gates' shares; 0 for a token without experts.
         shares = gates.detach() / gates.detach().sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return Routing(
-            token_index,
-            expert_index,
-            gates[token_index, expert_index],
+            routes.token,
+            routes.slot,
+            routes.take(gates),
             routes_per_token=None,
             use=router_use(own.sum(dim=0), shares, context),
             aux={"sparsity": sparsity_loss(gates, counts, tokens, config.target_experts, context.token_mask)},
+            num_routes=routes.num_routes,
         )
 
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:

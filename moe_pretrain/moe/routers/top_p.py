@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
+from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.routers.base import (
     LinearRouter,
     LinearRouterConfig,
@@ -139,13 +140,13 @@ class TopPRouter(LinearRouter):
         logits = self.logits(hidden, context)
         probs = logits.softmax(dim=-1)
         taken = top_p_mask(probs.detach(), self.threshold, self.config.max_experts, logits.detach())
-        token_index, expert_index = taken.nonzero(as_tuple=True)
+        routes = list_routes(taken, len(taken) * (self.config.max_experts or self.num_experts))
         scores = probs
         if self.config.weights == "renormalised":
             # Sums over the row, not index_add over routes: on a GPU that adds in any order.
             scores = probs / (probs * taken).sum(dim=-1, keepdim=True)
-        weight = scores[token_index, expert_index]
-        routing = self.route(logits, probs, token_index, expert_index, weight, None, context)
+        weight, number = routes.take(scores), routes.num_routes
+        routing = self.route(logits, probs, routes.token, routes.slot, weight, None, context, num_routes=number)
         routing.aux["dynamic"] = entropy_loss(probs, context.token_mask)
         return routing
 

@@ -177,7 +177,7 @@ def _watched(model: DecoderLM) -> Iterator[list[Decision]]:
     decisions: list[Decision] = []
 
     def note(module: torch.nn.Module, inputs: tuple, routing: Routing) -> None:
-        decisions.append(Decision(inputs[0].detach().clone(), inputs[1], routing))
+        decisions.append(Decision(inputs[0].detach().clone(), inputs[1], routing.exact()))
 
     handles = [router.register_forward_hook(note) for router in routers_of(model)]
     try:
