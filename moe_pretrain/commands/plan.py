@@ -12,6 +12,8 @@ _ASSUMED = {
     "link": "GB/s that one device sends to others of its node",
     "network": "GB/s that one device sends to other nodes",
     "gpus_per_node": "devices of a node",
+    "host_link": "GB/s from one device to the memory of its host",
+    "disk": "GB/s that a node writes",
     "gpu_memory": "GiB of one device",
     "worst_load": "rows on the busiest rank over the mean, under expert parallelism",
 }

@@ -16,6 +16,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import meta_model, parameter_roles
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import sharded, width_problems
+from moe_pretrain.plan.checkpoint_time import Storage, checkpoint_time
 from moe_pretrain.plan.cost import COMPARED, FROZEN, MEASURED, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.layouts import RECOMPUTE, layouts
 from moe_pretrain.plan.memory import Memory, local_parameters, memory_per_rank
@@ -38,6 +39,8 @@ class Assumptions:
         link: GB/s that one device sends to others of its node.
         network: GB/s that one device sends to other nodes.
         gpus_per_node: Devices of a node.
+        host_link: GB/s from one device to the memory of its host.
+        disk: GB/s that a node writes.
         gpu_memory: GiB of one device.
         worst_load: Rows on the busiest rank over the mean, under expert parallelism, >= 1.
     """
@@ -48,6 +51,8 @@ class Assumptions:
     link: float = 300.0
     network: float = 50.0
     gpus_per_node: float = 8
+    host_link: float = 25.0
+    disk: float = 2.0
     gpu_memory: float = 79.0
     worst_load: float = WORST_LOAD
 
@@ -58,7 +63,7 @@ class Assumptions:
             raise ValueError(f"--worst-load={self.worst_load} must be at least 1")
         if self.gpus_per_node < 1 or self.gpus_per_node % 1:
             raise ValueError(f"--gpus-per-node={self.gpus_per_node:g} must be a whole number, at least 1")
-        for name in ("peak", "memory_bandwidth", "link", "network", "gpu_memory"):
+        for name in ("peak", "memory_bandwidth", "link", "network", "host_link", "disk", "gpu_memory"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} must be positive")
 
@@ -68,6 +73,11 @@ class Assumptions:
         return Machine(
             self.peak, 1e9 * self.memory_bandwidth, 1e9 * self.link, 1e9 * self.network, int(self.gpus_per_node)
         )
+
+    @property
+    def storage(self) -> Storage:
+        """Rates at which state leaves the devices."""
+        return Storage(1e9 * self.host_link, 1e9 * self.disk, int(self.gpus_per_node))
 
     @property
     def room(self) -> float:
@@ -176,7 +186,9 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     say("bytes that a rank sends per step:")
     for name, value in traffic(config, dtype, plan).items():
         say(f"  {name:<34}{_gib(value):>12}")
-    _say_time(config, run, assumed, say)
+    seconds = _say_time(config, run, assumed, say)
+    if device == "cuda":
+        _say_checkpoint(config, seconds, assumed, say)
     if asked.batch.micro_batch_size == "auto":
         say(f"batch.micro_batch_size=auto is {plan.micro_batch_size} on such a GPU")
     if device == "cuda":
@@ -192,8 +204,8 @@ def _sized(config: Config, assumed: Assumptions) -> Config:
     return with_largest_micro_batch(config, config.parallel.processes, target(config), assumed.room, assumed.worst_load)
 
 
-def _say_time(config: Config, run: RunPlan, assumed: Assumptions, say: Callable[[str], None]) -> None:
-    """Of a step and of the run: by part, or at the share of the peak that is assumed."""
+def _say_time(config: Config, run: RunPlan, assumed: Assumptions, say: Callable[[str], None]) -> float:
+    """Of a step and of the run: by part, or at the share of the peak that is assumed; seconds of a step, if known."""
     plan, ranks = run.batches, config.parallel.processes
     least = plan.tokens_per_step * run.size.training_flops_per_token / (ranks * assumed.peak)
     if assumed.mfu is not None:
@@ -205,11 +217,27 @@ def _say_time(config: Config, run: RunPlan, assumed: Assumptions, say: Callable[
             say(f"  {name:<14}{value:>10.3f}  {value / parts.total:>6.1%}")
         seconds, mfu = parts.total, least / parts.total
     else:
-        return
+        return 0.0
     say(
         f"time at {mfu:.1%} of {assumed.peak:.3g} FLOP/s on each of {ranks} ranks: "
         f"{short_duration(seconds * plan.num_steps)}, {seconds:.3g} s a step, "
         f"{plan.tokens_per_step / ranks / seconds:,.0f} tokens/s on each"
+    )
+    return seconds
+
+
+def _say_checkpoint(config: Config, step_seconds: float, assumed: Assumptions, say: Callable[[str], None]) -> None:
+    """Time of a checkpoint, and the share of the run that it takes."""
+    settings = config.checkpoint
+    found = checkpoint_time(config, config.parallel.processes, local_parameters(config), assumed.storage)
+    interval = settings.every_steps * step_seconds
+    waiting = found.waiting(interval, settings.asynchronous)
+    say(
+        f"checkpoint every {settings.every_steps:,} steps ({short_duration(interval)}): training waits {waiting:.2g} s "
+        f"({waiting / (interval + waiting):.2%}) while {_gib(found.rank_bytes)} of a rank go to its host's memory at "
+        f"{assumed.host_link:g} GB/s; written in {short_duration(found.written)} at {assumed.disk:g} GB/s of a node"
+        + ("" if settings.asynchronous else ", for which training waits too")
+        + ("; SLOWER THAN THE NEXT COMES" if settings.asynchronous and found.written > interval else "")
     )
 
 
