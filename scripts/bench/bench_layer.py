@@ -6,8 +6,9 @@
 All MoE variants hold the same weights (the very same memory), get the same input and upstream gradient, and are
 compared with ours in output and input gradient. Tokens are made such that each prefers its experts clearly:
 variants that compute router logits in bfloat16 then still choose the same experts, and the load is what the
-title says. Two more variants are ours with ``router=uniform``: no router to compute, and every expert the same load;
-one of them with ``experts=unequal``, whose active FLOPs are the same then, and its weights its own.
+title says. More variants are ours with ``router=uniform``: no router to compute, and every expert the same load; one
+of them with ``experts=unequal``, whose active FLOPs are the same then, and its weights its own; those with
+``experts=zero_computation`` leave to the networks a share of the routes, whose inverse is how much faster they can be.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from bench_tools import device_name, interleave, print_table, ratio_of_medians
 from torch import Tensor, nn
 
 from moe_pretrain.moe.build import build_moe_layer
-from moe_pretrain.moe.experts.config import UnequalConfig
+from moe_pretrain.moe.experts.config import UnequalConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
@@ -31,6 +32,8 @@ COPY_LIMIT_BYTES = 2 << 30
 DENSE, OURS, EVEN = "dense SwiGLU, equal FLOPs", "moe_pretrain", "moe_pretrain, router=uniform"
 UNEQUAL = f"{EVEN}, experts=unequal"
 PATTERN = (1, 1, 2, 4)
+SHARES = (0.8, 0.67, 0.5)
+"""Of the routes to networks beside zero-computation experts."""
 
 
 @dataclass
@@ -55,6 +58,10 @@ def main() -> None:
     variants[EVEN] = wrap_ours(build_even(options, layer), options, device)
     if options.experts % len(PATTERN) == 0:
         variants[UNEQUAL] = wrap_ours(build_unequal(options).to(device), options, device)
+    for share in SHARES:
+        beside = build_zero_computation(options, layer, share).to(device)
+        share = beside.kinds.ffn / beside.kinds.total
+        variants[f"{EVEN}, {share:.0%} of routes to networks"] = wrap_ours(beside, options, device)
     variants |= build_transformers(options, layer) | build_deepspeed(options, layer, device)
     if options.only:
         variants = {name: v for name, v in variants.items() if any(part in name for part in options.only.split(","))}
@@ -145,6 +152,24 @@ def build_unequal(options: argparse.Namespace) -> MoELayer:
         nn.init.normal_(parameter, std=0.02)
     layer.experts.to(getattr(torch, options.dtype))
     return layer
+
+
+def build_zero_computation(options: argparse.Namespace, layer: MoELayer, share: float) -> MoELayer:
+    """The same networks beside as many zero, copy and constant experts, half of them constant as in the paper.
+
+    Of routes that are dealt out, ``share``, as near as whole experts come, goes to the networks.
+    """
+    others = max(1, round(options.experts * (1 / share - 1)))
+    constant, copy = -(-others // 2), others // 4
+    experts = ZeroComputationConfig("zero_computation", constant, copy, others - constant - copy, input_scale=1.0)
+    config = replace(layer_config(options), experts=experts)
+    router = UniformRouter(UniformConfig(name="uniform", top_k=options.top_k), config.kinds.total, layer=0)
+    built = MoELayer(config, router, layer.experts, options.hidden)
+    assert built.zero_computation is not None
+    for parameter in built.zero_computation.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    built.zero_computation.to(layer.experts.in_weight.dtype)
+    return built
 
 
 def layer_config(options: argparse.Namespace) -> MoEConfig:
@@ -271,12 +296,16 @@ def bench(
         dense = ratio_of_medians(times[DENSE], times[name]) if DENSE in usable else "-"
         ours = ratio_of_medians(times[name], times[OURS]) if OURS in usable else "-"
         errors = ["-", "-"]
-        if name not in (DENSE, EVEN, UNEQUAL) and OURS in usable:
+        if name != DENSE and not name.startswith(EVEN) and OURS in usable:
             errors = [f"{relative_error(a, b):.0e}" for a, b in zip(outputs[name], outputs[OURS], strict=True)]
         median = float(torch.tensor(times[name]).median())
         rows.append([name, f"{median:.2f}", dense, ours, f"{saved[name]:.1f}", *errors])
     header = "forward + backward, median ms, dense / it [90 %], it / ours [90 %], saved MB, error y, error dx"
     print_table(header.split(", "), rows)
+    for name, variant in usable.items():
+        if getattr(variant.module, "zero_computation", None) is not None and EVEN in usable:
+            faster, kinds = ratio_of_medians(times[EVEN], times[name]), variant.module.kinds
+            print(f"{name}: {faster} times as fast as without the others; {kinds.total / kinds.ffn:.2f} is the limit")
 
 
 def saved_megabytes(variant: Variant, hidden: Tensor) -> float:

@@ -49,6 +49,7 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         [
             "\nmoe_pretrain ",
             "\nmoe_pretrain, router=uniform, experts=unequal ",
+            "times as fast as without the others; 2.00 is the limit",
             "\nOLMoE grouped_mm ",
             "\nDeepSpeed MoE, no drop ",
         ],
