@@ -20,7 +20,8 @@ class Router(nn.Module):
         causal_in_training: Whether a token's route in training depends on no other token of its micro-batch that it
             does not attend to. A scheme in which tokens compete says False.
         causal_in_evaluation: The same for evaluation.
-        balanced_costs: What a route to each expert costs in a balance loss; empty where all cost the same.
+        balanced_costs: What a route to each expert costs where routes are balanced, by a loss, a bias or quotas; empty
+            where all cost the same.
         num_sums: Length of ``RouterUse.sums``.
         attention_statistic: Name of the statistic of its block's attention that the router wants in
             ``RoutingContext.attention``; None for most schemes.

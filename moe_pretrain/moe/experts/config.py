@@ -69,7 +69,8 @@ class UnequalConfig:
             each rank holds whole repetitions. ``model.moe.expert_hidden_size`` is the mean width. The paper finds four
             experts of 1, two of 2 and two of 4 best: ``[1, 1, 2, 4]`` twice.
         balance: ``cost``: the balance loss evens routes times width, the paper's parameter penalty with widths over
-            their mean; ``routes``: it evens routes, whatever they cost.
+            their mean, and so do the biases of ``loss_free`` and ``quantile``; ``routes``: they even routes, whatever
+            these cost.
 
     Source:
         Wang et al. 2024 (arXiv:2408.10681), HMoE.

@@ -31,7 +31,8 @@ class LossFreeRouter(BiasedTopKRouter):
     """Top-k of ``score + expert_bias``, weighted by the score alone.
 
     After each optimizer step ``expert_bias += bias_update_rate * sign(mean load - load)``, with the load of the
-    whole global batch in training. The bias has no gradient, is float32, is not used in weights, does not move in
+    whole global batch in training. Where experts differ in cost, the mean's place is taken by the load at which all
+    cost the same together. The bias has no gradient, is float32, is not used in weights, does not move in
     evaluation, and is saved with the run (defect C22). A sequence-level balance loss may be added, as
     DeepSeek-V3 does, by ``load_balance_level=sequence`` and a small ``load_balance_weight``.
 
@@ -44,6 +45,8 @@ class LossFreeRouter(BiasedTopKRouter):
         self._bias_update_rate = config.bias_update_rate
 
     def after_step(self, use: StepUse) -> None:
-        """Raise the bias of experts below the mean load and lower it above."""
-        below = torch.sign(use.tokens_per_expert.mean() - use.tokens_per_expert)
+        """Raise the bias of experts below their even load and lower it above."""
+        routes = use.tokens_per_expert
+        even = routes.sum() * self.even_shares() if self.balanced_costs else routes.mean()
+        below = torch.sign(even - routes)
         self.expert_bias += self._bias_update_rate * below.to(self.expert_bias)

@@ -56,7 +56,8 @@ class QuantileRouter(BiasedTopKRouter):
     is the bias with which expert ``e`` would just be cut off. After the step each expert's bias becomes the value that
     ``top_k * tokens / num_experts`` of these are below, minus the mean over experts: with all cutoffs as they were,
     every expert then gets exactly its share. That is one exact coordinate step on the dual of the balanced assignment
-    problem, on which ``loss_free`` takes steps of fixed size. No loss, no rate, no gradient. The quantile is that of
+    problem, on which ``loss_free`` takes steps of fixed size. Where experts differ in cost, shares are as the inverse
+    of the cost. No loss, no rate, no gradient. The quantile is that of
     the whole global batch (see ``pooled_quantile``), padding left out; evaluation uses the bias as it is.
 
     Source:
@@ -82,7 +83,8 @@ class QuantileRouter(BiasedTopKRouter):
         if use.tokens == 0:
             return
         counts = use.sums.view(self.num_experts, self._num_bins)
-        quota = counts.sum(dim=1) * self.config.top_k / self.num_experts
+        quota = counts.sum(dim=1) * self.config.top_k
+        quota = quota * self.even_shares() if self.balanced_costs else quota / self.num_experts
         self.expert_bias.lerp_(balancing_bias(counts, self.expert_bias, quota), 1 - self._ema_decay)
 
 

@@ -15,7 +15,7 @@ from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import build_moe_layer, sharded, width_problems
 from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
 from moe_pretrain.moe.layer import MoELayer
-from moe_pretrain.moe.types import ExpertShard
+from moe_pretrain.moe.types import ExpertShard, step_uses
 from moe_pretrain.plan.plan import problems
 
 TOKENS, HIDDEN, MEAN, EXPERTS = 40, 10, 8, 8
@@ -107,6 +107,22 @@ def test_the_loss_alone_gives_experts_routes_as_they_are_cheap() -> None:
     assert mean[0] > 2 * mean[3], "four times as wide"
 
 
+@pytest.mark.parametrize("router", ["loss_free", "quantile"])
+@pytest.mark.parametrize("balance", ["cost", "routes"])
+def test_a_bias_alone_gives_experts_routes_as_they_are_cheap(router: str, balance: str) -> None:
+    """By the bias that is moved after steps, without any loss, on the batch of the step before."""
+    rate = ["router.bias_update_rate=0.002"] if router == "loss_free" else []
+    layer = make_layer(config(f"router={router}", f"model.moe.experts.balance={balance}", *rate))
+    hidden = hidden_states(3000).detach()
+    with torch.no_grad():
+        for _ in range(400 if router == "loss_free" else 30):
+            use = layer.router(hidden, make_context(len(hidden))).use
+            layer.router.after_step(step_uses([use])[0])
+    costs = torch.tensor(layer.kinds.costs, dtype=torch.float64)
+    charged = use.tokens_per_expert * (costs if balance == "cost" else 1)
+    assert charged.max() / charged.min() < 1.1, use.tokens_per_expert
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_rank_holds_the_same_widths(ranks: int) -> None:
     layers = [make_layer(config(), ExpertShard(rank, ranks)) for rank in range(ranks)]
@@ -143,6 +159,12 @@ def test_wrong_values_are_refused_in_one_line() -> None:
     for router in ("dense", "autonomy", "attentive", "dynmoe", "smear"):
         with pytest.raises(ConfigError, match=f"experts=unequal must be another with router={router}, "):
             load([f"router={router}", "experts=unequal"])
+    for router in ("loss_free", "quantile"):  # shares of 0.4, 0.4, 0.13 and 0.07, three times
+        words = [f"router={router}", "router.top_k=3", "model.moe.num_experts=4", "model.moe.experts.pattern=[1,1,3,6]"]
+        with pytest.raises(
+            ConfigError, match=f"balance=cost must be routes with .*=3, .* and router={router}: .* 1.20 "
+        ):
+            config(*words, "model.moe.expert_hidden_size=11")
     four = load(["experts=unequal", "parallel.processes=4", "parallel.expert_parallel_size=4"])
     narrow = width_problems(config().model.moe, four.router, 8)
     assert len(narrow) == 1 and "makes widths 4, 8, 16, which must be multiples of 8 on a GPU" in narrow[0]
