@@ -38,7 +38,9 @@ def _sum_slots(rows: Tensor, slots: Tensor, weight: Tensor | None, is_full: bool
         index = slot if is_full else slot.clamp(min=0)
         part = rows.index_select(0, index).float()
         factor = None if weight is None else weight.index_select(0, index)
-        if not is_full:  # on a CPU a product with zeros takes a tenth of the time of filling rows with them
+        if not is_full and rows.is_cuda:  # row 0 may be padding, of which experts write nothing
+            part.masked_fill_(slot[:, None] < 0, 0.0)
+        elif not is_full:  # on a CPU a product with zeros takes a tenth of the time of filling rows with them
             factor = (slot >= 0).float() if factor is None else factor.masked_fill(slot < 0, 0.0)
         if factor is not None:
             part.mul_(factor[:, None])

@@ -4,7 +4,7 @@ import torch
 from helpers.cuda_branches import Waits, says_cuda
 from torch import Tensor
 
-from moe_pretrain.moe.dispatch import order_by
+from moe_pretrain.moe.dispatch import order_by, sum_rows
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.routers.expert_choice import most_taken
 
@@ -58,6 +58,17 @@ def test_padding_is_behind_the_rows_of_all_experts_and_no_ones():
     most = expected.rows_of_source.shape[1]
     assert torch.equal(found.rows_of_source[:, :most], expected.rows_of_source)
     assert (found.rows_of_source[:, most:] == -1).all()
+
+
+def test_tokens_without_experts_are_zero_whatever_lies_in_the_rows_of_padding():
+    """No token of the micro-batch may have a route, as with ``relu``; then the first row is padding as well."""
+    none = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
+    with says_cuda():
+        routes = list_routes(none, MOST)
+        _, order = order_by(routes.slot, routes.token, TOKENS, None, none.sum(dim=0), is_padded=True)
+        rows = torch.full((MOST, 2), torch.nan)
+        for weight in (None, torch.ones(MOST)):
+            assert torch.equal(sum_rows(rows, order, weight), torch.zeros(TOKENS, 2))
 
 
 def test_experts_that_choose_never_take_more_than_the_bound():
