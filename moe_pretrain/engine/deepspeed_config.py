@@ -17,7 +17,8 @@ class EngineConfig:
         device: ``auto`` takes a GPU when there is one.
         dtype: ``auto`` is bfloat16 on a GPU that has it, else float32. bfloat16 keeps float32 master weights, float32
             gradient accumulation and reduction, and float32 routers.
-        zero_stage: 0: nothing is partitioned; 1: optimizer states; 2: also gradients.
+        zero_stage: 0: nothing is partitioned; 1: optimizer states; 2: also gradients. ``auto`` is 0 on one rank in
+            float32, where there is nobody to share with and copies cost a third of the memory, else 1.
         gradient_clipping: Largest global gradient norm; 0 switches clipping off.
         reduce_bucket_elements: Elements per gradient reduction.
         check_every_steps: Steps between checks that replicas are equal and experts differ; 0 switches them off.
@@ -30,7 +31,7 @@ class EngineConfig:
 
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
-    zero_stage: int
+    zero_stage: int | Literal["auto"]
     gradient_clipping: NonNegativeFloat
     reduce_bucket_elements: Annotated[int, Field(ge=2)]
     check_every_steps: NonNegativeInt
@@ -38,16 +39,22 @@ class EngineConfig:
     determinism: Determinism
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2):
+        if self.zero_stage not in (0, 1, 2, "auto"):
             raise ValueError(
-                f"engine.zero_stage={self.zero_stage} must be 0, 1 or 2: DeepSpeed refuses custom MoE layers at stage "
-                "3; experts are already spread by parallel.expert_parallel_size"
+                f"engine.zero_stage={self.zero_stage} must be 0, 1 or 2, or auto: DeepSpeed refuses custom MoE layers "
+                "at stage 3; experts are already spread by parallel.expert_parallel_size"
             )
         if self.dtype == "bfloat16" and self.zero_stage == 0:
             raise ValueError(
                 "engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16: DeepSpeed's stage 0 then uses another "
                 "optimizer with other results"
             )
+
+    def stage(self, dtype: Dtype, ranks: int) -> int:
+        """``zero_stage`` with ``auto`` resolved for ``ranks`` ranks that compute in ``dtype``."""
+        if self.zero_stage == "auto":
+            return 0 if dtype == "float32" and ranks == 1 else 1
+        return self.zero_stage
 
 
 def clips_itself(config: EngineConfig) -> bool:

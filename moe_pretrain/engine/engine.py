@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -66,7 +67,8 @@ class TrainEngine:
         ``enter`` is called with the phase and step that begin.
         """
         model.to(mesh.device)
-        self.config, self.mesh, self.seed = config, mesh, seed
+        self.config = config = replace(config, zero_stage=config.stage(dtype, mesh.world_size))
+        self.mesh, self.seed = mesh, seed
         self.model = model
         self._plan = plan
         self._faults, self._enter = faults, enter

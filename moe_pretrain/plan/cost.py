@@ -83,9 +83,10 @@ def traffic(
     shared = {ranks: dense, copies: 0}
     shared[copies] += parameters.expert
     ring = {count: (count - 1) / count * elements for count, elements in shared.items()}
-    weights = BYTES[dtype] * sum(ring.values()) if config.engine.zero_stage else 0.0
+    stage = config.engine.stage(dtype, ranks)
+    weights = BYTES[dtype] * sum(ring.values()) if stage else 0.0
     # DeepSpeed's stage 2 reduces the gradients of every micro-batch.
-    reductions = plan.accumulation if config.engine.zero_stage == 2 else 1
+    reductions = plan.accumulation if stage == 2 else 1
     routed = routes_of_rank(config, dtype, plan.micro_batch_size)
     passes = config.router.num_passes * (2 + (config.model.recompute == "full")) + _counts_ahead(config, plan)
     layers = 0 if config.router.dense_experts else len(config.model.moe_layers)

@@ -157,7 +157,7 @@ def memory_per_rank(
     owned = parameters.owned(ranks, config.parallel.expert_parallel_size)
     layers = _Layers(config, device, dtype, plan.micro_batch_size, worst_load)
     schemes = layers.schemes
-    zero_stage = config.engine.zero_stage
+    zero_stage = config.engine.stage(dtype, ranks)
     return Memory(
         weights=weight_bytes(parameters, dtype),
         optimizer=optimizer_bytes(parameters, ranks, config.parallel.expert_parallel_size, zero_stage),
@@ -167,7 +167,7 @@ def memory_per_rank(
         if (dtype, zero_stage) == ("bfloat16", 1) and plan.accumulation > 1
         else 0,
         gradients=_gradient_bytes(parameters, owned, dtype, zero_stage, plan.accumulation),
-        buckets=_bucket_bytes(config.engine, dtype),
+        buckets=_bucket_bytes(config.engine, dtype, zero_stage),
         copies=_copied_bytes(parameters, dtype, zero_stage),
         update=parameters.update_bytes,
         activations=layers.saved,
@@ -221,9 +221,9 @@ def _carried_bytes(
     return sums + (BYTES[dtype] * owned if zero_stage == 2 else 0)
 
 
-def _bucket_bytes(engine: EngineConfig, dtype: Dtype) -> float:
+def _bucket_bytes(engine: EngineConfig, dtype: Dtype, zero_stage: int) -> float:
     """One bucket, whole however small the model; ``BF16_Optimizer`` and stage 0 have none."""
-    has_none = engine.zero_stage == 0 or (engine.zero_stage == 1 and dtype == "bfloat16")
+    has_none = zero_stage == 0 or (zero_stage == 1 and dtype == "bfloat16")
     return 0 if has_none else BYTES[dtype] * engine.reduce_bucket_elements
 
 

@@ -175,7 +175,7 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         f"{config.budget.describe()}; {epochs(config, tokens)}"
     )
     memory = memory_per_rank(config, device, dtype, plan, ranks, assumed.worst_load)
-    stage, recompute = config.engine.zero_stage, config.model.recompute
+    stage, recompute = config.engine.stage(dtype, ranks), config.model.recompute
     say(
         f"memory per rank, {device} {dtype}, {ranks} ranks, expert parallel {expert_parallel}, ZeRO {stage}, "
         f"recompute {recompute}, exchange at {assumed.worst_load:g} times the mean load:"

@@ -226,7 +226,7 @@ def _describe_run(config: Config, plan: RunPlan, mesh: Mesh) -> str:
         f"{size.active_parameters / 1e6:,.1f}M active; "
         f"{batches.num_steps} steps of {batches.tokens_per_step:,} tokens ({batches.accumulation} micro-batches of "
         f"{batches.micro_batch_size} rows on each of {ranks}, {plan.device}, {plan.dtype}, expert parallel "
-        f"{mesh.shard.size}, ZeRO {config.engine.zero_stage}){config.budget.describe()}"
+        f"{mesh.shard.size}, ZeRO {config.engine.stage(plan.dtype, mesh.world_size)}){config.budget.describe()}"
     )
 
 

@@ -200,7 +200,7 @@ def verify(config: Config, plan: RunPlan, say: Callable[[str], None]) -> int:
     rows = compare(run, [oracle.step(i, batches) for i, batches in enumerate(steps)], dtype)
     clipped = sum(small.engine.gradient_clipping < record_.gradient_norm for record_ in run)
     say(
-        f"{mesh.world_size} ranks, expert parallel {mesh.shard.size}, ZeRO {small.engine.zero_stage}, {dtype}, "
+        f"{mesh.world_size} ranks, expert parallel {mesh.shard.size}, ZeRO {engine.config.zero_stage}, {dtype}, "
         f"{cut.accumulation} micro-batches, recompute {small.model.recompute}; "
         + (f"clipping bit in {clipped} of {len(run)} steps" if small.engine.gradient_clipping else "no clipping")
     )

@@ -83,7 +83,7 @@ def main() -> None:
     print(
         f"\n{mesh.world_size} x {name}, torch {torch.__version__}: model={config.model.name} "
         f"router={config.router.name}, expert parallel {config.parallel.expert_parallel_size}, "
-        f"ZeRO {config.engine.zero_stage}, {run.dtype}; "
+        f"ZeRO {config.engine.stage(run.dtype, mesh.world_size)}, {run.dtype}; "
         f"{run.batches.tokens_per_step} tokens per step in {run.batches.accumulation} micro-batches"
     )
     mfu = "-"

@@ -64,9 +64,10 @@ def main() -> None:
     variants = {name: builders[name]() for name in options.only.split(",")}
     times = interleave(variants, options.rounds, 2, mesh.device, lambda: None, options.cpu_clock)
 
+    stage = config.engine.stage(dtype, run.world_size)
     print(
         f"\n{device_name(mesh.device)}, torch {torch.__version__}: model={config.model.name} "
-        f"router={config.router.name}, recompute {config.model.recompute}, {dtype}, ZeRO {config.engine.zero_stage}; "
+        f"router={config.router.name}, recompute {config.model.recompute}, {dtype}, ZeRO {stage}; "
         f"{plan.tokens_per_step} tokens per step in {plan.accumulation} micro-batches; {options.rounds} rounds"
     )
     peak = peak_flops_per_second(device_name(mesh.device)) if device_type == "cuda" else None

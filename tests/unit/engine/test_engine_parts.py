@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_pretrain.config.load import load
-from moe_pretrain.engine.deepspeed_config import EngineConfig, deepspeed_config
+from moe_pretrain.engine.deepspeed_config import Dtype, EngineConfig, deepspeed_config
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss
 from moe_pretrain.engine.optimizers.base import parameter_groups
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
@@ -50,6 +50,12 @@ def test_deepspeed_dictionary(zero_stage: int, clipping: float):
     assert values["gradient_clipping"] == clipping
     assert values["zero_optimization"]["stage"] == zero_stage
     assert values["data_types"] == {"grad_accum_dtype": "fp32"} and values["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize("dtype,ranks,stage", [("float32", 1, 0), ("float32", 2, 1), ("bfloat16", 1, 1)])
+def test_state_is_cut_up_where_there_is_someone_to_share_it_with(dtype: Dtype, ranks: int, stage: int):
+    assert engine_config(zero_stage="auto").stage(dtype, ranks) == stage
+    assert engine_config(zero_stage=2).stage(dtype, ranks) == 2
 
 
 def test_objective_weights_tokens_not_micro_batches():

@@ -39,7 +39,10 @@ def _no_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
             "parallel.expert_parallel_size=2 must be 1: router=dense",
         ),
         (("parallel.processes=0",), "parallel.processes=0 must be at least 1"),
-        (("engine.zero_stage=3",), "engine.zero_stage=3 must be 0, 1 or 2: DeepSpeed refuses custom MoE layers"),
+        (
+            ("engine.zero_stage=3",),
+            "engine.zero_stage=3 must be 0, 1 or 2, or auto: DeepSpeed refuses custom MoE layers",
+        ),
         (
             ("parallel.processes=2", "engine.zero_stage=0", "engine.dtype=bfloat16"),
             "engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16",
