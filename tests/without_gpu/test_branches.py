@@ -38,9 +38,9 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def build(router: str) -> tuple[DecoderLM, MicroBatch]:
+def build(router: str, *words: str) -> tuple[DecoderLM, MicroBatch]:
     """A model in bfloat16, routers aside, and rows of one document each."""
-    config = load([*SMALL, f"router={router}", *(["router.segment_tokens=32"] if router == "lory" else [])])
+    config = load([*SMALL, f"router={router}", *(["router.segment_tokens=32"] if router == "lory" else []), *words])
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, 0)
     kept = {id(parameter) for parameter in float32_parameters(model)}
@@ -110,6 +110,25 @@ def test_the_branch_of_cuda_has_the_numbers_of_the_cpus_and_waits_no_more_than_s
         else:
             assert torch.equal(found[name], value), name
     assert {" ".join(key): count / LAYERS for key, count in waits.found.items()} == expected_waits
+
+
+OTHERS = [
+    *("combine=orthogonal", "experts=zero_computation", "experts=matrix_product", "model.recompute=full"),
+    "experts=unequal model.moe.expert_hidden_size=64",
+]
+"""What reads lists of routes beside plain experts."""
+
+
+@pytest.mark.parametrize("exchanges", [False, True], ids=["alone", "exchange"])
+@pytest.mark.parametrize("words", OTHERS)
+def test_padding_reaches_no_number_whatever_the_experts(words: str, exchanges: bool):
+    model, batch = build("expert_choice", *words.split())
+    for layer in model.moe_layers():
+        layer.exchange = AllToAll(dist.group.WORLD) if exchanges else None
+    expected = numbers(model, batch)
+    with says_cuda():
+        found = numbers(model, batch)
+    assert all(torch.equal(found[name], value) for name, value in expected.items() if name != "embedding.weight")
 
 
 def test_waits_are_seen(monkeypatch: pytest.MonkeyPatch):
