@@ -120,16 +120,13 @@ def _rebuilt(experts: MatrixProductExperts, name: str, expert: int) -> Tensor:
 
 def run_merged(experts: MergedExperts, hidden: Tensor, weight: Tensor, moe: MoEConfig) -> Tensor:
     """Every token through the network whose parameters are the experts' sums with the token's own weights."""
+    gates, ups, outs = experts.in_weight[:, 0], experts.in_weight[:, 1], experts.out_weight
     outputs = []
-    _, lengths = weight.detach().unique_consecutive(dim=0, return_counts=True)
-    for rows, shares in zip(hidden.split(lengths.tolist()), weight.split(lengths.tolist()), strict=True):
-        gate, up, out = (torch.zeros(()) for _ in range(3))
-        for expert, share in enumerate(shares[0]):
-            gate = gate + share * experts.in_weight[:, 0, expert]
-            up = up + share * experts.in_weight[:, 1, expert]
-            out = out + share * experts.out_weight[:, expert]
-        outputs.append(swiglu(rows, torch.cat([gate, up]), out.T, moe))
-    return torch.cat(outputs)
+    # Neighbours of equal weights are not taken together: one may have them without gradient.
+    for row, shares in zip(hidden, weight, strict=True):
+        gate, up, out = (torch.tensordot(shares, stacked, dims=([0], [1])) for stacked in (gates, ups, outs))
+        outputs.append(swiglu(row, torch.cat([gate, up]), out.T, moe))
+    return torch.stack(outputs)
 
 
 def combine_outputs(config: CombineConfig, outputs: Tensor, weights: Tensor, routed: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class LoryRouter(MergingRouter):
         self.prior = nn.Parameter(torch.empty(num_experts)) if has_prior else None
         self.causal_in_training = has_prior
         if not has_prior:
+            self.gradients_by_design = {"weight": "a first segment's own mixture is held constant"}
             self.evaluation_rule = "a document's first segment is merged evenly, not by its own tokens"
 
     def forward(self, hidden: Float[Tensor, "tokens hidden"], context: RoutingContext) -> Merging:

@@ -719,6 +719,17 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
             ),
         )
     ),
+    (
+        ["router=lory", "router.first_segment=own_stop_gradient"],
+        {TRAINING_CAUSALITY: "tokens from position 1 on move earlier", PARITY: "1 micro-batches, 9 gradients"},
+    ),
+    *(
+        (
+            ["router=top_k", "combine=orthogonal", f"model.moe.combine.form={form}"],
+            {PARITY: "2 micro-batches, 9 gradients"},
+        )
+        for form in ("unit", "magnitudes", "symmetric")
+    ),
 ]
 
 
@@ -736,7 +747,8 @@ def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) ->
         assert details[name].startswith(beginning)
     noncausal = {row.property for row in rows if row.verdict == "declared non-causal"}
     competes = overrides[0] in ("router=autonomy_expert_choice", "router=expert_choice", "router=sinkhorn")
-    merged_ahead = {"causality in training"} if overrides[0] == "router=smear" else set()
+    is_ahead = overrides[0] == "router=smear" or "router.first_segment=own_stop_gradient" in overrides
+    merged_ahead = {"causality in training"} if is_ahead else set()
     assert noncausal == (COMPETING if competes else merged_ahead)
     if overrides != ["router=dense"]:
         assert sum(row.verdict == "PASS" for row in rows) >= 14
