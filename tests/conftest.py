@@ -13,6 +13,10 @@ from jaxtyping import install_import_hook
 install_import_hook("moe_pretrain", "helpers.typechecker.check")
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
+from helpers import composition  # noqa: E402  # what it imports is to be checked
+
+composition.install()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _composed_once() -> Iterator[None]:
@@ -48,9 +52,21 @@ _LONG_FIRST = ("integration", "distributed", "test_certify.py", "test_plan.py", 
 """Folders and files that take longest: begun last, one of them would run alone."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    unused: dict[tuple[str, str], bool] = {}
+    for item in items:
+        if fast := item.get_closest_marker("fast"):
+            test, _, case = item.nodeid.partition("[")
+            for word in fast.args:
+                unused[test, word] = unused.get((test, word), True) and word not in case
+            if not any(word in case for word in fast.args):
+                item.add_marker(pytest.mark.slow)
+    for (test, word), is_so in unused.items():
+        if is_so and not any("::" in place for place in config.args):  # whole files were collected
+            raise pytest.UsageError(f"{test}: no case has {word!r}, which its marker `fast` names")
     items.sort(key=lambda item: not set(_LONG_FIRST) & set(item.path.parts))
     if torch.cuda.is_available():
         return

@@ -13,12 +13,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import composition
 from helpers.builders import OF_LAYERS
 from helpers.config_reads import Reads, modules_below
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moe_pretrain.commands import plan, tune
 from moe_pretrain.commands.options import Parser
+from moe_pretrain.config import compose as compose_module
 from moe_pretrain.config.compose import compose_values, config_folder, validate
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
@@ -50,12 +52,40 @@ REQUIRED = {
 CHOICES = [f"{group}={name}" for group, names in GROUPS.items() for name in names if name != "base"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.hidden_size=48", "router=autonomy", "router.gate_rank=7", "model.hidden_size=32", "seed=5"],
+        ["experiment=aoe_732m_moe", "tokenizer.path=some/tokenizer", "++model.moe.every_k_layers=2"],
+        ["router=by_layer", OF_LAYERS, "data.new=1"],
+        ["router=relu", "router.top_k=2"],
+        ["+data@data.sources.one=builtin", "data=mixture", "+data.weights.one=1"],
+        ["router=moe_plus_plus", "model.num_layers=1,2"],
+        ["router=hash", "model.name=${router.name}", "~router.top_k"],
+    ],
+    ids=" ".join,
+)
+def test_tests_compose_as_hydra_does(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Values, or the complaint: groups that ``helpers/composition.py`` keeps and fields that it sets itself."""
+
+    def composed() -> object:
+        try:
+            return compose_values(words)
+        except ConfigError as error:
+            return str(error)
+
+    ours = [composed(), composed()]
+    monkeypatch.setattr(compose_module, "compose", composition.hydra_compose)
+    assert ours == [composed()] * 2
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes(choice: str):
     load([choice, *REQUIRED.get(choice, [])])
 
 
 @pytest.mark.parametrize("size,router", itertools.product(SIZES, GROUPS["router"]))
+@pytest.mark.fast("tiny-", "700m-top_k", "4b-expert_choice", "2b-autonomy")
 def test_counted_parameters_equal_the_built_module(size: str, router: str):
     config = load([f"model={size}", f"router={router}", *REQUIRED.get(f"router={router}", [])])
     with torch.device("meta"):

@@ -133,6 +133,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("script", SMALLEST)
+@pytest.mark.fast("bench/bench_layer.py", "tables/start_table.py", "durability/two_starts.py")
 def test_a_script_comes_to_its_end(home: Path, script: str):
     words, expected = SMALLEST[script]
     code, out, err = run_script(home, SCRIPTS / script, *(word.format(home=home) for word in words))
@@ -217,7 +218,8 @@ def shell(checkout: Path, script: str, *words: str, **variables: str) -> tuple[i
     return done.returncode, done.stdout, done.stderr
 
 
-PYTEST = "python -m pytest -m not gpu and not slow -n 3 --dist loadfile --no-loadscope-reorder"
+EVERY_TEST = "python -m pytest -m not gpu -n 3 --dist loadfile --no-loadscope-reorder"
+FAST_TESTS = EVERY_TEST.replace("not gpu", "not gpu and not slow")
 
 
 @pytest.mark.parametrize(
@@ -225,8 +227,9 @@ PYTEST = "python -m pytest -m not gpu and not slow -n 3 --dist loadfile --no-loa
     [
         ("quickstart.sh", ["budget.tokens=5"], ["moe-pretrain train run.name=quickstart budget.tokens=5"]),
         ("parity.sh", ["4x2", "bfloat16"], ["python scripts/tables/parity.py 4x2 bfloat16"]),
-        ("test.sh", ["tests/unit"], [f"{PYTEST} tests/unit"]),
-        ("check.sh", [], ["ruff format --check .", "ruff check .", "mypy ", f"{PYTEST} "]),
+        ("test.sh", ["tests/unit"], [f"{FAST_TESTS} tests/unit"]),
+        ("test.sh", ["--all", "tests/unit"], [f"{EVERY_TEST} tests/unit"]),
+        ("check.sh", [], ["ruff format --check .", "ruff check .", "mypy ", f"{EVERY_TEST} "]),
     ],
 )
 def test_a_shell_script_makes_the_environment_once_and_starts_its_command(
@@ -302,6 +305,9 @@ def test_files_of_scripts_that_readmes_name_exist():
             assert (SCRIPTS / one).exists(), f"scripts/README.md names {one}"
 
 
+ALL_TESTS = ("scripts/test.sh", "--all")
+
+
 class _Parsed(Exception):
     """The command line was taken."""
 
@@ -311,7 +317,7 @@ def test_readme_commands_are_taken(command: str, monkeypatch: pytest.MonkeyPatch
     script, *words = shlex.split(command)
     if not script.endswith(".py"):
         load([word for word in words if "=" in word])
-        assert all("=" in word or (ROOT / word).exists() for word in words)
+        assert all("=" in word or (ROOT / word).exists() or (script, word) == ALL_TESTS for word in words)
         return
     parse = argparse.ArgumentParser.parse_args
 

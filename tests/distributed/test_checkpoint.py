@@ -52,6 +52,7 @@ def load_and_train(source: str, target: str, overrides: tuple[str, ...], first: 
 
 
 @pytest.mark.parametrize("dtype,words", [("float32", ()), ("bfloat16", ()), ("float32", ("optimizer=muon",))])
+@pytest.mark.fast("bfloat16")
 def test_any_topology_loads_the_same_bits(tmp_path: Path, dtype: str, words: tuple[str, ...]):
     """Known defects C31 and C32: every expert and its moments, by global id, over ranks, expert parallel and ZeRO."""
     source = tmp_path / "source"
@@ -79,6 +80,7 @@ def test_any_topology_loads_the_same_bits(tmp_path: Path, dtype: str, words: tup
     ],
     ids=lambda words: " ".join(words[:2]),
 )
+@pytest.mark.fast("lory")
 def test_experts_of_other_kinds_load_the_same_bits(tmp_path: Path, words: tuple[str, ...]):
     """Slices of the width of merged experts, cores of their own and shared: saved by 2 ranks, loaded by 4, 1 and 2."""
 
@@ -108,6 +110,7 @@ def test_experts_of_other_kinds_load_the_same_bits(tmp_path: Path, words: tuple[
         (2, 1, 1, "float32", "muon"),
     ],
 )
+@pytest.mark.fast("2-2-2-bfloat16-adamw", "2-1-1-float32-muon")
 def test_resume_is_bitwise_on_the_same_topology(
     tmp_path: Path, world: int, ep: int, stage: int, dtype: str, optimizer: str
 ):
@@ -135,6 +138,7 @@ def damaged(saved: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("file", ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.fast("flip-rank_00001", "truncate-manifest", "remove-rank_00000")
 def test_damage_is_found_and_the_checkpoint_before_is_taken(saved: Path, tmp_path: Path, file: str, damage: str):
     folder, newest = damaged(saved, tmp_path)
     path = newest / file

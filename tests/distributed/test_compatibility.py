@@ -63,6 +63,7 @@ def load_kept(ep: int, stage: int) -> tuple[list[float], list[int], float]:
 
 
 @pytest.mark.parametrize("ranks,ep,stage", [(2, 2, 1), (1, 1, 2), (2, 1, 0)])
+@pytest.mark.fast("1-1-2")
 def test_a_kept_checkpoint_loads_and_goes_on(ranks: int, ep: int, stage: int):
     results = run_on_ranks(load_kept, ranks, ep, stage)
     for losses, biases, adam_step in results:

@@ -87,6 +87,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:], ids=str)
+@pytest.mark.fast("(2, 2, 2)", "(4, 2, 0)")
 def test_bits_do_not_depend_on_the_topology(topology: Topology, straight: Any, tmp_path: Path):
     for logged in run_on_ranks(train, topology[0], str(tmp_path), topology, "elastic", 0, STEPS):
         assert logged == straight[0]
@@ -104,6 +105,7 @@ def test_resumed_elsewhere_ends_with_the_bits_of_the_uninterrupted_run(straight:
     assert differing(contents(Path(source)), straight[1]) == []
 
 
+@pytest.mark.slow
 def test_it_is_the_same_run_as_in_the_default_mode_up_to_rounding(straight: Any, tmp_path: Path):
     """That all topologies agree would also hold for a gradient that is wrong on all."""
     (logged,) = run_on_ranks(train, 1, str(tmp_path), (1, 1, 1), "topology", 0, STEPS)

@@ -80,6 +80,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.fast("one rank")
 def test_another_topology_holds_the_same_bits(trained: tuple[str, str, list[Any]], other: str) -> None:
     scheme, folder, ranks = trained
     number, overrides = OTHERS[other]

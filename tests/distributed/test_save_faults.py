@@ -127,6 +127,7 @@ def test_kill_at_every_point_of_a_save(undisturbed: Path, tmp_path: Path):
     "point,rank",
     [("save.staged", 1), ("save.file_half", 1), ("save.reported", 1), ("save.manifest_half", 0), ("save.announced", 1)],
 )
+@pytest.mark.fast("file_half", "reported")
 def test_kill_of_one_rank_in_a_save(tmp_path: Path, point: str, rank: int):
     with pytest.raises(RanksFailed) as failed:
         run_on_ranks(save_steps, 2, str(tmp_path), fault(point, "kill", rank), FAULTY_STEP, 2)
@@ -138,6 +139,7 @@ def test_kill_of_one_rank_in_a_save(tmp_path: Path, point: str, rank: int):
 
 
 @pytest.mark.parametrize("error,rank", [("ENOSPC", 0), ("EROFS", 1), ("EIO", 1), ("ENOENT", 0)])
+@pytest.mark.fast("EROFS-1")
 def test_errors_of_the_disk_are_told_to_every_rank_and_training_goes_on(tmp_path: Path, error: str, rank: int):
     told = run_on_ranks(save_steps, 2, str(tmp_path), fault("save.file_half", error, rank), FAULTY_STEP + 1, 2)
     assert told[0] == told[1]
@@ -238,6 +240,7 @@ BROKEN_DISKS = {
 
 
 @pytest.mark.parametrize("kind", BROKEN_DISKS)
+@pytest.mark.fast("full", "vanished")
 def test_a_broken_disk_does_not_stop_training(small_disk: tuple[Path, list[str]], kind: str):
     folder, command = small_disk
     options, expected, good = BROKEN_DISKS[kind]

@@ -66,6 +66,7 @@ CASES = [
 
 @pytest.mark.parametrize("point", ["train.loss", "train.gradient"])
 @pytest.mark.parametrize("ranks,overrides", CASES, ids=lambda value: str(value)[:60])
+@pytest.mark.fast("engine.zero_stage=1", "engine.zero_stage=2', 'e")
 def test_a_sick_step_changes_nothing_and_is_named(ranks: int, overrides: tuple[str, ...], point: str):
     for sickness, changed, differs in run_on_ranks(skip_one, ranks, overrides, point):
         assert changed == [], "weights, moments, AdamW's step, router state"
@@ -89,6 +90,7 @@ def sick_for_ever(max_skipped_steps: int) -> tuple[int, str, list[str]]:
 
 
 @pytest.mark.parametrize("max_skipped_steps", [0, 2])
+@pytest.mark.fast("2")
 def test_sick_steps_in_succession_stop_the_run_on_every_rank(max_skipped_steps: int):
     for step, message, changed in run_on_ranks(sick_for_ever, 2, max_skipped_steps):
         assert step == SICK_STEP + max_skipped_steps

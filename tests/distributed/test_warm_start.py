@@ -52,6 +52,7 @@ def dense_gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("loss_free", 2, ("engine.zero_stage=2", "engine.dtype=bfloat16")),
     ],
 )
+@pytest.mark.fast("attentive-2")
 def test_every_weight_but_the_routers_is_the_others(
     dense_gate: Path, tmp_path: Path, router: str, world: int, more: tuple[str, ...]
 ) -> None:
@@ -97,6 +98,7 @@ def test_other_experts_and_widths_are_refused(dense_gate: Path, overrides: tuple
 
 
 @pytest.mark.parametrize("world,ep,stage,dtype", [(1, 1, 0, "float32"), (2, 2, 1, "float32"), (2, 1, 2, "bfloat16")])
+@pytest.mark.fast("2-1-2-bfloat16")
 def test_12_distillation_freezes_experts_bit_exactly(
     dense_gate: Path, tmp_path: Path, world: int, ep: int, stage: int, dtype: str
 ) -> None:

@@ -1,8 +1,9 @@
 """The product of topologies and step options whose every point must equal the oracle."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -208,22 +209,34 @@ def _cases_by_turn() -> list[Case]:
 
 def covering_cases() -> list[Case]:
     """A small part of the product in which any two values of any two fields meet at least once."""
-    cases = _cases_by_turn()
-    pairs_of = {case: set(_pairs(case)) for case in cases}
-    missing = set().union(*pairs_of.values())
+    return [*_covering(_cases_by_turn(), lambda case: set(itertools.combinations(_values(case), 2))), *_ADDED]
+
+
+def fast_cases() -> list[Case]:
+    """A part of ``covering_cases`` with every topology in both dtypes and every value of every field."""
+
+    def parts(case: Case) -> set[Any]:
+        return {*_values(case), (case.ranks, case.expert_parallel_size, case.dtype)}
+
+    return _covering(covering_cases(), parts)
+
+
+def _covering(cases: Sequence[Case], parts: Callable[[Case], set[Any]]) -> list[Case]:
+    """A few of the cases that together have the parts of all."""
+    parts_of = {case: parts(case) for case in cases}
+    missing = set().union(*parts_of.values())
     chosen = []
     while missing:
-        # Pairs that one case covers, per second of its running time.
-        best = max(cases, key=lambda case: len(pairs_of[case] & missing) / (1 + case.ranks))
+        # Parts that one case covers, per second of its running time.
+        best = max(parts_of, key=lambda case: len(parts_of[case] & missing) / (1 + case.ranks))
         chosen.append(best)
-        missing -= pairs_of[best]
-    return [*chosen, *_ADDED]
+        missing -= parts_of[best]
+    return chosen
 
 
-def _pairs(case: Case) -> Iterator[tuple]:
+def _values(case: Case) -> Iterator[tuple[int, Any]]:
     # The topology is one field: expert parallel 4 exists with 4 ranks only.
-    fields = ((case.ranks, case.expert_parallel_size), *astuple(case)[2:])
-    return itertools.combinations(enumerate(fields), 2)
+    return enumerate(((case.ranks, case.expert_parallel_size), *astuple(case)[2:]))
 
 
 def run_cases(cases: Sequence[Case], timeout: float = 600.0) -> dict[Case, list[QuantityCheck]]:

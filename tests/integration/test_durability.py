@@ -16,6 +16,7 @@ def run_short(name: str, folder: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("mode", [["--fixed"], ["--seed", "3"], ["--elastic"]], ids=str)
+@pytest.mark.fast("fixed")
 def test_a_run_killed_at_random_moments_ends_as_if_nobody_had(tmp_path: Path, mode: list[str]):
     out = run_short("chaos.py", tmp_path, "--kills", "3", *mode)
     kills = re.search(r"^(\d+) kills with -9", out, re.MULTILINE)
@@ -24,6 +25,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nobody_had(tmp_path: Path, mo
     assert ("bit-identical" in out) == (mode in (["--fixed"], ["--elastic"]))
 
 
+@pytest.mark.slow
 def test_signals_at_random_moments_leave_a_complete_checkpoint(tmp_path: Path):
     out = run_short("signal_storm.py", tmp_path, "--moments", "6")
     assert "every one heeded" in out and "a second SIGINT ends a rank" in out

@@ -35,6 +35,7 @@ def fill(folder: Path, but_kib: int = 0) -> None:
 
 @pytest.mark.parametrize("but_kib", [0, 4, 16])
 @pytest.mark.parametrize("field", ["run.output_dir", "run.cache_dir"])
+@pytest.mark.fast("output_dir-0", "cache_dir-4")
 def test_a_full_disk_at_the_start(home: Path, disk: Path, field: str, but_kib: int) -> None:
     fill(disk, but_kib)
     words = train_words(
@@ -50,6 +51,7 @@ def test_a_full_disk_at_the_start(home: Path, disk: Path, field: str, but_kib: i
 
 
 @pytest.mark.parametrize("but_kib", [0, 4])
+@pytest.mark.fast("0")
 def test_a_full_disk_at_a_resume_loses_nothing(home: Path, disk: Path, but_kib: int) -> None:
     words = train_words("resumed", "budget.tokens=2048", "run.output_dir=disk", "run.cache_dir=cache")
     code, _, err = run(home, *words)

@@ -117,6 +117,7 @@ def test_a_dense_run_has_losses_by_document_and_no_routes(straight: Path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.fast("15")
 def test_signal_saves_and_the_same_command_goes_on(straight: Path, number: signal.Signals):
     """Same topology: the resumed run ends with the bits of the uninterrupted one."""
     name = f"signal-{number.name}"

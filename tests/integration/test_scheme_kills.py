@@ -22,6 +22,7 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.fast("moe_plus_plus")
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(scheme: str, home: Path):
     words = (*SCHEMES[scheme], *SHORT)
     code, _, err = run(home, *train_words(f"{scheme}-straight", *words))

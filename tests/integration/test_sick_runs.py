@@ -55,6 +55,7 @@ def test_a_collapsed_router_is_warned_of_by_name(home: Path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.fast("1")
 def test_a_stopped_rank_ends_the_run_and_is_named(home: Path, rank: int):
     """SIGSTOP: no message, no exit, no error in any collective before its long timeout."""
     name = f"stopped-rank-{rank}"
@@ -74,6 +75,7 @@ STUCK = "stuck, in one place of its loop for 8 s (parallel.timeout_seconds): ran
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.fast("0")
 def test_a_rank_that_is_alive_but_stuck_is_named_and_not_those_that_wait_for_it(home: Path, rank: int):
     name = f"alive-{rank}"
     words = [*fault("train.backward", "hang", 3, rank=rank), "parallel.timeout_seconds=8"]
@@ -85,6 +87,7 @@ def test_a_rank_that_is_alive_but_stuck_is_named_and_not_those_that_wait_for_it(
     assert f"rank {1 - rank} on" not in lines[0]
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_that_is_stuck_ends(home: Path):
     words = [*fault("evaluate.batch", "hang", 6), "parallel.timeout_seconds=8"]
     code, _, err = run(home, *train_words("alone", *words))
@@ -132,6 +135,7 @@ def test_a_killed_rank_is_named(home: Path):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed"])
+@pytest.mark.fast("cut short")
 def test_shards_that_change_under_a_run_end_it_in_one_line(home: Path, damage: str):
     name = f"shards-{damage.split()[0]}"
     long = ["budget.tokens=100000000", "evaluation.every_steps=100000", f"run.cache_dir={home}/{name}"]
@@ -149,6 +153,7 @@ def test_shards_that_change_under_a_run_end_it_in_one_line(home: Path, damage: s
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
+@pytest.mark.fast("ENOSPC")
 def test_a_failed_save_is_loud_and_training_goes_on(home: Path, error: str):
     name = f"failed-{error}"
     code, _, err = run(home, *train_words(name, *fault("save.file_half", error, 8)))

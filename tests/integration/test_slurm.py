@@ -148,6 +148,7 @@ def test_one_rank_that_ends_early_does_not_end_the_others(cluster: slurm.Cluster
 
 
 @pytest.mark.parametrize("crashed", [False, True])
+@pytest.mark.fast("False")
 def test_the_cluster_starts_once_and_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, crashed: bool):
     folder = tmp_path_factory.mktemp("own")
     assert slurm.control("status", folder).returncode == 3

@@ -31,6 +31,7 @@ def read(home: Path, job: str, file: str) -> dict:
     return json.loads((home / "outputs" / "grid" / job / file).read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_preemption_and_the_death_of_its_driver(
     on_cluster: slurm.Cluster, home: Path, request: pytest.FixtureRequest
 ):

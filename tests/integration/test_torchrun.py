@@ -63,6 +63,7 @@ def test_a_signal_to_torchrun_saves_on_all_ranks(home: Path):
     assert newest_step(home, name) == last and f"stopped at step {last}" in out
 
 
+@pytest.mark.slow
 def test_a_save_that_outlasts_torchruns_grace_leaves_the_last_good_checkpoint(home: Path):
     """A rank is stopped in the middle of the last save; torchrun kills all."""
     name = "torchrun-slow"
@@ -100,6 +101,7 @@ def test_ranks_die_with_torchrun(home: Path):
 
 
 @pytest.mark.parametrize("action,rank", [("hang", 1), ("stop", 0)])
+@pytest.mark.fast("hang")
 def test_a_stuck_or_stopped_rank_ends_the_run_and_is_named(home: Path, action: str, rank: int):
     name = f"torchrun-{action}"
     stuck = ["fault.point=train.backward", f"fault.action={action}", "fault.step=2", f"fault.rank={rank}"]

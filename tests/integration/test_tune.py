@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 from helpers.runs import TINY, run, start
 
 from moe_pretrain.run_folder.tune_record import TuneRecord, read_tune_record
@@ -27,6 +28,7 @@ def states_of(folder: Path) -> dict[str, str]:
     return {path.parent.name: json.loads(path.read_text())["state"] for path in folder.glob("*/job_state.json")}
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_goes_on(home: Path):
     """SIGKILL to the driver while a trial of the second scheme hangs: what is finished is not made again."""
     folder = home / "outputs" / "contest"

@@ -10,6 +10,7 @@ LONG = ["budget.tokens=100000000", "checkpoint.every_steps=1000", "evaluation.ev
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.fast("2")
 def test_of_two_starts_at_once_one_trains_and_the_other_is_refused(home: Path, processes: int):
     name = f"twice-{processes}"
     folder = home / "outputs" / name

@@ -142,6 +142,7 @@ def saved_bytes(config, dtype: str) -> int:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.fast("float32-none", "bfloat16-full")
 def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, recompute: str):
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
@@ -197,6 +198,7 @@ STATES = [
 
 
 @pytest.mark.parametrize(("ranks", "expert_parallel", "dtype", "stage", "accumulation"), STATES)
+@pytest.mark.fast("1-1-float32-1", "1-1-bfloat16-2", "2-2-float32-2", "2-2-bfloat16-1")
 def test_state_is_exact_and_the_peak_within_a_tenth(ranks, expert_parallel, dtype, stage, accumulation):
     """Weights and optimizer to the byte, but for padding; the whole of a step's peak within 10%."""
     overrides = [
@@ -273,6 +275,7 @@ PEAKS += [
 
 
 @pytest.mark.parametrize("router", PEAKS)
+@pytest.mark.fast("top_k", "attentive_dense", "coupled", "thor", "lory", "autonomy_top_p", "by layer")
 def test_the_peak_of_every_kind_of_scheme_is_within_a_tenth(router: str):
     """Many tokens and few parameters: what is saved, and what a layer's backward pass holds beside it."""
     overrides = [
@@ -306,6 +309,7 @@ def test_the_peak_of_every_kind_of_scheme_is_within_a_tenth(router: str):
         ("latent, normed, orthogonal", "float32", 1, "none"),
     ],
 )
+@pytest.mark.fast("top_k-float32-1-full", "top_k-bfloat16-2", "lory")
 def test_a_peak_of_activations_and_exchange_is_within_a_tenth(router: str, dtype: str, stage: int, recompute: str):
     """Many tokens, few parameters, experts on two ranks; the busiest rank's load is what was measured."""
     overrides = [

@@ -312,6 +312,14 @@ def failing(rows: Iterable[PropertyResult]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("wrong", BROKEN)
+@pytest.mark.fast(
+    "later tokens included",
+    "one expert twice",
+    "bfloat16 logits in",
+    "counts padding",
+    "random numbers",
+    "in an attribute",
+)
 def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
     methods, expected = BROKEN[wrong]
     found = set(failing(examine(load([variant(tmp_path, methods), *SMALL]))))
@@ -734,6 +742,14 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("overrides", "expected"), SHIPPED, ids=lambda value: " ".join(value))
+@pytest.mark.fast(
+    "router=expert_choice-",
+    "router=smear-",
+    "router=dense-",
+    "router=attentive-",
+    "router=loss_free router.top_k=3",
+    "router.importance=predictor",
+)
 def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) -> None:
     # With six networks the partner of every token of the row on rounding is the zero expert, and its weight is 1.
     more = ["model.moe.num_experts=8"] if overrides[0] == "router=moe_plus_plus" else []
