@@ -14,7 +14,7 @@ it does routes, which soon takes longer than the one wait that cuts it off."""
 
 @dataclass(frozen=True)
 class RouteList:
-    """What a mask ``[tokens, slots]`` holds, token by token.
+    """Places of a mask ``[tokens, slots]`` that are True, token by token.
 
     Attributes:
         token: Token of each route, ascending; of padding the last one.

@@ -108,7 +108,7 @@ class MuonConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class _Piece:
-    """What of a parameter is orthogonalised at once, and the part of it that this rank owns, which may be nothing.
+    """Piece of a parameter that is orthogonalised at once, and the part of it that this rank owns, maybe none.
 
     One matrix, or all those of a parameter whose rows are interleaved.
 
