@@ -23,6 +23,7 @@ from moe_pretrain.verify.certificate.subject import (
     NotApplicable,
     Pass,
     Subject,
+    generators_at,
     move_state,
     relative,
     require,
@@ -297,9 +298,10 @@ def _survives_recompute(subject: Subject) -> str:
     results = {}
     for recompute in ("none", "selective", "full"):
         model = subject.model(recompute)
-        seen = subject.run(model, batch)
-        loss = subject.loss(model, seen, batch)
-        loss.backward()
+        with generators_at(len(results)):
+            seen = subject.run(model, batch)
+            loss = subject.loss(model, seen, batch)
+            loss.backward()
         counts = torch.stack([use.tokens_per_expert for use in seen.output.uses])
         results[recompute] = {"loss": loss.detach(), "tokens_per_expert": counts}
         results[recompute] |= {name: _gradient(parameter) for name, parameter in model.named_parameters()}

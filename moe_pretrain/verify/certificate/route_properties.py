@@ -5,7 +5,6 @@ reason when the scheme cannot have it, ``DeclaredNonCausal`` when the scheme its
 """
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from moe_pretrain.verify.certificate.subject import (
     NotApplicable,
     Pass,
     Subject,
+    generators_at,
     judge_dependence,
     relative,
     require,
@@ -154,9 +154,7 @@ def _is_deterministic(subject: Subject) -> str:
         model = subject.warm_model().train(training)
         passes = []
         for repeat in range(3):
-            random.seed(repeat)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(repeat)
+            with generators_at(repeat):
                 passes.append(subject.run(model, subject.batch()))
         for again in passes[1:]:
             require(

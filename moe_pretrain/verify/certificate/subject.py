@@ -1,6 +1,7 @@
 """The tiny model on which ``certify`` tries a router: how to run it, watch its routers, and say what was found."""
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -229,6 +230,15 @@ def same_routes(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> b
     if not torch.equal(ours.isnan(), theirs.isnan()):
         return False
     return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True))
+
+
+@contextmanager
+def generators_at(seed: int) -> Iterator[None]:
+    """Global random generators at ``seed``, so that a scheme that asks them never gets the same twice."""
+    random.seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
