@@ -295,7 +295,7 @@ def _names_losses(subject: Subject) -> str:
 def _survives_recompute(subject: Subject) -> str:
     """Loss, gradients and counts are bitwise the same with every kind of recomputation (C14, C24)."""
     batch = subject.batch()
-    results = {}
+    results: dict[str, dict[str, Tensor]] = {}
     for recompute in ("none", "selective", "full"):
         model = subject.model(recompute)
         with generators_at(len(results)):
