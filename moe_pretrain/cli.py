@@ -45,6 +45,10 @@ def _main(words: list[str]) -> int:
         sys.stdout.reconfigure(line_buffering=True)
         with contextlib.suppress(OSError):  # a stream that was a file and is a pipe now: it asks for its place in it
             sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__:
+        # Ranks share it: without this, as under PYTHONUNBUFFERED, the end of a line is a write of its own, and another
+        # rank's line comes before it.
+        sys.stderr.reconfigure(line_buffering=True, write_through=False)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if words[:1] == ["--version"]:

@@ -2,6 +2,10 @@
 
 import errno
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +48,15 @@ def test_other_errors_have_others():
 
 def test_a_full_disk_that_another_process_has_met_has_it_too():
     assert [code_of(WriteError("shards", number)) for number in (errno.ENOSPC, None)] == [74, 2]
+
+
+def test_a_line_is_one_write(tmp_path: Path):
+    """Ranks share standard error: the end of a line must not come after another rank's line."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # a message is a write
+    command = [sys.executable, "-m", "moe_pretrain", "train", "model=nope"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with ours, theirs:
+        done = subprocess.run(command, cwd=tmp_path, stderr=theirs.fileno(), env=environment, timeout=100)
+        assert done.returncode == 2
+        written = ours.recv(65536).decode()
+    assert written.startswith("moe-pretrain train: ") and written.endswith("\n")
