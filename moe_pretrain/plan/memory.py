@@ -517,8 +517,11 @@ class _SchemeLayers:
         # Of routes that are as many as they happen to be, a GPU keeps lists as long as they can get.
         most = self.router.most_experts_per_token(experts)
         listed = 0.0 if self.on_cpu or self.merges or most == routes / self.tokens else self.tokens * 8 * 3 * most
+        # A token and an expert, or one place in the mask of those that are taken.
+        indices = 8 if self.router.fixed_experts_per_token is None and not self.merges else 8 + 8
+        # Of zero-computation experts, a column for each expert and one for padding.
         weights = self.tokens * 4 * (experts + 1) if self.moe.kinds.zero_computation else 0
-        return self.tokens * 4 * (2 * experts + own) + routes * (8 + 4 + 8 + 4) + listed + weights
+        return self.tokens * 4 * (2 * experts + own) + routes * (indices + 4 + 4) + listed + weights
 
     def _coupling(self) -> float:
         """Gates of this rank's experts for the rows of the router; the rows' factors, the rows as they go in, norms."""

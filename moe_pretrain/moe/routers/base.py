@@ -109,13 +109,18 @@ class RouterConfig(ABC):
     def mean_experts_per_token(self) -> float:
         """Expected routes per token, for parameter and FLOP counts; a run's FLOPs use the number that it measures."""
 
+    @property
+    def fixed_experts_per_token(self) -> int | None:
+        """Experts of every token: the field ``top_k``, where there is one. None: their number varies."""
+        return vars(self).get("top_k")
+
     def most_experts_per_token(self, num_experts: int) -> float:
         """Largest mean number of routes per token that a micro-batch can have.
 
-        Lists of routes have this length on a GPU (``moe.route_list``). It is the field ``top_k`` or ``max_experts``,
-        where there is one and it is set, else all of ``num_experts``.
+        Lists of routes have this length on a GPU (``moe.route_list``). It is the fixed number, or the field
+        ``max_experts``, where there is one and it is set, else all of ``num_experts``.
         """
-        return vars(self).get("top_k") or vars(self).get("max_experts") or num_experts
+        return self.fixed_experts_per_token or vars(self).get("max_experts") or num_experts
 
     def build_for_experts(self, hidden_size: int, num_experts: int, layer: int, expert_width: int) -> Router:
         """``build`` for a module that also needs the inner width of an expert, as one that maps keys from it does."""

@@ -147,10 +147,9 @@ def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, reco
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
-    # What recomputation leaves is little, and what a table keeps, which has no scores, is less than is estimated. So is
-    # a list of routes by their places in a mask: one index and not two.
+    # What recomputation leaves is little, and what a table keeps, which has no scores, is less than is estimated.
     no_scores = router in ("hash", "k_means", "random", "uniform", "thor")
-    tolerance = 0.025 if recompute == "none" else 0.08 if no_scores else 0.07
+    tolerance = 0.025 if recompute == "none" else 0.08 if no_scores else 0.06
     assert planned == pytest.approx(saved_bytes(config, dtype), rel=0.02 if router == "top_k" else tolerance)
 
 
