@@ -55,6 +55,8 @@ def preflight(config: Config, world_size: int) -> RunPlan:
     plan, moe = plan_run(config, world_size), config.model.moe
     config.schedule.check(plan.batches.num_steps)
     config.parallel.check(world_size, *sharded(moe, config.router))
+    if config.parallel.overlap_exchange == "always":
+        _check_overlap(config)
     # One that has checkpoints goes on from those, also where what it began with is gone.
     if config.checkpoint.warm_start is not None and not complete_names(config.run.folder / CHECKPOINTS):
         source = Path(config.checkpoint.warm_start)
@@ -86,6 +88,19 @@ def preflight(config: Config, world_size: int) -> RunPlan:
                 f"grouped_mm takes no {local} units of it"
             )
     return plan
+
+
+def _check_overlap(config: Config) -> None:
+    """Refuse ``parallel.overlap_exchange=always`` where no micro-batch can be halved."""
+    reason = None
+    if config.parallel.expert_parallel_size == 1:
+        reason = "parallel.expert_parallel_size=1: nothing is exchanged"
+    elif config.router.merges_experts:
+        reason = f"router={config.router.name}: every token goes to all ranks at once"
+    elif config.engine.determinism == "elastic":
+        reason = "engine.determinism=elastic: the halves' gradients would be summed where experts are spread"
+    if reason is not None:
+        raise ValueError(f"parallel.overlap_exchange=always must be auto or never with {reason}")
 
 
 def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None = None) -> RunPlan:

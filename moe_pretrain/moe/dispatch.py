@@ -2,11 +2,13 @@
 
 Without expert parallelism the experts read token rows directly. With it, rows and route weights travel to
 the ranks that hold the experts in one exchange, and weighted outputs travel back in another; the sizes
-are exchanged once and serve both. Sums over a token's experts are gathers in token order, not
+are exchanged once and serve both. In halves, each half of the tokens makes its own way, and one half's rows travel
+while the other's are with the experts. Sums over a token's experts are gathers in token order, not
 ``index_add_``, so they are deterministic on every device and accumulate in float32.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import Combine, Exchange, ExpertRowLayout, Experts, Routing
+from moe_pretrain.moe.types import Combine, Exchange, ExpertRowLayout, Experts, PendingRows, Routing
 
 
 def sum_rows(rows: Tensor, order: ExpertRowLayout, weight: Tensor | None = None) -> Tensor:
@@ -106,16 +108,18 @@ def order_by(
     routes_per_source: int | None,
     rows_per_expert: Int[Tensor, "local_experts"],
     is_padded: bool = False,
+    in_halves: bool = False,
 ) -> tuple[Int[Tensor, "routes"], ExpertRowLayout]:
     """Sort routes by ``key``, stably, and say how to gather and sum them.
 
     Args:
-        key: What to sort by: the expert of each route.
+        key: What to sort by: the expert of each route, in halves those of the second after all those of the first.
         source: Source row of each route, ascending.
         num_sources: Number of source rows.
         routes_per_source: Routes of every source if all have the same number, else None.
         rows_per_expert: Number of routes of each key.
         is_padded: Whether routes may end in padding, whose key is the number of keys.
+        in_halves: Whether half of the keys are experts of the first half of the sources, half those of the second.
 
     Returns:
         The permutation (route of each sorted row) and the ``ExpertRowLayout``.
@@ -133,7 +137,8 @@ def order_by(
         first = counts.cumsum(0) - counts
         rank = torch.arange(routes, device=key.device) - first[source]
         # No source has two routes to an expert. A GPU would be waited for to know better.
-        most = len(rows_per_expert) if key.is_cuda else int(counts.max()) if num_sources else 0
+        num_experts = len(rows_per_expert) // (2 if in_halves else 1)
+        most = num_experts if key.is_cuda else int(counts.max()) if num_sources else 0
         if is_padded:  # has a column of its own, which is cut off
             rank = torch.where(is_route > 0, rank, most)
         slots = row_of_route.new_full((num_sources, most + is_padded), -1)
@@ -152,6 +157,7 @@ def run_experts(
     meanwhile: Callable[[], Tensor] | None = None,
     experts_of_sender: Callable[[int], Experts] | None = None,
     combine: Combine | None = None,
+    in_halves: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Send every route to its expert and combine the outputs per token.
 
@@ -167,62 +173,151 @@ def run_experts(
             Needs an ``exchange``.
         combine: Makes a token's output of its experts' unsummed ones; None for their weighted sum, which experts make
             themselves.
+        in_halves: Whether the first half of the tokens is exchanged apart from the second, so that rows of one travel
+            while experts run those of the other, forward and backward. Needs an ``exchange``.
 
     Returns:
         ``sum over a token's routes of weight * expert(hidden)``, or what ``combine`` makes of ``expert(hidden)`` and
         weights, ``[tokens, hidden]``, and the result of ``meanwhile``.
     """
-    is_padded = routing.num_routes is not None
+    if exchange is not None:
+        return _run_exchanged(
+            hidden, routing, num_experts, experts, exchange, meanwhile, experts_of_sender, combine, in_halves
+        )
     with part("permute"):
         counts = _count(routing.expert_index, num_experts)
         route_of_row, order = order_by(
-            routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts, is_padded
+            *(routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts),
+            is_padded=routing.num_routes is not None,
         )
-    if exchange is not None:
-        with part("exchange"):
-            received_counts, send, receive = _exchange_sizes(counts, exchange)
-        if is_padded:
-            route_of_row, order = route_of_row[: sum(send)], order.first(sum(send))
-    with part("permute"):
         weight = routing.weight[route_of_row]
         payload = None if routing.payload is None else routing.payload[route_of_row]
-    # Experts scale and sum per source: with a source for each route and weights of 1 they return plain outputs.
-    own_weight = weight if combine is None else torch.ones_like(weight)
-    if exchange is None:
-        other = meanwhile() if meanwhile else None
-        if combine is None:
-            with part("experts"):
-                return experts(hidden, own_weight, order, payload), other
-        with part("permute"):
-            rows = _Gather.apply(hidden, order)
+    other = meanwhile() if meanwhile else None
+    if combine is None:
         with part("experts"):
-            unsummed = experts(rows, own_weight, _of_each_row(order), payload)
-        with part("combine"):
-            return combine(unsummed, weight, order), other
-
+            return experts(hidden, weight, order, payload), other
     with part("permute"):
         rows = _Gather.apply(hidden, order)
-    with part("exchange"):
-        travelling = [rows, own_weight[:, None]] if payload is None else [rows, own_weight[:, None], payload]
-        pending = exchange.start(travelling, send, receive)
-    other = meanwhile() if meanwhile else None
-    with part("exchange"):
-        received = pending.wait()
-
     with part("experts"):
-        if experts_of_sender is None:
-            output = _run_received(experts, received, received_counts)
-        else:
-            blocks = zip(*(tensor.split(receive) for tensor in received), strict=True)
-            outputs = [
-                _run_received(experts_of_sender(sender), block, received_counts[sender : sender + 1])
-                for sender, block in enumerate(blocks)
-            ]
-            output = torch.cat(outputs)
-    with part("exchange"):
-        (returned,) = exchange.start([output], receive, send).wait()
+        # Experts scale and sum per source: with a source for each route and weights of 1 they return plain outputs.
+        unsummed = experts(rows, torch.ones_like(weight), _of_each_row(order), payload)
     with part("combine"):
-        return (_Sum.apply(returned, order) if combine is None else combine(returned, weight, order)), other
+        return combine(unsummed, weight, order), other
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of one exchange: rows of each expert that every rank sends this one, and of the blocks sent and received.
+
+    Lists are on the host.
+    """
+
+    received_counts: Int[Tensor, "ranks local_experts"]
+    send: list[int]
+    receive: list[int]
+
+
+@dataclass(frozen=True)
+class _Travel:
+    """Tokens whose rows go to the experts in one exchange, and back in another.
+
+    ``order`` is that in which their rows leave, ``order_there`` that of the rows which come to this rank's experts.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    payload: Tensor | None
+    order: ExpertRowLayout
+    sizes: _Sizes
+    order_there: ExpertRowLayout
+
+
+def _run_exchanged(
+    hidden: Tensor,
+    routing: Routing,
+    num_experts: int,
+    experts: Experts,
+    exchange: Exchange,
+    meanwhile: Callable[[], Tensor] | None,
+    experts_of_sender: Callable[[int], Experts] | None,
+    combine: Combine | None,
+    in_halves: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``run_experts`` with experts on other ranks.
+
+    Backward runs the graph from its end, so what overlaps in forward overlaps there too: the exchange that was waited
+    for last is begun first.
+    """
+    travels = _travels(hidden, routing, num_experts, exchange, in_halves)
+
+    def depart(travel: _Travel) -> PendingRows:
+        with part("permute"):
+            rows = _Gather.apply(travel.hidden, travel.order)
+            # A source is a row there: with weights of 1 experts return plain outputs.
+            weight = travel.weight if combine is None else torch.ones_like(travel.weight)
+        with part("exchange"):
+            travelling = [rows, weight[:, None], *([] if travel.payload is None else [travel.payload])]
+            return exchange.start(travelling, travel.sizes.send, travel.sizes.receive)
+
+    def visit(travel: _Travel, pending: PendingRows) -> PendingRows:
+        with part("exchange"):
+            received = pending.wait()
+        with part("experts"):
+            if experts_of_sender is None:
+                output = _run_received(experts, received, travel.order_there)
+            else:
+                output = _run_by_sender(experts_of_sender, received, travel.sizes)
+        with part("exchange"):
+            return exchange.start([output], travel.sizes.receive, travel.sizes.send)
+
+    def arrive(travel: _Travel, pending: PendingRows) -> Tensor:
+        with part("exchange"):
+            (returned,) = pending.wait()
+        with part("combine"):
+            if combine is not None:
+                return combine(returned, travel.weight, travel.order)
+            return _Sum.apply(returned, travel.order)
+
+    going = [depart(travel) for travel in travels]
+    other = meanwhile() if meanwhile else None
+    returning = [visit(travel, pending) for travel, pending in zip(travels, going, strict=True)]
+    outputs = [arrive(travel, pending) for travel, pending in zip(travels, returning, strict=True)]
+    with part("combine"):
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs), other
+
+
+def _travels(hidden: Tensor, routing: Routing, num_experts: int, exchange: Exchange, in_halves: bool) -> list[_Travel]:
+    """All tokens at once, or the first half of them and the second; waits for the sizes of their blocks, once."""
+    tokens = len(hidden)
+    is_padded = routing.num_routes is not None
+    lengths = [tokens // 2, tokens - tokens // 2] if in_halves else [tokens]
+    with part("permute"):
+        key = routing.expert_index
+        if in_halves:
+            key = torch.add(key, routing.token_index >= lengths[0], alpha=num_experts)
+            if is_padded:
+                key = key.masked_fill_(routing.expert_index == num_experts, 2 * num_experts)
+        counts = _count(key, num_experts * len(lengths))
+        route_of_row, order = order_by(
+            *(key, routing.token_index, tokens, routing.routes_per_token, counts, is_padded),
+            in_halves=in_halves,
+        )
+    with part("exchange"):
+        sizes = _exchange_sizes(counts.view(len(lengths), num_experts), exchange)
+    rows = [sum(own.send) for own in sizes]
+    with part("permute"):
+        if is_padded:  # it stays here
+            route_of_row = route_of_row[: sum(rows)]
+        weight = routing.weight[route_of_row]
+        payload = None if routing.payload is None else routing.payload[route_of_row]
+        came = [sum(own.receive) for own in sizes]
+        order_there = _order_received([own.received_counts for own in sizes], sum(came))
+        if not in_halves:
+            return [_Travel(hidden, weight, payload, order.first(rows[0]), sizes[0], order_there)]
+        payloads = [None, None] if payload is None else payload.split(rows)
+        orders = order.split(rows, lengths), sizes, order_there.split(came, came)
+        halves = zip(hidden.split(lengths), weight.split(rows), payloads, *orders, strict=True)
+        return [_Travel(*half) for half in halves]
 
 
 def _of_each_row(order: ExpertRowLayout) -> ExpertRowLayout:
@@ -231,14 +326,24 @@ def _of_each_row(order: ExpertRowLayout) -> ExpertRowLayout:
     return ExpertRowLayout(rows, rows[:, None], True, order.rows_per_expert)
 
 
-def _run_received(experts: Experts, received: Sequence[Tensor], counts: Int[Tensor, "ranks local_experts"]) -> Tensor:
-    """Weighted expert outputs of rows as they came, with their weights and perhaps payloads, from ``ranks`` senders."""
+def _run_received(experts: Experts, received: Sequence[Tensor], order: ExpertRowLayout) -> Tensor:
+    """Weighted expert outputs of rows as they came, with their weights and perhaps payloads."""
     sources, weight, *payload = received
     with part("permute"):
-        row_of_received, order = _order_received(counts, sources.shape[0])
-        local_weight = weight[:, 0][row_of_received]
-        local_payload = payload[0][row_of_received] if payload else None
+        local_weight = weight[:, 0][order.source_of_row]
+        local_payload = payload[0][order.source_of_row] if payload else None
     return experts(sources, local_weight, order, local_payload)
+
+
+def _run_by_sender(experts_of_sender: Callable[[int], Experts], received: Sequence[Tensor], sizes: _Sizes) -> Tensor:
+    """``_run_received`` for the rows of each sending rank by themselves."""
+    blocks = zip(*(tensor.split(sizes.receive) for tensor in received), strict=True)
+    outputs = []
+    for sender, block in enumerate(blocks):
+        with part("permute"):
+            order = _order_received([sizes.received_counts[sender : sender + 1]], sizes.receive[sender])
+        outputs.append(_run_received(experts_of_sender(sender), block, order))
+    return torch.cat(outputs)
 
 
 def score_routes(
@@ -268,13 +373,13 @@ def score_routes(
     if exchange is None:
         scores = score(hidden, query, key_weight, order)
     else:
-        received_counts, send, receive = _exchange_sizes(counts, exchange)
+        (sizes,) = _exchange_sizes(counts[None], exchange)
         travelling = [_Gather.apply(hidden, order), _Gather.apply(query, order)]
-        received, received_query = exchange.start(travelling, send, receive).wait()
-        _, local_order = _order_received(received_counts, sum(receive))
+        received, received_query = exchange.start(travelling, sizes.send, sizes.receive).wait()
+        local_order = _order_received([sizes.received_counts], sum(sizes.receive))
         by_expert = score(received, received_query, key_weight, local_order)
         as_received = by_expert[local_order.rows_of_source]  # one column: a received row is one route
-        (returned,) = exchange.start([as_received], receive, send).wait()
+        (returned,) = exchange.start([as_received], sizes.receive, sizes.send).wait()
         scores = returned[:, 0]
     return scores[order.rows_of_source]
 
@@ -285,20 +390,23 @@ def _count(expert_index: Int[Tensor, "routes"], num_experts: int) -> Int[Tensor,
     return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))[:num_experts]
 
 
-def _exchange_sizes(counts: Int[Tensor, "experts"], exchange: Exchange) -> tuple[Tensor, list[int], list[int]]:
-    """Sizes of what every rank sends this one, ``[ranks, local_experts]``, and of the blocks sent and received."""
-    received_counts = exchange.exchange_counts(counts.view(exchange.size, -1))
+def _exchange_sizes(counts: Int[Tensor, "exchanges experts"], exchange: Exchange) -> list[_Sizes]:
+    """Sizes of some exchanges, made known in one."""
+    sent = counts.view(len(counts), exchange.size, -1).transpose(0, 1)
+    received = exchange.exchange_counts(sent.flatten(1)).view_as(sent)
     # The one host synchronisation that a dropless exchange needs: the sizes of the blocks.
-    sizes = torch.stack([counts.view(exchange.size, -1).sum(1), received_counts.sum(1)]).tolist()
-    return received_counts, [int(n) for n in sizes[0]], [int(n) for n in sizes[1]]
+    blocks = torch.stack([sent.sum(2), received.sum(2)]).permute(2, 0, 1).tolist()
+    return [
+        _Sizes(own, [int(n) for n in send], [int(n) for n in receive])
+        for own, (send, receive) in zip(received.unbind(1), blocks, strict=True)
+    ]
 
 
-def _order_received(
-    received_counts: Int[Tensor, "ranks local_experts"], num_rows: int
-) -> tuple[Tensor, ExpertRowLayout]:
-    """Blocks arrive by sending rank, each sorted by expert: sort their rows by expert over all senders."""
-    num_ranks, local_experts = received_counts.shape
-    expert = torch.arange(local_experts, device=received_counts.device).repeat(num_ranks)
-    key = expert.repeat_interleave(received_counts.flatten(), output_size=num_rows)
-    source = torch.arange(num_rows, device=received_counts.device)
-    return order_by(key, source, num_rows, 1, received_counts.sum(0))
+def _order_received(received_counts: Sequence[Int[Tensor, "ranks local_experts"]], num_rows: int) -> ExpertRowLayout:
+    """Order by exchange and expert of rows that arrive by exchange and sending rank, each sender's sorted by expert."""
+    counts = received_counts[0][None] if len(received_counts) == 1 else torch.stack(list(received_counts))
+    exchanges, _, local_experts = counts.shape
+    key_of_block = torch.arange(exchanges * local_experts, device=counts.device).view(exchanges, 1, local_experts)
+    key = key_of_block.expand_as(counts).flatten().repeat_interleave(counts.flatten(), output_size=num_rows)
+    source = torch.arange(num_rows, device=counts.device)
+    return order_by(key, source, num_rows, 1, counts.sum(1).flatten())[1]

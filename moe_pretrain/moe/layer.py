@@ -120,6 +120,7 @@ class MoELayer(nn.Module):
     which ``zero_computation`` holds.
 
     ``exchange`` is None while this process holds all experts; ``parallel`` sets it for expert parallelism.
+    ``overlaps_exchange`` says whether each half of the tokens is exchanged while experts run the other.
     ``experts_of_sender`` is None unless the rows of each sending rank are to run by themselves (``engine.elastic``).
     ``padded_routes_per_token`` is the length up to which lists of routes go to this rank's experts with their padding.
     """
@@ -146,6 +147,7 @@ class MoELayer(nn.Module):
         self.shared_experts = SwiGLU(*shared) if config.shared_width else None
         self.combine = build_combine(config.combine)
         self.exchange: Exchange | None = None
+        self.overlaps_exchange = False
         self.experts_of_sender: Callable[[int], Experts] | None = None
         self.padded_routes_per_token = 0.0
 
@@ -246,15 +248,20 @@ class MoELayer(nn.Module):
         if self.zero_computation is not None:
             meanwhile = partial(self._run_zero_computation, self.zero_computation, inputs, routed, meanwhile)
             routed = self._without_much_padding(routed.networks(self.kinds.ffn), inputs)
+        experts: Experts = partial(self.experts, **arguments)
+        if self.overlaps_exchange and isinstance(self.experts, MatrixProductExperts):  # else each half would rebuild
+            with part("experts"):
+                experts = self.experts.rebuilt(**arguments)
         output, beside = run_experts(
             inputs,
             routed,
             self.kinds.ffn,
-            partial(self.experts, **arguments),
+            experts,
             self.exchange,
             meanwhile=meanwhile,
             experts_of_sender=self.experts_of_sender,
             combine=self.combine,
+            in_halves=self.overlaps_exchange,
         )
         if self.latent is not None:
             with part("experts"):

@@ -411,6 +411,25 @@ class ExpertRowLayout:
         """The same without the rows after the first ``rows``, which are padding."""
         return replace(self, source_of_row=self.source_of_row[:rows])
 
+    def split(self, rows: Sequence[int], sources: Sequence[int]) -> list["ExpertRowLayout"]:
+        """Layouts of consecutive sources whose rows are consecutive too, each sorted by expert; without the padding.
+
+        Args:
+            rows: Rows of each.
+            sources: Sources of each.
+        """
+        layouts: list[ExpertRowLayout] = []
+        row = source = 0
+        for size, count, of_experts in zip(rows, sources, self.rows_per_expert.view(len(rows), -1), strict=True):
+            source_of_row = self.source_of_row[row : row + size]
+            slots = self.rows_of_source[source : source + count]
+            if layouts:
+                source_of_row = source_of_row - source
+                slots = slots - row if self.is_full else (slots - row).clamp_(min=-1)
+            layouts.append(ExpertRowLayout(source_of_row, slots, self.is_full, of_experts))
+            row, source = row + size, source + count
+        return layouts
+
 
 def sharded_parameters(experts: nn.Module) -> list[nn.Parameter]:
     """Parameters of which every rank of a group has its own part: all but those that ``dense_names`` of it names."""

@@ -89,8 +89,14 @@ class ExpertMarker(MoE):
             parameter.data = value.to(parameter.device)
 
 
-def prepare_experts(model: DecoderLM, expert_parallel_size: int) -> None:
-    """Tag expert parameters, give MoE layers their exchange and the model its marker. No-op for a dense model."""
+def prepare_experts(model: DecoderLM, expert_parallel_size: int, overlaps_exchange: bool = False) -> None:
+    """Tag expert parameters, give MoE layers their exchange and the model its marker. No-op for a dense model.
+
+    Args:
+        model: The model with this rank's experts.
+        expert_parallel_size: Ranks over which one copy of the experts is spread.
+        overlaps_exchange: See ``MoELayer``.
+    """
     layers = model.moe_layers()
     if not layers:
         return
@@ -100,6 +106,7 @@ def prepare_experts(model: DecoderLM, expert_parallel_size: int) -> None:
             parameter.group_name = _group_name(expert_parallel_size)  # type: ignore[attr-defined]
         if expert_parallel_size > 1:
             layer.exchange = AllToAll(expert_groups(expert_parallel_size)[0])
+            layer.overlaps_exchange = overlaps_exchange
     model.deepspeed_marker = ExpertMarker(layers[0].kinds.ffn, expert_parallel_size, float32_parameters(model))
 
 

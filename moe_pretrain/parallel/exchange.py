@@ -21,8 +21,9 @@ class AllToAll:
 
     def exchange_counts(self, counts: Int[Tensor, "ranks local_experts"]) -> Int[Tensor, "ranks local_experts"]:
         """Send row ``r`` to rank ``r``."""
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts.contiguous(), group=self.group)
+        sent = counts.contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
         return received
 
     def start(self, rows: list[Tensor], send: list[int], receive: list[int]) -> "Pending":

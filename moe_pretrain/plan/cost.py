@@ -69,6 +69,12 @@ def _counts_ahead(config: Config, plan: BatchPlan) -> bool:
         )
 
 
+def exchange_passes(config: Config, plan: BatchPlan) -> tuple[int, int]:
+    """Times that a micro-batch's tokens go to experts and back: in forward passes, however often, and in backward."""
+    passes = config.router.num_passes
+    return passes * (1 + (config.model.recompute == "full")) + _counts_ahead(config, plan), passes
+
+
 def traffic(
     config: Config, dtype: Dtype, plan: BatchPlan, parameters: LocalParameters | None = None
 ) -> dict[str, float]:
@@ -88,7 +94,7 @@ def traffic(
     # DeepSpeed's stage 2 reduces the gradients of every micro-batch.
     reductions = plan.accumulation if stage == 2 else 1
     routed = routes_of_rank(config, dtype, plan.micro_batch_size)
-    passes = config.router.num_passes * (2 + (config.model.recompute == "full")) + _counts_ahead(config, plan)
+    passes = sum(exchange_passes(config, plan))
     layers = 0 if config.router.dense_experts else len(config.model.moe_layers)
     one_way = (expert_parallel - 1) / expert_parallel * (routed.sent_bytes + routed.returned_bytes)
     return {

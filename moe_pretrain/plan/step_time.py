@@ -1,8 +1,8 @@
 """Seconds of an optimizer step on GPUs, by part, from what a step computes, moves and sends.
 
-A roofline: every part takes as long as its FLOPs or its bytes at the rate of what limits it, and nothing overlaps,
-as in the engine. The bytes of memory traffic were counted on the kernels of ``model=700m router=top_k``; no part has
-been measured on a GPU.
+A roofline: every part takes as long as its FLOPs or its bytes at the rate of what limits it, and nothing overlaps but
+the halves of an exchange, as in the engine. The bytes of memory traffic were counted on the kernels of ``model=700m
+router=top_k``; no part has been measured on a GPU.
 """
 
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.model.size import mean_ffn_experts
 from moe_pretrain.moe.build import dense_width, expert_width
-from moe_pretrain.plan.cost import GRADIENTS, ROUTES, WEIGHTS, extra_forward, flops_by_part, traffic
+from moe_pretrain.plan.cost import GRADIENTS, ROUTES, WEIGHTS, exchange_passes, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.memory import LocalParameters
 
 _MATRIX_RATE = 0.62
@@ -30,6 +30,12 @@ _BYTES_PER_PARAMETER = 26
 """Memory traffic of accumulating gradients, per parameter of a rank and micro-batch (``BF16_Optimizer``)."""
 _BYTES_PER_SENT_BYTE = 5
 """Memory traffic of packing, sorting, unpacking and adding up what the exchange moves."""
+_BYTES_PER_HALVED_HIDDEN = 8
+"""Memory traffic per token and unit of the routed size where halves are exchanged apart, to put them together again."""
+_BYTES_PER_HALVED_PARAMETER = 6
+"""The same per parameter of this rank's experts and micro-batch: the halves' gradients are added up."""
+_HALVES_SECONDS = 0.06e-3
+"""Of a layer's two halves in a micro-batch, forward and backward: more kernels that are too small to be limited."""
 _ROUTER_SECONDS = 0.2e-3
 """Of a layer's routing in a micro-batch, forward and backward: kernels too small to be limited by anything else."""
 
@@ -67,7 +73,7 @@ class StepTime:
         memory: Everything between the products, and the loss.
         routing: Small kernels of the routers.
         accumulation: Gradients of each micro-batch added to those before.
-        exchange: Rows sent to experts and back, and their packing.
+        exchange: Rows sent to experts and back, as far as they are waited for, and their packing.
         reduction: Gradients reduced, weights gathered.
     """
 
@@ -107,12 +113,31 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     moved = size.num_passes * (share * once + _BYTES_PER_LOGIT * model.vocab_size)
     sent = traffic(config, run.dtype, plan, parameters)
     dense, own = sent[GRADIENTS] + sent[WEIGHTS], sent[ROUTES]
+    travelling = own / machine.between(expert_parallel)
+    if experts and config.parallel.overlaps_exchange(run.device) and not config.router.merges_experts:
+        forward = tokens * flops_by_part(size)["routed experts"] / (_MATRIX_RATE * machine.peak)
+        travelling = _waited_for(travelling, forward, *exchange_passes(config, plan))
+        travelling += plan.accumulation * experts * size.num_passes * _HALVES_SECONDS
+        halved = tokens * experts * model.moe.routed_size(model.hidden_size) * _BYTES_PER_HALVED_HIDDEN
+        halved += plan.accumulation * parameters.expert * _BYTES_PER_HALVED_PARAMETER
+        travelling += size.num_passes * halved / machine.memory_bandwidth
     return StepTime(
         products=tokens * products / (_MATRIX_RATE * machine.peak),
         attention=tokens * (trained * scores + scores_again) / (_ATTENTION_RATE * machine.peak),
         memory=tokens * moved / machine.memory_bandwidth,
         routing=plan.accumulation * experts * _ROUTER_SECONDS,
         accumulation=plan.accumulation * parameters.count * _BYTES_PER_PARAMETER / machine.memory_bandwidth,
-        exchange=own / machine.between(expert_parallel) + own * _BYTES_PER_SENT_BYTE / machine.memory_bandwidth,
+        exchange=travelling + own * _BYTES_PER_SENT_BYTE / machine.memory_bandwidth,
         reduction=dense / machine.between(ranks),
     )
+
+
+def _waited_for(travelling: float, experts: float, forward_passes: int, backward_passes: int) -> float:
+    """Seconds of ``travelling`` in which no expert works, where halves of the tokens are exchanged apart.
+
+    The first half's way to the experts and the second half's way back are waited for; the two ways between lie behind
+    the experts of the other half, which take ``experts`` in all layers' forward passes and twice as long in backward.
+    """
+    each = travelling / (forward_passes + backward_passes)
+    forward, backward = (max(each / 2, each - work) for work in (experts, 2 * experts))
+    return forward_passes * forward + backward_passes * backward

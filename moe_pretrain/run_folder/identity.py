@@ -42,6 +42,7 @@ NOT_DECIDING = {
     "streaming.stall_seconds": _WHEN,
     "parallel.processes": _SPEED,
     "parallel.expert_parallel_size": _SPEED,
+    "parallel.overlap_exchange": _SPEED,
     "parallel.timeout_seconds": _WATCHING,
     "parallel.heartbeat_seconds": _WATCHING,
     "checkpoint.every_steps": _SAVING,

@@ -143,7 +143,8 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
     _tell_token_counts(model, data.loader, plan.batches, mesh)
     if competition := _describe_competition(config.router.name, model):
         say(competition)
-    prepare_experts(model, config.parallel.expert_parallel_size)
+    parallel = config.parallel
+    prepare_experts(model, parallel.expert_parallel_size, parallel.overlaps_exchange(mesh.device.type))
     engine = TrainEngine(
         model,
         config.engine,

@@ -51,6 +51,7 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "router.expert_router_coupling_weight": lambda now: now == 0,
     "router.expert_router_coupling_alpha": lambda now: True,
     "checkpoint.branch_from": lambda now: now is None,
+    "parallel.overlap_exchange": lambda now: True,
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
     "evaluation.tasks": lambda now: not now["names"],
 }

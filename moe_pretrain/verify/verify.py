@@ -102,7 +102,8 @@ def build_engine(
     initialise(model, config.seed)
     if change_model is not None:
         change_model(model)
-    prepare_experts(model, config.parallel.expert_parallel_size)
+    parallel = config.parallel
+    prepare_experts(model, parallel.expert_parallel_size, parallel.overlaps_exchange(mesh.device.type))
 
     def factor(step: int) -> float:
         return config.schedule.factor(step, plan.batches.num_steps)

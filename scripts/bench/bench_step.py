@@ -114,7 +114,8 @@ def build_engine(
 ) -> Callable[[], object]:
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
-    prepare_experts(model, config.parallel.expert_parallel_size)
+    parallel = config.parallel
+    prepare_experts(model, parallel.expert_parallel_size, parallel.overlaps_exchange(mesh.device.type))
     engine = TrainEngine(model, config.engine, dtype, config.optimizer, lambda step: 0.1, plan, mesh, config.seed)
     return lambda: engine.step(1, batches)
 

@@ -189,6 +189,8 @@ class Account(TorchDispatchMode):
         moved = nbytes(ins) + nbytes(outs)
         if name.startswith(("zero", "fill", "masked_fill")):
             moved = nbytes(ins[1:]) + nbytes(outs)
+        if name.startswith(("new_", "zeros_like", "ones_like", "full_like")):  # of the tensor only its shape is read
+            moved = nbytes(outs)
         if name in ("index_select", "index", "gather", "embedding"):  # as many of the source's as come out
             moved = 2 * nbytes(outs) + nbytes(ins[1:])
         if name in ("scatter_", "scatter_add_", "index_put_"):  # in place: only where the index says
@@ -362,10 +364,11 @@ def fake_model(config: Config, shard: ExpertShard) -> DecoderLM:
     return model
 
 
-def count(config: Config, rows: int, expert_parallel: int = 1) -> Counted:
+def count(config: Config, rows: int, expert_parallel: int = 1, overlaps: bool = True) -> Counted:
     """Forward and backward of ``rows`` rows of a model of ``config`` on a GPU in bfloat16.
 
-    With ``expert_parallel`` ranks, those of the default process group, every rank gets the same load.
+    With ``expert_parallel`` ranks, those of the default process group, every rank gets the same load; ``overlaps`` says
+    whether halves of the tokens are exchanged apart.
     """
     account = Account()
     with ExitStack() as stack:
@@ -376,14 +379,17 @@ def count(config: Config, rows: int, expert_parallel: int = 1) -> Counted:
         patch.setattr(functional, "rms_norm", _rms_norm(account))
         if expert_parallel > 1:
             routes = rows * config.model.sequence_length * round(config.router.mean_experts_per_token)
-            even = [routes // expert_parallel] * expert_parallel
 
-            def sizes(counts: Tensor, exchange: AllToAll) -> tuple[Tensor, list[int], list[int]]:
-                return exchange.exchange_counts(counts.view(expert_parallel, -1)), even, even
+            def sizes(counts: Tensor, exchange: AllToAll) -> list[dispatch._Sizes]:
+                even = [routes // expert_parallel // len(counts)] * expert_parallel
+                sent = counts.view(len(counts), expert_parallel, -1).transpose(0, 1)
+                received = exchange.exchange_counts(sent.flatten(1)).view_as(sent)
+                return [dispatch._Sizes(own, even, even) for own in received.unbind(1)]
 
             patch.setattr(dispatch, "_exchange_sizes", sizes)
             for layer in model.moe_layers():
                 layer.exchange = AllToAll(dist.group.WORLD)
+                layer.overlaps_exchange = overlaps
         ids = torch.zeros(rows, config.model.sequence_length, dtype=torch.int64)
         batch = MicroBatch(ids, ids.clone(), ids.clone(), ids.clone(), ids[:, 0].clone(), 0)
         stack.enter_context(account)

@@ -18,7 +18,8 @@ def build_engine(config: Config) -> TrainEngine:
     plan = plan_batches(config.batch, config.model.sequence_length, mesh.world_size, config.num_steps)
     model = DecoderLM(config.model, config.router, mesh.shard)
     initialise(model, config.seed)
-    prepare_experts(model, config.parallel.expert_parallel_size)
+    parallel = config.parallel
+    prepare_experts(model, parallel.expert_parallel_size, parallel.overlaps_exchange(mesh.device.type))
     assert config.engine.dtype != "auto"
     return TrainEngine(
         model,

@@ -87,17 +87,17 @@ MORE_EXCHANGES: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.mark.parametrize("exchanges", [False, True], ids=["alone", "exchange"])
+@pytest.mark.parametrize("way", ["alone", "exchange", "halves"])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_the_branch_of_cuda_has_the_numbers_of_the_cpus_and_waits_no_more_than_stated(router: str, exchanges: bool):
+def test_the_branch_of_cuda_has_the_numbers_of_the_cpus_and_waits_no_more_than_stated(router: str, way: str):
     """Bit for bit, but for the embedding's gradient, which CUDA's own kernel sums in float32 as ours does on a CPU."""
     model, batch = build(router)
     expected_waits = WAITS.get(router, {})
-    if exchanges:
+    if way != "alone":
         alone = {} if expected_waits is ONE_READ else expected_waits
         expected_waits = alone | MORE_EXCHANGES.get(router, EXCHANGE)
         for layer in model.moe_layers():
-            layer.exchange = AllToAll(dist.group.WORLD)
+            layer.exchange, layer.overlaps_exchange = AllToAll(dist.group.WORLD), way == "halves"
     expected = numbers(model, batch)
     with says_cuda(), Waits() as waits:
         found = numbers(model, batch)

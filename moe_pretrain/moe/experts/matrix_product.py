@@ -11,7 +11,7 @@ from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.swiglu import run_swiglu_experts
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, RoutingContext
+from moe_pretrain.moe.types import ExpertRowLayout, Experts, ExpertShard, RoutingContext
 
 DROPOUT_STREAM = 9
 MATRICES = ("gate", "up", "out")
@@ -100,7 +100,16 @@ class MatrixProductExperts(nn.Module):
         keep_shared: bool = True,
     ) -> Float[Tensor, "sources hidden"]:
         """As ``SwiGLUExperts``, with the rebuilt matrices."""
-        return run_swiglu_experts(sources, weight, *self.weights(keep_shared), order, self.activation)
+        return self.rebuilt(keep_shared)(sources, weight, order, payload)
+
+    def rebuilt(self, keep_shared: bool = True) -> Experts:
+        """The experts with matrices that are rebuilt once, however often they are called."""
+        matrices = self.weights(keep_shared)
+
+        def experts(sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None) -> Tensor:
+            return run_swiglu_experts(sources, weight, *matrices, order, self.activation)
+
+        return experts
 
     def options(self, context: RoutingContext, layer: int) -> dict[str, bool]:
         """Arguments of a training step: whether the shared cores get a gradient, drawn alike on every rank."""

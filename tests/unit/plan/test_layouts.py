@@ -28,7 +28,7 @@ def test_each_part_follows_what_it_is_made_of() -> None:
                    "bfloat16", planned(config).batches)[ROUTES]  # fmt: skip
     slow = replace(H100, link=H100.link / 2)
     slower = time_of("parallel.expert_parallel_size=8", machine=slow).exchange
-    assert slower - parallel.exchange == pytest.approx(sent / H100.link)
+    assert slower - parallel.exchange == pytest.approx(sent / 2 / H100.link), "experts hide the other half"
     nodes = time_of("parallel.processes=16", "parallel.expert_parallel_size=8")
     assert nodes.exchange == pytest.approx(parallel.exchange / 2) and nodes.reduction > 5 * parallel.reduction
     full = time_of("model.recompute=full")
@@ -38,6 +38,24 @@ def test_each_part_follows_what_it_is_made_of() -> None:
     assert time_of("router=dense").routing == 0
     assert time_of("router.load_balance_level=global_batch").products > base.products
     assert base.total == pytest.approx(sum(vars(base).values()))
+
+
+def test_halves_hide_as_much_of_the_exchange_as_experts_take() -> None:
+    """Half of it where experts take longer; over a slow network all but their time, twice that in backward."""
+    halves = ("parallel.expert_parallel_size=8", "batch.micro_batch_size=32")
+    whole = (*halves, "parallel.overlap_exchange=never")
+    config = load(["model=700m", "parallel.processes=8", *halves])
+    run = planned(config)
+    sent = traffic(config, "bfloat16", run.batches)[ROUTES] / H100.link
+    gain = time_of(*whole).exchange - time_of(*halves).exchange
+    assert 0.7 * sent / 2 < gain < sent / 2, "what is left goes to putting halves together"
+    slow = replace(H100, link=H100.link / 100)
+    routes = 2 * config.batch.global_batch_tokens / 8
+    experts = routes * 12 * 2 * 3 * 768 * 3072 / (0.62 * H100.peak)
+    hidden = time_of(*whole, machine=slow).exchange - time_of(*halves, machine=slow).exchange
+    lost = sent / 2 - gain
+    assert hidden + lost == pytest.approx(3 * experts)
+    assert time_of(*halves[1:], machine=slow).exchange == 0
 
 
 def test_gradients_are_reduced_with_every_micro_batch_at_stage_2() -> None:
