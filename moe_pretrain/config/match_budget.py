@@ -8,7 +8,7 @@ from typing import Any
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.model.size import ModelSize, mean_ffn_experts, model_size
 from moe_pretrain.moe.build import check_experts, expert_width, with_expert_width
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.schedule.budget import BudgetConfig, Matched, Measure
 
 WIDEST, MOST = 2**20, 4096

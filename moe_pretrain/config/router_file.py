@@ -56,7 +56,7 @@ def load_router_file(file: str) -> type[Any]:
     shipped_builds = {RouterConfig.build, *(scheme.build for scheme in SHIPPED.values())}
     missing = {*router.__abstractmethods__, *(["build"] if router.build in shipped_builds else [])}
     for name in sorted(missing):
-        raise ConfigError(f"{where} must have {name}; see RouterConfig in moe_pretrain/moe/routers/base.py")
+        raise ConfigError(f"{where} must have {name}; see RouterConfig in moe_pretrain/moe/routers/config.py")
     shipped = {*SHIPPED, *(path.stem for path in (config_folder() / "router").glob("*.yaml"))}
     if router.__dataclass_fields__["name"].default in shipped:
         raise ConfigError(f"{where}.name must not be that of a shipped scheme: {', '.join(sorted(shipped))}")
@@ -64,12 +64,15 @@ def load_router_file(file: str) -> type[Any]:
 
 
 def _with_ranges(router: type[Any]) -> type[Any]:
-    """``router``, its fields as narrow as those of the shipped class below it, their defaults included.
+    """``router``, its fields as narrow as those of the shipped classes below it, their defaults included.
 
     A dataclass takes the last annotation of a field alone: with ``top_k: int = 2`` the ``PositiveInt`` would be lost.
     """
-    shipped = next(base for base in router.__mro__ if base.__module__ != router.__module__)
-    plain, ranged = typing.get_type_hints(shipped), typing.get_type_hints(shipped, include_extras=True)
+    plain: dict[str, Any] = {}
+    ranged: dict[str, Any] = {}
+    for shipped in reversed([base for base in router.__mro__ if base.__module__ != router.__module__]):
+        plain |= typing.get_type_hints(shipped)
+        ranged |= typing.get_type_hints(shipped, include_extras=True)
     own = typing.get_type_hints(router, include_extras=True)
     fields = [
         (

@@ -27,7 +27,7 @@ from moe_pretrain.engine.gradient_norms import GRADIENT_PARTS, gradient_part, no
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.moe.build import build_router
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import Experts
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.exchange import AllToAll

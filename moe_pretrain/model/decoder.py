@@ -18,7 +18,7 @@ from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rot
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, Routing, RoutingContext, mean_use
 
 

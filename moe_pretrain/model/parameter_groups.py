@@ -66,7 +66,8 @@ from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.experts.zero_computation import ConstantExpert
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.attentive import QueryKey
-from moe_pretrain.moe.routers.base import LinearRouter, RouterConfig
+from moe_pretrain.moe.routers.base import LinearRouter
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard
 
 GroupName = Literal["embedding", "head", "norms", "attention", "router", "experts", "ffn"]

@@ -18,7 +18,7 @@ from moe_pretrain.moe.build import (
 from moe_pretrain.moe.combine import pair_product_flops
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.matrix_product import core_parameters, rebuild_flops
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 
 
 @dataclass(frozen=True)

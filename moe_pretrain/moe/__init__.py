@@ -7,15 +7,18 @@ from moe_pretrain.moe.losses import count_routes, load_balance_loss, router_z_lo
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
     BalancedRouter,
-    BalancedRouterConfig,
     LinearRouter,
-    LinearRouterConfig,
-    RouterConfig,
     balance_counts,
-    check_within_experts,
     router_logits,
     router_use,
     routes_by_group,
+)
+from moe_pretrain.moe.routers.config import (
+    BalancedRouterConfig,
+    FixedCountConfig,
+    LinearRouterConfig,
+    RouterConfig,
+    check_within_experts,
 )
 from moe_pretrain.moe.types import BalanceLevel, RouterUse, Routing, RoutingContext, StepUse
 
@@ -23,6 +26,7 @@ __all__ = [
     "BalanceLevel",
     "BalancedRouter",
     "BalancedRouterConfig",
+    "FixedCountConfig",
     "LinearRouter",
     "LinearRouterConfig",
     "Router",

@@ -17,7 +17,7 @@ from moe_pretrain.moe.layer import MoEConfig, MoELayer, RoutedExperts
 from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.route_list import PADDED_OVER_EXPECTED
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import LinearRouterConfig, RouterConfig
+from moe_pretrain.moe.routers.config import LinearRouterConfig, RouterConfig
 from moe_pretrain.moe.routers.loss_free import LossFreeRouterConfig
 from moe_pretrain.moe.routers.quantile import QuantileRouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace
@@ -309,7 +309,7 @@ def check_combine(moe: MoEConfig, router: RouterConfig) -> None:
         reason = "which has no experts"
     elif router.merges_experts:
         reason = "which merges experts instead of their outputs"
-    elif router.has_one_expert:
+    elif router.experts_per_token_limit == 1:
         reason = "in which every token has one expert"
     elif moe.kinds.zero_computation:
         raise ValueError(

@@ -28,7 +28,7 @@ from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.matrix_product import rebuilt_numbers
 from moe_pretrain.moe.experts.merged import networks_merged_together
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters, sharded_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 

@@ -11,7 +11,8 @@ import yaml
 
 from moe_pretrain.config.compose import config_folder
 from moe_pretrain.moe.routers import SHIPPED, discover
-from moe_pretrain.moe.routers.base import BalancedRouter, RouterConfig
+from moe_pretrain.moe.routers.base import BalancedRouter
+from moe_pretrain.moe.routers.config import RouterConfig
 
 PACKAGE = Path(__file__).parents[2] / "moe_pretrain"
 NEW = """

@@ -21,7 +21,7 @@ from moe_pretrain.model.parameter_groups import (
     rate_scale,
 )
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.parallel.deepspeed_moe import split_expert_groups
 

@@ -17,7 +17,7 @@ from moe_pretrain.engine.newton_schulz import newton_schulz, newton_schulz_flops
 from moe_pretrain.engine.optimizers.base import Fragment, OptimizerConfig, OptimizerState, Withholding
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.model.parameter_groups import ParameterRole, meta_model, parameter_roles
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import sharded_parameters
 
 MATRIX_STATE = OptimizerState(moments=("momentum",))

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.route_list import list_routes
-from moe_pretrain.moe.routers.base import (
-    Fraction,
-    LinearRouter,
-    LinearRouterConfig,
-    check_within_experts,
-    router_logits,
-)
+from moe_pretrain.moe.routers.base import LinearRouter, router_logits
+from moe_pretrain.moe.routers.config import Fraction, LimitedCountConfig, LinearRouterConfig, check_within_experts
 from moe_pretrain.moe.types import AttentionStatistic, Routing, RoutingContext, StepUse
 
 ROUNDING = 1e-5
@@ -31,7 +26,7 @@ LARGEST_SCALE = 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionImportanceConfig(LinearRouterConfig):
+class AttentionImportanceConfig(LimitedCountConfig, LinearRouterConfig):
     """Fields of ``router=attention_importance``, beside those of ``LinearRouterConfig``.
 
     Attributes:

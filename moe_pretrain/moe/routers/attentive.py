@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import distillation_loss, importance_loss, sample_similarity_loss
-from moe_pretrain.moe.routers.base import BalancedRouter, BalancedRouterConfig, check_within_experts, router_logits
+from moe_pretrain.moe.routers.base import BalancedRouter, router_logits
+from moe_pretrain.moe.routers.config import (
+    BalancedRouterConfig,
+    FactorisedGateConfig,
+    FixedCountConfig,
+    check_within_experts,
+)
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentiveFields(BalancedRouterConfig):
-    """Fields of every form of attentive gating, beside those of ``BalancedRouterConfig``.
+class AttentiveFields(FixedCountConfig, BalancedRouterConfig):
+    """Fields of every form of attentive gating, beside ``top_k`` and those of ``BalancedRouterConfig``.
 
     Attributes:
-        top_k: Experts per token, in [1, num_experts].
         key_size: Width of queries and keys, >= 1.
         weights: ``selected``: softmax over the scores of the selected experts (the released code for ``top_k`` above
             1); with ``top_k`` 1 it is always 1 and the gate gets no gradient from the LM loss, so it is refused there.
@@ -32,7 +37,6 @@ class AttentiveFields(BalancedRouterConfig):
             ``micro_batch``. The paper compares the two losses and does not combine them.
     """
 
-    top_k: PositiveInt
     key_size: PositiveInt
     weights: Literal["selected", "full"]
     similarity_weight: NonNegativeFloat
@@ -45,15 +49,6 @@ class AttentiveFields(BalancedRouterConfig):
                 "router.weights=selected must be full when router.top_k=1: the weight would always be 1 and the gate "
                 "would not learn from the LM loss"
             )
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return float(self.top_k)
 
     @property
     def query_size(self) -> int:
@@ -124,17 +119,10 @@ class AttentiveDenseConfig(AttentiveFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentiveLowRankConfig(AttentiveFields):
-    """Fields of ``router=attentive_low_rank``, beside those of ``AttentiveFields``.
-
-    Attributes:
-        name: ``attentive_low_rank``.
-        gate_rank: Rank of the experts' factorised gate, in [1, hidden_size), as in ``router=autonomy``: the experts'
-            width follows from it.
-    """
+class AttentiveLowRankConfig(FactorisedGateConfig, AttentiveFields):
+    """Fields of ``router=attentive_low_rank``: those of ``AttentiveFields``, and ``gate_rank`` as in ``autonomy``."""
 
     name: Literal["attentive_low_rank"]
-    gate_rank: PositiveInt
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "AttentiveLowRankRouter":
         """The module of layer ``layer``."""

@@ -5,16 +5,19 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
 from moe_pretrain.moe.route_list import list_routes
-from moe_pretrain.moe.routers.base import (
-    BalancedRouter,
+from moe_pretrain.moe.routers.base import BalancedRouter
+from moe_pretrain.moe.routers.config import (
     BalancedRouterConfig,
+    FactorisedGateConfig,
+    FixedCountConfig,
     Fraction,
+    LimitedCountConfig,
     MeanExperts,
     ProbabilityMass,
     check_within_experts,
@@ -34,12 +37,10 @@ Selection = tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "sums"] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutonomyFields(BalancedRouterConfig):
-    """Fields of every selection rule of Autonomy-of-Experts, beside those of ``BalancedRouterConfig``.
+class AutonomyFields(FactorisedGateConfig, BalancedRouterConfig):
+    """Fields of all selection rules of Autonomy-of-Experts, beside ``gate_rank`` and those of ``BalancedRouterConfig``.
 
     Attributes:
-        gate_rank: Rank of the factorised gate (the paper's d_low), in [1, hidden_size). The experts' width follows from
-            it by equation 5, rounded to a multiple of ``model.moe.expert_width_multiple``.
         weights: ``selected``: softmax over the norms of the selected experts (the paper, and the first released
             code, which writes it as a renormalised softmax). ``full``: softmax over all norms, not renormalised (the
             released megablocks version); weights then sum to less than 1, and unselected experts get
@@ -49,7 +50,6 @@ class AutonomyFields(BalancedRouterConfig):
             ``W_down`` as every rank does, computes it again (layout B): less traffic, more FLOPs, the same numbers.
     """
 
-    gate_rank: PositiveInt
     weights: Literal["selected", "full"]
     gate_activation: Literal["travels", "recomputed"]
 
@@ -64,25 +64,10 @@ class AutonomyFields(BalancedRouterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutonomyConfig(AutonomyFields):
-    """Fields of ``router=autonomy``, beside those of ``AutonomyFields``.
-
-    Attributes:
-        name: ``autonomy``.
-        top_k: Experts per token, in [1, num_experts].
-    """
+class AutonomyConfig(FixedCountConfig, AutonomyFields):
+    """Fields of ``router=autonomy``: those of ``AutonomyFields``, and ``top_k``."""
 
     name: Literal["autonomy"]
-    top_k: PositiveInt
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return float(self.top_k)
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "AutonomyRouter":
         """The module of layer ``layer``."""
@@ -90,21 +75,19 @@ class AutonomyConfig(AutonomyFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutonomyTopPConfig(AutonomyFields):
-    """Fields of ``router=autonomy_top_p``, beside those of ``AutonomyFields``.
+class AutonomyTopPConfig(LimitedCountConfig, AutonomyFields):
+    """Fields of ``router=autonomy_top_p``, beside ``max_experts`` and those of ``AutonomyFields``.
 
     Attributes:
         name: ``autonomy_top_p``.
         threshold: Probability mass that the chosen experts must exceed, in (0, 1]; the paper takes 0.6.
         dynamic_weight: Coefficient of the mean entropy of the softmax over all norms (the paper's equation 8), >= 0.
-        max_experts: Most experts of one token, >= 1, or None for no limit.
         expected_experts: Experts per token assumed where sizes are counted before a run.
     """
 
     name: Literal["autonomy_top_p"]
     threshold: ProbabilityMass
     dynamic_weight: NonNegativeFloat
-    max_experts: PositiveInt | None
     expected_experts: MeanExperts
 
     def check_num_experts(self, num_experts: int) -> None:

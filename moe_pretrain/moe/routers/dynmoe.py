@@ -15,7 +15,8 @@ from torch.nn import functional
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig, best_first, router_logits, router_use
+from moe_pretrain.moe.routers.base import best_first, router_logits, router_use
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertStart, Routing, RoutingContext, StepUse
 
 _TINY = 1e-20

@@ -13,14 +13,8 @@ from torch.nn import functional
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import (
-    Fraction,
-    RouterConfig,
-    best_first,
-    check_within_experts,
-    router_logits,
-    router_use,
-)
+from moe_pretrain.moe.routers.base import best_first, router_logits, router_use
+from moe_pretrain.moe.routers.config import Fraction, RouterConfig, check_within_experts
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3

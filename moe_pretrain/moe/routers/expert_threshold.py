@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import Fraction, RouterConfig, check_within_experts, router_logits, router_use
+from moe_pretrain.moe.routers.base import router_logits, router_use
+from moe_pretrain.moe.routers.config import Fraction, RouterConfig, check_within_experts
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse, as_count

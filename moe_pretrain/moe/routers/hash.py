@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import FixedCountConfig, router_logits
+from moe_pretrain.moe.routers.base import router_logits
+from moe_pretrain.moe.routers.config import FixedCountConfig
 from moe_pretrain.moe.routers.top_k import scores_of
 from moe_pretrain.moe.types import RouterUse, Routing, RoutingContext, as_count
 

@@ -14,13 +14,8 @@ from torch.nn import functional
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import (
-    FixedCountConfig,
-    Fraction,
-    best_first,
-    router_logits,
-    router_use,
-)
+from moe_pretrain.moe.routers.base import best_first, router_logits, router_use
+from moe_pretrain.moe.routers.config import FixedCountConfig, Fraction
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 SPLIT_STREAM = 8

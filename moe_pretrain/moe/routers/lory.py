@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.router import MergingRouter
-from moe_pretrain.moe.routers.base import MergingConfig
+from moe_pretrain.moe.routers.config import MergingConfig
 from moe_pretrain.moe.segments import cut, merge_by, segment_means
 from moe_pretrain.moe.types import Merging, RoutingContext
 

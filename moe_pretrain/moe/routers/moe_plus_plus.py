@@ -12,22 +12,16 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import cost_balance_loss
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import (
-    FixedCountConfig,
-    balance_counts,
-    best_first,
-    router_logits,
-    router_use,
-    routes_by_group,
-)
-from moe_pretrain.moe.types import POOLED_LEVELS, BalanceLevel, LayerPlace, Routing, RoutingContext
+from moe_pretrain.moe.routers.base import balance_counts, best_first, router_logits, router_use, routes_by_group
+from moe_pretrain.moe.routers.config import BalanceLevelConfig, FixedCountConfig
+from moe_pretrain.moe.types import POOLED_LEVELS, LayerPlace, Routing, RoutingContext
 
 _PROJECTION_PER_EXPERT = 8
 """Width between the two layers of ``projection=two_layer``, for each expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEPlusPlusConfig(FixedCountConfig):
+class MoEPlusPlusConfig(FixedCountConfig, BalanceLevelConfig):
     """Fields of ``router=moe_plus_plus``, beside that of ``FixedCountConfig``.
 
     The paper and the released code differ. The paper's form is the default; the code's is
@@ -48,7 +42,6 @@ class MoEPlusPlusConfig(FixedCountConfig):
         logit_std: Standard deviation to which a token's logits are brought before the softmax, or None to leave them
             (an option of the code). What the next layer gets is not changed.
         load_balance_weight: Coefficient of the balance loss, the paper's beta, >= 0.
-        load_balance_level: Tokens over which the share of routes is taken, as in ``BalancedRouterConfig``.
     """
 
     name: Literal["moe_plus_plus"]
@@ -58,7 +51,6 @@ class MoEPlusPlusConfig(FixedCountConfig):
     weights: Literal["zero_dropped", "mixtral", "raw"]
     logit_std: PositiveFloat | None
     load_balance_weight: NonNegativeFloat
-    load_balance_level: BalanceLevel
 
     def __post_init__(self) -> None:
         super().__post_init__()

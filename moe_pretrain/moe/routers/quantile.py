@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_pretrain.moe.routers.base import Fraction
+from moe_pretrain.moe.routers.config import Fraction
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
 from moe_pretrain.moe.routers.top_k import BiasedTopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import RoutingContext, StepUse

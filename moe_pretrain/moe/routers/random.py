@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import FixedCountConfig, router_logits, router_use
+from moe_pretrain.moe.routers.base import router_logits, router_use
+from moe_pretrain.moe.routers.config import FixedCountConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 

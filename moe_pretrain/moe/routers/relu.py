@@ -12,17 +12,10 @@ from torch import Tensor, nn
 from moe_pretrain.moe.losses import sparsity_loss
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import (
-    RouterConfig,
-    balance_counts,
-    check_within_experts,
-    router_logits,
-    router_use,
-    routes_by_group,
-)
+from moe_pretrain.moe.routers.base import balance_counts, router_logits, router_use, routes_by_group
+from moe_pretrain.moe.routers.config import BalanceLevelConfig, check_within_experts
 from moe_pretrain.moe.types import (
     POOLED_LEVELS,
-    BalanceLevel,
     ExpertRanking,
     Routing,
     RoutingContext,
@@ -32,7 +25,7 @@ from moe_pretrain.moe.types import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUConfig(RouterConfig):
+class ReLUConfig(BalanceLevelConfig):
     """Fields of ``router=relu``.
 
     Attributes:
@@ -41,16 +34,14 @@ class ReLUConfig(RouterConfig):
             (0, num_experts]. A token may have any number, none too.
         initial_sparsity_weight: Coefficient of the sparsity loss in the first step (the paper's lambda_0), > 0.
         sparsity_weight_factor: Factor by which the coefficient moves after each step (the paper's alpha), > 1.
-        load_balance_level: Tokens over which the share of routes in the sparsity loss is taken, as in
-            ``BalancedRouterConfig``; the authors' code has ``micro_batch``. At ``last_step`` the routes of the step
-            before are divided by this step's text tokens.
+        load_balance_level: That of the sparsity loss, see ``BalanceLevelConfig``; the authors' code has
+            ``micro_batch``. At ``last_step`` the routes of the step before are divided by this step's text tokens.
     """
 
     name: Literal["relu"]
     target_experts: PositiveFloat
     initial_sparsity_weight: PositiveFloat
     sparsity_weight_factor: Annotated[float, Field(gt=1)]
-    load_balance_level: BalanceLevel
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""

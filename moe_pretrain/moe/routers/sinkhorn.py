@@ -9,35 +9,25 @@ from jaxtyping import Bool, Float
 from pydantic import PositiveInt
 from torch import Tensor
 
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, check_within_experts
+from moe_pretrain.moe.routers.base import LinearRouter
+from moe_pretrain.moe.routers.config import FixedCountConfig, LinearRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinkhornConfig(LinearRouterConfig):
-    """Fields of ``router=sinkhorn``, beside those of ``LinearRouterConfig``.
+class SinkhornConfig(FixedCountConfig, LinearRouterConfig):
+    """Fields of ``router=sinkhorn``, beside ``top_k`` and those of ``LinearRouterConfig``.
 
     Attributes:
         name: ``sinkhorn``.
-        top_k: Experts per token, in [1, num_experts].
         score: Weight of a route: ``softmax`` over all experts, or ``sigmoid`` of its own logit (what BASE has with
             ``top_k`` 1); never renormalised.
         iterations: Sinkhorn iterations, >= 1; always as many, so nothing waits for a residual.
     """
 
     name: Literal["sinkhorn"]
-    top_k: PositiveInt
     score: Literal["softmax", "sigmoid"]
     iterations: PositiveInt
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return float(self.top_k)
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "SinkhornRouter":
         """The module of layer ``layer``."""

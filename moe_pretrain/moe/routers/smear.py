@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.router import MergingRouter
-from moe_pretrain.moe.routers.base import Fraction, MergingConfig
+from moe_pretrain.moe.routers.config import Fraction, MergingConfig
 from moe_pretrain.moe.segments import Segments, cut, merge_by, segment_means
 from moe_pretrain.moe.types import Merging, RoutingContext
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig, router_use
+from moe_pretrain.moe.routers.base import router_use
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
 
 DRAW_STREAM, EVALUATION_STREAM = 5, 6
@@ -51,9 +52,9 @@ class ThorConfig(RouterConfig):
         return 1.0
 
     @property
-    def has_one_expert(self) -> bool:
-        """Yes."""
-        return True
+    def fixed_experts_per_token(self) -> int:
+        """One in each pass."""
+        return 1
 
     @property
     def two_pass_weight(self) -> float:

@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
-from moe_pretrain.moe.routers.base import LinearRouter, LinearRouterConfig, best_first, check_within_experts
+from moe_pretrain.moe.routers.base import LinearRouter, best_first
+from moe_pretrain.moe.routers.config import FixedCountConfig, LinearRouterConfig
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKRouterConfig(LinearRouterConfig):
-    """Fields of ``router=top_k``, beside those of ``LinearRouterConfig``.
+class TopKRouterConfig(FixedCountConfig, LinearRouterConfig):
+    """Fields of ``router=top_k``, beside ``top_k`` and those of ``LinearRouterConfig``.
 
     Attributes:
         name: ``top_k``.
-        top_k: Experts per token, in [1, num_experts].
         score: How logits become scores: ``softmax`` over all experts, ``sigmoid`` of each (DeepSeek-V3), or
             ``sqrt_softplus`` of each (DeepSeek-V4).
         weights: ``renormalised``: selected scores divided by their sum (Mixtral, GShard); with ``top_k`` 1 the
@@ -38,7 +38,6 @@ class TopKRouterConfig(LinearRouterConfig):
     """
 
     name: Literal["top_k"]
-    top_k: PositiveInt
     score: Score
     weights: Literal["renormalised", "raw"]
     weight_scale: PositiveFloat
@@ -61,7 +60,7 @@ class TopKRouterConfig(LinearRouterConfig):
 
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "top_k")
+        super().check_num_experts(num_experts)
         if num_experts % self.num_groups:
             raise ValueError(f"router.num_groups={self.num_groups} must divide model.moe.num_experts={num_experts}")
         reachable = num_experts // self.num_groups * self.groups_per_token
@@ -70,11 +69,6 @@ class TopKRouterConfig(LinearRouterConfig):
                 f"router.top_k={self.top_k} must be at most {reachable}, the experts of "
                 f"router.groups_per_token={self.groups_per_token} groups"
             )
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return float(self.top_k)
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "TopKRouter":
         """The module of layer ``layer``."""

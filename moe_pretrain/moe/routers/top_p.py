@@ -5,14 +5,15 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.losses import entropy_loss
 from moe_pretrain.moe.route_list import list_routes
-from moe_pretrain.moe.routers.base import (
-    LinearRouter,
+from moe_pretrain.moe.routers.base import LinearRouter
+from moe_pretrain.moe.routers.config import (
+    LimitedCountConfig,
     LinearRouterConfig,
     MeanExperts,
     ProbabilityMass,
@@ -22,15 +23,14 @@ from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopPRouterConfig(LinearRouterConfig):
-    """Fields of ``router=top_p``, beside those of ``LinearRouterConfig``.
+class TopPRouterConfig(LimitedCountConfig, LinearRouterConfig):
+    """Fields of ``router=top_p``, beside those of ``LinearRouterConfig`` and ``max_experts`` (the paper has no limit).
 
     Attributes:
         name: ``top_p``.
         threshold: Probability mass that the chosen experts must exceed, in (0, 1]; 1 takes all experts.
         weights: ``raw``: the probabilities themselves, as in the paper; ``renormalised``: divided by their sum.
         dynamic_weight: Coefficient of the dynamic loss, the mean entropy of the distribution, >= 0.
-        max_experts: Most experts of one token, >= 1, or None for no limit (the paper has none).
         target_experts: Mean experts per token that a controller holds by moving the threshold after each step, or
             None for a fixed threshold (the paper's).
         controller_rate: How far the controller moves the threshold per step; positive with a target, else 0.
@@ -42,7 +42,6 @@ class TopPRouterConfig(LinearRouterConfig):
     threshold: ProbabilityMass
     weights: Literal["raw", "renormalised"]
     dynamic_weight: NonNegativeFloat
-    max_experts: PositiveInt | None
     target_experts: MeanExperts | None
     controller_rate: NonNegativeFloat
     expected_experts: MeanExperts

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.routers.base import FixedCountConfig
+from moe_pretrain.moe.routers.config import FixedCountConfig
 from moe_pretrain.moe.routers.random import ControlRouter
 from moe_pretrain.moe.types import Routing, RoutingContext
 

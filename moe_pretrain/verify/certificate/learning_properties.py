@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import Routing, step_uses
 from moe_pretrain.verify.certificate.route_properties import check_routes
 from moe_pretrain.verify.certificate.subject import (

@@ -20,7 +20,7 @@ from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import RouterConfig
+from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext, step_uses
 from moe_pretrain.verify.small_twin import shrink
 

@@ -26,30 +26,25 @@ from moe_pretrain.verify.verify import verify
 
 # The README shows this file word for word.
 EXAMPLE = '''\
-"""A cosine router: every expert is a direction, and a token goes to the two that point most its way."""
+"""A cosine router: every expert is a direction, and a token goes to those that point most its way."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch.nn.functional import normalize
 
-from moe_pretrain.moe import BalancedRouter, BalancedRouterConfig, BalanceLevel
+from moe_pretrain.moe import BalancedRouter, BalancedRouterConfig, BalanceLevel, FixedCountConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineConfig(BalancedRouterConfig):
+class CosineConfig(FixedCountConfig, BalancedRouterConfig):
     name: Literal["cosine"] = "cosine"
+    top_k: int = 2
     temperature: float = 0.1
     load_balance_weight: float = 0.01
     load_balance_level: BalanceLevel = "last_step"
     router_z_weight: float = 0.0
-
-    mean_experts_per_token: ClassVar[float] = 2.0
-
-    def check_num_experts(self, num_experts):
-        if num_experts < 2:
-            raise ValueError(f"model.moe.num_experts={num_experts} must be at least 2 for router=cosine")
 
     def build(self, hidden_size, num_experts, layer):
         return CosineRouter(self, hidden_size, num_experts, layer)
@@ -58,17 +53,17 @@ class CosineConfig(BalancedRouterConfig):
 class CosineRouter(BalancedRouter):
     def __init__(self, config, hidden_size, num_experts, layer):
         super().__init__(config, num_experts, layer)
-        self.temperature = config.temperature
+        self.top_k, self.temperature = config.top_k, config.temperature
         self.weight = torch.nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, hidden, context):
         tokens, experts = normalize(hidden.float(), eps=1e-6), normalize(self.weight, eps=1e-6)
         logits = tokens @ experts.t() / self.temperature
         probs = logits.softmax(dim=1)
-        expert = probs.sort(dim=1, descending=True, stable=True).indices[:, :2]
+        expert = probs.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k]
         weight = probs.gather(1, expert)
-        token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(2)
-        return self.route(logits, probs, token, expert.flatten(), weight.flatten(), 2, context)
+        token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(self.top_k)
+        return self.route(logits, probs, token, expert.flatten(), weight.flatten(), self.top_k, context)
 '''
 
 VARIANT = """\
@@ -924,7 +919,7 @@ def test_a_file_may_give_its_fields_ranges(tmp_path: Path) -> None:
         (("", ""), ["router.router_z_weight=-2"], "router.router_z_weight=-2 must not be negative"),
         (("router_z_weight: float = 0.0", "router_z_weight: float = -2.0"), [], "router_z_weight=-2.0 must not be neg"),
         (("", ""), ["router.load_balance_level=layer"], "router.load_balance_level='layer': input should be"),
-        (("", ""), ["model.moe.num_experts=1"], "model.moe.num_experts=1 must be at least 2"),
+        (("", ""), ["model.moe.num_experts=1"], "router.top_k=2 must be at most model.moe.num_experts=1"),
         (("", ""), ["router=top_k"], "router=top_k and router_file="),
         (("", ""), ["router.name=top_k"], "router.name='top_k': input should be 'cosine'"),
         (("", ""), ["modle=tiny"], "'modle' is not a field of the configuration"),
@@ -933,7 +928,7 @@ def test_a_file_may_give_its_fields_ranges(tmp_path: Path) -> None:
         (("temperature: float = 0.1", "temperature: float"), [], "CosineConfig.temperature must have a default"),
         (('"cosine"', '"top_k"'), [], "CosineConfig.name must not be that of a shipped scheme"),
         (("def build", "def make"), [], "CosineConfig must have build"),
-        (("mean_experts_per_token", "mean"), [], "CosineConfig must have mean_experts_per_token"),
+        (("(FixedCountConfig, ", "("), [], "CosineConfig must have check_num_experts"),
         (
             ("class CosineRouter", "@dataclass\nclass Two:\n    name: str\n\n\nclass CosineRouter"),
             [],
