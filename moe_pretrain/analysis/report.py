@@ -90,6 +90,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
         "validation_experts_per_token": at_end(validation[-1:], "validation_experts_per_token"),
         "zero_computation_share": at_end(train, "zero_computation_share"),
         "mean_route_cost": at_end(train, "mean_route_cost"),
+        "load_max_over_even_cost": at_end(train, "load_max_over_even_cost"),
         "active_experts": at_end(train, "active_experts"),
         "tokens_per_second_median": _median(train, "train/tokens_per_second"),
         "model_flops_utilization_median": _median(train, "train/model_flops_utilization"),
@@ -121,6 +122,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     of_schemes = {
         "Routes to zero-computation experts": ("zero_computation_share", ".1%"),
         "Width of a route's expert over the mean": ("mean_route_cost", ".3f"),
+        "Busiest expert by routes times width over the mean": ("load_max_over_even_cost", ".3f"),
         "Experts in use per layer": ("active_experts", ".3g"),
     }
     return {

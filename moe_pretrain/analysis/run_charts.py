@@ -138,6 +138,7 @@ def router_charts(train: Sequence[MetricsRow], validation: Sequence[MetricsRow])
     """Charts of even, decided and steady routing, a line per layer; and the colour of each layer."""
     titles = {
         "load_max_over_mean": "Busiest expert over the mean (1 = even)",
+        "load_max_over_even_cost": "Busiest expert by routes times width over the mean (1 = even)",
         "router_entropy": "Mean entropy of a token's routing (nats)",
         "dead_experts": "Experts without a token",
         "dropped_share": "Share of routes dropped",

@@ -12,6 +12,7 @@ from moe_pretrain.engine.step_result import StepResult
 from moe_pretrain.metrics.throughput import Window, model_flops_utilization
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.part_timer import PARTS, LayerPart
+from moe_pretrain.moe.routers.base import even_load
 from moe_pretrain.run_folder.metrics_file import MetricsRow
 
 
@@ -70,6 +71,9 @@ def train_row(
         row[f"{prefix}/experts_per_token"] = float(routes[: layer.kinds.ffn].sum()) / max(result.tokens, 1.0)
         if layer.kinds.costs:
             row[f"{prefix}/mean_route_cost"] = float((share * torch.tensor(layer.kinds.costs)).sum())
+        if layer.router.balanced_costs:
+            even = even_load(routes.sum().clamp(min=1), layer.kinds.total, layer.router.balanced_costs)
+            row[f"{prefix}/load_max_over_even_cost"] = float((routes / even).max())
         if layer.kinds.zero_computation:
             row[f"{prefix}/zero_computation_share"] = float(share[layer.kinds.ffn :].sum())
         row[f"{prefix}/router_weight_norm"] = layer.router.weight_norm()

@@ -18,8 +18,6 @@ from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.route_list import PADDED_OVER_EXPECTED
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.config import LinearRouterConfig, RouterConfig
-from moe_pretrain.moe.routers.loss_free import LossFreeRouterConfig
-from moe_pretrain.moe.routers.quantile import QuantileRouterConfig
 from moe_pretrain.moe.types import ExpertShard, LayerPlace
 
 _More = ParamSpec("_More")
@@ -211,15 +209,22 @@ def _check_unequal(moe: MoEConfig, experts: UnequalConfig, router: RouterConfig)
             f"model.moe.experts.pattern={list(experts.pattern)}"
         )
     class_widths(experts.pattern, moe.expert_hidden_size)
-    if isinstance(router, LossFreeRouterConfig | QuantileRouterConfig) and moe.kinds.balances_cost:
-        cheapness = [1 / cost for cost in moe.kinds.costs]
-        most = router.top_k * max(cheapness) / sum(cheapness)
-        if most > 1:
-            raise ValueError(
-                f"model.moe.experts.balance=cost must be routes with router.top_k={router.top_k}, pattern="
-                f"{list(experts.pattern)} and router={router.name}: a bias cannot give each of the narrowest experts "
-                f"{most:.2f} times as many tokens as there are"
-            )
+    if not moe.kinds.balances_cost:
+        return
+    if router.evens_load is None:
+        raise ValueError(
+            f"model.moe.experts.balance=cost must be routes with router={router.name} as it is configured: nothing in "
+            "it evens what experts of several widths cost"
+        )
+    cheapness = [1 / cost for cost in moe.kinds.costs]
+    most = router.mean_experts_per_token * max(cheapness) / sum(cheapness)
+    if router.evens_load == "quotas" and most > 1:
+        raise ValueError(
+            f"model.moe.experts.balance=cost must be routes with router={router.name}, "
+            f"{router.mean_experts_per_token:g} experts per token and model.moe.experts.pattern="
+            f"{list(experts.pattern)}: the quota of each of the narrowest experts is {most:.2f} times as many tokens "
+            "as there are"
+        )
 
 
 @_of_each_part

@@ -139,6 +139,7 @@ def sparsity_loss(
     group_tokens: Float[Tensor, "groups"],
     target_experts: float,
     token_mask: Bool[Tensor, "tokens"],
+    costs: Sequence[float] = (),
 ) -> Float[Tensor, ""]:
     """Penalise gates by their size, those of busy experts more: an L1 norm that also balances.
 
@@ -152,6 +153,7 @@ def sparsity_loss(
         group_tokens: Text tokens of each group.
         target_experts: Routes per token that are wanted, the paper's ``k``.
         token_mask: True for text tokens; the others count nowhere.
+        costs: Factor of each expert's share, what a route to it costs; empty for 1.
 
     Returns:
         Unweighted loss, in the unit of the gates; 0 when the micro-batch has no text token.
@@ -160,6 +162,8 @@ def sparsity_loss(
         ReMoE (Wang et al. 2024, arXiv:2412.14711), the load-balancing L1 regularisation of one layer.
     """
     share = route_counts / (target_experts * group_tokens[:, None].clamp(min=1))
+    if costs:
+        share = share * share.new_tensor(costs)
     return _mean_of_shares(share, gates, token_mask)
 
 
@@ -220,6 +224,7 @@ def router_z_loss(
 def importance_loss(
     router_probs: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],
+    costs: Sequence[float] = (),
 ) -> Float[Tensor, ""]:
     """Squared coefficient of variation of the experts' importance, the sum of their probabilities over text tokens.
 
@@ -229,16 +234,52 @@ def importance_loss(
     Args:
         router_probs: float32.
         token_mask: True for text tokens.
+        costs: Factor of each expert's importance, what a route to it costs; empty for 1.
 
     Returns:
         Unweighted loss, dimensionless; 0 when the micro-batch has no text token, or the layer one expert.
 
     Source:
         Shazeer et al. 2017 (arXiv:1701.06538), eq. 6-7; the unbiased variance as in the code of arXiv:2302.14703.
+        With costs it is that of MoCE-IR (arXiv:2411.18466), there over the largest, which proportions do not see.
     """
     importance = (router_probs * token_mask[:, None]).sum(dim=0)
-    mean = importance.mean()
-    variance = (importance - mean).square().sum() / max(1, len(importance) - 1)
+    return _squared_variation(importance * importance.new_tensor(costs) if costs else importance)
+
+
+def load_loss(
+    logits: Float[Tensor, "tokens experts"],
+    threshold: Float[Tensor, "tokens"],
+    noise_std: float,
+    token_mask: Bool[Tensor, "tokens"],
+) -> Float[Tensor, ""]:
+    """Squared coefficient of variation of the experts' load: the tokens that they would get if noise were drawn anew.
+
+    An expert gets a token with probability ``Phi((logit - threshold) / noise_std)``, which, unlike the number of its
+    tokens, has a gradient. ``variance / mean ** 2`` of the sums, as in ``importance_loss``.
+
+    Args:
+        logits: float32, without noise.
+        threshold: Of every token, the noisy logit that an expert's must reach for it to be chosen.
+        noise_std: Standard deviation of the noise, > 0.
+        token_mask: True for text tokens.
+
+    Returns:
+        Unweighted loss, dimensionless, a statistic of the micro-batch; 0 when that has no text token, or the layer one
+        expert.
+
+    Source:
+        Shazeer et al. 2017 (arXiv:1701.06538), eq. 8-11, with the same noise for all experts and the threshold of the
+        code of MoCE-IR (arXiv:2411.18466): the smallest noisy logit that was chosen, for all experts alike.
+    """
+    chosen = torch.special.ndtr((logits - threshold[:, None]) / noise_std)
+    return _squared_variation((chosen * token_mask[:, None]).sum(dim=0))
+
+
+def _squared_variation(values: Float[Tensor, "experts"]) -> Float[Tensor, ""]:
+    """Unbiased variance over the squared mean; 0 for zeros, and for one value."""
+    mean = values.mean()
+    variance = (values - mean).square().sum() / max(1, len(values) - 1)
     return variance / mean.square().clamp(min=1e-20)
 
 

@@ -144,7 +144,7 @@ def build_even(options: argparse.Namespace, layer: MoELayer) -> MoELayer:
 
 def build_unequal(options: argparse.Namespace) -> MoELayer:
     """Experts of the widths of ``PATTERN``, ``--width`` on average, whose tokens are dealt out."""
-    config = replace(layer_config(options), experts=UnequalConfig("unequal", PATTERN, "cost"))
+    config = replace(layer_config(options), experts=UnequalConfig("unequal", PATTERN, "routes"))
     router = UniformConfig(name="uniform", top_k=options.top_k)
     layer = build_moe_layer(config, router, options.hidden, 0, ExpertShard())
     assert isinstance(layer, MoELayer)

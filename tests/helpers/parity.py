@@ -59,6 +59,7 @@ _VARIANTS = {
     "moe_plus_plus": ("router=moe_plus_plus", "model.num_layers=3", "model.moe.num_shared_experts=1"),
     "dynmoe": ("router=dynmoe", "router.initial_experts=2", "router.idle_steps=0", "router.record_steps=1"),
     "unequal": ("experts=unequal", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8", _BOUNDED),
+    "moce_ir": ("router=moce_ir", "model.moe.experts.pattern=[1,3]", "model.moe.num_experts=8"),
     "latent": (
         *(*WITH_ALL_PARTS, "router.top_k=3", "model.moe.latent_size=10", "model.moe.latent_norm=true"),
         *("model.init=mup", "model.init_std=0.04", "model.mup_base_width=8", "combine=orthogonal"),
@@ -101,7 +102,7 @@ _VARIANTS = {
     ),
 }
 _ALONE = (
-    *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe"),
+    *("matrix_product", "lory", "smear", "thor", "scaled", "moe_plus_plus", "dynmoe", "moce_ir"),
     *("unequal", "orthogonal", "symmetric", "muon", "muon_swiglu", "latent", "latent_muon", "coupled", "coupled_top_p"),
     *("muon_lory", "muon_matrix_product"),
 )
@@ -150,6 +151,10 @@ _ADDED = [
     Case(1, 1, 0, 4, 3, "none", 0.1, "float32", "unequal"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "unequal"),
     Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "unequal"),
+    Case(1, 1, 0, 4, 3, "none", 0.1, "float32", "moce_ir"),
+    Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "moce_ir"),
+    Case(4, 4, 2, 1, 3, "selective", 0.1, "float32", "moce_ir"),
+    Case(4, 2, 1, 1, 3, "none", 0.1, "bfloat16", "moce_ir"),
     Case(1, 1, 0, 1, 3, "none", 0.0, "float32", "orthogonal"),
     Case(1, 1, 0, 4, 1, "selective", 0.1, "float32", "lory"),
     Case(2, 2, 1, 4, 3, "full", 0.1, "float32", "lory"),

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, ...]] = {
         ("router=quantile", WHOLE, APART, *GROUPED),
         ("router=hash", "router.weights=learned", "router.weight_scale=1.5", *SHARED),
         ("router=hash",),
+        ("router=moce_ir", "model.moe.experts.pattern=[1,3]", "model.moe.expert_hidden_size=16", *SHARED),
         ("router=sinkhorn", *TAMED),
         ("router=sinkhorn", "router.score=sigmoid", "router.top_k=1"),
         ("router=k_means",),

@@ -77,6 +77,7 @@ WAITS: dict[str, dict[str, int]] = {
     **dict.fromkeys(("dynmoe", "expert_threshold", "moe_plus_plus", "relu"), ONE_READ),
     **dict.fromkeys(("top_p", "top_p_renormalised"), ONE_READ),
     **dict.fromkeys(("lory", "smear"), MERGED),
+    "moce_ir": {"nonzero moe/experts/unequal.py forward": 3},  # the rows of each width
 }
 """Waits for the device in a layer and micro-batch, forward and backward, where a scheme has any: no more than these."""
 MORE_EXCHANGES: dict[str, dict[str, int]] = {

@@ -76,6 +76,11 @@ MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
         lambda run: measures.at_end(run.train, "load_max_over_mean"),
         ".3f",
     ),
+    "load_max_over_even_cost": (
+        "Busiest expert / mean, routes times width",
+        lambda run: measures.at_end(run.train, "load_max_over_even_cost"),
+        ".3f",
+    ),
     "router_entropy": ("Router entropy, nats", lambda run: measures.at_end(run.train, "router_entropy"), ".3f"),
     "dead_experts": ("Dead experts per layer", lambda run: measures.at_end(run.train, "dead_experts"), ".3g"),
     "dropped_share": ("Routes dropped", lambda run: measures.at_end(run.train, "dropped_share"), ".1%"),

@@ -68,9 +68,9 @@ class UnequalConfig:
         pattern: Proportions of the widths of the first experts, repeated until there are ``model.moe.num_experts``;
             each rank holds whole repetitions. ``model.moe.expert_hidden_size`` is the mean width. The paper finds four
             experts of 1, two of 2 and two of 4 best: ``[1, 1, 2, 4]`` twice.
-        balance: ``cost``: the balance loss evens routes times width, the paper's parameter penalty with widths over
-            their mean, and so do the biases of ``loss_free`` and ``quantile``; ``routes``: they even routes, whatever
-            these cost.
+        balance: ``cost``: what balances evens routes times width: the balance loss, which is then the paper's parameter
+            penalty with widths over their mean, or the quotas at which a bias, a threshold, a table or experts that
+            choose aim; refused where nothing in the router can. ``routes``: it evens routes, whatever these cost.
 
     Source:
         Wang et al. 2024 (arXiv:2408.10681), HMoE.

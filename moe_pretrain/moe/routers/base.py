@@ -1,5 +1,6 @@
 """Bases of routing schemes' modules: balance and z losses, statistics, float32 logits with input noise."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,31 @@ def router_use(
     """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
     tokens, entropy = _count_text(probs.detach(), context.token_mask)
     return RouterUse(tokens_per_expert, tokens, entropy, tokens_per_expert.new_zeros(()), sums)
+
+
+def even_load(
+    routes: Float[Tensor, "*experts"], num_experts: int, costs: Sequence[float] = ()
+) -> Float[Tensor, "experts"]:
+    """Share of each of ``num_experts`` experts in ``routes`` routes with which their load is even.
+
+    Args:
+        routes: Of all experts together, one number or one for each.
+        num_experts: Experts.
+        costs: What a route to each costs: shares are as the inverse, so that all cost the same together. Empty where
+            all cost the same.
+
+    Returns:
+        float64; not whole numbers.
+    """
+    if not costs:
+        return (routes.double() / num_experts).expand(num_experts)
+    wanted = even_proportions(num_experts, costs)
+    return routes.double() * routes.new_tensor(wanted, dtype=torch.float64) / sum(wanted)
+
+
+def even_proportions(num_experts: int, costs: Sequence[float]) -> list[float]:
+    """Proportions of ``even_load``, which do not add up to 1: 1, or the inverse of the cost."""
+    return [1 / cost for cost in costs] or [1.0] * num_experts
 
 
 @one_kernel_on_cuda

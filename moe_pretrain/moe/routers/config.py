@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -121,6 +121,15 @@ class RouterConfig(ABC):
     def zero_computation_load(self) -> float:
         """Routes to a zero-computation expert, as a multiple of those to a feed-forward one, that balance aims at."""
         return 1.0
+
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """Means by which training evens what experts cost together, where ``Router.balanced_costs`` says what one does.
+
+        A ``loss``, or ``quotas`` of each expert (``even_load``), at which a bias, a threshold or a table aims. None:
+        nothing that knows of costs, so that ``model.moe.experts.balance=cost`` is refused.
+        """
+        return None
 
     @property
     def dense_experts(self) -> int:
@@ -297,6 +306,11 @@ class BalancedRouterConfig(BalanceLevelConfig):
 
     load_balance_weight: NonNegativeFloat
     router_z_weight: NonNegativeFloat
+
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """A loss, if it weighs anything."""
+        return "loss" if self.load_balance_weight else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Expert choice: experts take tokens, each the same number; in evaluation by thresholds that training has left."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import best_first, router_logits, router_use
+from moe_pretrain.moe.routers.base import best_first, even_load, even_proportions, router_logits, router_use
 from moe_pretrain.moe.routers.config import Fraction, RouterConfig, check_within_experts
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
@@ -50,6 +51,11 @@ class ExpertChoiceConfig(RouterConfig):
         """The same: experts take as many."""
         return self.capacity_factor
 
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """Numbers of tokens that experts take."""
+        return "quotas"
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertChoiceRouter":
         """The module of layer ``layer``."""
         return ExpertChoiceRouter(self, hidden_size, num_experts, layer)
@@ -60,8 +66,9 @@ def choose_tokens(
     text: Bool[Tensor, "tokens"],
     capacity_factor: float,
     ties: Float[Tensor, "tokens experts"] | None = None,
+    costs: Sequence[float] = (),
 ) -> tuple[Bool[Tensor, "tokens experts"], Float[Tensor, "experts"]]:
-    """Let every expert take its best tokens, all the same number.
+    """Let every expert take its best tokens, all the same number unless they differ in cost.
 
     Args:
         scores: Not negative; no gradient.
@@ -69,29 +76,34 @@ def choose_tokens(
         capacity_factor: An expert takes ``capacity_factor * text tokens / experts`` tokens, rounded to the nearest
             whole number (a half to the even one), but at least 1 and at most all.
         ties: Decide between equal scores, the larger first: for scores that saturate.
+        costs: What a route to each expert costs, see ``even_load``.
 
     Returns:
         Which tokens each expert takes (of equal scores and ties the earlier token), and its cut-off: the best score of
         text that it does not take, or 0. No host synchronisation takes place.
     """
-    num_tokens = text.sum()
-    capacity = (capacity_factor * num_tokens.double() / scores.shape[1]).round().clamp(min=1)
-    capacity = torch.minimum(capacity, num_tokens.double()).long()
+    num_tokens = text.sum().double()
+    wanted = even_load(capacity_factor * num_tokens, scores.shape[1], costs).round().clamp(min=1)
+    capacity = torch.minimum(wanted, num_tokens).long()
     eligible = scores.masked_fill(~text[:, None], -1.0)
     token = best_first(eligible, ties, dim=0)
-    is_within = torch.arange(len(scores), device=scores.device) < capacity
-    taken = torch.zeros_like(scores, dtype=torch.bool).scatter(0, token, is_within[:, None].expand_as(scores))
+    is_within = torch.arange(len(scores), device=scores.device)[:, None] < capacity
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter(0, token, is_within)
     # A row of zeros below, for when all is taken; padding's -1 is no score either.
-    cutoff = functional.pad(eligible.gather(0, token), (0, 0, 0, 1)).index_select(0, capacity[None])[0].clamp(min=0.0)
+    cutoff = functional.pad(eligible.gather(0, token), (0, 0, 0, 1)).gather(0, capacity[None])[0].clamp(min=0.0)
     return taken, cutoff
 
 
-def most_taken(taken: Bool[Tensor, "tokens experts"], capacity_factor: float | None) -> int:
+def most_taken(
+    taken: Bool[Tensor, "tokens experts"], capacity_factor: float | None, costs: Sequence[float] = ()
+) -> int:
     """Most routes that there can be: all, or where experts choose what ``choose_tokens`` takes of nothing but text."""
     num_tokens, num_experts = taken.shape
     if capacity_factor is None:
         return taken.numel()
-    return num_experts * min(num_tokens, max(1, round(capacity_factor * num_tokens / num_experts)))
+    wanted = even_proportions(num_experts, costs)
+    total = sum(wanted)
+    return sum(min(num_tokens, max(1, round(capacity_factor * num_tokens * part / total))) for part in wanted)
 
 
 def margins(logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
@@ -167,7 +179,8 @@ class ExpertChoiceRouter(Router):
     """Scores ``softmax(hidden @ weight.T)`` over experts; every expert takes the tokens that score highest with it.
 
     Training: each expert takes exactly ``C = capacity_factor * T / experts`` of the micro-batch's ``T`` text tokens,
-    rounded to the nearest whole number (a half to the even one), but at least 1 and at most ``T``. Of equal scores
+    rounded to the nearest whole number (a half to the even one), but at least 1 and at most ``T``. Where they differ in
+    cost, ``C`` is as the inverse of the cost, the same on average. Of equal scores
     the earlier token goes first. The weight of a route is its score. A token may have any number of experts, none too;
     load is even by construction and there is no loss. A token's routes depend on later tokens and on other
     sequences, and on the micro-batch's size: training is not causal.
@@ -203,11 +216,15 @@ class ExpertChoiceRouter(Router):
         probs = logits.softmax(dim=-1)
         sums = None
         if self.training:
-            taken, cutoffs = choose_tokens(probs.detach(), text, self.config.capacity_factor, margins(logits.detach()))
+            ties = margins(logits.detach())
+            taken, cutoffs = choose_tokens(
+                *(probs.detach(), text, self.config.capacity_factor, ties, self.balanced_costs)
+            )
             sums = cutoff_sums(probs.detach(), cutoffs, text)
         else:
             taken = (probs > self.evaluation.thresholds) & text[:, None]
-        routes = list_routes(taken, most_taken(taken, self.config.capacity_factor if self.training else None))
+        capacity_factor = self.config.capacity_factor if self.training else None
+        routes = list_routes(taken, most_taken(taken, capacity_factor, self.balanced_costs))
         groups = torch.zeros_like(routes.token)
         (counts,) = count_routes(routes.slot, text[routes.token], groups, 1, self.num_experts)
         return Routing(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import router_logits, router_use
+from moe_pretrain.moe.routers.base import even_load, router_logits, router_use
 from moe_pretrain.moe.routers.config import Fraction, RouterConfig, check_within_experts
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
@@ -50,6 +50,11 @@ class ExpertThresholdRouterConfig(RouterConfig):
         """Expected routes per token, for parameter and FLOP counts."""
         return self.target_experts
 
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """The quantiles' quotas."""
+        return "quotas"
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ExpertThresholdRouter":
         """The module of layer ``layer``."""
         return ExpertThresholdRouter(self, hidden_size, num_experts, layer)
@@ -59,7 +64,8 @@ class ExpertThresholdRouter(Router):
     """Expert ``e`` takes token ``t`` if ``sigmoid(z_te) > threshold_e``; the weight is the sigmoid itself.
 
     ``threshold_e`` is an average over steps of the score that ``target_experts / num_experts`` of the global batch's
-    tokens exceed (see ``pooled_quantile``), debiased, so the first step sets it. A token's routes depend on nothing but
+    tokens exceed (see ``pooled_quantile``), debiased, so the first step sets it. Where experts differ in cost, that
+    share is as the inverse of the cost. A token's routes depend on nothing but
     the token, in training and evaluation alike; it may have none, and then only shared experts (the paper has one:
     ``model.moe.num_shared_experts=1``) and the residual carry it. No losses: the thresholds balance.
 
@@ -99,7 +105,7 @@ class ExpertThresholdRouter(Router):
         scores = logits.sigmoid()
         seen, text = scores.detach(), context.token_mask
         if self.training and context.step < self.config.warmup_steps:
-            taken, _ = choose_tokens(seen, text, self.config.target_experts, logits.detach())
+            taken, _ = choose_tokens(*(seen, text, self.config.target_experts, logits.detach(), self.balanced_costs))
         else:
             taken = seen > self.threshold
         routes = list_routes(taken, taken.numel())
@@ -128,7 +134,7 @@ class ExpertThresholdRouter(Router):
         if use.tokens == 0:
             return
         counts = use.sums[:-1].view(self.num_experts, self.config.num_bins)
-        quota = counts.sum(dim=1) * self.config.target_experts / self.num_experts
+        quota = even_load(counts.sum(dim=1) * self.config.target_experts, self.num_experts, self.balanced_costs)
         cutoff = -value_at(counts, -1.0, 0.0, quota).to(self.threshold)
         fresh = 1 - self.config.ema_decay
         self.ema_weight.lerp_(torch.ones_like(self.ema_weight), fresh)

@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,11 @@ class HashConfig(FixedCountConfig):
         if self.top_k == 1 and self.weights == "learned":
             raise ValueError("router.weights=learned must be equal when router.top_k=1: it would always be 1")
 
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """The table, if it is balanced."""
+        return "quotas" if self.table == "balanced" else None
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "HashRouter":
         """The module of layer ``layer``."""
         return HashRouter(self, hidden_size, num_experts, layer)
@@ -80,7 +86,7 @@ class HashRouter(Router):
         top_k = self.config.top_k
         ids = torch.arange(len(token_counts))
         if self.config.table == "balanced":
-            table = balanced_table(token_counts, self.num_experts, top_k, self.layer)
+            table = balanced_table(token_counts, self.num_experts, top_k, self.layer, self.balanced_costs)
         else:
             order = counter_uniform(ids, self.num_experts, TABLE_STREAM, self.layer).sort(dim=1, stable=True)
             table = order.indices[:, :top_k].contiguous()
@@ -109,7 +115,7 @@ class HashRouter(Router):
 
 
 def balanced_table(
-    token_counts: Int[Tensor, "vocab"], num_experts: int, top_k: int, layer: int
+    token_counts: Int[Tensor, "vocab"], num_experts: int, top_k: int, layer: int, costs: Sequence[float] = ()
 ) -> Int[Tensor, "vocab slots"]:
     """Deal token ids out to experts so that all get nearly equal numbers of tokens.
 
@@ -121,6 +127,7 @@ def balanced_table(
         num_experts: Experts.
         top_k: Distinct experts per id.
         layer: Index of the layer.
+        costs: What a token costs each expert, of which all are to have the same; empty where all cost the same.
     """
     ids = torch.arange(len(token_counts))
     counts = token_counts.double() + 1
@@ -132,5 +139,6 @@ def balanced_table(
         least = [heapq.heappop(load) for _ in range(top_k)]
         table[token_id] = [expert for _, expert in least]
         for amount, expert in least:
-            heapq.heappush(load, (amount + numbers[token_id], expert))
+            cost = costs[expert] if costs else 1.0
+            heapq.heappush(load, (amount + cost * numbers[token_id], expert))
     return torch.tensor(table)

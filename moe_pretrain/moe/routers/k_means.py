@@ -14,7 +14,7 @@ from torch.nn import functional
 from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import best_first, router_logits, router_use
+from moe_pretrain.moe.routers.base import best_first, even_load, router_logits, router_use
 from moe_pretrain.moe.routers.config import FixedCountConfig, Fraction
 from moe_pretrain.moe.types import Routing, RoutingContext, StepUse
 
@@ -51,6 +51,11 @@ class KMeansConfig(FixedCountConfig):
     dead_share: Fraction
     refit_every_steps: PositiveInt
     ridge: PositiveFloat
+
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """The bias, if it moves."""
+        return "quotas" if self.bias_update_rate else None
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "KMeansRouter":
         """The module of layer ``layer``."""
@@ -172,7 +177,8 @@ class KMeansRouter(Router):
         before = self.centroids.clone()
         self.centroids.copy_(torch.where(share[:, None] > 0, total / share[:, None], self.centroids.double()))
         self.movement.copy_((self.centroids - before).square().mean().sqrt())
-        below = torch.sign(use.tokens_per_expert.mean() - use.tokens_per_expert)
+        routes = use.tokens_per_expert
+        below = torch.sign(even_load(routes.sum(), experts, self.balanced_costs) - routes)
         self.expert_bias += config.bias_update_rate * below.to(self.expert_bias)
         if config.rule == "least_squares":
             pooled = self.gram.double().lerp(gram.view_as(self.gram), rate)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat
 
+from moe_pretrain.moe.routers.base import even_load
 from moe_pretrain.moe.routers.top_k import BiasedTopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import StepUse
 
@@ -21,6 +22,11 @@ class LossFreeRouterConfig(TopKRouterConfig):
 
     name: Literal["loss_free"]  # type: ignore[assignment]  # a variant of its own in the union of routers
     bias_update_rate: NonNegativeFloat
+
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """The bias, if it moves; else a loss, if it weighs anything."""
+        return "quotas" if self.bias_update_rate else super().evens_load
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "LossFreeRouter":
         """The module of layer ``layer``."""
@@ -47,6 +53,5 @@ class LossFreeRouter(BiasedTopKRouter):
     def after_step(self, use: StepUse) -> None:
         """Raise the bias of experts below their even load and lower it above."""
         routes = use.tokens_per_expert
-        even = routes.sum() * self.even_shares() if self.balanced_costs else routes.mean()
-        below = torch.sign(even - routes)
+        below = torch.sign(even_load(routes.sum(), self.num_experts, self.balanced_costs) - routes)
         self.expert_bias += self._bias_update_rate * below.to(self.expert_bias)

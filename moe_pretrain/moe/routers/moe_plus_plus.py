@@ -66,6 +66,11 @@ class MoEPlusPlusConfig(FixedCountConfig, BalanceLevelConfig):
         return self.gating_residual
 
     @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """A loss, if it weighs anything."""
+        return "loss" if self.load_balance_weight else None
+
+    @property
     def zero_computation_load(self) -> float:
         """``1 / tau``."""
         return 1 / self.tau

@@ -6,6 +6,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_pretrain.moe.routers.base import even_load
 from moe_pretrain.moe.routers.config import Fraction
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
 from moe_pretrain.moe.routers.top_k import BiasedTopKRouter, TopKRouterConfig
@@ -43,6 +44,11 @@ class QuantileRouterConfig(TopKRouterConfig):
                 f"router.top_k={self.top_k} must be below model.moe.num_experts={num_experts} for router=quantile: "
                 "where all experts are taken there is nothing to balance"
             )
+
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """The quantiles' quotas."""
+        return "quotas"
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "QuantileRouter":
         """The module of layer ``layer``."""
@@ -83,8 +89,7 @@ class QuantileRouter(BiasedTopKRouter):
         if use.tokens == 0:
             return
         counts = use.sums.view(self.num_experts, self._num_bins)
-        quota = counts.sum(dim=1) * self.config.top_k
-        quota = quota * self.even_shares() if self.balanced_costs else quota / self.num_experts
+        quota = even_load(counts.sum(dim=1) * self.config.top_k, self.num_experts, self.balanced_costs)
         self.expert_bias.lerp_(balancing_bias(counts, self.expert_bias, quota), 1 - self._ema_decay)
 
 

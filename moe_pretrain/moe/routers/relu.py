@@ -57,6 +57,11 @@ class ReLUConfig(BalanceLevelConfig):
         """Its coefficient is one for all layers."""
         return "moves one coefficient by the experts per token of all layers"
 
+    @property
+    def evens_load(self) -> Literal["loss", "quotas"] | None:
+        """The sparsity loss, which counts busy experts more."""
+        return "loss"
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "ReLURouter":
         """The module of layer ``layer``."""
         return ReLURouter(self, hidden_size, num_experts, layer)
@@ -126,7 +131,11 @@ class ReLURouter(Router):
             routes.take(gates),
             routes_per_token=None,
             use=router_use(own.sum(dim=0), shares, context),
-            aux={"sparsity": sparsity_loss(gates, counts, tokens, config.target_experts, context.token_mask)},
+            aux={
+                "sparsity": sparsity_loss(
+                    *(gates, counts, tokens, config.target_experts, context.token_mask, self.balanced_costs)
+                )
+            },
             num_routes=routes.num_routes,
         )
 

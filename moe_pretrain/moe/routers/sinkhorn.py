@@ -29,6 +29,15 @@ class SinkhornConfig(FixedCountConfig, LinearRouterConfig):
     score: Literal["softmax", "sigmoid"]
     iterations: PositiveInt
 
+    @property
+    def evens_load(self) -> None:
+        """The plan evens routes, whatever they cost.
+
+        Shares that differ are a plan's column sums, but not what its rows' largest entries come to: where logits are
+        close, every token's largest entries are those of the experts with the largest shares.
+        """
+        return None
+
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "SinkhornRouter":
         """The module of layer ``layer``."""
         return SinkhornRouter(self, hidden_size, num_experts, layer)

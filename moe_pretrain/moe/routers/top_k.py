@@ -182,11 +182,6 @@ class BiasedTopKRouter(TopKRouter):
         """The best ``top_k`` by biased score."""
         return super().select(scores + self.expert_bias, logits)
 
-    def even_shares(self) -> Float[Tensor, "experts"]:
-        """Share of all routes that each expert is to get, float64: the same, or the less the more a route costs."""
-        cheapness = 1 / torch.tensor(self.balanced_costs or (1.0,) * self.num_experts, dtype=torch.float64)
-        return (cheapness / cheapness.sum()).to(self.expert_bias.device)
-
     def ranking(self, hidden: Tensor, context: RoutingContext) -> ExpertRanking | None:
         """Experts by biased score, weighted by the score alone."""
         scores = scores_of(self.logits(hidden, context), self.config.score)

@@ -17,7 +17,7 @@ from moe_pretrain.train.resume_rules import changes
 from moe_pretrain.verify.start_loudness import StartLoudness, start_loudness
 
 SCHEMES = [word for word in SCHEME_WORDS if word != "dense"]
-RAW = {"attention_importance": 0.35, "expert_choice": 0.42, "sinkhorn": 0.42, "top_p": 0.44}
+RAW = {"attention_importance": 0.35, "expert_choice": 0.42, "moce_ir": 0.38, "sinkhorn": 0.42, "top_p": 0.44}
 """Schemes whose weights are probabilities over all experts: as much quieter as the mass that they keep."""
 OTHERS = {"lory": (1.53, 0.46), "smear": (1.75, 0.49), "moe_plus_plus": (6.9, 0.67)}
 """Outputs and experts' gradients of schemes that are no sum of routed networks: merged parameters, whose gradient every

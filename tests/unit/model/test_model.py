@@ -276,6 +276,7 @@ ADAPTIVE = ("top_p", "relu", "expert_choice", "expert_threshold", "autonomy_top_
         ["router=relu"],
         ["router=sinkhorn"],
         ["router=moe_plus_plus"],
+        ["router=moce_ir", "model.moe.experts.pattern=[1,1]"],
         ["router=dynmoe"],
         ["router=top_k", "experts=unequal", "model.moe.experts.pattern=[1,3]"],
         ["router=moe_plus_plus", "router.projection=two_layer", "model.moe.experts.num_constant=0"],

@@ -10,20 +10,24 @@ from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.engine.step_result import StepSums
+from moe_pretrain.metrics.step_rows import train_row
+from moe_pretrain.metrics.throughput import Window
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import build_moe_layer, sharded, width_problems
 from moe_pretrain.moe.experts.unequal import UnequalExperts, class_widths
 from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.routers.expert_choice import choose_tokens, most_taken
 from moe_pretrain.moe.types import ExpertShard, step_uses
 from moe_pretrain.plan.plan import problems
 
 TOKENS, HIDDEN, MEAN, EXPERTS = 40, 10, 8, 8
 WIDTHS = [4, 4, 8, 16] * 2
-SMALL = (
+SIZES = (
     *(f"model.hidden_size={HIDDEN}", "model.num_heads=1", f"model.moe.num_experts={EXPERTS}"),
-    *(f"model.moe.expert_hidden_size={MEAN}", "router.router_z_weight=0", "model.num_layers=2"),
+    *(f"model.moe.expert_hidden_size={MEAN}", "model.num_layers=2"),
 )
+SMALL = (*SIZES, "router.router_z_weight=0")
 
 
 def config(*overrides: str) -> Config:
@@ -34,7 +38,7 @@ def make_layer(setting: Config, shard: ExpertShard | None = None) -> MoELayer:
     layer = build_moe_layer(setting.model.moe, setting.router, HIDDEN, 0, shard or ExpertShard())
     assert isinstance(layer, MoELayer)
     drawn = torch.Generator().manual_seed(5)
-    for parameter in layer.parameters():
+    for parameter in [*layer.parameters(), *map(layer.router.get_buffer, layer.router.frozen_weights)]:
         parameter.data.copy_(torch.randn(parameter.shape, generator=drawn) * 0.5)
     return layer
 
@@ -107,20 +111,90 @@ def test_the_loss_alone_gives_experts_routes_as_they_are_cheap() -> None:
     assert mean[0] > 2 * mean[3], "four times as wide"
 
 
-@pytest.mark.parametrize("router", ["loss_free", "quantile"])
+QUOTAS: dict[str, tuple[int, float, list[str]]] = {
+    "loss_free": (400, 1.1, ["router.bias_update_rate=0.002"]),
+    "quantile": (30, 1.1, []),
+    "k_means": (300, 1.1, ["router.num_features=8", "router.bias_update_rate=0.02"]),
+    "expert_threshold": (30, 1.1, []),
+    "expert_choice": (1, 1.01, []),
+    "hash": (1, 1.05, []),  # ids of ten tokens each
+}
+"""Scheme -> steps until its experts have what they are to have, within which factor, with which words."""
+
+
+@pytest.mark.parametrize("router", QUOTAS)
 @pytest.mark.parametrize("balance", ["cost", "routes"])
-def test_a_bias_alone_gives_experts_routes_as_they_are_cheap(router: str, balance: str) -> None:
-    """By the bias that is moved after steps, without any loss, on the batch of the step before."""
-    rate = ["router.bias_update_rate=0.002"] if router == "loss_free" else []
-    layer = make_layer(config(f"router={router}", f"model.moe.experts.balance={balance}", *rate))
-    hidden = hidden_states(3000).detach()
+def test_quotas_alone_give_experts_routes_as_they_are_cheap(router: str, balance: str) -> None:
+    """Without any loss: by what is moved after steps, by the experts' own choice, or by the table."""
+    steps, factor, words = QUOTAS[router]
+    setting = load([f"router={router}", "experts=unequal", *SIZES, f"model.moe.experts.balance={balance}", *words])
+    assert setting.router.evens_load == "quotas"
+    layer = make_layer(setting)
+    hidden, vocabulary = hidden_states(3000).detach(), torch.arange(3000) % 300
+    layer.router.use_token_counts(torch.full((300,), 10))
     with torch.no_grad():
-        for _ in range(400 if router == "loss_free" else 30):
-            use = layer.router(hidden, make_context(len(hidden))).use
+        for _ in range(steps):
+            use = layer.router(hidden, make_context(len(hidden), token_ids=vocabulary)).use
             layer.router.after_step(step_uses([use])[0])
     costs = torch.tensor(layer.kinds.costs, dtype=torch.float64)
     charged = use.tokens_per_expert * (costs if balance == "cost" else 1)
-    assert charged.max() / charged.min() < 1.1, use.tokens_per_expert
+    assert charged.max() / charged.min() < factor, use.tokens_per_expert
+    assert float(use.tokens_per_expert.sum()) == pytest.approx(2 * len(hidden), rel=0.01), "as many on average"
+
+
+def test_experts_that_choose_first_choose_as_they_are_cheap() -> None:
+    """``expert_threshold`` in its steps of warm-up."""
+    layer = make_layer(load(["router=expert_threshold", "experts=unequal", *SIZES, "router.warmup_steps=9"]))
+    use = layer.router(hidden_states(420).detach(), make_context(420)).use  # at step 4
+    assert use.tokens_per_expert.tolist() == [153, 153, 76, 38] * 2, "840 of 11 shares: 4, 4, 2, 1, twice"
+
+
+def test_the_cutoffs_of_unequal_choices_are_the_best_tokens_that_are_left() -> None:
+    scores = torch.rand(30, 3, generator=torch.Generator().manual_seed(4))
+    text = torch.arange(30) % 5 != 0
+    taken, cutoffs = choose_tokens(scores, text, 1.5, None, [0.5, 1.0, 4.0])
+    for expert, capacity in enumerate([22, 11, 3]):  # 36 in shares of 8, 4 and 1 of 13, rounded
+        ranked = sorted((token for token in range(30) if text[token]), key=lambda t: -scores[t, expert])  # noqa: B023
+        assert taken[:, expert].nonzero()[:, 0].tolist() == sorted(ranked[:capacity])
+        assert cutoffs[expert] == scores[ranked[capacity], expert]
+    for tokens in (0, 1, 7, 24):
+        most = most_taken(torch.zeros(24, 3, dtype=torch.bool), 1.5, [0.5, 1.0, 4.0])
+        chosen, _ = choose_tokens(scores[:24], torch.arange(24) < tokens, 1.5, None, [0.5, 1.0, 4.0])
+        assert chosen.sum() <= most == 36
+    few = torch.zeros(7, 3, dtype=torch.bool)
+    assert most_taken(few, 1.5, [0.5, 1.0, 4.0]) == 10, "6.5, 3.2 and 0.8"
+
+
+def test_gates_of_wide_experts_weigh_as_they_cost() -> None:
+    """``relu``: the norm that makes gates sparse, by a loop over tokens and experts."""
+    words = ["router=relu", "router.load_balance_level=micro_batch"]
+    layer = make_layer(load(["experts=unequal", *SIZES, *words]))
+    hidden = hidden_states()
+    loss = layer.router(hidden, make_context(TOKENS)).aux["sparsity"]
+    gates = (hidden.detach().double() @ layer.router.weight.detach().double().T).clamp(min=0)
+    expected = 0.0
+    for expert, width in enumerate(WIDTHS):
+        busy = int((gates[:, expert] > 0).sum()) * EXPERTS / (2 * TOKENS)
+        expected += width / MEAN * busy * float(gates[:, expert].mean())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_row_of_metrics_says_how_even_the_load_is_by_what_is_balanced() -> None:
+    setting = config("model.vocab_size=300", "tokenizer.vocab_size=300")
+    model = DecoderLM(setting.model, setting.router, ExpertShard())
+    routes = torch.tensor([[44.0, 40, 20, 10, 36, 40, 20, 10], [10.0] * 8], dtype=torch.float64)
+    sums = StepSums([], model.moe_layers()[0].kinds, [0, 0], torch.device("cpu"))
+    sums.layers[:, :EXPERTS] = routes
+    result = sums.result(GlobalCounts(labels=110, tokens=110), {}, 0.0, {}, 0, None)
+    row = train_row(result, model, Window(1.0, 1.0, 0.0), 0.1, 1.0, 1, None)
+    assert row["moe/layer_00/load_max_over_even_cost"] == pytest.approx(1.1)
+    assert row["moe/layer_00/load_max_over_mean"] == pytest.approx(44 / 27.5)
+    assert row["moe/layer_01/load_max_over_even_cost"] == pytest.approx(2.2 / 0.8), "10 of 80 is due to 1 in 22"
+    plain = config("model.vocab_size=300", "tokenizer.vocab_size=300", "model.moe.experts.balance=routes")
+    other = train_row(
+        result, DecoderLM(plain.model, plain.router, ExpertShard()), Window(1.0, 1.0, 0.0), 0.1, 1.0, 1, None
+    )
+    assert not any("even_cost" in name for name in other)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -159,12 +233,23 @@ def test_wrong_values_are_refused_in_one_line() -> None:
     for router in ("dense", "autonomy", "attentive", "dynmoe", "smear"):
         with pytest.raises(ConfigError, match=f"experts=unequal must be another with router={router}, "):
             load([f"router={router}", "experts=unequal"])
-    for router in ("loss_free", "quantile"):  # shares of 0.4, 0.4, 0.13 and 0.07, three times
-        words = [f"router={router}", "router.top_k=3", "model.moe.num_experts=4", "model.moe.experts.pattern=[1,1,3,6]"]
-        with pytest.raises(
-            ConfigError, match=f"balance=cost must be routes with .*=3, .* and router={router}: .* 1.20 "
-        ):
-            config(*words, "model.moe.expert_hidden_size=11")
+    numbers = {"expert_choice": "capacity_factor", "expert_threshold": "target_experts"}
+    for router in QUOTAS:  # shares of 0.4, 0.4, 0.13 and 0.07, three times
+        words = [f"router={router}", f"router.{numbers.get(router, 'top_k')}=3", "model.moe.num_experts=4"]
+        words += ["model.moe.experts.pattern=[1,1,3,6]", "model.moe.expert_hidden_size=11"]
+        with pytest.raises(ConfigError, match=f"balance=cost must be routes with router={router}, 3 exp.* 1.20 times"):
+            load(["experts=unequal", *words])
+        assert load(["experts=unequal", *words, "model.moe.experts.balance=routes"])
+    for words in (
+        *(["router=sinkhorn"], ["router=thor"], ["router=random"], ["router=uniform"]),
+        *(["router=hash", "router.table=random"], ["router=k_means", "router.bias_update_rate=0"]),
+        *(["router=top_k", "router.load_balance_weight=0"], ["router=loss_free", "router.bias_update_rate=0"]),
+        ["router=moe_plus_plus", "router.load_balance_weight=0"],
+    ):
+        with pytest.raises(ConfigError, match=f"balance=cost must be routes with {words[0]} as it is configured: noth"):
+            load([*words, "experts=unequal"])
+        assert load([*words, "experts=unequal", "model.moe.experts.balance=routes"])
+    assert load(["router=loss_free", "experts=unequal", "router.bias_update_rate=0", "router.load_balance_weight=1"])
     four = load(["experts=unequal", "parallel.processes=4", "parallel.expert_parallel_size=4"])
     narrow = width_problems(config().model.moe, four.router, 8)
     assert len(narrow) == 1 and "makes widths 4, 8, 16, which must be multiples of 8 on a GPU" in narrow[0]

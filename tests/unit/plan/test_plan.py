@@ -78,6 +78,7 @@ ROUTERS = {
     "loss_free": ["router=loss_free"],
     "quantile": ["router=quantile"],
     "sinkhorn": ["router=sinkhorn"],
+    "moce_ir": ["router=moce_ir", "model.moe.experts.pattern=[1,1]"],
     "k_means": ["router=k_means"],
     "unequal": ["router=top_k", "experts=unequal", "model.moe.experts.pattern=[1,1]"],
     # Half of the slots in use, in the mean of random directions.
