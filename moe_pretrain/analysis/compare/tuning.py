@@ -111,6 +111,11 @@ def tunings(variants: Sequence[Variant], folders: Mapping[Path, TuningFolder], k
     return found
 
 
+def _is_made(run: RunRecord | None, trial: TuningTrial) -> bool:
+    """Whether a trial has ended, by its run: a later command without its scheme leaves it ``waiting`` in the record."""
+    return trial.state != "waiting" if run is None else run.state in ("finished", "diverged", "failed")
+
+
 def _loss(run: RunRecord | None, trial: TuningTrial, key: str) -> float:
     """A trial's number by its run's own rows, else by the record; infinite where it diverged."""
     if run is None:
@@ -176,8 +181,11 @@ def warn_of_tuning(
     for folder in folders.values():
         for scheme in folder.record.schemes:
             if scheme.chosen is None:
-                made = sum(trial.state != "waiting" for trial in scheme.trials)
-                lines.append(f"{scheme.name}: no rate chosen, with {made} of {folder.record.trials} trials made.")
+                made = sum(_is_made(folder.trials.get(trial.job), trial) for trial in scheme.trials)
+                lines.append(
+                    f"{scheme.name}: no rate chosen, with {made} of {folder.record.trials} trials made; "
+                    "moe-pretrain tune with this scheme goes on with them."
+                )
     if not found:
         return lines
     untuned = [each.name for each in variants if each.name not in found]

@@ -195,9 +195,12 @@ def test_a_scheme_without_a_choice_is_said(tmp_path: Path):
     plant(tmp_path, TOP_K, BASE)
     record = read_tune_record(tmp_path / "tuned")
     assert record is not None
-    waiting = TunedScheme("router=hash", ("router=hash",), (TuningTrial("gone", {RATE: 0.1}, None, "waiting"),))
-    record.with_schemes([waiting]).write(tmp_path / "tuned")
-    assert "router=hash: no rate chosen, with 0 of 4 trials made." in compare(tmp_path).warnings
+    ended = Planted("ended", 3.2, 9)  # after a command without this scheme, the record still calls it waiting
+    ended.write(tmp_path / "tuned")
+    trials = tuple(TuningTrial(job, {RATE: 0.1}, None, "waiting") for job in ("gone", "ended"))
+    record.with_schemes([TunedScheme("router=hash", ("router=hash",), trials)]).write(tmp_path / "tuned")
+    told = "router=hash: no rate chosen, with 1 of 4 trials made; moe-pretrain tune with this scheme goes on with them."
+    assert told in compare(tmp_path).warnings
 
 
 def test_variants_are_not_named_by_the_rate_that_was_chosen_for_them(tmp_path: Path):
