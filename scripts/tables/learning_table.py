@@ -91,6 +91,7 @@ def main() -> int:
     options.add_argument("--size", choices=SIZES, default="small")
     options.add_argument("--steps", type=int, default=150, help=f"of {STEP_TOKENS} tokens")
     options.add_argument("--trials", type=int, default=5, help="of each scheme's learning rate")
+    options.add_argument("--also", nargs="+", default=[], help="FIELD=VALUE,VALUE to be tried too, within the trials")
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options.add_argument("--tuning-seed", type=int, default=100)
     options.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
@@ -118,6 +119,7 @@ def tune(chosen: argparse.Namespace) -> int:
     """Run what is left of the tuning; its exit code."""
     command = [sys.executable, "-m", "moe_pretrain", "tune", f"--trials={chosen.trials}"]
     command += [f"--tuning-seed={chosen.tuning_seed}"]
+    command += [f"--also={field}" for field in chosen.also]
     command += [f"--scheme={shlex.join(SCHEMES[name])}" for name in chosen.schemes]
     command += [*shared_words(chosen), f"budget.tokens={chosen.steps * STEP_TOKENS}", f"sweep.parallel={chosen.jobs}"]
     command += [f"seed={','.join(map(str, chosen.seeds))}", f"sweep.name={chosen.folder.name}"]
@@ -178,9 +180,10 @@ class LearningTable:
         """A line that says what the table is of."""
         tuned = next(iter(self.found.tuned.values()))
         tokens = self.chosen.steps * STEP_TOKENS
+        searched = " and ".join(["learning rate", *self.chosen.also])
         return (
             f"{tokens:,} training tokens, `--size {self.chosen.size}`; {len(self.chosen.seeds)} final seeds with their "
-            f"95% intervals, {tuned.record.trials} trials of each scheme's learning rate with seed "
+            f"95% intervals, {tuned.record.trials} trials of each scheme's {searched} with seed "
             f"{tuned.record.tuning_seed}. Loads and entropies: means over layers, seeds and the last fifth of the run. "
             f"At start: relative to `{REFERENCE}`. Chosen in: the share of resamples in which this trial wins."
         )

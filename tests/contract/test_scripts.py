@@ -91,9 +91,11 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
     ),
     "tables/certificate_table.py": (["--schemes", "hash"], ["| `hash` | pass | pass |"]),
     "tables/learning_table.py": (
-        ["--folder={home}/learning", "--steps=2", "--jobs=1", "--trials=3", "--seeds", "1"]
+        ["--folder={home}/learning", "--steps=2", "--jobs=1", "--trials=4", "--seeds", "1"]
+        + ["--also", "optimizer.groups.experts.lr_scale=0.5"]
         + ["--schemes", "random", "top_k", "--overrides", *SMALL_RUNS],
-        ["8 jobs: 8 finished", "| `top_k` | ", " | 1.00 | 1.00 | ", "8,192 training tokens", "DOES NOT BEAT RANDOM"],
+        ["10 jobs: 10 finished", "| `top_k` | ", " | 1.00 | 1.00 | ", "8,192 training tokens", "DOES NOT BEAT RANDOM"]
+        + ["4 trials of each scheme's learning rate and optimizer.groups.experts.lr_scale=0.5 with seed 100"],
     ),
     "tables/start_table.py": ([*SMALL_MODEL, "--schemes", "hash"], ["| `top_k` | 1.00 | 1.00 |", "| `hash` | "]),
 }
