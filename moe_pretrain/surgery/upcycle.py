@@ -15,6 +15,7 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.build import expert_gate, expert_width
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
+from moe_pretrain.moe.experts.merged import MergedExperts
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.config import RouterConfig
@@ -102,6 +103,11 @@ def check_upcycling(config: Config, width: int) -> int:
                 f"model.moe.expert_width_multiple={moe.expert_width_multiple} they are {own}"
             )
         return 1
+    if config.router.merges_experts and own != width:
+        raise ConfigError(
+            f"model.moe.expert_hidden_size={own} must be the dense network's {width} with router={name}, which merges "
+            "experts: segments of a network have no mean that is one"
+        )
     if width % own:
         raise ConfigError(f"model.moe.expert_hidden_size={own} must be the dense network's {width}, or divide it")
     segments = width // own
@@ -122,7 +128,8 @@ def upcycle(
     output; where weights are renormalised that is exact. With segments the rows of a linear router are alike for the
     segments of one copy, so that a token takes all of them. Shared experts start with an output of 0. A factorised gate
     is the truncated singular value decomposition of the dense one; experts have bases of their own for its columns,
-    which leaves what they compute as it is and lets their norms, by which autonomy ranks them, differ.
+    which leaves what they compute as it is and lets their norms, by which autonomy ranks them, differ. Experts that are
+    merged are copies, whose mean is the dense network whatever the router says.
 
     Args:
         config: Configuration of the mixture; ``check_upcycling`` has passed it.
@@ -132,7 +139,11 @@ def upcycle(
         say: Hears what is not exact.
 
     Raises:
-        ConfigError: Experts merge, or the router's rows cannot be alike for segments.
+        ConfigError: The router's rows cannot be alike for segments.
+
+    Source:
+        Komatsuzaki et al. 2022 (arXiv:2212.05055); for merged experts the dense warm-up of Lory (Zhong et al. 2024,
+        arXiv:2405.03133), there of 5% of the steps.
     """
     model = DecoderLM(config.model, config.router, ExpertShard())
     initialise(model, config.seed)
@@ -154,12 +165,15 @@ def upcycle(
         if isinstance(layer.experts, FactorisedExperts):
             lost = _fill_factorised(layer, network, generator)
             say(f"layer {index}: the truncated gate leaves out {lost:.1%} of the dense gate's squared weights")
-        elif isinstance(layer.experts, SwiGLUExperts):
-            _fill_copies(layer, network, segments, config.router.of_layer(index))
+        elif isinstance(layer.experts, MergedExperts):
+            gate, up = network.in_weight.chunk(2)
+            layer.experts.in_weight.copy_(torch.stack([gate, up], dim=1)[:, :, None])
+            layer.experts.out_weight.copy_(network.out_weight.T[:, None])
         else:
-            raise ConfigError(f"router={config.router.name} merges its experts: upcycle does not make such ones yet")
+            _fill_copies(layer, network, segments, config.router.of_layer(index))
         _vary(layer, variation, generator)
-    _scale_outputs(model, segments, ids)
+    if not config.router.merges_experts:
+        _scale_outputs(model, segments, ids)
     return model
 
 
@@ -214,16 +228,19 @@ def _vary(layer: MoELayer, variation: Variation, generator: torch.Generator) -> 
     if variation.keeps_the_function:
         return
     experts = layer.experts
-    assert isinstance(experts, SwiGLUExperts | FactorisedExperts)
-    width = experts.out_weight.shape[2]
+    assert isinstance(experts, SwiGLUExperts | FactorisedExperts | MergedExperts)
+    is_merged = isinstance(experts, MergedExperts)
+    width = experts.out_weight.shape[0 if is_merged else 2]
     renewed = round(variation.reinitialised * width)
     for expert in range(layer.kinds.ffn):
         units = torch.randperm(width, generator=generator)[:renewed]
         for name, parameter in experts.named_parameters():
-            matrix = parameter[expert]
+            matrix = parameter[..., expert, :] if is_merged else parameter[expert]
             spread, mean = matrix.std(), matrix.mean()
             fresh = mean + spread * torch.randn(matrix.shape, generator=generator)
-            if name == "out_weight":
+            if is_merged:
+                matrix[units] = fresh[units]
+            elif name == "out_weight":
                 matrix[:, units] = fresh[:, units]
             elif name == "in_weight" and isinstance(experts, SwiGLUExperts):
                 both = torch.cat([units, units + width])

@@ -63,6 +63,8 @@ EXACT = [
     ("router=random",),
     ("router=top_p_renormalised",),
     ("router=attentive", "router.key_size=8"),
+    ("router=lory", "model.moe.expert_hidden_size=40", "router.segment_tokens=4"),
+    ("router=smear", "model.moe.expert_hidden_size=40", "model.moe.num_shared_experts=1"),
 ]
 NEAR = {"top_p": 0.2, "relu": 0.2, "expert_choice": 0.2, "sinkhorn": 0.2, "expert_threshold": 0.2}
 
@@ -156,6 +158,21 @@ def test_noise_and_units_drawn_anew(home: Path):
         assert torch.equal((models["half"].out_weight[expert] == dense.out_weight).all(dim=0), gate)
 
 
+def test_merged_experts_differ_as_much_as_asked(home: Path):
+    words = ["router=lory", "model.moe.expert_hidden_size=40", "router.segment_tokens=4"]
+    assert cli.main(["upcycle", str(home / "dense"), str(home / "vary-lory"), *words, "--reinitialise=0.5"]) == 0
+    experts = opened(home / "vary-lory").model().moe_layers()[0].experts
+    dense = opened(home / "dense").model().blocks[0].feed_forward
+    whole = torch.stack(dense.in_weight.chunk(2), dim=1)
+    kept = []
+    for expert in range(4):
+        same = (experts.in_weight[:, :, expert] == whole).flatten(1).all(dim=1)
+        assert int(same.sum()) == WIDTH // 2
+        assert torch.equal((experts.out_weight[:, expert] == dense.out_weight.T).all(dim=1), same)
+        kept.append(same)
+    assert not torch.equal(kept[0], kept[1])
+
+
 def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     def refusal(*words: str) -> str:
         assert cli.main(["upcycle", *words]) == 2
@@ -176,7 +193,9 @@ def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: 
         dense, target, "router=top_k", "model.moe.num_leading_dense_layers=1", "model.ffn_hidden_size=30"
     )
     assert "has no experts: choose a scheme" in refusal(dense, target, "router=dense")
-    assert "merges its experts" in refusal(dense, target, "router=smear")
+    assert "expert_hidden_size=20 must be the dense network's 40 with router=smear, which merges" in refusal(
+        dense, target, "router=smear", "model.moe.expert_hidden_size=20"
+    )
     assert "--noise=-1.0" in refusal(dense, target, "router=top_k", "--noise=-1")
     assert "--reinitialise=2.0" in refusal(dense, target, "router=top_k", "--reinitialise=2")
     assert "must be empty or not exist" in refusal(dense, str(home), "router=top_k")
