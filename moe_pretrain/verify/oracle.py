@@ -152,6 +152,10 @@ class Oracle:
             for name, weight in self.weights.items()
         }
 
+    def run(self, steps: Sequence[Sequence[MicroBatch]]) -> list[StepRecord]:
+        """``step`` for each of ``steps``, from the first on."""
+        return [self.step(number, micro_batches) for number, micro_batches in enumerate(steps)]
+
     def step(self, step: int, micro_batches: Sequence[MicroBatch]) -> StepRecord:
         """One optimizer step on the global batch that ``micro_batches``, in any order, make up."""
         rows = _join(micro_batches)

@@ -24,4 +24,8 @@ THEIRS = (
 )
 for late in (*(f"moe_pretrain.{name}" for name in OURS), *THEIRS):
     importlib.import_module(late)
+
+from moe_pretrain.config.load import load  # noqa: E402
+
+load(["model.num_layers=2"])  # Hydra's parser and what pydantic builds on first use
 gc.freeze()

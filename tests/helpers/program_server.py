@@ -6,12 +6,14 @@ and for a rank's own start, as the tests of SLURM have it. Programs of ours that
 ranks of a launcher or of torchrun, the jobs of a sweep, what a script runs) are forked from it as well.
 """
 
+import atexit
 import os
 import random
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,13 +68,21 @@ def serve_forever(descriptor: int) -> None:
 
 
 def _become(request: Start) -> None:
-    """The program, to the interpreter's end."""
+    """The program, to its end but for the interpreter's: that would free each of the server's objects for itself.
+
+    It takes two thirds of the time of a program that says one line. Threads are joined and ``atexit`` is heard.
+    """
     os.chdir(request.folder)
     for descriptor, path in ((0, os.devnull), (1, request.output), (2, request.errors)):
         file = os.open(path, os.O_RDWR | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
-    sys.exit(_run(request.words, request.environment))
+    code = _run(request.words, request.environment)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(words: Sequence[str], environment: dict[str, str]) -> int:
