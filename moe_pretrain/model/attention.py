@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.model.attention_statistic import attention_statistic
-from moe_pretrain.model.layers import RMSNorm, apply_rotary
+from moe_pretrain.model.layers import RMSNorm, apply_rotary, rotated_projection
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import AttentionStatistic
 
@@ -141,7 +141,10 @@ class Attention(nn.Module):
         Float[Tensor, "batch kv_heads sequence head"],
     ]:
         """Queries and keys, normed if so configured and rotated, and values."""
-        query, key, value = functional.linear(hidden, self.qkv_weight).split(self.sizes, dim=-1)
+        projected = functional.linear(hidden, self.qkv_weight)
+        if projected.is_cuda and self.query_norm is None:
+            return rotated_projection(projected, rotary, self.sizes, self.head_size)
+        query, key, value = projected.split(self.sizes, dim=-1)
         query, key = self._by_head(query, self.query_norm), self._by_head(key, self.key_norm)
         return apply_rotary(query, rotary), apply_rotary(key, rotary), self._by_head(value, None)
 

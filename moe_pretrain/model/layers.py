@@ -108,6 +108,49 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grads[0], cosine, sine, True), None, None
 
 
+def rotated_projection(
+    projected: Float[Tensor, "batch sequence width"], table: tuple[Tensor, Tensor], sizes: list[int], head_size: int
+) -> tuple[
+    Float[Tensor, "batch heads sequence head"],
+    Float[Tensor, "batch kv_heads sequence head"],
+    Float[Tensor, "batch kv_heads sequence head"],
+]:
+    """Queries and keys, rotated, and values, by head, of a projection that holds ``sizes`` columns of each.
+
+    The same as splitting it and ``apply_rotary``; its gradient is written in one pass instead of being rotated, put in
+    order of tokens and joined.
+    """
+    return _RotatedProjection.apply(projected, *table, sizes, head_size)
+
+
+class _RotatedProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, projected: Tensor, cosine: Tensor, sine: Tensor, sizes: list[int], head_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cosine, sine)
+        query, key, value = (
+            heads.unflatten(-1, (-1, head_size)).transpose(1, 2) for heads in projected.split(sizes, dim=-1)
+        )
+        return _rotate(query, cosine, sine, False), _rotate(key, cosine, sine, False), value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _joined_gradient(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+@one_kernel_on_cuda
+def _joined_gradient(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Gradients of rotated queries, rotated keys and values as that of the projection that they come from."""
+
+    def back(heads: Tensor) -> Tensor:
+        first, second = heads.float().chunk(2, dim=-1)
+        turned = torch.cat([first * cosine + second * sine, second * cosine - first * sine], dim=-1)
+        return turned.to(heads.dtype)
+
+    return torch.cat([heads.transpose(1, 2).flatten(2) for heads in (back(query), back(key), value)], dim=-1)
+
+
 def chunked_cross_entropy(
     hidden: Float[Tensor, "tokens hidden"],
     head_weight: Float[Tensor, "vocab hidden"],

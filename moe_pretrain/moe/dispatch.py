@@ -127,8 +127,7 @@ def order_by(
     # On a GPU a radix sort passes over the keys once for each of their bytes.
     route_of_row = torch.argsort(key.to(torch.int16) if key.is_cuda else key, stable=True)
     routes = key.shape[0]
-    row_of_route = torch.empty_like(route_of_row)
-    row_of_route[route_of_row] = torch.arange(routes, device=key.device)
+    row_of_route, source_of_row = _inverse(route_of_row, source)
     if routes_per_source is not None:
         slots = row_of_route.view(num_sources, routes_per_source)
     else:
@@ -144,8 +143,40 @@ def order_by(
         slots = row_of_route.new_full((num_sources, most + is_padded), -1)
         slots[source, rank] = row_of_route
         slots = slots[:, :most]
-    order = ExpertRowLayout(source[route_of_row], slots, routes_per_source is not None, rows_per_expert)
+    order = ExpertRowLayout(source_of_row, slots, routes_per_source is not None, rows_per_expert)
     return route_of_row, order
+
+
+@one_kernel_on_cuda
+def _inverse(permutation: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse, and ``values`` permuted."""
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return inverse, values[permutation]
+
+
+class _Pick(torch.autograd.Function):
+    """``values[index]`` with each place at most once: its gradient adds nothing up, for which a GPU would sort."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, inverse: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        ctx.shape = values.shape
+        return values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        if inverse is not None:
+            return grads[0].index_select(0, inverse), None, None
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, index, grads[0]), None, None
+
+
+def _routes_in_order(routing: Routing, route_of_row: Tensor, order: ExpertRowLayout) -> tuple[Tensor, Tensor | None]:
+    """Weight and payload of each row."""
+    inverse = order.rows_of_source.flatten() if order.is_full else None
+    payload = None if routing.payload is None else _Pick.apply(routing.payload, route_of_row, inverse)
+    return _Pick.apply(routing.weight, route_of_row, inverse), payload
 
 
 def run_experts(
@@ -190,8 +221,7 @@ def run_experts(
             *(routing.expert_index, routing.token_index, hidden.shape[0], routing.routes_per_token, counts),
             is_padded=routing.num_routes is not None,
         )
-        weight = routing.weight[route_of_row]
-        payload = None if routing.payload is None else routing.payload[route_of_row]
+        weight, payload = _routes_in_order(routing, route_of_row, order)
     other = meanwhile() if meanwhile else None
     if combine is None:
         with part("experts"):
@@ -308,8 +338,7 @@ def _travels(hidden: Tensor, routing: Routing, num_experts: int, exchange: Excha
     with part("permute"):
         if is_padded:  # it stays here
             route_of_row = route_of_row[: sum(rows)]
-        weight = routing.weight[route_of_row]
-        payload = None if routing.payload is None else routing.payload[route_of_row]
+        weight, payload = _routes_in_order(routing, route_of_row, order)
         came = [sum(own.receive) for own in sizes]
         order_there = _order_received([own.received_counts for own in sizes], sum(came))
         if not in_halves:
@@ -330,8 +359,9 @@ def _run_received(experts: Experts, received: Sequence[Tensor], order: ExpertRow
     """Weighted expert outputs of rows as they came, with their weights and perhaps payloads."""
     sources, weight, *payload = received
     with part("permute"):
-        local_weight = weight[:, 0][order.source_of_row]
-        local_payload = payload[0][order.source_of_row] if payload else None
+        inverse = order.rows_of_source[:, 0]  # a row that came is a source
+        local_weight = _Pick.apply(weight, order.source_of_row, inverse).view(-1)
+        local_payload = _Pick.apply(payload[0], order.source_of_row, inverse) if payload else None
     return experts(sources, local_weight, order, local_payload)
 
 
@@ -385,9 +415,14 @@ def score_routes(
 
 
 def _count(expert_index: Int[Tensor, "routes"], num_experts: int) -> Int[Tensor, "experts"]:
-    """Routes to each expert; one more would be that of padding."""
-    counts = expert_index.new_zeros(num_experts + 1)
-    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))[:num_experts]
+    return _count_of_each(expert_index, num_experts)[:num_experts]
+
+
+@one_kernel_on_cuda
+def _count_of_each(expert_index: Tensor, num_experts: int) -> Tensor:
+    """Routes to each expert, and after them those of padding; added up in 32 bits, as compiled kernels can."""
+    counts = expert_index.new_zeros(num_experts + 1, dtype=torch.int32)
+    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index, dtype=torch.int32)).long()
 
 
 def _exchange_sizes(counts: Int[Tensor, "exchanges experts"], exchange: Exchange) -> list[_Sizes]:

@@ -48,11 +48,29 @@ def count_routes(
         num_experts: Number of experts.
 
     Returns:
-        Counts in float64, exact up to 2**53. No host synchronisation takes place.
+        Counts in float64, exact up to 2**31. No host synchronisation takes place.
     """
+    return _count(expert_index, counted, group_of_route, num_groups, num_experts)
+
+
+@one_kernel_on_cuda
+def count_text_routes(
+    token_index: Int[Tensor, "routes"],
+    expert_index: Int[Tensor, "routes"],
+    token_mask: Bool[Tensor, "tokens"],
+    num_groups: int,
+    num_experts: int,
+) -> Float[Tensor, "groups experts"]:
+    """``count_routes`` of text tokens, with equally many of all tokens in each group."""
+    group_of_route = token_index // (len(token_mask) // num_groups)
+    return _count(expert_index, token_mask[token_index], group_of_route, num_groups, num_experts)
+
+
+def _count(expert_index: Tensor, counted: Tensor, group_of_route: Tensor, num_groups: int, num_experts: int) -> Tensor:
     bins = num_experts + 1  # the last is that of no expert
     flat = group_of_route * bins + expert_index
-    counts = flat.new_zeros(num_groups * bins).scatter_add_(0, flat, counted.to(flat.dtype))
+    # 32 bits, which compiled kernels add up themselves.
+    counts = flat.new_zeros(num_groups * bins, dtype=torch.int32).scatter_add_(0, flat, counted.to(torch.int32))
     return counts.view(num_groups, bins)[:, :num_experts].double()
 
 
@@ -96,11 +114,8 @@ def load_balance_loss(
     """
     if router_probs.dtype != torch.float32:
         raise ValueError(f"router_probs must be float32, got {router_probs.dtype}")
-    # An empty group has no routes; clamp keeps 0/0 out of the gradient.
-    share = route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)
-    if costs:
-        share = share * share.new_tensor(costs)
-    return _mean_of_shares(share, router_probs, token_mask)
+    cost = route_counts.new_tensor(costs) if costs else None
+    return _balance(router_probs, route_counts, token_mask, cost)
 
 
 def cost_balance_loss(
@@ -168,12 +183,28 @@ def sparsity_loss(
 
 
 @one_kernel_on_cuda
+def _balance(
+    router_probs: Float[Tensor, "tokens experts"],
+    route_counts: Float[Tensor, "groups experts"],
+    token_mask: Bool[Tensor, "tokens"],
+    cost: Float[Tensor, "experts"] | None,
+) -> Float[Tensor, ""]:
+    # An empty group has no routes; clamp keeps 0/0 out of the gradient.
+    share = route_counts / route_counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return _mean(share if cost is None else share * cost, router_probs, token_mask)
+
+
+@one_kernel_on_cuda
 def _mean_of_shares(
     share: Float[Tensor, "groups experts"],
     values: Float[Tensor, "tokens experts"],
     token_mask: Bool[Tensor, "tokens"],
 ) -> Float[Tensor, ""]:
     """``num_experts * mean_t sum_e(share[g(t), e] * values[t, e])`` over text tokens."""
+    return _mean(share, values, token_mask)
+
+
+def _mean(share: Tensor, values: Tensor, token_mask: Tensor) -> Tensor:
     num_groups, num_experts = share.shape
     by_group = (values * token_mask[:, None]).view(num_groups, -1, num_experts).sum(dim=1)
     return num_experts * (share.float() * by_group).sum() / token_mask.sum().clamp(min=1)

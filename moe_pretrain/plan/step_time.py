@@ -18,7 +18,7 @@ _MATRIX_RATE = 0.62
 """Share of the peak that large matrix products reach: 0.78 of the 790 TFLOP/s that an H100 of 989 sustains."""
 _ATTENTION_RATE = 0.40
 """The same of FlexAttention's kernels."""
-_BYTES_PER_HIDDEN = 128
+_BYTES_PER_HIDDEN = 111
 """Memory traffic per token, layer and unit of the hidden size, forward and backward: norms, rotary, residuals."""
 _BYTES_PER_ROUTED_HIDDEN = 20
 """The same for each route: gathers, and sums over a token's experts."""
@@ -36,7 +36,7 @@ _BYTES_PER_HALVED_PARAMETER = 6
 """The same per parameter of this rank's experts and micro-batch: the halves' gradients are added up."""
 _HALVES_SECONDS = 0.06e-3
 """Of a layer's two halves in a micro-batch, forward and backward: more kernels that are too small to be limited."""
-_ROUTER_SECONDS = 0.2e-3
+_ROUTER_SECONDS = 0.09e-3
 """Of a layer's routing in a micro-batch, forward and backward: kernels too small to be limited by anything else."""
 
 

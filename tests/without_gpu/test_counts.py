@@ -109,7 +109,7 @@ def per_layer(kernels: Callable[[Kernel], bool], expert_parallel: int = 1, overl
     return many - few, (more - less) / (8 * 2048) / 1e3
 
 
-LAYER_BUDGETS = {(1, False): (52, 40, 240), (8, False): (69, 49, 290), (8, True): (91, 67, 299)}
+LAYER_BUDGETS = {(1, False): (29, 23, 227), (8, False): (44, 30, 276), (8, True): (66, 46, 285)}
 """Expert parallelism, whether halves are exchanged apart -> kernels of a layer's forward pass, of its backward pass, kB
 per token of both."""
 

@@ -11,7 +11,7 @@ from moe_pretrain.model import layers
 from moe_pretrain.moe import dispatch, losses
 from moe_pretrain.moe.compiled import compiled
 from moe_pretrain.moe.experts import activation
-from moe_pretrain.moe.routers import base
+from moe_pretrain.moe.routers import base, top_k
 
 ROWS, SOURCES, HIDDEN, EXPERTS, VOCAB = 37, 19, 24, 5, 96
 
@@ -27,12 +27,19 @@ def probs() -> Tensor:
 MASK = torch.arange(ROWS) % 4 > 0
 LABELS = torch.where(MASK, torch.arange(ROWS) * 2, layers.IGNORE_INDEX)
 SLOTS = torch.tensor([[row, -1 if row % 3 else (row + 18) % ROWS] for row in range(SOURCES)])
-HEADS, ANGLES = (2, 3, 8, 16), torch.rand(2, 1, 8, 8)
+CHOSEN = torch.stack([torch.arange(ROWS) % EXPERTS, (torch.arange(ROWS) * 3 + 1) % EXPERTS], dim=1)
+ROUTES = torch.arange(ROWS).repeat_interleave(2)
+COSTS = torch.linspace(0.5, 1.5, EXPERTS)
+HEADS, KEYS, ANGLES = (2, 6, 8, 16), (2, 3, 8, 16), torch.rand(2, 1, 8, 8)
 REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]]] = {
     "activation": (activation._swiglu, lambda: (rows(ROWS, 2 * HIDDEN),)),
     "its gradients": (activation._swiglu_gradients, lambda: (rows(ROWS, 2 * HIDDEN), rows(ROWS, HIDDEN))),
     "rotary": (layers._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), False)),
     "rotary, back": (layers._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), True)),
+    "gradient of a projection": (
+        layers._joined_gradient,
+        lambda: (rows(*HEADS), rows(*KEYS), rows(*KEYS), ANGLES.cos(), ANGLES.sin()),
+    ),
     "sums of the loss": (layers._cross_entropy_sums, lambda: (rows(ROWS, VOCAB), LABELS)),
     "gradient of the loss": (
         layers._cross_entropy_gradient,
@@ -41,7 +48,18 @@ REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]
     "weighted sum": (dispatch._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS, torch.rand(ROWS), False)),
     "full sum": (dispatch._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS.abs(), None, True)),
     "scaled rows": (dispatch.scaled_rows, lambda: (rows(SOURCES, HIDDEN), SLOTS[:, 0], torch.rand(SOURCES, 1))),
-    "balance": (losses._mean_of_shares, lambda: (torch.rand(1, EXPERTS).double(), probs(), MASK)),
+    "shares": (losses._mean_of_shares, lambda: (torch.rand(1, EXPERTS).double(), probs(), MASK)),
+    "balance": (losses._balance, lambda: (probs(), torch.rand(1, EXPERTS).double(), MASK, None)),
+    "balance of costs": (
+        losses._balance,
+        lambda: (probs(), torch.ones(1, EXPERTS).double(), MASK, torch.rand(EXPERTS)),
+    ),
+    "weights": (top_k._route_weights, lambda: (probs(), CHOSEN, True, 2.5)),
+    "raw weights": (top_k._route_weights, lambda: (probs(), CHOSEN, False, 1.0)),
+    "routes": (top_k._flat_routes, lambda: (torch.stack([CHOSEN, CHOSEN])[:, :, 0].T,)),
+    "routes of text": (losses.count_text_routes, lambda: (ROUTES, CHOSEN.flatten(), MASK, 1, EXPERTS)),
+    "all routes": (dispatch._count_of_each, lambda: (CHOSEN.flatten(), EXPERTS)),
+    "order": (dispatch._inverse, lambda: (CHOSEN.flatten().argsort(stable=True), ROUTES)),
     "z loss": (losses.router_z_loss, lambda: (torch.randn(ROWS, EXPERTS, requires_grad=True), MASK)),
     "entropy": (losses.entropy_loss, lambda: (probs(), MASK)),
     "statistics": (base._count_text, lambda: (probs().detach(), MASK)),
@@ -61,10 +79,10 @@ def test_a_compiled_region_is_its_operations_within_rounding(name: str):
     for value, reference in zip(found, expected, strict=True):
         # The plain gradients round products to bfloat16 before they add them, the compiled ones do not.
         is_rounded = value.dtype == torch.bfloat16 or name == "its gradients"
-        error = (value.double() - reference.double()).norm() / reference.double().norm()
-        assert error <= (2**-7 if is_rounded else 1e-6)
+        error, size = (value.double() - reference.double()).norm(), reference.double().norm()
+        assert error <= (2**-7 if is_rounded else 1e-6) * size
 
 
 def _values(output: object, leaves: list[Tensor]) -> list[Tensor]:
     outputs = [output] if isinstance(output, Tensor) else list(output)
-    return outputs + (list(torch.autograd.grad(outputs[0], leaves)) if leaves else [])
+    return outputs + (list(torch.autograd.grad(outputs[0].square().sum(), leaves)) if leaves else [])

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.losses import count_routes, expert_router_coupling_loss, load_balance_loss, router_z_loss
+from moe_pretrain.moe.losses import count_text_routes, expert_router_coupling_loss, load_balance_loss, router_z_loss
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.config import BalancedRouterConfig, LinearRouterConfig
 from moe_pretrain.moe.types import (
@@ -35,8 +35,12 @@ def routes_by_group(
 ) -> Float[Tensor, "groups experts"]:
     """Routes of this micro-batch's text to each expert: a row per sequence at that level, else one."""
     num_groups = context.num_sequences if level == "sequence" else 1
-    group_of_route = token_index // (len(context.token_mask) // num_groups)
-    return count_routes(expert_index, context.token_mask[token_index], group_of_route, num_groups, num_experts)
+    return count_text_routes(token_index, expert_index, context.token_mask, num_groups, num_experts)
+
+
+def over_groups(counts: Float[Tensor, "groups experts"]) -> Float[Tensor, "experts"]:
+    """Sum over groups, which is the group itself where there is one."""
+    return counts[0] if len(counts) == 1 else counts.sum(dim=0)
 
 
 def balance_counts(
@@ -44,7 +48,7 @@ def balance_counts(
 ) -> Float[Tensor, "groups experts"]:
     """``own`` from ``routes_by_group``; at a pooled level in training the routes of a whole global batch."""
     if level in POOLED_LEVELS and context.sum_over_global_batch is not None:
-        return context.sum_over_global_batch(layer, own.sum(dim=0))[None]
+        return context.sum_over_global_batch(layer, over_groups(own))[None]
     return own
 
 
@@ -55,8 +59,7 @@ def router_use(
     sums: Float[Tensor, "sums"] | None = None,
 ) -> RouterUse:
     """Statistics of a decision that drops no route; ``probs`` is the distribution whose entropy is reported."""
-    tokens, entropy = _count_text(probs.detach(), context.token_mask)
-    return RouterUse(tokens_per_expert, tokens, entropy, tokens_per_expert.new_zeros(()), sums)
+    return RouterUse(tokens_per_expert, *_count_text(probs.detach(), context.token_mask), sums)
 
 
 def even_load(
@@ -87,10 +90,11 @@ def even_proportions(num_experts: int, costs: Sequence[float]) -> list[float]:
 @one_kernel_on_cuda
 def _count_text(
     probs: Float[Tensor, "tokens experts"], token_mask: Bool[Tensor, "tokens"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Number of text tokens, and their summed entropy."""
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """Number of text tokens, their summed entropy, and of dropped routes the number 0."""
     entropy = -torch.special.xlogy(probs, probs).sum(dim=-1)
-    return as_count(token_mask.sum()), as_count((entropy * token_mask).sum())
+    tokens = as_count(token_mask.sum())
+    return tokens, as_count((entropy * token_mask).sum()), torch.zeros_like(tokens)
 
 
 class BalancedRouter(Router):
@@ -150,7 +154,7 @@ class BalancedRouter(Router):
             expert_index,
             weight,
             routes_per_token,
-            use=router_use(own.sum(dim=0), probs, context, sums),
+            use=router_use(over_groups(own), probs, context, sums),
             aux={
                 "load_balance": load_balance_loss(probs, counts, context.token_mask, self.balanced_costs),
                 "router_z": router_z_loss(logits, context.token_mask),

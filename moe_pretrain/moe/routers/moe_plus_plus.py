@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import cost_balance_loss
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import balance_counts, best_first, router_logits, router_use, routes_by_group
+from moe_pretrain.moe.routers.base import (
+    balance_counts,
+    best_first,
+    over_groups,
+    router_logits,
+    router_use,
+    routes_by_group,
+)
 from moe_pretrain.moe.routers.config import BalanceLevelConfig, FixedCountConfig
 from moe_pretrain.moe.types import POOLED_LEVELS, LayerPlace, Routing, RoutingContext
 
@@ -174,7 +181,7 @@ class MoEPlusPlusRouter(Router):
             routes,
             weight.flatten(),
             config.top_k,
-            use=router_use(own.sum(dim=0), probs.detach(), context),
+            use=router_use(over_groups(own), probs.detach(), context),
             aux={"heterogeneous_balance": cost_balance_loss(probs, counts, cost, config.top_k, context.token_mask)},
             carried=logits if config.gating_residual else None,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moe_pretrain.moe.losses import sparsity_loss
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.routers.base import balance_counts, router_logits, router_use, routes_by_group
+from moe_pretrain.moe.routers.base import balance_counts, over_groups, router_logits, router_use, routes_by_group
 from moe_pretrain.moe.routers.config import BalanceLevelConfig, check_within_experts
 from moe_pretrain.moe.types import (
     POOLED_LEVELS,
@@ -130,7 +130,7 @@ class ReLURouter(Router):
             routes.slot,
             routes.take(gates),
             routes_per_token=None,
-            use=router_use(own.sum(dim=0), shares, context),
+            use=router_use(over_groups(own), shares, context),
             aux={
                 "sparsity": sparsity_loss(
                     *(gates, counts, tokens, config.target_experts, context.token_mask, self.balanced_costs)

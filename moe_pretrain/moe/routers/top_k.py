@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.losses import entropy_loss
 from moe_pretrain.moe.routers.base import LinearRouter, best_first
 from moe_pretrain.moe.routers.config import FixedCountConfig, LinearRouterConfig
@@ -106,17 +107,13 @@ class TopKRouter(LinearRouter):
         scores = scores_of(logits, config.score)
         probs = scores if config.score == "softmax" else scores / scores.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         chosen = self.select(scores.detach(), logits.detach())
-        weight = scores.gather(1, chosen)
-        if config.weights == "renormalised":
-            weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-        weight = weight * config.weight_scale
-        num_tokens = hidden.shape[0]
-        token_index = torch.arange(num_tokens, device=hidden.device).repeat_interleave(config.top_k)
+        weight = _route_weights(scores, chosen, config.weights == "renormalised", config.weight_scale)
+        token_index, expert_index = _flat_routes(chosen)
         return self.route(
             logits,
             probs,
             token_index,
-            chosen.flatten(),
+            expert_index,
             weight.flatten(),
             config.top_k,
             context,
@@ -190,6 +187,26 @@ class BiasedTopKRouter(TopKRouter):
     def metrics(self, use: StepUse) -> dict[str, float]:
         """Spread of the experts' biases, in units of the score."""
         return {"expert_bias_range": float(self.expert_bias.max() - self.expert_bias.min())}
+
+
+@one_kernel_on_cuda
+def _route_weights(
+    scores: Float[Tensor, "tokens experts"],
+    chosen: Int[Tensor, "tokens slots"],
+    is_renormalised: bool,
+    scale: float,
+) -> Float[Tensor, "tokens slots"]:
+    weight = scores.gather(1, chosen)
+    if is_renormalised:
+        weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    return weight * scale
+
+
+@one_kernel_on_cuda
+def _flat_routes(chosen: Int[Tensor, "tokens slots"]) -> tuple[Int[Tensor, "routes"], Int[Tensor, "routes"]]:
+    """Token and expert of each route."""
+    token_index = torch.arange(len(chosen), device=chosen.device).repeat_interleave(chosen.shape[1])
+    return token_index, chosen.flatten()
 
 
 def scores_of(logits: Float[Tensor, "tokens experts"], score: Score) -> Float[Tensor, "tokens experts"]:

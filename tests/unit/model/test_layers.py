@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moe_pretrain.model.layers import apply_rotary, chunked_cross_entropy, embed, rotary_table
+from moe_pretrain.model.layers import apply_rotary, chunked_cross_entropy, embed, rotary_table, rotated_projection
 
 
 @pytest.mark.parametrize("last", [300, 8191])
@@ -80,3 +80,18 @@ def test_float32_embeddings_keep_their_bits():
         output.backward(upstream)
         grads.append((output.detach(), weight.grad))
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projection_rotated_at_once_is_its_parts_rotated_bit_for_bit(dtype: torch.dtype) -> None:
+    """Queries, keys and values, and the gradient of the projection, with heads that share keys."""
+    sizes, head = [4 * 6, 2 * 6, 2 * 6], 6
+    table = rotary_table(torch.arange(7).expand(3, -1), head, 10_000.0)
+    projected = torch.randn(3, 7, sum(sizes)).to(dtype).requires_grad_()
+    query, key, value = (part.unflatten(-1, (-1, head)).transpose(1, 2) for part in projected.split(sizes, dim=-1))
+    expected = apply_rotary(query, table), apply_rotary(key, table), value
+    upstream = [torch.randn_like(part) for part in expected]
+    found = rotated_projection(projected, table, sizes, head)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    grads = [torch.autograd.grad(parts, projected, upstream)[0] for parts in (found, expected)]
+    assert grads[0].any() and torch.equal(*grads)
