@@ -13,6 +13,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _DEVICE_FILE = Path("/dev/nvidiactl")
 _OLDEST_DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """CUDA's major version -> oldest Linux driver (CUDA Toolkit release notes, table of minor version compatibility)."""
+_GROUPED_CAPABILITY = 9
 _COMPILERS = ("gcc", "clang")
 """Names that Triton looks for, after ``CC``."""
 
@@ -53,6 +54,22 @@ def device_for_inference(number: int = 0) -> str:
 def smallest_memory() -> int:
     """Bytes of the visible CUDA device that has the fewest."""
     return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+
+
+def lacks_grouped_products() -> str | None:
+    """Reason why experts in bfloat16 are slow on the GPU of this process; None where torch has a kernel for them.
+
+    From compute capability 9.0 on torch multiplies the rows of all experts in one launch. On older GPUs it copies the
+    experts' row counts to the host and multiplies expert by expert: two products forward and four backward.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    if major >= _GROUPED_CAPABILITY:
+        return None
+    return (
+        f"slow experts: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no grouped product in "
+        "torch, which waits for the GPU in each of a layer's six and multiplies expert by expert; "
+        f"{_GROUPED_CAPABILITY}.0 (H100) and newer have one"
+    )
 
 
 def missing_compiler() -> str | None:

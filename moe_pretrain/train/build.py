@@ -30,6 +30,7 @@ from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.cpu import keep_freed_memory
 from moe_pretrain.system.exit_codes import STOPPED
+from moe_pretrain.system.gpu import lacks_grouped_products
 from moe_pretrain.system.stop_signals import StopRequest
 from moe_pretrain.train.context import RunContext, build_context
 from moe_pretrain.train.corpora import Corpora, describe_corpus, open_run_data, prepare_corpora
@@ -127,6 +128,9 @@ def build_trainer(config: Config, plan: RunPlan, context: RunContext) -> Trainer
     say(_describe_run(config, plan, mesh))
     for line in describe_match(config.model, config.router, config.budget):
         say(line)
+    has_experts = config.model.moe_layers and not config.router.dense_experts
+    if has_experts and (plan.device, plan.dtype) == ("cuda", "bfloat16") and (slow := lacks_grouped_products()):
+        say(slow)
 
     if odd := config.schedule.check(plan.batches.num_steps):
         say(odd)

@@ -104,3 +104,20 @@ def test_the_allocator_s_segments_grow_unless_the_environment_speaks(own: dict[s
     clean = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     done = subprocess.run([sys.executable, "-c", program], env=clean | own, capture_output=True, text=True, check=True)
     assert done.stderr.strip() == str(list(own.values()) or ["expandable_segments:True"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "told"),
+    [
+        ((8, 0), "NVIDIA A100 (compute capability 8.0)"),
+        ((8, 9), "NVIDIA A100 (compute capability 8.9)"),
+        ((9, 0), None),
+    ],
+)
+def test_a_gpu_without_grouped_products_is_named_in_one_line(capability, told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    line = gpu.lacks_grouped_products()
+    assert (line is None) == (told is None)
+    if line is not None:
+        assert told in line and "\n" not in line and "9.0 (H100)" in line
