@@ -59,9 +59,11 @@ class UnequalExperts(nn.Module):
             class_of_expert[places] = number
         rows = len(order.source_of_row)
         class_of_row = class_of_expert.repeat_interleave(counts, output_size=rows)
+        # One wait of a GPU for all widths.
+        sizes = counts.new_zeros(len(self.members)).scatter_add_(0, class_of_expert, counts).tolist()
         total: Tensor | None = None
         for number, (places, experts) in enumerate(zip(self.members, self.stacks, strict=True)):
-            kept = (class_of_row == number).nonzero()[:, 0]
+            kept = torch.nonzero_static(class_of_row == number, size=sizes[number])[:, 0]
             new_row = class_of_row.new_full((rows + 1,), -1)  # the last is where a source has no row
             new_row[kept] = torch.arange(len(kept), device=kept.device)
             own = ExpertRowLayout(
