@@ -19,11 +19,12 @@ import torch
 from bench_tools import device_name, interleave, print_table, ratio_of_medians
 from torch import Tensor, nn
 
+from moe_pretrain.config.load import load
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.config import UnequalConfig, ZeroComputationConfig
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
-from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
+from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.routers.uniform import UniformConfig, UniformRouter
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 from moe_pretrain.system.cpu import keep_freed_memory
@@ -112,20 +113,8 @@ def make_tokens(router_weight: Tensor, options: argparse.Namespace, skew: float)
 
 def build_ours(options: argparse.Namespace) -> MoELayer:
     weights = "renormalised" if options.top_k > 1 else "raw"
-    config = TopKRouterConfig(
-        name="top_k",
-        top_k=options.top_k,
-        score="softmax",
-        weights=weights,
-        weight_scale=1.0,
-        num_groups=1,
-        groups_per_token=1,
-        projection_size=None,
-        jitter=0.0,
-        load_balance_weight=0.01,
-        load_balance_level="micro_batch",
-        router_z_weight=0.001,
-    )
+    shipped = load(["router=top_k", "router.load_balance_level=micro_batch"]).router
+    config = replace(shipped, top_k=options.top_k, weights=weights)
     router = TopKRouter(config, options.hidden, options.experts, layer=0)
     experts = SwiGLUExperts(options.experts, options.hidden, options.width, ExpertShard())
     layer = MoELayer(layer_config(options), router, experts, options.hidden)

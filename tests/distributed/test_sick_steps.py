@@ -146,6 +146,7 @@ STAGES = [(f"engine.zero_stage={stage}",) for stage in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("overrides", [*STAGES, ("engine.zero_stage=0", "engine.determinism=elastic")], ids=str)
+@pytest.mark.fast("zero_stage=2", "elastic")
 def test_a_finite_gradient_whose_norm_overflows_is_treated_alike_at_every_stage(overrides: tuple[str, ...]):
     for sickness, changed in run_on_ranks(overflowing_norm, 2, overrides, 1e25):
         assert changed == []

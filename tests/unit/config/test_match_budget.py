@@ -84,6 +84,7 @@ def neighbours(config: Config) -> list[Config]:
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("router", SCHEME_WORDS)
+@pytest.mark.fast("total_params", "top_k-", "autonomy-")
 def test_the_solved_width_is_the_nearest_multiple(router: str, measure: str):
     words = words_of(router, measure)
     plain = load(words)

@@ -310,9 +310,13 @@ def test_suffix_does_not_reach_the_prefix(option: dict[str, Any], training: bool
         after = decisions_of(model, changed)
         same = [torch.equal(a[:, :cut], b[:, :cut]) for a, b in zip(before[1], after[1], strict=True)]
         leaks.append(not all(same) or not torch.allclose(after[2][:, :cut], before[2][:, :cut], atol=1e-4))
-        if option is not PREDICTOR:  # whose target does look ahead
-            same = [torch.equal(a[:, :cut], b[:, :cut]) for a, b in zip(before[0], after[0], strict=True)]
-            assert option is RECEIVED or all(same)
+        if option not in (PREDICTOR, RECEIVED):  # whose target, or statistic, does look ahead
+            first, *above = zip(before[0], after[0], strict=True)
+            assert torch.equal(first[0][:, :cut], first[1][:, :cut])
+            # Experts below have multiplied other rows beside these. A product's rounding of one row depends on how
+            # many there are, and on the number of threads.
+            for a, b in above:
+                torch.testing.assert_close(a[:, :cut], b[:, :cut], rtol=1e-5, atol=1e-6)
         assert cut == 11 or not torch.equal(after[1][-1], before[1][-1])  # the change does move counts
     router = model.moe_layers()[0].router
     assert router.causal_in_training == router.causal_in_evaluation == (option is not RECEIVED)
