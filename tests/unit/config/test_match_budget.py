@@ -47,6 +47,8 @@ def words_of(router: str, seed: str) -> list[str]:
         words.append(f"router.gate_rank={draw.randint(4, 30)}")
     if router == "lory":
         words.append("router.segment_tokens=4")
+    if router == "moce_ir":
+        words.append("experts=swiglu")  # its own repeat after four
     return words
 
 
