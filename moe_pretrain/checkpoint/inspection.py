@@ -16,7 +16,7 @@ from moe_pretrain.checkpoint.manifest import (
     verify_files,
 )
 from moe_pretrain.checkpoint.restore import Reader
-from moe_pretrain.checkpoint.train_state import TrainState
+from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 
@@ -50,12 +50,25 @@ def _describe_state(state: TrainState) -> Iterator[str]:
     yield f"validation:  {_word(state.validation_loss)}"
     yield (
         f"saved from:  {_word(identity.world_size)} ranks, expert parallel "
-        f"{_look(identity.config, 'parallel', 'expert_parallel_size')}, "
-        f"ZeRO {_look(identity.config, 'engine', 'zero_stage')}"
+        f"{_look(identity.config, 'parallel', 'expert_parallel_size')}, ZeRO {_stage(identity)}, "
+        f"{_engine(identity, 'device')}, {_engine(identity, 'dtype')}"
     )
     yield f"model:       {_look(identity.config, 'model', 'name')}, router {_look(identity.config, 'router', 'name')}"
     yield f"corpus:      {_word(identity.corpus_fingerprint)}"
     yield "versions:    " + ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items()))
+
+
+def _engine(identity: RunIdentity, name: str) -> str:
+    """A field of the engine, which the run may have worked out for itself."""
+    return _look(identity.resolved, name) if name in identity.resolved else _look(identity.config, "engine", name)
+
+
+def _stage(identity: RunIdentity) -> str:
+    """ZeRO stage; where an earlier release has not recorded what ``auto`` became, what it must have been."""
+    stage = _engine(identity, "zero_stage")
+    if stage == "auto":
+        return "1" if (identity.world_size or 0) > 1 else "auto, which is 0 in float32 and 1 in bfloat16"
+    return stage
 
 
 def _look(values: Any, *names: str) -> str:

@@ -32,6 +32,7 @@ class RunIdentity:
         tokenizer: Fingerprint of the tokenizer; None where it was not recorded.
         world_size: Number of ranks that wrote it; None where it was not recorded.
         versions: Versions of Python and packages by name.
+        resolved: Device, dtype and ZeRO stage that ``auto`` became, by their names; empty where they were not recorded.
     """
 
     config: Values = field(default_factory=dict)
@@ -40,6 +41,7 @@ class RunIdentity:
     tokenizer: str | None = None
     world_size: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    resolved: Values = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class TrainState:
                 tokenizer=fields.read("tokenizer", _text),
                 world_size=fields.whole("world_size", range(1, 2**31)),
                 versions=fields.read("versions", _texts) or {},
+                resolved=fields.read("resolved", _mapping) or {},
             ),
         )
         if fields.violations:

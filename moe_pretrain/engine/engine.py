@@ -67,7 +67,8 @@ class TrainEngine:
         ``enter`` is called with the phase and step that begin.
         """
         model.to(mesh.device)
-        self.config = config = replace(config, zero_stage=config.stage(dtype, mesh.world_size))
+        stage = config.stage(dtype, mesh.world_size)
+        self.config = config = replace(config, zero_stage=stage, dtype=dtype, device=mesh.device.type)
         self.mesh, self.seed = mesh, seed
         self.model = model
         self._plan = plan

@@ -1,13 +1,15 @@
 """A rank that is stuck or gone is noticed and named, and the run ends, instead of waiting for it in a collective.
 
 Every rank publishes where its loop is, how many collectives it has begun in each group, and a count once a second,
-through the store that the launcher holds. Three things are watched:
+through the store that the launcher holds. Four things are watched:
 
 * the count of the rank after this one: when it stands still, that process is stopped or gone. The watcher names it,
   with all others that have fallen silent;
 * the rank's own loop, which may be stuck while its threads are well: when it neither begins a collective nor comes to
   another place for the longer limit, the rank that the others wait for is named, and where in the program it is. That
   is one that has begun fewer collectives of a group than another, and waits in no other group itself;
+* the interpreter itself, by a process outside (``system/outside_watch.py``): code that keeps its lock stops the
+  threads that watch;
 * the store: where the network is cut nothing tells the other side, no error comes from a socket for a quarter of an
   hour, and the ranks that the store cannot reach end because it no longer answers them.
 
@@ -37,6 +39,7 @@ import torch.distributed as dist
 from moe_pretrain.parallel.rendezvous import Rendezvous
 from moe_pretrain.run_folder.paths import stacks_file
 from moe_pretrain.system.exit_codes import LOST_RANK
+from moe_pretrain.system.outside_watch import OutsideWatch, Watched
 from moe_pretrain.system.threads import start_thread
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -94,11 +97,14 @@ class Heartbeat:
         self._fate: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._errands: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._outside: OutsideWatch | None = None
 
     def enter(self, phase: str, step: int) -> None:
         """Publish that this rank has come to ``phase`` of ``step``."""
         self._where = (phase, step)
         self._entered += 1
+        if self._outside is not None:
+            self._outside.tell(self.where)
         if self._threads and self._world_size > 1:
             with contextlib.suppress(Exception):  # ``_watch`` decides when a silent store is the end
                 self._publish()
@@ -119,6 +125,10 @@ class Heartbeat:
             store.set_timeout(timedelta(seconds=self._limit_polls * _POLL_SECONDS))
             self._store = _liveness_store(store, self._meeting.attempt)
             self._threads.append(start_thread(self._talk, "liveness-talk"))
+        name = f"rank {self._rank} on {socket.gethostname()}"
+        start_polls = max(self._stuck_polls, round(_START_SECONDS / _POLL_SECONDS))
+        limits = self._stuck_polls, start_polls
+        self._outside = OutsideWatch(Watched(name, *limits, STACK_SIGNAL, self._stacks, LOST_RANK))
         start_thread(self._run_errands, "errands")
         start_thread(self._end_at_last, "last-resort")
         self._threads.append(start_thread(self._watch, "liveness-watch"))
@@ -135,6 +145,9 @@ class Heartbeat:
         self._ending.set()
         self._errands.put(None)
         self._fate.put(False)
+        if self._outside is not None:
+            self._outside.close()
+            self._outside = None
         for thread in self._threads:
             thread.join(self._limit_polls * _POLL_SECONDS)  # the store may be silent
         faulthandler.unregister(STACK_SIGNAL)
@@ -178,6 +191,8 @@ class Heartbeat:
         # Polls are counted and not seconds: after the whole job was paused, nobody is accused.
         while not self._ending.wait(_POLL_SECONDS):
             try:
+                if (outside := self._outside) is not None:
+                    outside.tell()
                 is_stuck = own.is_too_long((self._entered, _begun_collectives()))
                 if is_stuck and (self._entered or own.polls >= _START_SECONDS / _POLL_SECONDS):
                     self._end_with(self._describe_stuck(self._read_all()))

@@ -5,6 +5,7 @@ configuration asks for it. Tests use it to show that every such fault is survive
 a cluster before trusting it with a month of training.
 """
 
+import ctypes
 import difflib
 import errno
 import os
@@ -57,7 +58,7 @@ SICK_POINTS = {
 """What can be made sick, and the one action that each knows."""
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-_HANG = "hang"
+_HANGS = ("hang", "hold")
 _ERRORS = ("ENOSPC", "EROFS", "EIO", "EDQUOT", "ENOENT")
 ALL_RANKS = -1
 
@@ -68,10 +69,11 @@ class FaultConfig:
 
     Attributes:
         point: Where: one of ``SAVE_POINTS``, ``RUN_POINTS`` or ``SICK_POINTS``.
-        action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process, or ``hang``: stay alive in an endless loop; an
-            error of the disk by its errno name (ENOSPC, EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite``
-            for the loss or the gradient; ``collapse`` for the router, which then sends every token to the same experts;
-            ``poison`` for the data, whose targets become wrong ones.
+        action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process, ``hang``: stay alive in an endless loop, or
+            ``hold``: the same in C code that keeps the interpreter's lock; an error of the disk by its errno name
+            (ENOSPC, EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite`` for the loss or the gradient;
+            ``collapse`` for the router, which then sends every token to the same experts; ``poison`` for the data,
+            whose targets become wrong ones.
         step: First step at which it happens: for saving the number of finished steps, for the data the step in its
             own order, else the step's own number.
         num_steps: How many steps in succession it happens at.
@@ -105,7 +107,7 @@ class FaultConfig:
         if self.point in SAVE_POINTS:
             return (*_SIGNALS, *_ERRORS)
         if self.point in RUN_POINTS:
-            return (*_SIGNALS, _HANG)
+            return (*_SIGNALS, *_HANGS)
         return (SICK_POINTS[self.point],) if self.point in SICK_POINTS else ()
 
 
@@ -134,9 +136,12 @@ class Faults:
         if action in _SIGNALS:
             # To this thread: a SIGSTOP to the process lets it go on until another thread has been woken to take it.
             signal.pthread_kill(threading.get_ident(), _SIGNALS[action])
-        elif action == _HANG:
+        elif action == "hang":
             while True:
                 time.sleep(1.0)
+        elif action == "hold":
+            while True:
+                ctypes.PyDLL(None).sleep(3600)
         else:
             raise OSError(getattr(errno, action), f"{os.strerror(getattr(errno, action))} (fault.point={point})")
 

@@ -42,7 +42,7 @@ class Resumer:
         saving: CheckpointSaving,
     ):
         """Nothing is taken over yet: ``progress`` and ``engine`` are replaced when a checkpoint is."""
-        self.rules = ResumeRules(config, data.corpus, context.mesh.world_size)
+        self.rules = ResumeRules(config, data.corpus, engine)
         self._config, self._engine, self._mesh, self._say = config, engine, context.mesh, context.say
         self._progress, self._recorder, self._loader, self._saving = progress, recorder, data.loader, saving
         self._folder, self._checkpoints = config.run.folder, config.run.folder / CHECKPOINTS

@@ -9,6 +9,7 @@ from typing import Any
 from moe_pretrain import data
 from moe_pretrain.checkpoint.store import RunIdentity, TrainState
 from moe_pretrain.config.schema import Config, ConfigError, to_values
+from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.run_folder.provenance import versions
 
 _MUST_STAY = (
@@ -87,6 +88,8 @@ _KINDS = (
     "schedule.name",
 )
 """Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
+_RESOLVED = ("device", "dtype", "zero_stage")
+"""Fields of the engine that may be ``auto``."""
 _ABSENT = object()
 
 
@@ -97,14 +100,15 @@ class ResumeRules:
         identity: This run, as its own checkpoints keep it.
     """
 
-    def __init__(self, config: Config, corpus: data.TrainingCorpus, world_size: int):
+    def __init__(self, config: Config, corpus: data.TrainingCorpus, engine: TrainEngine):
         self.identity = RunIdentity(
             config=json.loads(json.dumps(to_values(config))),
             corpus_fingerprint=corpus.fingerprint,
             corpus_facts=corpus.facts(config.data),
             tokenizer=corpus.tokenizer.fingerprint,
-            world_size=world_size,
+            world_size=engine.mesh.world_size,
             versions=versions(),
+            resolved={name: getattr(engine.config, name) for name in _RESOLVED},
         )
 
     def refuse_changes(self, state: TrainState, path: Path, is_branch: bool = False) -> list[str]:

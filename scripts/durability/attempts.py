@@ -29,7 +29,8 @@ import torch.distributed as dist
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.config.load import load
-from moe_pretrain.config.preflight import preflight
+from moe_pretrain.config.preflight import RunPlan, preflight
+from moe_pretrain.config.schema import Config
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
 from moe_pretrain.train.build import train
 from moe_pretrain.train.corpora import prepare_corpora
@@ -42,6 +43,15 @@ _TINY = [
     *("metrics.log_every_steps=1", "metrics.wandb=off", "engine.check_every_steps=10", "engine.device=cpu"),
     *("run.prepare_workers=1", "parallel.timeout_seconds=60"),
 ]
+
+
+STREAM = [
+    *("streaming.mode=always", "streaming.shard_bytes=20000", "streaming.window_shards=2"),
+    *("streaming.validation_shards=3", "streaming.shards_ahead=2", "streaming.cache_shards=8"),
+    "data.validation_fraction=0.3",
+]
+"""Tokenise the corpus while the run trains on it."""
+_LAST_ROW_BYTES = 16_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class Run:
             *overrides,
         ]
         self._count = 0
+        self._plans: dict[Topology, tuple[Config, RunPlan]] = {}
 
     @property
     def words(self) -> list[str]:
@@ -109,9 +120,10 @@ class Run:
         """Fork the ranks of one attempt; their process ids."""
         self._count += 1
         meeting = self._home / f"store_{self.folder.name}_{self._count}"
-        config = load([*self._overrides, *topology.overrides()])
-
-        plan = preflight(config, topology.ranks)
+        if topology not in self._plans:
+            config = load([*self._overrides, *topology.overrides()])
+            self._plans[topology] = config, preflight(config, topology.ranks)
+        config, plan = self._plans[topology]
 
         def rank_body(rank: int) -> int:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(topology.ranks))
@@ -125,6 +137,19 @@ class Run:
 
     def rows(self, kind: str = "train") -> list[MetricsRow]:
         return [row for row in read_rows(self.folder / "metrics.jsonl") if row["kind"] == kind]
+
+    def step(self) -> int:
+        """Step of the last training row that is whole; asked hundreds of times a second, so the end alone is read."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_ROW_BYTES))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return 0
+        for line in reversed(lines):
+            if b'"kind": "train"' in line and line.startswith(b"{"):
+                return int(json.loads(line)["step"])
+        return 0
 
     def newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that verifies; any damage is an error here, since nobody damaged one."""

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from attempts import Run, array_hashes, fresh_home, moment, remove
+from attempts import STREAM, Run, array_hashes, fresh_home, moment, remove
 from helpers.runs import Program, start
 
 from moe_pretrain.checkpoint.store import train_state
@@ -34,11 +34,6 @@ HEARTBEAT_SECONDS, TIMEOUT_SECONDS = 6, 30
 BOUND_SECONDS = 180.0
 """Above the sum of both limits and the launcher's grace, on a machine that does other work too."""
 TWO_RANKS = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
-STREAM = [
-    *("streaming.mode=always", "streaming.shard_bytes=20000", "streaming.window_shards=2"),
-    *("streaming.validation_shards=3", "streaming.shards_ahead=2", "streaming.cache_shards=8"),
-    "data.validation_fraction=0.3",
-]
 ASKED = {signal.SIGTERM: {STOPPED}, signal.SIGUSR1: {STOPPED}, signal.SIGINT: {STOPPED, INTERRUPTED}}
 """Exit codes after a signal that asks; 0 as well, where the run had come to its end."""
 
@@ -72,12 +67,12 @@ class Fire:
 
     def _await_moment(self, program: Program, hits_left: int) -> bool:
         """Wait for a random moment of the start, of training or of a save; False if the run has ended before."""
-        done = len(self.run.rows())
+        done = self.run.step()
         fair_share = (self._num_steps - done) // hits_left
         wanted = self._generator.randrange(max(1, min(2 * STEPS_PER_HIT, 2 * fair_share - 4)))
         longest_start = moment(self._generator, 12.0) if wanted < 3 else BOUND_SECONDS
         started = time.monotonic()
-        while len(self.run.rows()) < done + wanted and time.monotonic() - started < longest_start:
+        while self.run.step() < done + wanted and time.monotonic() - started < longest_start:
             if program.poll() is not None:
                 return False
             time.sleep(0.002)
@@ -97,8 +92,9 @@ class Fire:
         asked = next((number for number in ASKED if str(number) == kind), None)
         named = None
         if asked is not None:
+            # A process that has only been made takes the signal as the kernel has it.
+            codes = ASKED[asked] | ({0} if catches(program.pid, asked) else {0, -asked})
             program.send_signal(asked)
-            codes = ASKED[asked] | {0}
         elif kind == "kill the launcher":
             program.kill()
             codes = {-signal.SIGKILL}
@@ -149,6 +145,16 @@ def children_of(process: int) -> list[int]:
     """Ranks of a launcher, in order; none before they are started."""
     files = Path(f"/proc/{process}/task").glob("*/children")
     return sorted(int(word) for file in files for word in file.read_text().split())
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether the process has a handler for the signal."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return True
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(mask >> (number - 1) & 1)
 
 
 def is_alive(process: int) -> bool:

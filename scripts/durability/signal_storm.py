@@ -29,19 +29,19 @@ NUM_STEPS = 30
 
 def await_phase(run: Run, phase: str, generator: random.Random) -> None:
     """Wait until the run is about to be in ``phase``, and a little longer."""
-    first = len(run.rows())
+    first = run.step()
 
     def is_there() -> bool:
         if phase == "saving":
             return run.is_saving()
         if phase == "evaluation":  # it comes after the fifth row, and at the end
-            return len(run.rows()) - first >= 5 and (len(run.rows()) % 5 == 0)
-        return len(run.rows()) >= (NUM_STEPS if phase == "the end" else first + 1)
+            return run.step() - first >= 5 and (run.step() % 5 == 0)
+        return run.step() >= (NUM_STEPS if phase == "the end" else first + 1)
 
     if phase == "start-up":
         return time.sleep(moment(generator, 3.0))
     deadline = time.monotonic() + GRACE_SECONDS
-    while not is_there() and len(run.rows()) < NUM_STEPS and time.monotonic() < deadline:
+    while not is_there() and run.step() < NUM_STEPS and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(moment(generator, 0.1))
 

@@ -1,6 +1,7 @@
 """Runs that fall ill, as processes: what is said, what is left, and the exit code."""
 
 import json
+import re
 import resource
 import signal
 import time
@@ -94,6 +95,38 @@ def test_a_run_of_one_process_that_is_stuck_ends(home: Path):
     assert code == 69 and f"{STUCK}0 on" in err and "step 6, phase evaluate.batch, in reach (faults.py:" in err, err
     code, _, err = run(home, "train", "run.name=alone", "fault.point=null")
     assert code == 0, err
+
+
+@pytest.mark.fast("1")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_whose_code_keeps_the_interpreters_lock_are_named_and_end(home: Path, processes: int):
+    """No thread of these ranks runs any more, so none of them can tell of itself or of another."""
+    name = f"held-{processes}"
+    words = [
+        *fault("train.backward", "hold", 3, rank=-1),
+        "parallel.timeout_seconds=6",
+        f"parallel.processes={processes}",
+    ]
+    code, _, err = run(home, *train_words(name, *words))
+    assert code == 69, err
+    place = "last seen at step 3, phase train.backward, in reach (faults.py:"
+    assert re.search(rf"for 6 s \(parallel.timeout_seconds\): rank \d on \S+, {re.escape(place)}", err), err
+    assert "in reach" in (home / "outputs" / name / "stacks" / "rank_00000.txt").read_text()
+    code, _, err = run(home, "train", f"run.name={name}", "fault.point=null", "parallel.timeout_seconds=60")
+    assert code == 0, err
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_that_was_stopped_for_longer_than_its_limits_goes_on(home: Path):
+    words = ["parallel.timeout_seconds=4", "parallel.heartbeat_seconds=4", "budget.tokens=61440"]
+    process = start(home, *train_words("paused", *words))
+    wait_for_step(home, "paused", 3, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(9)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and "stuck" not in err, err
+    assert [row["step"] for row in rows_of(home, "paused")] == list(range(1, 61))
 
 
 def test_memory_at_its_limit_ends_the_run_or_lets_it_go_on(home: Path):

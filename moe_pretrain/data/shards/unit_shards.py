@@ -306,11 +306,17 @@ def read_record(path: Path) -> UnitRecord:
 
 
 def shard_is_whole(folder: Path, side: str, shard: ShardInfo | None, token_bytes: int) -> bool:
-    """Whether a shard that a record lists is there; a machine that lost power may keep one without the other."""
+    """Whether a shard that a record lists is there; a machine that lost power may keep one without the other.
+
+    One that is written again has its record before its files: the index is the last of them.
+    """
     if shard is None:
         return True
-    path = folder / side / f"{shard.name}.bin"
-    return path.is_file() and path.stat().st_size == shard.tokens * token_bytes
+    sizes = {"bin": shard.tokens * token_bytes, "idx": shard.documents * INDEX_DTYPE.itemsize}
+    try:
+        return all((folder / side / f"{shard.name}.{end}").stat().st_size == size for end, size in sizes.items())
+    except FileNotFoundError:
+        return False
 
 
 def read_token_counts(folder: Path, index: int) -> np.ndarray:

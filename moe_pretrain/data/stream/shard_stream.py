@@ -153,14 +153,8 @@ class ShardStream:
 
     def wait_for_tokens(self, shard: int, turn: int, cancelled: Callable[[], bool]) -> None:
         """Until a shard that has a record lies on the disk."""
-        info = self._records[shard].shards[0]
-        token_bytes = 2 if self.tokenizer.vocab_size <= 65536 else 4
-
-        def ready() -> bool | None:
-            return shard_is_whole(self.folder, SIDES[0], info, token_bytes) or None
-
         self._demand(turn)
-        self.wait(ready, f"shard {shard} of {describe(self._corpus)} to be written again", cancelled)
+        self._wait_for_files(shard, SIDES[0], cancelled)
 
     def keep(self, turn: int) -> None:
         """Nothing before this place in the order of reading is read again."""
@@ -215,6 +209,7 @@ class ShardStream:
             record = self.wait_for_record(len(head), -1, cancelled)
             if record is None:
                 break
+            self._wait_for_files(len(head), SIDES[1], cancelled)
             head.append(record)
         counts = sum((record.counts for record in head), NOTHING)
         where = f"the first {len(head)} shards of {describe(self._corpus)}"
@@ -270,6 +265,15 @@ class ShardStream:
         if self._writer is not None and turn >= 0:
             self._last = max(turn, self._last)
             self._writer.demand(self._kept, self._last)
+
+    def _wait_for_files(self, shard: int, side: str, cancelled: Callable[[], bool]) -> None:
+        info = self._records[shard].shards[SIDES.index(side)]
+        token_bytes = 2 if self.tokenizer.vocab_size <= 65536 else 4
+
+        def ready() -> bool | None:
+            return shard_is_whole(self.folder, side, info, token_bytes) or None
+
+        self.wait(ready, f"shard {shard} of {describe(self._corpus)} to be written again", cancelled)
 
     def _record(self, shard: int) -> UnitRecord | None:
         if shard not in self._records and (path := record_path(self.folder, shard)).is_file():

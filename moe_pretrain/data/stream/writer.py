@@ -190,14 +190,25 @@ class ShardsAhead:
     def _make_room(self, is_read: bool) -> bool:
         """Remove shards that the run is past until one more has room. One that is read now is written in any case."""
         most = self._job.config.cache_shards
-        wanted = {shard for shard, _ in self._wanted()}
+        spared = self._spared()
         while most is not None and len(self._cached) >= most:
-            past = self._cached - wanted
+            past = self._cached - spared
             if not past:
                 return is_read
             forget_shards(self._job.folder, min(past), SIDES[:1])
             self._cached.remove(min(past))
         return True
+
+    def _spared(self) -> set[int]:
+        """Shards that stay: what is demanded, and the window after it, whose demand may be on its way.
+
+        The run reads a shard that lies there at once, so one must not go between its demand and the hearing of it.
+        """
+        demand, config = self.demand, self._job.config
+        first, last = (demand.kept, demand.last) if demand.last >= 0 else (demand.base_shard, demand.base_shard - 1)
+        turns = range(first, last + 1 + max(config.shards_ahead, config.window_shards))
+        num_shards = self._num_shards()
+        return {turn if num_shards is None else turn % num_shards for turn in turns}
 
     def _unit(self, shard: int) -> Unit | None:
         """The unit of a shard; None if the source ends before it."""

@@ -50,6 +50,30 @@ def test_a_good_checkpoint_is_described(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows["norm"] == pytest.approx([math.sqrt(5) * value] * 3, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "engine, ranks, resolved, line",
+    [
+        (
+            {"zero_stage": "auto", "device": "auto", "dtype": "auto"},
+            1,
+            {"zero_stage": 0, "device": "cpu", "dtype": "float32"},
+            "1 ranks, expert parallel 2, ZeRO 0, cpu, float32\n",
+        ),
+        ({"zero_stage": "auto", "device": "cpu", "dtype": "auto"}, 4, {}, "ZeRO 1, cpu, auto\n"),
+        (
+            {"zero_stage": "auto"},
+            1,
+            {},
+            "ZeRO auto, which is 0 in float32 and 1 in bfloat16, not recorded, not recorded\n",
+        ),
+    ],
+)
+def test_what_auto_became_is_printed(tmp_path: Path, capsys, engine: dict, ranks: int, resolved: dict, line: str):
+    facts = {**FACTS, "config": {**FACTS["config"], "engine": engine}, "world_size": ranks, "resolved": resolved}
+    assert main(["inspect", str(write_checkpoint(tmp_path, 3, **facts))]) == 0
+    assert line in capsys.readouterr().out
+
+
 def test_damage_is_named_and_gives_another_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_checkpoint(tmp_path, 3, **FACTS)
     file = path / "rank_00000.safetensors"

@@ -21,7 +21,8 @@ from moe_pretrain.data.rows.permutation import RowPermutation
 from moe_pretrain.data.shards.unit_shards import NOTHING
 from moe_pretrain.data.stream import shard_stream as streaming_module
 from moe_pretrain.data.stream.rows import StreamedRows, Windows
-from moe_pretrain.data.stream.shard_stream import ShardStream
+from moe_pretrain.data.stream.shard_stream import Cancelled, ShardStream
+from moe_pretrain.data.stream.writer import Demand
 
 SEQUENCE = 16
 SEED = 3
@@ -196,6 +197,51 @@ def test_the_writer_pauses_so_many_shards_ahead(corpus, tmp_path):
     assert last in (1, 2)
     assert len(list((tmp_path / "cache" / "train").glob("*.bin"))) == last + 1 + 4
     assert "pauses" in writer.lines[-1][1]
+
+
+def test_a_shard_that_is_written_again_is_waited_for_until_its_last_file_is_there(corpus, tmp_path):
+    stream, _ = open_inline(tmp_path / "cache", corpus, streaming())
+    assert StreamedRows(stream, SEQUENCE, SEED, True).reach(0, 1, never)
+    index = tmp_path / "cache" / "train" / "shard-00001.idx"
+    content = index.read_bytes()
+    for state in (None, content[:-1]):
+        index.unlink() if state is None else index.write_bytes(state)
+        with pytest.raises(Cancelled):
+            stream.wait_for_tokens(1, 1, lambda: True)
+    index.write_bytes(content)
+    stream.wait_for_tokens(1, 1, lambda: True)
+
+
+def test_the_next_window_stays_while_its_demand_is_on_its_way(corpus, tmp_path):
+    """At the end of an epoch the first shards lie there, and are read as soon as they are asked for."""
+    stream, writer = open_inline(tmp_path / "cache", corpus, streaming(cache_shards=5))
+    writer.demand(0, 3)
+    while writer.shards.step():
+        pass
+    num_shards = stream.num_shards()
+    assert num_shards > 20
+    writer.demand(num_shards - 2, num_shards - 1)
+    while writer.shards.step():
+        pass
+    there = {int(path.stem.removeprefix("shard-")) for path in (tmp_path / "cache" / "train").glob("*.bin")}
+    assert there == {0, 1, 4, num_shards - 2, num_shards - 1}
+
+
+def test_a_run_that_goes_on_keeps_its_window_before_it_has_asked_for_it(corpus, tmp_path):
+    """Its writer first writes a shard of the validation set that was lost."""
+    _, writer = open_inline(tmp_path / "cache", corpus, streaming(cache_shards=5))
+    writer.demand(0, 3)
+    while writer.shards.step():
+        pass
+    for shard in (0, 1):
+        (tmp_path / "cache" / "validation" / f"shard-{shard:05d}.bin").unlink()
+        writer.shards.demand = Demand(base_shard=0)
+        stream = ShardStream(tmp_path / "cache", corpus, streaming(cache_shards=5), writer, lambda line: None)
+        stream.load_tokenizer(TOKENIZER)
+        reader, _, _ = stream.validation(never)
+        reader.verify()
+    there = {path.name for path in (tmp_path / "cache" / "train").glob("*.bin")}
+    assert {"shard-00000.bin", "shard-00001.bin"} <= there
 
 
 def test_shards_are_those_of_prepare(corpus, tmp_path, monkeypatch):
