@@ -10,7 +10,11 @@ UNSAVED = 74
 
 EX_IOERR: mend the disk and start me again.
 """
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT)
+_OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    # A server that is gone, or a mount that has lost it.
+    *(errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN),
+}
 
 
 def is_of_the_disk(error: BaseException | None) -> bool:

@@ -59,7 +59,7 @@ SICK_POINTS = {
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _HANGS = ("hang", "hold")
-_ERRORS = ("ENOSPC", "EROFS", "EIO", "EDQUOT", "ENOENT")
+_ERRORS = ("ENOSPC", "EROFS", "EIO", "EDQUOT", "ENOENT", "ESTALE", "ENOTCONN")
 ALL_RANKS = -1
 
 
@@ -71,9 +71,9 @@ class FaultConfig:
         point: Where: one of ``SAVE_POINTS``, ``RUN_POINTS`` or ``SICK_POINTS``.
         action: ``kill`` (SIGKILL) or ``stop`` (SIGSTOP) the process, ``hang``: stay alive in an endless loop, or
             ``hold``: the same in C code that keeps the interpreter's lock; an error of the disk by its errno name
-            (ENOSPC, EROFS, EIO, EDQUOT, ENOENT) in the save path; ``not_finite`` for the loss or the gradient;
-            ``collapse`` for the router, which then sends every token to the same experts; ``poison`` for the data,
-            whose targets become wrong ones.
+            (ENOSPC, EROFS, EIO, EDQUOT, ENOENT, ESTALE, ENOTCONN) in the save path; ``not_finite`` for the loss or the
+            gradient; ``collapse`` for the router, which then sends every token to the same experts; ``poison`` for the
+            data, whose targets become wrong ones.
         step: First step at which it happens: for saving the number of finished steps, for the data the step in its
             own order, else the step's own number.
         num_steps: How many steps in succession it happens at.

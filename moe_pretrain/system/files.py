@@ -5,10 +5,12 @@ flushed too. A reader, a kill, a power cut or a full disk at any moment finds th
 """
 
 import contextlib
+import errno
 import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,18 @@ TEMPORARY_SUFFIX = ".tmp"
 """End of the names of files that are being written, or whose process was killed while it wrote them."""
 
 
+_NO_SUCH_FLUSH = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def is_being_written(temporary: Path) -> bool:
+    """Whether a file with a temporary name belongs to a process of this host that lives.
+
+    The clock does not tell: it may have jumped, and that of a file server is another.
+    """
+    owner = temporary.name.removesuffix(TEMPORARY_SUFFIX).rpartition(f".{socket.gethostname()}.")[2]
+    return owner.isdecimal() and owner != temporary.name and Path(f"/proc/{owner}").exists()
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of a file that nobody but the caller writes."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
@@ -26,12 +40,25 @@ def remove_leftovers(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk: a rename alone may be undone by a power cut."""
+    """Flush a folder's entries to the disk: a rename alone may be undone by a power cut.
+
+    Some network file systems know no flush of a folder, and do it with the rename.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SUCH_FLUSH:
+            raise _naming(error, folder) from None
     finally:
         os.close(descriptor)
+
+
+def _naming(error: OSError, path: Path) -> OSError:
+    """The error with the file that it is about; what is done to an open file names none."""
+    if error.filename is None:
+        error.filename = str(path)
+    return error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -111,8 +138,10 @@ class WholeFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Several processes may write one file, with equal content (ranks that share a cache): each has its own.
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        # Several processes may write one file, with equal content (ranks that share a cache): each has its own, also
+        # those of two hosts or containers that have the same number.
+        owner = f"{socket.gethostname()}.{os.getpid()}"
+        self._temporary = path.with_name(f"{path.name}.{owner}{TEMPORARY_SUFFIX}")
         # Unbuffered: a full disk is heard of by the piece that does not fit, not by some later one.
         self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115 - closed by commit or abandon
         self.checksum = xxhash.xxh3_128()
@@ -130,8 +159,11 @@ class WholeFile:
         """Append, and count it into the checksum."""
         self.checksum.update(data)
         rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[self._file.write(rest) :]  # the kernel may take a part of it
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]  # the kernel may take a part of it
+        except OSError as error:
+            raise _naming(error, self._path) from None
 
     def commit(self) -> None:
         """Flush to the disk and take the final name; a file that cannot is abandoned."""
@@ -139,12 +171,16 @@ class WholeFile:
             os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.rename(self._path)
-        except BaseException:
+        except BaseException as error:
             self.abandon()
+            if isinstance(error, OSError):
+                raise _naming(error, self._path) from None
             raise
         sync_folder(self._path.parent)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """Leave nothing behind, unless the disk refuses that too: what comes first is what is said."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)

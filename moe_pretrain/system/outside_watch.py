@@ -26,7 +26,7 @@ _OF_TORCH = "/torch/"
 
 @dataclass(frozen=True)
 class Watched:
-    """What the process outside is told of the rank at its start.
+    """Facts of the rank that the process outside is told at its start.
 
     Attributes:
         name: The rank, in the words of the line that is printed.
@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def _read_signs(file: int) -> str | None:
-    """What has come through the pipe; None when its other end is closed."""
+    """Text that has come through the pipe; None when its other end is closed."""
     parts: list[bytes] = []
     with contextlib.suppress(BlockingIOError):
         while part := os.read(file, 65536):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_pretrain.system.file_lock import try_lock
-from moe_pretrain.system.files import TEMPORARY_SUFFIX
+from moe_pretrain.system.files import TEMPORARY_SUFFIX, is_being_written
 
 _PARTIAL = ".partial"
 _SECONDS_BETWEEN_TRIES = 0.5
@@ -84,10 +84,10 @@ def remove_leftovers(partial: Path) -> None:
 
 
 def remove_old_leftovers(folder: Path) -> None:
-    """Remove temporary files that nobody has written to for an hour; others may be another process's."""
+    """Remove temporary files that nobody has written to for an hour, but none of a process that lives here."""
     for path in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _OLD_SECONDS:
+            if time.time() - path.stat().st_mtime > _OLD_SECONDS and not is_being_written(path):
                 path.unlink()
 
 

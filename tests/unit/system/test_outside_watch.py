@@ -1,4 +1,4 @@
-"""What watches a rank from outside: code that keeps the interpreter's lock ends it, a stop of the process does not."""
+"""The watch over a rank from outside: code that keeps the interpreter's lock ends it, a stop of it does not."""
 
 import signal
 import subprocess
