@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -67,8 +67,9 @@ class TrainEngine:
         ``enter`` is called with the phase and step that begin.
         """
         model.to(mesh.device)
+        device: Literal["cpu", "cuda"] = "cuda" if mesh.device.type == "cuda" else "cpu"
         stage = config.stage(dtype, mesh.world_size)
-        self.config = config = replace(config, zero_stage=stage, dtype=dtype, device=mesh.device.type)
+        self.config = config = replace(config, zero_stage=stage, dtype=dtype, device=device)
         self.mesh, self.seed = mesh, seed
         self.model = model
         self._plan = plan
