@@ -121,8 +121,6 @@ class _ControlBlock(ctypes.Structure):
 
 _IN_A_THREAD = 2
 """SIGEV_THREAD."""
-_read_requests: list[tuple[_ControlBlock, ctypes.Array[ctypes.c_char]]] = []
-"""Memory that the C library reads and writes for as long as this process lives."""
 
 
 def _exit_when_told(file: int, code: int) -> None:
@@ -138,7 +136,8 @@ def _exit_when_told(file: int, code: int) -> None:
     block = _ControlBlock(file=file, buffer=ctypes.addressof(buffer), length=1)
     block.event.value, block.event.notify = code, _IN_A_THREAD
     block.event.function = ctypes.cast(library._exit, ctypes.c_void_p).value
-    _read_requests.append((block, buffer))
+    for kept in (block, buffer):  # the library reads and writes them for as long as this process lives
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     library.aio_read(ctypes.byref(block))
 
 

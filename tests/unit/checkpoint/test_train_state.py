@@ -50,7 +50,7 @@ def test_the_names_in_the_file_are_those_of_the_first_release() -> None:
     """Another name would leave every earlier checkpoint behind."""
     assert list(as_kept(WHOLE)) == [
         *("step", "tokens", "token_hash", "flops", "train_seconds", "validation_loss", "rewinds", "spikes", "stream"),
-        *("config", "corpus_fingerprint", "corpus_facts", "tokenizer", "world_size", "versions"),
+        *("config", "corpus_fingerprint", "corpus_facts", "tokenizer", "world_size", "versions", "resolved"),
     ]
     assert as_kept(WHOLE)["rewinds"][0] == {"step": 2, "first": 3, "stop": 5}
     assert as_kept(WHOLE)["spikes"] == {"losses": [3.0, 2.5], "is_high": True}

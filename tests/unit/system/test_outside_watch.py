@@ -69,10 +69,10 @@ def test_where_the_c_library_cannot_end_it_the_process_is_killed(tmp_path: Path)
 
 
 def test_a_process_that_was_stopped_for_longer_goes_on(tmp_path: Path):
-    process = program(tmp_path, "print('ready', flush=True)\n    time.sleep(2)", limits="3, 3")
+    process = program(tmp_path, "print('ready', flush=True)\n    time.sleep(2)", limits="5, 5")
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(8)
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "went on\n", "")
