@@ -75,6 +75,19 @@ BEFORE_OF_CORPORA: dict[str, dict[str, Any]] = {
     },
 }
 """The same of a corpus by its source, wherever it stands: as data, in a mixture, as an evaluation set."""
+_IGNORED_COST = {
+    "k_means",
+    "hash",
+    "relu",
+    "expert_choice",
+    "expert_threshold",
+    "sinkhorn",
+    "thor",
+    "random",
+    "uniform",
+}
+"""Routers that did not heed ``model.moe.experts.balance=cost``, which stood there by default, before releases that know
+``parallel.overlap_exchange``: such a run evened routes, or nothing."""
 _WITHOUT_EFFECT = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
 _SEARCH_PATH = "hydra.searchpath="
 
@@ -268,6 +281,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         if field in values.get(part, {}):
             part_now, _, field_now = new.partition(".")
             values[part_now].setdefault(field_now, values[part].pop(field))
+    say_what_was_balanced(values)
     for name, value in BEFORE.items():
         *parts, field = name.split(".")
         part_of: dict[str, Any] = values
@@ -278,6 +292,15 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
         for field, value in BEFORE_OF_CORPORA.get(corpus["source"], {}).items():
             corpus.setdefault(field, value)
     return values
+
+
+def say_what_was_balanced(values: dict[str, Any]) -> None:
+    """Put ``balance=routes`` where a run of before had experts of several widths and nothing that heeded their cost."""
+    router, experts = values["router"], values["model"]["moe"].get("experts", {})
+    if "overlap_exchange" in values["parallel"] or experts.get("balance") != "cost":
+        return
+    if router["name"] in _IGNORED_COST or router.get("load_balance_weight") == 0:
+        experts["balance"] = "routes"
 
 
 def corpora_of(values: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

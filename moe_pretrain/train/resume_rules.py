@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_pretrain import data
 from moe_pretrain.checkpoint.store import RunIdentity, TrainState
+from moe_pretrain.config.compose import say_what_was_balanced
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.run_folder.provenance import versions
@@ -173,6 +176,9 @@ def changes(then: dict[str, Any], now: dict[str, Any], is_branch: bool = False) 
     then is contradicted.
     """
     found = Changes([], [])
+    then = deepcopy(then)
+    with suppress(KeyError, TypeError, AttributeError):  # of a checkpoint whose configuration is damaged
+        say_what_was_balanced(then)
     elastic = all(_engine(config).get("determinism") == "elastic" for config in (then, now))
     kept = (*_MUST_STAY, *_MUST_STAY_IF_ELASTIC) if elastic else _MUST_STAY
     differences = _differences("", then, json.loads(json.dumps(now)))

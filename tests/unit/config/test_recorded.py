@@ -59,6 +59,30 @@ def test_a_run_keeps_the_defaults_of_its_day(tmp_path: Path):
         assert not found.refused and all("not known then" in word for word in found.allowed)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "balance"),
+    [("router=sinkhorn", "routes"), ("router=expert_choice", "routes"), ("router.load_balance_weight=0", "routes")]
+    + [("router=top_k", "cost")],
+)
+def test_what_costs_did_not_move_goes_on_without_them(tmp_path: Path, scheme: str, balance: str):
+    """``balance=cost`` was the default beside every router, and some did not heed it."""
+    words = (*FILES, "experts=unequal", scheme)
+    named = run_of_before(tmp_path, *words, "model.moe.experts.balance=routes")
+    record = tmp_path / "old" / "config.yaml"
+    then = yaml.safe_load(record.read_text())
+    then["model"]["moe"]["experts"] = {
+        **plain(load(("experts=unequal",)))["model"]["moe"]["experts"],
+        "balance": "cost",
+    }
+    del then["parallel"]["overlap_exchange"]
+    record.write_text(yaml.safe_dump(then))
+    overrides = tmp_path / "old" / "overrides.txt"
+    overrides.write_text(overrides.read_text().replace("model.moe.experts.balance=routes\n", ""))
+    config = load(with_earlier_overrides(named))
+    assert to_values(config)["model"]["moe"]["experts"]["balance"] == balance
+    assert not changes(then, to_values(config)).refused
+
+
 def test_new_words_win_and_are_judged(tmp_path: Path):
     named = run_of_before(tmp_path, *FILES)
     then = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
