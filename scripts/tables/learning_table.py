@@ -60,6 +60,7 @@ SCHEMES = {
     "sinkhorn": ["router=sinkhorn"],
     "k_means": ["router=k_means"],
     "unequal": ["router=top_k", "experts=unequal"],
+    "moce_ir": ["router=moce_ir"],
     "dynmoe": ["router=dynmoe"],
     "moe_plus_plus": ["router=moe_plus_plus"],
     "orthogonal": ["combine=orthogonal"],

@@ -296,7 +296,10 @@ MISTAKES = [
     (["metrics.collapse_ratio=nan"], "metrics.collapse_ratio"),
     (["fault.point=save.rename"], "nearest: save.renamed"),
     (["fault.point=train.loss"], "fault.action=kill must be one of not_finite at train.loss"),
-    (["fault.point=train.step", "fault.action=EIO"], "fault.action=EIO must be one of kill, stop, hang at train.step"),
+    (
+        ["fault.point=train.step", "fault.action=EIO"],
+        "fault.action=EIO must be one of kill, stop, hang, hold at train.step",
+    ),
     (["fault.rank=-2"], "fault.rank=-2 must be at least -1"),
     (["engine.dtype=bfloat16", "engine.zero_stage=0"], "zero_stage=0"),
     (["data=files"], "data.paths"),

@@ -26,8 +26,8 @@ from moe_pretrain.train.corpora import RunData
 ROWS, MICRO_BATCH, LAYERS = 14, 2, 2
 BATCHES = 4  # of a rank, the last one with padding
 # Regions of a layer that are entered: of each part, and those of the experts' inside which there are others.
-TICKS = {"router": 1, "permute": 4 + 2, "exchange": 4, "experts": 1 + 4, "shared_experts": 0, "combine": 1 + 1}
-READINGS = LAYERS * 2 * (1 + 6 + 4 + 1 + 2)
+TICKS = {"router": 1, "permute": 4 + 2, "exchange": 5, "experts": 1 + 4, "shared_experts": 0, "combine": 2 + 1}
+READINGS = LAYERS * 2 * (1 + 6 + 5 + 1 + 3)
 
 
 class Ticks(HostTime):
