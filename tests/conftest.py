@@ -2,12 +2,19 @@
 
 import copy
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 
 import helpers.typechecker  # noqa: F401  # the hook below looks it up by name
 import pytest
+import torch
 from jaxtyping import install_import_hook
+
+# Before anything imports Triton, where it is installed: without a GPU its kernels can only be interpreted.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Before anything of ours is imported: the hook checks every annotated shape at run time.
 install_import_hook("moe_pretrain", "helpers.typechecker.check")

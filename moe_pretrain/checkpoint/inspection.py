@@ -51,7 +51,7 @@ def _describe_state(state: TrainState) -> Iterator[str]:
     yield (
         f"saved from:  {_word(identity.world_size)} ranks, expert parallel "
         f"{_look(identity.config, 'parallel', 'expert_parallel_size')}, ZeRO {_stage(identity)}, "
-        f"{_engine(identity, 'device')}, {_engine(identity, 'dtype')}"
+        f"{_engine(identity, 'device')}, {_engine(identity, 'dtype')}, kernels {_engine(identity, 'kernels')}"
     )
     yield f"model:       {_look(identity.config, 'model', 'name')}, router {_look(identity.config, 'router', 'name')}"
     yield f"corpus:      {_word(identity.corpus_fingerprint)}"

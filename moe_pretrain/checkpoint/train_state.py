@@ -32,7 +32,8 @@ class RunIdentity:
         tokenizer: Fingerprint of the tokenizer; None where it was not recorded.
         world_size: Number of ranks that wrote it; None where it was not recorded.
         versions: Versions of Python and packages by name.
-        resolved: Device, dtype and ZeRO stage that ``auto`` became, by their names; empty where they were not recorded.
+        resolved: Device, dtype, ZeRO stage and kernels that ``auto`` became, by their names; only those that were
+            recorded.
     """
 
     config: Values = field(default_factory=dict)

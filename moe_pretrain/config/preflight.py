@@ -13,6 +13,7 @@ from moe_pretrain.engine.optimizers.base import check_optimizer
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import sharded, width_problems
+from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
 from moe_pretrain.system.gpu import missing_compiler, unusable_gpu
@@ -67,6 +68,7 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
             raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
     check_optimizer(config.optimizer, config.model, config.router)
+    resolve_kernels(config.engine.kernels, plan.device)
     if plan.dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":

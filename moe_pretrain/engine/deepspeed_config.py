@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
+from moe_pretrain.moe.kernels import KernelChoice
+
 Dtype = Literal["float32", "bfloat16"]
 Determinism = Literal["topology", "elastic"]
 
@@ -27,6 +29,8 @@ class EngineConfig:
         determinism: ``topology``: the same bits on the same ranks, expert parallel size, ZeRO stage and micro-batch
             size. ``elastic``: on any of the first three, in powers of two, at a fixed ``batch.micro_batch_size``, in
             float32 on CPUs of one kind; slower, for debugging and proofs (``engine/elastic.py``).
+        kernels: Whose kernels run the loss, norms and dense networks (``moe/kernels.py``): ``auto`` takes
+            liger-kernel's on a GPU where the extra ``kernels`` is installed. The same numbers to rounding.
     """
 
     device: Literal["auto", "cpu", "cuda"]
@@ -37,6 +41,7 @@ class EngineConfig:
     check_every_steps: NonNegativeInt
     max_skipped_steps: NonNegativeInt
     determinism: Determinism
+    kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, "auto"):

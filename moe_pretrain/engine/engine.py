@@ -29,6 +29,7 @@ from moe_pretrain.engine.sanity import (
 )
 from moe_pretrain.engine.step_result import Evaluation, StepResult, StepSums
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
+from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.moe.types import ExpertKinds, Routing
 from moe_pretrain.parallel.deepspeed_moe import is_expert
 from moe_pretrain.parallel.mesh import Mesh
@@ -69,7 +70,9 @@ class TrainEngine:
         model.to(mesh.device)
         device: Literal["cpu", "cuda"] = "cuda" if mesh.device.type == "cuda" else "cpu"
         stage = config.stage(dtype, mesh.world_size)
-        self.config = config = replace(config, zero_stage=stage, dtype=dtype, device=device)
+        kernels = resolve_kernels(config.kernels, device)
+        model.use_kernels(kernels)
+        self.config = config = replace(config, zero_stage=stage, dtype=dtype, device=device, kernels=kernels)
         self.mesh, self.seed = mesh, seed
         self.model = model
         self._plan = plan

@@ -17,6 +17,7 @@ from moe_pretrain.model.block import Block, Recompute
 from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses, two_pass_losses
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
+from moe_pretrain.moe.kernels import Kernels
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, MoEOutput, RouterUse, Routing, RoutingContext, mean_use
@@ -154,6 +155,8 @@ class LMOutput(NamedTuple):
 class DecoderLM(nn.Module):
     """Decoder language model; parameters are empty until ``model.init.initialise`` fills them."""
 
+    kernels: Kernels = "torch"
+
     def __init__(self, config: ModelConfig, router: RouterConfig, shard: ExpertShard):
         super().__init__()
         self.config = config
@@ -203,6 +206,12 @@ class DecoderLM(nn.Module):
         rules = [layer.router.evaluation_rule for layer in self.moe_layers()]
         return "; ".join(dict.fromkeys(rule for rule in rules if rule))
 
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Have the loss, norms and dense networks run as one package's kernels; torch's until then."""
+        for module in self.modules():
+            if isinstance(module, DecoderLM | RMSNorm | SwiGLU):
+                module.kernels = kernels
+
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, bottom up."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
@@ -233,7 +242,7 @@ class DecoderLM(nn.Module):
         chunk = self.config.cross_entropy_chunk_tokens
         own_losses = {}
         if num_passes == 1:
-            loss_sum = chunked_cross_entropy(finals[0], self.head_weight, labels.flatten(), chunk)
+            loss_sum = chunked_cross_entropy(finals[0], self.head_weight, labels.flatten(), chunk, self.kernels)
         else:
             text = context.token_mask
             first, second = finals

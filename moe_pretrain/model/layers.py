@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.moe.compiled import one_kernel_on_cuda
+from moe_pretrain.moe.kernels import Kernels, liger_cross_entropy_, liger_rms_norm
 
 IGNORE_INDEX = -100
 """Label of a position whose prediction is not counted."""
@@ -20,6 +21,8 @@ IGNORE_INDEX = -100
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x ** 2) + epsilon) * weight`` over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+    kernels: Kernels = "torch"
+
     def __init__(self, hidden_size: int, epsilon: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size))
@@ -27,6 +30,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
         """Normalise; the statistics are float32 inside."""
+        if self.kernels == "liger":
+            return liger_rms_norm(hidden, self.weight, self.epsilon)
         return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.epsilon)
 
 
@@ -156,6 +161,7 @@ def chunked_cross_entropy(
     head_weight: Float[Tensor, "vocab hidden"],
     labels: Int[Tensor, "tokens"],
     chunk_tokens: int,
+    kernels: Kernels = "torch",
 ) -> Float[Tensor, ""]:
     """Sum of ``-log softmax(hidden @ head_weight.T)[label]`` over counted positions, without the logits.
 
@@ -167,13 +173,14 @@ def chunked_cross_entropy(
         head_weight: Output embedding.
         labels: Target ids, ``IGNORE_INDEX`` where not counted.
         chunk_tokens: Positions per chunk.
+        kernels: Whose kernel makes a chunk's loss and its gradient.
 
     Returns:
         The sum in nats, float32; divide by the number of counted positions of the global batch (defect C20).
     """
     # Inside forward neither the grad mode nor needs_input_grad tells that this is an evaluation.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens, needs_grad)
+    return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens, needs_grad, kernels)
 
 
 def two_pass_losses(
@@ -286,9 +293,13 @@ def _cross_entropy(
     head_weight: Float[Tensor, "vocab hidden"],
     labels: Int[Tensor, "tokens"],
     needs_grad: bool,
+    kernels: Kernels,
 ) -> tuple[Float[Tensor, "tokens 1"], Float[Tensor, "tokens vocab"] | None]:
     """Term of each position, and the gradient of their sum with respect to the logits, in their dtype."""
     logits = functional.linear(hidden, head_weight)
+    if kernels == "liger":
+        terms = liger_cross_entropy_(logits, labels, IGNORE_INDEX, needs_grad)
+        return terms, logits if needs_grad else None
     if logits.is_cuda:
         terms, largest, normaliser = _cross_entropy_sums(logits, labels)
         return terms, _cross_entropy_gradient(logits, labels, largest, normaliser) if needs_grad else None
@@ -328,7 +339,13 @@ def _cross_entropy_gradient(logits: Tensor, labels: Tensor, largest: Tensor, nor
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk_tokens: int, needs_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        needs_grad: bool,
+        kernels: Kernels,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
@@ -336,7 +353,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(head_weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            terms, grad_logits = _cross_entropy(hidden[part], head_weight, labels[part], needs_grad)
+            terms, grad_logits = _cross_entropy(hidden[part], head_weight, labels[part], needs_grad, kernels)
             total += terms.sum()
             if grad_hidden is None or grad_weight is None or grad_logits is None:
                 continue
@@ -348,7 +365,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # 0-dim factors do not promote: bfloat16 gradients stay bfloat16.
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None, None

@@ -17,7 +17,7 @@ DECIDING = (
 """Parts of the configuration, with everything below them that is not in ``NOT_DECIDING``, and single fields."""
 
 _PLACE = "where the run lives, not what it is"
-_SPEED = "speed and memory; the order of sums at most"
+_SPEED = "speed and memory; the order of sums and roundings at most"
 _WHEN = "when shards of a stream are written, not what is in them"
 _SAVING = "what is saved and how long it stays; with spike.rewind=true it decides where the run goes back to"
 _WATCHING = "how long ranks wait for each other"
@@ -36,6 +36,7 @@ NOT_DECIDING = {
     "sweep.retry": "which jobs are started again",
     "model.recompute": _SPEED,
     "model.cross_entropy_chunk_tokens": _SPEED,
+    "engine.kernels": _SPEED,
     "streaming.shards_ahead": _WHEN,
     "streaming.cache_shards": _WHEN,
     "streaming.retry_seconds": _WHEN,

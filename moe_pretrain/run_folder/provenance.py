@@ -5,7 +5,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,12 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
+    """Versions of Python and of the packages that decide what a run computes; liger-kernel's where it is installed."""
     packages = ("moe_pretrain", "torch", "deepspeed", "transformers", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    with contextlib.suppress(PackageNotFoundError):
+        found["liger-kernel"] = version("liger-kernel")
+    return found
 
 
 def commit() -> str | None:

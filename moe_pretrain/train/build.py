@@ -20,6 +20,7 @@ from moe_pretrain.engine.optimizers.base import describe_rates, rate_scales_by_g
 from moe_pretrain.metrics.wandb_start import keep_wandb_inside
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.heartbeat import Heartbeat
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
@@ -230,7 +231,8 @@ def _describe_run(config: Config, plan: RunPlan, mesh: Mesh) -> str:
         f"{config.run.name}: {size.total_parameters / 1e6:,.1f}M parameters, "
         f"{size.active_parameters / 1e6:,.1f}M active; "
         f"{batches.num_steps} steps of {batches.tokens_per_step:,} tokens ({batches.accumulation} micro-batches of "
-        f"{batches.micro_batch_size} rows on each of {ranks}, {plan.device}, {plan.dtype}, expert parallel "
+        f"{batches.micro_batch_size} rows on each of {ranks}, {plan.device}, {plan.dtype}, kernels "
+        f"{resolve_kernels(config.engine.kernels, plan.device)}, expert parallel "
         f"{mesh.shard.size}, ZeRO {config.engine.stage(plan.dtype, mesh.world_size)}){config.budget.describe()}"
     )
 

@@ -56,6 +56,7 @@ _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "router.expert_router_coupling_alpha": lambda now: True,
     "checkpoint.branch_from": lambda now: now is None,
     "parallel.overlap_exchange": lambda now: True,
+    "engine.kernels": lambda now: True,
     "optimizer.groups": lambda now: all(rate == {"lr_scale": 1.0} for rate in now.values()),
     "evaluation.tasks": lambda now: not now["names"],
 }
@@ -91,7 +92,7 @@ _KINDS = (
     "schedule.name",
 )
 """Fields that decide which fields their part has: where such a one differs, the others of the part are no news."""
-_RESOLVED = ("device", "dtype", "zero_stage")
+_RESOLVED = ("device", "dtype", "zero_stage", "kernels")
 """Fields of the engine that may be ``auto``."""
 _ABSENT = object()
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from moe_pretrain.moe.dispatch import scaled_rows, sum_rows
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients, gated
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
+from moe_pretrain.moe.kernels import Kernels, liger_swiglu
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
@@ -27,6 +28,8 @@ class SwiGLU(nn.Module):
             (the shared experts of Qwen2-MoE, arXiv:2407.10671, and of Qwen3-Next).
     """
 
+    kernels: Kernels = "torch"
+
     def __init__(self, hidden_size: int, width: int, activation: Activation = SWIGLU, has_output_gate: bool = False):
         super().__init__()
         self.activation = activation
@@ -36,7 +39,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
         """Apply the network to the last axis."""
-        inner = gated(functional.linear(hidden, self.in_weight), self.activation)
+        before = functional.linear(hidden, self.in_weight)
+        is_ligers = self.kernels == "liger" and self.activation == SWIGLU
+        inner = liger_swiglu(before) if is_ligers else gated(before, self.activation)
         output = functional.linear(inner, self.out_weight)
         if self.gate_weight is None:
             return output

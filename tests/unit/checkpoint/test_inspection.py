@@ -56,15 +56,15 @@ def test_a_good_checkpoint_is_described(tmp_path: Path, capsys: pytest.CaptureFi
         (
             {"zero_stage": "auto", "device": "auto", "dtype": "auto"},
             1,
-            {"zero_stage": 0, "device": "cpu", "dtype": "float32"},
-            "1 ranks, expert parallel 2, ZeRO 0, cpu, float32\n",
+            {"zero_stage": 0, "device": "cpu", "dtype": "float32", "kernels": "torch"},
+            "1 ranks, expert parallel 2, ZeRO 0, cpu, float32, kernels torch\n",
         ),
-        ({"zero_stage": "auto", "device": "cpu", "dtype": "auto"}, 4, {}, "ZeRO 1, cpu, auto\n"),
+        ({"zero_stage": "auto", "device": "cpu", "dtype": "auto"}, 4, {}, "ZeRO 1, cpu, auto, kernels not recorded\n"),
         (
             {"zero_stage": "auto"},
             1,
             {},
-            "ZeRO auto, which is 0 in float32 and 1 in bfloat16, not recorded, not recorded\n",
+            "ZeRO auto, which is 0 in float32 and 1 in bfloat16, not recorded, not recorded, kernels not recorded\n",
         ),
     ],
 )
