@@ -216,7 +216,9 @@ def checkout(tmp_path: Path) -> Path:
 
 def shell(checkout: Path, script: str, *words: str, **variables: str) -> tuple[int, str, str]:
     command = ["bash", str(checkout / "scripts" / script), *words]
-    done = subprocess.run(command, cwd="/", env={**os.environ, **variables}, text=True, capture_output=True)
+    # Workers are those of these tests' own run.
+    environment = {name: value for name, value in os.environ.items() if name != "TEST_WORKERS"}
+    done = subprocess.run(command, cwd="/", env={**environment, **variables}, text=True, capture_output=True)
     return done.returncode, done.stdout, done.stderr
 
 
