@@ -7,6 +7,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moe_pretrain.config.schema import Config, ConfigError, to_values
+from moe_pretrain.engine.optimizers.base import present_groups
+from moe_pretrain.model.parameter_groups import GROUP_NAMES, meta_model
 from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.sweep.job_record import SweepJob
 from moe_pretrain.sweep.multirun import Command, sort_overrides
@@ -28,7 +30,7 @@ class TuneSettings:
         tuning_seed: Their seed; no final run may have it.
         factor: Step of the grid of rates that a search begins on.
         also: Overrides that list values of further fields, ``router.load_balance_weight=0.003,0.03``, to be tried for
-            the schemes that have the field and do not set it themselves.
+            the schemes that have the field (for a group's rate: weights in the group) and do not set it themselves.
         schemes: Further schemes, each the overrides that make it one.
     """
 
@@ -156,8 +158,9 @@ def checked(
         start, values = _start(config), flatten(to_values(config))
         # What a scheme sets itself makes it what it is.
         set_by_itself = {word.partition("=")[0].lstrip("+") for word in words}
-        further = tuple((key, options) for key, options in also if key in values and key not in set_by_itself)
-        having |= {key for key, _ in also if key in values}
+        fields = values.keys() - _without_effect(config) if also else set()
+        further = tuple((key, options) for key, options in also if key in fields and key not in set_by_itself)
+        having |= {key for key, _ in also if key in fields}
         further = tuple((key, tuple(v for v in options if not _is_equal(v, values[key]))) for key, options in further)
         words = tuple(word for word in words if word.partition("=")[0].lstrip("+") != RATE)
         scheme = Scheme(words, Search(RATE, start, settings.factor, settings.trials, further))
@@ -190,6 +193,12 @@ def checked(
             ]
         )
     return schemes
+
+
+def _without_effect(config: Config) -> set[str]:
+    """Fields that every scheme has, and of this one nothing heeds: rates of groups without weights."""
+    present = present_groups(meta_model(config.model, config.router))
+    return {f"optimizer.groups.{name}.lr_scale" for name in GROUP_NAMES if name not in present}
 
 
 def _start(config: Config) -> float:

@@ -283,12 +283,17 @@ def describe_rates(by_group: dict[GroupName, list[float]]) -> str | None:
     return f"learning rates, as multiples of optimizer.learning_rate: {', '.join(words)}; else 1" if words else None
 
 
+def present_groups(model: DecoderLM) -> set[GroupName]:
+    """The groups that ``model`` has weights in."""
+    return {role.group for role in parameter_roles(model).values()}
+
+
 def check_optimizer(config: OptimizerConfig, model: ModelConfig, router: RouterConfig) -> None:
     """Raise ``ValueError`` if a group has a rate that nothing would learn by, or the optimizer is not for the model."""
     own = [name for name in GROUP_NAMES if config.groups.scale(name) != 1]
     built = meta_model(model, router)
     config.check(built)
-    present = {role.group for role in parameter_roles(built).values()}
+    present = present_groups(built)
     for name in own:
         field = f"optimizer.groups.{name}.lr_scale={config.groups.scale(name):g} must be 1"
         if name not in present:

@@ -112,6 +112,21 @@ def test_further_fields_of_the_schemes_that_have_them(home: Path):
     assert without.words == ("router=top_k", "router.load_balance_weight=0")
 
 
+def test_the_rate_of_a_group_is_tried_where_the_scheme_has_weights_in_it(home: Path):
+    """A fixed table and a frozen router learn nothing by it: refused for a run, no reason to refuse the others."""
+    words = ["router=top_k,hash,random", "seed=1", "optimizer.learning_rate=1", "--trials=4"]
+    assert tune(*words, "--also", "optimizer.groups.router.lr_scale=0.5,1") == 0
+    tried = {
+        scheme.words: [trial.values.get("optimizer.groups.router.lr_scale") for trial in scheme.trials]
+        for scheme in record(home).schemes
+    }
+    assert tried == {
+        ("router=top_k",): [None, None, None, 0.5],
+        ("router=hash",): [None] * 4,
+        ("router=random",): [None] * 4,
+    }
+
+
 def test_a_choice_is_never_forgotten_while_another_scheme_is_tuned(home: Path, monkeypatch: pytest.MonkeyPatch):
     """A comparison made meanwhile has the final runs of what was tuned before."""
     words = ["seed=1", "optimizer.learning_rate=0.6", "--trials=3"]
@@ -160,6 +175,10 @@ def test_more_trials_for_all_leave_no_stray_runs(home: Path):
         (
             ["router=hash", "seed=1", "--also", "router.weight=1,2"],
             "--also router.weight=1,2: no scheme has such a field",
+        ),
+        (
+            ["router=hash", "seed=1", "--also", "optimizer.groups.router.lr_scale=0.5"],
+            "--also optimizer.groups.router.lr_scale=0.5: no scheme has such a field",
         ),
         (["router=top_k", "seed=1", "--also", "router.top_k=3,99", "--trials=5"], "router.top_k=99 must be at most"),
         (["router=top_k", "seed=1", "--also", "router.top_k=1,3,4"], "leaves 2 for the rate of router=top_k"),
