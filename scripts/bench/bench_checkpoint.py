@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +22,6 @@ import torch
 from bench_step import make_batches
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
@@ -47,21 +47,13 @@ class Bench:
             model, config.engine, run.dtype, config.optimizer, lambda step: 0.1, plan, self.mesh, config.seed
         )
         self.batches = make_batches(config, plan)
+        self.policy = config.checkpoint
         self.num_steps, self.folder, self.saves = num_steps, folder, 0
         self.savers = {is_async: self.saver(is_async) for is_async in (True, False)}
         self.outcomes: dict[bool, list[store.Outcome]] = {True: [], False: []}
 
     def saver(self, is_async: bool) -> store.Saver:
-        policy = CheckpointConfig(
-            every_steps=1,
-            keep_last=1,
-            keep_every_steps=None,
-            keep_best=0,
-            asynchronous=is_async,
-            resume="auto",
-            warm_start=None,
-            branch_from=None,
-        )
+        policy = replace(self.policy, keep_last=1, asynchronous=is_async)
         return store.Saver(self.engine, self.folder / str(is_async), policy, 600.0)
 
     def steps(self) -> None:

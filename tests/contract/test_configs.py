@@ -353,6 +353,15 @@ MISTAKES = [
     (["run.output_dir=/d/lr=1e-3"], """quote the text: 'run.output_dir="/d/lr=1e-3"'"""),
     (["run.output_dir=gr\u00f6\u00dfe"], """quote the text: 'run.output_dir="gr\u00f6\u00dfe"'"""),
     (["data=files", "data.paths=[a.txt,\u00fc.txt]"], """'data.paths=["a.txt","\u00fc.txt"]'"""),
+    (["router=sinkhorn", "router.iterations=0"], "router.iterations=0 must be"),
+    (["router=sinkhorn", "router.top_k=9"], "router.top_k=9 must be"),
+    (["router=sinkhorn", "router.score=tanh"], "router.score='tanh': input should be"),
+    (["router=expert_choice", "router.capacity_factor=9"], "router.capacity_factor=9.0 must be"),
+    (["router=expert_choice", "router.threshold_decay=1"], "router.threshold_decay=1 must be"),
+    (["router=top_p", "router.threshold=0"], "router.threshold=0 must be"),
+    (["router=top_p", "router.max_experts=9"], "router.max_experts=9 must be"),
+    (["router=attention_importance", "router.importance=row_min"], "router.importance='row_min': input should be"),
+    (["router=attention_importance", "router.max_experts=9"], "router.max_experts=9 must be"),
 ]
 
 

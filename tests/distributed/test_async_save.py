@@ -5,26 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import checkpoints
 from helpers.builders import tiny
 from helpers.engines import build_engine, random_batches
 from helpers.processes import run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.store import TrainState
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.intervals import WEIGHT, pieces
 
-POLICY = CheckpointConfig(
-    every_steps=1,
-    keep_last=5,
-    keep_every_steps=None,
-    keep_best=0,
-    asynchronous=True,
-    resume="auto",
-    warm_start=None,
-    branch_from=None,
-)
+POLICY = checkpoints.policy(keep_last=5, asynchronous=True)
 OVERRIDES = ("parallel.expert_parallel_size=2", "engine.check_every_steps=0", "router=loss_free")
 
 

@@ -14,21 +14,11 @@ from helpers.engines import build_engine, random_batches
 from helpers.processes import RanksFailed, run_on_ranks
 
 from moe_pretrain.checkpoint import store
-from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import SET_ASIDE, folder_name
 from moe_pretrain.checkpoint.store import TrainState, train_state
 from moe_pretrain.system.faults import ALL_RANKS, SAVE_POINTS, FaultConfig, Faults
 
-KEEP = CheckpointConfig(
-    every_steps=1,
-    keep_last=2,
-    keep_every_steps=None,
-    keep_best=0,
-    asynchronous=True,
-    resume="auto",
-    warm_start=None,
-    branch_from=None,
-)
+KEEP = checkpoints.policy(keep_last=2, asynchronous=True)
 FAULTY_STEP = 3
 # From here on the new checkpoint has its name.
 NAMED = SAVE_POINTS[SAVE_POINTS.index("save.renamed") :]

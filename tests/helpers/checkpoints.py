@@ -50,19 +50,25 @@ def write_checkpoint(folder: Path, step: int, **state: Any) -> Path:
     return target
 
 
-def save(engine: TrainEngine, folder: Path, state: TrainState, keep_last: int) -> Path:
-    """Write one checkpoint of an engine and wait for it; every rank must call it."""
-    config = CheckpointConfig(
+def policy(
+    keep_last: int, keep_every_steps: int | None = None, keep_best: int = 0, asynchronous: bool = False
+) -> CheckpointConfig:
+    """Settings of a run that saves every step."""
+    return CheckpointConfig(
         every_steps=1,
         keep_last=keep_last,
-        keep_every_steps=None,
-        keep_best=0,
-        asynchronous=False,
+        keep_every_steps=keep_every_steps,
+        keep_best=keep_best,
+        asynchronous=asynchronous,
         resume="auto",
         warm_start=None,
         branch_from=None,
     )
-    saver = store.Saver(engine, folder, config, _SAVE_SECONDS)
+
+
+def save(engine: TrainEngine, folder: Path, state: TrainState, keep_last: int) -> Path:
+    """Write one checkpoint of an engine and wait for it; every rank must call it."""
+    saver = store.Saver(engine, folder, policy(keep_last), _SAVE_SECONDS)
     saver.save(state)
     outcome = saver.take(wait=True)
     assert outcome is not None

@@ -8,24 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.checkpoints import no_fault, rewrite_manifest, write_checkpoint
+from helpers.checkpoints import no_fault, policy, rewrite_manifest, write_checkpoint
 
-from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import SET_ASIDE, complete_names, newest, step_of
 from moe_pretrain.checkpoint.write import Retention
-
-
-def policy(keep_last: int, keep_every_steps: int | None = None, keep_best: int = 0) -> CheckpointConfig:
-    return CheckpointConfig(
-        every_steps=1,
-        keep_last=keep_last,
-        keep_every_steps=keep_every_steps,
-        keep_best=keep_best,
-        asynchronous=False,
-        resume="auto",
-        warm_start=None,
-        branch_from=None,
-    )
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import context_of, random_batches, step_use, tiny
+from helpers.routing import PLAIN_TOP_K, refusal
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model import attention
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
@@ -25,7 +25,6 @@ from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.attention_importance import AttentionImportanceConfig, AttentionImportanceRouter
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
-from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = AttentionImportanceConfig(
@@ -508,10 +507,3 @@ def test_flops_equal_a_counter_on_the_module(option: dict[str, Any]) -> None:
 def test_wrong_configurations_get_one_line(changes: dict[str, Any], message: str) -> None:
     complaint = refusal(CONFIG, EXPERTS, **changes)
     assert complaint.startswith(message) and "\n" not in complaint
-
-
-@pytest.mark.parametrize(("field", "value"), [("importance", "row_min"), ("max_experts", "9")])
-def test_wrong_overrides_get_one_line(field: str, value: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        tiny("router=attention_importance", f"router.{field}={value}")
-    assert f"router.{field}=" in str(caught.value) and "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import step_use, tiny
+from helpers.routing import refusal
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
@@ -17,7 +18,6 @@ from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoEConfig
 from moe_pretrain.moe.routers.expert_threshold import ExpertThresholdRouter, ExpertThresholdRouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
-from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 60, 8, 5
 CONFIG = ExpertThresholdRouterConfig(

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.routing import refusal
 from torch import Tensor
 
 from moe_pretrain.moe.routers.hash import HashConfig, HashRouter, balanced_table
 from moe_pretrain.moe.types import RoutingContext
-from tests.helpers.routing import refusal
 
 HIDDEN, EXPERTS, VOCAB = 6, 5, 300
 CONFIG = HashConfig(name="hash", top_k=2, table="balanced", weights="equal", weight_scale=1.0)

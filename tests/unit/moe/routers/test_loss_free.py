@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import step_use, tiny
+from helpers.routing import PLAIN_TOP_K, refusal
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.moe.routers.loss_free import LossFreeRouter, LossFreeRouterConfig
 from moe_pretrain.moe.routers.top_k import TopKRouter, TopKRouterConfig
 from moe_pretrain.moe.types import Routing, RoutingContext
-from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = LossFreeRouterConfig(

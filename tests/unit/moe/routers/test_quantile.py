@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import step_use, tiny
+from helpers.routing import PLAIN_TOP_K, refusal
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.moe.routers.quantile import QuantileRouter, QuantileRouterConfig, balancing_bias
 from moe_pretrain.moe.types import Routing, RoutingContext
-from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, HIDDEN, EXPERTS = 60, 8, 5
 CONFIG = QuantileRouterConfig(

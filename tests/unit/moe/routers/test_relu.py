@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import context_of, random_batches, step_use, tiny
-from helpers.routing import by_token, experts_only, make_context
+from helpers.routing import by_token, experts_only, make_context, refusal
 from torch import Tensor
 
 from moe_pretrain.config.schema import ConfigError
@@ -17,7 +17,6 @@ from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.routers.relu import ReLUConfig, ReLURouter
 from moe_pretrain.moe.types import ExpertShard, step_uses
-from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = ReLUConfig(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.routing import PLAIN_TOP_K, refusal
 from reference.papers import pruning
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.routers.base import router_logits
 from moe_pretrain.moe.routers.top_k import TopKRouter
 from moe_pretrain.moe.types import Routing, RoutingContext
-from tests.helpers.routing import PLAIN_TOP_K, refusal
 
 TOKENS, SEQUENCES, HIDDEN, EXPERTS = 12, 3, 8, 5
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import context_of, random_batches, step_use, tiny
+from helpers.routing import by_token, refusal
 from torch import Tensor
 
-from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.build import build_moe_layer
@@ -17,7 +17,6 @@ from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig, top_p_mask
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, Routing, RoutingContext
-from tests.helpers.routing import refusal
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = TopPRouterConfig(
@@ -68,18 +67,6 @@ def token_by_hand(
         if mass > threshold and threshold < 1:
             break
     return {expert: probs[expert] / (mass if weights == "renormalised" else 1.0) for expert in chosen}
-
-
-def by_token(routing: Routing, tokens: int) -> list[dict[int, float]]:
-    """The same of a routing; every (token, expert) pair must occur once, tokens ascending."""
-    assert routing.token_index.tolist() == sorted(routing.token_index.tolist())
-    found: list[dict[int, float]] = [{} for _ in range(tokens)]
-    for token, expert, weight in zip(
-        routing.token_index.tolist(), routing.expert_index.tolist(), routing.weight.tolist(), strict=True
-    ):
-        assert expert not in found[token]
-        found[token][expert] = weight
-    return found
 
 
 def counts(routing: Routing, tokens: int) -> Tensor:
@@ -467,13 +454,6 @@ def test_controller_reaches_its_target(start: float) -> None:
 def test_wrong_configurations_get_one_line(changes: dict[str, Any], message: str) -> None:
     complaint = refusal(CONFIG, EXPERTS, **changes)
     assert complaint.startswith(message) and "\n" not in complaint
-
-
-@pytest.mark.parametrize(("field", "value"), [("threshold", "0"), ("max_experts", "9")])
-def test_wrong_overrides_get_one_line(field: str, value: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        tiny("router=top_p", f"router.{field}={value}")
-    assert f"router.{field}={value}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("training", [False, True])
