@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.config.compose import completed, compose_values, validate
+from moe_pretrain.config.compose import compose_values
+from moe_pretrain.config.earlier_releases import completed
 from moe_pretrain.config.match_budget import match
 from moe_pretrain.config.router_file import load_router_file
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.config.validate import validate
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.run_folder.paths import CONFIG_FILE
 from moe_pretrain.run_folder.provenance import read_config

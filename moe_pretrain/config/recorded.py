@@ -9,17 +9,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.config.compose import (
-    BEFORE_OF_CORPORA,
-    RENAMED,
-    choices,
-    completed,
-    compose_values,
-    corpora_of,
-    quoted,
-    refuse_resolvers,
-    setting,
-)
+from moe_pretrain.config.compose import choices, compose_values, quoted, refuse_resolvers, setting
+from moe_pretrain.config.earlier_releases import BEFORE_OF_CORPORA, RENAMED, completed, corpora_of
 from moe_pretrain.config.load import in_hydras_words, router_file_defaults
 from moe_pretrain.config.schema import ConfigError
 

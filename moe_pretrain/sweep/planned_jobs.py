@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from moe_pretrain.config.compose import completed
+from moe_pretrain.config.earlier_releases import completed
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import check_warm_up, preflight
 from moe_pretrain.config.recorded import kept, words_at_start

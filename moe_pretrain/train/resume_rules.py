@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_pretrain import data
 from moe_pretrain.checkpoint.store import RunIdentity, TrainState
-from moe_pretrain.config.compose import say_what_was_balanced
+from moe_pretrain.config.earlier_releases import say_what_was_balanced
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.run_folder.provenance import versions

@@ -21,9 +21,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from moe_pretrain.commands import plan, tune
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.config import compose as compose_module
-from moe_pretrain.config.compose import compose_values, config_folder, validate
+from moe_pretrain.config.compose import compose_values, config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError
+from moe_pretrain.config.validate import validate
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import ModelSize, model_size
 from moe_pretrain.moe.types import ExpertShard

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_pretrain.config.compose import compose_values, validate
+from moe_pretrain.config.compose import compose_values
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.config.validate import validate
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.layer import MoEConfig, MoELayer

@@ -10,10 +10,10 @@ import torch
 from helpers.builders import SCHEME_WORDS
 
 from moe_pretrain.cli import main
-from moe_pretrain.config.compose import validate
 from moe_pretrain.config.load import load
 from moe_pretrain.config.match_budget import describe_match, measures
 from moe_pretrain.config.schema import Config, ConfigError, to_values
+from moe_pretrain.config.validate import validate
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import expected_ffn_experts, expert_width

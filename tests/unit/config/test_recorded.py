@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from moe_pretrain.commands.train import with_earlier_overrides
-from moe_pretrain.config.compose import BEFORE, BEFORE_OF_CORPORA, completed, folder_override
+from moe_pretrain.config.compose import folder_override
+from moe_pretrain.config.earlier_releases import BEFORE, BEFORE_OF_CORPORA, completed
 from moe_pretrain.config.load import load
 from moe_pretrain.config.recorded import allowed_router_file, earlier_words, words_at_start
 from moe_pretrain.config.schema import Config, ConfigError, to_values
