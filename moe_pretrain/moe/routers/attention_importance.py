@@ -179,6 +179,8 @@ class AttentionImportanceRouter(LinearRouter):
             self.predictor_bias = nn.Parameter(torch.empty(1))
             why = "the number of experts, which is all it decides, has no gradient; its own loss trains it"
             self.without_lm_gradient = MappingProxyType(dict.fromkeys(("predictor_weight", "predictor_bias"), why))
+            held = "the router's input is held constant: the loss trains the predictor alone"
+            self.gradients_by_design = {**self.gradients_by_design, "importance": held}
 
     @property
     def aux_weights(self) -> dict[str, float]:
