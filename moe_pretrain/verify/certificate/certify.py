@@ -2,9 +2,10 @@
 
 ``certify`` builds a tiny model around the configured router in one process and prints one row per property. How a
 property is tested stands in the docstring of its function: ``route_properties`` (what a decision is and whether it
-looks ahead), ``dependence_properties`` (what else it may not know), ``learning_properties`` (losses, gradients,
-recomputation, state), ``derivative_properties`` (gradients beside finite differences) and ``start_properties`` (how
-loud it starts).
+looks ahead), ``dependence_properties`` (what else it may not know), ``range_properties`` (steps, layers, rows and
+numbers of experts that the tiny model does not have), ``conduct_properties`` (noise, and what a router does beside
+deciding), ``learning_properties`` (losses, gradients, recomputation, state), ``loss_properties`` (what losses are means
+of), ``derivative_properties`` (gradients beside finite differences) and ``start_properties`` (how loud it starts).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,17 +15,25 @@ from typing import Literal
 
 from moe_pretrain.config.schema import Config
 from moe_pretrain.system.files import write_json
+from moe_pretrain.verify.certificate.conduct_properties import CONDUCT
 from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
+from moe_pretrain.verify.certificate.loss_properties import LOSSES
+from moe_pretrain.verify.certificate.range_properties import RANGE
 from moe_pretrain.verify.certificate.route_properties import ROUTES
 from moe_pretrain.verify.certificate.start_properties import START
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
 
-PROPERTIES: dict[str, Callable[[Subject], str]] = ROUTES | DEPENDENCE | LEARNING | DERIVATIVES | START
+PROPERTIES: dict[str, Callable[[Subject], str]] = (
+    ROUTES | DEPENDENCE | RANGE | CONDUCT | LEARNING | LOSSES | DERIVATIVES | START
+)
 """Name of the row -> the question behind it, in the order of the certificate."""
 OF_ONE_ROUTER = {
     *("router gradient with top_k=1", "balance loss at uniform", "balance loss at collapse", "finite at ties"),
+    *("experts get their best tokens", "state evens the load", "noise"),
+    *RANGE,
+    *LOSSES,
     *DERIVATIVES,
     *START,
 }

@@ -1,15 +1,15 @@
 """Rows of the certificate: what a decision may not know. What a function raises: ``route_properties``."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from moe_pretrain.data.rows.micro_batch import MicroBatch
-from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import RouterUse, RoutingContext, step_uses
+from moe_pretrain.verify.certificate.route_properties import require_same_use
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,
@@ -17,7 +17,9 @@ from moe_pretrain.verify.certificate.subject import (
     Decision,
     NotApplicable,
     Subject,
+    context_of,
     judge_dependence,
+    parameters_set,
     require,
     route_table,
     routers_of,
@@ -32,10 +34,15 @@ SHARP = 30.0
 ALIKE = 1e-3
 """How far apart tokens are that are almost the same, relative to tokens as they are."""
 SHARED_STEPS = 5
+LAST_NUMBER = 101
+"""Documents are numbered anew from here downwards: odd is even, and first is last."""
 
 
 def _keeps_documents_apart(subject: Subject, training: bool) -> str:
-    """Replacing one document of a row moves no logit, route, weight or payload of the row's others."""
+    """Replacing one document of a row moves no logit, route, weight or payload of the row's others.
+
+    Nor do the numbers of documents, which say how many lie before one in its row.
+    """
     if not subject.config.packing.isolate_documents:
         raise NotApplicable("packing.isolate_documents=false: documents of a row attend to each other")
     replaced, worst = 0, 0.0
@@ -60,9 +67,18 @@ def _keeps_documents_apart(subject: Subject, training: bool) -> str:
             if error > 2e-5 or not _same(subject, decisions, new, kept.flatten()):
                 what = "routes or weights" if error <= 2e-5 else f"logits by {error:.0e}"
                 judge_dependence(
-                    model, training, f"replacing {which} document of a row moves the others' {what} at step {step}"
+                    routers_of(model),
+                    training,
+                    f"replacing {which} document of a row moves the others' {what} at step {step}",
                 )
-    return f"{replaced} documents replaced, the others' logits move by at most {worst:.0e}"
+        numbers = torch.where(batch.document_ids < 0, batch.document_ids, LAST_NUMBER - batch.document_ids)
+        renumbered = subject.logits(model, replace(batch, document_ids=numbers), step)[1]
+        everything = torch.ones(numbers.numel(), dtype=torch.bool)
+        require(
+            _same(subject, decisions, renumbered, everything),
+            f"other numbers of documents in RoutingContext.document_ids change routes or weights at step {step}",
+        )
+    return f"{replaced} documents replaced, the others' logits move by at most {worst:.0e}; all numbered anew"
 
 
 def _same(subject: Subject, ours: list[Decision], theirs: list[Decision], kept: Tensor) -> bool:
@@ -151,7 +167,7 @@ def _serves_large_batches(subject: Subject, training: bool) -> str:
                     ("with a sure router", hidden, SHARP),
                     ("of tokens almost alike", alike, 1.0),
                 ):
-                    with _scaled(router, factor):
+                    with parameters_set(router, partial(torch.mul, other=factor)):
                         whole = router(given, context)
                         parts = [router(part, own) for part, own in _parts(given, context)]
                     load = float(whole.use.tokens_per_expert.max() / whole.use.tokens)
@@ -194,48 +210,25 @@ def _keeps_mean(whole: RouterUse, parts: list[RouterUse], num_experts: int, case
 def _parts(hidden: Tensor, context: RoutingContext) -> list[tuple[Tensor, RoutingContext]]:
     """The batch in parts of ``ROWS`` rows."""
     length = len(hidden) // context.num_sequences * ROWS
-    of_tokens = {
-        field.name: getattr(context, field.name)
-        for field in fields(context)
-        if isinstance(getattr(context, field.name), Tensor)
-    }
     return [
         (
             hidden[start : start + length],
-            replace(
-                context,
-                num_sequences=ROWS,
-                **{name: value[start : start + length] for name, value in of_tokens.items()},
-            ),
+            replace(context_of(context, slice(start, start + length)), num_sequences=ROWS),
         )
         for start in range(0, len(hidden), length)
     ]
-
-
-class _scaled:
-    """Every parameter of a router times ``factor`` inside the block."""
-
-    def __init__(self, router: Router, factor: float):
-        self._parameters, self._factor = list(router.parameters()), factor
-
-    def __enter__(self) -> None:
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.mul_(self._factor)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, value in zip(self._parameters, self._kept, strict=True):
-            parameter.copy_(value)
 
 
 def _moves_state_alike_on_ranks(subject: Subject) -> str:
     """Two copies of a router that see different tokens of a global batch keep the same state and the same routes.
 
     What ranks do, in one process: each copy runs its own micro-batches, and ``after_step`` gives both the pooled use.
+    That is the same sum however the batch is cut.
     """
     batches = [subject.batch(seed=100 + step, padding=(step % ROWS,)) for step in range(SHARED_STEPS)]
     copies = [subject.warm_model(), subject.warm_model()]
     before = {name: value.clone() for name, value in copies[0].state_dict().items()}
+    _require_sums(subject, batches[0])
     for step, batch in enumerate(batches):
         cut = 1 + step % (ROWS - 1)
         shares: list[list[MicroBatch]] = [
@@ -262,6 +255,17 @@ def _moves_state_alike_on_ranks(subject: Subject) -> str:
     after = copies[0].state_dict()
     moved = sorted({name.rpartition(".")[2] for name in after if not torch.equal(after[name], before[name])})
     return f"{', '.join(moved) or 'no state'}: bitwise the same on two shares of the tokens, {SHARED_STEPS} steps"
+
+
+def _require_sums(subject: Subject, batch: MicroBatch) -> None:
+    """Raise unless what ``after_step`` gets of a batch is the sum of what it gets of parts; competing tokens aside."""
+    model = subject.warm_model()
+    if not all(router.causal_in_training for router in routers_of(model)):
+        return
+    whole = subject.run(model, batch).output.uses
+    parts = [subject.run(model, rows_of(batch, part)).output.uses for part in (slice(1), slice(1, None))]
+    pooled = [_sum(of_layer) for of_layer in zip(*parts, strict=True)]
+    require_same_use(whole, pooled, "the cut of the batch")
 
 
 def _sum(uses: tuple[RouterUse, ...]) -> RouterUse:

@@ -1,8 +1,9 @@
 """Rows of the certificate: gradients beside finite differences. What a function raises: ``route_properties``.
 
-A router is called by itself on few tokens, and its parameters or its input are moved along random directions. Only
-directions along which no route changes count, since at a change of routes there is no derivative. The quotient is
-taken from four points (an error of fourth order in the step), so float32 leaves about four digits.
+A router is called by itself on few tokens, and its parameters or its input are moved along random directions: the
+lowest router at the first step, and the topmost at a late one. Only directions along which no route changes count,
+since at a change of routes there is no derivative. The quotient is taken from four points (an error of fourth order in
+the step), so float32 leaves about four digits.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import Routing
 from moe_pretrain.verify.certificate.subject import (
+    LATE_STEPS,
     NotApplicable,
     Subject,
     require,
@@ -24,6 +26,8 @@ from moe_pretrain.verify.certificate.subject import (
 
 STEPS = (0.03, 0.01, 3e-3, 1e-3, 3e-4)
 """Sizes of a move relative to what is moved, largest first: a large one has less rounding, a small one keeps routes."""
+PLACES = ((0, 0), (-1, LATE_STEPS[0]))
+"""The lowest router at the first step and the topmost at a late one: index, step."""
 DIRECTIONS = 8
 ENOUGH = 3
 """Directions without a change of routes that a comparison needs."""
@@ -66,14 +70,14 @@ class _Comparison:
 
 
 class _Probe:
-    """One router on few tokens, called as often as need be with the same random numbers."""
+    """One router on few tokens, called as often as need be with the same random numbers: a layer's, at a step."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject, at: int, step: int):
         self.num_experts = subject.num_experts
         model = subject.warm_model()
         batch = rows_of(subject.batch(), slice(0, 1))
-        hidden, self.context, _ = subject.run(model, batch).decisions[0]
-        self.router: Router = routers_of(model)[0]
+        hidden, self.context, _ = subject.run(model, batch, step).decisions[at]
+        self.router: Router = routers_of(model)[at]
         self.hidden = hidden.requires_grad_()
         self.places: dict[str, Tensor] = dict(self.router.named_parameters()) | {"the router's input": self.hidden}
         torch.manual_seed(0)
@@ -147,14 +151,11 @@ def _moves_router_by_losses(subject: Subject) -> str:
     """
     if subject.num_experts == 1:
         raise NotApplicable("with one expert there is nothing to choose")
-    probe = _Probe(subject)
-    router = probe.router
-    weighted = [name for name, weight in router.aux_weights.items() if weight > 0]
+    probes = [_Probe(subject, *place) for place in PLACES]
+    weighted = [name for name, weight in probes[0].router.aux_weights.items() if weight > 0]
     if not weighted:
         raise NotApplicable("no aux loss has a weight")
-    notes = []
-    for loss in weighted:
-        notes.append(f"{loss} {_judge_loss(probe, loss)}")
+    notes = [f"{loss} {[_judge_loss(probe, loss) for probe in probes][0]}" for loss in weighted]
     return "; ".join(notes)
 
 
@@ -168,7 +169,7 @@ def _judge_loss(probe: _Probe, loss: str) -> str:
         return routing.aux[loss].double()
 
     found: list[_Comparison] = []
-    for name, _ in router.named_parameters():
+    for name in probe.places:
         one = probe.compare(name, value)
         if one is None or (reason is not None and not one.gradient.any()):
             continue
@@ -192,7 +193,11 @@ def _judge_loss(probe: _Probe, loss: str) -> str:
 
 def _has_derivative_of_weights(subject: Subject) -> str:
     """Gradients of the weights, and of the payload, are the derivatives at fixed routes: parameters and input."""
-    probe = _Probe(subject)
+    return [_judge_weights(_Probe(subject, *place)) for place in PLACES][0]
+
+
+def _judge_weights(probe: _Probe) -> str:
+    """Verdict on one layer at one step."""
     reason = probe.router.gradients_by_design.get("weight")
     if reason is not None:
         raise NotApplicable(f"the scheme declares that its weights' gradient is not the derivative: {reason}")

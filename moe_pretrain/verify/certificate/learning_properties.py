@@ -2,8 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from moe_pretrain.engine.micro_batch import GlobalCounts
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.config import RouterConfig
-from moe_pretrain.moe.types import Routing, step_uses
+from moe_pretrain.moe.types import Merging, Routing, step_uses
 from moe_pretrain.verify.certificate.route_properties import check_routes
 from moe_pretrain.verify.certificate.subject import (
     ROWS,
@@ -25,6 +24,7 @@ from moe_pretrain.verify.certificate.subject import (
     Subject,
     generators_at,
     move_state,
+    parameters_set,
     relative,
     require,
     routers_of,
@@ -33,6 +33,13 @@ from moe_pretrain.verify.certificate.subject import (
 from moe_pretrain.verify.oracle import Oracle
 
 STATE_STEPS = 100
+BALANCED_STEPS = 300
+SAME_COUNT = 0.02
+"""Largest part of a batch's routes by which their number may change where loads are compared."""
+LESS_EVEN = 1.1
+"""Largest factor by which a scheme's own state may make the busiest expert busier."""
+SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int16)
+"""What counts fewer steps than a run may have."""
 ROUNDING = 1e-5
 """A gradient that is a smaller part of the whole model's is zero but for rounding."""
 SURE_LOGIT = 30.0
@@ -137,7 +144,7 @@ def _few(subject: Subject) -> int:
 
 def _routed_when_uniform(subject: Subject, router: Router, decision: Decision) -> Routing | str:
     """Routing with uniform probabilities, or the reason why it cannot be brought there."""
-    with _parameters_set(router, torch.zeros_like):
+    with parameters_set(router, torch.zeros_like):
         routing = router(decision.hidden, decision.context)
     entropy = float(routing.use.router_entropy / routing.use.tokens)
     if abs(entropy - math.log(subject.num_experts)) > 1e-4:
@@ -156,7 +163,7 @@ def _routed_when_collapsed(subject: Subject, router: Router, decision: Decision)
             level = torch.where(torch.arange(num_experts) < few, 1.0, others) * SURE_LOGIT / hidden.shape[1]
             return level.view(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter)
 
-        with _parameters_set(router, collapsed):
+        with parameters_set(router, collapsed):
             routing = router(torch.ones_like(hidden), decision.context)
         entropy = float(routing.use.router_entropy / routing.use.tokens)
         if abs(entropy - math.log(few)) <= 1e-3:
@@ -213,7 +220,7 @@ def _is_finite_at_ties(subject: Subject) -> str:
     generator = torch.Generator().manual_seed(0)
     for case, (change, given) in cases.items():
         given = given.clone().requires_grad_()
-        with _parameters_set(router, change):
+        with parameters_set(router, change):
             routing = router(given, context)
             check_routes(Decision(given, context, routing), subject.num_experts)
             upstream = torch.rand(routing.weight.shape, generator=generator)
@@ -227,7 +234,10 @@ def _is_finite_at_ties(subject: Subject) -> str:
 
 
 def _survives_no_text(subject: Subject) -> str:
-    """A micro-batch of nothing but padding has finite losses and gradients and counts nothing (C7, C21)."""
+    """A micro-batch of nothing but padding has finite losses and gradients and counts nothing (C7, C21).
+
+    State stays finite in a step of it, too.
+    """
     batch = subject.batch(padding=range(ROWS))
     model = subject.warm_model()
     seen = subject.run(model, batch)
@@ -239,7 +249,10 @@ def _survives_no_text(subject: Subject) -> str:
     for name, parameter in model.named_parameters():
         require(_gradient(parameter).isfinite().all(), f"the gradient of {name} is not finite")
     require(not any(use.tokens_per_expert.any() for use in seen.output.uses), "padding is counted")
-    return "losses and gradients finite, no route counted"
+    move_state(model, seen)
+    for name, value in model.state_dict().items():
+        require(bool(value.isfinite().all()), f"after_step makes {name} not finite in a step without text")
+    return "losses, gradients and state finite, no route counted"
 
 
 def _agrees_with_oracle(subject: Subject) -> str:
@@ -276,8 +289,16 @@ def _agrees_with_oracle(subject: Subject) -> str:
 
 
 def _names_losses(subject: Subject) -> str:
-    """Every aux loss is a float32 scalar with a coefficient, and every coefficient has its loss (C18)."""
+    """Every aux loss is a float32 scalar with a coefficient, and every coefficient has its loss (C18).
+
+    Where the configuration has a field ``NAME_weight``, that is the coefficient of the loss ``NAME`` at the start.
+    """
     model = subject.model()
+    for router in routers_of(model):
+        settings = vars(subject.config.router.of_layer(router.layer))
+        for name, weight in router.aux_weights.items():
+            wanted = settings.get(f"{name}_weight", weight)
+            require(weight == wanted, f"the coefficient of {name} is {weight:g}, but router.{name}_weight={wanted:g}")
     seen = subject.run(model, subject.batch())
     for router, decision in zip(routers_of(model) * seen.output.num_passes, seen.decisions, strict=True):
         aux = decision.routing.aux
@@ -335,8 +356,37 @@ def _keeps_state(subject: Subject) -> str:
             require(subject.has_same_bits(ours, theirs), f"routes differ {when}")
         for one in (model, loaded):
             move_state(one, seen)
+    for name in _moved(before, model):
+        kind = model.state_dict()[name].dtype
+        require(kind not in SMALL_INTEGERS, f"{name} is {kind} and moves: a count of steps overflows in it")
     names = sorted({name.rpartition(".")[2] for name in _moved(before, model)})
     return f"{', '.join(names)}: the same routes after loading" if names else "after_step moves nothing"
+
+
+@torch.no_grad()
+def _evens_load(subject: Subject) -> str:
+    """State moved by ``after_step`` over ``BALANCED_STEPS`` steps on one batch makes the load no less even.
+
+    Parameters stand still meanwhile, so what changes routes is the state alone.
+    """
+    model = subject.model()
+    router, (hidden, context, first) = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
+    if isinstance(first, Merging):
+        raise NotApplicable("parameters are merged and no token is sent")
+    before = {name: value.clone() for name, value in router.state_dict().items()}
+    use = first.use
+    for _ in range(BALANCED_STEPS):
+        router.after_step(step_uses([use])[0])
+        use = router(hidden, context).use
+    if all(torch.equal(value, before[name]) for name, value in router.state_dict().items()):
+        raise NotApplicable("after_step moves nothing")
+    start, end = (float(one.tokens_per_expert.max() / one.tokens_per_expert.sum()) for one in (first.use, use))
+    count = float(use.tokens_per_expert.sum() / first.use.tokens_per_expert.sum())
+    if abs(count - 1) > SAME_COUNT:
+        raise NotApplicable(f"after_step moves the number of routes, to {count:.2f} of what it was")
+    found = f"the busiest expert has {start:.2f} of the routes at first, {end:.2f} after {BALANCED_STEPS} steps"
+    require(end <= LESS_EVEN * start, f"{found}: state moves the wrong way")
+    return found
 
 
 def _move(model: DecoderLM, seen: Pass) -> None:
@@ -366,21 +416,6 @@ def _unsaved(model: DecoderLM) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def _parameters_set(router: Router, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Every parameter replaced by ``change`` of it inside the block."""
-    kept = [parameter.detach().clone() for parameter in router.parameters()]
-    with torch.no_grad():
-        for parameter in router.parameters():
-            parameter.copy_(change(parameter))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(router.parameters(), kept, strict=True):
-                parameter.copy_(value)
-
-
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
@@ -395,6 +430,7 @@ LEARNING: dict[str, Callable[[Subject], str]] = {
     "finite at ties": _is_finite_at_ties,
     "recompute": _survives_recompute,
     "state round trip": _keeps_state,
+    "state evens the load": _evens_load,
     "gradient parity with the oracle": _agrees_with_oracle,
 }
 """Name of the row -> the question behind it."""

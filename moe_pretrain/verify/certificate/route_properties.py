@@ -5,7 +5,7 @@ reason when the scheme cannot have it, ``DeclaredNonCausal`` when the scheme its
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.moe.dispatch import run_experts, sum_rows
-from moe_pretrain.moe.types import ExpertRowLayout, Merging
+from moe_pretrain.moe.types import ExpertRowLayout, Merging, RouterUse
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,
     TOLERANCE,
     Decision,
     NotApplicable,
-    Pass,
     Subject,
     generators_at,
     judge_dependence,
@@ -65,7 +64,7 @@ def _is_causal(subject: Subject, training: bool) -> str:
                 same = all(same_routes(ours[kept.flatten()], theirs[kept.flatten()]) for ours, theirs in routes)
                 if not (error <= TOLERANCE and same):
                     moved = f"tokens from {where} on move earlier " + (f"logits by {error:.0e}" if same else "routes")
-                    judge_dependence(model, training, moved + (f" at step {step}" if step else ""))
+                    judge_dependence(routers_of(model), training, moved + (f" at step {step}" if step else ""))
     steps = ", ".join(str(step) for step in (0, *LATE_STEPS))
     return f"{len(cuts)} cuts, {suffixes} suffixes, steps {steps}; earlier logits move by at most {worst:.0e}"
 
@@ -84,7 +83,9 @@ def _is_cut_free(subject: Subject, training: bool) -> str:
             for layer, table in enumerate(whole):
                 joined = torch.cat([part[layer] for part in parts])
                 if not same_routes(joined, table):
-                    judge_dependence(model, training, f"routes change when {ROWS} rows become {cut} and {ROWS - cut}")
+                    judge_dependence(
+                        routers_of(model), training, f"routes change when {ROWS} rows become {cut} and {ROWS - cut}"
+                    )
     return "2 cuts of the batch, at 3 steps"
 
 
@@ -101,7 +102,7 @@ def _is_alone_the_same(subject: Subject) -> str:
         worst = max(worst, error)
         pairs = zip(subject.tables(own), subject.tables(decisions), strict=True)
         if not (error <= TOLERANCE and all(same_routes(ours, theirs[tokens]) for ours, theirs in pairs)):
-            judge_dependence(model, False, f"row {row} by itself differs by {error:.0e}")
+            judge_dependence(routers_of(model), False, f"row {row} by itself differs by {error:.0e}")
     return f"logits differ by at most {worst:.0e}"
 
 
@@ -122,7 +123,7 @@ def _ignores_padding(subject: Subject) -> str:
                 ("any padding", without),
             ):
                 changed = subject.run(model, other, step)
-                _require_same_use(seen, changed, what)
+                require_same_use(seen.output.uses, changed.output.uses, what)
                 for name, value in seen.output.aux.items():
                     require(relative(changed.output.aux[name], value) <= TOLERANCE, f"{what} changes the {name} loss")
                 loss = relative(changed.output.loss_sum, seen.output.loss_sum)
@@ -134,9 +135,9 @@ def _ignores_padding(subject: Subject) -> str:
     return "counts, sums, entropy, losses and routes of text, with other padding, less of it and none"
 
 
-def _require_same_use(ours: Pass, theirs: Pass, what: str) -> None:
-    """Raise if two passes over the same text count it otherwise."""
-    for a, b in zip(ours.output.uses, theirs.output.uses, strict=True):
+def require_same_use(ours: Sequence[RouterUse], theirs: Sequence[RouterUse], what: str) -> None:
+    """Raise if two passes over the same text count it otherwise; one use for each layer."""
+    for a, b in zip(ours, theirs, strict=True):
         for name in ("tokens_per_expert", "tokens", "dropped_routes"):
             require(torch.equal(getattr(a, name), getattr(b, name)), f"{what} changes {name}")
         entropy = relative(b.router_entropy, a.router_entropy)
@@ -265,6 +266,41 @@ def _is_float32(subject: Subject) -> str:
     return "weights, parameters and state; a bfloat16 input routes like the same numbers in float32"
 
 
+@torch.no_grad()
+def _gives_experts_their_best(subject: Subject) -> str:
+    """A token that is an expert's own row of the router goes to that expert, and no other of it weighs more.
+
+    Asked of parameters with a row for every expert, as wide as a token: of dot products, cosines and distances alike
+    the token is then the expert's best. One such parameter must have it; of competing tokens half of them.
+    """
+    model = subject.warm_model()
+    router, (hidden, context, routing) = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
+    if isinstance(routing, Merging):
+        raise NotApplicable("parameters are merged and no token is sent")
+    free = router.free_slots
+    experts = [one for one in range(model.moe_layers()[0].kinds.ffn) if free is None or not free[one]]
+    shape = (subject.num_experts, hidden.shape[1])
+    found = []
+    for name, parameter in router.named_parameters():
+        if parameter.shape != shape or name in router.without_lm_gradient:
+            continue
+        best = 0
+        for expert in experts:
+            token = 5 * expert % len(hidden)
+            kept = parameter[expert].clone()
+            parameter[expert] = hidden[token]
+            weights = subject.table(Decision(hidden, context, router(hidden, context).exact()))[token]
+            parameter[expert] = kept
+            best += bool(weights[expert] >= weights.nan_to_num(-math.inf).max() * (1 - TOLERANCE))
+        found.append((best, name))
+    if not found:
+        raise NotApplicable("no parameter has a row for every expert, as wide as a token")
+    best, name = max(found)
+    said = f"{best} of {len(experts)} experts get a token that is their own row of {name}, with the largest weight"
+    require(best >= (len(experts) if router.causal_in_training else len(experts) / 2), f"only {said}")
+    return said
+
+
 ROUTES: dict[str, Callable[[Subject], str]] = {
     "causality in training": partial(_is_causal, training=True),
     "causality in evaluation": partial(_is_causal, training=False),
@@ -274,6 +310,7 @@ ROUTES: dict[str, Callable[[Subject], str]] = {
     "padding ignored": _ignores_padding,
     "determinism": _is_deterministic,
     "conservation of routes": _conserves_routes,
+    "experts get their best tokens": _gives_experts_their_best,
     "combine of identity experts": _combines_identity,
     "float32 routing": _is_float32,
 }

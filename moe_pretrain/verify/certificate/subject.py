@@ -4,9 +4,9 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss, rout
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.build import build_router
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext, step_uses
@@ -82,6 +83,20 @@ class Subject:
         model = DecoderLM(shape, router or self.config.router, ExpertShard())
         initialise(model, self.config.seed)
         return model
+
+    def router_at(self, layer: int, like: Router) -> Router | None:
+        """A router built for decoder layer ``layer``, with the values and the mode of ``like``.
+
+        The tiny model need not have that layer; its scheme must not go by layer. None if the layer's router has other
+        parameters than ``like``, as where logits are carried up to all but the lowest.
+        """
+        model = self.config.model
+        router = build_router(model.moe, self.config.router, model.hidden_size, layer)
+        router.use_token_counts(torch.ones(model.vocab_size, dtype=torch.int64))  # for buffers of the right size
+        if router.state_dict().keys() != like.state_dict().keys():
+            return None
+        router.load_state_dict(like.state_dict())
+        return router.train(like.training)
 
     def warm_model(self) -> DecoderLM:
         """A model whose routers have moved their state for a few steps."""
@@ -211,10 +226,32 @@ def rows_of(batch: MicroBatch, rows: slice | Tensor) -> MicroBatch:
     )
 
 
-def judge_dependence(model: DecoderLM, training: bool, found: str) -> None:
+def context_of(context: RoutingContext, tokens: Tensor | slice) -> RoutingContext:
+    """What a router is told of some of the tokens; the numbers of sequences and of global tokens stay as they are."""
+    told = {field.name: getattr(context, field.name) for field in fields(context)}
+    some: dict[str, Any] = {name: value[tokens] for name, value in told.items() if isinstance(value, Tensor)}
+    return replace(context, **some)
+
+
+@contextmanager
+def parameters_set(router: Router, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Every parameter replaced by ``change`` of it inside the block."""
+    kept = [parameter.detach().clone() for parameter in router.parameters()]
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(change(parameter))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(router.parameters(), kept, strict=True):
+                parameter.copy_(value)
+
+
+def judge_dependence(routers: Sequence[Router], training: bool, found: str) -> None:
     """Raise what a decision's dependence on other tokens is by the scheme's own declaration."""
     name = "causal_in_training" if training else "causal_in_evaluation"
-    if all(getattr(router, name) for router in routers_of(model)):
+    if all(getattr(router, name) for router in routers):
         raise Broken(f"{name} is declared, but {found}")
     raise DeclaredNonCausal(found)
 

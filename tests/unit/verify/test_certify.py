@@ -19,8 +19,11 @@ from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.train.build import train
 from moe_pretrain.verify.certificate import certify as certificate
 from moe_pretrain.verify.certificate.certify import PROPERTIES, PropertyResult, ask, examine
+from moe_pretrain.verify.certificate.conduct_properties import CONDUCT
 from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
+from moe_pretrain.verify.certificate.loss_properties import LOSSES
+from moe_pretrain.verify.certificate.range_properties import RANGE
 from moe_pretrain.verify.certificate.subject import Subject
 from moe_pretrain.verify.verify import verify
 
@@ -102,6 +105,7 @@ class Variant(TopKRouter):
 CAUSALITY = {"causality in training", "causality in evaluation"}
 CUTS = {"cut of the batch in training", "cut of the batch in evaluation", "batch of one in evaluation"}
 PARITY = "gradient parity with the oracle"
+LOAD = "state evens the load"
 OTHERS = "others"
 
 # What is wrong -> (the methods that do it, the rows that fail; with OTHERS, those at least).
@@ -287,6 +291,7 @@ BROKEN = {
     ),
 }
 
+NEVER_BLAMED = (*RANGE, *CONDUCT, *LOSSES, "experts get their best tokens", LOAD, *DEPENDENCE)
 
 SMALL = ("engine.device=cpu", "model.num_layers=1", "model.moe.num_experts=6")
 
@@ -319,7 +324,8 @@ def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
     methods, expected = BROKEN[wrong]
     found = set(failing(examine(load([variant(tmp_path, methods), *SMALL]))))
     assert found >= expected - {OTHERS}
-    overlapping = DEPENDENCE.keys() | DERIVATIVES.keys()  # those that name the same fault once more
+    # Those that name the same fault once more.
+    overlapping = {*DEPENDENCE, *DERIVATIVES, *RANGE, *CONDUCT, *LOSSES, *("experts get their best tokens", LOAD)}
     assert found - overlapping == expected - overlapping or OTHERS in expected
 
 
@@ -589,10 +595,336 @@ SUBTLE = {
         """,
         "evaluation as in training",
     ),
+    "detaches its weights from step 10 on": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            return replace(routing, weight=routing.weight.detach()) if context.step >= 10 else routing
+        """,
+        "every step and layer",
+    ),
+    "looks ahead from step 100 to step 500": (
+        f"""
+        def logits(self, hidden, context):
+            if not 100 <= context.step < 500:
+                return super().logits(hidden, context){NEXT_TOKEN}
+            return super().logits(hidden, context)
+        """,
+        "every step and layer",
+    ),
+    "looks ahead in the upper layers of a deep model": (
+        f"""
+        def logits(self, hidden, context):
+            if self.layer < 5:
+                return super().logits(hidden, context){NEXT_TOKEN}
+            return super().logits(hidden, context)
+        """,
+        "every step and layer",
+    ),
+    "has a balance loss with a gradient in the lowest layer alone": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            if self.layer > 0:
+                routing.aux["load_balance"] = routing.aux["load_balance"].detach()
+            return routing
+        """,
+        "every step and layer",
+    ),
+    "reads the mean of its chunk of 64 tokens in long rows": (
+        """
+        def logits(self, hidden, context):
+            if len(hidden) // context.num_sequences >= 64:
+                chunks = hidden.unflatten(0, (-1, 64))
+                hidden = (chunks + chunks.mean(dim=1, keepdim=True)).flatten(0, 1)
+            return super().logits(hidden, context)
+        """,
+        "long rows",
+    ),
+    "sharpens above 4096 tokens": (
+        """
+        def logits(self, hidden, context):
+            return super().logits(hidden, context) * (1.5 if len(hidden) > 4096 else 1.0)
+        """,
+        "long rows",
+    ),
+    "counts in float16": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            counts = routing.use.tokens_per_expert.half().double()
+            return replace(routing, use=replace(routing.use, tokens_per_expert=counts))
+        """,
+        "long rows",
+    ),
+    "sums the entropy in bfloat16": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            entropy = routing.use.router_entropy.bfloat16().double()
+            return replace(routing, use=replace(routing.use, router_entropy=entropy))
+        """,
+        "long rows",
+    ),
+    "knows its place in the row, and forgets what is in the cache": (
+        """
+        def logits(self, hidden, context):
+            place = torch.arange(len(hidden)) % (len(hidden) // context.num_sequences)
+            return super().logits(hidden, context) + (place[:, None] + torch.arange(self.num_experts)).sin()
+        """,
+        "a new token alone",
+    ),
+    "gives a single token one expert": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            first = torch.arange(len(routing.weight)) % 2 == 0
+            return replace(routing, weight=routing.weight * first) if len(hidden) == 1 else routing
+        """,
+        "a new token alone",
+    ),
+    "draws the same noise in every layer": (
+        """
+        def logits(self, hidden, context):
+            keys = context.seed, 7, context.step
+            noise = counter_uniform(context.token_position, self.num_experts, *keys)
+            return super().logits(hidden, context) + (0.1 * noise if self.training else 0.0)
+        """,
+        "noise",
+    ),
+    "draws the same noise in every step": (
+        """
+        def logits(self, hidden, context):
+            keys = context.seed, 7, self.layer
+            noise = counter_uniform(context.token_position, self.num_experts, *keys)
+            return super().logits(hidden, context) + (0.1 * noise if self.training else 0.0)
+        """,
+        "noise",
+    ),
+    "draws noise by a position in float32": (
+        """
+        def logits(self, hidden, context):
+            position = context.token_position.float().long()
+            noise = counter_uniform(position, self.num_experts, context.seed, 7, context.step, self.layer)
+            return super().logits(hidden, context) + (0.1 * noise if self.training else 0.0)
+        """,
+        "noise",
+    ),
+    "scales its input in place": (
+        """
+        def logits(self, hidden, context):
+            hidden.data.mul_(1.05)
+            return super().logits(hidden, context)
+        """,
+        "leaves alone what it is given",
+    ),
+    "marks tokens as padding in place": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            context.token_mask[-1] = False
+            return routing
+        """,
+        "leaves alone what it is given",
+    ),
+    "sets the seed of everybody": (
+        """
+        def logits(self, hidden, context):
+            torch.manual_seed(context.seed + context.step)
+            return super().logits(hidden, context)
+        """,
+        "leaves alone what it is given",
+    ),
+    "makes shares of a step's counts in place": (
+        """
+        def after_step(self, use):
+            use.tokens_per_expert.div_(use.tokens_per_expert.sum())
+        """,
+        "leaves alone what it is given",
+    ),
+    "shares its bias with all routers": (
+        """
+        shared = 0.0
+
+        def select(self, scores, logits):
+            return super().select(scores + Variant.shared, logits)
+
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
+            Variant.shared = Variant.shared + 0.1 * push
+        """,
+        "leaves alone what it is given",
+    ),
+    "balances the first half of each row": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            length = len(hidden) // context.num_sequences
+            text = context.token_mask & (torch.arange(len(hidden)) % length < length // 2)
+            probs, counts = self.logits(hidden, context).softmax(dim=1), routing.use.tokens_per_expert[None]
+            routing.aux["load_balance"] = load_balance_loss(probs, counts, text)
+            return routing
+        """,
+        "losses are means of the text",
+    ),
+    "has a loss that is a sum": (
+        """
+        @property
+        def aux_weights(self):
+            return super().aux_weights | {"confidence": 0.01}
+
+        def own_losses(self, probs, context):
+            return {"confidence": (probs.square().sum(dim=1) * context.token_mask).sum()}
+        """,
+        "losses are means of the text",
+    ),
+    "does not ask for the global batch's routes": (
+        """
+        needs_global_routes = False
+        """,
+        "losses are means of the text",
+    ),
+    "has a variation of the micro-batch for a loss, and does not say so": (
+        """
+        @property
+        def aux_weights(self):
+            return super().aux_weights | {"variation": 0.01}
+
+        def own_losses(self, probs, context):
+            return {"variation": (probs * context.token_mask[:, None]).sum(dim=0).var() / context.token_mask.sum() ** 2}
+        """,
+        "losses are means of the text",
+    ),
+    "does not square its z-loss": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            routing.aux["router_z"] = routing.aux["router_z"].sqrt()
+            return routing
+        """,
+        "entropy and losses at uniform",
+    ),
+    "reports the entropy of the chosen experts' weights": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            weight = routing.weight.detach().view(-1, 2)
+            weight = weight / weight.sum(dim=1, keepdim=True)
+            entropy = -(torch.special.xlogy(weight, weight).sum(dim=1) * context.token_mask).sum().double()
+            return replace(routing, use=replace(routing.use, router_entropy=entropy))
+        """,
+        "entropy and losses at uniform",
+    ),
+    "has a balance loss for six experts, whatever their number": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            routing.aux["load_balance"] = routing.aux["load_balance"] * (6 / self.num_experts)
+            return routing
+        """,
+        "entropy and losses at uniform",
+    ),
+    "doubles the coefficients of its losses": (
+        """
+        @property
+        def aux_weights(self):
+            return {name: 2 * weight for name, weight in super().aux_weights.items()}
+        """,
+        "aux losses named",
+    ),
+    "keeps the balance loss from the layers below": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            routing.aux["load_balance"] = super().forward(hidden.detach(), context).aux["load_balance"]
+            return routing
+        """,
+        "aux losses move the router",
+    ),
+    "doubles the weights' gradient in a late step": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            doubled = replace(routing, weight=2 * routing.weight - routing.weight.detach())
+            return doubled if context.step >= 1000 else routing
+        """,
+        "weights' gradient is a derivative",
+    ),
+    "has experts rolled in every second document of a row": (
+        """
+        def logits(self, hidden, context):
+            logits = super().logits(hidden, context)
+            odd = (0 if context.document_ids is None else context.document_ids) % 2 == torch.ones(len(hidden))
+            return torch.where(odd[:, None], logits.roll(1, dims=1), logits)
+        """,
+        "documents apart in evaluation",
+    ),
+    "divides by the routes of a step without text": (
+        """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("share", torch.zeros(self.num_experts))
+
+        def after_step(self, use):
+            self.share.copy_(use.tokens_per_expert / use.tokens_per_expert.sum())
+        """,
+        "no text tokens",
+    ),
+    "counts steps in 16 bits": (
+        """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int16))
+
+        def after_step(self, use):
+            self.steps += 1
+        """,
+        "state round trip",
+    ),
+    "has means for sums": (
+        """
+        num_sums = 1
+
+        def sums(self, scores, context):
+            text = context.token_mask
+            return (scores.max(dim=1).values * text).sum()[None].double() / text.sum() if self.training else None
+        """,
+        "state alike on ranks",
+    ),
+    "raises the bias of busy experts": (
+        """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("bias", torch.zeros(self.num_experts))
+
+        def select(self, scores, logits):
+            return super().select(scores + self.bias, logits)
+
+        def after_step(self, use):
+            self.bias -= 0.001 * (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
+        """,
+        "state evens the load",
+    ),
+    "takes the worst experts": (
+        """
+        def select(self, scores, logits):
+            return super().select(-scores, -logits)
+        """,
+        "experts get their best tokens",
+    ),
+    "exchanges the weights of a token": (
+        """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            return replace(routing, weight=routing.weight.view(-1, 2).flip(1).flatten())
+        """,
+        "experts get their best tokens",
+    ),
 }
 
 KEPT_WITHIN = """\
 from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.losses import load_balance_loss
 
 
 def kept_within(expert, num_experts, capacity):
@@ -637,6 +969,104 @@ SOUND = """
         def after_step(self, use):
             self.bias += 0.01 * (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
 """
+
+
+# What a configuration says wrongly -> (its members, how the row begins to complain).
+MISCOUNTED = {
+    "half of the experts per token": (
+        """
+        @property
+        def mean_experts_per_token(self):
+            return self.top_k / 2
+        """,
+        "mean_experts_per_token=1, but every token has 2",
+    ),
+    "a limit that tokens exceed": (
+        """
+        @property
+        def experts_per_token_limit(self):
+            return 1
+        """,
+        "most_experts_per_token=1, but a batch has 2.00",
+    ),
+    "a fixed number that is not so": (
+        """
+        @property
+        def fixed_experts_per_token(self):
+            return 3
+        """,
+        "fixed_experts_per_token=3, but tokens have 2 to 2 experts",
+    ),
+    "a payload that is not there": (
+        """
+        payload_size = 4
+        """,
+        "payload_size=4, but 0 numbers travel with a route",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", MISCOUNTED)
+def test_miscounted_costs_are_found(wrong: str, tmp_path: Path) -> None:
+    members, complaint = MISCOUNTED[wrong]
+    members = textwrap.indent(textwrap.dedent(members), "    ")
+    source = VARIANT.replace("    def build(self", members + "\n    def build(self", 1) + "    pass\n"
+    row = ask("experts per token as declared", Subject(load([write(tmp_path, source), *SMALL])))
+    assert row.verdict == "FAIL" and row.detail.startswith(complaint), row
+
+
+def test_as_many_experts_as_there_are_is_tried(tmp_path: Path) -> None:
+    """A cut that is right with fewer leaves the weakest out with all."""
+    methods = """
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            if self.config.top_k < self.num_experts:
+                return routing
+            kept = torch.arange(len(routing.weight)) % self.num_experts != self.num_experts - 1
+            token, expert, weight = (v[kept] for v in (routing.token_index, routing.expert_index, routing.weight))
+            return replace(routing, token_index=token, expert_index=expert, weight=weight, routes_per_token=None)
+        """
+    row = ask("experts per token as declared", Subject(load([subtle(tmp_path, methods), *SMALL])))
+    assert row.verdict == "FAIL", row
+
+
+# Right, and unusual: no row may object.
+UNUSUAL = {
+    "a temperature that falls with the step": """
+        evaluation_rule = "temperature 1"
+
+        def logits(self, hidden, context):
+            return super().logits(hidden, context) / (1 + 1 / (1 + context.step / 1000) if self.training else 1)
+        """,
+    "the mean of a document's earlier tokens": """
+        reads_earlier_tokens = True
+
+        def logits(self, hidden, context):
+            rows = hidden.unflatten(0, (context.num_sequences, -1))
+            document = torch.zeros(len(hidden)) if context.document_ids is None else context.document_ids
+            document = document.view(rows.shape[:2])
+            seen = (document[:, :, None] == document[:, None]).float().tril()
+            return super().logits((rows + seen / seen.sum(dim=-1, keepdim=True) @ rows).flatten(0, 1), context)
+        """,
+    "tables by size that are remembered": """
+        def select(self, scores, logits):
+            tables = self.__dict__.setdefault("tables", {})
+            ones = tables.setdefault(len(scores), torch.ones(len(scores), 1))
+            return super().select(scores * ones, logits)
+        """,
+    "its place in the row, with what is in the cache": """
+        def logits(self, hidden, context):
+            place = context.first_place + torch.arange(len(hidden)) % (len(hidden) // context.num_sequences)
+            return super().logits(hidden, context) + (place[:, None] + torch.arange(self.num_experts)).sin()
+        """,
+    "noise and a bias": SOUND,
+}
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL)
+def test_what_is_right_and_unusual_is_not_blamed(unusual: str, tmp_path: Path) -> None:
+    subject = Subject(load([subtle(tmp_path, UNUSUAL[unusual]), *SMALL]))
+    assert not failing(ask(name, subject) for name in NEVER_BLAMED)
 
 
 def test_a_sound_scheme_with_noise_and_state_is_certified(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Rows of the certificate: noise, and what a router does beside deciding.
+
+What a function raises: ``route_properties``.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_pretrain.moe.types import RoutingContext, StepUse, step_uses
+from moe_pretrain.verify.certificate.subject import (
+    LATE_STEPS,
+    ROWS,
+    NotApplicable,
+    Subject,
+    context_of,
+    move_state,
+    require,
+    route_table,
+    routers_of,
+    same_routes,
+)
+
+EQUAL_TOKENS = 256
+LATE_POSITION = 2**42
+"""Tokens after a million steps of four million: float32 counts up to 2**24."""
+
+
+def _draws_noise_anew(subject: Subject) -> str:
+    """Noise in training is another one in every step and layer, and late in a run as various as early.
+
+    A router whose decisions change with the seed is given equal tokens. If it tells them apart, that is noise.
+    """
+    model = subject.warm_model()
+    decision = subject.run(model, subject.batch(one_document=True)).decisions[-1]
+    tokens = torch.zeros(EQUAL_TOKENS, dtype=torch.long)
+    hidden = decision.hidden[tokens]
+    context = replace(
+        context_of(decision.context, tokens),
+        num_sequences=ROWS,
+        token_position=torch.arange(EQUAL_TOKENS),
+        global_tokens=EQUAL_TOKENS,
+        document_ids=torch.zeros_like(tokens),
+    )
+    layers = subject.unshrunk.model.moe_layers[-2:]
+    # A model of one layer has no other; that which would be above it serves as one.
+    layers = layers if len(layers) == 2 else [layers[0], layers[0] + 1]
+    like = routers_of(model)[-1]
+
+    @torch.no_grad()
+    def decide(layer: int = layers[0], **told: Any) -> Tensor:
+        router = subject.router_at(layer, like)
+        if router is None:
+            raise NotApplicable("the router of another layer has other parameters")
+        return route_table(router(hidden, replace(context, **told)), EQUAL_TOKENS, subject.num_experts)
+
+    def changes(table: Tensor) -> bool:
+        return not same_routes(first, table, tolerance=0.0)
+
+    first = decide()
+    if not changes(decide(seed=context.seed + 1)):
+        raise NotApplicable("no decision in training changes with the seed: there is no noise")
+    various, moves = _various(first), changes(decide(step=1))
+    if various == 1 and not moves:
+        raise NotApplicable("the seed changes decisions, but equal tokens route alike in all steps: it is no noise")
+    require(moves, "the noise of a token is the same in every step: context.step must be one of its keys")
+    require(changes(decide(layers[1])), "the noise of a token is the same in every layer: Router.layer must be a key")
+    late = _various(decide(step=LATE_STEPS[-1], token_position=context.token_position + LATE_POSITION))
+    require(
+        2 * late >= various,
+        f"{EQUAL_TOKENS} equal tokens have {various} decisions early in a run and {late} after {LATE_POSITION} tokens: "
+        "positions are rounded",
+    )
+    return f"another one in every step and layer; {EQUAL_TOKENS} equal tokens have {various} decisions, late {late}"
+
+
+def _various(table: Tensor) -> int:
+    return len(table.nan_to_num(-1.0).unique(dim=0))
+
+
+def _leaves_alone_what_it_is_given(subject: Subject) -> str:
+    """A router changes neither its input, nor what it is told, nor a step's counts, nor global random generators.
+
+    Nor what other routers of its class have: a second model begins as the first did.
+    """
+    model, batch = subject.model(), subject.batch(padding=(1,))
+    routers = routers_of(model)
+    complaints: list[str] = []
+    kept: list[dict[str, Any]] = []
+
+    def before(module: torch.nn.Module, inputs: tuple) -> None:
+        kept.append(_given(*inputs) | _generators())
+
+    def after(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        now = _given(*inputs) | _generators()
+        complaints.extend(name for name, value in kept.pop().items() if not _equal(value, now[name]))
+
+    handles = [
+        handle
+        for router in routers
+        for handle in (router.register_forward_pre_hook(before), router.register_forward_hook(after))
+    ]
+    first = []
+    for training in (False, True):
+        first.append(subject.run(model.train(training), batch))
+        require(not complaints, f"forward changes {', '.join(sorted(set(complaints)))}")
+    for handle in handles:
+        handle.remove()
+    uses = step_uses(first[-1].output.uses)
+    for router, use in zip(routers, uses, strict=True):
+        expected, generators = _of_use(use), _generators()
+        router.after_step(use)
+        router.metrics(use)
+        changed = [name for name, value in _of_use(use).items() if not _equal(expected[name], value)]
+        changed += [name for name, value in _generators().items() if not _equal(generators[name], value)]
+        require(not changed, f"after_step or metrics changes {', '.join(changed)}")
+    for step in range(20):
+        seen = subject.run(model, subject.batch(seed=step), step)
+        move_state(model, seen)
+    again = subject.model()
+    for training, ours in zip((False, True), first, strict=True):
+        theirs = subject.run(again.train(training), batch)
+        require(
+            subject.has_same_bits(ours, theirs),
+            "a second model routes otherwise than the first did, which has been trained since: routers share state",
+        )
+    require(
+        again.aux_weights == subject.model().aux_weights, "routers share state: coefficients of a second model differ"
+    )
+    return "input, context, counts of a step, random generators and other models' routers"
+
+
+def _given(hidden: Tensor, context: RoutingContext) -> dict[str, Any]:
+    """What a forward pass is given, copied."""
+    told = {field.name: getattr(context, field.name) for field in fields(context)}
+    tensors = {f"context.{name}": value.detach().clone() for name, value in told.items() if isinstance(value, Tensor)}
+    return {"its input": hidden.detach().clone()} | tensors
+
+
+def _of_use(use: StepUse) -> dict[str, Tensor]:
+    return {
+        f"StepUse.{field.name}": value.clone()
+        for field in fields(use)
+        if isinstance(value := getattr(use, field.name), Tensor)
+    }
+
+
+def _generators() -> dict[str, Any]:
+    """States of the process that all share."""
+    return {
+        "torch's random generator": torch.get_rng_state(),
+        "numpy's random generator": repr(np.random.get_state()),
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's number of threads": torch.get_num_threads(),
+    }
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    return torch.equal(ours, theirs) if isinstance(ours, Tensor) else bool(ours == theirs)
+
+
+CONDUCT: dict[str, Callable[[Subject], str]] = {
+    "noise": _draws_noise_anew,
+    "leaves alone what it is given": _leaves_alone_what_it_is_given,
+}
+"""Name of the row -> the question behind it."""
