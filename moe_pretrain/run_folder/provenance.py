@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,14 +17,17 @@ from moe_pretrain.system.files import write_json, write_whole
 from moe_pretrain.system.words import one_line
 
 _GIT_SECONDS = 10.0
+_FOR_ONE_START = re.compile(r"\+*(checkpoint\.resume|fault(\.\w+)?)=")
+"""Overrides that a run's record does not keep."""
 
 
 def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
     """Write down what the run was started with, which the same name goes on with; other ranks may read it meanwhile.
 
-    ``checkpoint.resume=restart`` is for one start: kept, it would begin anew whenever later checkpoints are lost.
+    Without the words for one start: a kept ``checkpoint.resume=restart`` would begin anew whenever later checkpoints
+    are lost, ``never`` would refuse every resume, and a run that a ``fault`` has killed would be killed again.
     """
-    kept = [word for word in overrides if word.lstrip("+") != "checkpoint.resume=restart"]
+    kept = [word for word in overrides if not _FOR_ONE_START.match(word)]
     write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in kept))
 
 

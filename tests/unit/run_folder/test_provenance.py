@@ -5,7 +5,13 @@ import errno
 import pytest
 
 from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE, SUMMARY_FILE
-from moe_pretrain.run_folder.provenance import write_config, write_overrides, write_sick_step, write_summary
+from moe_pretrain.run_folder.provenance import (
+    read_overrides,
+    write_config,
+    write_overrides,
+    write_sick_step,
+    write_summary,
+)
 from moe_pretrain.run_folder.record import find_runs
 from moe_pretrain.system.files import WholeFile
 
@@ -32,6 +38,13 @@ def test_a_full_disk_at_a_resume_keeps_what_the_first_start_wrote(tmp_path, monk
     assert run.state == "unfinished" and run.values == {"seed": 7, "run.name": "a"} and run.planned_steps == 7
     assert (tmp_path / OVERRIDES_FILE).read_text() == "seed=7\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CONFIG_FILE, SUMMARY_FILE, OVERRIDES_FILE])
+
+
+def test_words_for_one_start_are_not_those_of_the_run(tmp_path):
+    kept = ["model=tiny", "checkpoint.resume_after=1", "+data.note=fault=", "+checkpoint.every_steps=5"]
+    once = ["checkpoint.resume=never", "+checkpoint.resume=restart", "fault.point=train.step", "++fault={step: 3}"]
+    write_overrides(tmp_path, [*kept[:2], *once, *kept[2:]])
+    assert read_overrides(tmp_path) == kept
 
 
 def test_a_sick_step_has_a_file_of_its_own(tmp_path):
