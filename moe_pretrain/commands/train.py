@@ -1,6 +1,7 @@
 """``train``: one run, here or in workers of our own, or a sweep of them."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 from moe_pretrain.commands.options import Parser, overrides_of, shows
@@ -20,7 +21,10 @@ from moe_pretrain.system.gpu import smallest_memory
 from moe_pretrain.system.open_files import allow_open_files
 from moe_pretrain.train.branch import check_branch
 from moe_pretrain.train.build import train
+from moe_pretrain.train.resume_rules import check_resume
 from moe_pretrain.train.task_evaluator import RunTasks
+
+_PLACE = ("run.name=", "run.output_dir=")
 
 
 def arguments(parser: Parser) -> None:
@@ -46,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
 
         return multirun(overrides)
     if not is_worker():  # its launcher has added them
-        overrides = with_earlier_overrides(overrides)
+        is_quiet = options.cfg or options.info or launched_rank()
+        overrides = with_earlier_overrides(overrides, (lambda line: None) if is_quiet else print)
     if shows(options, overrides):
         return 0
     config = load(overrides)
@@ -57,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     plan = preflight(config, launched or config.parallel.processes)
     check_warm_up(config, plan)
     check_branch(config)
+    if not is_worker():  # its launcher has
+        check_resume(config)
     check_tasks("evaluation.tasks.names", config.evaluation.tasks.names)
     allow_open_files(plan.world_size)
     own_ranks = launched_number("LOCAL_WORLD_SIZE") or (launched_number("LOCAL_RANK") or 0) + 1
@@ -74,14 +81,14 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def with_earlier_overrides(overrides: list[str]) -> list[str]:
+def with_earlier_overrides(overrides: list[str], say: Callable[[str], None] = print) -> list[str]:
     """A run that exists goes on with what it was started with, defaults of that day included; new overrides win.
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
     """
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
-    named = [word for word in overrides if word.lstrip("+").startswith(("run.name=", "run.output_dir="))]
+    named = [word for word in overrides if word.lstrip("+").startswith(_PLACE)]
     explicit_name = any(word.lstrip("+").startswith("run.name=") for word in named)
     if not explicit_name:
         return overrides
@@ -91,6 +98,9 @@ def with_earlier_overrides(overrides: list[str]) -> list[str]:
         return overrides
     words = earlier_words(folder, recorded, overrides)
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first
+    unsaid = [word for word in words if word not in overrides and not word.startswith(_PLACE)]
+    if not values and unsaid:  # they may be the very mistake by which the first start was refused
+        say(f"{folder} was started before and has not begun; what it was started with holds too: {' '.join(unsaid)}")
     return words + kept(words_at_start(folder, recorded, overrides), values, words) if values else words
 
 

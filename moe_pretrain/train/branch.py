@@ -71,8 +71,7 @@ def check_branch(config: Config) -> None:
             "checkpoint.keep_every_steps keeps checkpoints for ever"
         )
     state = train_state(read_manifest(branch.checkpoint))
-    if refused := changes(state.identity.config, to_values(config), is_branch=True).refused:
-        raise ConfigError(f"{', '.join(refused)}, with which {branch.checkpoint} was made: a branch keeps them")
+    changes(state.identity.config, to_values(config), is_branch=True).check(branch.checkpoint, "a branch keeps them")
     if config.num_steps <= branch.step:
         raise ConfigError(
             f"budget: the run comes to {config.num_steps} steps, which must be more than the {branch.step} of {word}"

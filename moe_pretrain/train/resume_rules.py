@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_pretrain import data
+from moe_pretrain.checkpoint.manifest import CheckpointError, complete_names, open_manifest, train_state
 from moe_pretrain.checkpoint.store import RunIdentity, TrainState
 from moe_pretrain.config.earlier_releases import say_what_was_balanced
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.engine.engine import TrainEngine
+from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.run_folder.provenance import versions
 
 _MUST_STAY = (
@@ -95,6 +97,7 @@ _KINDS = (
 _RESOLVED = ("device", "dtype", "zero_stage", "kernels")
 """Fields of the engine that may be ``auto``."""
 _ABSENT = object()
+_ANOTHER_NAME = "choose another run.name to start anew"
 
 
 class ResumeRules:
@@ -125,18 +128,14 @@ class ResumeRules:
             ConfigError: Something has changed that must stay the same.
         """
         then, now = state.identity, self.identity
-        way_out = "a branch keeps them" if is_branch else "choose another run.name to start anew"
+        way_out = "a branch keeps them" if is_branch else _ANOTHER_NAME
         if not then.config or state.token_hash is None:
             raise ConfigError(
                 f"{path} cannot be resumed: it records no configuration or no token hash, as no run writes it; "
                 f"{way_out}"
             )
         found = changes(then.config, now.config, is_branch)
-        if found.refused:
-            raise ConfigError(
-                f"{', '.join(found.refused)}, with which {path} was made; {way_out}"
-                + (f" (these differ too, and may: {', '.join(found.allowed)})" if found.allowed else "")
-            )
+        found.check(path, way_out)
         if then.corpus_fingerprint != now.corpus_fingerprint:
             raise ConfigError(
                 f"data: the corpus has changed since {path} was made: "
@@ -168,6 +167,31 @@ class Changes:
 
     refused: list[str]
     allowed: list[str]
+
+    def check(self, path: Path, way_out: str) -> None:
+        """Raise ``ConfigError`` if the checkpoint ``path`` was made with something that must stay."""
+        if self.refused:
+            raise ConfigError(
+                f"{', '.join(self.refused)}, with which {path} was made; {way_out}"
+                + (f" (these differ too, and may: {', '.join(self.allowed)})" if self.allowed else "")
+            )
+
+
+def check_resume(config: Config) -> None:
+    """Refuse settings that the run's newest checkpoint was not made with, before a corpus is prepared for them.
+
+    A checkpoint that cannot be read or has no settings is left to the resume, which may pass it over; so is one that is
+    to be set aside (``checkpoint.resume=restart``) where none is good.
+
+    Raises:
+        ConfigError: Something has changed that must stay the same.
+    """
+    if config.checkpoint.resume == "restart":
+        return
+    with suppress(CheckpointError):
+        for newest in complete_names(config.run.folder / CHECKPOINTS)[:1]:
+            if then := train_state(open_manifest(newest)).identity.config:
+                changes(then, to_values(config)).check(newest, _ANOTHER_NAME)
 
 
 def changes(then: dict[str, Any], now: dict[str, Any], is_branch: bool = False) -> Changes:

@@ -168,6 +168,13 @@ def test_report_command(straight: Path):
     assert code == 0 and times[times.index("total") + 2] == f"{row['moe/router_microseconds_per_token']:.3g}"
 
 
+def test_what_must_stay_is_refused_before_a_corpus_is_prepared(straight: Path):
+    cache = sorted((straight / "outputs" / "cache").iterdir())
+    code, out, err = run(straight, "train", "run.name=straight", "tokenizer.vocab_size=300")
+    assert code == 2 and "tokenizer.vocab_size=300 must stay" in err and not out
+    assert len(err.splitlines()) == 1 and cache and sorted((straight / "outputs" / "cache").iterdir()) == cache
+
+
 MISTAKES = [
     (["train", "run.name=straight", "model.hidden_size=64"], "model.hidden_size=64 must stay 32"),
     (["train", "run.name=straight", "checkpoint.resume=never"], "checkpoint.resume=never"),

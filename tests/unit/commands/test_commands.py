@@ -82,6 +82,20 @@ def test_a_resumed_run_keeps_its_folder(folder: Path, tmp_path: Path):
     assert word in words and load(words).model.name == "mine"
 
 
+def test_words_of_a_start_that_never_began_are_said(tmp_path: Path):
+    run, given = tmp_path / "new", ["run.name=new", f"run.output_dir={tmp_path}", "seed=2"]
+    run.mkdir()
+    (run / "overrides.txt").write_text("run.name=new\nseed=1\nmodel=small\ncheckpoint.warm_start=nowhere\n")
+    said: list[str] = []
+    words = with_earlier_overrides(given, said.append)
+    assert "model=small" in words and "seed=1" not in words
+    assert said == [
+        f"{run} was started before and has not begun; what it was started with holds too: model=small "
+        "checkpoint.warm_start=nowhere"
+    ]
+    assert with_earlier_overrides(words, said.append) == words and len(said) == 1
+
+
 @pytest.mark.parametrize(
     "words,fragment",
     [
