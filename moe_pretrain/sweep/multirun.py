@@ -77,6 +77,8 @@ def multirun(words: Sequence[str]) -> int:
         sweep, master = prepare(hydra, command, sweep_name(command.keys, [*command.fixed, *command.swept]))
         grid = _combinations(hydra, command, master)
         for swept in grid:
+            if grid.count(swept) > 1:  # one job would stand for both, and a seed less be compared than was meant
+                raise ConfigError(f"--multirun: {' '.join(swept)} is listed twice: name each value once")
             sweep.check(swept)
 
         def run() -> set[Path]:

@@ -77,6 +77,7 @@ def test_a_scheme_of_ones_own(home: Path):
         (["seed=1,2", "router.top_k=2,9"], "job seed=1,router.top_k=9: router.top_k=9 must be at most"),
         (["seed=1,2", "modle=tiny"], "modle"),
         (["seed=1"], "--multirun: no override lists several values"),
+        (["router=top_k,hash", "seed=1,2,1"], "--multirun: router=top_k seed=1 is listed twice: name each value once"),
         (["seed=1,2", "hydra/launcher=none"], "hydra/launcher/none"),
         (["seed=interval(1,2)"], "does not support sweep type"),
         (["seed=1,2", "run.name=x"], "run.name: a sweep names its runs itself"),
