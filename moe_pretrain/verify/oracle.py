@@ -38,7 +38,7 @@ from moe_pretrain.moe.types import (
     StepUse,
     float32_parameters,
 )
-from moe_pretrain.verify.oracle_optimizers import UPDATES, norms_by_part, rate_scale
+from moe_pretrain.verify.oracle_optimizers import norms_by_part, rate_scale, update_of
 from moe_pretrain.verify.oracle_parts import (
     combine_outputs,
     coupling_loss,
@@ -135,6 +135,7 @@ class Oracle:
             change_model: Edits the initial weights.
         """
         self.config, self.num_steps = config, num_steps
+        self.update = update_of(config.optimizer.name)
         self.model = DecoderLM(config.model, config.router, ExpertShard(0, 1))
         initialise(self.model, config.seed)
         if change_model is not None:
@@ -459,7 +460,7 @@ class Oracle:
         for name, weight in self.weights.items():
             own = rate_scale(self.config, name, weight)
             gradient = gradients[name] * scale
-            UPDATES[config.name](self.config, name, weight, gradient, self.moments[name], rate, own, step + 1)
+            self.update(self.config, name, weight, gradient, self.moments[name], rate, own, step + 1)
 
 
 _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]] = {

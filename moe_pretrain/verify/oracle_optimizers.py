@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_pretrain.config.schema import Config
+from moe_pretrain.config.schema import Config, ConfigError
 
 _PARTS = {
     ".router.": "router",
@@ -155,9 +155,24 @@ def _rows_of_matrices(config: Config, name: str, rows: int) -> list[int]:
     return [rows]
 
 
-UPDATES: dict[str, Callable[[Config, str, Tensor, Tensor, dict[str, Tensor], float, float, int], None]] = {
+Update = Callable[[Config, str, Tensor, Tensor, dict[str, Tensor], float, float, int], None]
+UPDATES: dict[str, Update] = {
     "adamw": adamw,
     "muon": muon,
 }
 """By ``optimizer.name``: changes the weight called so and its moments, from the clipped gradient, the run's learning
 rate, the weight's multiple of it and the number of updates with this one."""
+
+
+def update_of(name: str) -> Update:
+    """The entry of ``UPDATES``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in UPDATES:
+        raise ConfigError(
+            f"optimizer.name={name} must be one of {', '.join(UPDATES)} here: verify/oracle_optimizers.py has no "
+            "formula of its update"
+        )
+    return UPDATES[name]

@@ -18,6 +18,7 @@ from moe_pretrain.verify.certificate.route_properties import check_routes
 from moe_pretrain.verify.certificate.subject import (
     ROWS,
     TOLERANCE,
+    Broken,
     Decision,
     NotApplicable,
     Pass,
@@ -211,18 +212,21 @@ def _is_finite_at_ties(subject: Subject) -> str:
     model = subject.model()
     router, (hidden, context, _) = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
     cases: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-        "equal logits": (torch.zeros_like, hidden),
-        "equal experts": (lambda parameter: torch.full_like(parameter, 0.1), hidden),
+        "equal logits (parameters of 0)": (torch.zeros_like, hidden),
+        "equal experts (parameters of 0.1)": (lambda parameter: torch.full_like(parameter, 0.1), hidden),
         "equal tokens": (torch.clone, hidden[:1].expand_as(hidden)),
         "hidden states of zero": (torch.clone, torch.zeros_like(hidden)),
-        "sure probabilities": (lambda parameter: parameter * 1e4, hidden),
+        "sure probabilities (parameters times 10,000)": (lambda parameter: parameter * 1e4, hidden),
     }
     generator = torch.Generator().manual_seed(0)
     for case, (change, given) in cases.items():
         given = given.clone().requires_grad_()
         with parameters_set(router, change):
             routing = router(given, context)
-            check_routes(Decision(given, context, routing), subject.num_experts)
+            try:
+                check_routes(Decision(given, context, routing), subject.num_experts)
+            except Broken as broken:
+                raise Broken(f"{case}: {broken}") from None
             upstream = torch.rand(routing.weight.shape, generator=generator)
             total = (routing.weight * upstream).sum() + sum(routing.aux.values())
             require(total.isfinite(), f"{case}: a weight or a loss is not finite")

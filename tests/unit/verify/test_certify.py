@@ -329,6 +329,21 @@ def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
     assert found - overlapping == expected - overlapping or OTHERS in expected
 
 
+def test_what_is_not_finite_is_said_with_the_parameters_that_made_it_so(tmp_path: Path) -> None:
+    learnt_temperature = """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.log_temperature = torch.nn.Parameter(torch.empty(1))
+            self.start_values = {**self.start_values, "log_temperature": -2.0}
+
+        def logits(self, hidden, context):
+            return super().logits(hidden, context) / self.log_temperature.exp()
+    """
+    found = ask("finite at ties", Subject(load([variant(tmp_path, learnt_temperature), *SMALL])))
+    assert found.verdict == "FAIL"
+    assert found.detail == "sure probabilities (parameters times 10,000): a weight is not finite"
+
+
 NEXT_TOKEN = """
             rows = hidden.unflatten(0, (context.num_sequences, -1))
             hidden = (hidden + torch.cat([rows[:, 1:], rows[:, -1:]], dim=1).flatten(0, 1)) / 2
