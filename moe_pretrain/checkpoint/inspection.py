@@ -31,9 +31,7 @@ def inspect(path: Path) -> Iterator[str]:
         CheckpointError: It is damaged or hostile; the message names the file.
     """
     if not (path / MANIFEST).exists():
-        inside = complete_names(path) or complete_names(path / CHECKPOINTS)
-        hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise ValueError(f"{path} is no checkpoint: it has no {MANIFEST}{hint}")
+        raise ValueError(f"{path} is no checkpoint: {_reason(path)}")
     manifest = open_manifest(path)
     yield f"checkpoint:  {path}, format version {manifest['format_version']}"
     yield from _describe_state(train_state(manifest))
@@ -41,6 +39,16 @@ def inspect(path: Path) -> Iterator[str]:
     verify_files(path, manifest, manifest["files"])
     yield f"checksums:   verified, {len(manifest['files'])} files"
     yield from _describe_norms(Reader(path, manifest), manifest)
+
+
+def _reason(path: Path) -> str:
+    """Reason why ``path`` is no checkpoint, and which one near it may be meant."""
+    if path.exists() and not path.is_dir():
+        return "it is a file"
+    near = (path, path / CHECKPOINTS) if path.is_dir() else (path.parent,)
+    found = next(filter(None, map(complete_names, filter(Path.is_dir, near))), [])
+    lack = f"it has no {MANIFEST}" if path.is_dir() else "there is no such folder"
+    return f"{lack}; did you mean {found[0]}?" if found else lack
 
 
 def _describe_state(state: TrainState) -> Iterator[str]:
@@ -53,7 +61,8 @@ def _describe_state(state: TrainState) -> Iterator[str]:
         f"{_look(identity.config, 'parallel', 'expert_parallel_size')}, ZeRO {_stage(identity)}, "
         f"{_engine(identity, 'device')}, {_engine(identity, 'dtype')}, kernels {_engine(identity, 'kernels')}"
     )
-    yield f"model:       {_look(identity.config, 'model', 'name')}, router {_look(identity.config, 'router', 'name')}"
+    parts = {part: _look(identity.config, part, "name") for part in ("model", "router", "optimizer")}
+    yield f"model:       {parts['model']}, router {parts['router']}, optimizer {parts['optimizer']}"
     yield f"corpus:      {_word(identity.corpus_fingerprint)}"
     yield "versions:    " + ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items()))
 

@@ -11,7 +11,7 @@ from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import preflight
 from moe_pretrain.config.recorded import allowed_router_file, earlier_words
 from moe_pretrain.parallel.launcher import run_workers
-from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE
+from moe_pretrain.run_folder.paths import CERTIFICATE, OVERRIDES_FILE, no_run
 from moe_pretrain.run_folder.provenance import commit, read_overrides, versions
 from moe_pretrain.verify.certificate.certify import certify
 
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _certify_run(folder: Path, given: list[str]) -> int:
     if not (folder / OVERRIDES_FILE).exists():
-        raise ValueError(f"{folder} is not a run folder: it has no {OVERRIDES_FILE}")
+        raise ValueError(no_run(folder, OVERRIDES_FILE))
     recorded = read_overrides(folder)
     named = [word.partition("=")[2] for word in recorded if word.startswith("router_file=")]
     file = allowed_router_file(named[-1] if named and named[-1] != "null" else None, given, str(folder))

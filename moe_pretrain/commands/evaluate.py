@@ -35,6 +35,7 @@ def arguments(parser: Parser) -> None:
         "words",
         metavar="FILE",
         nargs="*",
+        default=[],
         help="text, or .jsonl; tasks=NAME,FILE.yaml: tasks of lm-evaluation-harness, or task files; "
         "router_file=PATH: python of the run's own router",
     )

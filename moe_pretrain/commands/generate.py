@@ -25,6 +25,7 @@ def arguments(parser: Parser) -> None:
         "words",
         metavar="WORD",
         nargs="*",
+        default=[],
         help="decode=sample (default) or decode=self_contrast; router_file=PATH: python of the run's own router",
     )
     parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="most new tokens (default: 100)")

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def add_overrides(self, help_text: str = "Hydra overrides, GROUP=CHOICE or FIELD=VALUE") -> None:
         """Take Hydra overrides, and Hydra's own options to look at a configuration."""
         self.takes_overrides = True
-        self.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=help_text)
+        self.add_argument("overrides", nargs="*", default=[], metavar="OVERRIDE", help=help_text)
         self.add_argument("--cfg", choices=("job", "hydra", "all"), help="print the configuration and exit")
         self.add_argument("--resolve", action="store_true", help="with --cfg: print values instead of ${...}")
         self.add_argument("--info", nargs="?", const="all", choices=_INFO, help="print how it is composed and exit")

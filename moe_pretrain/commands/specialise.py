@@ -17,7 +17,11 @@ def arguments(parser: Parser) -> None:
     """A folder of runs."""
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a run's folder, or one with runs below it")
     parser.add_argument(
-        "router_files", metavar="router_file=PATH", nargs="*", help="python of a run's own router, which may be run"
+        "router_files",
+        metavar="router_file=PATH",
+        nargs="*",
+        default=[],
+        help="python of a run's own router, which may be run",
     )
     parser.add_examples("outputs/tiny-top_k", "outputs/my_sweep", "outputs/own router_file=my_router.py")
 

@@ -19,7 +19,11 @@ def add_run(parser: Parser) -> None:
 def add_router_files(parser: Parser) -> None:
     """Take the file of a run's own router; behind all other words."""
     parser.add_argument(
-        "router_files", metavar="router_file=PATH", nargs="*", help="python of the run's own router, which may be run"
+        "router_files",
+        metavar="router_file=PATH",
+        nargs="*",
+        default=[],
+        help="python of the run's own router, which may be run",
     )
 
 

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -137,6 +138,8 @@ def _hydra(overrides: Sequence[str]) -> Iterator[Hydra]:
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             yield hydra
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
 
@@ -243,6 +246,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         if (key := override.partition("=")[0]) in RENAMED:
             return f"{override}: {key} is called {RENAMED[key]}"
     for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            return f"{override} has no value: an override is FIELD=VALUE or GROUP=CHOICE"
         if (mended := _mended(override)) is not None:
             return f"{override}: Hydra cannot read it, quote the text: '{mended}'"
     chosen = [word for word in overrides if word.startswith(_SEARCH_PATH)]

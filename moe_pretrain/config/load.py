@@ -12,7 +12,7 @@ from moe_pretrain.config.router_file import load_router_file
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.config.validate import validate
 from moe_pretrain.model.size import ModelSize, model_size
-from moe_pretrain.run_folder.paths import CONFIG_FILE
+from moe_pretrain.run_folder.paths import CONFIG_FILE, no_run
 from moe_pretrain.run_folder.provenance import read_config
 
 
@@ -128,7 +128,7 @@ def read_run(folder: Path, choose_router_file: Callable[[str | None], str | None
     """
     recorded = read_config(folder)
     if not recorded:
-        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
+        raise ConfigError(no_run(folder, CONFIG_FILE))
     try:
         values = completed(recorded)
         values["run"] = _moved(values["run"], folder)

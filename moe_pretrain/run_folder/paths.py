@@ -75,6 +75,16 @@ _PROBE = re.compile(r"step_(\d{8})\.npz")
 _TASK_RESULT = re.compile(r"step_(\d{8})\.json")
 
 
+def no_run(folder: Path, file: str) -> str:
+    """In words that ``folder`` is no run's, for lack of ``file``, and which folder above or below it is one."""
+    if not folder.is_dir():
+        return f"{folder} is not a run folder: there is no such folder"
+    above = [parent for parent in folder.parents[:2] if (parent / file).is_file()]
+    near = above or sorted(path.parent for path in folder.glob(f"*/{file}"))
+    some = " or ".join(map(str, near[:3])) + (" or another" if len(near) > 3 else "")
+    return f"{folder} is not a run folder: it has no {file}" + (f"; did you mean {some}?" if near else "")
+
+
 def sick_step_file(folder: Path, step: int) -> Path:
     """Note on one sick step of the run in ``folder``."""
     return folder / SICK_STEPS / f"step_{step:08d}.json"

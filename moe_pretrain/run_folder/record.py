@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
-from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, RUN_FILES
+from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, RUN_FILES, no_run
 from moe_pretrain.run_folder.provenance import read_config, read_summary
 from moe_pretrain.system.words import one_line
 
@@ -197,7 +197,7 @@ def load_rows(run_dir: Path) -> dict[str, list[MetricsRow]]:
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
-        raise ValueError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
+        raise ValueError(no_run(run_dir, METRICS_FILE))
     kinds = _by_kind(read_rows(path))
     if not kinds["train"]:
         raise ValueError(f"{path} has no train rows yet: nothing to report")

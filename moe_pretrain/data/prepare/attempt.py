@@ -271,7 +271,7 @@ class Preparation:
             if not number and self.sides == SIDES:
                 raise ValueError(
                     f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "
-                    f"document of the {found} in {describe(corpus)}"
+                    f"document of the {found} in {describe(corpus)}: take another fraction, or more documents"
                 )
         tokens = sum(shard.tokens - shard.documents for record in records for shard in record.shards if shard)
         unknown = tokenizer.describe_unknown(counts.unknown, tokens, self._tokenizer_config.max_unknown)

@@ -14,6 +14,7 @@ FACTS = {
     "config": {
         "model": {"name": "tiny"},
         "router": {"name": "top_k"},
+        "optimizer": {"name": "muon"},
         "parallel": {"expert_parallel_size": 2},
         "engine": {"zero_stage": 1},
     },
@@ -34,7 +35,7 @@ def test_a_good_checkpoint_is_described(tmp_path: Path, capsys: pytest.CaptureFi
         "tokens:      24\n",
         "validation:  3.25",
         "4 ranks, expert parallel 2, ZeRO 1",
-        "tiny, router top_k",
+        "tiny, router top_k, optimizer muon\n",
         "torch 2.11.0",
         "11 parameters in 2 tensors",
         "verified, 1 files",
@@ -108,4 +109,10 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert main(["inspect", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert f"did you mean {path}?" in err and len(err.splitlines()) == 1
+    assert main(["inspect", str(path.parent / "step_00000004")]) == 2
+    err = capsys.readouterr().err
+    assert f"there is no such folder; did you mean {path}?" in err and len(err.splitlines()) == 1
+    (tmp_path / "file").touch()
+    assert main(["inspect", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.endswith("is no checkpoint: it is a file\n")
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2

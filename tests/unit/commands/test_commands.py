@@ -114,6 +114,41 @@ def test_mistakes_are_one_line(words: list[str], fragment: str, capsys: pytest.C
     assert fragment in line
 
 
+@pytest.mark.parametrize("command", ["export", "evaluate", "generate"])
+def test_only_what_is_required_is_called_so(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([command]) == 2
+    wanted = {"export": "RUN, FOLDER", "evaluate": "RUN", "generate": "RUN, TEXT"}[command]
+    err = capsys.readouterr().err
+    assert err.endswith(f"the following arguments are required: {wanted}; see moe-pretrain {command} --help\n")
+
+
+def test_a_broken_file_of_ones_own_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "model" / "mine.yaml").write_text("name: [")
+    assert main(["plan", "--config-dir", str(folder), "model=mine"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not YAML: " in line and f"{folder}/model/mine.yaml" in line
+
+
+@pytest.mark.parametrize("command", [["report"], ["export", "--no-check"]])
+def test_what_is_no_run_is_said_with_the_runs_beside_it(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "outputs" / "first"
+    step = run / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).touch()
+    behind = [str(tmp_path / "exported")] if command[0] == "export" else []
+    for given, hint in (
+        (step, f"did you mean {run}?"),
+        (tmp_path / "outputs", f"did you mean {run}?"),
+        (tmp_path / "frist", "there is no such folder"),
+    ):
+        assert main([command[0], str(given), *behind, *command[1:]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"moe-pretrain {command[0]}: {given} ") and line.endswith(hint), line
+
+
 def test_a_file_that_a_shipped_one_would_hide_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "model" / "mine.yaml").rename(folder / "model" / "tiny.yaml")
     assert main(["train", "--config-dir", str(folder)]) == 2
