@@ -13,12 +13,14 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from helpers import composition
 from helpers.builders import OF_LAYERS
 from helpers.config_reads import Reads, modules_below
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from moe_pretrain.commands import plan, tune
+from moe_pretrain.cli import main
+from moe_pretrain.commands import COMMANDS, plan, tune
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.config import compose as compose_module
 from moe_pretrain.config.compose import compose_values, config_folder
@@ -31,6 +33,7 @@ from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.sweep.multirun import parse
 from moe_pretrain.sweep.tune_schemes import TuneSettings, schemes_and_seeds
+from moe_pretrain.verify.oracle_optimizers import UPDATES, update_of
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {
@@ -291,6 +294,8 @@ MISTAKES = [
     (["checkpoint.keep_every_steps=0"], "checkpoint.keep_every_steps=0 must be at least 1"),
     (["checkpoint.keep_best=-1"], "checkpoint.keep_best=-1 must not be negative"),
     (["checkpoint.resume=maybe"], "checkpoint.resume"),
+    (["budget.tokens"], "budget.tokens has no value: an override is FIELD=VALUE or GROUP=CHOICE"),
+    (["seed=1", "tiny"], "tiny has no value: an override is FIELD=VALUE or GROUP=CHOICE"),
     (["parallel.heartbeat_seconds=0"], "parallel.heartbeat_seconds=0 must be at least 1"),
     (["metrics.router_health_steps=0"], "metrics.router_health_steps"),
     (["metrics.collapse_ratio=0.9"], "metrics.collapse_ratio"),
@@ -410,13 +415,43 @@ def readme_commands() -> list[str]:
     blocks = [block for path in READMES for block in re.findall(r"```(?:bash|sh|)\n(.*?)```", path.read_text(), re.S)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = r"moe-pretrain (train|tune|prepare|plan|verify|certify) .*="
-    return sorted({line.split(" # ")[0].strip() for line in lines if re.match(commands, line)})
+    found = {line.split(" # ")[0].strip() for line in lines if re.match(commands, line)}
+    return sorted(line for line in found if "--config-dir" not in line)  # its files are in the README
 
 
 def test_readmes_link_to_what_exists():
     for path in READMES:
         for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / link).exists(), f"{path.relative_to(ROOT)} links to {link}"
+
+
+def test_every_optimizer_has_a_formula_for_the_oracle():
+    assert {name for name in GROUPS["optimizer"] if name != "base"} == UPDATES.keys()
+    with pytest.raises(ConfigError, match=r"optimizer\.name=lion must be one of adamw, muon here"):
+        update_of("lion")
+
+
+def test_the_first_readme_has_every_command():
+    rows = re.findall(
+        r"^\| (`.*?`(?:, `.*?`)*) \|", (ROOT / "README.md").read_text().split("## Routing")[0], re.MULTILINE
+    )
+    assert {name for row in rows for name in re.findall(r"`(.*?)`", row)} | {"completion"} == COMMANDS.keys()
+    assert "`moe-pretrain completion bash`" in (ROOT / "README.md").read_text()
+
+
+def test_files_of_ones_own_as_the_readme_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    text = (ROOT / "configs" / "README.md").read_text()
+    for file, content in re.findall(r"```yaml\n# (\S+\.yaml)\n(.*?)```", text, re.DOTALL):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(content)
+    (command,) = re.findall(r"^moe-pretrain (train --config-dir .*)$", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(command), "--cfg", "job"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["data"]["paths"], found["data"]["validation_fraction"]) == (["notes/*.jsonl"], 0.02)
+    assert (found["model"]["name"], found["model"]["num_layers"], found["model"]["hidden_size"]) == ("mine", 6, 128)
 
 
 def test_the_first_readme_is_short():
