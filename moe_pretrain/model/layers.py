@@ -177,10 +177,25 @@ def chunked_cross_entropy(
 
     Returns:
         The sum in nats, float32; divide by the number of counted positions of the global batch (defect C20).
+
+    Raises:
+        RuntimeError: A label is neither; on a GPU by the next operation that waits for it.
     """
+    _require_labels(labels, head_weight)
     # Inside forward neither the grad mode nor needs_input_grad tells that this is an evaluation.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden, head_weight, labels, chunk_tokens, needs_grad, kernels)
+
+
+def _require_labels(labels: Tensor, head_weight: Tensor) -> None:
+    """Refuse labels for which there is no logit, without a wait for the device: kernels would read beside a row."""
+    message = f"labels must be ids below the vocabulary's size, {len(head_weight)}, or IGNORE_INDEX={IGNORE_INDEX}"
+    torch._assert_async(_all_in_vocabulary(labels, len(head_weight)), message)
+
+
+@one_kernel_on_cuda
+def _all_in_vocabulary(labels: Tensor, vocab: int) -> Tensor:
+    return (((labels >= 0) & (labels < vocab)) | (labels == IGNORE_INDEX)).all()
 
 
 def two_pass_losses(
@@ -208,9 +223,13 @@ def two_pass_losses(
         ``(CE(p1) + CE(p2)) / 2`` summed over counted positions, and ``1/2 sum_v (p1 - p2) (log p1 - log p2)`` summed
         over text; nats, float32.
 
+    Raises:
+        RuntimeError: As ``chunked_cross_entropy``.
+
     Source:
         THOR (arXiv:2110.04260), equations 5 and 6.
     """
+    _require_labels(labels, head_weight)
     return _TwoPassLosses.apply(first, second, head_weight, labels, text, max(1, chunk_tokens // 4))
 
 

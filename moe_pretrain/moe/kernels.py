@@ -86,7 +86,7 @@ def liger_cross_entropy_(
 
     Args:
         logits: Of one chunk, rows contiguous; lost.
-        labels: Target ids below ``vocab``, which nothing checks here, or ``ignore_index``.
+        labels: Target ids below ``vocab``, or ``ignore_index``; the caller's to check, the kernel reads beside the row.
         ignore_index: Label of positions that do not count: 0, and no gradient.
         needs_grad: Whether the gradient of the terms' sum is made.
 

@@ -21,6 +21,7 @@ from moe_pretrain.metrics.wandb_start import keep_wandb_inside
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.kernels import resolve_kernels
+from moe_pretrain.parallel.agreement import require_same
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.heartbeat import Heartbeat
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
@@ -71,12 +72,23 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
         watched = Heartbeat(meeting, folder, parallel.heartbeat_seconds, parallel.timeout_seconds + waits)
         # Before the process group: its making can hang too.
         with _claimed(folder, overrides, meeting), watched as heartbeat:
+            require_same(meeting, _found_here(config, plan))
             context = build_context(config.fault, build_mesh(parallel, plan.device, meeting), stop, heartbeat)
             try:
                 return build_trainer(config, plan, context).train(overrides)
             except StoppedEarly:
                 context.say(f"stopped by {stop.name} while the corpus was prepared; the same command goes on")
                 return STOPPED
+
+
+def _found_here(config: Config, plan: RunPlan) -> dict[str, str]:
+    """What may be ``auto`` and follows this rank's machine and packages."""
+    return {
+        "engine.device": plan.device,
+        "engine.dtype": plan.dtype,
+        "engine.kernels": resolve_kernels(config.engine.kernels, plan.device),
+        "batch.micro_batch_size": str(plan.batches.micro_batch_size),
+    }
 
 
 @contextlib.contextmanager

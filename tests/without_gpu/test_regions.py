@@ -40,6 +40,7 @@ REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]
         layers._joined_gradient,
         lambda: (rows(*HEADS), rows(*KEYS), rows(*KEYS), ANGLES.cos(), ANGLES.sin()),
     ),
+    "labels": (layers._all_in_vocabulary, lambda: (LABELS, VOCAB)),
     "sums of the loss": (layers._cross_entropy_sums, lambda: (rows(ROWS, VOCAB), LABELS)),
     "gradient of the loss": (
         layers._cross_entropy_gradient,

@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moe_pretrain.model.layers import apply_rotary, chunked_cross_entropy, embed, rotary_table, rotated_projection
+from moe_pretrain.model.layers import (
+    IGNORE_INDEX,
+    apply_rotary,
+    chunked_cross_entropy,
+    embed,
+    rotary_table,
+    rotated_projection,
+    two_pass_losses,
+)
 
 
 @pytest.mark.parametrize("last", [300, 8191])
@@ -95,3 +103,18 @@ def test_a_projection_rotated_at_once_is_its_parts_rotated_bit_for_bit(dtype: to
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     grads = [torch.autograd.grad(parts, projected, upstream)[0] for parts in (found, expected)]
     assert grads[0].any() and torch.equal(*grads)
+
+
+@pytest.mark.parametrize("wrong", [7, -1, -99])
+def test_labels_without_a_logit_are_refused(wrong: int):
+    """One too many, and negative ones that are not the one that means "not counted"."""
+    hidden, weight, labels = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 6, IGNORE_INDEX, 3, 2])
+    text = torch.ones(5, dtype=torch.bool)
+    assert chunked_cross_entropy(hidden, weight, labels, 2).isfinite()
+    assert two_pass_losses(hidden, hidden, weight, labels, text, 8)[0].isfinite()
+    labels[3] = wrong
+    refused = "labels must be ids below the vocabulary's size, 7, or IGNORE_INDEX=-100"
+    with pytest.raises(RuntimeError, match=refused):
+        chunked_cross_entropy(hidden, weight, labels, 2)
+    with pytest.raises(RuntimeError, match=refused):
+        two_pass_losses(hidden, hidden, weight, labels, text, 8)

@@ -242,6 +242,18 @@ def test_the_loss_and_its_gradients_are_torchs(
         torch.testing.assert_close(loss("liger")(hidden, weight), loss("torch")(hidden, weight))
 
 
+def test_labels_without_a_logit_are_refused_as_on_torchs_path(monkeypatch: pytest.MonkeyPatch):
+    """Before any kernel: liger's reads beside the row."""
+    monkeypatch.setattr(layers, "liger_cross_entropy_", lambda *args: pytest.fail("its kernel ran"))
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([6, 7, 1])
+    told = []
+    for name in ("torch", "liger"):
+        with pytest.raises(RuntimeError) as error:
+            chunked_cross_entropy(hidden, weight, labels, 3, name)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
 def test_no_positions_have_no_loss(device: str):
     logits, labels = torch.zeros(0, 7, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     assert liger_cross_entropy_(logits, labels, IGNORE_INDEX, True).shape == (0, 1)
