@@ -31,6 +31,7 @@ def routing_context(
         global_tokens=global_tokens,
         token_ids=batch.input_ids.flatten(),
         document_ids=batch.document_ids.flatten(),
+        document_lengths=batch.document_lengths,
     )
 
 

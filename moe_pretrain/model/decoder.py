@@ -17,6 +17,7 @@ from moe_pretrain.model.block import Block, Recompute
 from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses, two_pass_losses
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU
+from moe_pretrain.moe.host_values import on_device_of
 from moe_pretrain.moe.kernels import Kernels
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.config import RouterConfig
@@ -264,9 +265,8 @@ class DecoderLM(nn.Module):
         means = {}
         for name in dict.fromkeys(name for own in losses for name in own):
             values = torch.stack([own[name] for own in losses if name in own])
-            shares = values.new_tensor([own[name] for own in weights if name in own])
-            if not shares.any():
-                shares = torch.ones_like(shares)
+            own_weights = [own[name] for own in weights if name in own]
+            shares = on_device_of(values, own_weights if any(own_weights) else [1.0] * len(own_weights))
             means[name] = (shares * values).sum() / shares.sum()
         return means
 

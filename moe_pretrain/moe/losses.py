@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_pretrain.moe.compiled import one_kernel_on_cuda
+from moe_pretrain.moe.host_values import on_device_of
 
 
 def expert_router_coupling_loss(norms: Float[Tensor, "proxies experts"], alpha: float) -> Float[Tensor, ""]:
@@ -114,7 +115,7 @@ def load_balance_loss(
     """
     if router_probs.dtype != torch.float32:
         raise ValueError(f"router_probs must be float32, got {router_probs.dtype}")
-    cost = route_counts.new_tensor(costs) if costs else None
+    cost = on_device_of(route_counts, costs) if costs else None
     return _balance(router_probs, route_counts, token_mask, cost)
 
 
@@ -178,7 +179,7 @@ def sparsity_loss(
     """
     share = route_counts / (target_experts * group_tokens[:, None].clamp(min=1))
     if costs:
-        share = share * share.new_tensor(costs)
+        share = share * on_device_of(share, costs)
     return _mean_of_shares(share, gates, token_mask)
 
 
@@ -275,7 +276,7 @@ def importance_loss(
         With costs it is that of MoCE-IR (arXiv:2411.18466), there over the largest, which proportions do not see.
     """
     importance = (router_probs * token_mask[:, None]).sum(dim=0)
-    return _squared_variation(importance * importance.new_tensor(costs) if costs else importance)
+    return _squared_variation(importance * on_device_of(importance, costs) if costs else importance)
 
 
 def load_loss(

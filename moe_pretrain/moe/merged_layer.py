@@ -1,6 +1,7 @@
 """The layer of schemes that merge experts: parameters are mixed, and no token goes to an expert."""
 
 from functools import partial
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ class MergedLayer(MoELayer):
         """Apply the layer; arguments as for ``MoELayer``."""
         with part("router"):
             merging: Merging = self.router(hidden, context)
-        arguments = hidden, merging.mixture, merging.lengths
+        arguments = hidden, merging.mixture, merging.lengths, merging.ends
         if recompute_experts:
             output = checkpoint(self._merged_and_shared, *arguments, use_reentrant=False)
         else:
@@ -50,23 +51,24 @@ class MergedLayer(MoELayer):
             merging: Merging = self.router(every.flatten(0, 1), context)
         segment = torch.arange(len(merging.lengths), device=every.device).repeat_interleave(merging.lengths)
         kept, lengths = segment.view(rows, -1)[:, earlier.shape[1] :].flatten().unique_consecutive(return_counts=True)
-        return self._merged_and_shared(new.flatten(0, 1), merging.mixture[kept], lengths).view_as(new)
+        ends = lengths.cumsum(0).tolist()
+        return self._merged_and_shared(new.flatten(0, 1), merging.mixture[kept], lengths, ends).view_as(new)
 
-    def _merged_and_shared(self, hidden: Tensor, mixture: Tensor, lengths: Tensor) -> Tensor:
-        output = self._merged(hidden, mixture, lengths)
+    def _merged_and_shared(self, hidden: Tensor, mixture: Tensor, lengths: Tensor, ends: list[int]) -> Tensor:
+        output = self._merged(hidden, mixture, lengths, ends)
         if self.shared_experts is None:
             return output
         shared = self._run_shared(self.shared_experts, hidden)
         with part("combine"):
             return output + shared
 
-    def _merged(self, hidden: Tensor, mixture: Tensor, lengths: Tensor) -> Tensor:
+    def _merged(self, hidden: Tensor, mixture: Tensor, lengths: Tensor, ends: list[int]) -> Tensor:
         (experts,) = self._merged_experts
         if self.exchange is None:
             with part("experts"):
-                return experts(hidden, mixture, lengths)
+                return experts(hidden, mixture, lengths, ends)
         with part("exchange"):
-            gathered, sizes = _gather(hidden, mixture, lengths, self.exchange)
+            gathered, sizes = _gather(hidden, mixture, lengths, self.exchange, is_even=self.training)
         with part("experts"):
             partial_outputs = experts(*gathered)
         with part("exchange"):
@@ -78,17 +80,26 @@ class MergedLayer(MoELayer):
 
 
 def _gather(
-    hidden: Tensor, mixture: Tensor, lengths: Tensor, exchange: Exchange
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
-    """Tokens, mixtures and lengths of the segments of all ranks, by rank; and the number of tokens of each."""
+    hidden: Tensor, mixture: Tensor, lengths: Tensor, exchange: Exchange, is_even: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor, list[int]], list[int]]:
+    """What all ranks' segments are made of, by rank: the arguments of the experts; and the tokens of each rank.
+
+    Where ``is_even`` says that every rank has as many tokens, as in training, the host waits once: for the segments of
+    the others, while their rows are on their way.
+    """
     ranks = exchange.size
-    own = torch.tensor([[len(hidden), len(lengths)]], device=hidden.device).expand(ranks, -1)
-    tokens, segments = (sizes.tolist() for sizes in exchange.exchange_counts(own).unbind(dim=1))
+    to_all = [len(hidden)] * ranks
+    tokens = to_all if is_even else exchange.exchange_counts(lengths.new_full((ranks, 1), len(hidden)))[:, 0].tolist()
     everywhere = partial(torch.Tensor.repeat, repeats=(ranks, 1))
-    rows = exchange.start([everywhere(hidden)], [len(hidden)] * ranks, tokens)
-    # Lengths travel beside the mixtures, as numbers that float32 holds exactly.
-    travelling = [everywhere(mixture), everywhere(lengths[:, None].float())]
-    described = exchange.start(travelling, [len(lengths)] * ranks, segments)
-    (all_rows,) = rows.wait()
-    all_mixtures, all_lengths = described.wait()
-    return (all_rows, all_mixtures, all_lengths[:, 0].detach().long()), tokens
+    is_last = torch.zeros(len(hidden), 1, dtype=torch.uint8, device=hidden.device)
+    is_last.scatter_(0, lengths.cumsum(0)[:, None] - 1, 1)
+    (all_last,) = exchange.start([everywhere(is_last)], to_all, tokens).wait()
+    rows = exchange.start([everywhere(hidden)], to_all, tokens)
+    on_host = all_last[:, 0].cpu().numpy()
+    ends = (on_host.nonzero()[0] + 1).tolist()
+    segments = [int(on_host[end - own : end].sum()) for own, end in zip(tokens, accumulate(tokens), strict=True)]
+    described = exchange.start([everywhere(mixture)], [len(mixture)] * ranks, segments)
+    all_ends = torch.nonzero_static(all_last[:, 0], size=len(ends))[:, 0] + 1
+    all_lengths = all_ends.diff(prepend=all_ends.new_zeros(1))
+    (all_rows,), (all_mixtures,) = rows.wait(), described.wait()
+    return (all_rows, all_mixtures, all_lengths, ends), tokens

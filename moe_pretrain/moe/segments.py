@@ -18,32 +18,61 @@ class Segments:
     Attributes:
         of_token: Segment of each token, ascending.
         lengths: Tokens of each segment.
+        ends: Where each segment ends, on the host.
         continues: Whether a segment goes on with the document of the one before it.
     """
 
     of_token: Int[Tensor, "tokens"]
     lengths: Int[Tensor, "segments"]
+    ends: list[int]
     continues: Bool[Tensor, "segments"]
 
 
 def cut(context: RoutingContext, segment_tokens: int | None) -> Segments:
     """Segments of ``segment_tokens`` from each document's first token in its row, the last one shorter.
 
+    A GPU is waited for only where the host does not know the documents.
+
     Args:
         context: Says where rows and documents are.
         segment_tokens: None for one segment per document and row.
     """
-    text = context.token_mask
-    documents = torch.where(text, 0, -1) if context.document_ids is None else context.document_ids
-    documents = documents.view(context.num_sequences, -1)
+    documents = context.document_ids
+    if documents is None:
+        documents = torch.where(context.token_mask, 0, -1)
+    starts, begins = _starts(documents.view(context.num_sequences, -1), segment_tokens)
+    ends = _ends_on_host(starts, context.document_lengths, segment_tokens)
+    first = torch.nonzero_static(starts, size=len(ends))[:, 0]
+    lengths = torch.cat([first, first.new_full((1,), len(starts))]).diff()
+    return Segments(starts.cumsum(0) - 1, lengths, ends, ~begins[first])
+
+
+def _ends_on_host(
+    starts: Bool[Tensor, "tokens"], document_lengths: list[int] | None, segment_tokens: int | None
+) -> list[int]:
+    """Where each segment ends; read from the device where the host does not know the documents."""
+    if document_lengths is None:
+        return [*starts.nonzero()[:, 0].tolist(), len(starts)][1:]
+    ends, end = [], 0
+    for length in document_lengths:
+        if segment_tokens is not None:
+            ends += range(end + segment_tokens, end + length, segment_tokens)
+        end += length
+        ends.append(end)
+    return ends
+
+
+def _starts(
+    documents: Int[Tensor, "rows sequence"], segment_tokens: int | None
+) -> tuple[Bool[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
+    """Whether a segment starts at each token, and whether a document does."""
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents.diff(dim=1) != 0
-    place = torch.arange(documents.shape[1], device=text.device).expand_as(documents)
+    if segment_tokens is None:
+        return begins.flatten(), begins.flatten()
+    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     offset = place - torch.where(begins, place, 0).cummax(dim=1).values
-    starts = (begins if segment_tokens is None else offset % segment_tokens == 0).flatten()
-    first = starts.nonzero()[:, 0]
-    lengths = torch.cat([first, first.new_tensor([len(text)])]).diff()
-    return Segments(starts.cumsum(0) - 1, lengths, ~begins.flatten()[first])
+    return (offset % segment_tokens == 0).flatten(), begins.flatten()
 
 
 def segment_means(hidden: Float[Tensor, "tokens hidden"], segments: Segments) -> Float[Tensor, "segments hidden"]:
@@ -89,4 +118,5 @@ def merge_by(
         router_use(counts, shares, context, merged),
         mixture=mixture,
         lengths=segments.lengths,
+        ends=segments.ends,
     )

@@ -44,6 +44,8 @@ class RoutingContext:
         seed: Seed of the run.
         step: Optimizer step, counted from 0.
         document_ids: Document of each token within its row, -1 for padding; None where a row is one document.
+        document_lengths: Tokens of each run of one document id, known to the host; None where they are to be read from
+            the device.
         pass_index: Pass over the micro-batch, counted from 0; 0 for schemes with one.
         sum_over_global_batch: Given this layer's index and this micro-batch's routes per expert,
             returns the routes per expert of the whole global batch, that of the step before at the level
@@ -77,6 +79,7 @@ class RoutingContext:
     carried: Float[Tensor, "tokens experts"] | None = None
     pass_index: int = 0
     document_ids: Int[Tensor, "tokens"] | None = None
+    document_lengths: list[int] | None = None
 
     @classmethod
     def of_rows(cls, ids: Int[Tensor, "rows sequence"], seed: int = 0) -> "RoutingContext":
@@ -169,16 +172,18 @@ class Routing:
 class Merging(Routing):
     """A decision to merge experts. To whoever looks on, every token has a route to each with its mixture's weight.
 
-    No token is sent by it: the layer reads ``mixture`` and ``lengths`` alone. ``use.tokens_per_expert`` are sums of the
-    weights instead of numbers of routes.
+    No token is sent by it: the layer reads ``mixture``, ``lengths`` and ``ends`` alone. ``use.tokens_per_expert`` are
+    sums of the weights instead of numbers of routes.
 
     Attributes:
         mixture: Share of each expert in the parameters of each segment's network, float32, with gradient.
         lengths: Tokens of each segment, in the order of tokens.
+        ends: Where each segment ends, on the host.
     """
 
     mixture: Float[Tensor, "segments experts"]
     lengths: Int[Tensor, "segments"]
+    ends: list[int]
 
 
 @dataclass(frozen=True)

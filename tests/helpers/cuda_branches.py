@@ -72,7 +72,8 @@ def says_cuda(
 
 # ------------------------------------------------------------------------------------------ host synchronisations
 
-_WAITING_METHODS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy")
+_WAITING_METHODS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "new_tensor")
+"""``new_tensor`` copies from pageable memory to the device, and waits until that has been done."""
 _WAITING_OPERATIONS = {
     *("nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive", "unique_dim", "equal"),
     *("_linalg_check_errors", "_local_scalar_dense"),
@@ -91,6 +92,8 @@ class Waits(TorchDispatchMode):
     def __enter__(self) -> "Waits":
         for name in _WAITING_METHODS:
             self._patch.setattr(Tensor, name, self._watched(name, getattr(Tensor, name)))
+        for name in ("tensor", "as_tensor"):
+            self._patch.setattr(torch, name, self._made(name, getattr(torch, name)))
         super().__enter__()
         return self
 
@@ -110,6 +113,14 @@ class Waits(TorchDispatchMode):
                 return method(tensor, *args, **kwargs)
             finally:
                 self._inside = was
+
+        return call
+
+    def _made(self, name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        def call(values: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("device") is not None and not isinstance(values, Tensor):  # copied there, as ``new_tensor``
+                self._note(name)
+            return make(values, *args, **kwargs)
 
         return call
 

@@ -36,6 +36,8 @@ class MicroBatch:
             integers of the width they came in: from shards uint16, or uint32 with more than
             65,536 tokens; seeded by its position), wrapped to signed 64 bits. Hashes of
             micro-batches add up, so a total does not depend on ranks or micro-batch size.
+        document_lengths: Tokens of each run of one document id, all rows in order; kept on the host by ``to``, which
+            takes the rows to where it would have to wait for them. None before.
     """
 
     input_ids: Tensor
@@ -44,9 +46,13 @@ class MicroBatch:
     position_ids: Tensor
     row_positions: Tensor
     token_hash: int
+    document_lengths: list[int] | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same micro-batch with every tensor on ``device``."""
+        lengths = self.document_lengths
+        if lengths is None and self.document_ids.device.type == "cpu":
+            lengths = _run_lengths(self.document_ids)
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -54,11 +60,20 @@ class MicroBatch:
             document_ids=self.document_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
             row_positions=self.row_positions.to(device, non_blocking=True),
+            document_lengths=lengths,
         )
 
     def num_valid_labels(self) -> int:
         """Number of labels that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+
+def _run_lengths(document_ids: Tensor) -> list[int]:
+    """Lengths of runs of equal ids, which end with their row."""
+    ids = document_ids.numpy()
+    begins = np.ones(ids.shape, dtype=bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return np.diff(np.flatnonzero(begins), append=ids.size).tolist()
 
 
 def build_micro_batch(

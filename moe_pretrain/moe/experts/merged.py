@@ -46,6 +46,7 @@ class MergedExperts(nn.Module):
         sources: Float[Tensor, "tokens hidden"],
         mixture: Float[Tensor, "segments experts"],
         lengths: Int[Tensor, "segments"],
+        ends: list[int] | None = None,
     ) -> Float[Tensor, "tokens hidden"]:
         """This rank's part of every token's output.
 
@@ -53,8 +54,11 @@ class MergedExperts(nn.Module):
             sources: Tokens, segment by segment.
             mixture: Share of each expert in the parameters of each segment's network, float32.
             lengths: Tokens of each segment.
+            ends: Where each segment ends; None reads it from ``lengths``, for which a GPU is waited for.
         """
-        return _MergedExpertsFunction.apply(sources, mixture, self.in_weight, self.out_weight, lengths, self.activation)
+        ends = lengths.cumsum(0).tolist() if ends is None else ends
+        weights = self.in_weight, self.out_weight
+        return _MergedExpertsFunction.apply(sources, mixture, *weights, lengths, ends, self.activation)
 
 
 class _MergedExpertsFunction(torch.autograd.Function):
@@ -72,12 +76,13 @@ class _MergedExpertsFunction(torch.autograd.Function):
         in_weight: Tensor,
         out_weight: Tensor,
         lengths: Tensor,
+        ends: list[int],
         activation: Activation,
     ) -> Tensor:
         ctx.activation = activation
         merge = _Merge(mixture, in_weight, out_weight)
         befores, outputs = [], []
-        ctx.parts = list(_parts(lengths, in_weight.shape[0] * in_weight.shape[3]))
+        ctx.parts = list(_parts(ends, in_weight.shape[0] * in_weight.shape[3]))
         for segments, rows in ctx.parts:
             of_gate, of_output = merge(segments)
             for block in row_blocks(lengths[segments], sources.dtype):
@@ -107,7 +112,7 @@ class _MergedExpertsFunction(torch.autograd.Function):
             assert grad_gate is not None and grad_output is not None
             merge.add_gradients(segments, grad_gate, grad_output)
         grad_source = join(grad_sources) if grad_sources else torch.zeros_like(sources)
-        return grad_source, merge.grad_mixture, *merge.parameter_gradients(), None, None
+        return grad_source, merge.grad_mixture, *merge.parameter_gradients(), None, None, None
 
 
 def networks_merged_together(parameters: float) -> int:
@@ -115,14 +120,13 @@ def networks_merged_together(parameters: float) -> int:
     return max(1, int(_CHUNK_NUMBERS // parameters))
 
 
-def _parts(lengths: Tensor, numbers: int) -> Iterator[tuple[slice, slice]]:
+def _parts(ends: list[int], numbers: int) -> Iterator[tuple[slice, slice]]:
     """Segments that are merged together, and their tokens; a network has three matrices of ``numbers``."""
     together = networks_merged_together(3 * numbers)
-    # The one host synchronisation: where the segments of a chunk end.
-    ends = [0, *lengths.cumsum(0).tolist()]
-    for first in range(0, len(lengths), together):
-        last = min(first + together, len(lengths))
-        yield slice(first, last), slice(ends[first], ends[last])
+    borders = [0, *ends]
+    for first in range(0, len(ends), together):
+        last = min(first + together, len(ends))
+        yield slice(first, last), slice(borders[first], borders[last])
 
 
 class _Merge:

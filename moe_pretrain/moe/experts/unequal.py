@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.host_values import on_device_of
 from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
 
 
@@ -44,6 +45,7 @@ class UnequalExperts(nn.Module):
             for width in self.widths
         ]
         """Of each width, its experts as places among this rank's."""
+        self.class_of_expert = [self.widths.index(pattern[expert % len(pattern)]) for expert in self.expert_ids]
 
     def forward(
         self,
@@ -54,9 +56,7 @@ class UnequalExperts(nn.Module):
     ) -> Float[Tensor, "sources hidden"]:
         """As ``SwiGLUExperts.forward``: each width's rows through its own stack, outputs added."""
         counts = order.rows_per_expert
-        class_of_expert = torch.empty_like(counts)
-        for number, places in enumerate(self.members):
-            class_of_expert[places] = number
+        class_of_expert = on_device_of(counts, self.class_of_expert)
         rows = len(order.source_of_row)
         class_of_row = class_of_expert.repeat_interleave(counts, output_size=rows)
         # One wait of a GPU for all widths.
@@ -67,7 +67,10 @@ class UnequalExperts(nn.Module):
             new_row = class_of_row.new_full((rows + 1,), -1)  # the last is where a source has no row
             new_row[kept] = torch.arange(len(kept), device=kept.device)
             own = ExpertRowLayout(
-                order.source_of_row[kept], new_row[order.rows_of_source], is_full=False, rows_per_expert=counts[places]
+                order.source_of_row[kept],
+                new_row[order.rows_of_source],
+                is_full=False,
+                rows_per_expert=counts[on_device_of(counts, places)],
             )
             output = experts(sources, weight[kept], own)
             total = output if total is None else total + output

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.compiled import one_kernel_on_cuda
 from moe_pretrain.moe.counter_noise import counter_uniform
+from moe_pretrain.moe.host_values import on_device_of
 from moe_pretrain.moe.losses import count_text_routes, expert_router_coupling_loss, load_balance_loss, router_z_loss
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.config import BalancedRouterConfig, LinearRouterConfig
@@ -79,7 +80,7 @@ def even_load(
     if not costs:
         return (routes.double() / num_experts).expand(num_experts)
     wanted = even_proportions(num_experts, costs)
-    return routes.double() * routes.new_tensor(wanted, dtype=torch.float64) / sum(wanted)
+    return routes.double() * on_device_of(routes, wanted, torch.float64) / sum(wanted)
 
 
 def even_proportions(num_experts: int, costs: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
+from moe_pretrain.moe.host_values import on_device_of
 from moe_pretrain.moe.losses import cost_balance_loss
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import (
@@ -175,7 +176,7 @@ class MoEPlusPlusRouter(Router):
         cost = torch.ones(self.num_experts, dtype=torch.float64, device=hidden.device)
         cost[self.kinds.ffn :] = config.tau
         if self.balanced_costs:
-            cost *= cost.new_tensor(self.balanced_costs)
+            cost *= on_device_of(cost, self.balanced_costs)
         return Routing(
             token_index,
             routes,

@@ -99,7 +99,7 @@ def top_p_mask(
     # Mass before each expert: it is taken while that has not passed the threshold. Shifted, not the sum minus the
     # expert's own: that difference rounds to either side of a tie.
     before = functional.pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
-    taken = (before <= threshold) | (torch.as_tensor(threshold, device=probs.device) >= 1)
+    taken = (before <= threshold) | (threshold >= 1)
     if max_experts is not None:
         taken[:, max_experts:] = False
     return torch.zeros_like(taken).scatter(1, expert, taken)

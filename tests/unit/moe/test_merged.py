@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.builders import context_of, random_batches, tiny
+from helpers.cuda_branches import Waits, says_cuda
 from helpers.routing import make_context, refusal
 from reference.papers import merged_experts as paper
 from torch import Tensor
@@ -234,6 +235,22 @@ def test_segments_begin_with_documents_and_never_cross_them():
     torch.testing.assert_close(means, torch.stack([part.mean(dim=0) for part in hidden.split(expected)]))
     assert torch.autograd.gradcheck(lambda x: segment_means(x, segments), hidden, eps=1e-2, atol=1e-3)
     assert cut(context(), None).lengths.tolist() == [part.stop - part.start for part in stretches(DOCUMENTS)]
+
+
+@pytest.mark.parametrize("segment_tokens", [None, 1, 3, 4, 100])
+def test_segments_are_the_same_where_the_host_knows_the_documents(segment_tokens: int | None):
+    """And no device is read there: lists on the host are all that says where segments end."""
+    read, known = (
+        replace(context(), document_lengths=lengths)
+        for lengths in (None, [part.stop - part.start for part in stretches(DOCUMENTS)])
+    )
+    expected = cut(read, segment_tokens)
+    with says_cuda(), Waits() as waits:
+        found = cut(known, segment_tokens)
+    assert not waits.found
+    assert found.ends == expected.ends == expected.lengths.cumsum(0).tolist()
+    for name in ("of_token", "lengths", "continues"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 # Causality.

@@ -53,6 +53,18 @@ def test_micro_batch_equals_the_token_loop(sequence, isolate_documents):
         assert batch.position_ids.tolist() == position_ids
 
 
+def test_the_host_keeps_the_lengths_of_documents_when_rows_leave_it():
+    """Those that go on in the next row, of one row alone and of padding end with their row."""
+    tokens = np.arange(3 * 6).reshape(3, 6)
+    starts = np.zeros((3, 6), dtype=bool)
+    starts[0, 2] = starts[1, 4] = starts[1, 5] = True
+    batch = build_micro_batch(tokens, starts, np.array([0, 1, -1]), isolate_documents=True)
+    assert batch.document_lengths is None
+    moved = batch.to("cpu")
+    assert moved.document_lengths == [2, 3, 4, 1, 5]
+    assert moved.to("meta").document_lengths == [2, 3, 4, 1, 5]
+
+
 def test_worked_example():
     # Three documents, "1 2 0", "3 0" and "4 5 6 0", seen through one row of six input tokens.
     tokens = np.array([[2, 0, 3, 0, 4, 5, 6]])
