@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
+Overlap = Literal["auto", "always", "never"]
 _NAMING_SECONDS = 20
 
 
@@ -30,7 +31,7 @@ class ParallelConfig:
     expert_parallel_size: PositiveInt
     timeout_seconds: PositiveInt
     heartbeat_seconds: PositiveInt
-    overlap_exchange: Literal["auto", "always", "never"] = "auto"
+    overlap_exchange: Overlap = "auto"
 
     def overlaps_exchange(self, device: str) -> bool:
         """``overlap_exchange`` with ``auto`` resolved for ``cuda`` or ``cpu``; False where nothing is exchanged."""

@@ -1,4 +1,4 @@
-"""Layouts of a run on its GPUs, from the fastest that fits: expert parallelism, ZeRO, recomputation, micro-batch."""
+"""Layouts of a run on its GPUs, the fastest that fits first: spread of experts, exchange, ZeRO, recomputation, rows."""
 
 import itertools
 import typing
@@ -10,6 +10,7 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.moe.build import sharded, width_problems
+from moe_pretrain.parallel.config import Overlap
 from moe_pretrain.plan.memory import LocalParameters, Memory, local_parameters, memory_per_rank
 from moe_pretrain.plan.step_time import Machine, StepTime, step_time
 
@@ -34,8 +35,10 @@ class Layout:
     def words(self) -> str:
         """The layout as overrides."""
         config = self.config
+        overlap = f"parallel.overlap_exchange={config.parallel.overlap_exchange} "
         return (
             f"parallel.expert_parallel_size={config.parallel.expert_parallel_size} "
+            f"{overlap if config.parallel.expert_parallel_size > 1 else ''}"
             f"engine.zero_stage={config.engine.zero_stage} model.recompute={config.model.recompute} "
             f"batch.micro_batch_size={config.batch.micro_batch_size}"
         )
@@ -73,7 +76,7 @@ def layouts(
 
 
 def _placed(config: Config, target: tuple[str, Dtype]) -> Iterator[tuple[Config, LocalParameters]]:
-    """The run at every size of expert parallelism that divides ranks and experts."""
+    """The run at every size of expert parallelism that divides ranks and experts, and every way of its exchange."""
     if target == ("cuda", "bfloat16") and width_problems(config.model.moe, config.router, config.model.hidden_size):
         return
     for size in range(1, config.parallel.processes + 1):
@@ -85,7 +88,16 @@ def _placed(config: Config, target: tuple[str, Dtype]) -> Iterator[tuple[Config,
         if target != ("cuda", "bfloat16") or not width_problems(
             config.model.moe, config.router, config.model.hidden_size
         ):
-            yield changed, local_parameters(changed)
+            parameters = local_parameters(changed)
+            for overlap in _overlaps(changed, target[0]):
+                yield replace(changed, parallel=replace(changed.parallel, overlap_exchange=overlap)), parameters
+
+
+def _overlaps(config: Config, device: str) -> tuple[Overlap, ...]:
+    """Ways of the exchange that differ: halves apart, as ``auto`` has it on a GPU, and all tokens at once."""
+    is_elastic = config.engine.determinism == "elastic"
+    has_one_way = config.parallel.expert_parallel_size == 1 or config.router.merges_experts or is_elastic
+    return (config.parallel.overlap_exchange,) if has_one_way or device == "cpu" else ("auto", "never")
 
 
 def _cut(config: Config, target: tuple[str, Dtype]) -> Iterator[tuple[Config, RunPlan]]:

@@ -80,11 +80,24 @@ def test_the_layout_to_take_is_the_fastest_that_fits_and_its_words_give_its_time
     config = load(words)
     found = layouts(config, target(config), assumed.room, assumed.worst_load, H100)
     assert all(layout.memory.total <= assumed.room for layout in found)
-    assert {layout.config.parallel.expert_parallel_size for layout in found} == {1, 2, 4, 8}
+    ways = {(own.config.parallel.expert_parallel_size, own.config.parallel.overlap_exchange) for own in found}
+    assert ways == {(1, "auto"), *((size, way) for size in (2, 4, 8) for way in ("auto", "never"))}
     little = layouts(config, target(config), 0.15 * assumed.room, assumed.worst_load, H100)
     assert 0 < len(little) < len(found) and little[0].time.total > found[0].time.total
     assert main(["plan", *words, "--gpu-memory=1"]) == 0
     assert "no layout of 8 ranks divides and fits in 92% of 1 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("link", "way"), [(300e9, "auto"), (100e12, "never")])
+def test_the_exchange_is_cut_in_halves_where_that_is_faster(link: float, way: str) -> None:
+    """Over a link that takes no time, putting halves together is all that they do; the words say which way it is."""
+    config = load(["model=700m", "parallel.processes=8"])
+    found = layouts(config, target(config), 80e9, 1.0, replace(H100, link=link))
+    spread = [layout for layout in found if layout.config.parallel.expert_parallel_size == 8]
+    assert f" parallel.overlap_exchange={way} " in spread[0].words
+    merging = load(["model=700m", "router=lory", "parallel.processes=2"])
+    every = layouts(merging, target(merging), 80e9, 1.0, H100)
+    assert {layout.config.parallel.overlap_exchange for layout in every} == {"auto"}
 
 
 def test_where_the_micro_batch_does_not_divide_a_layout_that_does_is_named(capsys) -> None:
