@@ -41,6 +41,16 @@ def resolve_kernels(asked: KernelChoice, device: str) -> Kernels:
     raise ValueError(f"engine.kernels=liger must be auto or torch: {reason}")
 
 
+def priced_kernels(asked: KernelChoice, device: str) -> Kernels:
+    """Kernels that a run on ``device`` would take, asked where there need be no such device.
+
+    ``liger`` is believed; of ``auto`` it is what is installed here that decides.
+    """
+    if device != "cuda" or asked == "torch":
+        return "torch"
+    return "liger" if asked == "liger" or _no_liger(device) is None else "torch"
+
+
 def _no_liger(device: str) -> str | None:
     """Reason why liger's kernels cannot run here; None if they can."""
     if device != "cuda":

@@ -82,7 +82,7 @@ class MergedLayer(MoELayer):
 def _gather(
     hidden: Tensor, mixture: Tensor, lengths: Tensor, exchange: Exchange, is_even: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor, list[int]], list[int]]:
-    """What all ranks' segments are made of, by rank: the arguments of the experts; and the tokens of each rank.
+    """Gather all ranks' tokens and segments, by rank: the arguments of the experts; and the tokens of each rank.
 
     Where ``is_even`` says that every rank has as many tokens, as in training, the host waits once: for the segments of
     the others, while their rows are on their way.

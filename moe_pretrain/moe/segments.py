@@ -50,7 +50,7 @@ def cut(context: RoutingContext, segment_tokens: int | None) -> Segments:
 def _ends_on_host(
     starts: Bool[Tensor, "tokens"], document_lengths: list[int] | None, segment_tokens: int | None
 ) -> list[int]:
-    """Where each segment ends; read from the device where the host does not know the documents."""
+    """Ends of segments; read from the device where the host does not know the documents."""
     if document_lengths is None:
         return [*starts.nonzero()[:, 0].tolist(), len(starts)][1:]
     ends, end = [], 0
@@ -65,7 +65,7 @@ def _ends_on_host(
 def _starts(
     documents: Int[Tensor, "rows sequence"], segment_tokens: int | None
 ) -> tuple[Bool[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
-    """Whether a segment starts at each token, and whether a document does."""
+    """Flags of the tokens at which a segment starts, and of those at which a document does."""
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents.diff(dim=1) != 0
     if segment_tokens is None:

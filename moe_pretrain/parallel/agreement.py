@@ -1,4 +1,4 @@
-"""What each rank finds out by itself, held to be the same on all before they depend on each other."""
+"""Comparison of what each rank finds out by itself, before ranks depend on each other."""
 
 import json
 import socket
@@ -31,7 +31,7 @@ def require_same(meeting: Rendezvous, found: Mapping[str, str]) -> None:
 
 
 def _describe(field: str, answers: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """Which ranks, by host, have which value of ``field``."""
+    """Ranks, by host, with the values of ``field`` that they have."""
     places: dict[str, dict[str, list[int]]] = {}
     for rank, (host, found) in enumerate(answers):
         places.setdefault(found[field], {}).setdefault(host, []).append(rank)

@@ -28,6 +28,7 @@ from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.matrix_product import rebuilt_numbers
 from moe_pretrain.moe.experts.merged import networks_merged_together
+from moe_pretrain.moe.kernels import priced_kernels
 from moe_pretrain.moe.routers.config import RouterConfig
 from moe_pretrain.moe.types import ExpertShard, float32_parameters, sharded_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
@@ -309,6 +310,7 @@ class _SchemeLayers:
         worst_load: float,
     ):
         self.on_cpu = device == "cpu"
+        self.kernels = priced_kernels(config.engine.kernels, device)
         self.model, self.router, self.moe = config.model, router, config.model.moe
         self.tokens = micro_batch_size * self.model.sequence_length
         self.size = BYTES[dtype]
@@ -342,11 +344,13 @@ class _SchemeLayers:
     def logits(self) -> float:
         """A chunk of logits and of their gradient, and the float32 sum of the head's gradient.
 
-        On a CPU the chunk is made float32 and its gradient in its place.
+        On a CPU the chunk is made float32 and its gradient in its place; liger's kernel puts it there too.
         """
         model = self.model
         chunk = min(model.cross_entropy_chunk_tokens, self.tokens)
         each = 4 + (self.size if self.size < 4 else 0) if self.on_cpu else 2 * self.size
+        if self.kernels == "liger":
+            each = self.size
         if self.passes > 1:  # both passes' probabilities, their ratio and a gradient, of a quarter of the positions
             chunk = min(max(1, model.cross_entropy_chunk_tokens // 4), self.tokens)
             each = 4 + (self.size if self.size < 4 else 0) + 4 * 4

@@ -16,6 +16,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import meta_model, parameter_roles
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import sharded, width_problems
+from moe_pretrain.moe.kernels import priced_kernels
 from moe_pretrain.plan.checkpoint_time import Storage, checkpoint_time
 from moe_pretrain.plan.cost import COMPARED, FROZEN, MEASURED, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.layouts import RECOMPUTE, layouts
@@ -177,7 +178,8 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
     memory = memory_per_rank(config, device, dtype, plan, ranks, assumed.worst_load)
     stage, recompute = config.engine.stage(dtype, ranks), config.model.recompute
     say(
-        f"memory per rank, {device} {dtype}, {ranks} ranks, expert parallel {expert_parallel}, ZeRO {stage}, "
+        f"memory per rank, {device} {dtype}, kernels {priced_kernels(config.engine.kernels, device)}, {ranks} ranks, "
+        f"expert parallel {expert_parallel}, ZeRO {stage}, "
         f"recompute {recompute}, exchange at {assumed.worst_load:g} times the mean load:"
     )
     for name, value in vars(memory).items():

@@ -11,6 +11,7 @@ from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
 from moe_pretrain.model.size import mean_ffn_experts
 from moe_pretrain.moe.build import dense_width, expert_width
+from moe_pretrain.moe.kernels import priced_kernels
 from moe_pretrain.plan.cost import GRADIENTS, ROUTES, WEIGHTS, exchange_passes, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.memory import LocalParameters
 
@@ -20,6 +21,8 @@ _ATTENTION_RATE = 0.40
 """The same of FlexAttention's kernels."""
 _BYTES_PER_HIDDEN = 111
 """Memory traffic per token, layer and unit of the hidden size, forward and backward: norms, rotary, residuals."""
+_LESS_PER_HIDDEN = 8
+"""So much less with liger's kernels: each of a layer's two norms reads its rows and their gradient once in backward."""
 _BYTES_PER_ROUTED_HIDDEN = 20
 """The same for each route: gathers, and sums over a token's experts."""
 _BYTES_PER_WIDTH = 18
@@ -107,7 +110,10 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     in_moe = inner if experts else dense_width(model.moe, config.router)
     widths = len(model.moe_layers) * in_moe + (model.num_layers - len(model.moe_layers)) * model.ffn_hidden_size
     routed = _BYTES_PER_ROUTED_HIDDEN * experts * routes * model.moe.routed_size(model.hidden_size)
-    once = _BYTES_PER_HIDDEN * model.num_layers * model.hidden_size + routed + _BYTES_PER_WIDTH * widths
+    per_hidden = _BYTES_PER_HIDDEN
+    if priced_kernels(config.engine.kernels, run.device) == "liger":
+        per_hidden -= _LESS_PER_HIDDEN
+    once = per_hidden * model.num_layers * model.hidden_size + routed + _BYTES_PER_WIDTH * widths
     # A forward pass is about two fifths of the traffic of both.
     share = {"none": 1.0, "selective": 1.15, "full": 1.4}[model.recompute]
     moved = size.num_passes * (share * once + _BYTES_PER_LOGIT * model.vocab_size)

@@ -82,7 +82,7 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
 
 
 def _found_here(config: Config, plan: RunPlan) -> dict[str, str]:
-    """What may be ``auto`` and follows this rank's machine and packages."""
+    """Fields that may be ``auto``, and what they are by this rank's machine and packages."""
     return {
         "engine.device": plan.device,
         "engine.dtype": plan.dtype,

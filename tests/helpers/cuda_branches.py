@@ -29,9 +29,10 @@ import moe_pretrain
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.micro_batch import routing_context
-from moe_pretrain.model import attention
+from moe_pretrain.model import attention, layers
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.moe import compiled, dispatch
+from moe_pretrain.moe.kernels import priced_kernels
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.parallel.exchange import AllToAll
 
@@ -319,8 +320,8 @@ def _flex(account: Account) -> Callable[..., Tensor]:
     return lambda query, key, value, block_mask, enable_gqa: Flex.apply(query, key, value)
 
 
-def _rms_norm(account: Account) -> Callable[..., Tensor]:
-    """``rms_norm`` as CUDA has it: one kernel that keeps its input, two backward."""
+def _rms_norm(account: Account, is_ligers: bool = False) -> Callable[..., Tensor]:
+    """``rms_norm`` as CUDA has it: one kernel that keeps its input, two backward; of liger one, as it is called."""
 
     class Norm(torch.autograd.Function):
         @staticmethod
@@ -335,15 +336,30 @@ def _rms_norm(account: Account) -> Callable[..., Tensor]:
             hidden, weight, scale = ctx.saved_tensors
             made = torch.empty_like(hidden)
             note("rms_norm_backward", hidden, grads[0], made, scale)
-            note("rms_norm_backward_weight", hidden, grads[0])
+            if not is_ligers:  # whose first has added up each program's part of this
+                note("rms_norm_backward_weight", hidden, grads[0])
             return made, torch.empty_like(weight)
 
     def note(name: str, *moved: Tensor) -> None:
         account.kernels.append(Kernel(account.phase, "model/layers.py RMSNorm", name, nbytes(moved)))
 
+    if is_ligers:
+        return lambda hidden, weight, epsilon: Norm.apply(hidden, weight)
     return lambda hidden, shape, weight=None, eps=None: Norm.apply(
         hidden, hidden.new_empty(shape) if weight is None else weight
     )
+
+
+def _liger_cross_entropy(account: Account) -> Callable[..., Tensor]:
+    """``liger_cross_entropy_``: reads the logits for the sums and again for their gradient, which takes their place."""
+
+    def call(logits: Tensor, labels: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:
+        terms = logits.new_zeros(len(logits), 1, dtype=torch.float32)
+        moved = nbytes((*[logits] * (3 if needs_grad else 1), labels, terms))
+        account.kernels.append(Kernel(account.phase, "model/layers.py _cross_entropy", "liger_cross_entropy", moved))
+        return terms
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -388,6 +404,9 @@ def count(config: Config, rows: int, expert_parallel: int = 1, overlaps: bool = 
         stack.enter_context(says_cuda(_flex(account), account.one_kernel))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(functional, "rms_norm", _rms_norm(account))
+        patch.setattr(layers, "liger_rms_norm", _rms_norm(account, is_ligers=True))
+        patch.setattr(layers, "liger_cross_entropy_", _liger_cross_entropy(account))
+        model.use_kernels(priced_kernels(config.engine.kernels, "cuda"))
         if expert_parallel > 1:
             routes = rows * config.model.sequence_length * round(config.router.mean_experts_per_token)
 

@@ -23,7 +23,13 @@ from moe_pretrain.plan import step_time
 from moe_pretrain.plan.cost import ROUTES, traffic
 from moe_pretrain.plan.memory import local_parameters, memory_per_rank
 
-WORDS = ["engine.dtype=bfloat16", "tokenizer=pretrained", "tokenizer.path=unused", "metrics.wandb=off"]
+WORDS = [
+    "engine.dtype=bfloat16",
+    "engine.kernels=torch",
+    "tokenizer=pretrained",
+    "tokenizer.path=unused",
+    "metrics.wandb=off",
+]
 TARGET = ("cuda", "bfloat16")
 
 
@@ -143,13 +149,37 @@ def test_the_plan_charges_the_bytes_that_are_counted():
     assert LOSS_BYTES_PER_LOGIT == step_time._BYTES_PER_LOGIT
 
 
+def test_the_plan_charges_ligers_kernels_as_they_are_counted():
+    """One layer's norms, and the most that is held at a time, which with a chunk of tokens is in the loss."""
+    taken, rows = {}, 2
+    for kernels in ("torch", "liger"):
+        one, two = (config_of("model=700m", f"engine.kernels={kernels}", f"model.num_layers={n}") for n in (1, 2))
+        few, many = count(one, rows), count(two, rows)
+        run = plan_run(one, 1, TARGET)
+        taken[kernels] = (
+            many.account.total()[1] - few.account.total()[1],
+            few.account.total(lambda kernel: kernel.site in LOSS_SITES)[1],
+            few.peak,
+            memory_per_rank(one, *TARGET, run.batches, 1, worst_load=1.0).logits,
+            step_time.step_time(one, run, local_parameters(one), step_time.Machine()).memory,
+        )
+    layer, loss, peak, logits, seconds = (taken["torch"][i] - taken["liger"][i] for i in range(5))
+    assert layer / (rows * 2048) == pytest.approx(step_time._LESS_PER_HIDDEN * one.model.hidden_size, rel=0.01)
+    assert loss == pytest.approx(0, abs=0.01 * taken["torch"][1])
+    assert peak == pytest.approx(logits, rel=0.01)
+    assert logits == one.model.cross_entropy_chunk_tokens * one.model.vocab_size * 2
+    ranks_tokens = one.batch.global_batch_tokens / one.parallel.processes
+    charged = ranks_tokens * step_time._LESS_PER_HIDDEN * one.model.hidden_size
+    assert seconds == pytest.approx(charged / step_time.Machine().memory_bandwidth)
+
+
 LOSS_BYTES_PER_LOGIT = 8.5
+LOSS_SITES = ("model/layers.py forward", "model/layers.py _cross_entropy")
 
 
 def test_traffic_of_the_loss_stays_within_its_budget():
     account = counted(1).account
-    sites = ("model/layers.py forward", "model/layers.py _cross_entropy")
-    _, moved = account.total(lambda kernel: kernel.site in sites)
+    _, moved = account.total(lambda kernel: kernel.site in LOSS_SITES)
     per_logit = moved / (8 * 2048) / 32000
     assert per_logit == pytest.approx(LOSS_BYTES_PER_LOGIT, rel=0.02)
 

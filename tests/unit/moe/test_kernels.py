@@ -30,6 +30,7 @@ from moe_pretrain.moe.kernels import (
     liger_cross_entropy_,
     liger_rms_norm,
     liger_swiglu,
+    priced_kernels,
     resolve_kernels,
 )
 from moe_pretrain.moe.types import ExpertShard
@@ -72,6 +73,24 @@ def test_auto_is_ligers_on_a_gpu_where_they_are_installed(
 ):
     installed(version)
     assert resolve_kernels(asked, device) == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "version", "priced"),
+    [
+        ("auto", "cuda", "0.8.5", "liger"),
+        ("auto", "cuda", None, "torch"),
+        ("liger", "cuda", None, "liger"),
+        ("liger", "cpu", "0.8.5", "torch"),
+        ("torch", "cuda", "0.8.5", "torch"),
+    ],
+)
+def test_a_plan_prices_what_the_run_would_take(
+    installed: Callable[..., None], asked: KernelChoice, device: str, version: str | None, priced: str
+):
+    """Asked by name it is priced where it is not installed: runs are planned elsewhere."""
+    installed(version)
+    assert priced_kernels(asked, device) == priced
 
 
 @pytest.mark.parametrize(
