@@ -53,7 +53,8 @@ def _ends_on_host(
     """Ends of segments; read from the device where the host does not know the documents."""
     if document_lengths is None:
         return [*starts.nonzero()[:, 0].tolist(), len(starts)][1:]
-    ends, end = [], 0
+    ends: list[int] = []
+    end = 0
     for length in document_lengths:
         if segment_tokens is not None:
             ends += range(end + segment_tokens, end + length, segment_tokens)

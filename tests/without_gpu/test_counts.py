@@ -150,7 +150,7 @@ def test_the_plan_charges_the_bytes_that_are_counted():
 
 
 def test_the_plan_charges_ligers_kernels_as_they_are_counted():
-    """One layer's norms, and the most that is held at a time, which with a chunk of tokens is in the loss."""
+    """One layer's norms, and the most that is held at a time, which with torch's loss and a chunk of tokens is there."""
     taken, rows = {}, 2
     for kernels in ("torch", "liger"):
         one, two = (config_of("model=700m", f"engine.kernels={kernels}", f"model.num_layers={n}") for n in (1, 2))
@@ -166,7 +166,7 @@ def test_the_plan_charges_ligers_kernels_as_they_are_counted():
     layer, loss, peak, logits, seconds = (taken["torch"][i] - taken["liger"][i] for i in range(5))
     assert layer / (rows * 2048) == pytest.approx(step_time._LESS_PER_HIDDEN * one.model.hidden_size, rel=0.01)
     assert loss == pytest.approx(0, abs=0.01 * taken["torch"][1])
-    assert peak == pytest.approx(logits, rel=0.01)
+    assert 0.75 * logits < peak <= logits, "without it, experts hold the most"
     assert logits == one.model.cross_entropy_chunk_tokens * one.model.vocab_size * 2
     ranks_tokens = one.batch.global_batch_tokens / one.parallel.processes
     charged = ranks_tokens * step_time._LESS_PER_HIDDEN * one.model.hidden_size
