@@ -150,7 +150,7 @@ def test_the_plan_charges_the_bytes_that_are_counted():
 
 
 def test_the_plan_charges_ligers_kernels_as_they_are_counted():
-    """One layer's norms, and the most that is held at a time, which with torch's loss and a chunk of tokens is there."""
+    """One layer's norms, and the most that is held at a time, with torch in the loss."""
     taken, rows = {}, 2
     for kernels in ("torch", "liger"):
         one, two = (config_of("model=700m", f"engine.kernels={kernels}", f"model.num_layers={n}") for n in (1, 2))
