@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_OTHERS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
 Types = frozenset[Any]
 NOTHING: Types = frozenset()
 
@@ -62,8 +63,7 @@ class Reads:
         self._fields = fields
         for module in modules:
             self._module = module
-            source = ast.parse(inspect.getsource(module))
-            self._visit(source.body, None, {})
+            self._visit(_tree(module).body, None, {})
 
     def is_read(self, owner: type, field: str) -> bool:
         """Whether the field is read from this class, one that it comes from, or one that comes from it."""
@@ -82,9 +82,10 @@ class Reads:
                 self._visit(node.body, owner, outer)  # type: ignore[attr-defined]
 
     def _function(self, node: ast.FunctionDef, owner: type | None, outer: Mapping[str, Types]) -> None:
+        inside = list(ast.walk(node))
         reads = [
             child
-            for child in ast.walk(node)
+            for child in inside
             if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load) and child.attr in self._fields
         ]
         if not reads:
@@ -96,10 +97,9 @@ class Reads:
         is_static = any(isinstance(one, ast.Name) and one.id == "staticmethod" for one in node.decorator_list)
         if owner is not None and arguments and not is_static:
             names[arguments[0].arg] = frozenset([owner])
-        inner = (child for child in ast.walk(node) if child is not node)
-        nested = [child for child in inner if isinstance(child, ast.FunctionDef | ast.Lambda)]
+        nested = [child for child in inside if child is not node and isinstance(child, ast.FunctionDef | ast.Lambda)]
         for _ in range(2):  # a name may be used above the line that tells its type, in a loop
-            for child in ast.walk(node):
+            for child in inside:
                 self._learn(child, names)
         for child in nested:
             for argument in child.args.args:
@@ -233,8 +233,12 @@ def attribute_types(kind: Any, name: str) -> Types:
 
 
 def _is_others(kind: type) -> bool:
-    file = getattr(sys.modules[kind.__module__], "__file__", None) or sysconfig.get_path("stdlib")
-    return file.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
+    return (getattr(sys.modules[kind.__module__], "__file__", None) or _OTHERS[0]).startswith(_OTHERS)
+
+
+@functools.cache
+def _tree(module: ModuleType) -> ast.Module:
+    return ast.parse(inspect.getsource(module))
 
 
 _ASSIGNED: dict[type, dict[str, Types]] = {}
@@ -247,8 +251,7 @@ def _assigned(kind: type) -> dict[str, Types]:
     reads = Reads([], ())
     reads._module = importlib.import_module(kind.__module__)
     found = _ASSIGNED[kind] = {}  # there already for a value that is made of an attribute
-    tree = ast.parse(inspect.getsource(reads._module))
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(reads._module)):
         if not isinstance(node, ast.ClassDef) or node.name != kind.__name__:
             continue
         for function in (child for child in node.body if isinstance(child, ast.FunctionDef)):
