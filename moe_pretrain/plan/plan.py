@@ -195,7 +195,7 @@ def describe(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str]
         say(f"batch.micro_batch_size=auto is {plan.micro_batch_size} on such a GPU")
     if device == "cuda":
         _say_layouts(config, assumed, say)
-    _say_sizes(overrides, assumed, say)
+    say_sizes(overrides, assumed, say)
     return 0
 
 
@@ -290,11 +290,18 @@ def _say_flops(size: ModelSize, say: Callable[[str], None]) -> None:
         say(f"  {'updates of the optimizer':<34}{short_number(size.update_flops_per_token):>8}, {share:.2%} of all")
 
 
-def _say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> None:
-    """Total memory of every size with the same other overrides, by recomputation."""
+_OF_SIZE = (
+    *("model", "model.name", "model.num_layers", "model.hidden_size", "model.num_heads", "model.ffn_hidden_size"),
+    "model.moe.expert_hidden_size",
+)
+"""Fields by which sizes differ: with one run's, all rows would be about the same model."""
+
+
+def say_sizes(overrides: Sequence[str], assumed: Assumptions, say: Callable[[str], None]) -> None:
+    """Total memory of every size as it ships, with the other overrides, by recomputation."""
     say(f"sizes on {assumed.gpu_memory:g} GiB, of which {USABLE:.0%} are counted on; recompute:")
     say(f"  {'model':<8}" + "".join(f"{name:>22}" for name in RECOMPUTE))
-    others = [word for word in overrides if not word.startswith("model=")]
+    others = [word for word in overrides if word.lstrip("+").partition("=")[0] not in _OF_SIZE]
     for name in choices(overrides)["model"]:
         try:
             config = _sized(load([*others, f"model={name}"]), assumed)

@@ -16,7 +16,7 @@ from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.types import ExpertShard, RoutingContext, float32_parameters
 from moe_pretrain.plan.cost import extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.memory import local_parameters, memory_per_rank
-from moe_pretrain.plan.plan import problems
+from moe_pretrain.plan.plan import Assumptions, problems, say_sizes
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.train.corpora import prepare_corpora
 
@@ -442,6 +442,15 @@ def test_the_command_describes_a_run(capsys):
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and line.split()[0] in SIZES}
     assert set(lines) == set(SIZES)
     assert lines["tiny"].count("fits") == 3 and "no" in lines["4b"].split()
+
+
+def test_the_table_of_sizes_is_of_their_own_shapes():
+    """A width given for one run would make every row about that model."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    say_sizes(["model=4b", "model.recompute=none"], Assumptions(), theirs.append)
+    say_sizes(["model=4b", "model.hidden_size=128", "model.num_layers=2"], Assumptions(), ours.append)
+    assert ours == theirs and len(ours) == 2 + len(SIZES)
 
 
 @pytest.mark.parametrize(
