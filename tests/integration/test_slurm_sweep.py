@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.mi
 TWO_RANKS = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
 JOBS = ["seed=0", "seed=1"]
 COMMAND = ["train", "--multirun", *TINY, "data=files", "data.paths=[corpus.jsonl]", *TWO_RANKS]
-COMMAND += ["checkpoint.every_steps=1000", "seed=0,1,1", "sweep.name=grid", "hydra/launcher=submitit_slurm"]
+COMMAND += ["checkpoint.every_steps=1000", "seed=0,1", "sweep.name=grid", "hydra/launcher=submitit_slurm"]
 COMMAND += ["hydra.launcher.gpus_per_node=0", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
 COMMAND += ["hydra.launcher.cpus_per_task=2"]  # all of a node's: one job at a time
 

@@ -135,7 +135,7 @@ def _leaves_alone_what_it_is_given(subject: Subject) -> str:
 
 
 def _given(hidden: Tensor, context: RoutingContext) -> dict[str, Any]:
-    """What a forward pass is given, copied."""
+    """Copies of the tensors that a forward pass is given."""
     told = {field.name: getattr(context, field.name) for field in fields(context)}
     tensors = {f"context.{name}": value.detach().clone() for name, value in told.items() if isinstance(value, Tensor)}
     return {"its input": hidden.detach().clone()} | tensors

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_pretrain.moe.router import MergingRouter, Router
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import RoutingContext
 from moe_pretrain.verify.certificate.route_properties import check_routes
 from moe_pretrain.verify.certificate.subject import (
@@ -130,7 +130,7 @@ def _declares_causal(router: Router, training: bool) -> bool:
 
 @torch.no_grad()
 def _moves_earlier(subject: Subject, router: Router, hidden: Tensor, context: RoutingContext, cut: int) -> str:
-    """What of tokens before ``cut`` in their rows changes when all others are replaced; empty for nothing."""
+    """Name of what changes of tokens before ``cut`` in their rows when all others are replaced; empty for nothing."""
     place = torch.arange(len(hidden)) % (len(hidden) // context.num_sequences)
     kept = place < cut
     other = torch.where(kept[:, None], hidden, hidden.flip(0))
@@ -209,7 +209,7 @@ def _serves_long_rows(subject: Subject) -> str:
 
 
 def _same_tokens(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Which tokens of two route tables have the same routes and weights."""
+    """Mask of the tokens that have the same routes and weights in two route tables."""
     return torch.isclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True).all(dim=1)
 
 
@@ -293,6 +293,8 @@ def _counts_experts_as_declared(subject: Subject) -> str:
 
 def _count_experts(subject: Subject, config: Any) -> str:
     """Compare one configuration's declarations with what its router does."""
+    if config.merges_experts:
+        raise NotApplicable("parameters are merged: no token is sent to an expert")
     fixed, limit = config.fixed_experts_per_token, config.experts_per_token_limit
     most, wanted = config.most_experts_per_token(subject.num_experts), config.mean_experts_per_token
     counts = []
@@ -302,8 +304,6 @@ def _count_experts(subject: Subject, config: Any) -> str:
             for router, (hidden, context, _) in zip(
                 routers_of(model), subject.logits(model, subject.batch())[1], strict=True
             ):
-                if isinstance(router, MergingRouter):
-                    raise NotApplicable("parameters are merged: no token is sent to an expert")
                 for factor in (1.0, 30.0):  # as it starts, and nearly sure
                     with parameters_set(router, partial(torch.mul, other=factor)):
                         routing = router(hidden, context).exact()

@@ -227,7 +227,7 @@ def rows_of(batch: MicroBatch, rows: slice | Tensor) -> MicroBatch:
 
 
 def context_of(context: RoutingContext, tokens: Tensor | slice) -> RoutingContext:
-    """What a router is told of some of the tokens; the numbers of sequences and of global tokens stay as they are."""
+    """Context of some of the tokens; the numbers of sequences and of global tokens stay as they are."""
     told = {field.name: getattr(context, field.name) for field in fields(context)}
     some: dict[str, Any] = {name: value[tokens] for name, value in told.items() if isinstance(value, Tensor)}
     return replace(context, **some)

@@ -44,7 +44,7 @@ def test_default_names_and_placement(home: Path, capsys: pytest.CaptureFixture[s
 
 def test_fields_that_only_a_swept_choice_has():
     """``threshold`` is a field of top_p alone, ``paths`` of files."""
-    assert multirun("data=files,files", "data.paths=[a b.txt]", "router=top_p", "router.threshold=0.3,0.4") == 0
+    assert multirun("data=choice(files)", "data.paths=[a b.txt]", "router=top_p", "router.threshold=0.3,0.4") == 0
 
 
 MINE = """

@@ -15,7 +15,8 @@ from moe_pretrain.system.open_files import allow_open_files
 from moe_pretrain.system.threads import start_thread
 
 IMPORTING = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 slow = types.ModuleType("moe_pretrain.commands.train")
 sys.meta_path.insert(0, type("Slow", (), {"find_spec": staticmethod(lambda name, *rest:
     (print("importing", flush=True), time.sleep(600)) if name == "torch" else None)}))
