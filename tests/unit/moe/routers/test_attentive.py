@@ -149,8 +149,10 @@ def test_equals_the_loop_with_gradients_and_losses(form: str, weights: str, top_
         for of, left, right in zip(
             inputs, gradients, torch.autograd.grad(theirs[name], list(inputs.values()), **options), strict=True
         ):
+            # A small gradient is what is left of large terms, whose rounding depends on the processor.
+            atol = 1e-5 * max(1.0, float(right.abs().max()))
             torch.testing.assert_close(
-                left, right, atol=1e-5, rtol=2e-4, msg=lambda m, text=f"d {name} / d {of}": f"{text}: {m}"
+                left, right, atol=atol, rtol=2e-4, msg=lambda m, text=f"d {name} / d {of}": f"{text}: {m}"
             )
 
 

@@ -66,7 +66,8 @@ def test_equals_one_token_at_a_time(dtype: torch.dtype) -> None:
     assert routing.weight.dtype == torch.float32 and routing.routes_per_token is None
     found = by_token(routing, tokens)
     for token, row in enumerate((hidden.double() @ router.weight.double().t()).tolist()):
-        assert found[token] == pytest.approx({e: z for e, z in enumerate(row) if z > 0}, rel=1e-5, abs=1e-7)
+        # A small gate is what is left of terms near 1, whose rounding depends on the processor.
+        assert found[token] == pytest.approx({e: z for e, z in enumerate(row) if z > 0}, rel=1e-5, abs=1e-6)
     assert {len(experts) for experts in found} == set(range(EXPERTS + 1))  # none and all, too
 
 
