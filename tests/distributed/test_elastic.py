@@ -111,14 +111,14 @@ def test_it_is_the_same_run_as_in_the_default_mode_up_to_rounding(straight: Any,
     (logged,) = run_on_ranks(train, 1, str(tmp_path), (1, 1, 1), "topology", 0, STEPS)
     for ours, theirs in zip(straight[0], logged, strict=True):
         # Rounding grows over the steps, by the processor up to 2e-5; a wrong gradient moves the norm by far more.
-        assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
+        assert ours[0] == pytest.approx(theirs[0], rel=5e-5)
     default = contents(tmp_path)
     assert differing(default, straight[1]), "the two modes round differently, or the mode is not switched on"
     for name, value in straight[1].items():
         if WEIGHT in name:  # as a whole: where a gradient is nearly zero, rounding decides how AdamW moves a number
             apart = float((value - default[name]).norm() / default[name].norm())
             print(f"{name}: {apart:.1e}")
-            assert apart < 1e-2, name
+            assert apart < 5e-3, name
 
 
 def tree_by_recursion(leaves: list[torch.Tensor]) -> torch.Tensor:
