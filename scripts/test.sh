@@ -10,7 +10,7 @@ unset PYTHONDONTWRITEBYTECODE
 chosen="not gpu and not slow"
 if [ "${1:-}" = --all ]; then
     chosen="not gpu"
-    export CHECK_EVERY_RANK=1  # annotations of shapes, on all ranks of a test instead of one
+    export CHECK_EVERY_CALL=1  # annotations of shapes: on all ranks of a test, and not only its first calls
     shift
 fi
 # Whole files each: files share the runs that they make. One more than two cores carry, for some tests mostly wait; long

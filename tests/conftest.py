@@ -7,17 +7,15 @@ import logging
 import os
 from collections.abc import Iterator
 
-import helpers.typechecker  # noqa: F401  # the hook below looks it up by name
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from helpers import typechecker
 
 # Before anything imports Triton, where it is installed: without a GPU its kernels can only be interpreted.
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Before anything of ours is imported: the hook checks every annotated shape at run time.
-install_import_hook("moe_pretrain", "helpers.typechecker.check")
+typechecker.install()  # before anything of ours is imported
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 from helpers import composition  # noqa: E402  # what it imports is to be checked
@@ -39,8 +37,7 @@ def _composed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    import torch
-
+    typechecker.begin_test()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
 

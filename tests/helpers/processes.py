@@ -97,8 +97,10 @@ def _rank(folder: Path, ranks: int, timeout: float, rank: int, target: tuple[str
     import torch
     import torch.distributed as dist
 
-    # A quarter of a small model's time. A test's ranks run the same code, so in the fast set one checks annotations.
-    jaxtyping.config.update("jaxtyping_disable", rank != 0 and "CHECK_EVERY_RANK" not in os.environ)
+    from helpers.typechecker import CHECK_EVERY_CALL
+
+    # A test's ranks run the same code, so in the fast set one checks annotations.
+    jaxtyping.config.update("jaxtyping_disable", rank != 0 and not CHECK_EVERY_CALL)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     output = os.open(folder / f"{rank}.output", os.O_WRONLY | os.O_CREAT)

@@ -8,11 +8,9 @@ import warnings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it: ranks share two cores
 
-from jaxtyping import install_import_hook  # noqa: E402
+from helpers import typechecker  # noqa: E402
 
-import helpers.typechecker  # noqa: E402, F401  # the hook below looks it up by name
-
-install_import_hook("moe_pretrain", "helpers.typechecker.check")
+typechecker.install(at_import=True)
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 warnings.simplefilter("ignore")
