@@ -135,7 +135,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("script", SMALLEST)
-@pytest.mark.fast("bench/bench_layer.py", "tables/start_table.py", "durability/two_starts.py")
+@pytest.mark.fast("bench/bench_layer.py", "tables/start_table.py")
 def test_a_script_comes_to_its_end(home: Path, script: str):
     words, expected = SMALLEST[script]
     code, out, err = run_script(home, SCRIPTS / script, *(word.format(home=home) for word in words))

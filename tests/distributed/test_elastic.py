@@ -87,7 +87,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES[1:], ids=str)
-@pytest.mark.fast("(4, 2, 0)")  # the resumed run takes others
+@pytest.mark.slow  # the resumed run takes others
 def test_bits_do_not_depend_on_the_topology(topology: Topology, straight: Any, tmp_path: Path):
     for logged in run_on_ranks(train, topology[0], str(tmp_path), topology, "elastic", 0, STEPS):
         assert logged == straight[0]

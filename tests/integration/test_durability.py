@@ -16,7 +16,7 @@ def run_short(name: str, folder: Path, *words: str) -> str:
 
 
 @pytest.mark.parametrize("mode", [["--fixed"], ["--seed", "3"], ["--elastic"]], ids=str)
-@pytest.mark.fast("fixed")
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_nobody_had(tmp_path: Path, mode: list[str]):
     out = run_short("chaos.py", tmp_path, "--kills", "3", *mode)
     kills = re.search(r"^(\d+) kills with -9", out, re.MULTILINE)

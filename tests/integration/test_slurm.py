@@ -26,6 +26,7 @@ def stops(home: Path, name: str) -> list[tuple[int, str]]:
     return [(row["step"], row["message"]) for row in rows_of(home, name, "event") if row["event"] == "stopped"]
 
 
+@pytest.mark.slow
 def test_preempted_and_out_of_time_a_run_ends_with_the_bits_of_an_uninterrupted_one(
     cluster: slurm.Cluster, home: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_spike_in_a_stream_ends_the_run_and_the_next_start_leaves_its_rows_out
     assert hashes[0] == hashes[1] and len(hashes[0]) == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_past_a_row_that_stopped_it(server, straight):
     home, address, _ = server
     lines = (home / "0.jsonl").read_text().splitlines()

@@ -69,6 +69,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(home: Path, call: Call):
     """SIGKILL to the driver while two jobs are finished and two hang; a second driver is refused meanwhile."""
     code, out, err = run(home, *WORDS, "router=top_k,top_p", "seed=choice(1)", *GRID[2:])

@@ -11,6 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "durability" / "two_hosts.py"
 SKIPPED = 77
 
 
+@pytest.mark.slow
 def test_a_cut_cable_ends_the_run_on_both_sides_and_a_restart_goes_on():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path])}
     command = [sys.executable, str(SCRIPT), "--launch", "torchrun", "--ranks-per-host", "1"]

@@ -1,13 +1,12 @@
 """The ``verify`` command: a user's configuration against the oracle, and what it says when something is wrong."""
 
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
+from helpers.runs import run
 
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.engine import engine as engine_module
@@ -18,14 +17,11 @@ from moe_pretrain.verify.small_twin import random_batches, shrink
 from moe_pretrain.verify.verify import verify
 
 
-def test_command_agrees_with_the_oracle() -> None:
+def test_command_agrees_with_the_oracle(tmp_path: Path) -> None:
     overrides = ("parallel.processes=2", "parallel.expert_parallel_size=2", "engine.device=cpu", "engine.dtype=float32")
-    command = [sys.executable, "-m", "moe_pretrain", "verify", *overrides, "model.recompute=full"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.strip().splitlines()
+    code, out, err = run(tmp_path, "verify", *overrides, "model.recompute=full")
+    assert code == 0, out + err
+    lines = out.strip().splitlines()
     assert lines[0].startswith("2 ranks, expert parallel 2, ZeRO 1, float32") and "recompute full" in lines[0]
     assert len(lines) == 13 and all("same" in line for line in lines[1:])
 

@@ -57,6 +57,7 @@ def test_logits_and_gradients_are_equal(kind: str):
 
 
 @pytest.mark.parametrize("kind", WORDS)
+@pytest.mark.fast("mixtral")
 def test_forty_steps_equal_those_of_a_plain_loop(kind: str):
     ((losses, norms, expected_losses, expected_norms, far, moved),) = run_on_ranks(_both_trainings, 1, kind)
     torch.testing.assert_close(losses, expected_losses, atol=0, rtol=1e-5)

@@ -58,6 +58,7 @@ SIZES = [("700m", 1), ("700m", 8), ("4b", 1), ("4b", 8)]
 
 
 @pytest.mark.parametrize(("model", "expert_parallel"), SIZES)
+@pytest.mark.fast("700m")
 def test_planned_memory_is_what_a_micro_batch_holds(model: str, expert_parallel: int):
     """Weights to the byte, what is saved within 2%, the most at a time in a micro-batch within 10%."""
     config, run, held = whole(model, expert_parallel)

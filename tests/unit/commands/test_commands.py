@@ -40,7 +40,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.split()[1] == importlib.metadata.version("moe_pretrain")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["completion", "bash"], ["report"]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["completion", "bash"], ["report"]], ids=" ".join)
+@pytest.mark.fast("--version", "report")
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: list[str], tmp_path: Path):
     reader, writer = os.pipe()
     os.close(reader)
