@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,9 +14,9 @@ from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.routers.base import BalancedRouter
 from moe_pretrain.moe.routers.config import (
     BalancedRouterConfig,
+    CapacityConfig,
     FactorisedGateConfig,
     FixedCountConfig,
-    Fraction,
     LimitedCountConfig,
     MeanExperts,
     ProbabilityMass,
@@ -105,32 +105,13 @@ class AutonomyTopPConfig(LimitedCountConfig, AutonomyFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutonomyExpertChoiceConfig(AutonomyFields):
-    """Fields of ``router=autonomy_expert_choice``, beside those of ``AutonomyFields``.
+class AutonomyExpertChoiceConfig(CapacityConfig, AutonomyFields):
+    """Fields of ``router=autonomy_expert_choice``: those of ``AutonomyFields``, and of ``CapacityConfig``.
 
-    Attributes:
-        name: ``autonomy_expert_choice``.
-        capacity_factor: Mean experts per token, in (0, num_experts]; the paper takes 2.
-        threshold_decay: Decay per step of the running mean of each expert's cut-off, by which evaluation routes, in
-            [0, 1).
+    The paper has ``capacity_factor=2``.
     """
 
     name: Literal["autonomy_expert_choice"]
-    capacity_factor: PositiveFloat
-    threshold_decay: Fraction
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "capacity_factor")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return self.capacity_factor
-
-    def most_experts_per_token(self, num_experts: int) -> float:
-        """The same: experts take as many."""
-        return self.capacity_factor
 
     def build(self, hidden_size: int, num_experts: int, layer: int) -> "AutonomyExpertChoiceRouter":
         """The module of layer ``layer``."""

@@ -225,6 +225,54 @@ class FixedCountConfig(RouterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetCountConfig(RouterConfig):
+    """Field of schemes whose number of experts varies around a mean that they steer to.
+
+    Attributes:
+        target_experts: That mean per token, in (0, num_experts]. A token may have any number, none too.
+    """
+
+    target_experts: PositiveFloat
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        check_within_experts(self, num_experts, "target_experts")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.target_experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig(RouterConfig):
+    """Fields of schemes whose experts take tokens.
+
+    Attributes:
+        capacity_factor: Mean experts per token, in (0, num_experts]; an expert takes ``capacity_factor * text tokens /
+            num_experts`` tokens of a micro-batch.
+        threshold_decay: Decay per step of the running mean of each expert's cut-off, by which evaluation routes, in
+            [0, 1); 0 keeps the last step's alone.
+    """
+
+    capacity_factor: PositiveFloat
+    threshold_decay: Fraction
+
+    def check_num_experts(self, num_experts: int) -> None:
+        """Raise if this router cannot serve ``num_experts`` experts."""
+        check_within_experts(self, num_experts, "capacity_factor")
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """Expected routes per token, for parameter and FLOP counts."""
+        return self.capacity_factor
+
+    def most_experts_per_token(self, num_experts: int) -> float:
+        """The same: experts take as many."""
+        return self.capacity_factor
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitedCountConfig(RouterConfig):
     """Field of schemes whose number of experts varies, up to a limit.
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +14,7 @@ from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import best_first, even_load, even_proportions, router_logits, router_use
-from moe_pretrain.moe.routers.config import Fraction, RouterConfig, check_within_experts
+from moe_pretrain.moe.routers.config import CapacityConfig
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse
 
 NUM_CUTOFF_SUMS = 3
@@ -23,33 +22,10 @@ NUM_CUTOFF_SUMS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertChoiceConfig(RouterConfig):
-    """Fields of ``router=expert_choice``.
-
-    Attributes:
-        name: ``expert_choice``.
-        capacity_factor: Mean experts per token, in (0, num_experts]; an expert takes ``capacity_factor * text tokens /
-            num_experts`` tokens of a micro-batch.
-        threshold_decay: Decay per step of the running mean of each expert's cut-off, as a z-score of its scores, by
-            which evaluation routes, in [0, 1); 0 keeps the last step's alone.
-    """
+class ExpertChoiceConfig(CapacityConfig):
+    """Fields of ``router=expert_choice``: those of ``CapacityConfig``; cut-offs are z-scores of an expert's own."""
 
     name: Literal["expert_choice"]
-    capacity_factor: PositiveFloat
-    threshold_decay: Fraction
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "capacity_factor")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return self.capacity_factor
-
-    def most_experts_per_token(self, num_experts: int) -> float:
-        """The same: experts take as many."""
-        return self.capacity_factor
 
     @property
     def evens_load(self) -> Literal["loss", "quotas"] | None:

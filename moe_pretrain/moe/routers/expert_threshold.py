@@ -5,26 +5,25 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
 from moe_pretrain.moe.losses import count_routes
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import even_load, router_logits, router_use
-from moe_pretrain.moe.routers.config import Fraction, RouterConfig, check_within_experts
+from moe_pretrain.moe.routers.config import Fraction, TargetCountConfig
 from moe_pretrain.moe.routers.expert_choice import choose_tokens
 from moe_pretrain.moe.routers.pooled_quantile import NumBins, count_in_bins, value_at
 from moe_pretrain.moe.types import ExpertRanking, Routing, RoutingContext, StepUse, as_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertThresholdRouterConfig(RouterConfig):
-    """Fields of ``router=expert_threshold``.
+class ExpertThresholdRouterConfig(TargetCountConfig):
+    """Fields of ``router=expert_threshold``, beside ``target_experts``, which the thresholds aim at.
 
     Attributes:
         name: ``expert_threshold``.
-        target_experts: Mean experts per token that the thresholds aim at, in (0, num_experts].
         initial_threshold: Every expert's threshold before the first update, a score in (0, 1). Scores start near 0.5,
             so from 0.5 down the first step sends each token to half of the experts and more.
         ema_decay: How much of the average of past quantiles stays at each step, in [0, 1).
@@ -35,20 +34,10 @@ class ExpertThresholdRouterConfig(RouterConfig):
     """
 
     name: Literal["expert_threshold"]
-    target_experts: PositiveFloat
     initial_threshold: Annotated[float, Field(gt=0, lt=1)]
     ema_decay: Fraction
     num_bins: NumBins
     warmup_steps: NonNegativeInt
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "target_experts")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return self.target_experts
 
     @property
     def evens_load(self) -> Literal["loss", "quotas"] | None:

@@ -13,7 +13,7 @@ from moe_pretrain.moe.losses import sparsity_loss
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.base import balance_counts, over_groups, router_logits, router_use, routes_by_group
-from moe_pretrain.moe.routers.config import BalanceLevelConfig, check_within_experts
+from moe_pretrain.moe.routers.config import BalanceLevelConfig, TargetCountConfig
 from moe_pretrain.moe.types import (
     POOLED_LEVELS,
     ExpertRanking,
@@ -25,13 +25,11 @@ from moe_pretrain.moe.types import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLUConfig(BalanceLevelConfig):
-    """Fields of ``router=relu``.
+class ReLUConfig(TargetCountConfig, BalanceLevelConfig):
+    """Fields of ``router=relu``, beside ``target_experts`` (the paper's k), to which the coefficient steers all layers.
 
     Attributes:
         name: ``relu``.
-        target_experts: Mean experts per token that the coefficient steers to (the paper's k), over all layers, in
-            (0, num_experts]. A token may have any number, none too.
         initial_sparsity_weight: Coefficient of the sparsity loss in the first step (the paper's lambda_0), > 0.
         sparsity_weight_factor: Factor by which the coefficient moves after each step (the paper's alpha), > 1.
         load_balance_level: That of the sparsity loss, see ``BalanceLevelConfig``; the authors' code has
@@ -39,18 +37,8 @@ class ReLUConfig(BalanceLevelConfig):
     """
 
     name: Literal["relu"]
-    target_experts: PositiveFloat
     initial_sparsity_weight: PositiveFloat
     sparsity_weight_factor: Annotated[float, Field(gt=1)]
-
-    def check_num_experts(self, num_experts: int) -> None:
-        """Raise if this router cannot serve ``num_experts`` experts."""
-        check_within_experts(self, num_experts, "target_experts")
-
-    @property
-    def mean_experts_per_token(self) -> float:
-        """Expected routes per token, for parameter and FLOP counts."""
-        return self.target_experts
 
     @property
     def whole_model_reason(self) -> str:
