@@ -54,10 +54,14 @@ def _main(words: list[str]) -> int:
     if words[:1] == ["--version"]:
         print(f"moe-pretrain {importlib.metadata.version('moe_pretrain')}")
         return 0
-    if not words or words[0] not in COMMANDS:
-        is_asked = not words or words[0] in ("-h", "--help")
-        print(_usage(), file=sys.stdout if is_asked else sys.stderr)
-        return 0 if words and is_asked else USAGE_CODE
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else USAGE_CODE
+    if words[0] not in COMMANDS:
+        from moe_pretrain.config.validate import suggest  # not for every start
+
+        print(f"moe-pretrain: {words[0]!r} is no command{suggest(words[0], set(COMMANDS))}", file=sys.stderr)
+        return USAGE_CODE
     let_segments_grow()
     # DeepSpeed reports its settings while it is imported and built; the user sees our progress instead.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

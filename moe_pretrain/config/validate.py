@@ -116,7 +116,11 @@ def _refuse_unknown(part: Any, values: Any, path: str) -> None:
         raise ConfigError(f"{path.removesuffix('.')}={str(values).lower()} must be a number")
 
 
+_LEAST_LIKENESS = 0.65
+"""At difflib's own 0.6 a word that has three letters of another's six is taken for it."""
+
+
 def suggest(word: str, known: Sequence[str] | set[str]) -> str:
     """The known name nearest to an unknown ``word``, or all of them, as the end of a complaint."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=_LEAST_LIKENESS)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"

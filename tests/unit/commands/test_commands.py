@@ -107,6 +107,8 @@ def test_words_of_a_start_that_never_began_are_said(tmp_path: Path):
         (["train", "-m", "seed=1,2", "--cfg", "job"], "leave out --multirun"),
         (["report"], "required: RUN_FOLDER"),
         (["completion", "fish"], "invalid choice: 'fish'"),
+        (["trian", "model=tiny"], "'trian' is no command; did you mean train?"),
+        (["model=tiny"], "'model=tiny' is no command; known: average, "),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], fragment: str, capsys: pytest.CaptureFixture[str]):
