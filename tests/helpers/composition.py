@@ -1,13 +1,21 @@
 """Hydra's composition for tests, which compose thousands of times: groups are composed once, fields set in a copy.
 
-Choosing groups is nine tenths of a composition's time and fields most of what differs; Hydra's own parser and setter
-take care of those. ``tests/contract/test_configs.py`` holds this to Hydra.
+Once for all processes of a session, for each rank of each test is a new one. Choosing groups is nine tenths of a
+composition's time and fields most of what differs; Hydra's own parser and setter take care of those.
+``tests/contract/test_configs.py`` holds this to Hydra.
 """
 
+import atexit
+import contextlib
 import functools
+import hashlib
+import os
 import pickle
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,8 +30,15 @@ _SHIPPED = composing.config_folder()
 hydra_compose = composing.compose
 
 
+_FOLDER = "COMPOSED_FOR_TESTS"
+"""Environment variable with the folder of what is composed; the first process of a session makes it."""
+
+
 def install() -> None:
-    """Have the package compose this way in this process."""
+    """Have the package compose this way in this process, and in those that it starts and that call this."""
+    if _FOLDER not in os.environ:
+        os.environ[_FOLDER] = tempfile.mkdtemp(prefix="composed-")
+        atexit.register(shutil.rmtree, os.environ[_FOLDER], ignore_errors=True)
     composing.compose = compose  # type: ignore[assignment]
 
 
@@ -42,4 +57,11 @@ def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config
 
 @functools.cache
 def _of_groups(config_name: str, groups: tuple[str, ...]) -> bytes:
-    return pickle.dumps(hydra_compose(config_name, overrides=list(groups), return_hydra_config=True))
+    kept = Path(os.environ[_FOLDER], hashlib.sha256(repr((config_name, groups)).encode()).hexdigest())
+    with contextlib.suppress(FileNotFoundError):
+        return kept.read_bytes()
+    composed = pickle.dumps(hydra_compose(config_name, overrides=list(groups), return_hydra_config=True))
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+        file.write(composed)
+    os.replace(file.name, kept)  # other processes may be reading, or making the same
+    return composed
