@@ -7,11 +7,13 @@ It is one `moe-pretrain tune` of all schemes (each has the same number of trials
 of the tuning seed, then a run for each final seed at the best), on the same rows in the same order with the same
 initial weights by global expert id, at equal parameters (Autonomy-of-Experts by its equation 5; `dense` has equal
 active parameters instead). The same command again goes on where it was stopped. At the end it writes
-`moe-pretrain compare`'s page and the table, `learning.md`, with the signatures.
+`moe-pretrain compare`'s page, the table, `learning.md`, with the signatures, and `learning.csv`, every run's loss.
 """
 
 import argparse
+import csv
 import functools
+import io
 import math
 import os
 import shlex
@@ -106,6 +108,7 @@ def main() -> int:
     table = LearningTable(chosen)
     text = table.text()
     write_whole(chosen.folder / "learning.md", text)
+    write_whole(chosen.folder / "learning.csv", table.runs())
     table.draw(chosen.folder / "learning.png")
     print(text)
     return code
@@ -176,6 +179,21 @@ class LearningTable:
         signatures = "\n".join(f"- **{verdict}:** {claim} ({figures})" for verdict, claim, figures in self.signatures())
         parts = [table, self.note(), "Signatures:" if signatures else "", signatures, "To be aware of:", cautions]
         return "\n\n".join(filter(None, parts)) + "\n"
+
+    def runs(self) -> str:
+        """What the table was made of, as CSV: a line for each trial and each final run, losses in nats per token."""
+        written = io.StringIO()
+        lines = csv.writer(written, lineterminator="\n")
+        lines.writerow(["scheme", "setting", "run", "seed", "validation loss"])
+        for row in self.rows:
+            tuned = self.found.tuned[row.variant.name]
+            for trial in tuned.scheme.trials:
+                setting = tuned.setting(trial)
+                lines.writerow([row.name, setting, "trial", tuned.record.tuning_seed, trial.loss])
+            for seed, loss in self.found.losses[row.variant.name].items():
+                setting = tuned.setting(tuned.scheme.trials[tuned.chosen])
+                lines.writerow([row.name, setting, "final", seed, loss])
+        return written.getvalue()
 
     def note(self) -> str:
         """A line that says what the table is of."""

@@ -1,6 +1,7 @@
 """Every script starts and comes to its end on the smallest input; what the READMEs say of scripts is so."""
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -142,6 +143,23 @@ def test_a_script_comes_to_its_end(home: Path, script: str):
     assert code == 0, out[-3000:] + err[-3000:]
     for text in expected:
         assert text in out, out[-3000:]
+    if script == "tables/learning_table.py":
+        _require_runs_of_table(home / "learning" / "learning.csv", out)
+
+
+def _require_runs_of_table(path: Path, table: str) -> None:
+    """Of two schemes four trials and a final run at the best of them, whose loss is the table's."""
+    runs = list(csv.DictReader(path.read_text().splitlines()))
+    assert len(runs) == 10
+    for scheme in ("top_k", "random"):
+        trials = {
+            row["setting"]: float(row["validation loss"])
+            for row in runs
+            if (row["scheme"], row["run"]) == (scheme, "trial")
+        }
+        (final,) = (row for row in runs if (row["scheme"], row["run"]) == (scheme, "final"))
+        assert len(trials) == 4 and final["setting"] == min(trials, key=trials.__getitem__) and final["seed"] == "1"
+        assert f"| `{scheme}` | {float(final['validation loss']):.3f} | " in table
 
 
 def test_the_table_of_pruning(home: Path):
