@@ -22,7 +22,7 @@ from moe_pretrain.analysis.scaling_law import (
 from moe_pretrain.run_folder.identity import deciding
 from moe_pretrain.run_folder.record import RunRecord
 from moe_pretrain.run_folder.tune_record import split_trials
-from moe_pretrain.system.words import short_number
+from moe_pretrain.system.words import few, short_number
 
 Count = Literal["active", "total"]
 Table = tuple[Sequence[str], list[list[str]]]
@@ -30,7 +30,6 @@ Table = tuple[Sequence[str], list[list[str]]]
 MIN_SIZES = 4
 _NOTHING = 0.01
 """Share of the lowest loss below which E is none."""
-_MAX_NAMED = 5
 _GROWS = (
     *("seed", "run", "sweep", "budget", "batch", "schedule", "engine", "spike", "evaluation", "checkpoint"),
     *("optimizer.learning_rate", "optimizer.weight_decay", "model.name", "model.num_layers", "model.hidden_size"),
@@ -124,7 +123,7 @@ def read_ladders(
     diverged = [run.name for run in final if run.state == "diverged"]
     if diverged and not leave_out:
         raise ValueError(
-            f"FOLDER={root}: {len(diverged)} runs diverged ({_few(diverged)}): their losses are on no law; "
+            f"FOLDER={root}: {len(diverged)} runs diverged ({few(diverged)}): their losses are on no law; "
             "--without-diverged leaves them out"
         )
     own = [rung for run in final if run.state == "finished" and (rung := _rung(run, count)) is not None]
@@ -198,11 +197,6 @@ def _check(name: str, rungs: Sequence[Rung], root: Path) -> None:
         raise ValueError(
             f"{word} tokens that follow sizes, and each size must have two lengths: their parts cannot be told"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

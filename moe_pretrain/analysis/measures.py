@@ -71,7 +71,7 @@ def median(run: RunRecord, key: str) -> float | None:
 
 def part_times(run: RunRecord) -> dict[LayerPart, float]:
     """Microseconds of each part of a MoE layer for one token, at the end of a run; empty where not measured."""
-    return read_part_times(run.validation[-1]) if run.is_complete and run.validation else {}
+    return read_part_times(run.end)
 
 
 def training_flops(rows: Sequence[MetricsRow]) -> np.ndarray:

@@ -48,7 +48,8 @@ def read_rows(path: Path) -> list[MetricsRow]:
 
     Returns:
         All complete rows, in file order. A last line without its newline is a row that is being
-        written, or was torn by a crash, and is left out.
+        written, or was torn by a crash, and is left out. NaN and Infinity, which other programs write
+        where JSON has no number, are None as those of a run are.
 
     Raises:
         ValueError: A complete line is not a row; the message names file and line.
@@ -59,7 +60,7 @@ def read_rows(path: Path) -> list[MetricsRow]:
     rows = []
     for number, line in enumerate(complete_lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda word: None)
         except ValueError:
             row = None
         if (problem := _problem_of(row)) is not None:

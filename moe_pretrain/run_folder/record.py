@@ -1,13 +1,13 @@
 """The run folders below a folder: what each was to do, how far it came, and which are the same but for the seed."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_pretrain.run_folder.metrics_file import MetricsRow, read_rows
-from moe_pretrain.run_folder.paths import CONFIG_FILE, METRICS_FILE, RUN_FILES, no_run
+from moe_pretrain.run_folder.paths import CONFIG_FILE, JOB_FILE, METRICS_FILE, RUN_FILES, no_run
 from moe_pretrain.run_folder.provenance import read_config, read_summary
 from moe_pretrain.system.words import one_line
 
@@ -74,9 +74,15 @@ class RunRecord:
         total, step = (self.values.get(f"batch.{name}_tokens") for name in ("total", "global_batch"))
         return -(-total // step) if total and step else None
 
+    @property
+    def end(self) -> MetricsRow:
+        """The validation row after the last step; empty if the run did not come to its end, or has no such row."""
+        last = self.validation[-1] if self.is_complete and self.validation else {}
+        return last if last.get("step", -1) >= self.last.get("step", 0) else {}
+
     def final(self, key: str) -> float | None:
-        """A number of the validation at the end; None if the run did not come to its end or it is not finite."""
-        return self.validation[-1].get(key) if self.is_complete and self.validation else None
+        """A number of the validation at the end; None if that is not there or it is not finite."""
+        return self.end.get(key)
 
 
 def find_runs(root: Path) -> list[RunRecord]:
@@ -87,15 +93,24 @@ def find_runs(root: Path) -> list[RunRecord]:
     """
     if not root.is_dir():
         raise ValueError(f"FOLDER={root} must be a folder with runs below it")
-    found = []
-    for folder, children, files in os.walk(root):
-        if RUN_FILES & set(files):
-            found.append(_read_run(Path(folder), root))
-            children.clear()  # what lies in a run folder (wandb's files, checkpoints) is no run
-        children[:] = sorted(child for child in children if not child.startswith("."))
+    found = [_read_run(folder, root) for folder, files in _run_and_job_folders(root) if RUN_FILES & files]
     if not found:
         raise ValueError(f"FOLDER={root} must have runs below it: folders with {CONFIG_FILE} and {METRICS_FILE}")
     return sorted(found, key=lambda run: run.name)
+
+
+def jobs_without_runs(root: Path) -> list[Path]:
+    """Folders of the jobs of sweeps below ``root`` that have not started, so that there is no run to read."""
+    return sorted(folder for folder, files in _run_and_job_folders(root) if not RUN_FILES & files)
+
+
+def _run_and_job_folders(root: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Every folder of a run or of a sweep's job below ``root``, itself included, with the names of its files."""
+    for folder, children, files in os.walk(root):
+        if (RUN_FILES | {JOB_FILE}) & set(files):
+            yield Path(folder), set(files)
+            children.clear()  # what lies in a run folder (wandb's files, checkpoints) is no run
+        children[:] = sorted(child for child in children if not child.startswith("."))
 
 
 def _read_run(folder: Path, root: Path) -> RunRecord:

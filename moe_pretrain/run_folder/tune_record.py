@@ -81,13 +81,17 @@ class TuneRecord:
     schemes: tuple[TunedScheme, ...] = ()
     former: tuple[str, ...] = ()
 
+    @property
+    def jobs(self) -> set[str]:
+        """Names of all its run folders, those that it does not use any more too."""
+        return set(self.former).union(*(scheme.jobs for scheme in self.schemes))
+
     def with_schemes(self, schemes: Sequence[TunedScheme]) -> "TuneRecord":
         """The record with these schemes in place of those of the same name; what they no longer use is ``former``."""
         new = {scheme.name: scheme for scheme in schemes}
         merged = {scheme.name: scheme for scheme in self.schemes} | new
         used = set[str]().union(*(scheme.jobs for scheme in merged.values()))
-        known = set(self.former).union(*(scheme.jobs for scheme in self.schemes))
-        return replace(self, schemes=tuple(merged.values()), former=tuple(sorted(known - used)))
+        return replace(self, schemes=tuple(merged.values()), former=tuple(sorted(self.jobs - used)))
 
     def write(self, folder: Path) -> None:
         """Put it into the sweep's folder, whole or not at all."""

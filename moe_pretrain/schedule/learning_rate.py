@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt
 
 Share = Annotated[float, Field(ge=0, le=1)]
+NOT_AT_ITS_END = "NOT AT ITS END"
+"""What a run's last words say of a schedule that was cut off; whoever compares runs looks for it."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def describe_last_rate(schedule: "ScheduleConfig", steps: int, num_steps: int) -
     if not steps or math.isclose(factor, last, rel_tol=1e-3, abs_tol=1e-6):
         return ""
     return (
-        f"the learning-rate schedule was at step {steps} of {num_steps}, NOT AT ITS END: the last rate is {factor:.1%} "
-        f"of the peak, its end {last:.1%}"
+        f"the learning-rate schedule was at step {steps} of {num_steps}, {NOT_AT_ITS_END}: the last rate is "
+        f"{factor:.1%} of the peak, its end {last:.1%}"
     )
 
 

@@ -1,5 +1,15 @@
 """Numbers and texts in a form for one line of output."""
 
+from collections.abc import Sequence
+
+_MOST_NAMED = 5
+
+
+def few(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
 
 def one_line(reason: object) -> str:
     """The text of an error without line breaks, cut at 200 characters."""

@@ -232,8 +232,8 @@ def rate_chart(tuned: Mapping[str, Tuning], colors: Mapping[str, str], unit: str
                     axes.plot(tuning.rate(trial), 0.98, "x", color=color, ms=5, transform=top, zorder=zorder)
             chosen, loss = trials[tuning.chosen]
             axes.plot(tuning.rate(chosen), loss, "o", mfc="none", mec=color, ms=8, zorder=zorder)
-        lowest = min(finite)
-        highest = min(max(finite), lowest + 3 * (float(np.median(finite)) - lowest))
+        lowest = min(finite, default=0.0)
+        highest = min(max(finite, default=0.0), lowest + 3 * (float(np.median(finite or [0.0])) - lowest))
         if highest > lowest:
             margin = 0.08 * (highest - lowest)
             axes.set_ylim(lowest - margin, highest + margin)

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_pretrain.analysis import measures
 from moe_pretrain.analysis.compare.bootstrap import FEW_DOCUMENTS, last_probe, num_documents, resampled_losses
+from moe_pretrain.analysis.compare.courses import warn_of_courses
 from moe_pretrain.analysis.compare.scaling import Scaling, scaling_of
 from moe_pretrain.analysis.compare.statistics import (
     Difference,
@@ -24,8 +25,9 @@ from moe_pretrain.analysis.compare.statistics import (
 from moe_pretrain.analysis.compare.task_comparison import TaskComparison, compare_tasks
 from moe_pretrain.analysis.compare.tuning import Tuning, certainties, tunings, warn_of_tuning
 from moe_pretrain.analysis.compare.variants import Variant, group, unnamed_differences
-from moe_pretrain.run_folder.record import RunRecord, differences, find_runs
-from moe_pretrain.run_folder.tune_record import split_trials, tuned_fields
+from moe_pretrain.run_folder.record import RunRecord, differences, find_runs, jobs_without_runs
+from moe_pretrain.run_folder.tune_record import TuningFolder, split_trials, tuned_fields
+from moe_pretrain.system.words import few
 
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
@@ -88,9 +90,6 @@ MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
 """Name -> label, measure of one run, format. Layer numbers are means over layers and the last fifth of the run."""
 
 
-_MAX_NAMED = 5
-
-
 def _last(cumulated: np.ndarray, per_token_of: RunRecord | None = None) -> float | None:
     """The end of a cumulated sum, divided by a run's tokens if one is given; None if it was not recorded."""
     if not len(cumulated) or np.isnan(cumulated[-1]):
@@ -108,7 +107,7 @@ class Comparison:
         reference: Name of the variant that the others are compared to.
         key: What is compared: ``LOSS``, or ``BITS`` when tokenizers or corpora differ.
         losses: Variant -> seed -> final ``key``.
-        documents: Documents of the validation set that the intervals are over; 0 where they are over seeds alone.
+        documents: Documents of the validation set that the intervals are over; 0 where all are over seeds alone.
         paired: Variant -> its difference to the reference.
         ranking: The places of variants with a loss.
         tuned: Variant -> its tuning, of those that were tuned.
@@ -170,10 +169,12 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
     key = BITS if len(corpora) > 1 or tokenizers_differ else LOSS
     losses = {variant.name: variant.by_seed(lambda run: run.final(key)) for variant in variants}
     samples, documents, cautions = _samples(variants, losses, key)
-    tuned = certainties(tunings(variants, folders, key), samples)
+    of_tuning, record_warnings = tunings(variants, folders, key)
+    tuned = certainties(of_tuning, samples)
     for name, tuning in tuned.items():
         samples[name] = replace(samples[name], choice_variance=tuning.choice.mean_square if tuning.choice else 0.0)
     paired = {name: difference(sample, samples[chosen]) for name, sample in samples.items()}
+    others = [found.over_texts for name, found in paired.items() if name != chosen]
     tasks, task_warnings = compare_tasks(variants, chosen)
     return Comparison(
         runs=runs,
@@ -181,7 +182,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         reference=chosen,
         key=key,
         losses=losses,
-        documents=documents,
+        documents=documents if any(others) or not others else 0,
         paired=paired,
         ranking=rank(samples),
         tuned=tuned,
@@ -190,8 +191,11 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         warnings=[
             *_warn_of_random(variants, samples, UNITS[key]),
             *_warn_of_data(variants, key, fields),
-            *warn_of_tuning(tuned, variants, folders),
+            *record_warnings,
+            *warn_of_tuning(tuned, variants, folders, {run.folder for run in runs}),
             *cautions,
+            *warn_of_courses(variants),
+            *_warn_of_jobs(root, folders),
             *_warn_of_runs(runs, variants, losses),
             *_warn_of_seeds(paired, losses, chosen),
             *task_warnings,
@@ -240,21 +244,22 @@ def _samples(
     if missing:
         everywhere = "" if documents else "all "
         found.append(
-            f"{everywhere}{len(missing)} runs have no losses by document ({_few(missing)}): intervals of their "
+            f"{everywhere}{len(missing)} runs have no losses by document ({few(missing)}): intervals of their "
             "variants are over seeds alone, as if no other validation text could have been chosen."
         )
-    if len({sample.rows for sample in samples.values() if sample.resampled}) > 1:
-        found.append("VALIDATION ROWS DIFFER between variants: their texts are not paired.")
+    mixed = [name for name, sample in samples.items() if sample.resampled and not sample.rows]
+    if mixed:
+        found.append(
+            f"VALIDATION ROWS DIFFER between seeds of {few(mixed)}: their losses are of other tokens, texts not paired."
+        )
+    if len({sample.rows for sample in samples.values() if sample.rows}) > 1:
+        found.append(
+            "VALIDATION ROWS DIFFER between variants: their losses are of other tokens, and their texts are not paired."
+        )
     fewest = min(documents, default=0)
     if 0 < fewest < FEW_DOCUMENTS:
         found.append(f"Only {fewest} documents in the validation rows: raise evaluation.max_rows.")
     return samples, fewest, found
-
-
-def _few(names: Sequence[str]) -> str:
-    """Some names, and how many more."""
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _warn_of_seeds(
@@ -342,6 +347,16 @@ def _warn_of_order(variants: Sequence[Variant]) -> list[str]:
     return found
 
 
+def _warn_of_jobs(root: Path, folders: Mapping[Path, TuningFolder]) -> list[str]:
+    """Jobs of sweeps that have not started; those of a tuning are told of by ``warn_of_tuning``."""
+    waiting = [
+        str(folder.relative_to(root))
+        for folder in jobs_without_runs(root)
+        if folder.parent not in folders or folder.name not in folders[folder.parent].record.jobs
+    ]
+    return [f"{len(waiting)} jobs have not started, and are not compared: {few(waiting)}."] if waiting else []
+
+
 def _warn_of_runs(
     runs: Sequence[RunRecord], variants: Sequence[Variant], losses: Mapping[str, Mapping[int, float]]
 ) -> list[str]:
@@ -352,6 +367,13 @@ def _warn_of_runs(
         if names:
             found.append(f"{len(names)} of {len(runs)} runs {state}: {', '.join(names)}.")
     for variant in variants:
+        own = losses[variant.name]
+        lost = sorted({run.seed for run in variant.runs if run.state == "diverged"} - own.keys())
+        if own and lost:
+            found.append(
+                f"DIVERGED AND IN NO MEAN: seed {', '.join(map(str, lost))} of {variant.name}. Its place and its "
+                "differences are those of the seeds that did not."
+            )
         silent = [run.name for run in variant.counted if run.seed not in losses[variant.name]]
         if silent:
             found.append(f"{variant.name}: no number to compare at the end of {', '.join(silent)}.")
@@ -364,7 +386,10 @@ def _warn_of_runs(
         if missing := sorted(seeds - values.keys()):
             without.setdefault(", ".join(map(str, missing)), []).append(name)
     for missing_seeds, names in without.items():
-        found.append(f"No finished run of seed {missing_seeds}: {', '.join(names)}; pairs leave it out.")
+        found.append(
+            f"No finished run of seed {missing_seeds}: {', '.join(names)}; pairs leave it out, and their own means are "
+            "over other seeds than the others'."
+        )
     if len(seeds) < 2:
         found.append("Fewer than two seeds: nothing can be tested.")
     return found

@@ -112,7 +112,8 @@ def _tuned(found: Comparison, name: str) -> str:
     tuning = found.tuned.get(name)
     if tuning is None:
         return "no"
-    return f"{tuning.setting(tuning.scheme.trials[tuning.chosen])}, best of {len(tuning.losses)}"
+    place = "best" if tuning.is_best else "NOT the best"
+    return f"{tuning.setting(tuning.scheme.trials[tuning.chosen])}, {place} of {len(tuning.losses)}"
 
 
 TUNING_NOTE = (
@@ -130,21 +131,22 @@ def tuning(found: Comparison) -> Table:
     for name, each in found.tuned.items():
         trials = each.scheme.trials
         order = sorted(range(len(trials)), key=lambda at: (each.rate(trials[at]), at))
-        curve = [
-            f"{each.setting(trials[at])}: {'diverged' if math.isinf(each.losses[at]) else f'{each.losses[at]:.4f}'}"
-            for at in order
-        ]
+        curve = [f"{each.setting(trials[at])}: {_trial_loss(each.losses[at])}" for at in order]
         sure = each.choice
         lines.append(
             [
                 name,
-                each.setting(trials[each.chosen]) + (" (at the edge)" if each.scheme.at_edge else ""),
+                each.setting(trials[each.chosen]) + (" (at the edge)" if each.at_edge else ""),
                 MISSING if sure is None else f"{sure.shares[each.chosen]:.0%}",
                 MISSING if sure is None else f"{sure.cost:.4f}",
                 ", ".join(curve),
             ]
         )
     return ("Variant", "Chosen rate", "Chosen in", f"Cost of choosing, {found.unit}", "Trials"), lines
+
+
+def _trial_loss(loss: float) -> str:
+    return "diverged" if math.isinf(loss) else "not known" if math.isnan(loss) else f"{loss:.4f}"
 
 
 def task_table(found: Comparison) -> Table:

@@ -21,24 +21,28 @@ Axis names:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, variance
+from typing import Any
 
 import numpy as np
 
 from moe_pretrain.analysis.compare.statistics import Sample, shared_prior
 from moe_pretrain.analysis.compare.variants import Variant
-from moe_pretrain.run_folder.record import RunRecord
+from moe_pretrain.run_folder.identity import decides
+from moe_pretrain.run_folder.record import RunRecord, differences, show
 from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningFolder, TuningTrial
+from moe_pretrain.system.words import few
 
 RESAMPLES = 10_000
 _SAME_LOSS = 1e-6
 """Largest relative difference between a trial's loss in the record and in its run's own rows."""
 _RECORDED = "validation/loss"
 """The number that the record holds of a trial."""
+_BELIED = "THE TUNE RECORD IS NOT OF THESE RUNS"
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,27 @@ class Tuning:
     Attributes:
         scheme: Its trials and what they decided.
         record: The record that it is of.
-        losses: Loss of each trial, in the unit of the comparison; infinite where it diverged.
+        losses: Loss of each trial, in the unit of the comparison; infinite where it diverged, NaN where unknown.
+        chosen: Place of the trial whose values the final runs have.
         choice: How sure the choice is; None where the noise between seeds is not known.
     """
 
     scheme: TunedScheme
     record: TuneRecord
     losses: list[float]
+    chosen: int
     choice: Choice | None = None
 
     @property
-    def chosen(self) -> int:
-        """Place of the chosen trial."""
-        return next(at for at, trial in enumerate(self.scheme.trials) if trial.values == self.scheme.chosen)
+    def is_best(self) -> bool:
+        """Whether the chosen trial is the best of those whose loss is known."""
+        return not any(loss < self.losses[self.chosen] for loss in self.losses)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen rate is the lowest or the highest of all that were tried."""
+        rates = [self.rate(trial) for trial in self.scheme.trials]
+        return rates[self.chosen] in (min(rates), max(rates))
 
     def rate(self, trial: TuningTrial) -> float:
         """The searched field's value in a trial."""
@@ -90,8 +102,13 @@ class Tuning:
         return " with ".join([rate, *others])
 
 
-def tunings(variants: Sequence[Variant], folders: Mapping[Path, TuningFolder], key: str) -> dict[str, Tuning]:
-    """Variant -> its tuning, of those whose runs are final runs of a tuned scheme.
+def tunings(
+    variants: Sequence[Variant], folders: Mapping[Path, TuningFolder], key: str
+) -> tuple[dict[str, Tuning], list[str]]:
+    """Variant -> its tuning, of those whose runs are final runs of a tuned scheme; and what belies a record.
+
+    The final runs say what was chosen; a record that says something else is belied. A final run that is at the values
+    of no trial is not tuned.
 
     Args:
         variants: Of the compared runs.
@@ -99,16 +116,72 @@ def tunings(variants: Sequence[Variant], folders: Mapping[Path, TuningFolder], k
         key: The number that is compared.
     """
     found: dict[str, Tuning] = {}
+    lines: list[str] = []
+    strays: dict[str, list[str]] = {}
     for variant in variants:
+        schemes: dict[str, tuple[TunedScheme, TuningFolder, int]] = {}
         for run in variant.runs:
-            folder = folders.get(run.folder.parent)
-            if folder is None or variant.name in found:
+            if (folder := folders.get(run.folder.parent)) is None:
                 continue
             for scheme in folder.record.schemes:
-                if run.folder.name in scheme.finals and scheme.chosen is not None:
-                    losses = [_loss(folder.trials.get(trial.job), trial, key) for trial in scheme.trials]
-                    found[variant.name] = Tuning(scheme, folder.record, losses)
-    return found
+                if scheme.chosen is None or run.folder.name not in scheme.finals:
+                    continue
+                chosen = _trial_of(run, scheme)
+                if chosen is None or scheme.trials[chosen].values != scheme.chosen:
+                    strays.setdefault(
+                        _at(run.values, scheme) + " and not with " + _at(scheme.chosen, scheme), []
+                    ).append(run.name)
+                if chosen is not None:
+                    schemes.setdefault(scheme.name, (scheme, folder, chosen))
+        for scheme, folder, chosen in list(schemes.values())[:1]:
+            losses = [_loss(folder.trials.get(trial.job), trial, key) for trial in scheme.trials]
+            found[variant.name] = Tuning(scheme, folder.record, losses, chosen)
+            lines += _other_trials(variant, scheme, folder)
+        if len(schemes) > 1:
+            lines.append(f"{variant.name} stands for {', '.join(schemes)}: what was chosen made them the same scheme.")
+    belied = [f"{_BELIED}: {few(names)} ran with {words}, which it chose." for words, names in strays.items()]
+    return found, belied + lines
+
+
+def _trial_of(run: RunRecord, scheme: TunedScheme) -> int | None:
+    """Place of the trial at whose values a run is, the one that says most of them; None if there is none."""
+    at = [
+        place
+        for place, trial in enumerate(scheme.trials)
+        if all(show(run.values, key) == show(trial.values, key) for key in trial.values)
+    ]
+    return max(at, key=lambda place: len(scheme.trials[place].values), default=None)
+
+
+def _at(values: Mapping[str, Any], scheme: TunedScheme) -> str:
+    """Values of the tuned fields in words."""
+    tuned = dict.fromkeys(key for trial in scheme.trials for key in trial.values)
+    return ", ".join(f"{key}={show(values, key)}" for key in tuned if key in values)
+
+
+def _other_trials(variant: Variant, scheme: TunedScheme, folder: TuningFolder) -> list[str]:
+    """Trials that were not a trial of this variant: of other settings, at other values, or of another seed."""
+    tuned = {key for trial in scheme.trials for key in trial.values}
+    strays: dict[str, list[str]] = {}
+    apart: dict[str, list[str]] = {}
+    for trial in scheme.trials:
+        run = folder.trials.get(trial.job)
+        if run is None or not run.values:
+            continue
+        if _trial_of(run, replace(scheme, trials=(trial,))) is None:
+            strays.setdefault(_at(run.values, scheme) + " and not with " + _at(trial.values, scheme), []).append(
+                run.name
+            )
+        if run.seed != folder.record.tuning_seed:
+            seed = f"seed={run.seed} and not with seed={folder.record.tuning_seed}"
+            strays.setdefault(seed, []).append(run.name)
+        both = [{key: value for key, value in each.items() if decides(key)} for each in (run.values, variant.values)]
+        if fields := [key for key in differences(both) if key not in tuned and key != "seed"]:
+            apart.setdefault(", ".join(fields), []).append(run.name)
+    lines = [f"{_BELIED}: {few(names)} ran with {words}, its trials." for words, names in strays.items()]
+    for words, names in apart.items():
+        lines.append(f"{variant.name} WAS TUNED AS SOMETHING ELSE: {few(names)} differ from its final runs in {words}.")
+    return lines
 
 
 def _is_made(run: RunRecord | None, trial: TuningTrial) -> bool:
@@ -117,12 +190,13 @@ def _is_made(run: RunRecord | None, trial: TuningTrial) -> bool:
 
 
 def _loss(run: RunRecord | None, trial: TuningTrial, key: str) -> float:
-    """A trial's number by its run's own rows, else by the record; infinite where it diverged."""
-    if run is None:
-        loss = trial.loss if key == _RECORDED else None
-    else:
+    """A trial's number by its run's own rows, else by the record; infinite where it diverged, NaN where unknown."""
+    if run is not None and (run.is_complete or run.state == "diverged"):
         loss = None if run.state == "diverged" else run.final(key)
-    return math.inf if loss is None else loss
+        return math.inf if loss is None else loss
+    if trial.state == "diverged":
+        return math.inf
+    return trial.loss if key == _RECORDED and trial.loss is not None else math.nan
 
 
 def seed_noise(samples: Mapping[str, Sample]) -> dict[str, float]:
@@ -151,10 +225,10 @@ def choice(losses: Sequence[float], noise: float) -> Choice:
     """Find how sure it is which of a scheme's trials is the best.
 
     Args:
-        losses: Of the trials, at least one of them finite.
+        losses: Of the trials, at least one of them finite; one that is not known, NaN, never wins.
         noise: Variance of one trial's loss.
     """
-    curve = np.array(losses)
+    curve = np.nan_to_num(np.array(losses), nan=math.inf, posinf=math.inf)
     drawn = curve + math.sqrt(noise) * np.random.default_rng(0).standard_normal((RESAMPLES, len(curve)))
     winners = drawn.argmin(axis=1)  # [resamples]
     cost = curve[winners] - curve.min()
@@ -174,12 +248,28 @@ def certainties(found: Mapping[str, Tuning], samples: Mapping[str, Sample]) -> d
 
 
 def warn_of_tuning(
-    found: Mapping[str, Tuning], variants: Sequence[Variant], folders: Mapping[Path, TuningFolder]
+    found: Mapping[str, Tuning],
+    variants: Sequence[Variant],
+    folders: Mapping[Path, TuningFolder],
+    compared: Container[Path],
 ) -> list[str]:
-    """Warn of what makes tuned variants less comparable than they seem."""
+    """Warn of what makes tuned variants less comparable than they seem.
+
+    Args:
+        found: From ``certainties``.
+        variants: Of the compared runs.
+        folders: From ``split_trials``.
+        compared: Folders of all compared runs.
+    """
     lines = _disagreements(found, folders)
-    for folder in folders.values():
+    for place, folder in folders.items():
         for scheme in folder.record.schemes:
+            missing = [name for name in scheme.finals if place / name not in compared]
+            if missing:
+                lines.append(
+                    f"{scheme.name}: {len(missing)} of its {len(scheme.finals)} final runs have not started, or are "
+                    f"gone: {few(missing)}."
+                )
             if scheme.chosen is None:
                 made = sum(_is_made(folder.trials.get(trial.job), trial) for trial in scheme.trials)
                 lines.append(
@@ -200,7 +290,7 @@ def warn_of_tuning(
         lines.append(f"UNEQUAL TUNING: {told} trials.")
     for name, tuning in found.items():
         rates = [tuning.rate(trial) for trial in tuning.scheme.trials]
-        if tuning.scheme.at_edge:
+        if tuning.at_edge:
             lines.append(
                 f"{name}: the best rate lies at the edge of what was tried ({min(rates):g} to {max(rates):g}): a "
                 "better one may lie beyond."
@@ -212,6 +302,8 @@ def warn_of_tuning(
         ]
         if lost:
             lines.append(f"{name}: {len(lost)} of its {len(rates)} trials diverged, at {', '.join(lost)}.")
+        if unknown := sum(map(math.isnan, tuning.losses)):
+            lines.append(f"{name}: the loss of {unknown} of its {len(rates)} trials is not known, their runs are gone.")
     certain = [name for name, tuning in found.items() if tuning.choice is None]
     if certain:
         lines.append(
@@ -232,14 +324,19 @@ def _disagreements(found: Mapping[str, Tuning], folders: Mapping[Path, TuningFol
                     continue
                 then = math.inf if trial.loss is None else trial.loss
                 now = _loss(run, trial, _RECORDED)
+                if not run.is_complete and run.state != "diverged":
+                    lines.append(
+                        f"{_BELIED}: {trial.job} is {run.state}, the record has its loss {then:.4f}; run "
+                        "moe-pretrain tune again."
+                    )
                 if then != now and not abs(then - now) <= _SAME_LOSS * abs(then):
                     lines.append(
-                        f"THE TUNE RECORD IS NOT OF THESE RUNS: {trial.job} has loss {now:.4f}, the record says "
+                        f"{_BELIED}: {trial.job} has loss {now:.4f}, the record says "
                         f"{then:.4f}; run moe-pretrain tune again."
                     )
     for name, tuning in found.items():
-        best = min(tuning.losses)
-        if tuning.losses[tuning.chosen] > best:
+        if not tuning.is_best:
+            best = min(loss for loss in tuning.losses if not math.isnan(loss))
             lines.append(
                 f"{name}: its final runs are not at the best of its trials ({tuning.losses[tuning.chosen]:.4f} against "
                 f"{best:.4f}); run moe-pretrain tune again."

@@ -67,6 +67,8 @@ def _experiment(values: Mapping[str, Any]) -> dict[str, Any]:
 def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant]:
     """Put runs of equal configuration together and name them by what differs, in order of their first run.
 
+    Runs that differ in nothing but fields of speed are variants where they have a seed in common: then speeds are what
+    is compared. Else one was started, or resumed, on another topology, and it is one more seed of the same variant.
     Runs without a readable configuration belong to no variant.
 
     Args:
@@ -78,8 +80,28 @@ def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant
         if run.values:
             values = _experiment(run.values)
             grouped.setdefault(json.dumps(values, sort_keys=True, default=str), (values, []))[1].append(run)
-    names = names_apart([values for values, _ in grouped.values()], tuned)
-    return [Variant(name, values, own) for name, (values, own) in zip(names, grouped.values(), strict=True)]
+    together = _other_seeds_of_one(list(grouped.values()))
+    names = names_apart([values for values, _ in together], tuned)
+    return [Variant(name, values, own) for name, (values, own) in zip(names, together, strict=True)]
+
+
+def _other_seeds_of_one(
+    grouped: Sequence[tuple[dict[str, Any], list[RunRecord]]],
+) -> list[tuple[dict[str, Any], list[RunRecord]]]:
+    """Groups with those put together that differ in fields of speed alone and share no seed."""
+    kin: dict[str, list[tuple[dict[str, Any], list[RunRecord]]]] = {}
+    for values, runs in grouped:
+        deciding_alone = {key: value for key, value in values.items() if key not in SPEED}
+        kin.setdefault(json.dumps(deciding_alone, sort_keys=True, default=str), []).append((values, runs))
+    together = []
+    for groups in kin.values():
+        seeds = [seed for _, runs in groups for seed in {run.seed for run in runs}]
+        if len(set(seeds)) == len(seeds):
+            together.append((groups[0][0], [run for _, runs in groups for run in runs]))
+        else:
+            together += groups
+    order = [id(values) for values, _ in grouped]
+    return sorted(together, key=lambda each: order.index(id(each[0])))
 
 
 def names_apart(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:

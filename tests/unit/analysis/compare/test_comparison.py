@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers.pages import assert_loads_nothing, needs_browser, photograph, read_page
@@ -13,6 +15,7 @@ from helpers.planted import AUTONOMY_DIFFERS_BY, BASE, STEPS, TOKENS, TOP_P, Pla
 from moe_pretrain.analysis.compare.charts import band
 from moe_pretrain.analysis.compare.comparison import compare
 from moe_pretrain.analysis.compare.page import write_comparison
+from moe_pretrain.analysis.compare.tables import method
 from moe_pretrain.analysis.measures import incidents, training_flops, training_seconds
 from moe_pretrain.cli import main
 from moe_pretrain.run_folder.record import find_runs
@@ -146,6 +149,92 @@ def test_a_repeated_seed_counts_once(tmp_path: Path):
     found = compare(tmp_path)
     assert found.losses["top_k"][1] == pytest.approx(BASE[1])
     assert any("top_k-1-again repeat a seed" in line for line in found.warnings)
+
+
+def rewrite(folder: Path, change: Callable[[list[dict]], list[dict]]) -> None:
+    """Change the rows of a run."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+
+
+def test_only_a_validation_after_the_last_step_is_the_end_of_a_run(tmp_path: Path):
+    """A run whose last validation is lost has none, and not that of an earlier step."""
+    plant_sweep(tmp_path)
+    last = [("validation", STEPS)]
+    rewrite(tmp_path / "top_p-2", lambda rows: [row for row in rows if (row["kind"], row["step"]) not in last])
+    found = compare(tmp_path)
+    assert found.losses["top_p"] == pytest.approx({1: BASE[1] + 0.049, 3: BASE[3] + 0.051})
+    assert "top_p: no number to compare at the end of top_p-2." in found.warnings
+
+
+@pytest.mark.parametrize("written", [None, math.nan, math.inf])
+def test_a_seed_that_diverged_is_in_no_mean_and_that_is_said(tmp_path: Path, written: float | None):
+    """Whatever stands for a number that is not finite: JSON has none, other programs write NaN."""
+    plant_sweep(tmp_path)
+
+    def spoil(rows: list[dict]) -> list[dict]:
+        return [row | {"validation/loss": written} if (row["kind"], row["step"]) in late else row for row in rows]
+
+    late = [("validation", STEPS - 20)]
+    rewrite(tmp_path / "top_p-1", spoil)  # a validation on the way, which decides nothing
+    late = [("validation", STEPS)]
+    rewrite(tmp_path / "top_p-2", spoil)
+    Planted("top_p-4", 9.0, 4, TOP_P, steps=30, end=("diverged", "loss=nan")).write(tmp_path)
+    Planted("hash-1", 9.0, 1, {"name": "hash"}, steps=30, end=("diverged", "loss=nan")).write(tmp_path)
+    found = compare(tmp_path)
+    assert found.losses["top_p"].keys() == {1, 3}
+    assert [line for line in found.warnings if line.startswith("DIVERGED")] == [
+        "DIVERGED AND IN NO MEAN: seed 2, 4 of top_p. Its place and its differences are those of the seeds that did "
+        "not."
+    ]
+
+
+def test_jobs_that_have_not_started_are_said(tmp_path: Path):
+    plant_sweep(tmp_path)
+    assert not any("not started" in line for line in compare(tmp_path).warnings)
+    for name in ("deep/waiting", "top_p-1"):  # the latter has run
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "job.json").write_text("{}")
+    assert "1 jobs have not started, and are not compared: deep/waiting." in compare(tmp_path).warnings
+
+
+def give_rows(folder: Path, fingerprint: str) -> None:
+    """Say that a run was validated on other rows."""
+    path = folder / "probe" / f"step_{STEPS:08d}.npz"
+    np.savez(path, **{**np.load(path), "fingerprint": fingerprint})
+
+
+def test_validation_rows_that_differ_are_said_and_pair_no_texts(tmp_path: Path):
+    """Within the variants: their seeds pair, their texts do not, and the text does not say that they do."""
+    plant_sweep(tmp_path)
+    for name in ("top_k", "top_p", "deep/autonomy"):
+        give_rows(tmp_path / f"{name}-2", "other")
+    found = compare(tmp_path)
+    assert not any(paired.over_texts for paired in found.paired.values())
+    (line,) = [line for line in found.warnings if line.startswith("VALIDATION ROWS DIFFER")]
+    assert "between seeds of autonomy, top_k, top_p" in line
+    assert "over seeds alone" in method(found) and "resamples" not in method(found)
+    for seed in (1, 3):
+        for name in ("top_p", "deep/autonomy"):
+            give_rows(tmp_path / f"{name}-{seed}", "other")
+    give_rows(tmp_path / "top_k-2", "corpus")
+    (line,) = [line for line in compare(tmp_path).warnings if line.startswith("VALIDATION ROWS DIFFER")]
+    assert "between variants" in line
+
+
+def test_a_seed_on_another_topology_is_a_seed_of_its_variant(tmp_path: Path):
+    """Unless a seed ran on both: then speeds are compared."""
+    for seed, loss in BASE.items():
+        processes = {"parallel.processes": 2 if seed == 2 else 1}
+        Planted(f"a-{seed}", loss, seed, other={"parallel.processes": 1}).write(tmp_path)
+        Planted(f"b-{seed}", loss + 0.1, seed, TOP_P, processes).write(tmp_path)
+    found = compare(tmp_path)
+    assert found.losses["top_p"] == pytest.approx({seed: loss + 0.1 for seed, loss in BASE.items()})
+    assert "Speeds are over several settings and do not compare: top_p (parallel.processes=1 and 2)." in found.warnings
+    Planted("c", 3.0, 2, TOP_P, {"parallel.processes": 1}).write(tmp_path)
+    names = [variant.name for variant in compare(tmp_path).variants]
+    assert names == ["top_k", "top_p processes=1", "top_p processes=2"]
 
 
 def test_other_tokenizers_are_compared_by_bits_per_byte_and_loudly(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
+import yaml
 from helpers.planted import AUTONOMY, TOP_P, Planted
 from scipy.stats import norm
 
 from moe_pretrain.analysis.compare.comparison import compare
 from moe_pretrain.analysis.compare.page import write_comparison
 from moe_pretrain.analysis.compare.statistics import Sample, difference, student_t_quantile
+from moe_pretrain.analysis.compare.tables import answer
 from moe_pretrain.analysis.compare.tuning import choice, seed_noise
 from moe_pretrain.analysis.compare.variants import one_of_each_variant
 from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningTrial, read_tune_record
@@ -188,7 +191,110 @@ def test_a_record_that_is_not_of_these_runs_is_said(tmp_path: Path):
     assert found.tuned["top_k"].losses == pytest.approx([3.4, 3.0, 3.01, math.inf])
     told = "\n".join(found.warnings)
     assert "THE TUNE RECORD IS NOT OF THESE RUNS: top_k-0.001-0 has loss 3.4000, the record says 2.0000" in told
+    ran, said = "ran with optimizer.learning_rate=0.002", "and not with optimizer.learning_rate=0.004, which it chose."
+    assert f"top_k-0.002-1, tuned/top_k-0.002-2, tuned/top_k-0.002-3 {ran} {said}" in told
+    assert "not at the best" not in told and found.tuned["top_k"].scheme.trials[found.tuned["top_k"].chosen].values == {
+        RATE: 0.002
+    }
+
+
+def reconfigure(folder: Path, field: str, value: object) -> None:
+    """Another value in the configuration that a run recorded."""
+    part, _, name = field.rpartition(".")
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    (values[part] if part else values)[name] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_final_runs_at_other_values_than_the_best_are_said(tmp_path: Path):
+    """The record's word is not enough: the final runs' own rate is what they were tuned to, if it was tried."""
+    scheme = plant(tmp_path, TOP_K, BASE)
+    plant(tmp_path, TOP_P, WORSE)
+    for name in scheme.finals:
+        reconfigure(tmp_path / "tuned" / name, RATE, 0.004)
+    found = compare(tmp_path)
+    told = "\n".join(found.warnings)
+    assert f"{RATE}=0.004 and not with {RATE}=0.002, which it chose." in told
     assert "top_k: its final runs are not at the best of its trials (3.0100 against 3.0000)" in told
+    assert ["0.004, NOT the best of 4" in line for line in answer(found)[1]] == [True, False]
+    for name in scheme.finals:
+        reconfigure(tmp_path / "tuned" / name, RATE, 0.1)
+    found = compare(tmp_path)
+    assert set(found.tuned) == {"top_p"} and any(line.startswith("NOT ALL TUNED: top_k ") for line in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        (
+            "batch.total_tokens",
+            7,
+            "top_k WAS TUNED AS SOMETHING ELSE: tuned/top_k-0.001-0 differ from its final runs in ",
+        ),
+        ("seed", 1, "THE TUNE RECORD IS NOT OF THESE RUNS: tuned/top_k-0.001-0 ran with seed=1 and not with seed=0"),
+        (RATE, 0.1, f"THE TUNE RECORD IS NOT OF THESE RUNS: tuned/top_k-0.001-0 ran with {RATE}=0.1 and not with "),
+        ("metrics.log_every_steps", 9, None),
+    ],
+)
+def test_trials_that_were_no_trials_of_the_scheme_are_said(tmp_path: Path, field: str, value: object, line: str | None):
+    scheme = plant(tmp_path, TOP_K, BASE)
+    before = compare(tmp_path).warnings
+    reconfigure(tmp_path / "tuned" / scheme.trials[0].job, field, value)
+    new = [each for each in compare(tmp_path).warnings if each not in before]
+    assert len(new) == (line is not None) and all(each.startswith(str(line)) for each in new)
+
+
+def test_the_edge_is_that_of_the_rates_that_were_tried(tmp_path: Path):
+    """Whatever the record says."""
+    scheme = plant(tmp_path, TOP_K, BASE, {0.001: 3.0, 0.002: 3.5, 0.004: 4.0})
+    inner = plant(tmp_path, TOP_P, WORSE)
+    record = read_tune_record(tmp_path / "tuned")
+    assert record is not None
+    lies = [replace(scheme, at_edge=False), replace(inner, at_edge=True)]
+    record.with_schemes(lies).write(tmp_path / "tuned")
+    found = compare(tmp_path)
+    assert {name: tuning.at_edge for name, tuning in found.tuned.items()} == {"top_k": True, "top_p": False}
+    assert [line.partition(":")[0] for line in found.warnings if "at the edge" in line] == ["top_k"]
+
+
+def test_a_trial_that_is_not_at_its_end_has_not_diverged(tmp_path: Path):
+    """Its loss is the record's; in bits per byte, which the record does not have, it is not known and never wins."""
+    scheme = plant(tmp_path, TOP_K, BASE)
+    plant(tmp_path, TOP_P, WORSE)
+    rows = (tmp_path / "tuned" / scheme.trials[2].job / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "tuned" / scheme.trials[2].job / "metrics.jsonl").write_text("".join(rows[:-1]))
+    found = compare(tmp_path)
+    assert found.tuned["top_k"].losses == pytest.approx([3.4, 3.0, 3.01, math.inf])
+    told = f"THE TUNE RECORD IS NOT OF THESE RUNS: {scheme.trials[2].job} is unfinished, the record has its loss 3.0100"
+    assert any(line.startswith(told) for line in found.warnings)
+    Planted("beside", 3.0, 1, AUTONOMY, fingerprint="other").write(tmp_path)
+    found = compare(tmp_path)
+    assert found.unit == "bits per byte" and math.isnan(found.tuned["top_k"].losses[2])
+    assert found.tuned["top_k"].choice.shares[2] == 0  # type: ignore[union-attr]
+    assert "0.004: not known, 0.008: diverged" in write_comparison(tmp_path)[1]
+    assert any("the loss of 1 of its 4 trials is not known" in line for line in found.warnings)
+
+
+def test_final_runs_that_are_not_there_are_said(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE)
+    scheme = plant(tmp_path, TOP_P, WORSE)
+    (tmp_path / "tuned" / scheme.finals[0]).rename(tmp_path / "elsewhere")
+    for name in scheme.finals[1:]:
+        shutil.rmtree(tmp_path / "tuned" / name)
+    (tmp_path / "tuned" / scheme.finals[1]).mkdir()
+    (tmp_path / "tuned" / scheme.finals[1] / "job.json").write_text("{}")
+    told = f"router=top_p: 3 of its 3 final runs have not started, or are gone: {', '.join(scheme.finals)}."
+    found = compare(tmp_path).warnings
+    assert told in found and not any("jobs have not started" in line for line in found), "said once"
+
+
+def test_two_schemes_that_were_tuned_to_one_are_said(tmp_path: Path):
+    scheme = plant(tmp_path, TOP_K, BASE)
+    record = read_tune_record(tmp_path / "tuned")
+    assert record is not None
+    record.with_schemes([replace(scheme, name="router=other")]).write(tmp_path / "tuned")
+    line = "top_k stands for router=top_k, router=other: what was chosen made them the same scheme."
+    assert line in compare(tmp_path).warnings
 
 
 def test_a_scheme_without_a_choice_is_said(tmp_path: Path):
