@@ -222,7 +222,7 @@ class LearningTable:
             f"{ranked.rank} to {ranked.last_rank}" if ranked.equals else str(ranked.rank),
             *("" if is_dense else self.measured(row.variant, measure) for measure in shown),
             *loudness,
-            tuned.setting(tuned.scheme.trials[tuned.chosen]) + (" (edge)" if tuned.scheme.at_edge else ""),
+            tuned.setting(tuned.scheme.trials[tuned.chosen]) + (" (edge)" if tuned.at_edge else ""),
             "" if tuned.choice is None else f"{tuned.choice.shares[tuned.chosen]:.0%}",
         ]
 
