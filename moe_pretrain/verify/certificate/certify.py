@@ -4,8 +4,9 @@
 property is tested stands in the docstring of its function: ``route_properties`` (what a decision is and whether it
 looks ahead), ``dependence_properties`` (what else it may not know), ``range_properties`` (steps, layers, rows and
 numbers of experts that the tiny model does not have), ``conduct_properties`` (noise, and what a router does beside
-deciding), ``learning_properties`` (losses, gradients, recomputation, state), ``loss_properties`` (what losses are means
-of), ``derivative_properties`` (gradients beside finite differences) and ``start_properties`` (how loud it starts).
+deciding), ``learning_properties`` (losses, gradients, recomputation, saved state), ``state_properties`` (where state
+goes), ``loss_properties`` (what losses are means of), ``derivative_properties`` (gradients beside finite differences)
+and ``start_properties`` (how loud it starts).
 """
 
 from collections.abc import Callable, Iterator
@@ -23,16 +24,18 @@ from moe_pretrain.verify.certificate.loss_properties import LOSSES
 from moe_pretrain.verify.certificate.range_properties import RANGE
 from moe_pretrain.verify.certificate.route_properties import ROUTES
 from moe_pretrain.verify.certificate.start_properties import START
+from moe_pretrain.verify.certificate.state_properties import STATE
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
 
 PROPERTIES: dict[str, Callable[[Subject], str]] = (
-    ROUTES | DEPENDENCE | RANGE | CONDUCT | LEARNING | LOSSES | DERIVATIVES | START
+    ROUTES | DEPENDENCE | RANGE | CONDUCT | LEARNING | STATE | LOSSES | DERIVATIVES | START
 )
 """Name of the row -> the question behind it, in the order of the certificate."""
 OF_ONE_ROUTER = {
     *("router gradient with top_k=1", "balance loss at uniform", "balance loss at collapse", "finite at ties"),
-    *("experts get their best tokens", "state evens the load", "noise"),
+    *("experts get their best tokens", "noise"),
     *RANGE,
+    *STATE,
     *LOSSES,
     *DERIVATIVES,
     *START,

@@ -26,6 +26,8 @@ from moe_pretrain.verify.certificate.subject import (
 )
 
 EQUAL_TOKENS = 256
+ENOUGH_DRAWS = 16
+"""Tokens for each expert of which one surely draws it."""
 LATE_POSITION = 2**42
 """Tokens after a million steps of four million: float32 counts up to 2**24."""
 
@@ -33,7 +35,8 @@ LATE_POSITION = 2**42
 def _draws_noise_anew(subject: Subject) -> str:
     """Noise in training is another one in every step and layer, and late in a run as various as early.
 
-    A router whose decisions change with the seed is given equal tokens. If it tells them apart, that is noise.
+    A router whose decisions change with the seed is given equal tokens. If it tells them apart, that is noise. A second
+    pass over a micro-batch draws anew, and a scheme without parameters, which draws alone decide, leaves no expert out.
     """
     model = subject.warm_model()
     decision = subject.run(model, subject.batch(one_document=True)).decisions[-1]
@@ -69,6 +72,16 @@ def _draws_noise_anew(subject: Subject) -> str:
         raise NotApplicable("the seed changes decisions, but equal tokens route alike in all steps: it is no noise")
     require(moves, "the noise of a token is the same in every step: context.step must be one of its keys")
     require(changes(decide(layers[1])), "the noise of a token is the same in every layer: Router.layer must be a key")
+    if subject.config.router.num_passes > 1:
+        require(
+            changes(decide(pass_index=1 - context.pass_index)),
+            "both passes draw the same: context.pass_index must be a key",
+        )
+    reached = int((~first.isnan()).any(dim=0).sum())
+    if not list(like.parameters()) and EQUAL_TOKENS >= ENOUGH_DRAWS * subject.num_experts:
+        require(
+            reached == subject.num_experts, f"{EQUAL_TOKENS} draws reach {reached} of {subject.num_experts} experts"
+        )
     late = _various(decide(step=LATE_STEPS[-1], token_position=context.token_position + LATE_POSITION))
     require(
         2 * late >= various,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.data.rows.micro_batch import MicroBatch
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import Routing, RoutingContext
 from moe_pretrain.verify.certificate.subject import (
+    LATE_STEPS,
     ROWS,
     Decision,
     NotApplicable,
@@ -28,6 +30,7 @@ from moe_pretrain.verify.certificate.subject import (
 SAME = 1e-4
 """Largest relative difference of a float32 mean over tokens in another order."""
 BATCHES = 3
+UPPER_LAYER = 31
 AT_UNIFORM: dict[str, Callable[[int], float]] = {
     "router_z": lambda experts: math.log(experts) ** 2,
     "entropy": math.log,
@@ -136,33 +139,33 @@ def _places_that_do_not_move(subject: Subject, names: list[str]) -> dict[str, tu
 def _are_right_when_uniform(subject: Subject) -> str:
     """At uniform probabilities the entropy is ``ln(num_experts)``, the z-loss its square, a balance loss 1.
 
-    With this number of experts, and with another. Whether probabilities are uniform with parameters of zero is not
+    With this number of experts, and with another, in the lowest layer at the first step and in an upper one at a late
+    step. Whether probabilities are uniform with parameters of zero is not
     asked of the scheme: one of these that is right says so, and then all must be.
     """
     if not list(routers_of(subject.model())[0].parameters()):
         raise NotApplicable("the router has no parameters")
     found = [_judge_when_uniform(subject)]
     for other in (2 * subject.num_experts, 3 * subject.num_experts):
-        one = _with_experts(subject, other)
+        one = subject.with_experts(other)
         if one is not None:
             found.append(_judge_when_uniform(one))
             break
     return "; ".join(found)
 
 
-def _with_experts(subject: Subject, number: int) -> Subject | None:
-    """The subject with another number of networks in a layer; None where it cannot have so many."""
-    config, moe = subject.unshrunk, subject.unshrunk.model.moe
-    try:
-        config.router.check_num_experts(number)
-        return Subject(replace(config, model=replace(config.model, moe=replace(moe, num_experts=number))))
-    except ValueError:
-        return None
-
-
 def _judge_when_uniform(subject: Subject) -> str:
     model = subject.model()
-    router, decision = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
+    decisions = subject.run(model, subject.batch()).decisions
+    found = _judge_router_when_uniform(subject, routers_of(model)[0], decisions[0])
+    upper = subject.router_at(UPPER_LAYER, routers_of(model)[-1])
+    if upper is not None:
+        late = replace(decisions[-1].context, step=LATE_STEPS[-1])
+        _judge_router_when_uniform(subject, upper, decisions[-1]._replace(context=late))
+    return found
+
+
+def _judge_router_when_uniform(subject: Subject, router: Router, decision: Decision) -> str:
     with parameters_set(router, torch.zeros_like), torch.no_grad():
         routing = router(decision.hidden, decision.context)
     experts, use = subject.num_experts, routing.use

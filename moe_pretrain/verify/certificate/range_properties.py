@@ -14,9 +14,11 @@ from torch import Tensor
 
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import RoutingContext
-from moe_pretrain.verify.certificate.route_properties import check_routes
+from moe_pretrain.verify.certificate.learning_properties import has_closed_form_when_collapsed
+from moe_pretrain.verify.certificate.route_properties import check_routes, gives_best_of
 from moe_pretrain.verify.certificate.subject import (
     TOLERANCE,
+    Broken,
     Decision,
     NotApplicable,
     Subject,
@@ -60,6 +62,8 @@ LONG_ROW = 1024
 """Tokens of a long row: beyond chunks and windows that rows of 12 are too short for."""
 MANY_ROWS = 32
 """Rows of that length in the largest batch: counts there are beyond what float16 and bfloat16 can count."""
+MANY_EXPERTS = 144
+"""Experts of a layer: more than a signed byte counts, a multiple of what experts are usually cut into."""
 NEAR_TIES = 8
 """Tokens of those that may have two experts so near each other that a product of another shape decides otherwise."""
 ROUNDING = 1e-4
@@ -96,7 +100,8 @@ def _holds_at_every_step_and_layer(subject: Subject) -> str:
     """At every step of ``STEPS``, and in every layer, a router is what it is at first in the lowest.
 
     Later tokens of a row move no earlier route, weight or payload, as far as the scheme declares to be causal; and
-    what has a gradient somewhere, weights or an aux loss with a coefficient, has one everywhere.
+    what has a gradient somewhere, weights or an aux loss with a coefficient, has one everywhere. Losses of the same
+    decision are the same everywhere.
     """
     asked = 0
     with_gradient: dict[str, tuple[int, int]] = {}
@@ -112,6 +117,8 @@ def _holds_at_every_step_and_layer(subject: Subject) -> str:
                     if moved:
                         where = f"{'training' if training else 'evaluation'}, step {step}, layer {place.layer}"
                         judge_dependence([place.router], training, f"later tokens move earlier {moved} in {where}")
+                if not training:
+                    _has_the_same_losses(subject, places[0] if place is places[0] else places[1], place, step)
                 if training:
                     for what, has in _gradients(place.router, place.hidden, context).items():
                         (with_gradient if has else without).setdefault(what, (step, place.layer))
@@ -122,6 +129,23 @@ def _holds_at_every_step_and_layer(subject: Subject) -> str:
     what = ", ".join(with_gradient) or "nothing"
     top = places[-1].layer
     return f"{asked} times, steps up to {STEPS[-1]}, layers up to {top}; with a gradient everywhere: {what}"
+
+
+@torch.no_grad()
+def _has_the_same_losses(subject: Subject, one: _Place, other: _Place, step: int) -> None:
+    """Raise where the same tokens, routed alike, have other losses in another layer or at another step."""
+    ours = one.router(one.hidden, one.context).exact()
+    theirs = other.router(other.hidden, replace(other.context, step=step)).exact()
+    one_table, other_table = (route_table(routing, len(one.hidden), subject.num_experts) for routing in (ours, theirs))
+    if not same_routes(one_table, other_table):
+        return  # what decides moves, and so may losses
+    for name, value in ours.aux.items():
+        apart = relative(theirs.aux[name], value)
+        require(
+            apart <= ROUNDING,
+            f"in evaluation the {name} loss differs by {apart:.0e} between layer {one.layer} at step 0 and layer "
+            f"{other.layer} at step {step}: what weighs a loss belongs in Router.aux_weights",
+        )
 
 
 def _declares_causal(router: Router, training: bool) -> bool:
@@ -239,8 +263,10 @@ def _row(context: RoutingContext, row: int) -> RoutingContext:
 def _routes_a_new_token_alone(subject: Subject) -> str:
     """In evaluation a token decides alike in its row and without the tokens before it, told its place: generation.
 
-    A scheme that reads earlier tokens says so in ``Router.reads_earlier_tokens``, and is then not asked.
+    A scheme that reads earlier tokens says so in ``Router.reads_earlier_tokens``, and is then not asked. All that are
+    causal decide alike at the beginning of a row, however long it is, in training too.
     """
+    _routes_short_rows(subject)
     model = subject.warm_model().eval()
     routers = routers_of(model)
     if not all(router.causal_in_evaluation for router in routers):
@@ -266,6 +292,67 @@ def _routes_a_new_token_alone(subject: Subject) -> str:
                     "a cache, as in generation: see RoutingContext.first_place and Router.reads_earlier_tokens",
                 )
     return f"{alone} tokens, one or several at a time, route as in their row"
+
+
+def _routes_short_rows(subject: Subject) -> None:
+    """Raise unless the first tokens of rows decide alike when nothing comes after them."""
+    for training in (True, False):
+        model = subject.warm_model().train(training)
+        routers = routers_of(model)
+        decisions = subject.logits(model, subject.batch(one_document=True))[1]
+        for router, (hidden, context, routing) in zip(routers, decisions, strict=True):
+            if not _declares_causal(router, training):
+                continue
+            whole = route_table(routing, len(hidden), subject.num_experts)
+            for length in (1, subject.sequence // 2, subject.sequence - 1):
+                tokens = torch.arange(len(hidden)).view(context.num_sequences, -1)[:, :length].flatten()
+                own = route_table(
+                    router(hidden[tokens], context_of(context, tokens)).exact(), len(tokens), subject.num_experts
+                )
+                if not same_routes(own, whole[tokens]):
+                    found = (
+                        f"the first {length} tokens of rows have other routes or weights when nothing comes after them"
+                    )
+                    judge_dependence([router], training, f"{found}, in {'training' if training else 'evaluation'}")
+
+
+def _serves_other_numbers(subject: Subject) -> str:
+    """With one expert more, and with more than a byte counts, routes are what they promise to be.
+
+    Unique, in range, counted, and to the experts that tokens like best; with one more a balance loss has its value at
+    collapse.
+    """
+    more, notes = subject.num_experts + 1, []
+    for number in (more, MANY_EXPERTS):
+        other = subject.with_experts(number)
+        if other is None:
+            continue
+        # Not a state that has moved: so few tokens for so many experts move it far.
+        questions: list[Callable[[], object]] = [
+            partial(_checks_routes, other),
+            partial(gives_best_of, other, other.model()),
+        ]
+        if number == more:
+            questions.append(partial(has_closed_form_when_collapsed, other))
+        for question in questions:
+            try:
+                question()
+            except NotApplicable:
+                continue
+            except Broken as broken:
+                raise Broken(f"with {number} experts: {broken}") from None
+        notes.append(str(number))
+    if not notes:
+        raise NotApplicable("it takes neither one expert more nor many")
+    return f"the same with {' and '.join(notes)} experts"
+
+
+@torch.no_grad()
+def _checks_routes(subject: Subject) -> None:
+    model = subject.model()
+    for training in (True, False):
+        for decision in subject.run(model.train(training), subject.batch(padding=(1,))).decisions:
+            check_routes(decision, subject.num_experts)
 
 
 def _counts_experts_as_declared(subject: Subject) -> str:
@@ -335,5 +422,6 @@ RANGE: dict[str, Callable[[Subject], str]] = {
     "long rows": _serves_long_rows,
     "a new token alone": _routes_a_new_token_alone,
     "experts per token as declared": _counts_experts_as_declared,
+    "other numbers of experts": _serves_other_numbers,
 }
 """Name of the row -> the question behind it."""

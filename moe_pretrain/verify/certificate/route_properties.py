@@ -12,8 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts, sum_rows
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import ExpertRowLayout, Merging, RouterUse
+from moe_pretrain.verify.certificate.elsewhere import elsewhere
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,
@@ -108,14 +111,20 @@ def _is_alone_the_same(subject: Subject) -> str:
 
 def _ignores_padding(subject: Subject) -> str:
     """Padding, its contents and amount, changes no count, sum, entropy, loss or route of text (C17)."""
-    batch = subject.batch(padding=(1, 2))
+    for rows, steps in (((1, 2), (0, *LATE_STEPS)), ((2, 3), (0,)), ((0, 1), (0,))):
+        _ignores_rows_of_padding(subject, rows, steps)
+    return "counts, sums, entropy, losses and routes of text, with other padding, less of it and none"
+
+
+def _ignores_rows_of_padding(subject: Subject, rows: tuple[int, int], steps: Sequence[int]) -> None:
+    batch = subject.batch(padding=rows)
     text = (batch.document_ids >= 0).flatten()
     other_ids = torch.where(batch.document_ids < 0, (batch.input_ids + 1) % 7, batch.input_ids)
-    fewer = rows_of(batch, torch.tensor([0, 1, 3]))
-    without = rows_of(batch, torch.tensor([0, 3]))
+    fewer = rows_of(batch, torch.tensor([row for row in range(ROWS) if row != rows[1]]))
+    without = rows_of(batch, torch.tensor([row for row in range(ROWS) if row not in rows]))
     for training in (True, False):
         model = subject.warm_model().train(training)
-        for step in (0, *LATE_STEPS):
+        for step in steps:
             seen = subject.run(model, batch, step)
             for what, other in (
                 ("the content of padding", replace(batch, input_ids=other_ids)),
@@ -132,7 +141,6 @@ def _ignores_padding(subject: Subject) -> str:
                 tables = zip(subject.tables(seen.decisions), subject.tables(changed.decisions), strict=True)
                 same = all(same_routes(ours[text], theirs[its_text]) for ours, theirs in tables)
                 require(same, f"{what} changes routes of text")
-    return "counts, sums, entropy, losses and routes of text, with other padding, less of it and none"
 
 
 def require_same_use(ours: Sequence[RouterUse], theirs: Sequence[RouterUse], what: str) -> None:
@@ -150,7 +158,10 @@ def require_same_use(ours: Sequence[RouterUse], theirs: Sequence[RouterUse], wha
 
 
 def _is_deterministic(subject: Subject) -> str:
-    """The same input routes the same again, whatever global random generators did in between."""
+    """The same input routes the same again, whatever global random generators did in between.
+
+    So does a router that another rank builds and asks, at another time.
+    """
     for training in (True, False):
         model = subject.warm_model().train(training)
         passes = []
@@ -161,7 +172,32 @@ def _is_deterministic(subject: Subject) -> str:
             require(
                 subject.has_same_bits(passes[0], again), f"routes differ, {'training' if training else 'evaluation'}"
             )
-    return "3 passes, bitwise, in training and evaluation"
+        # Of several passes the first.
+        for router, decision in zip(routers_of(model), passes[0].decisions, strict=False):
+            _decides_alike(subject, router, decision)
+    return "3 passes, bitwise, in training and evaluation; and as another rank at another time"
+
+
+@torch.no_grad()
+def _decides_alike(subject: Subject, router: Router, decision: Decision) -> None:
+    """Raise unless a router that is asked again and again, or anywhere else, decides as it did."""
+    hidden, context, _ = decision
+    wanted, mode = subject.table(decision), "training" if router.training else "evaluation"
+
+    def decides_otherwise(who: Router) -> bool:
+        again = subject.table(Decision(hidden, context, who(hidden, context).exact()))
+        return not same_routes(again, wanted, tolerance=0.0)
+
+    with elsewhere():
+        other = subject.router_at(router.layer, router)
+        require(
+            other is not None and not decides_otherwise(other),
+            f"routes differ in {mode} on another rank at another time, by the same tokens, parameters and state",
+        )
+        born = dict(subject.build_router(router.layer).named_buffers())
+    here = subject.build_router(router.layer).named_buffers()
+    apart = [name for name, value in here if not torch.equal(value, born[name])]
+    require(not apart, f"{', '.join(apart)} begins otherwise on another rank at another time")
 
 
 def _conserves_routes(subject: Subject) -> str:
@@ -266,14 +302,18 @@ def _is_float32(subject: Subject) -> str:
     return "weights, parameters and state; a bfloat16 input routes like the same numbers in float32"
 
 
-@torch.no_grad()
-def _gives_experts_their_best(subject: Subject) -> str:
+def gives_experts_their_best(subject: Subject) -> str:
     """A token that is an expert's own row of the router goes to that expert, and no other of it weighs more.
 
     Asked of parameters with a row for every expert, as wide as a token: of dot products, cosines and distances alike
     the token is then the expert's best. One such parameter must have it; of competing tokens half of them.
     """
-    model = subject.warm_model()
+    return gives_best_of(subject, subject.warm_model())
+
+
+@torch.no_grad()
+def gives_best_of(subject: Subject, model: DecoderLM) -> str:
+    """The same of a model whose state has moved or not."""
     router, (hidden, context, routing) = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
     if isinstance(routing, Merging):
         raise NotApplicable("parameters are merged and no token is sent")
@@ -310,7 +350,7 @@ ROUTES: dict[str, Callable[[Subject], str]] = {
     "padding ignored": _ignores_padding,
     "determinism": _is_deterministic,
     "conservation of routes": _conserves_routes,
-    "experts get their best tokens": _gives_experts_their_best,
+    "experts get their best tokens": gives_experts_their_best,
     "combine of identity experts": _combines_identity,
     "float32 routing": _is_float32,
 }

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +22,15 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.build import build_router
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.routers.config import RouterConfig
-from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext, step_uses
+from moe_pretrain.moe.types import ExpertShard, RouterUse, Routing, RoutingContext, step_uses
 from moe_pretrain.verify.small_twin import shrink
 
 ROWS = 4
 WARM_STEPS = 3
 LATE_STEPS = (1_000, 1_000_000)
 """Optimizer steps at which a schedule has surely changed what it changes."""
+AGE_STEPS = 300
+"""Steps of ``after_step`` after which state has gone where it goes."""
 TOLERANCE = 2e-5
 """Largest relative difference that float32 sums in another order may make."""
 
@@ -67,6 +69,38 @@ class Pass:
     decisions: list[Decision]
 
 
+@dataclass(frozen=True)
+class Aged:
+    """A router that many steps have moved.
+
+    Attributes:
+        router: As the last step left it.
+        first: What it was given, and what it decided before the first step.
+        before: Its state then.
+        build: Makes another router of the same layer, in training.
+        uses: Use in every step, the first one that of ``first``.
+    """
+
+    router: Router
+    first: Decision
+    before: dict[str, Tensor]
+    build: Callable[[], Router]
+    uses: list[RouterUse]
+
+    @property
+    def moved(self) -> list[str]:
+        """Names of what is not as it was."""
+        return [name for name, value in self.router.state_dict().items() if not torch.equal(value, self.before[name])]
+
+    def fresh(self) -> Router:
+        """A router of its own with the state of the beginning, which has decided once as all do before a step."""
+        router = self.build()
+        router.load_state_dict(self.before)
+        with torch.no_grad():
+            router(self.first.hidden, self.first.context)
+        return router
+
+
 class Subject:
     """``config``, shrunk as ``verify`` shrinks it, and what the properties do with it."""
 
@@ -90,13 +124,42 @@ class Subject:
         The tiny model need not have that layer; its scheme must not go by layer. None if the layer's router has other
         parameters than ``like``, as where logits are carried up to all but the lowest.
         """
-        model = self.config.model
-        router = build_router(model.moe, self.config.router, model.hidden_size, layer)
-        router.use_token_counts(torch.ones(model.vocab_size, dtype=torch.int64))  # for buffers of the right size
+        router = self.build_router(layer)
         if router.state_dict().keys() != like.state_dict().keys():
             return None
         router.load_state_dict(like.state_dict())
         return router.train(like.training)
+
+    def build_router(self, layer: int) -> Router:
+        """A router for decoder layer ``layer`` as it is built: ``model.init`` has not filled its parameters."""
+        model = self.config.model
+        router = build_router(model.moe, self.config.router, model.hidden_size, layer)
+        router.use_token_counts(torch.ones(model.vocab_size, dtype=torch.int64))  # for buffers of the right size
+        return router
+
+    def with_experts(self, number: int) -> "Subject | None":
+        """The subject with another number of networks in a layer; None where it cannot have so many."""
+        config, moe = self.unshrunk, self.unshrunk.model.moe
+        try:
+            config.router.check_num_experts(number)
+            return Subject(replace(config, model=replace(config.model, moe=replace(moe, num_experts=number))))
+        except ValueError:
+            return None
+
+    @cached_property
+    def aged(self) -> "Aged":
+        """The lowest router after ``AGE_STEPS`` steps on one batch, in training; its parameters stand still."""
+        model = self.model()
+        router, decision = routers_of(model)[0], self.run(model, self.batch()).decisions[0]
+        before = {name: value.clone() for name, value in router.state_dict().items()}
+        uses = [decision.routing.use]
+        # Most schemes have no state, and need no steps to show it.
+        steps = 0 if type(router).after_step is Router.after_step else AGE_STEPS
+        with torch.no_grad():
+            for _ in range(steps):
+                router.after_step(step_uses(uses[-1:])[0])
+                uses.append(router(decision.hidden, decision.context).use)
+        return Aged(router, decision, before, partial(self.build_router, router.layer), uses)
 
     def warm_model(self) -> DecoderLM:
         """A model whose routers have moved their state for a few steps."""

@@ -24,6 +24,7 @@ from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
 from moe_pretrain.verify.certificate.loss_properties import LOSSES
 from moe_pretrain.verify.certificate.range_properties import RANGE
+from moe_pretrain.verify.certificate.state_properties import STATE as OF_STATE
 from moe_pretrain.verify.certificate.subject import Subject
 from moe_pretrain.verify.verify import verify
 
@@ -105,7 +106,6 @@ class Variant(TopKRouter):
 CAUSALITY = {"causality in training", "causality in evaluation"}
 CUTS = {"cut of the batch in training", "cut of the batch in evaluation", "batch of one in evaluation"}
 PARITY = "gradient parity with the oracle"
-LOAD = "state evens the load"
 OTHERS = "others"
 
 # What is wrong -> (the methods that do it, the rows that fail; with OTHERS, those at least).
@@ -291,7 +291,7 @@ BROKEN = {
     ),
 }
 
-NEVER_BLAMED = (*RANGE, *CONDUCT, *LOSSES, "experts get their best tokens", LOAD, *DEPENDENCE)
+NEVER_BLAMED = (*RANGE, *CONDUCT, *LOSSES, *OF_STATE, "determinism", "experts get their best tokens", *DEPENDENCE)
 
 SMALL = ("engine.device=cpu", "model.num_layers=1", "model.moe.num_experts=6")
 
@@ -325,7 +325,7 @@ def test_broken_schemes_are_rejected(wrong: str, tmp_path: Path) -> None:
     found = set(failing(examine(load([variant(tmp_path, methods), *SMALL]))))
     assert found >= expected - {OTHERS}
     # Those that name the same fault once more.
-    overlapping = {*DEPENDENCE, *DERIVATIVES, *RANGE, *CONDUCT, *LOSSES, *("experts get their best tokens", LOAD)}
+    overlapping = {*DEPENDENCE, *DERIVATIVES, *RANGE, *CONDUCT, *LOSSES, *OF_STATE, "experts get their best tokens"}
     assert found - overlapping == expected - overlapping or OTHERS in expected
 
 
@@ -1075,6 +1075,75 @@ UNUSUAL = {
             return super().logits(hidden, context) + (place[:, None] + torch.arange(self.num_experts)).sin()
         """,
     "noise and a bias": SOUND,
+    "a running mean of each expert's logits that is taken away": """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.num_sums = self.num_experts
+            self.register_buffer("mean", torch.zeros(self.num_experts))
+
+        def logits(self, hidden, context):
+            return super().logits(hidden, context) - self.mean
+
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            if not self.training:
+                return routing
+            raw = (self.logits(hidden, context) + self.mean).detach().double() * context.token_mask[:, None]
+            return replace(routing, use=replace(routing.use, sums=raw.sum(dim=0)))
+
+        def after_step(self, use):
+            if use.tokens:
+                self.mean.lerp_((use.sums / use.tokens).float(), 0.1)
+        """,
+    "a bias of each expert that is learnt": """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.prior = torch.nn.Parameter(torch.empty(self.num_experts))
+            self.start_values = {**self.start_values, "prior": 0.0}
+
+        def logits(self, hidden, context):
+            return super().logits(hidden, context) + self.prior
+        """,
+    "a bias with momentum": """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("bias", torch.zeros(self.num_experts))
+            self.register_buffer("speed", torch.zeros(self.num_experts))
+
+        def select(self, scores, logits):
+            return super().select(scores + self.bias, logits)
+
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
+            self.speed.mul_(0.9).add_(push)
+            self.bias += 0.0005 * self.speed
+        """,
+    "a bias that waits for 40 steps": """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("bias", torch.zeros(self.num_experts))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        def select(self, scores, logits):
+            return super().select(scores + self.bias, logits)
+
+        def after_step(self, use):
+            push = (use.tokens_per_expert.mean() - use.tokens_per_expert).sign().float()
+            self.bias += 0.001 * push * (self.steps >= 40)
+            self.steps += 1
+        """,
+    "a coefficient that falls with its own count of steps": """
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        @property
+        def aux_weights(self):
+            return super().aux_weights | {"router_z": 0.001 * 0.99 ** int(self.steps)}
+
+        def after_step(self, use):
+            self.steps += 1
+        """,
 }
 
 
