@@ -181,7 +181,7 @@ class LearningTable:
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def runs(self) -> str:
-        """What the table was made of, as CSV: a line for each trial and each final run, losses in nats per token."""
+        """All runs of the table as CSV: a line for each trial and each final run, losses in nats per token."""
         written = io.StringIO()
         lines = csv.writer(written, lineterminator="\n")
         lines.writerow(["scheme", "setting", "run", "seed", "validation loss"])

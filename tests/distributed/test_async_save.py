@@ -53,6 +53,7 @@ def train_behind_a_slow_disk(folder: str) -> tuple[int, list[str]]:
     return steps, [name for name, value in loaded.items() if not torch.equal(value, expected[name])]
 
 
+@pytest.mark.slow
 def test_the_state_of_the_moment_is_saved_while_training_goes_on(tmp_path: Path):
     assert run_on_ranks(train_behind_a_slow_disk, 2, str(tmp_path)) == [(3, []), (3, [])]
 

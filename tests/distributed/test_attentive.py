@@ -1,5 +1,6 @@
 """Attentive gating on ranks: keys, candidates and gradients cross ranks and stay the oracle's (test 13 of its list)."""
 
+import pytest
 from helpers.builders import tiny
 from helpers.processes import run_on_ranks
 
@@ -35,6 +36,7 @@ def _verify_all() -> list[tuple[int, list[str]]]:
     return results
 
 
+@pytest.mark.slow
 def test_every_form_equals_the_oracle_with_experts_on_two_ranks() -> None:
     for results in run_on_ranks(_verify_all, 2):
         for code, said in results:

@@ -74,6 +74,7 @@ def verified() -> dict[tuple[str, ...], list[list[str]]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.slow
 def test_equals_the_oracle(verified: dict[tuple[str, ...], list[list[str]]], case: tuple[str, ...]) -> None:
     for code, *said in verified[case]:
         assert code == "0", "\n".join(said)

@@ -33,6 +33,7 @@ from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.verify.oracle import Oracle
 from moe_pretrain.verify.verify import build_engine, own_micro_batches, record
 
+pytestmark = pytest.mark.slow  # a minute of one start; the fast set has parity's cases
 RANKS = 4
 Result = dict[str, Any]
 

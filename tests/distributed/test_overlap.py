@@ -93,6 +93,7 @@ def errors(dtype: torch.dtype, as_cuda: bool) -> dict[str, dict[str, float]]:
         pytest.param(torch.bfloat16, True, 2**-6, id="branch of cuda"),
     ],
 )
+@pytest.mark.fast("cpu")
 def test_halves_have_the_numbers_of_the_whole_within_rounding(dtype: torch.dtype, as_cuda: bool, most: float):
     """All losses, statistics and gradients; on a GPU with lists of routes that end in padding."""
     for of_rank in run_on_ranks(errors, 2, dtype, as_cuda):

@@ -21,6 +21,7 @@ def state_of(home: Path, name: str, step: int) -> dict:
     return json.loads(manifest.read_text())["state"]
 
 
+@pytest.mark.slow
 def test_measured_flops_are_summed_over_attempts_and_topologies(home: Path):
     words = train_words("flops", *ADAPTIVE, "budget.flops=1.2e9")
     config = load([word for word in words[1:] if not word.startswith("data")])

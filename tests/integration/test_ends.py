@@ -41,6 +41,7 @@ def ends(home: Path, name: str) -> list[tuple[str, str]]:
     return [(row["event"], row["message"]) for row in rows_of(home, name, "event")]
 
 
+@pytest.mark.slow
 def test_a_last_validation_that_is_not_finite_is_no_result(home: Path) -> None:
     (home / "sick.py").write_text(SICK)
     words = train_words("sick", "router_file=sick.py", "budget.tokens=4096", "schedule.warmup_steps=1")

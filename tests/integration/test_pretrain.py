@@ -187,7 +187,7 @@ MISTAKES = [
     (["train", "parallel.processes=2", "parallel.expert_parallel_size=4"], "must divide the number of ranks=2"),
     (["train", "optimizer.lr=1"], "'lr' is not a field of optimizer"),
     (["report", "nowhere"], "nowhere is not a run folder"),
-    (["trian"], "usage:"),
+    (["trian"], "'trian' is no command; did you mean train?"),
 ]
 
 

@@ -56,7 +56,7 @@ def test_a_collapsed_router_is_warned_of_by_name(home: Path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.fast("1")
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_run_and_is_named(home: Path, rank: int):
     """SIGSTOP: no message, no exit, no error in any collective before its long timeout."""
     name = f"stopped-rank-{rank}"

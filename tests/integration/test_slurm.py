@@ -76,6 +76,7 @@ def test_a_cancelled_run_saves_and_is_not_queued_again(cluster: slurm.Cluster, h
     assert message == "by SIGTERM, checkpoint written" and files_of_step(home, "cancelled", step)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_alive_but_stuck_is_named_and_the_job_fails(cluster: slurm.Cluster, home: Path):
     stuck = ["fault.point=train.backward", "fault.action=hang", "fault.step=2", "fault.rank=1"]
     number = train(cluster, home, "stuck", ["--ntasks-per-node=2"], *stuck, "parallel.timeout_seconds=10")

@@ -64,6 +64,7 @@ def writers(home: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_kills_failures_a_lost_cache_and_other_ranks_change_no_token(server, straight):
     """Two ranks with a bounded cache and a failing server; killed; without the cache, one rank finishes."""
     home, address, faults = server

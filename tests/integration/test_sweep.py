@@ -110,6 +110,7 @@ def test_a_killed_sweep_goes_on(home: Path, call: Call):
         assert float(row["moe_layer_microseconds_per_token"]) == pytest.approx(sum(parts)) and parts[0] > 0
 
 
+@pytest.mark.slow  # goes on with what the test before has left
 def test_a_sweep_grows_and_marks_what_fails(home: Path, call: Call):
     """More values, of which one cannot work, which only the run finds out: what there is is kept under its name."""
     (home / "short.jsonl").write_text('{"text": "a few words"}\n' * 2)

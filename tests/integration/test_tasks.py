@@ -46,6 +46,7 @@ def test_a_run_that_is_asked_has_the_bits_of_one_that_is_not(asked: Path):
     assert "word_perplexity" in page[at : at + 40] and "Tasks in training" in page
 
 
+@pytest.mark.slow
 def test_tasks_that_a_signal_cuts_short_are_asked_at_the_resume(asked: Path):
     words = (asked / "words").read_text()
     stop = ["fault.point=evaluate.tasks", "fault.action=stop", "fault.step=4"]

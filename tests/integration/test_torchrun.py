@@ -114,6 +114,7 @@ def test_a_stuck_or_stopped_rank_ends_the_run_and_is_named(home: Path, action: s
     assert f": rank {rank} on" in line and "step 2, phase train.backward" in line
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_again_and_the_run_goes_on(home: Path):
     """A rank is killed once step 4 is saved; the new ones may meet at the same store, and must not find the old."""
     name = "restarted"

@@ -41,6 +41,7 @@ def plant(root: Path, schemes: tuple[str, ...], sizes: tuple[float, ...] = SIZES
                 ).write(root)
 
 
+@pytest.mark.slow
 def test_laws_gains_and_what_survives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

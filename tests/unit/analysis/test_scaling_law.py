@@ -25,6 +25,7 @@ def test_one_run_far_off_hardly_moves_it():
     assert found.law.alpha == pytest.approx(TRUTH.alpha, abs=0.02) and found.law.beta == pytest.approx(0.28, abs=0.03)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_was_planted():
     """At noise of 0.3 % in 10 ladders: most of the intervals, and none is so wide that it says nothing."""
     held = np.zeros(4)

@@ -1145,6 +1145,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
+@pytest.mark.fast("earlier tokens", "noise and a bias", "40 steps")
 def test_what_is_right_and_unusual_is_not_blamed(unusual: str, tmp_path: Path) -> None:
     subject = Subject(load([subtle(tmp_path, UNUSUAL[unusual]), *SMALL]))
     assert not failing(ask(name, subject) for name in NEVER_BLAMED)
@@ -1252,9 +1253,7 @@ SHIPPED: list[tuple[list[str], dict[str, str]]] = [
     "router=expert_choice-",
     "router=smear-",
     "router=dense-",
-    "router=attentive-",
     "router=loss_free router.top_k=3",
-    "router.importance=predictor",
 )
 def test_what_ships_certifies(overrides: list[str], expected: dict[str, str]) -> None:
     # With six networks the partner of every token of the row on rounding is the zero expert, and its weight is 1.

@@ -57,6 +57,7 @@ def run_schedule(generator, order_of):
     return num_rows, (step - sum(segments)) * global_batch_rows, positions, rows, rows[cut], own_rows
 
 
+@pytest.mark.slow
 def test_ten_thousand_schedules_read_the_same_rows_in_the_same_order():
     generator = np.random.default_rng(0)
     whole_epochs = 0

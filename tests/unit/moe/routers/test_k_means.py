@@ -182,6 +182,7 @@ def test_nothing_is_learnt_by_gradient_and_evaluation_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize("rule", ["nearest", "least_squares"])
+@pytest.mark.fast("nearest")
 def test_certified(rule: str) -> None:
     words = ["router=k_means", f"router.rule={rule}", "router.num_features=8", "router.refit_every_steps=1"]
     rows = list(examine(load(["engine.device=cpu", "model.num_layers=1", "model.moe.num_experts=6", *words])))
