@@ -32,7 +32,7 @@ import numpy as np
 
 from moe_pretrain.analysis.compare.statistics import Sample, shared_prior
 from moe_pretrain.analysis.compare.variants import Variant
-from moe_pretrain.run_folder.identity import decides
+from moe_pretrain.run_folder.identity import deciding
 from moe_pretrain.run_folder.record import RunRecord, differences, show
 from moe_pretrain.run_folder.tune_record import TunedScheme, TuneRecord, TuningFolder, TuningTrial
 from moe_pretrain.system.words import few
@@ -175,7 +175,7 @@ def _other_trials(variant: Variant, scheme: TunedScheme, folder: TuningFolder) -
         if run.seed != folder.record.tuning_seed:
             seed = f"seed={run.seed} and not with seed={folder.record.tuning_seed}"
             strays.setdefault(seed, []).append(run.name)
-        both = [{key: value for key, value in each.items() if decides(key)} for each in (run.values, variant.values)]
+        both = [deciding(run.values), deciding(variant.values)]
         if fields := [key for key in differences(both) if key not in tuned and key != "seed"]:
             apart.setdefault(", ".join(fields), []).append(run.name)
     lines = [f"{_BELIED}: {few(names)} ran with {words}, its trials." for words, names in strays.items()]

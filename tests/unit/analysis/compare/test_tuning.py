@@ -202,7 +202,7 @@ def reconfigure(folder: Path, field: str, value: object) -> None:
     """Another value in the configuration that a run recorded."""
     part, _, name = field.rpartition(".")
     values = yaml.safe_load((folder / "config.yaml").read_text())
-    (values[part] if part else values)[name] = value
+    (values.setdefault(part, {}) if part else values)[name] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
 
 
@@ -221,6 +221,15 @@ def test_final_runs_at_other_values_than_the_best_are_said(tmp_path: Path):
         reconfigure(tmp_path / "tuned" / name, RATE, 0.1)
     found = compare(tmp_path)
     assert set(found.tuned) == {"top_p"} and any(line.startswith("NOT ALL TUNED: top_k ") for line in found.warnings)
+
+
+def test_runs_that_began_with_nothing_are_no_other_scheme(tmp_path: Path):
+    """As every real one they say that they were no warm start and no branch."""
+    scheme = plant(tmp_path, TOP_K, BASE)
+    for job in scheme.jobs:
+        for field in ("checkpoint.warm_start", "checkpoint.branch_from"):
+            reconfigure(tmp_path / "tuned" / job, field, None)
+    assert not [line for line in compare(tmp_path).warnings if "SOMETHING ELSE" in line]
 
 
 @pytest.mark.parametrize(
