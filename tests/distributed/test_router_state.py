@@ -24,6 +24,8 @@ from moe_pretrain.engine.engine import StepResult, TrainEngine
 from moe_pretrain.moe.types import MoEOutput, StepUse
 from moe_pretrain.verify.verify import own_micro_batches
 
+pytestmark = pytest.mark.slow  # test_pooled_quantiles.py has its kind in the fast set
+
 # The level last_step has state of its own: the layer's last routes.
 GLOBAL = "router.load_balance_level=global_batch"
 SCHEMES = {

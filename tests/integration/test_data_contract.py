@@ -119,7 +119,7 @@ def expected_rows(
 @pytest.mark.parametrize(
     "name, source, ranks", [("plain", PLAIN, (1, 2, 4, 3)), ("mixed", MIXED, (2, 3, 1))], ids=["plain", "mixed"]
 )
-@pytest.mark.fast("mixed")
+@pytest.mark.slow
 def test_kills_and_other_ranks_consume_the_rows_of_an_uninterrupted_run(
     home: Path, name: str, source: list[str], ranks: tuple[int, ...]
 ):

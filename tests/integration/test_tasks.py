@@ -70,6 +70,7 @@ def test_tasks_that_a_signal_cuts_short_are_asked_at_the_resume(asked: Path):
         assert values(asked, "cut") == values(asked, "asked")
 
 
+@pytest.mark.slow
 def test_ranks_that_share_experts_come_to_the_same_answers(asked: Path):
     two = ["parallel.processes=2", "parallel.expert_parallel_size=2"]
     code, _, err = run(asked, *train_words("two", (asked / "words").read_text(), EVERY, *two))

@@ -377,6 +377,7 @@ def start(config, cache, workers):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_and_any_kills_give_the_same_bytes(mixed_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 10_000)
     reference = prepare_corpus(mixed_corpus, TOKENIZER, tmp_path / "one", None, None).train.folder.parent
