@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,18 @@ def _require_runs_of_table(path: Path, table: str) -> None:
         (final,) = (row for row in runs if (row["scheme"], row["run"]) == (scheme, "final"))
         assert len(trials) == 4 and final["setting"] == min(trials, key=trials.__getitem__) and final["seed"] == "1"
         assert f"| `{scheme}` | {float(final['validation loss']):.3f} | " in table
+
+
+def test_the_learning_table_is_of_the_runs_that_are_kept():
+    runs = list(csv.DictReader((SCRIPTS / "assets" / "learning_runs.csv").read_text().splitlines()))
+    losses: dict[str, list[float]] = {}
+    for row in runs:
+        if row["run"] == "final":
+            losses.setdefault(row["scheme"], []).append(float(row["validation loss"]))
+    readme = (SCRIPTS / "README.md").read_text()
+    assert len(losses) == 15 and {len(own) for own in losses.values()} == {3}
+    for scheme, own in losses.items():
+        assert f"| `{scheme}` | {statistics.fmean(own):.3f} [" in readme
 
 
 def test_the_table_of_pruning(home: Path):
