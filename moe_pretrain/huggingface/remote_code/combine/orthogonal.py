@@ -10,6 +10,8 @@ def combine(hidden: Tensor, gates: Tensor, run: Callable[[Tensor, int], Tensor],
     """Outputs of each token's experts, the largest gate first, by Gram-Schmidt, or symmetrically; then their sum."""
     ranked = gates.masked_fill(gates == 0, -torch.inf)
     count = int((gates != 0).sum(dim=1).max()) if len(gates) else 0
+    if count == 0:  # as one new token may be, of a scheme that may give it no expert
+        return torch.zeros_like(hidden)
     order = ranked.sort(dim=1, descending=True, stable=True).indices[:, :count]
     weights = gates.gather(1, order)
     outputs = hidden.new_zeros(len(hidden), count, hidden.shape[1])
