@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_pretrain.checkpoint.manifest import complete_names, folder_name, read_manifest, step_of, train_state
+from moe_pretrain.checkpoint.manifest import complete_names, folder_name, open_manifest, step_of, train_state
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.metrics_file import JsonlSink, read_rows
@@ -50,6 +50,9 @@ def branch_of(config: Config) -> Branch | None:
 def check_branch(config: Config) -> None:
     """Refuse a branch that cannot be, before anything starts; a run that has checkpoints goes on from those.
 
+    The checkpoint's manifest is read and verified, its files are not: every process asks, and when the branch begins
+    the ranks verify them together, each file once.
+
     Raises:
         ConfigError: The step was not kept, or what must stay is another; one line.
         CheckpointError: The checkpoint's manifest is damaged.
@@ -70,7 +73,7 @@ def check_branch(config: Config) -> None:
             f"{word}: step {branch.step} was not kept, {branch.folder} has {', '.join(map(str, kept)) or 'none'}; "
             "checkpoint.keep_every_steps keeps checkpoints for ever"
         )
-    state = train_state(read_manifest(branch.checkpoint))
+    state = train_state(open_manifest(branch.checkpoint))
     changes(state.identity.config, to_values(config), is_branch=True).check(branch.checkpoint, "a branch keeps them")
     if config.num_steps <= branch.step:
         raise ConfigError(

@@ -1,10 +1,19 @@
 """``checkpoint.branch_from`` as a user runs it."""
 
+import contextlib
+import io
+import os
+import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from helpers.checkpoints import assert_same, contents
+from helpers.processes import run_on_ranks
 from helpers.runs import rows_of, run, train_words
+
+from moe_pretrain import cli
+from moe_pretrain.checkpoint import manifest
 
 STABLE = ("schedule=warmup_stable_decay", "schedule.decay_fraction=0", "router=loss_free", "optimizer=muon")
 DECAY = ("budget.tokens=8192", "schedule.decay_fraction=0.5")
@@ -66,3 +75,40 @@ def test_what_cannot_be_is_one_line(trunk: Path, words: list[str], fragment: str
     code, _, err = run(trunk, *train_words("never", *STABLE, *DECAY, *words))
     assert code == 2 and fragment in err and len(err.splitlines()) == 1, err
     assert not (trunk / "outputs" / "never").exists()
+
+
+def branch_here(home: str, words: list[str]) -> tuple[int, str, list[str]]:
+    """The command on a rank of torchrun's: exit code, errors, and the checkpoint files that this rank has hashed."""
+    os.chdir(home)
+    hash_of, hashed = manifest._hash, []
+
+    def recorded(file: BinaryIO) -> str:
+        hashed.append(Path(os.readlink(f"/proc/self/fd/{file.fileno()}")).name)
+        return hash_of(file)
+
+    manifest._hash = recorded
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = cli.main(words)
+    return code, errors.getvalue(), hashed
+
+
+def test_ranks_together_read_the_checkpoint_once(trunk: Path) -> None:
+    """By the start of the branch: not each rank the whole of it beforehand."""
+    words = train_words("read_once", *STABLE, "checkpoint.branch_from=trunk@4", "checkpoint.every_steps=100")
+    ranks = run_on_ranks(branch_here, 2, str(trunk), [*words, *DECAY])
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert sum((hashed for _, _, hashed in ranks), []) == ["rank_00000.safetensors"]
+
+
+def test_a_damaged_checkpoint_ends_every_rank_in_one_line(trunk: Path) -> None:
+    """The rank that has read the damaged file tells the others, which would wait for it."""
+    shutil.copytree(trunk / "outputs/trunk", trunk / "outputs/damaged")
+    file = trunk / "outputs/damaged/checkpoints/step_00000004/rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = train_words("never_begun", *STABLE, "checkpoint.branch_from=damaged@4", *DECAY)
+    for code, err, _ in run_on_ranks(branch_here, 2, str(trunk), words):
+        assert code == 2 and len(err.splitlines()) == 1, err
+        assert "damaged/checkpoints/step_00000004/rank_00000.safetensors is damaged: its size or hash" in err
+    assert not (trunk / "outputs/never_begun/checkpoints").exists(), "nothing was trained"
