@@ -13,7 +13,9 @@ from moe_pretrain.inference.harness.extra import check_tasks
 from moe_pretrain.parallel.launcher import run_workers
 from moe_pretrain.parallel.rendezvous import launched_number, launched_rank, launched_world_size
 from moe_pretrain.plan.micro_batch import USABLE, with_largest_micro_batch
+from moe_pretrain.run_folder.identity import decides
 from moe_pretrain.run_folder.lock import owned
+from moe_pretrain.run_folder.paths import misspelt_run
 from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.system.child_process import is_worker
@@ -84,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
 def with_earlier_overrides(overrides: list[str], say: Callable[[str], None] = print) -> list[str]:
     """A run that exists goes on with what it was started with, defaults of that day included; new overrides win.
 
-    A job of a sweep, which is told the sweep's name, is given all of its overrides every time.
+    A job of a sweep, which is told the sweep's name, is given all of its overrides every time. A name that is new,
+    almost that of a run, and given alone is more often a resume that is misspelt than a run: this is said.
     """
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
@@ -95,6 +98,10 @@ def with_earlier_overrides(overrides: list[str], say: Callable[[str], None] = pr
     folder = load(named).run.folder
     recorded = read_overrides(folder)
     if not recorded:
+        is_default = not any(decides(word.lstrip("+~").partition("=")[0]) for word in overrides)
+        if is_default and not folder.exists() and (meant := misspelt_run(folder)) is not None:
+            default = f"{folder} is a new run with the default configuration"
+            say(f"{default}; did you mean run.name={meant.name}, which exists?")
         return overrides
     words = earlier_words(folder, recorded, overrides)
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first

@@ -1,7 +1,6 @@
 """Composed values to a ``Config``, or one line of complaint."""
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ import pydantic
 
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.moe.by_layer import in_place
+from moe_pretrain.system.words import nearest
 
 
 def validate(values: Mapping[str, Any], router: type[Any] | None = None) -> Config:
@@ -116,11 +116,7 @@ def _refuse_unknown(part: Any, values: Any, path: str) -> None:
         raise ConfigError(f"{path.removesuffix('.')}={str(values).lower()} must be a number")
 
 
-_LEAST_LIKENESS = 0.65
-"""At difflib's own 0.6 a word that has three letters of another's six is taken for it."""
-
-
 def suggest(word: str, known: Sequence[str] | set[str]) -> str:
     """The known name nearest to an unknown ``word``, or all of them, as the end of a complaint."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=_LEAST_LIKENESS)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else f"; known: {', '.join(sorted(known))}"

@@ -33,6 +33,8 @@ FOLDER/ladder.json           ``ladder FOLDER``: the law of each scheme, its runs
 import re
 from pathlib import Path
 
+from moe_pretrain.system.words import nearest
+
 OVERRIDES_FILE = "overrides.txt"
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
@@ -75,10 +77,17 @@ _PROBE = re.compile(r"step_(\d{8})\.npz")
 _TASK_RESULT = re.compile(r"step_(\d{8})\.json")
 
 
+def misspelt_run(folder: Path, file: str = OVERRIDES_FILE) -> Path | None:
+    """The run beside ``folder``, known by its ``file``, whose name that of ``folder`` is a misspelling of, if any."""
+    near = nearest(folder.name, (path.parent.name for path in folder.parent.glob(f"*/{file}")))
+    return folder.parent / near if near else None
+
+
 def no_run(folder: Path, file: str) -> str:
-    """In words that ``folder`` is no run's, for lack of ``file``, and which folder above or below it is one."""
+    """In words that ``folder`` is no run's, for lack of ``file``, and which folder above, below or beside is one."""
     if not folder.is_dir():
-        return f"{folder} is not a run folder: there is no such folder"
+        meant = misspelt_run(folder, file)
+        return f"{folder} is not a run folder: there is no such folder" + (f"; did you mean {meant}?" if meant else "")
     above = [parent for parent in folder.parents[:2] if (parent / file).is_file()]
     near = above or sorted(path.parent for path in folder.glob(f"*/{file}"))
     some = " or ".join(map(str, near[:3])) + (" or another" if len(near) > 3 else "")

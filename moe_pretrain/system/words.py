@@ -1,14 +1,23 @@
 """Numbers and texts in a form for one line of output."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 _MOST_NAMED = 5
+_LEAST_LIKENESS = 0.65
+"""At difflib's own 0.6 a word that has three letters of another's six is taken for it."""
 
 
 def few(names: Sequence[str]) -> str:
     """Some of the names, and how many more there are."""
     more = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown ``word`` is a misspelling of; None where none is so close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=_LEAST_LIKENESS)
+    return close[0] if close else None
 
 
 def one_line(reason: object) -> str:

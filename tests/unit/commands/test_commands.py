@@ -98,6 +98,38 @@ def test_words_of_a_start_that_never_began_are_said(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "more,is_said",
+    [
+        (["run.name=frist"], True),
+        (["run.name=frist", "parallel.processes=2", "metrics.wandb=off"], True),
+        (["run.name=frist", "router=top_p"], False),
+        (["run.name=frist", "+seed=2"], False),
+        (["run.name=other"], False),
+        (["run.name=first"], False),
+        (["run.name=firsts"], False),
+    ],
+    ids=str,
+)
+def test_a_misspelt_name_of_a_run_is_asked_about(more: list[str], is_said: bool, tmp_path: Path):
+    """Not where anything says that another run than a resumed one is meant."""
+    for name in ("first", "other-than-that"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "overrides.txt").write_text(f"run.name={name}\nseed=1\n")
+    for name in ("firsts", "fristt"):  # no runs: folders in which something else lies
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    given = [f"run.output_dir={tmp_path}", *more]
+    words = with_earlier_overrides(given, said.append)
+    assert ("seed=1" in words) == ("run.name=first" in more) and (words == given or "run.name=first" in more)
+    if is_said:
+        assert said == [
+            f"{tmp_path}/frist is a new run with the default configuration; did you mean run.name=first, which exists?"
+        ]
+    else:
+        assert not any("did you mean" in line for line in said)
+
+
+@pytest.mark.parametrize(
     "words,fragment",
     [
         (["train", "--modle=tiny"], "unrecognized arguments: --modle=tiny"),
@@ -145,6 +177,7 @@ def test_what_is_no_run_is_said_with_the_runs_beside_it(
     for given, hint in (
         (step, f"did you mean {run}?"),
         (tmp_path / "outputs", f"did you mean {run}?"),
+        (tmp_path / "outputs" / "frist", f"there is no such folder; did you mean {run}?"),
         (tmp_path / "frist", "there is no such folder"),
     ):
         assert main([command[0], str(given), *behind, *command[1:]]) == 2
