@@ -63,7 +63,7 @@ def assemble(
                 imports.update({f"import {alias.name}": set() for alias in node.names})
             elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith(_OURS):
                 imports.setdefault(f"from {node.module} import", set()).update(alias.name for alias in node.names)
-            is_unused = piece == "common" and isinstance(node, ast.FunctionDef) and node.name in unused
+            is_unused = piece == "common" and getattr(node, "name", "") in unused
             if is_unused or not _belongs(node):
                 del lines[node.lineno - 1 : node.end_lineno]
         bodies.append(re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip())
@@ -102,10 +102,11 @@ def _with_own_names(text: str, piece: str) -> str:
 
 
 def _unused(common: str, others: str) -> set[str]:
-    """Functions of ``common`` that neither ``others`` call nor those functions that are called."""
-    left = {node.name: ast.unparse(node) for node in ast.parse(common).body if isinstance(node, ast.FunctionDef)}
-    while called := [name for name in left if f"{name}(" in others]:
-        others += "".join(left.pop(name) for name in called)
+    """Functions and classes of ``common`` that neither ``others`` use nor those that are used."""
+    definitions = [node for node in ast.parse(common).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    left = {node.name: ast.unparse(node) for node in definitions}
+    while used := [name for name in left if re.search(rf"\b{name}[()]", others)]:
+        others += "".join(left.pop(name) for name in used)
     return set(left)
 
 

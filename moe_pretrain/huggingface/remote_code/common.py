@@ -42,12 +42,32 @@ def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(hidden.float(), weight.float())
 
 
-def logits_of(router: Any, inputs: Tensor) -> Tensor:
-    """Logits of a linear router: its map, its bias and the soft bound of both."""
-    logits, cap = linear_float32(inputs, router.weight), router.fields["logit_cap"]
-    if router.logit_bias is not None:
-        logits = logits + router.logit_bias
-    return logits if cap is None else cap * (logits / cap).tanh()
+class LinearRouter(nn.Module):
+    """A router whose logits are a map of the token, a bias and a soft bound of both."""
+
+    float32_parts = ["router"]
+
+    def __init__(self, config: Any, layer: int, width: int | None = None):
+        super().__init__()
+        self.fields = config.router
+        self.weight = empty(config.num_experts, width or config.hidden_size)
+        self.logit_bias = empty(config.num_experts) if self.fields["bias"] else None
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Logits ``[tokens, experts]``."""
+        logits, cap = linear_float32(inputs, self.weight), self.fields["logit_cap"]
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+
+class Thresholds(nn.Module):
+    """The score above which each expert takes a token."""
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.thresholds: Tensor
+        self.register_buffer("thresholds", torch.zeros(num_experts))
 
 
 def gated(gate: Tensor, up: Tensor, activation: dict[str, Any]) -> Tensor:

@@ -1,7 +1,9 @@
 """Exported folders: every scheme, as transformers' own class or as one file of remote code, and what is refused."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -320,8 +322,13 @@ PIECES = [
 
 
 @pytest.mark.parametrize("scheme,experts,combine", PIECES)
-def test_the_modelling_file_imports_nothing_of_ours(scheme: str, experts: list[str], combine: str):
+def test_the_modelling_file_imports_nothing_of_ours_and_holds_nothing_unused(
+    scheme: str, experts: list[str], combine: str
+):
     source = assemble([scheme], experts, combine)
     compile(source, FILE, "exec")
+    defined = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    unused = [node.name for node in defined if len(re.findall(rf"\b{node.name}\b", source)) == 1]
+    assert unused == ["MoePretrainForCausalLM"]
     assert "moe_pretrain." not in source and "jaxtyping" not in source
     assert max(map(len, source.splitlines())) <= 120

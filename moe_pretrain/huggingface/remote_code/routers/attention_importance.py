@@ -4,23 +4,19 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_pretrain.huggingface.remote_code.common import Facts, empty, linear_float32, logits_of
+from moe_pretrain.huggingface.remote_code.common import Facts, LinearRouter, empty, linear_float32
 
 SCHEMES = ("attention_importance",)
 
 
-class Router(nn.Module):
+class Router(LinearRouter):
     """``clip(ceil(scale * importance * num_experts))`` experts, the most probable ones."""
 
-    float32_parts = ["router"]
-
     def __init__(self, config: Any, layer: int):
-        super().__init__()
-        self.fields, self.num_experts = config.router, config.num_experts
-        self.weight = empty(config.num_experts, config.hidden_size)
-        self.logit_bias = empty(config.num_experts) if self.fields["bias"] else None
+        super().__init__(config, layer)
+        self.num_experts = config.num_experts
         self.scale: Tensor
         self.register_buffer("scale", torch.zeros(()))
         if self.fields["importance"] == "predictor":
@@ -29,7 +25,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Gates ``[tokens, experts]``, 0 where an expert is not taken."""
-        logits = logits_of(self, hidden)
+        logits = self.logits(hidden)
         count = self._num_experts(hidden, facts)
         best = logits.sort(dim=-1, descending=True, stable=True).indices
         rank = best.argsort(dim=-1)  # place of each expert in the order

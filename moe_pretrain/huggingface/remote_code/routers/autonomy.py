@@ -5,18 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import Facts, empty, prefix_mask
+from moe_pretrain.huggingface.remote_code.common import Facts, Thresholds, empty, prefix_mask
 
 SCHEMES = ("autonomy", "autonomy_top_p", "autonomy_expert_choice")
-
-
-class Thresholds(nn.Module):
-    """The norm above which each expert takes a token."""
-
-    def __init__(self, num_experts: int):
-        super().__init__()
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.zeros(num_experts))
 
 
 class Router(nn.Module):

@@ -2,21 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import Facts, empty, linear_float32
+from moe_pretrain.huggingface.remote_code.common import Facts, Thresholds, empty, linear_float32
 
 SCHEMES = ("expert_choice",)
-
-
-class Thresholds(nn.Module):
-    """The score above which each expert takes a token."""
-
-    def __init__(self, num_experts: int):
-        super().__init__()
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.zeros(num_experts))
 
 
 class Router(nn.Module):

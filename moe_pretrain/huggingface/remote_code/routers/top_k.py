@@ -5,31 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_pretrain.huggingface.remote_code.common import Facts, best_first, empty, gates_of, linear_float32, logits_of
+from moe_pretrain.huggingface.remote_code.common import Facts, LinearRouter, best_first, empty, gates_of, linear_float32
 
 SCHEMES = ("top_k", "loss_free", "quantile")
 
 
-class Router(nn.Module):
+class Router(LinearRouter):
     """Every token goes to its ``top_k`` best experts; ``expert_bias`` decides with the scores, and weighs nothing."""
 
-    float32_parts = ["router"]
-
     def __init__(self, config: Any, layer: int):
-        super().__init__()
-        self.fields, experts = config.router, config.num_experts
-        size = self.fields["projection_size"]
+        size, is_plain = config.router["projection_size"], config.router["name"] == "top_k"
+        super().__init__(config, layer, size)
         self.projection = None if size is None else empty(size, config.hidden_size)
-        self.weight = empty(experts, size or config.hidden_size)
-        self.logit_bias = empty(experts) if self.fields["bias"] else None
         self.expert_bias: Tensor | None
-        self.register_buffer("expert_bias", None if self.fields["name"] == "top_k" else torch.zeros(experts))
+        self.register_buffer("expert_bias", None if is_plain else torch.zeros(config.num_experts))
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Gates ``[tokens, experts]``, 0 where an expert is not taken."""
         fields = self.fields
         inputs = hidden if self.projection is None else linear_float32(hidden, self.projection)
-        logits = logits_of(self, inputs)
+        logits = self.logits(inputs)
         if fields["score"] == "softmax":
             scores = logits.softmax(dim=-1)
         elif fields["score"] == "sigmoid":
