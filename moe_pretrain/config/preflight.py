@@ -12,7 +12,7 @@ from moe_pretrain.engine.elastic import check_elastic
 from moe_pretrain.engine.optimizers.base import check_optimizer
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.model.size import ModelSize
-from moe_pretrain.moe.build import sharded, width_problems
+from moe_pretrain.moe.build import no_fused_products, sharded, width_problems
 from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.run_folder.paths import CHECKPOINTS
 from moe_pretrain.schedule.batch_plan import BatchPlan, plan_batches
@@ -68,7 +68,8 @@ def preflight(config: Config, world_size: int) -> RunPlan:
         if not any(list(layer.router.parameters()) for layer in model.moe_layers()):
             raise ValueError(f"optimizer.trainable=routers must be all with router={config.router.name}: no weights")
     check_optimizer(config.optimizer, config.model, config.router)
-    resolve_kernels(config.engine.kernels, plan.device)
+    if resolve_kernels(config.engine.kernels, plan.device) == "quack" and plan.dtype != "bfloat16":
+        raise ValueError(f"engine.kernels=quack must be auto or torch with engine.dtype={plan.dtype}: not bfloat16")
     if plan.dtype == "bfloat16" and config.engine.zero_stage == 0:
         raise ValueError("engine.zero_stage=0 must be 1 or 2 with engine.dtype=bfloat16")
     if config.engine.determinism == "elastic":
@@ -114,9 +115,12 @@ def plan_run(config: Config, world_size: int, target: tuple[str, Dtype] | None =
         target: Device type and dtype of another machine; None takes those of this one.
 
     Raises:
-        ValueError: The global batch does not divide, or this machine has not the device that is asked for.
+        ValueError: The global batch does not divide, this machine has not the device that is asked for, or experts
+            cannot run as the kernels that are.
     """
     batches = plan_batches(config.batch, config.model.sequence_length, world_size, config.num_steps)
+    if config.engine.kernels == "quack" and (reason := no_fused_products(config.model.moe, config.router)):
+        raise ValueError(f"engine.kernels=quack must be auto or torch: {reason}")
     device, dtype = target or _resolve_device(config.engine)
     size = config.size
     tokens = batches.micro_batch_size * config.model.sequence_length

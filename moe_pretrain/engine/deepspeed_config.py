@@ -30,7 +30,8 @@ class EngineConfig:
             size. ``elastic``: on any of the first three, in powers of two, at a fixed ``batch.micro_batch_size``, in
             float32 on CPUs of one kind; slower, for debugging and proofs (``engine/elastic.py``).
         kernels: Whose kernels run the loss, norms and dense networks (``moe/kernels.py``): ``auto`` takes
-            liger-kernel's on a GPU where the extra ``kernels`` is installed. The same numbers to rounding.
+            liger-kernel's on a GPU where the extra ``kernels`` is installed; ``quack`` those of the extra ``quack`` for
+            experts (``moe/experts/fused_products.py``). The same numbers to rounding.
     """
 
     device: Literal["auto", "cpu", "cuda"]

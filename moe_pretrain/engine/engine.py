@@ -29,6 +29,7 @@ from moe_pretrain.engine.sanity import (
 )
 from moe_pretrain.engine.step_result import Evaluation, StepResult, StepSums
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
+from moe_pretrain.moe.experts.swiglu import check_fused_experts
 from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.moe.types import ExpertKinds, Routing
 from moe_pretrain.parallel.deepspeed_moe import is_expert
@@ -72,6 +73,8 @@ class TrainEngine:
         stage = config.stage(dtype, mesh.world_size)
         kernels = resolve_kernels(config.kernels, device)
         model.use_kernels(kernels)
+        if kernels == "quack":
+            check_fused_experts(model, mesh.device)
         self.config = config = replace(config, zero_stage=stage, dtype=dtype, device=device, kernels=kernels)
         self.mesh, self.seed = mesh, seed
         self.model = model

@@ -16,7 +16,7 @@ from moe_pretrain.model.attention import Attention, QKNorm, document_mask
 from moe_pretrain.model.block import Block, Recompute
 from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses, two_pass_losses
 from moe_pretrain.moe.build import build_moe_layer
-from moe_pretrain.moe.experts.swiglu import SwiGLU
+from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.host_values import on_device_of
 from moe_pretrain.moe.kernels import Kernels
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
@@ -208,9 +208,9 @@ class DecoderLM(nn.Module):
         return "; ".join(dict.fromkeys(rule for rule in rules if rule))
 
     def use_kernels(self, kernels: Kernels) -> None:
-        """Have the loss, norms and dense networks run as one package's kernels; torch's until then."""
+        """Have the loss, norms, dense networks and experts run as one package's kernels; torch's until then."""
         for module in self.modules():
-            if isinstance(module, DecoderLM | RMSNorm | SwiGLU):
+            if isinstance(module, DecoderLM | RMSNorm | SwiGLU | SwiGLUExperts):
                 module.kernels = kernels
 
     def moe_layers(self) -> list[MoELayer]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Concatenate, ParamSpec
 
 from moe_pretrain.moe.by_layer import in_place
+from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.config import MatrixProductConfig, SwiGLUConfig, UnequalConfig
 from moe_pretrain.moe.experts.factorised import FactorisedExperts, factorised_width, full_width
 from moe_pretrain.moe.experts.latent import LatentMaps
@@ -88,6 +89,19 @@ def is_lowest(moe: MoEConfig, router: RouterConfig, layer: int) -> bool:
 def expert_gate(moe: MoEConfig, router: RouterConfig) -> int | None:
     """Rank of the experts' factorised gate, None for a full one."""
     return router.expert_gate_rank or moe.gate_rank
+
+
+def no_fused_products(moe: MoEConfig, router: RouterConfig) -> str | None:
+    """Reason why experts cannot run as ``experts/fused_products.py``, which is for SwiGLU with full matrices."""
+    if router.dense_experts or router.merges_experts:
+        return f"router={router.name} sends no token to an expert"
+    if expert_gate(moe, router) is not None:
+        return f"experts of router={router.name} have factorised gates"
+    if isinstance(moe.experts, MatrixProductConfig):
+        return f"experts={moe.experts.name} rebuilds its matrices"
+    if moe.activation_function != SWIGLU:
+        return f"{moe.activation_name} is not SwiGLU"
+    return None
 
 
 def expert_width(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> int:

@@ -1,6 +1,7 @@
-"""Kernels of liger-kernel (extra ``kernels``) in place of torch's: which of the two a run takes, and the calls.
+"""Kernels in place of torch's: which a run takes, and the calls of liger-kernel (extra ``kernels``).
 
-Three are taken, with statistics in float32 as in ours and no wait of the host for the device:
+quack-kernels' (extra ``quack``) are those of experts, ``experts/fused_products.py``; all else stays torch's with them.
+Of liger's three are taken, with statistics in float32 as in ours and no wait of the host for the device:
 
 - the loss and its gradient of a chunk of logits: one kernel, the gradient in the place of the logits;
 - RMSNorm: one kernel back for the gradients of rows and weight, where torch reads the rows twice;
@@ -12,6 +13,7 @@ ours also makes the gradient of the routes' weights. The norm of a latent space 
 stay torch's.
 """
 
+from dataclasses import dataclass
 from importlib import metadata, util
 from typing import Literal
 
@@ -19,53 +21,79 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Kernels = Literal["torch", "liger"]
-KernelChoice = Literal["auto", "torch", "liger"]
-_OLDEST, _BEFORE = (0, 8, 5), (0, 9)
-"""Versions of liger-kernel whose kernels take the arguments below."""
+Kernels = Literal["torch", "liger", "quack"]
+KernelChoice = Literal["auto", "torch", "liger", "quack"]
+
+
+@dataclass(frozen=True)
+class _Package:
+    """Versions from ``oldest`` to ``latest``, before ``before``, take the arguments that they are called with here."""
+
+    name: str
+    extra: str
+    oldest: tuple[int, ...]
+    before: tuple[int, ...]
+    latest: str
+
+
+_LIGER = _Package("liger-kernel", "kernels", (0, 8, 5), (0, 9), "0.8.x")
+_QUACK = _Package("quack-kernels", "quack", (0, 6, 5), (0, 7), "0.6.x")
 
 
 def resolve_kernels(asked: KernelChoice, device: str) -> Kernels:
     """Decide which kernels a run on ``cuda`` or ``cpu`` takes; ``auto`` is liger's on CUDA where they are installed.
 
     Raises:
-        ValueError: ``liger`` is asked for where it cannot run.
+        ValueError: ``liger`` or ``quack`` is asked for where it cannot run.
     """
     if asked == "torch":
         return "torch"
-    reason = _no_liger(device)
+    reason = _no_quack(device) if asked == "quack" else _lacks(_LIGER, device)
     if reason is None:
-        return "liger"
+        return "quack" if asked == "quack" else "liger"
     if asked == "auto":
         return "torch"
-    raise ValueError(f"engine.kernels=liger must be auto or torch: {reason}")
+    raise ValueError(f"engine.kernels={asked} must be auto or torch: {reason}")
 
 
 def priced_kernels(asked: KernelChoice, device: str) -> Kernels:
     """Kernels that a run on ``device`` would take, asked where there need be no such device.
 
-    ``liger`` is believed; of ``auto`` it is what is installed here that decides.
+    ``liger`` and ``quack`` are believed; of ``auto`` it is what is installed here that decides.
     """
-    if device != "cuda" or asked == "torch":
+    if device != "cuda":
         return "torch"
-    return "liger" if asked == "liger" or _no_liger(device) is None else "torch"
+    if asked == "auto":
+        return "liger" if _lacks(_LIGER, device) is None else "torch"
+    return asked
 
 
-def _no_liger(device: str) -> str | None:
-    """Reason why liger's kernels cannot run here; None if they can."""
+def _lacks(package: _Package, device: str) -> str | None:
+    """Reason why the kernels of a package cannot run here; None if they can."""
     if device != "cuda":
         return f"its kernels run on CUDA, and this run is on the {device.upper()}"
-    wanted = "pip install 'moe_pretrain[kernels]'"
+    name, wanted = package.name, f"pip install 'moe_pretrain[{package.extra}]'"
     try:
-        version = metadata.version("liger-kernel")
+        version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return f"liger-kernel is not installed ({wanted})"
+        return f"{name} is not installed ({wanted})"
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if not _OLDEST <= numbers < _BEFORE:
-        return f"liger-kernel {version} is installed, and its kernels are called as those of 0.8.5 to 0.8.x ({wanted})"
+    if not package.oldest <= numbers < package.before:
+        oldest = ".".join(map(str, package.oldest))
+        return (
+            f"{name} {version} is installed, and its kernels are called as those of {oldest} to {package.latest} "
+            f"({wanted})"
+        )
     if util.find_spec("triton") is None:
-        return f"liger-kernel is installed without triton ({wanted})"
+        return f"{name} is installed without triton ({wanted})"
     return None
+
+
+def _no_quack(device: str) -> str | None:
+    reason = _lacks(_QUACK, device)
+    if reason is None and torch.cuda.is_available() and (major := torch.cuda.get_device_capability()[0]) < 9:
+        return f"its kernels are for Hopper and Blackwell, and this GPU is of compute capability {major}"
+    return reason
 
 
 def liger_rms_norm(

@@ -27,6 +27,8 @@ _BYTES_PER_ROUTED_HIDDEN = 20
 """The same for each route: gathers, and sums over a token's experts."""
 _BYTES_PER_WIDTH = 18
 """Memory traffic per row of an expert and unit of its width: the activation and its backward."""
+_FUSED_BYTES_PER_ROUTED_HIDDEN, _FUSED_BYTES_PER_WIDTH = 4, 10
+"""The same two with quack's kernels: products gather rows themselves, and have the activation in their epilogues."""
 _BYTES_PER_LOGIT = 8.5
 """Memory traffic of the loss per token and entry of the vocabulary."""
 _BYTES_PER_PARAMETER = 26
@@ -106,13 +108,17 @@ def step_time(config: Config, run: RunPlan, parameters: LocalParameters, machine
     products = size.training_flops_per_token + again - trained * scores - scores_again
     experts = 0 if config.router.dense_experts else len(model.moe_layers)
     routes = mean_ffn_experts(model, config.router) if experts else 0.0
-    inner = routes * expert_width(model.moe, config.router, model.hidden_size) + model.moe.shared_width
-    in_moe = inner if experts else dense_width(model.moe, config.router)
+    inner_routed = routes * expert_width(model.moe, config.router, model.hidden_size)
+    in_moe = inner_routed + model.moe.shared_width if experts else dense_width(model.moe, config.router)
     widths = len(model.moe_layers) * in_moe + (model.num_layers - len(model.moe_layers)) * model.ffn_hidden_size
-    routed = _BYTES_PER_ROUTED_HIDDEN * experts * routes * model.moe.routed_size(model.hidden_size)
-    per_hidden = _BYTES_PER_HIDDEN
-    if priced_kernels(config.engine.kernels, run.device) == "liger":
+    kernels = priced_kernels(config.engine.kernels, run.device)
+    per_hidden, per_routed_hidden = _BYTES_PER_HIDDEN, _BYTES_PER_ROUTED_HIDDEN
+    if kernels == "liger":
         per_hidden -= _LESS_PER_HIDDEN
+    if kernels == "quack":
+        per_routed_hidden = _FUSED_BYTES_PER_ROUTED_HIDDEN
+        widths -= experts * inner_routed * (1 - _FUSED_BYTES_PER_WIDTH / _BYTES_PER_WIDTH)
+    routed = per_routed_hidden * experts * routes * model.moe.routed_size(model.hidden_size)
     once = per_hidden * model.num_layers * model.hidden_size + routed + _BYTES_PER_WIDTH * widths
     # A forward pass is about two fifths of the traffic of both.
     share = {"none": 1.0, "selective": 1.15, "full": 1.4}[model.recompute]

@@ -34,6 +34,7 @@ CONFINED = {
     "wandb": {"metrics/wandb_sink.py"},
     "matplotlib": {"analysis/"},
     "liger_kernel": {"moe/kernels.py"},
+    "quack": {"moe/experts/fused_products.py"},
     "torch.distributed": {
         "parallel/",
         "engine/",

@@ -1,5 +1,6 @@
 """What only a CUDA device can show. Every comparison is with a readable loop in float32 or float64 on the CPU."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
@@ -16,7 +17,10 @@ from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.model.attention import attend, document_mask
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.moe.dispatch import order_by
-from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
+from moe_pretrain.moe.experts.activation import SWIGLU
+from moe_pretrain.moe.experts.fused_products import check_fused_products
+from moe_pretrain.moe.experts.swiglu import SwiGLUExperts, run_swiglu_experts
+from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.part_timer import PARTS, PartClock, time_source
 from moe_pretrain.moe.routers.top_k import TopKRouter
@@ -204,6 +208,17 @@ def test_attention_statistic_equals_the_cpus_without_waiting(name: AttentionStat
 def mesh() -> Iterator[Any]:
     yield build_mesh(tiny().parallel, DEVICE)
     dist.barrier()
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(HIDDEN, WIDTH), (768, 3072), (96, 184)])
+def test_quacks_kernels_are_torchs(hidden: int, width: int) -> None:
+    """As a run with ``engine.kernels=quack`` checks them before it begins."""
+    try:
+        resolve_kernels("quack", DEVICE)
+    except ValueError as error:
+        pytest.skip(str(error))
+    poison((5, 2 * width, hidden), (5, hidden, width))
+    check_fused_products(hidden, width, torch.device(DEVICE), functools.partial(run_swiglu_experts, activation=SWIGLU))
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -362,6 +363,43 @@ def _liger_cross_entropy(account: Account) -> Callable[..., Tensor]:
     return call
 
 
+def quack_products(account: Account) -> ModuleType:
+    """``quack.gemm_interface`` as its kernels: products as plain ones, and apart what their epilogues move beside."""
+
+    def product(name: str, left: Tensor, right: Tensor, out: Tensor, rows: int) -> Tensor:
+        note(name, (left, right, out), 2 * rows * left.shape[-1] * right.shape[-1])
+        return out
+
+    def gemm(
+        A: Tensor, B: Tensor, out: Tensor | None = None, cu_seqlens_m: Tensor | None = None, **words: Any
+    ) -> Tensor:
+        if cu_seqlens_m is not None:
+            return product("gemm", A, B, A.new_empty(len(A), B.shape[-1]), len(A))
+        assert out is not None
+        note("gemm", (A, B, out), 2 * A.shape[0] * B.numel())
+        return out
+
+    def gemm_gated(A: Tensor, B: Tensor, A_idx: Tensor, **words: Any) -> tuple[Tensor, Tensor]:
+        before = product("gemm_gated", A, B, A.new_empty(len(A_idx), B.shape[-1]), len(A_idx))
+        act = A.new_empty(len(A_idx), B.shape[-1] // 2)
+        note("gemm_gated epilogue", (act,), 0)
+        return before, act
+
+    def gemm_dgated(A: Tensor, B: Tensor, PreAct: Tensor, A_idx: Tensor, **words: Any) -> tuple[Tensor, ...]:
+        act, dot = A.new_empty(len(A_idx), B.shape[-1]), A.new_empty(len(A_idx), dtype=torch.float32)
+        grad_before = torch.empty_like(PreAct)
+        product("gemm_dgated", A, B, act, len(A_idx))
+        note("gemm_dgated epilogue", (PreAct, grad_before, dot), 0)  # the activation is in place of the product
+        return grad_before, act, dot
+
+    def note(name: str, moved: tuple[Tensor, ...], flops: int) -> None:
+        account.kernels.append(Kernel(account.phase, "moe/experts/fused_products.py", name, nbytes(moved), flops))
+
+    module = ModuleType("quack.gemm_interface")
+    module.gemm, module.gemm_gated, module.gemm_dgated = gemm, gemm_gated, gemm_dgated  # type: ignore[attr-defined]
+    return module
+
+
 @dataclass(frozen=True)
 class Counted:
     """One micro-batch of a model without storage.
@@ -406,6 +444,8 @@ def count(config: Config, rows: int, expert_parallel: int = 1, overlaps: bool = 
         patch.setattr(functional, "rms_norm", _rms_norm(account))
         patch.setattr(layers, "liger_rms_norm", _rms_norm(account, is_ligers=True))
         patch.setattr(layers, "liger_cross_entropy_", _liger_cross_entropy(account))
+        patch.setitem(sys.modules, "quack", ModuleType("quack"))
+        patch.setitem(sys.modules, "quack.gemm_interface", quack_products(account))
         model.use_kernels(priced_kernels(config.engine.kernels, "cuda"))
         if expert_parallel > 1:
             routes = rows * config.model.sequence_length * round(config.router.mean_experts_per_token)

@@ -174,6 +174,35 @@ def test_the_plan_charges_ligers_kernels_as_they_are_counted():
     assert seconds == pytest.approx(charged / step_time.Machine().memory_bandwidth)
 
 
+def test_the_plan_charges_quacks_kernels_as_they_are_counted():
+    """170 kB is the budget of a layer at this size, which the activation of torch's path alone nearly takes up."""
+    counts = [count(config_of("model=700m", "engine.kernels=quack", f"model.num_layers={n}"), 8) for n in (1, 2)]
+    moved, flops = (
+        (many - few) / (8 * 2048)
+        for few, many in zip(
+            *((one.account.total()[1], sum(each.flops for each in one.account.kernels)) for one in counts), strict=True
+        )
+    )
+    config = config_of("model=700m", "engine.kernels=quack")
+    hidden, width = config.model.hidden_size, config.model.moe.expert_hidden_size
+    charged = (step_time._BYTES_PER_HIDDEN + step_time._FUSED_BYTES_PER_ROUTED_HIDDEN * 2) * hidden
+    assert moved == pytest.approx(charged + step_time._FUSED_BYTES_PER_WIDTH * 2 * width, rel=0.02)
+    assert moved < 170e3
+    plain = [counted(n).account.kernels for n in (1, 2)]
+    assert flops * 8 * 2048 == sum(each.flops for each in plain[1]) - sum(each.flops for each in plain[0])
+    run = plan_run(config, 8, TARGET)
+    seconds = [
+        step_time.step_time(one, run, local_parameters(one), step_time.Machine()).memory
+        for one in (config_of("model=700m"), config)
+    ]
+    tokens = config.batch.global_batch_tokens / config.parallel.processes
+    saved = (step_time._BYTES_PER_WIDTH - step_time._FUSED_BYTES_PER_WIDTH) * 2 * width
+    saved += (step_time._BYTES_PER_ROUTED_HIDDEN - step_time._FUSED_BYTES_PER_ROUTED_HIDDEN) * 2 * hidden
+    layers = len(config.model.moe_layers)
+    assert seconds[0] - seconds[1] == pytest.approx(tokens * layers * saved / step_time.Machine().memory_bandwidth)
+    assert counts[1].saved == pytest.approx(counted(2).saved, rel=0.01) and counts[1].peak <= counted(2).peak
+
+
 LOSS_BYTES_PER_LOGIT = 8.5
 LOSS_SITES = ("model/layers.py forward", "model/layers.py _cross_entropy")
 

@@ -1,5 +1,6 @@
 """SwiGLU feed-forward networks: one dense module, and a stack of experts as one autograd node."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from moe_pretrain.moe.dispatch import scaled_rows, sum_rows
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients, gated
+from moe_pretrain.moe.experts.fused_products import check_fused_products, run_fused_swiglu_experts
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.kernels import Kernels, liger_swiglu
 from moe_pretrain.moe.part_timer import part
@@ -57,6 +59,7 @@ class SwiGLUExperts(nn.Module):
 
     expert_axis = 0
     """Of ``in_weight``."""
+    kernels: Kernels = "torch"
 
     def __init__(
         self, num_experts: int, hidden_size: int, width: int, shard: ExpertShard, activation: Activation = SWIGLU
@@ -76,6 +79,8 @@ class SwiGLUExperts(nn.Module):
         payload: None = None,
     ) -> Float[Tensor, "sources hidden"]:
         """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
+        if self.kernels == "quack" and len(weight):
+            return run_fused_swiglu_experts(sources, weight, self.in_weight, self.out_weight, order)
         return run_swiglu_experts(sources, weight, self.in_weight, self.out_weight, order, self.activation)
 
     def gate_norms(self, proxies: Float[Tensor, "proxies hidden"]) -> Float[Tensor, "local_experts proxies"]:
@@ -110,6 +115,18 @@ def run_swiglu_experts(
 ) -> Float[Tensor, "sources hidden"]:
     """Gather rows, run each through its expert, scale by ``weight`` (float32), sum back per source."""
     return _SwiGLUExpertsFunction.apply(sources, weight, in_weight, out_weight, order, activation)
+
+
+def check_fused_experts(model: nn.Module, device: torch.device) -> None:
+    """Compare quack's kernels on ``device`` with torch's, for experts of every size in ``model``.
+
+    Raises:
+        ValueError: They differ by more than rounding, or do not run.
+    """
+    plain = functools.partial(run_swiglu_experts, activation=SWIGLU)
+    shapes = {experts.out_weight.shape[1:] for experts in model.modules() if isinstance(experts, SwiGLUExperts)}
+    for hidden_size, width in sorted(shapes):
+        check_fused_products(hidden_size, width, device, plain)
 
 
 class _SwiGLUExpertsFunction(torch.autograd.Function):
