@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import quack_reference
+from helpers.engines import build_engine, random_batches
+from helpers.processes import run_on_ranks
 from torch import Tensor
 
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run, preflight
 from moe_pretrain.config.schema import ConfigError
+from moe_pretrain.engine import engine as engine_module
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe import kernels
 from moe_pretrain.moe.experts import fused_products
@@ -31,15 +34,20 @@ CPU = torch.device("cpu")
 PLAIN = functools.partial(run_swiglu_experts, activation=SWIGLU)
 
 
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """``quack.gemm_interface`` in plain loops; a test may break it."""
+def plain_products(patch: pytest.MonkeyPatch) -> ModuleType:
+    """``quack.gemm_interface`` in plain loops."""
     module = ModuleType("quack.gemm_interface")
     for name in ("gemm", "gemm_gated", "gemm_dgated"):
         setattr(module, name, getattr(quack_reference, name))
-    monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
-    monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
+    patch.setitem(sys.modules, "quack", ModuleType("quack"))
+    patch.setitem(sys.modules, "quack.gemm_interface", module)
     return module
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The products, which a test may break."""
+    return plain_products(monkeypatch)
 
 
 def test_the_check_passes_where_products_are_as_documented(products: ModuleType):
@@ -179,6 +187,35 @@ def test_float32_is_refused(monkeypatch: pytest.MonkeyPatch):
         preflight(load([*WORDS, "engine.dtype=float32"]), 1)
 
 
+TRAINED = [
+    *("model=tiny", "model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "model.vocab_size=97"),
+    *("model.sequence_length=16", "model.moe.num_experts=4", "model.moe.expert_hidden_size=24", "metrics.wandb=off"),
+    *("batch.global_batch_tokens=64", "batch.micro_batch_size=2", "tokenizer=pretrained", "tokenizer.path=unused"),
+    *("budget=tiny", "engine.device=cpu", "engine.dtype=bfloat16", "engine.zero_stage=1"),
+]
+
+
+def steps_of_engines() -> list[list[float]]:
+    """Losses and gradient norms of three steps by torch's experts and by fused products; what a wrong one is told."""
+    config, found = load(TRAINED), []
+    with pytest.MonkeyPatch.context() as patch:
+        module = plain_products(patch)
+        for decided in ("torch", "quack"):
+            patch.setattr(engine_module, "resolve_kernels", lambda asked, device, taken=decided: taken)
+            engine = build_engine(config)
+            results = [engine.step(step, random_batches(engine, step)) for step in range(3)]
+            found.append([value for result in results for value in (result.loss, result.gradient_norm)])
+        halves_swapped(module)
+        with pytest.raises(ValueError, match="engine.kernels=quack must be auto or torch: of in_weight"):
+            build_engine(config)
+    return found
+
+
+def test_an_engine_trains_with_them_and_compares_them_first():
+    ((plain, fused),) = run_on_ranks(steps_of_engines, 1)
+    assert fused == pytest.approx(plain, rel=0.01) and fused != plain
+
+
 def test_an_older_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "_lacks", lambda package, device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -200,10 +237,7 @@ def test_plain_loops_are_quacks_own_reference(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         quack_reference, name, lambda *args, **words: calls.append((args, words)) or ours(*args, **words)
     )
-    module = ModuleType("quack.gemm_interface")
-    for each in ("gemm", "gemm_gated", "gemm_dgated"):
-        setattr(module, each, getattr(quack_reference, each))
-    monkeypatch.setitem(sys.modules, "quack.gemm_interface", module)
+    plain_products(monkeypatch)
     check_fused_products(24, 40, CPU, PLAIN)
     assert calls
     reference = getattr(gemm_interface, f"{name}_ref")
