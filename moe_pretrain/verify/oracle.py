@@ -38,7 +38,7 @@ from moe_pretrain.moe.types import (
     StepUse,
     float32_parameters,
 )
-from moe_pretrain.verify.oracle_optimizers import norms_by_part, rate_scale, update_of
+from moe_pretrain.verify.oracle_optimizers import Update, norms_by_part, rate_scale, update_of
 from moe_pretrain.verify.oracle_parts import (
     combine_outputs,
     coupling_loss,
@@ -460,7 +460,7 @@ class Oracle:
         for name, weight in self.weights.items():
             own = rate_scale(self.config, name, weight)
             gradient = gradients[name] * scale
-            self.update(self.config, name, weight, gradient, self.moments[name], rate, own, step + 1)
+            self.update(Update(self.config, name, weight, gradient, self.moments[name], rate, own, step + 1))
 
 
 _FORMULAS: dict[type[Router], Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]] = {

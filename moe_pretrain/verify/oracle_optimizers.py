@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -74,54 +75,63 @@ def rate_scale(config: Config, name: str, weight: Tensor) -> float:
     return scale * (math.sqrt(base / fan_in) if is_spectral else base / fan_in) * depth
 
 
-def adamw(
-    config: Config,
-    name: str,
-    weight: Tensor,
-    gradient: Tensor,
-    moments: dict[str, Tensor],
-    rate: float,
-    scale: float,
-    count: int,
-) -> None:
+@dataclass(frozen=True)
+class Update:
+    """One update of one weight, which the optimizer's formula makes in place.
+
+    Attributes:
+        config: Configuration of the run.
+        name: Name of the weight.
+        weight: The weight, changed by the update.
+        gradient: Its clipped gradient.
+        moments: Its moments by name, changed too.
+        rate: Learning rate of the run.
+        scale: The weight's multiple of it.
+        count: Number of updates with this one.
+    """
+
+    config: Config
+    name: str
+    weight: Tensor
+    gradient: Tensor
+    moments: dict[str, Tensor]
+    rate: float
+    scale: float
+    count: int
+
+
+def adamw(update: Update) -> None:
     """AdamW with decay on matrices (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2), their alpha ``scale``."""
-    optimizer: Any = config.optimizer
-    first, second = moments["exp_avg"], moments["exp_avg_sq"]
+    optimizer: Any = update.config.optimizer
+    weight, gradient, count = update.weight, update.gradient, update.count
+    first, second = update.moments["exp_avg"], update.moments["exp_avg_sq"]
     first.mul_(optimizer.beta1).add_(gradient * (1 - optimizer.beta1))
     second.mul_(optimizer.beta2).add_(gradient**2 * (1 - optimizer.beta2))
     unbiased = first / (1 - optimizer.beta1**count)
     root = (second / (1 - optimizer.beta2**count)).sqrt()
     decay = optimizer.weight_decay if weight.ndim >= 2 else 0.0
-    weight.copy_(weight - rate * (decay * weight + scale * unbiased / (root + optimizer.epsilon)))
+    weight.copy_(weight - update.rate * (decay * weight + update.scale * unbiased / (root + optimizer.epsilon)))
 
 
-def muon(
-    config: Config,
-    name: str,
-    weight: Tensor,
-    gradient: Tensor,
-    moments: dict[str, Tensor],
-    rate: float,
-    scale: float,
-    count: int,
-) -> None:
+def muon(update: Update) -> None:
     """Muon of every matrix by itself (arXiv:2502.16982, eq. 1-4), in float64; AdamW of what is none."""
+    config, name, weight, gradient = update.config, update.name, update.weight, update.gradient
     if not _is_orthogonalised(name, weight):
-        adamw(config, name, weight, gradient, moments, rate, scale, count)
+        adamw(update)
         return
     optimizer: Any = config.optimizer
-    momentum = moments["momentum"]
+    momentum = update.moments["momentum"]
     momentum.mul_(optimizer.momentum).add_(gradient * (1 - optimizer.momentum))
     ahead = optimizer.momentum * momentum + (1 - optimizer.momentum) * gradient
-    for stack, update in zip(_own_matrices(config, name, weight), _own_matrices(config, name, ahead), strict=True):
+    for stack, directions in zip(_own_matrices(config, name, weight), _own_matrices(config, name, ahead), strict=True):
         rows = _rows_of_matrices(config, name, len(stack))
-        for matrix, direction in zip(stack.split(rows), update.double().split(rows), strict=True):
+        for matrix, direction in zip(stack.split(rows), directions.double().split(rows), strict=True):
             x = direction / direction.norm().clamp(min=1e-7)
             for _ in range(5):
                 square = x @ x.T
                 x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
             size = 0.2 * math.sqrt(max(matrix.shape))
-            matrix.copy_(matrix - rate * (optimizer.weight_decay * matrix + scale * size * x.float()))
+            matrix.copy_(matrix - update.rate * (optimizer.weight_decay * matrix + update.scale * size * x.float()))
 
 
 def _own_matrices(config: Config, name: str, weight: Tensor) -> Sequence[Tensor]:
@@ -155,16 +165,15 @@ def _rows_of_matrices(config: Config, name: str, rows: int) -> list[int]:
     return [rows]
 
 
-Update = Callable[[Config, str, Tensor, Tensor, dict[str, Tensor], float, float, int], None]
-UPDATES: dict[str, Update] = {
+Formula = Callable[[Update], None]
+UPDATES: dict[str, Formula] = {
     "adamw": adamw,
     "muon": muon,
 }
-"""By ``optimizer.name``: changes the weight called so and its moments, from the clipped gradient, the run's learning
-rate, the weight's multiple of it and the number of updates with this one."""
+"""By ``optimizer.name``."""
 
 
-def update_of(name: str) -> Update:
+def update_of(name: str) -> Formula:
     """The entry of ``UPDATES``.
 
     Raises:
