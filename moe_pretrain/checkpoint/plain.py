@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,23 +31,31 @@ class KeptArray(NamedTuple):
     values: Tensor
 
 
-def write_plain(
-    target: Path,
-    arrays: Iterable[KeptArray],
-    shapes: Mapping[str, list[int]],
-    moments: Mapping[str, list[str]],
-    updates: float,
-    state: TrainState,
-) -> None:
-    """Write the checkpoint ``target``, whole or not at all, with about a gigabyte of it in memory at a time.
+@dataclass(frozen=True)
+class PlainCheckpoint:
+    """What a checkpoint holds, to be written once.
 
-    Args:
-        target: Its folder, named by the step of ``state``.
+    Attributes:
         arrays: Every array; they are asked for one by one.
         shapes: Shape of every parameter.
         moments: Names of the moments of every parameter; none where the optimizer is to begin anew.
         updates: Updates that the optimizer has made.
         state: State of the run.
+    """
+
+    arrays: Iterable[KeptArray]
+    shapes: Mapping[str, list[int]]
+    moments: Mapping[str, list[str]]
+    updates: float
+    state: TrainState
+
+
+def write_plain(target: Path, checkpoint: PlainCheckpoint) -> None:
+    """Write ``checkpoint``, whole or not at all, with about a gigabyte of it in memory at a time.
+
+    Args:
+        target: Its folder, named by the step of its state.
+        checkpoint: Its contents.
 
     Raises:
         OSError: It cannot be written.
@@ -55,21 +64,21 @@ def write_plain(
     parts: list[dict[str, Any]] = []
     waiting: list[KeptArray] = []
     size = 0
-    staged = Staged("", b"", memoryview(b""), [], dict(shapes), dict(moments), updates)
+    staged = Staged("", b"", memoryview(b""), [], dict(checkpoint.shapes), dict(checkpoint.moments), checkpoint.updates)
 
     def flush() -> None:
         if waiting:
             parts.append(write_part(work, _stage(waiting, len(parts), staged), _no_fault))
             waiting.clear()
 
-    for array in arrays:
+    for array in checkpoint.arrays:
         waiting.append(array)
         size += array.values.nbytes
         if size >= _PART_BYTES:
             flush()
             size = 0
     flush()
-    commit(work, target, parts, staged, state.to_json(), _no_fault)
+    commit(work, target, parts, staged, checkpoint.state.to_json(), _no_fault)
 
 
 def _no_fault(point: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moe_pretrain.checkpoint.manifest import locate, moments_of, read_manifest
+from moe_pretrain.checkpoint.manifest import locate, read_manifest
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.commands.options import Parser
@@ -16,24 +16,22 @@ from moe_pretrain.commands.trained_run import add_router_files, add_run, open_ru
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import TrainedRun
-from moe_pretrain.data import MicroBatch, TrainLoader
+from moe_pretrain.data import MicroBatch, TrainingCorpus
 from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.inference.loss import validation_loss
 from moe_pretrain.run_folder.provenance import read_config, read_overrides
 from moe_pretrain.surgery.expert_statistics import measure
 from moe_pretrain.surgery.prune import (
     PrunedRun,
-    arrays_of,
     check_method,
     choose_groups,
+    pruned_checkpoint,
     pruned_config,
-    pruned_shapes,
-    updates_of,
 )
 from moe_pretrain.surgery.pruning_methods import METHODS
 from moe_pretrain.surgery.run_folder import write_run
 from moe_pretrain.system.files import check_unused
-from moe_pretrain.train.corpora import prepare_corpora
+from moe_pretrain.train.corpora import prepare_corpora, train_loader
 
 
 def arguments(parser: Parser) -> None:
@@ -81,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     model = trained.model()
     sets, shares = corpus.validation_sets(), corpus.shares
     before = validation_loss(model, trained.config, sets, shares, rows_at_once)
-    statistics = measure(model, _calibration(trained, corpus.train, options.rows), trained.config.seed)
+    statistics = measure(model, _calibration(trained, corpus, options.rows), trained.config.seed)
     print(f"calibration: {statistics[0].tokens:,} training tokens")
     print(f"{'method':<12} {'experts':>12} {'loss before':>12} {'after':>8}  folder")
     layers = {layer.router.layer: layer for layer in model.moe_layers()}
@@ -91,15 +89,8 @@ def run(options: argparse.Namespace) -> int:
             for (index, layer), found in zip(layers.items(), statistics, strict=True)
         }
         pruned = PrunedRun(config, groups)
-        place = write_run(
-            folders[method],
-            trained.folder,
-            arrays_of(trained, pruned),
-            pruned_shapes(pruned),
-            moments_of(trained.manifest),
-            updates_of(trained),
-            *_record(trained, options.experts),
-        )
+        state, *texts = _record(trained, options.experts)
+        place = write_run(folders[method], trained.folder, pruned_checkpoint(trained, pruned, state), *texts)
         made = TrainedRun(folders[method], config, place, read_manifest(place))
         after = validation_loss(made.model(), config, sets, shares, rows_at_once)
         change = f"{trained.config.model.moe.num_experts} -> {options.experts}"
@@ -128,21 +119,10 @@ def _earlier(trained: TrainedRun, place: Path | None) -> dict[int, Any]:
     return found
 
 
-def _calibration(trained: TrainedRun, train: Any, rows: int) -> list[MicroBatch]:
+def _calibration(trained: TrainedRun, corpus: TrainingCorpus, rows: int) -> list[MicroBatch]:
     """The first ``rows`` training rows of the run, or a few more."""
     config, batches = trained.config, plan_run(trained.config, 1).batches
-    loader = TrainLoader(
-        train,
-        config.model.sequence_length,
-        batches.rows_per_step,
-        batches.micro_batch_size,
-        0,
-        1,
-        config.seed,
-        config.packing.isolate_documents,
-        method=config.packing.method,
-        reset_positions=config.packing.reset_positions,
-    )
+    loader = train_loader(config, batches, corpus)
     found: list[MicroBatch] = []
     for step in range(-(-rows // batches.rows_per_step)):
         loader.reach(step)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.checkpoint.manifest import BUFFER
-from moe_pretrain.checkpoint.plain import KeptArray
+from moe_pretrain.checkpoint.plain import KeptArray, PlainCheckpoint
 from moe_pretrain.checkpoint.restore import WeightReader
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.commands.options import Parser, overrides_of, shows
@@ -140,4 +140,5 @@ def _write(folder: Path, model: DecoderLM, config: Config, overrides: list[str],
     identity = RunIdentity(config=values, tokenizer=tokenizer.fingerprint, versions=versions())
     text = yaml.safe_dump(values, sort_keys=False), "".join(f"{word}\n" for word in overrides)
     state = TrainState(step=0, tokens=0, identity=identity)
-    return write_run(folder, folder, arrays, shapes, {name: [] for name in shapes}, 0.0, state, *text)
+    checkpoint = PlainCheckpoint(arrays, shapes, {name: [] for name in shapes}, 0.0, state)
+    return write_run(folder, folder, checkpoint, *text)

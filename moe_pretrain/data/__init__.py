@@ -28,7 +28,7 @@ from moe_pretrain.data.prepare.prepare_corpus import (
 )
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
 from moe_pretrain.data.shards.reader import ShardReader
-from moe_pretrain.data.shards.writer import ShardWriter, write_manifest
+from moe_pretrain.data.shards.writer import ShardWriter, make_manifest, write_manifest
 from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.corpus import open_stream
 from moe_pretrain.data.tokenizer import TokenizerConfig
@@ -64,6 +64,7 @@ __all__ = [
     "count_rows",
     "examine_validation",
     "explain_change",
+    "make_manifest",
     "open_stream",
     "prepare_corpus",
     "prepare_evaluation_set",

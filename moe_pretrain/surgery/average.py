@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_pretrain.checkpoint import store
 from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, moments_of
-from moe_pretrain.checkpoint.plain import KeptArray
+from moe_pretrain.checkpoint.plain import KeptArray, PlainCheckpoint
 from moe_pretrain.checkpoint.restore import Reader
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.engine.intervals import WEIGHT
@@ -56,10 +56,10 @@ def average(run: Path, folder: Path, last: int, model: DecoderLM) -> tuple[Path,
     readers = [Reader(path, manifest) for path, manifest in zip(paths, manifests, strict=False)]
     # What was measured was the newest alone.
     state = replace(store.train_state(newest), validation_loss=None)
-    place = write_run(
-        folder, run, _arrays(readers, newest, model), newest["shapes"], moments_of(newest), newest[UPDATES], state
+    averaged = PlainCheckpoint(
+        _arrays(readers, newest, model), newest["shapes"], moments_of(newest), newest[UPDATES], state
     )
-    return place, [manifest["state"]["step"] for manifest in manifests]
+    return write_run(folder, run, averaged), [manifest["state"]["step"] for manifest in manifests]
 
 
 def _arrays(readers: list[Reader], newest: dict[str, Any], model: DecoderLM) -> Iterator[KeptArray]:

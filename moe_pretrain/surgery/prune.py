@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.checkpoint.manifest import BUFFER, UPDATES, moments_of
-from moe_pretrain.checkpoint.plain import KeptArray
+from moe_pretrain.checkpoint.plain import KeptArray, PlainCheckpoint
 from moe_pretrain.checkpoint.restore import Reader
+from moe_pretrain.checkpoint.train_state import TrainState
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.config.trained import TrainedRun
 from moe_pretrain.engine.intervals import WEIGHT
+from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.moe.build import expert_gate
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
@@ -128,11 +130,16 @@ def choose_groups(
     return merged(agglomerate(statistics.output_similarity(layer), experts), None, is_aligned=False)
 
 
-def arrays_of(run: TrainedRun, pruned: PrunedRun) -> Iterator[KeptArray]:
-    """Every array of the pruned run's checkpoint: expert by expert sums of the run's, moments of the optimizer too."""
-    reader, moments = run.reader(), moments_of(run.manifest)
+def pruned_checkpoint(run: TrainedRun, pruned: PrunedRun, state: TrainState) -> PlainCheckpoint:
+    """Checkpoint of the pruned run in ``state``: expert by expert sums of the run's, moments of the optimizer too."""
     small = meta_model(pruned.config.model, pruned.config.router)
     shapes = {name: list(parameter.shape) for name, parameter in small.named_parameters()}
+    arrays = _arrays(run, pruned, small, shapes)
+    return PlainCheckpoint(arrays, shapes, moments_of(run.manifest), float(run.manifest[UPDATES]), state)
+
+
+def _arrays(run: TrainedRun, pruned: PrunedRun, small: DecoderLM, shapes: dict[str, list[int]]) -> Iterator[KeptArray]:
+    reader, moments = run.reader(), moments_of(run.manifest)
     orders = {layer: _unit_orders(reader, run, layer, groups) for layer, groups in pruned.groups.items()}
     for name, shape in run.shapes().items():
         for kind in (WEIGHT, *moments[name]):
@@ -148,17 +155,6 @@ def arrays_of(run: TrainedRun, pruned: PrunedRun) -> Iterator[KeptArray]:
         if values.shape != buffer.shape:
             values = _combined(values, pruned.groups[int(name.split(".")[1])], name, {})
         yield KeptArray(name, BUFFER, values)
-
-
-def pruned_shapes(pruned: PrunedRun) -> dict[str, list[int]]:
-    """Shape of every parameter of the pruned run."""
-    small = meta_model(pruned.config.model, pruned.config.router)
-    return {name: list(parameter.shape) for name, parameter in small.named_parameters()}
-
-
-def updates_of(run: TrainedRun) -> float:
-    """Updates that the run's optimizer has made."""
-    return float(run.manifest[UPDATES])
 
 
 def _combined(values: Tensor, groups: Sequence[ExpertGroup], name: str, orders: dict[int, Tensor]) -> Tensor:

@@ -1,11 +1,9 @@
 """A run folder of its own for a checkpoint that no training has written."""
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moe_pretrain.checkpoint.manifest import folder_name
-from moe_pretrain.checkpoint.plain import KeptArray, write_plain
-from moe_pretrain.checkpoint.train_state import TrainState
+from moe_pretrain.checkpoint.plain import PlainCheckpoint, write_plain
 from moe_pretrain.run_folder.paths import CHECKPOINTS, CONFIG_FILE, OVERRIDES_FILE
 from moe_pretrain.system.files import whole_folder, write_whole
 
@@ -13,11 +11,7 @@ from moe_pretrain.system.files import whole_folder, write_whole
 def write_run(
     folder: Path,
     like: Path,
-    arrays: Iterable[KeptArray],
-    shapes: Mapping[str, list[int]],
-    moments: Mapping[str, list[str]],
-    updates: float,
-    state: TrainState,
+    checkpoint: PlainCheckpoint,
     config: str | None = None,
     overrides: str | None = None,
 ) -> Path:
@@ -26,18 +20,14 @@ def write_run(
     Args:
         folder: The folder; empty, or not there yet.
         like: Folder of the run whose configuration and words the new one has, unless they are given.
-        arrays: See ``write_plain``, as for the rest.
-        shapes: Likewise.
-        moments: Likewise.
-        updates: Likewise.
-        state: Likewise.
+        checkpoint: Contents of the checkpoint.
         config: Text of ``config.yaml``.
         overrides: Text of ``overrides.txt``.
 
     Raises:
         ValueError: Something is in ``folder``.
     """
-    target = Path(CHECKPOINTS) / folder_name(state.step)
+    target = Path(CHECKPOINTS) / folder_name(checkpoint.state.step)
     with whole_folder(folder) as work:
         for name, text in ((CONFIG_FILE, config), (OVERRIDES_FILE, overrides)):
             if text is not None:
@@ -45,5 +35,5 @@ def write_run(
             elif (like / name).exists():
                 write_whole(work / name, (like / name).read_bytes())
         (work / CHECKPOINTS).mkdir()
-        write_plain(work / target, arrays, shapes, moments, updates, state)
+        write_plain(work / target, checkpoint)
     return folder / target

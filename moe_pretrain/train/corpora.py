@@ -9,6 +9,7 @@ from moe_pretrain import data
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.parallel.mesh import Mesh
+from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.schedule.budget import BudgetMeter
 
 Corpora = tuple[data.TrainingCorpus, dict[str, data.ShardReader]]
@@ -51,21 +52,29 @@ def open_run_data(config: Config, plan: RunPlan, corpora: Corpora, mesh: Mesh) -
             f"model.vocab_size={config.model.vocab_size} must be at least the tokenizer's {corpus.tokenizer.vocab_size}"
         )
     batches = plan.batches
-    loader = data.TrainLoader(
+    loader = train_loader(config, batches, corpus, mesh.rank, mesh.world_size)
+    limit = steps_until_exhausted(loader) if corpus.stops_when_exhausted else None
+    meter = BudgetMeter(config.budget, batches.tokens_per_step, plan.size.training_flops_per_token, limit)
+    return RunData(corpus, sets, loader, meter, _examine_validation(config, corpus) if mesh.is_main else {})
+
+
+def train_loader(
+    config: Config, batches: BatchPlan, corpus: data.TrainingCorpus, rank: int = 0, world_size: int = 1
+) -> data.TrainLoader:
+    """Loader of one rank over the documents that are trained on."""
+    packing = config.packing
+    return data.TrainLoader(
         corpus.train,
         config.model.sequence_length,
         batches.rows_per_step,
         batches.micro_batch_size,
-        mesh.rank,
-        mesh.world_size,
+        rank,
+        world_size,
         config.seed,
-        config.packing.isolate_documents,
-        method=config.packing.method,
-        reset_positions=config.packing.reset_positions,
+        packing.isolate_documents,
+        method=packing.method,
+        reset_positions=packing.reset_positions,
     )
-    limit = steps_until_exhausted(loader) if corpus.stops_when_exhausted else None
-    meter = BudgetMeter(config.budget, batches.tokens_per_step, plan.size.training_flops_per_token, limit)
-    return RunData(corpus, sets, loader, meter, _examine_validation(config, corpus) if mesh.is_main else {})
 
 
 def _examine_validation(config: Config, corpus: data.TrainingCorpus) -> dict[str, data.ValidationText]:

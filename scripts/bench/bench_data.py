@@ -32,6 +32,7 @@ from moe_pretrain.data import (
     ShardReader,
     ShardWriter,
     TokenizerConfig,
+    make_manifest,
     prepare_corpus,
     write_manifest,
 )
@@ -53,7 +54,8 @@ def write_shards(folder: Path, tokens: int) -> ShardReader:
             writer.add(generator.integers(1, VOCAB, size=int(generator.exponential(MEAN_DOCUMENT)) + 1), 10)
         infos.append(writer.close())
         counts += writer.token_counts
-    write_manifest(folder, infos, counts, 0, "benchmark", Origin("benchmark", None, None))
+    manifest = make_manifest(folder, infos, counts, 0, "benchmark", Origin("benchmark", None, None))
+    write_manifest(folder, manifest, counts)
     return ShardReader(folder)
 
 

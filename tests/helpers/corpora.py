@@ -1,6 +1,13 @@
 """Corpora and shards made of a few lines."""
 
-from moe_pretrain.data import FilesCorpusConfig, HubCorpusConfig, ShardReader, ShardWriter, write_manifest
+from moe_pretrain.data import (
+    FilesCorpusConfig,
+    HubCorpusConfig,
+    ShardReader,
+    ShardWriter,
+    make_manifest,
+    write_manifest,
+)
 from moe_pretrain.data.shards.reader import Origin
 
 
@@ -61,5 +68,6 @@ def write_shards(folder, texts, vocab_size=1000, tokens_per_shard=2**27, end=9):
         counts = counts + writer.token_counts
         if not infos:
             break
-    write_manifest(folder, infos, counts, end, "print", Origin("a test", "v1", "CC0-1.0"))
+    manifest = make_manifest(folder, infos, counts, end, "print", Origin("a test", "v1", "CC0-1.0"))
+    write_manifest(folder, manifest, counts)
     return ShardReader(folder)

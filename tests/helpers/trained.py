@@ -10,7 +10,7 @@ import yaml
 
 from helpers.builders import random_batches, tiny
 from moe_pretrain.checkpoint.manifest import BUFFER, folder_name
-from moe_pretrain.checkpoint.plain import KeptArray, write_plain
+from moe_pretrain.checkpoint.plain import KeptArray, PlainCheckpoint, write_plain
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.config.schema import Config, to_values
 from moe_pretrain.data.tokenizer import load_tokenizer_file, train_tokenizer
@@ -87,5 +87,5 @@ def save_model(folder: Path, model: DecoderLM, config: Config, step: int) -> Pat
     target = folder / "checkpoints" / folder_name(step)
     target.parent.mkdir(exist_ok=True)
     state = TrainState(step=step, tokens=step * 640, identity=identity)
-    write_plain(target, arrays, shapes, dict.fromkeys(shapes, MOMENTS), float(step), state)
+    write_plain(target, PlainCheckpoint(arrays, shapes, dict.fromkeys(shapes, MOMENTS), float(step), state))
     return target

@@ -25,7 +25,7 @@ from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.data.shards.near_duplicates import HeldOutDocuments
 from moe_pretrain.data.shards.reader import Origin, ShardReader, is_complete
 from moe_pretrain.data.shards.unit_shards import SIDES
-from moe_pretrain.data.shards.writer import ShardWriter, write_manifest
+from moe_pretrain.data.shards.writer import ShardWriter, make_manifest, write_manifest
 from moe_pretrain.system.files import sync_folder, write_whole
 
 _FOUND_FILE = "found.json"
@@ -216,9 +216,9 @@ def _write_validation(folder: Path, source: TokenizedCorpus, dropped: np.ndarray
     shard = writer.close()
     assert shard is not None
     origin = Origin(manifest.source, manifest.version, manifest.licence)
-    write_manifest(
-        folder, [shard], writer.token_counts, manifest.end_of_document, manifest.tokenizer_fingerprint, origin
-    )
+    counts = writer.token_counts
+    kept = make_manifest(folder, [shard], counts, manifest.end_of_document, manifest.tokenizer_fingerprint, origin)
+    write_manifest(folder, kept, counts)
 
 
 def _without(source: TokenizedCorpus, folder: Path) -> TokenizedCorpus:

@@ -45,7 +45,7 @@ from moe_pretrain.data.shards.unit_shards import (
     read_unit_sketches,
     shard_is_whole,
 )
-from moe_pretrain.data.shards.writer import write_manifest
+from moe_pretrain.data.shards.writer import make_manifest, write_manifest
 from moe_pretrain.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -283,9 +283,11 @@ class Preparation:
             token_counts += read_token_counts(self._partial, record.index)
         for number, side in enumerate(self.sides):
             infos: list[ShardInfo] = [shard for record in records if (shard := record.shards[number])]
-            write_manifest(
-                self._partial / side, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
+            folder = self._partial / side
+            manifest = make_manifest(
+                folder, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
             )
+            write_manifest(folder, manifest, token_counts)
         if counts.packed:
             assert isinstance(corpus, TokensCorpusConfig)
             self.report(

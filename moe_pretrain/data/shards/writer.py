@@ -135,33 +135,18 @@ class ShardWriter:
         self._waiting_tokens = 0
 
 
-def write_manifest(
-    folder: Path,
-    shards: Sequence[ShardInfo],
-    token_counts: np.ndarray,
-    end_of_document: int,
-    tokenizer_fingerprint: str,
-    origin: Origin,
-) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest, token_counts: np.ndarray) -> None:
     """Make a folder of finished shards complete.
 
     Args:
         folder: Where the shards are.
-        shards: In stream order.
+        manifest: From ``make_manifest``.
         token_counts: int64 [vocab_size], over all shards.
-        end_of_document: Token after each document.
-        tokenizer_fingerprint: ``Tokenizer.fingerprint``.
-        origin: Where the text came from.
-
-    Raises:
-        ValueError: There is no shard.
     """
-    manifest = make_manifest(folder, shards, token_counts, end_of_document, tokenizer_fingerprint, origin)
     write_whole(folder / TOKEN_COUNTS_NAME, np.asarray(token_counts).astype(INDEX_DTYPE).tobytes())
     # The shards' names must be on the disk before the manifest that vouches for them.
     sync_folder(folder)
     write_whole(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n"))
-    return manifest
 
 
 def make_manifest(
@@ -172,7 +157,19 @@ def make_manifest(
     tokenizer_fingerprint: str,
     origin: Origin,
 ) -> Manifest:
-    """Contents for ``write_manifest``, which has the arguments' meanings."""
+    """Manifest of finished shards.
+
+    Args:
+        folder: Where they are, for errors.
+        shards: In stream order.
+        token_counts: int64 [vocab_size], over all shards.
+        end_of_document: Token after each document.
+        tokenizer_fingerprint: ``Tokenizer.fingerprint``.
+        origin: Where the text came from.
+
+    Raises:
+        ValueError: There is no shard.
+    """
     if not shards:
         raise ValueError(f"{folder}: no document was written")
     vocab_size = len(token_counts)

@@ -20,11 +20,9 @@ from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.surgery.expert_statistics import LayerStatistics, measure
 from moe_pretrain.surgery.prune import (
     PrunedRun,
-    arrays_of,
     choose_groups,
+    pruned_checkpoint,
     pruned_config,
-    pruned_shapes,
-    updates_of,
 )
 from moe_pretrain.surgery.pruning_methods import (
     METHODS,
@@ -84,9 +82,8 @@ class Measured:
         pruned = PrunedRun(config, groups)
         values = yaml.safe_load((self.run.folder / "config.yaml").read_text())
         values["model"]["moe"]["num_experts"] = kept
-        moments = self.run.manifest["moments"]
-        arguments = pruned_shapes(pruned), moments, updates_of(self.run), self.run.state, yaml.safe_dump(values)
-        write_run(folder, self.run.folder, arrays_of(self.run, pruned), *arguments)
+        checkpoint = pruned_checkpoint(self.run, pruned, self.run.state)
+        write_run(folder, self.run.folder, checkpoint, yaml.safe_dump(values))
         return opened(folder)
 
 
