@@ -33,7 +33,7 @@ class KeptArray(NamedTuple):
 
 @dataclass(frozen=True)
 class PlainCheckpoint:
-    """What a checkpoint holds, to be written once.
+    """Contents of a checkpoint, to be written once.
 
     Attributes:
         arrays: Every array; they are asked for one by one.
