@@ -14,7 +14,7 @@ from moe_pretrain.commands.options import Parser
 from moe_pretrain.commands.trained_run import add_run, add_tokenizer, find_tokenizer, open_run
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.config.trained import TrainedRun
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.inference.corpus_loss import corpus_loss
 from moe_pretrain.inference.harness.extra import check_tasks
 from moe_pretrain.model.decoder import DecoderLM

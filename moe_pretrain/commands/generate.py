@@ -9,7 +9,7 @@ import torch
 from moe_pretrain.commands.options import Parser
 from moe_pretrain.commands.trained_run import add_run, add_tokenizer, find_tokenizer, open_run
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.inference.cached_decoder import check_generates
 from moe_pretrain.inference.decoding import Generator, Sampling, SelfContrast
 from moe_pretrain.system.gpu import device_for_inference

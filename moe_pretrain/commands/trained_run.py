@@ -7,7 +7,8 @@ from moe_pretrain.commands.options import Parser, router_files
 from moe_pretrain.config.recorded import allowed_router_file
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import TrainedRun, open_trained
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 from moe_pretrain.huggingface.tokenizer_files import load_run_tokenizer
 
 

@@ -20,7 +20,7 @@ from moe_pretrain.commands.trained_run import add_tokenizer, find_tokenizer
 from moe_pretrain.config.load import load
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.config.trained import open_trained
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.huggingface.check import our_logits, sample_ids
 from moe_pretrain.huggingface.folder import HuggingFaceFolder, is_folder
 from moe_pretrain.huggingface.tokenizer_files import load_run_tokenizer

@@ -31,7 +31,7 @@ from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.writer import ShardWriter, make_manifest, write_manifest
 from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.corpus import open_stream
-from moe_pretrain.data.tokenizer import TokenizerConfig
+from moe_pretrain.data.tokenizer.tokenizer import TokenizerConfig
 
 if TYPE_CHECKING:
     from moe_pretrain.data.loader import TrainLoader

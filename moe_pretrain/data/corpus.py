@@ -10,7 +10,7 @@ from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.stream.shard_stream import ShardStream
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.huggingface.remote_code.assemble import FILE, model_class
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import RoutingContext

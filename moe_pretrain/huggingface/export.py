@@ -8,7 +8,7 @@ import torch
 
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import TrainedRun
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.huggingface.architectures import Architecture, choose
 from moe_pretrain.huggingface.card import model_card
 from moe_pretrain.huggingface.check import compare_logits, exported_logits, our_logits, sample_ids

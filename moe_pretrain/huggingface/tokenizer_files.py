@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained
+from moe_pretrain.data.tokenizer.load import load_pretrained
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
 from moe_pretrain.system.files import write_json, write_whole
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import RoutingContext
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from moe_pretrain.config.preflight import RunPlan
 from moe_pretrain.config.schema import Config
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.model.parameter_groups import meta_model
 from moe_pretrain.parallel.sharing import Sharing

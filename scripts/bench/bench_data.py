@@ -37,7 +37,7 @@ from moe_pretrain.data import (
     write_manifest,
 )
 from moe_pretrain.data.shards.reader import Origin
-from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
 from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.system.cpu import keep_freed_memory
 

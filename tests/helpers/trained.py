@@ -13,7 +13,8 @@ from moe_pretrain.checkpoint.manifest import BUFFER, folder_name
 from moe_pretrain.checkpoint.plain import KeptArray, PlainCheckpoint, write_plain
 from moe_pretrain.checkpoint.train_state import RunIdentity, TrainState
 from moe_pretrain.config.schema import Config, to_values
-from moe_pretrain.data.tokenizer import load_tokenizer_file, train_tokenizer
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
+from moe_pretrain.data.tokenizer.train import train_tokenizer
 from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise

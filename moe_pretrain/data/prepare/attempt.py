@@ -46,11 +46,8 @@ from moe_pretrain.data.shards.unit_shards import (
     shard_is_whole,
 )
 from moe_pretrain.data.shards.writer import make_manifest, write_manifest
-from moe_pretrain.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    make_tokenizer,
-)
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer, TokenizerConfig
+from moe_pretrain.data.tokenizer.train import make_tokenizer
 from moe_pretrain.system.files import sync_folder, write_whole
 
 COUNTS_FILE = "counts.json"

@@ -17,7 +17,8 @@ from moe_pretrain.data.prepare.prepare_corpus import check_prepared, naming, pre
 from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus
 from moe_pretrain.data.rows.mixture import DataConfig, MixedShards, MixtureConfig
 from moe_pretrain.data.shards.reader import ShardReader
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, train_tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
+from moe_pretrain.data.tokenizer.train import train_tokenizer
 from moe_pretrain.system.files import sync_folder
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000  # of all sources together, the same from each

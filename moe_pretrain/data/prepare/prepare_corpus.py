@@ -19,13 +19,8 @@ from moe_pretrain.data.prepare.tokenized_corpus import TokenizedCorpus, fingerpr
 from moe_pretrain.data.shards import reader as shards
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
-from moe_pretrain.data.tokenizer import (
-    TOKENIZER_FILE,
-    Tokenizer,
-    TokenizerConfig,
-    load_pretrained,
-    load_tokenizer_file,
-)
+from moe_pretrain.data.tokenizer.load import load_pretrained, load_tokenizer_file
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
 
 _VERIFIED_BYTES = 2**31  # checksums of smaller corpora are compared at every start: a second at most
 

@@ -13,7 +13,7 @@ from moe_pretrain.data.corpus_changes import source_file_facts
 from moe_pretrain.data.rows.mixture import DataConfig
 from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import Counts
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 HELD_OUT = "held-out documents"
 """Name of the one validation set of a corpus that is no mixture; users' names have no blanks."""

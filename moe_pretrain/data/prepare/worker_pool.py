@@ -20,7 +20,8 @@ from typing import Any, cast
 from moe_pretrain.data.documents.config import CorpusConfig
 from moe_pretrain.data.documents.work_units import Unit
 from moe_pretrain.data.shards.unit_shards import UnitRecord, write_unit
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained, load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_pretrained, load_tokenizer_file
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
 from moe_pretrain.system.child_process import die_with, start_helper
 from moe_pretrain.system.words import one_line
 

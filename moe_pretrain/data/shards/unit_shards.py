@@ -22,7 +22,7 @@ from moe_pretrain.data.documents.work_units import Unit, unit_rows
 from moe_pretrain.data.shards.near_duplicates import HeldOutDocuments, Sketcher, read_sketches
 from moe_pretrain.data.shards.reader import INDEX_DTYPE, ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.system.files import write_whole
 
 SIDES = ("train", "validation")

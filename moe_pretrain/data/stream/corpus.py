@@ -18,7 +18,8 @@ from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.shard_stream import ShardStream
 from moe_pretrain.data.stream.writer import StreamJob
 from moe_pretrain.data.stream.writer_process import WriterProcess
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained
+from moe_pretrain.data.tokenizer.load import load_pretrained
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
 
 
 @dataclass(frozen=True)

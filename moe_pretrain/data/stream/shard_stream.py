@@ -34,7 +34,8 @@ from moe_pretrain.data.shards.unit_shards import (
 )
 from moe_pretrain.data.shards.writer import make_manifest
 from moe_pretrain.data.stream.config import StreamingConfig
-from moe_pretrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig, load_pretrained, load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_pretrained, load_tokenizer_file
+from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
 
 END_FILE = "end.json"
 _POLL_SECONDS = 0.02

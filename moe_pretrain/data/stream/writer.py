@@ -32,7 +32,8 @@ from moe_pretrain.data.shards.unit_shards import (
 )
 from moe_pretrain.data.stream.config import StreamingConfig
 from moe_pretrain.data.stream.shard_stream import END_FILE
-from moe_pretrain.data.tokenizer import TokenizerConfig, make_tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import TokenizerConfig
+from moe_pretrain.data.tokenizer.train import make_tokenizer
 from moe_pretrain.system.child_process import die_with
 from moe_pretrain.system.files import write_whole
 from moe_pretrain.system.words import one_line

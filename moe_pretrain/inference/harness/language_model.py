@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.inference.cached_decoder import CachedDecoder
 from moe_pretrain.inference.harness.text_generation import GenerationOptions, TextBatch, options_of
 from moe_pretrain.model.decoder import DecoderLM

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moe_pretrain.config.schema import ConfigError
-from moe_pretrain.data.tokenizer import Tokenizer
+from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.inference.decoding import Generator, Sampling
 from moe_pretrain.model.decoder import DecoderLM
 

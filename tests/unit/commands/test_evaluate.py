@@ -12,7 +12,8 @@ from lm_eval.tasks._index import Entry, Kind
 
 from moe_pretrain import cli
 from moe_pretrain.config.trained import TrainedRun, open_trained
-from moe_pretrain.data.tokenizer import load_tokenizer_file, train_tokenizer
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
+from moe_pretrain.data.tokenizer.train import train_tokenizer
 from moe_pretrain.huggingface.check import our_logits
 from moe_pretrain.inference.corpus_loss import corpus_loss
 

@@ -10,7 +10,7 @@ from helpers.trained import tiny_run
 from moe_pretrain import cli
 from moe_pretrain.commands import generate
 from moe_pretrain.config.trained import open_trained
-from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
 from moe_pretrain.huggingface.check import our_logits
 
 TEXT = "The statement"

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_pretrain import cli
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import open_trained
-from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
 from moe_pretrain.huggingface import check, layout
 from moe_pretrain.huggingface.check import compare_logits, our_logits
 from moe_pretrain.huggingface.folder import HuggingFaceFolder

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_pretrain import cli
 from moe_pretrain.config.trained import TrainedRun, open_trained
-from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
 from moe_pretrain.huggingface.check import our_logits, sample_ids
 
 WIDTH = 40  # of the dense twin: two experts of 20

@@ -167,7 +167,7 @@ def stream_numbered_texts(monkeypatch, rows=10**9):
 
     monkeypatch.setattr(sys.modules["moe_pretrain.data.documents.hub"], "open_stream", Numbered)
     monkeypatch.setattr(sys.modules["moe_pretrain.data.documents.hub"], "require_network", lambda what, instead: None)
-    monkeypatch.setattr("moe_pretrain.data.tokenizer._TOKENIZER_SAMPLE_BYTES", 10_000)
+    monkeypatch.setattr("moe_pretrain.data.tokenizer.train._SAMPLE_BYTES", 10_000)
     monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 1000)
     monkeypatch.setattr(units, "_BATCH_CHARACTERS", 300)
     return opened

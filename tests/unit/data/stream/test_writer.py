@@ -19,7 +19,7 @@ from moe_pretrain.data.stream.rows import StreamedRows
 from moe_pretrain.data.stream.shard_stream import ShardStream
 from moe_pretrain.data.stream.writer import Demand, StreamJob, serve
 from moe_pretrain.data.stream.writer_process import WriterProcess
-from moe_pretrain.data.tokenizer import make_tokenizer
+from moe_pretrain.data.tokenizer.train import make_tokenizer
 from moe_pretrain.system.files import WholeFile
 
 

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from moe_pretrain import cli
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import TrainedRun, open_trained
-from moe_pretrain.data.tokenizer import load_tokenizer_file
+from moe_pretrain.data.tokenizer.load import load_tokenizer_file
 from moe_pretrain.inference.harness.evaluate_tasks import check_router, evaluate_tasks
 from moe_pretrain.inference.harness.language_model import HarnessModel
 from moe_pretrain.inference.harness.tasks import load_tasks

@@ -9,13 +9,10 @@ import transformers
 from helpers.corpora import files
 
 from moe_pretrain.data import prepare_corpus
-from moe_pretrain.data import tokenizer as tokenizer_module
-from moe_pretrain.data.tokenizer import (
-    TokenizerConfig,
-    load_pretrained,
-    load_tokenizer_file,
-    train_tokenizer,
-)
+from moe_pretrain.data.tokenizer import train
+from moe_pretrain.data.tokenizer.load import load_pretrained, load_tokenizer_file
+from moe_pretrain.data.tokenizer.tokenizer import TokenizerConfig
+from moe_pretrain.data.tokenizer.train import train_tokenizer
 
 TEXTS = [f"def function_{n}(argument): return argument * {n}\n" for n in range(300)]
 HARD = ["", " ", "\x00\xff", "naïve 東京 🙂", "a <|endoftext|> b", "\r\n\t x", "never seen: ЖЩ"]
@@ -220,8 +217,8 @@ def test_a_long_text_is_cut_where_that_changes_no_token(file, tmp_path, monkeypa
     tokenizer = load_tokenizer_file(tmp_path / "t.json")
     texts = ["".join(TEXTS) + "naïve 東京 🙂  \n\n  " * 30, "x" * 5000, "short"]
     whole = [list(ids) for ids in tokenizer.encode_batch(texts)]
-    monkeypatch.setattr("moe_pretrain.data.tokenizer._LONGEST_WHOLE", 2000)
-    monkeypatch.setattr("moe_pretrain.data.tokenizer._CUT_CONTEXT", 100)
+    monkeypatch.setattr("moe_pretrain.data.tokenizer.tokenizer.LONGEST_WHOLE", 2000)
+    monkeypatch.setattr("moe_pretrain.data.tokenizer.tokenizer._CUT_CONTEXT", 100)
     longest = 0
     encode = tokenizer._encode
 
@@ -239,8 +236,8 @@ def test_a_long_text_is_cut_where_that_changes_no_token(file, tmp_path, monkeypa
 def test_a_tokenizer_learnt_from_a_long_text_in_parts_is_that_of_the_whole(tmp_path, monkeypatch):
     text = "It's  a text,\n\n of 12 words\tand naïve 東京 spaces. don't" * 300
     train_tokenizer(iter([text]), 400, tmp_path / "whole.json")
-    monkeypatch.setattr("moe_pretrain.data.tokenizer._LONGEST_WHOLE", 500)
-    assert len(list(tokenizer_module._parts(text))) > 10 and "".join(tokenizer_module._parts(text)) == text
+    monkeypatch.setattr("moe_pretrain.data.tokenizer.train.LONGEST_WHOLE", 500)
+    assert len(list(train._parts(text))) > 10 and "".join(train._parts(text)) == text
     train_tokenizer(iter([text]), 400, tmp_path / "parts.json")
     assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
