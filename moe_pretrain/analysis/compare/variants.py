@@ -105,7 +105,10 @@ def _other_seeds_of_one(
 
 
 def names_apart(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:
-    """Size and scheme where they differ, then what tells variants of the same size and scheme apart."""
+    """Size and scheme where they differ, then what tells variants of the same size and scheme apart.
+
+    Of those, what most of them have is left out: ``top_k``, ``top_k experts=unequal``, ``top_k load_balance_weight=0``.
+    """
     differing = differences(values)
     leaves = [_leaf(key) for key in differing]
     heads = [key for key in _HEADS if key in differing]
@@ -115,17 +118,19 @@ def names_apart(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> l
     names = []
     for each in values:
         head = tuple(show(each, key) for key in heads)
+        alike = kin[head]
         rest = [
             f"{_leaf(key) if leaves.count(_leaf(key)) == 1 else key}={show(each, key)}"
-            for key in _telling(kin[head], tuned)
-            if key in each
+            for key in _telling(alike, tuned)
+            if key in each and 2 * sum(show(other, key) == show(each, key) for other in alike) <= len(alike)
         ]
         names.append(" ".join([*head, *rest]) or show(each, "router.name"))
     return names
 
 
 def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
+    """Last word of a key; of the name of a group of fields the group's, as in its override: ``experts=unequal``."""
+    return key.removesuffix(".name").rpartition(".")[2]
 
 
 def _telling(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:

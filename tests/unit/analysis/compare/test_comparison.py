@@ -16,6 +16,7 @@ from moe_pretrain.analysis.compare.charts import band
 from moe_pretrain.analysis.compare.comparison import compare
 from moe_pretrain.analysis.compare.page import write_comparison
 from moe_pretrain.analysis.compare.tables import method
+from moe_pretrain.analysis.compare.variants import names_apart
 from moe_pretrain.analysis.measures import incidents, training_flops, training_seconds
 from moe_pretrain.cli import main
 from moe_pretrain.run_folder.record import find_runs
@@ -267,6 +268,18 @@ def test_unfair_comparisons_are_said(tmp_path: Path, change: dict, warning: str)
         Planted(f"a-{seed}", loss, seed).write(tmp_path)
         Planted(f"b-{seed}", loss, seed, TOP_P, **change).write(tmp_path)
     assert any(line.startswith(warning) for line in compare(tmp_path).warnings), compare(tmp_path).warnings
+
+
+def test_what_most_variants_of_a_scheme_have_is_not_in_their_names():
+    """Where no value has a majority all are shown. A group of fields is named as in its override."""
+    plain = {"router.name": "top_k", "router.load_balance_weight": 0.01, "model.moe.experts.name": "swiglu"}
+    others = [{"model.moe.experts.name": "unequal"}, {"router.load_balance_weight": 0.0}]
+    top_p = [{"router.name": "top_p", "router.weights": weights} for weights in ("raw", "renormalised")]
+    names = names_apart([plain, *(plain | other for other in others), *top_p], ())
+    assert names == [
+        *("top_k", "top_k experts=unequal", "top_k load_balance_weight=0.0"),
+        *("top_p weights=raw", "top_p weights=renormalised"),
+    ]
 
 
 def test_variants_are_named_by_what_differs(tmp_path: Path):
