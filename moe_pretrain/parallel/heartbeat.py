@@ -37,6 +37,18 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from moe_pretrain.parallel.rendezvous import Rendezvous
+from moe_pretrain.parallel.signs_of_life import (
+    NEVER,
+    Sign,
+    begun_collectives,
+    describe_place,
+    describe_sign,
+    find_awaited,
+    is_done,
+    line_of,
+    name_together,
+    place_of,
+)
 from moe_pretrain.run_folder.paths import stacks_file
 from moe_pretrain.system.exit_codes import LOST_RANK
 from moe_pretrain.system.outside_watch import OutsideWatch, Watched
@@ -50,13 +62,8 @@ _ALARM = "alarm"
 _POLL_SECONDS = 1.0
 _START_SECONDS = 120.0
 """Least limit of a rank's start-up, which imports packages from a disk that may be slow."""
-_NEVER = ", never heard of"
 _END_SECONDS = 5.0
 """How long telling the others and writing stacks may take; the network or the disk may be what is gone."""
-
-Sign = dict[str, Any]
-"""Sign of life of a rank: host, count, phase, step, line of the program, collectives begun in each group, whether it
-has ended, and by what failure."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Heartbeat:
     @property
     def where(self) -> str:
         """Place of this rank, in words."""
-        return _describe(*self._where)
+        return describe_place(*self._where)
 
     def __enter__(self) -> "Heartbeat":
         self._stack_file = self._open_stacks()
@@ -193,7 +200,7 @@ class Heartbeat:
             try:
                 if (outside := self._outside) is not None:
                     outside.tell()
-                is_stuck = own.is_too_long((self._entered, _begun_collectives()))
+                is_stuck = own.is_too_long((self._entered, begun_collectives()))
                 if is_stuck and (self._entered or own.polls >= _START_SECONDS / _POLL_SECONDS):
                     self._end_with(self._describe_stuck(self._read_all()))
                 failures = 0
@@ -206,8 +213,8 @@ class Heartbeat:
                     self._end_with(self._describe_silent_store(), tell=False)
                 if hearing.polls:
                     continue
-                is_silent = neighbour.is_too_long(None if _is_done(heard.watched) else heard.watched)
-                if _is_done(heard.watched):
+                is_silent = neighbour.is_too_long(None if is_done(heard.watched) else heard.watched)
+                if is_done(heard.watched):
                     neighbour.polls = 0
                 if neighbour.polls == self._limit_polls // 2:
                     signs = self._read_all()
@@ -221,15 +228,15 @@ class Heartbeat:
 
     def _describe_stuck(self, signs: Sequence[Sign | None]) -> str:
         """Name the ranks that the others wait for; where none is known, say where each rank is."""
-        known = {rank: sign for rank, sign in enumerate(signs) if sign is not None and not _is_done(sign)}
+        known = {rank: sign for rank, sign in enumerate(signs) if sign is not None and not is_done(sign)}
         known[self._rank] = self._sign()
         stuck = find_awaited(known) or (list(known) if len(known) == 1 else [])
         seconds = self._stuck_polls * _POLL_SECONDS if self._entered else max(self._stuck_polls, _START_SECONDS)
         limit = f"for {seconds:.0f} s (parallel.timeout_seconds)"
         if stuck:
-            named = _name_together({rank: _describe_sign(known[rank], True) for rank in stuck})
+            named = name_together({rank: describe_sign(known[rank], True) for rank in stuck})
             return f"stuck, in one place of its loop {limit}: {named}"
-        named = _name_together({rank: _describe_sign(sign, True) for rank, sign in known.items()})
+        named = name_together({rank: describe_sign(sign, True) for rank, sign in known.items()})
         return f"no rank has come forward {limit}, and no single one is waited for: {named}"
 
     def _describe_awaited(self) -> str:
@@ -237,12 +244,12 @@ class Heartbeat:
         known = {rank: sign for rank, sign in enumerate(self._read_all()) if sign is not None}
         known[self._rank] = self._sign()
         ranks = [rank for rank in find_awaited(known) if rank != self._rank]
-        named = _name_together({rank: _describe_sign(known[rank], True) for rank in ranks})
+        named = name_together({rank: describe_sign(known[rank], True) for rank in ranks})
         return f"; behind the others: {named}" if ranks else ""
 
     def _describe_silent_store(self) -> str:
         first = self._heard.first
-        rank_0 = f"; rank 0 on {first['host']} was last seen at {_place(first)}" if first else ""
+        rank_0 = f"; rank 0 on {first['host']} was last seen at {place_of(first)}" if first else ""
         seconds = self._limit_polls * _POLL_SECONDS
         return (
             f"no answer for {seconds:.0f} s from the launcher's store at {self._store_name}: its host, or the "
@@ -253,11 +260,11 @@ class Heartbeat:
         """Name the watched rank and all others without a new sign since ``before``, those of one host together."""
         silent: dict[int, str] = {}
         for rank, (old, new) in enumerate(zip(before, self._read_all(), strict=False)):
-            if old == new and rank != self._rank and not _is_done(new):
-                silent[rank] = _describe_sign(new)
-        named = _name_together(silent or {self._watched: _describe_sign(self._heard.watched)})
+            if old == new and rank != self._rank and not is_done(new):
+                silent[rank] = describe_sign(new)
+        named = name_together(silent or {self._watched: describe_sign(self._heard.watched)})
         seconds = self._limit_polls * _POLL_SECONDS
-        if _NEVER in named:
+        if NEVER in named:
             seconds = max(seconds, _START_SECONDS)
         return f"stuck or gone, no sign of life for {seconds:.0f} s: {named}"
 
@@ -275,8 +282,8 @@ class Heartbeat:
             "count": self._count,
             "phase": phase,
             "step": step,
-            "line": _line_of(self._main_thread),
-            "collectives": _begun_collectives(),
+            "line": line_of(self._main_thread),
+            "collectives": begun_collectives(),
             "ended": ended,
             "failure": self._failure,
         }
@@ -340,52 +347,10 @@ class _Stillness:
         return self.polls >= self._limit
 
 
-def find_awaited(signs: dict[int, Sign]) -> list[int]:
-    """Ranks that others wait for in a collective and that wait in none themselves.
-
-    A rank that has begun more collectives of a group than another waits for that one, by itself or through others.
-
-    Args:
-        signs: By rank, with ``collectives``: how many it has begun in each of its groups.
-    """
-    begun: dict[str, dict[int, int]] = {}
-    for rank, sign in signs.items():
-        for group, number in (sign.get("collectives") or {}).items():
-            begun.setdefault(group, {})[rank] = number
-    waiting = {rank for ranks in begun.values() for rank, number in ranks.items() if number > min(ranks.values())}
-    awaited = {rank for ranks in begun.values() for rank, number in ranks.items() if number < max(ranks.values())}
-    return sorted(awaited - waiting)
-
-
 def last_seen(store: dist.Store, rank: int) -> str:
     """Place of ``rank`` when it last published, in words; ``store`` is the launcher's."""
     seen = _read(_liveness_store(store, 0), rank)
-    return _place(seen) if seen else "start-up"
-
-
-def _begun_collectives() -> dict[str, int]:
-    """Number of collectives that this rank has begun in each group, by the group's name, the same on all its ranks.
-
-    torch counts them in every backend; its flight recorder compares ranks by the same numbers.
-    """
-    if not dist.is_initialized():
-        return {}
-    begun: dict[str, int] = {}
-    for group in list(dist.distributed_c10d._world.pg_map):
-        with contextlib.suppress(RuntimeError):  # not agreed on yet
-            begun[str(group.group_name)] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # stubs
-    return begun
-
-
-def _line_of(thread: int) -> str:
-    """The line of the program that ``thread`` is at: in the innermost function outside of torch's own files."""
-    innermost = frame = sys._current_frames().get(thread)
-    while frame is not None and "/torch/" in frame.f_code.co_filename:
-        frame = frame.f_back
-    frame = frame or innermost
-    if frame is None:
-        return ""
-    return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    return place_of(seen) if seen else "start-up"
 
 
 def _liveness_store(store: dist.Store, attempt: int) -> dist.Store:
@@ -400,37 +365,6 @@ def _read(store: dist.Store, rank: int) -> Sign | None:
 def _reason_of(alarm: str) -> str:
     """An alarm without the rank that raised it, which keeps two alarms of the same words apart."""
     return alarm.partition(" ")[2]
-
-
-def _is_done(sign: Sign | None) -> bool:
-    """Whether the rank has come to its end without a failure; another may be long at its report."""
-    return sign is not None and sign["ended"] and not sign["failure"]
-
-
-def _name_together(described: dict[int, str]) -> str:
-    """Ranks with what is said of them, those of which the same is said together."""
-    together: dict[str, list[int]] = {}
-    for rank, words in described.items():
-        together.setdefault(words, []).append(rank)
-    return "; ".join(
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}{words}" for words, ranks in together.items()
-    )
-
-
-def _describe_sign(sign: Sign | None, with_line: bool = False) -> str:
-    if sign is None:
-        return _NEVER
-    line = f", in {sign['line']}" if with_line and sign["line"] else ""
-    failure = f", failed with {sign['failure']}" if sign["failure"] else ""
-    return f" on {sign['host']}, last seen at {_place(sign)}{line}{failure}"
-
-
-def _place(sign: Sign) -> str:
-    return _describe(sign["phase"], sign["step"])
-
-
-def _describe(phase: str, step: int) -> str:
-    return f"step {step}, phase {phase}"
 
 
 def _without_prefixes(store: dist.Store) -> dist.Store:

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from moe_pretrain.parallel.config import ParallelConfig
-from moe_pretrain.parallel.heartbeat import Heartbeat, find_awaited
+from moe_pretrain.parallel.heartbeat import Heartbeat
 from moe_pretrain.parallel.rendezvous import Rendezvous, interface_towards, meet
 from moe_pretrain.system.exit_codes import LOST_RANK
 from moe_pretrain.system.threads import start_thread
@@ -50,26 +50,6 @@ def test_a_rank_that_failed_is_named_with_its_failure(watcher: Heartbeat):
     assert watcher._describe_silent_ranks(before).endswith(
         ": rank 1 on host-a, last seen at step 7, phase train.step, failed with OutOfMemoryError: no"
     )
-
-
-@pytest.mark.parametrize(
-    "collectives,stuck",
-    [
-        ([{"0": 7}, {"0": 7}, {"0": 6}], [2]),
-        ([{"0": 7}, {"0": 7}, {"0": 7}], []),
-        # Rank 0 waits for rank 1 among all, rank 1 for rank 2 among the owners of the same experts.
-        ([{"0": 8}, {"0": 7, "1": 5}, {"0": 7, "1": 4}, {"0": 8}], [2]),
-        # Ranks 0 and 1 are past the exchange in which ranks 2 and 3 wait for each other's neighbours.
-        ([{"0": 7, "a": 3}, {"0": 7, "a": 4}, {"0": 8, "b": 9}, {"0": 8, "b": 9}], [0]),
-        ([{"0": 7, "checkpoint": 2}, {"0": 7, "checkpoint": 1}], [1]),
-        ([{"0": 5}, {"0": 5}, {"0": 6}], [0, 1]),
-        ([{"0": 8, "1": 4}, {"0": 7, "1": 5}], []),  # they wait for each other
-        ([{}, {"0": 1}], []),
-    ],
-    ids=str,
-)
-def test_the_rank_that_is_waited_for_is_the_one_that_waits_for_nobody(collectives: list[dict], stuck: list[int]):
-    assert find_awaited({rank: {"collectives": begun} for rank, begun in enumerate(collectives)}) == stuck
 
 
 def test_a_stuck_rank_is_named_with_its_line(watcher: Heartbeat):
