@@ -75,7 +75,7 @@ class CachedDecoder:
             assert isinstance(block, Block)
             hidden, carried = self._block(block, layer, hidden, rotary, place, ids, carried)
         self._seen += new
-        return functional.linear(model.norm(hidden), model.head_weight).float()
+        return functional.linear(model.norm(hidden, None)[1], model.head_weight).float()
 
     def _block(
         self,
@@ -90,9 +90,9 @@ class CachedDecoder:
         """Hidden states after the block, and what the router of the next MoE layer gets from those below."""
         feed_forward = block.feed_forward
         wanted = feed_forward.router.attention_statistic if isinstance(feed_forward, MoELayer) else None
-        attended, statistic = self._attend(block.attention, layer, block.attention_norm(hidden), rotary, wanted)
-        hidden = hidden + attended
-        normed = block.feed_forward_norm(hidden)
+        hidden, normed = block.attention_norm(hidden, None)
+        attended, statistic = self._attend(block.attention, layer, normed, rotary, wanted)
+        hidden, normed = block.feed_forward_norm(hidden, attended)
         if not isinstance(feed_forward, MoELayer):
             return hidden + feed_forward(normed), carried
         if isinstance(feed_forward, MergedLayer):

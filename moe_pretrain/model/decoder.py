@@ -14,7 +14,15 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention import Attention, QKNorm, document_mask
 from moe_pretrain.model.block import Block, Recompute
-from moe_pretrain.model.layers import RMSNorm, chunked_cross_entropy, embed, rotary_table, token_losses, two_pass_losses
+from moe_pretrain.model.layers import (
+    Norm,
+    ResidualNorm,
+    chunked_cross_entropy,
+    embed,
+    rotary_table,
+    token_losses,
+    two_pass_losses,
+)
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.host_values import on_device_of
@@ -183,7 +191,7 @@ class DecoderLM(nn.Module):
         if not self.embedding.weight.is_meta:  # without storage there is nothing to look up either
             for moe_layer in self.moe_layers():
                 moe_layer.router.use_token_counts(torch.ones(config.vocab_size, dtype=torch.int64))
-        self.norm = RMSNorm(width, config.norm_epsilon)
+        self.norm = ResidualNorm(width, config.norm_epsilon)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocab_size, bias=False)
 
     @property
@@ -210,7 +218,7 @@ class DecoderLM(nn.Module):
     def use_kernels(self, kernels: Kernels) -> None:
         """Have the loss, norms, dense networks and experts run as one package's kernels; torch's until then."""
         for module in self.modules():
-            if isinstance(module, DecoderLM | RMSNorm | SwiGLU | SwiGLUExperts):
+            if isinstance(module, DecoderLM | Norm | SwiGLU | SwiGLUExperts):
                 module.kernels = kernels
 
     def moe_layers(self) -> list[MoELayer]:
@@ -239,7 +247,7 @@ class DecoderLM(nn.Module):
             self._trunk(input_ids, document_ids, position_ids, replace(context, pass_index=index))
             for index in range(num_passes)
         ]
-        finals = [self.norm(hidden).flatten(0, 1) for hidden, _ in passes]
+        finals = [hidden.flatten(0, 1) for hidden, _ in passes]
         chunk = self.config.cross_entropy_chunk_tokens
         own_losses = {}
         if num_passes == 1:
@@ -290,7 +298,7 @@ class DecoderLM(nn.Module):
         """Cross-entropy of each position, nats, float32, 0 where not counted; arguments as for ``forward``."""
         hidden, _ = self._trunk(input_ids, document_ids, position_ids, context)
         losses = token_losses(
-            self.norm(hidden).flatten(0, 1), self.head_weight, labels.flatten(), self.config.cross_entropy_chunk_tokens
+            hidden.flatten(0, 1), self.head_weight, labels.flatten(), self.config.cross_entropy_chunk_tokens
         )
         return losses.view_as(labels)
 
@@ -307,23 +315,22 @@ class DecoderLM(nn.Module):
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
     ) -> Float[Tensor, "batch sequence hidden"]:
         """Normed hidden states, of which the head makes logits: for those who want them at few positions."""
-        hidden, _ = self._trunk(input_ids, document_ids, position_ids, context)
-        return self.norm(hidden)
+        return self._trunk(input_ids, document_ids, position_ids, context)[0]
 
     def _trunk(
         self, input_ids: Tensor, document_ids: Tensor, position_ids: Tensor, context: RoutingContext
     ) -> tuple[Tensor, list[MoEOutput]]:
-        """All blocks: hidden states before the final norm, and the MoE layers' outputs."""
+        """All blocks and the final norm: normed hidden states, and the MoE layers' outputs."""
         rotary = rotary_table(position_ids, self.config.attention_head_size, self.config.rope_base)
         mask = document_mask(document_ids)
-        hidden = embed(input_ids, self.embedding.weight)
+        hidden, delta = embed(input_ids, self.embedding.weight), None
         outputs = []
         for block in self.blocks:
-            hidden, output = block(hidden, rotary, mask, context)
+            hidden, delta, output = block(hidden, delta, rotary, mask, context)
             if output is not None:
                 outputs.append(output)
                 context = replace(context, carried=output.carried)
-        return hidden, outputs
+        return self.norm(hidden, delta)[1], outputs
 
 
 @contextmanager

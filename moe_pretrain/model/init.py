@@ -7,7 +7,7 @@ import xxhash
 from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.model.layers import RMSNorm
+from moe_pretrain.model.layers import Norm
 from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, in_latent_width, parameter_roles
 from moe_pretrain.moe.experts.activation import activation_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
@@ -74,7 +74,7 @@ def initialise(model: DecoderLM, seed: int) -> None:
                 continue
             filled.add(id(parameter))
             full_name = f"{module_name}.{name}"
-            if isinstance(module, RMSNorm):
+            if isinstance(module, Norm):
                 is_scale = roles[full_name].is_final_norm and config.init == "mup"
                 parameter.fill_(config.mup_base_width / config.hidden_size if is_scale else 1.0)
                 continue

@@ -1,10 +1,11 @@
 """Kernels in place of torch's: which a run takes, and the calls of liger-kernel (extra ``kernels``).
 
 quack-kernels' (extra ``quack``) are those of experts, ``experts/fused_products.py``; all else stays torch's with them.
-Of liger's three are taken, with statistics in float32 as in ours and no wait of the host for the device:
+Of liger's four are taken, with statistics in float32 as in ours and no wait of the host for the device:
 
 - the loss and its gradient of a chunk of logits: one kernel, the gradient in the place of the logits;
 - RMSNorm: one kernel back for the gradients of rows and weight, where torch reads the rows twice;
+- the same with the sum that it is the norm of, and the sum's gradient;
 - SwiGLU of dense networks and shared experts: one kernel each way, which keeps gate and up alone.
 
 Left out are liger's product and loss in one call, which asks the device for the number of labels and for the factor of
@@ -104,6 +105,19 @@ def liger_rms_norm(
 
     # "gemma" names what is float32; in place, its backward would overwrite a gradient that others may hold.
     return LigerRMSNormFunction.apply(hidden, weight, epsilon, 0.0, "gemma", False)
+
+
+def liger_added_norm(
+    hidden: Float[Tensor, "... hidden"],
+    delta: Float[Tensor, "... hidden"],
+    weight: Float[Tensor, "hidden"],
+    epsilon: float,
+) -> tuple[Float[Tensor, "... hidden"], Float[Tensor, "... hidden"]]:
+    """``hidden + delta``, and ``liger_rms_norm`` of it."""
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    normed, total = LigerFusedAddRMSNormFunction.apply(delta, hidden, weight, epsilon, 0.0, "gemma", False)
+    return total, normed
 
 
 def liger_swiglu(before: Float[Tensor, "... width2"]) -> Float[Tensor, "... width"]:

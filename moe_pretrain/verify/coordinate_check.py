@@ -89,7 +89,7 @@ class PlainTraining:
         last, first = self.model.blocks[-1], start.blocks[-1]
         assert isinstance(last, Block) and isinstance(first, Block)
         watch(last.attention, "attention", lambda output: output[0])
-        watch(last, "residual stream", lambda output: output[0])
+        watch(self.model.norm, "residual stream", lambda output: output[0])
         if isinstance(last.feed_forward, MoELayer):
             assert isinstance(first.feed_forward, MoELayer)
             watch(last.feed_forward, "MoE layer", lambda output: output.hidden)
@@ -112,7 +112,7 @@ class PlainTraining:
                 handle.remove()
         stream = found["residual stream"][0]
         labels = batch.labels.clamp(min=0)[..., None]
-        as_before = functional.linear(start.norm(stream), start.head_weight)
+        as_before = functional.linear(start.norm(stream, None)[1], start.head_weight)
         found["logits"] = logits.gather(-1, labels), as_before.gather(-1, labels)
         return found
 

@@ -272,6 +272,8 @@ class Account(TorchDispatchMode):
         if name == "scaled_rows":  # as much of the sources as comes out
             moved += nbytes(outs) - nbytes(ins[:1])
         self.kernels.append(Kernel(self.phase, call_site(), name, moved))
+        if name == "_normed_sum_gradients":  # the weight's is a sum over rows: another pass over two of them
+            self.kernels.append(Kernel(self.phase, call_site(), f"{name} weight", nbytes((args[0], args[2]))))
         return out
 
     def total(self, of: Callable[[Kernel], bool] = lambda kernel: True) -> tuple[int, int]:
@@ -321,34 +323,42 @@ def _flex(account: Account) -> Callable[..., Tensor]:
     return lambda query, key, value, block_mask, enable_gqa: Flex.apply(query, key, value)
 
 
-def _rms_norm(account: Account, is_ligers: bool = False) -> Callable[..., Tensor]:
-    """``rms_norm`` as CUDA has it: one kernel that keeps its input, two backward; of liger one, as it is called."""
+def _rms_norm(account: Account) -> Callable[..., Tensor]:
+    """``rms_norm`` as CUDA has it: one kernel that keeps its input, two backward."""
+
+    def norm(hidden: Tensor, shape: Any, weight: Tensor | None = None, eps: Any = None) -> Tensor:
+        return _norm(account, False)(hidden, None, hidden.new_empty(shape) if weight is None else weight)[1]
+
+    return norm
+
+
+def _norm(account: Account, is_ligers: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Sum, if there is something to add, and its norm; of liger one kernel backward."""
 
     class Norm(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        def forward(ctx: Any, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+            ctx.set_materialize_grads(False)
             out, scale = torch.empty_like(hidden), hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
-            ctx.save_for_backward(hidden, weight, scale)
-            note("rms_norm", hidden, out, scale)
-            return out
+            total = hidden if delta is None else torch.empty_like(hidden)
+            ctx.save_for_backward(total, weight, scale)
+            ctx.adds = delta is not None
+            note("rms_norm", *([hidden] if delta is None else [hidden, delta, total]), out, scale)
+            return total, out
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-            hidden, weight, scale = ctx.saved_tensors
-            made = torch.empty_like(hidden)
-            note("rms_norm_backward", hidden, grads[0], made, scale)
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            total, weight, scale = ctx.saved_tensors
+            made, given = torch.empty_like(total), [grad for grad in grads if grad is not None]
+            note("rms_norm_backward", total, *given, made, scale)
             if not is_ligers:  # whose first has added up each program's part of this
-                note("rms_norm_backward_weight", hidden, grads[0])
-            return made, torch.empty_like(weight)
+                note("rms_norm_backward_weight", total, given[-1])
+            return made, made if ctx.adds else None, torch.empty_like(weight)
 
     def note(name: str, *moved: Tensor) -> None:
         account.kernels.append(Kernel(account.phase, "model/layers.py RMSNorm", name, nbytes(moved)))
 
-    if is_ligers:
-        return lambda hidden, weight, epsilon: Norm.apply(hidden, weight)
-    return lambda hidden, shape, weight=None, eps=None: Norm.apply(
-        hidden, hidden.new_empty(shape) if weight is None else weight
-    )
+    return Norm.apply
 
 
 def _liger_cross_entropy(account: Account) -> Callable[..., Tensor]:
@@ -442,7 +452,9 @@ def count(config: Config, rows: int, expert_parallel: int = 1, overlaps: bool = 
         stack.enter_context(says_cuda(_flex(account), account.one_kernel))
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(functional, "rms_norm", _rms_norm(account))
-        patch.setattr(layers, "liger_rms_norm", _rms_norm(account, is_ligers=True))
+        of_ligers = _norm(account, is_ligers=True)
+        patch.setattr(layers, "liger_rms_norm", lambda hidden, weight, epsilon: of_ligers(hidden, None, weight)[1])
+        patch.setattr(layers, "liger_added_norm", lambda *arguments: of_ligers(*arguments[:3]))
         patch.setattr(layers, "liger_cross_entropy_", _liger_cross_entropy(account))
         patch.setitem(sys.modules, "quack", ModuleType("quack"))
         patch.setitem(sys.modules, "quack.gemm_interface", quack_products(account))

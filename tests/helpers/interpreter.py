@@ -15,7 +15,7 @@ def as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     of bfloat16 multiply the bits as integers; functions of CUDA's device library return nothing.
     """
     import triton.language as tl
-    from liger_kernel.ops import rms_norm
+    from liger_kernel.ops import fused_add_rms_norm, rms_norm
     from triton.runtime import interpreter
 
     handle, builder, convert = interpreter.TensorHandle, interpreter.InterpreterBuilder, interpreter._implicit_cvt
@@ -40,7 +40,8 @@ def as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
     monkeypatch.setattr(builder, "cast_impl", cast_rounding)
     monkeypatch.setattr(builder, "binary_op", binary_of_bfloat16)
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda values: tl.math.rsqrt(values))
+    for module in (fused_add_rms_norm, rms_norm):
+        monkeypatch.setattr(module, "rsqrt", lambda values: tl.math.rsqrt(values))
 
 
 def _wide(bits: np.ndarray) -> np.ndarray:

@@ -40,6 +40,16 @@ REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]
         layers._joined_gradient,
         lambda: (rows(*HEADS), rows(*KEYS), rows(*KEYS), ANGLES.cos(), ANGLES.sin()),
     ),
+    "norm of a sum": (layers._normed_sum, lambda: (rows(ROWS, HIDDEN), rows(ROWS, HIDDEN), rows(HIDDEN), 1e-5)),
+    "norm": (layers._normed_sum, lambda: (rows(ROWS, HIDDEN), None, rows(HIDDEN), 1e-5)),
+    "gradients of a norm and its sum": (
+        layers._normed_sum_gradients,
+        lambda: (*(rows(ROWS, HIDDEN) for _ in range(3)), torch.rand(ROWS, 1), rows(HIDDEN)),
+    ),
+    "gradients of a norm": (
+        layers._normed_sum_gradients,
+        lambda: (rows(ROWS, HIDDEN), None, rows(ROWS, HIDDEN), torch.rand(ROWS, 1), rows(HIDDEN)),
+    ),
     "labels": (layers._all_in_vocabulary, lambda: (LABELS, VOCAB)),
     "sums of the loss": (layers._cross_entropy_sums, lambda: (rows(ROWS, VOCAB), LABELS)),
     "gradient of the loss": (
@@ -85,5 +95,5 @@ def test_a_compiled_region_is_its_operations_within_rounding(name: str):
 
 
 def _values(output: object, leaves: list[Tensor]) -> list[Tensor]:
-    outputs = [output] if isinstance(output, Tensor) else list(output)
+    outputs = [output] if isinstance(output, Tensor) else [part for part in output if part is not None]
     return outputs + (list(torch.autograd.grad(outputs[0].square().sum(), leaves)) if leaves else [])

@@ -261,8 +261,9 @@ def run_block(router: TopKRouter, recompute: str) -> tuple[Tensor, Tensor]:
     rotary = rotary_table(torch.arange(SEQUENCE).expand(BATCH, -1), 6, 1e4)
     tokens = BATCH * SEQUENCE
     context = RoutingContext(TEXT.flatten(), torch.arange(tokens), BATCH, seed=0, step=0)
-    output, record = subject(hidden, rotary, document_mask(DOCUMENTS), context)
+    stream, delta, record = subject(hidden, None, rotary, document_mask(DOCUMENTS), context)
     assert isinstance(record, MoEOutput)
+    output = stream + delta
     output.square().sum().backward()
     return output.detach(), subject.attention.qkv_weight.grad
 

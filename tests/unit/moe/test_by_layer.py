@@ -41,8 +41,7 @@ def built(config: Config) -> DecoderLM:
 
 
 def run(model: DecoderLM, batch: MicroBatch) -> tuple[Tensor, list[MoEOutput]]:
-    hidden, outputs = model._trunk(batch.input_ids, batch.document_ids, batch.position_ids, context_of(batch))
-    return model.norm(hidden), outputs
+    return model._trunk(batch.input_ids, batch.document_ids, batch.position_ids, context_of(batch))
 
 
 def test_outputs_losses_and_gradients_are_those_of_blocks_of_plain_models():

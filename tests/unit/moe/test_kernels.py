@@ -27,6 +27,7 @@ from moe_pretrain.moe.experts import swiglu
 from moe_pretrain.moe.experts.activation import SWIGLU, gated
 from moe_pretrain.moe.kernels import (
     KernelChoice,
+    liger_added_norm,
     liger_cross_entropy_,
     liger_rms_norm,
     liger_swiglu,
@@ -210,6 +211,21 @@ def test_the_norm_is_torchs(device: str, shape: tuple[int, ...], dtype: torch.dt
         assert dtype == torch.float32 or (liger_rms_norm(hidden, weight, EPSILON) != wide).sum() <= 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_of_a_sum_is_torchs(device: str, dtype: torch.dtype):
+    """The sum, its norm, and gradients of both at once."""
+    hidden, delta = (rows(2, 5, 64, dtype=dtype, device=device) for _ in range(2))
+    weight = rows(64, dtype=dtype, device=device)
+
+    def both(norm: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda *leaves: torch.stack(norm(*leaves))
+
+    def torchs(x: Tensor, d: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return x + d, functional.rms_norm(x + d, w.shape, w, EPSILON)
+
+    assert_same(both(torchs), both(lambda *leaves: liger_added_norm(*leaves, EPSILON)), [hidden, delta, weight])
+
+
 @pytest.mark.slow
 def test_the_norm_of_many_short_rows_is_torchs(device: str):
     """From 32,768 rows of up to 256 on another kernel takes several at once: norms of heads."""
@@ -307,16 +323,17 @@ def test_a_model_has_the_same_loss_and_gradients(device: str, monkeypatch: pytes
     labels, documents = ids.roll(-1, 1), torch.zeros_like(ids)
     labels[:, -1] = IGNORE_INDEX
     places = torch.arange(16, device=device).expand(2, -1)
-    calls = {"norm": 0, "swiglu": 0, "loss": 0}
+    calls = {"norm": 0, "added norm": 0, "swiglu": 0, "loss": 0}
 
-    def counted(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: object) -> Tensor:
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
             calls[name] += 1
             return function(*args)
 
         return call
 
     monkeypatch.setattr(layers, "liger_rms_norm", counted("norm", liger_rms_norm))
+    monkeypatch.setattr(layers, "liger_added_norm", counted("added norm", liger_added_norm))
     monkeypatch.setattr(layers, "liger_cross_entropy_", counted("loss", liger_cross_entropy_))
     monkeypatch.setattr(swiglu, "liger_swiglu", counted("swiglu", liger_swiglu))
 
@@ -333,8 +350,8 @@ def test_a_model_has_the_same_loss_and_gradients(device: str, monkeypatch: pytes
     assert not any(calls.values())
     model.use_kernels("liger")
     found = numbers()
-    # Norms before attention and feed-forward, of queries and of keys in two layers, and the last; 32 positions by 12.
-    assert calls == {"norm": 9, "swiglu": 2, "loss": 3}
+    # Norms of queries and of keys in two layers, and the first; those after a sum in two layers; 32 positions by 12.
+    assert calls == {"norm": 5, "added norm": 4, "swiglu": 2, "loss": 3}
     assert found.keys() == expected.keys() and expected["blocks.0.attention.query_norm.weight"].any()
     for name, value in expected.items():
         error, size = (found[name] - value).norm(), value.norm()
