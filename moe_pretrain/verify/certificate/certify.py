@@ -4,9 +4,9 @@
 property is tested stands in the docstring of its function: ``route_properties`` (what a decision is and whether it
 looks ahead), ``dependence_properties`` (what else it may not know), ``range_properties`` (steps, layers, rows and
 numbers of experts that the tiny model does not have), ``conduct_properties`` (noise, and what a router does beside
-deciding), ``learning_properties`` (losses, gradients, recomputation, saved state), ``state_properties`` (where state
-goes), ``loss_properties`` (what losses are means of), ``derivative_properties`` (gradients beside finite differences)
-and ``start_properties`` (how loud it starts).
+deciding), ``learning_properties`` (gradients, recomputation, saved state), ``balance_properties`` (scale of balance
+losses), ``state_properties`` (where state goes), ``loss_properties`` (what losses are means of),
+``derivative_properties`` (gradients beside finite differences) and ``start_properties`` (how loud it starts).
 """
 
 from collections.abc import Callable, Iterator

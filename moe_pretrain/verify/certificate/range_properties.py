@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import RoutingContext
-from moe_pretrain.verify.certificate.learning_properties import has_closed_form_when_collapsed
+from moe_pretrain.verify.certificate.balance_properties import has_closed_form_when_collapsed
 from moe_pretrain.verify.certificate.route_properties import check_routes, gives_best_of
 from moe_pretrain.verify.certificate.subject import (
     TOLERANCE,
