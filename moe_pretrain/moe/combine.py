@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_pretrain.moe.dispatch import weighted_sum
-from moe_pretrain.moe.types import Combine, ExpertRowLayout
+from moe_pretrain.moe.row_layout import ExpertRowLayout, weighted_sum
+from moe_pretrain.moe.types import Combine
 
 OrthogonalForm = Literal["parts", "magnitudes", "unit", "symmetric"]
 _DEPENDENT = 1e-10

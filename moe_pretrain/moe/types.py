@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+
 BalanceLevel = Literal["micro_batch", "sequence", "global_batch", "last_step"]
 POOLED_LEVELS = ("global_batch", "last_step")
 """Levels whose shares of routes are of a whole global batch: that of the step itself, or of the one before."""
@@ -380,7 +382,7 @@ class Experts(Protocol):
     """The experts of one rank."""
 
     def __call__(
-        self, sources: Tensor, weight: Tensor, order: "ExpertRowLayout", payload: Tensor | None = None
+        self, sources: Tensor, weight: Tensor, order: ExpertRowLayout, payload: Tensor | None = None
     ) -> Tensor:
         """Weighted expert outputs, summed back to ``[sources, hidden]``; ``weight`` and ``payload`` are per row."""
 
@@ -389,51 +391,11 @@ class Experts(Protocol):
 class Combine(Protocol):
     """Makes a token's output of its experts' outputs, on the rank of the token."""
 
-    def __call__(self, rows: Tensor, weight: Tensor, order: "ExpertRowLayout") -> Tensor:
+    def __call__(self, rows: Tensor, weight: Tensor, order: ExpertRowLayout) -> Tensor:
         """``[sources, hidden]`` from the unweighted outputs ``rows [rows, hidden]``; ``weight`` is per row, float32.
 
         With every router: a source may have any number of rows, none among them, and the output for none is 0.
         """
-
-
-@dataclass(frozen=True)
-class ExpertRowLayout:
-    """Layout of source rows for the experts: a gather, and its adjoint sum.
-
-    Attributes:
-        source_of_row: Source row of each expert row; rows are sorted by local expert, and padding comes last.
-        rows_of_source: Expert rows of each source row, filled with -1 where a source has fewer than ``slots``.
-        is_full: Whether ``rows_of_source`` has no -1.
-        rows_per_expert: Rows of each local expert, on the device; padding is no one's.
-    """
-
-    source_of_row: Int[Tensor, "rows"]
-    rows_of_source: Int[Tensor, "sources slots"]
-    is_full: bool
-    rows_per_expert: Int[Tensor, "local_experts"]
-
-    def first(self, rows: int) -> "ExpertRowLayout":
-        """The same without the rows after the first ``rows``, which are padding."""
-        return replace(self, source_of_row=self.source_of_row[:rows])
-
-    def split(self, rows: Sequence[int], sources: Sequence[int]) -> list["ExpertRowLayout"]:
-        """Layouts of consecutive sources whose rows are consecutive too, each sorted by expert; without the padding.
-
-        Args:
-            rows: Rows of each.
-            sources: Sources of each.
-        """
-        layouts: list[ExpertRowLayout] = []
-        row = source = 0
-        for size, count, of_experts in zip(rows, sources, self.rows_per_expert.view(len(rows), -1), strict=True):
-            source_of_row = self.source_of_row[row : row + size]
-            slots = self.rows_of_source[source : source + count]
-            if layouts:
-                source_of_row = source_of_row - source
-                slots = slots - row if self.is_full else (slots - row).clamp_(min=-1)
-            layouts.append(ExpertRowLayout(source_of_row, slots, self.is_full, of_experts))
-            row, source = row + size, source + count
-        return layouts
 
 
 def sharded_parameters(experts: nn.Module) -> list[nn.Parameter]:

@@ -25,7 +25,8 @@ from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX
 from moe_pretrain.engine.sanity import SanityError, check_replicas, checksum
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts
-from moe_pretrain.moe.types import ExpertRowLayout, RouterUse, Routing
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+from moe_pretrain.moe.types import RouterUse, Routing
 from moe_pretrain.parallel.deepspeed_moe import expert_groups, is_expert
 from moe_pretrain.parallel.exchange import ROW_ALIGNMENT_BYTES, AllToAll
 from moe_pretrain.parallel.mesh import build_mesh

@@ -16,7 +16,6 @@ from torch.nn import functional
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.model.attention import attend, document_mask
 from moe_pretrain.model.attention_statistic import attention_statistic
-from moe_pretrain.moe.dispatch import order_by
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.fused_products import check_fused_products
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts, run_swiglu_experts
@@ -24,6 +23,7 @@ from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.part_timer import PARTS, PartClock, time_source
 from moe_pretrain.moe.routers.top_k import TopKRouter
+from moe_pretrain.moe.row_layout import order_by
 from moe_pretrain.moe.types import AttentionStatistic, ExpertShard, RoutingContext
 from moe_pretrain.parallel.mesh import build_mesh
 from moe_pretrain.schedule.batch_plan import plan_batches

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from moe_pretrain.config.compose import compose_values
 from moe_pretrain.config.load import load
@@ -34,6 +35,17 @@ PLAIN_TOP_K = TopKRouterConfig(
     router_z_weight=0.001,
 )
 """Top-k with the losses of its own micro-batch, from which other configurations are changed."""
+
+# Experts of each token's routes; expert 3 is in none of them.
+FIXED = [[4, 0], [1, 4], [0, 1], [4, 2], [0, 4], [2, 1], [1, 0]]
+RAGGED = [[4], [], [0, 1, 4], [4, 2], [], [1], [0, 4]]
+LAYOUTS = [
+    pytest.param(FIXED, 2, id="fixed"),
+    pytest.param(FIXED, None, id="fixed, not told"),
+    pytest.param(RAGGED, None, id="ragged"),
+    pytest.param([[], [], []], None, id="no routes"),
+    pytest.param([], None, id="no tokens"),
+]
 
 
 def make_context(tokens: int, sequences: int = 1, **changes: Any) -> RoutingContext:
@@ -89,3 +101,10 @@ def refusal(config: RouterConfig, num_experts: int, **changes: Any) -> str:
 @functools.cache
 def _values() -> dict[str, Any]:
     return compose_values([])
+
+
+def routes_of(experts_of_token: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token and expert of each route, token-major."""
+    pairs = [(token, expert) for token, experts in enumerate(experts_of_token) for expert in experts]
+    flat = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return flat[:, 0], flat[:, 1]

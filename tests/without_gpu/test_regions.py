@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.model import layers
-from moe_pretrain.moe import dispatch, losses
+from moe_pretrain.moe import dispatch, losses, row_layout
 from moe_pretrain.moe.compiled import compiled
 from moe_pretrain.moe.experts import activation
 from moe_pretrain.moe.routers import base, top_k
@@ -56,9 +56,9 @@ REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]
         layers._cross_entropy_gradient,
         lambda: (rows(ROWS, VOCAB), LABELS, 3 + torch.rand(ROWS, 1), 90 + torch.rand(ROWS, 1)),
     ),
-    "weighted sum": (dispatch._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS, torch.rand(ROWS), False)),
-    "full sum": (dispatch._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS.abs(), None, True)),
-    "scaled rows": (dispatch.scaled_rows, lambda: (rows(SOURCES, HIDDEN), SLOTS[:, 0], torch.rand(SOURCES, 1))),
+    "weighted sum": (row_layout._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS, torch.rand(ROWS), False)),
+    "full sum": (row_layout._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS.abs(), None, True)),
+    "scaled rows": (row_layout.scaled_rows, lambda: (rows(SOURCES, HIDDEN), SLOTS[:, 0], torch.rand(SOURCES, 1))),
     "shares": (losses._mean_of_shares, lambda: (torch.rand(1, EXPERTS).double(), probs(), MASK)),
     "balance": (losses._balance, lambda: (probs(), torch.rand(1, EXPERTS).double(), MASK, None)),
     "balance of costs": (
@@ -70,7 +70,7 @@ REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]
     "routes": (top_k._flat_routes, lambda: (torch.stack([CHOSEN, CHOSEN])[:, :, 0].T,)),
     "routes of text": (losses.count_text_routes, lambda: (ROUTES, CHOSEN.flatten(), MASK, 1, EXPERTS)),
     "all routes": (dispatch._count_of_each, lambda: (CHOSEN.flatten(), EXPERTS)),
-    "order": (dispatch._inverse, lambda: (CHOSEN.flatten().argsort(stable=True), ROUTES)),
+    "order": (row_layout._inverse, lambda: (CHOSEN.flatten().argsort(stable=True), ROUTES)),
     "z loss": (losses.router_z_loss, lambda: (torch.randn(ROWS, EXPERTS, requires_grad=True), MASK)),
     "entropy": (losses.entropy_loss, lambda: (probs(), MASK)),
     "statistics": (base._count_text, lambda: (probs().detach(), MASK)),

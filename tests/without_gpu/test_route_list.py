@@ -4,9 +4,9 @@ import torch
 from helpers.cuda_branches import Waits, says_cuda
 from torch import Tensor
 
-from moe_pretrain.moe.dispatch import order_by, sum_rows
 from moe_pretrain.moe.route_list import list_routes
 from moe_pretrain.moe.routers.expert_choice import most_taken
+from moe_pretrain.moe.row_layout import order_by, sum_rows
 
 TOKENS, EXPERTS, MOST = 7, 3, 15
 

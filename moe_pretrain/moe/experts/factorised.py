@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe_pretrain.moe.dispatch import scaled_rows, sum_rows
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
+from moe_pretrain.moe.row_layout import ExpertRowLayout, scaled_rows, sum_rows
+from moe_pretrain.moe.types import ExpertShard
 
 
 def factorised_width(hidden_size: int, full_width: int, rank: int, multiple: int) -> int:

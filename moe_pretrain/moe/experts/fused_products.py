@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.moe.dispatch import order_by, sum_rows
-from moe_pretrain.moe.types import ExpertRowLayout
+from moe_pretrain.moe.row_layout import ExpertRowLayout, order_by, sum_rows
 
 _TOLERANCE = 0.03
 """Largest distance from torch's result as a share of its length: ``verify``'s in bfloat16; a wrong layout is 1 away."""

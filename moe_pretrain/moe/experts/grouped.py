@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import ExpertRowLayout
+from moe_pretrain.moe.row_layout import ExpertRowLayout
 
 
 class ExpertRows:

@@ -11,7 +11,8 @@ from moe_pretrain.moe.counter_noise import counter_uniform
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.config import MatrixProductConfig
 from moe_pretrain.moe.experts.swiglu import run_swiglu_experts
-from moe_pretrain.moe.types import ExpertRowLayout, Experts, ExpertShard, RoutingContext
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+from moe_pretrain.moe.types import Experts, ExpertShard, RoutingContext
 
 DROPOUT_STREAM = 9
 MATRICES = ("gate", "up", "out")

@@ -8,13 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_pretrain.moe.dispatch import scaled_rows, sum_rows
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activate, activation_gradients, gated
 from moe_pretrain.moe.experts.fused_products import check_fused_products, run_fused_swiglu_experts
 from moe_pretrain.moe.experts.grouped import join, row_blocks, take_rows
 from moe_pretrain.moe.kernels import Kernels, liger_swiglu
 from moe_pretrain.moe.part_timer import part
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
+from moe_pretrain.moe.row_layout import ExpertRowLayout, scaled_rows, sum_rows
+from moe_pretrain.moe.types import ExpertShard
 
 
 class SwiGLU(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.host_values import on_device_of
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+from moe_pretrain.moe.types import ExpertShard
 
 
 class UnequalExperts(nn.Module):

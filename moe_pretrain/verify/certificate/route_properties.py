@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.moe.dispatch import run_experts, sum_rows
+from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.types import ExpertRowLayout, Merging, RouterUse
+from moe_pretrain.moe.row_layout import ExpertRowLayout, sum_rows
+from moe_pretrain.moe.types import Merging, RouterUse
 from moe_pretrain.verify.certificate.elsewhere import elsewhere
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,

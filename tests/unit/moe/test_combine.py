@@ -9,8 +9,8 @@ from torch import Tensor
 from moe_pretrain.config.load import load
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.combine import Orthogonal, OrthogonalConfig
-from moe_pretrain.moe.dispatch import order_by
 from moe_pretrain.moe.layer import MoELayer
+from moe_pretrain.moe.row_layout import order_by
 from moe_pretrain.moe.types import ExpertShard
 
 HIDDEN, EXPERTS, WIDTH, TOKENS = 16, 6, 10, 7

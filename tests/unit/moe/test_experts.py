@@ -8,7 +8,8 @@ from torch.nn import functional
 from moe_pretrain.moe.experts import grouped
 from moe_pretrain.moe.experts.grouped import AllRows, row_blocks
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+from moe_pretrain.moe.types import ExpertShard
 
 HIDDEN, WIDTH = 8, 24  # multiples of 8, which grouped_mm wants; different, so that a swap fails
 

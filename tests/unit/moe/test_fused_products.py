@@ -28,7 +28,8 @@ from moe_pretrain.moe.experts import fused_products
 from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.moe.experts.fused_products import check_fused_products, run_fused_swiglu_experts
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts, check_fused_experts, run_swiglu_experts
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+from moe_pretrain.moe.types import ExpertShard
 
 CPU = torch.device("cpu")
 PLAIN = functools.partial(run_swiglu_experts, activation=SWIGLU)

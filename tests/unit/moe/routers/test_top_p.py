@@ -16,7 +16,8 @@ from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_p import TopPRouter, TopPRouterConfig, top_p_mask
-from moe_pretrain.moe.types import ExpertRowLayout, ExpertShard, Routing, RoutingContext
+from moe_pretrain.moe.row_layout import ExpertRowLayout
+from moe_pretrain.moe.types import ExpertShard, Routing, RoutingContext
 
 TOKENS, HIDDEN, EXPERTS = 12, 8, 5
 CONFIG = TopPRouterConfig(
