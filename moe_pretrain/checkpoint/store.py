@@ -7,9 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_pretrain.checkpoint.background_save import Outcome, Saver
-from moe_pretrain.checkpoint.config import CheckpointConfig
 from moe_pretrain.checkpoint.manifest import (
-    FORMAT_VERSION,
     CheckpointError,
     DamagedCheckpoint,
     UnreadableCheckpoint,
@@ -29,8 +27,6 @@ from moe_pretrain.engine.intervals import updates_made
 from moe_pretrain.parallel.mesh import Mesh
 
 __all__ = [
-    "FORMAT_VERSION",
-    "CheckpointConfig",
     "CheckpointError",
     "DamagedCheckpoint",
     "Outcome",
