@@ -23,7 +23,7 @@ _BYTES_PER_HIDDEN = 99
 """Memory traffic per token, layer and unit of the hidden size, forward and backward: norms, rotary, residuals."""
 _LESS_PER_HIDDEN = 8
 """So much less with liger's kernels: each of a layer's two norms reads its rows and their gradient once in backward."""
-_BYTES_PER_ROUTED_HIDDEN = 20
+_BYTES_PER_ROUTED_HIDDEN = 16
 """The same for each route: gathers, and sums over a token's experts."""
 _BYTES_PER_WIDTH = 18
 """Memory traffic per row of an expert and unit of its width: the activation and its backward."""

@@ -18,6 +18,7 @@ from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model import layers
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
+from moe_pretrain.moe.experts import swiglu
 from moe_pretrain.moe.types import ExpertShard, float32_parameters
 from moe_pretrain.parallel.exchange import AllToAll
 
@@ -74,6 +75,7 @@ def numbers_of_joined_operations(model: DecoderLM, batch: MicroBatch) -> dict[st
     plain = numbers(model, batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "_joins_residuals", lambda hidden: True)
+        patch.setattr(swiglu, "_weighs_in_activation", lambda rows: True)
         joined = numbers(model, batch)
     for name, value in plain.items():
         if name in dict(model.named_parameters()):

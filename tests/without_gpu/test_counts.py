@@ -116,7 +116,7 @@ def per_layer(kernels: Callable[[Kernel], bool], expert_parallel: int = 1, overl
     return many - few, (more - less) / (8 * 2048) / 1e3
 
 
-LAYER_BUDGETS = {(1, False): (27, 21, 217.6), (8, False): (42, 28, 267.2), (8, True): (64, 44, 276.1)}
+LAYER_BUDGETS = {(1, False): (27, 20, 211.4), (8, False): (42, 27, 261.1), (8, True): (64, 42, 269.9)}
 """Expert parallelism, whether halves are exchanged apart -> kernels of a layer's forward pass, of its backward pass, kB
 per token of both."""
 

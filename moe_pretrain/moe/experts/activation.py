@@ -38,14 +38,20 @@ def _swiglu(before: Float[Tensor, "rows width2"]) -> Float[Tensor, "rows width"]
 
 @one_kernel_on_cuda
 def _swiglu_gradients(
-    before: Float[Tensor, "rows width2"], grad_act: Float[Tensor, "rows width"]
+    before: Float[Tensor, "rows width2"],
+    grad_act: Float[Tensor, "rows width"],
+    factor: Float[Tensor, "rows 1"] | None = None,
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width2"], Float[Tensor, "rows"]]:
     gate, up = before.unflatten(1, (2, -1)).unbind(1)
     silu = functional.silu(gate)
     act = silu * up
     product = (grad_act * act).sum(dim=1, dtype=torch.float32)
     grad_gate = torch.ops.aten.silu_backward(grad_act * up, gate)
-    return act, torch.cat([grad_gate, silu.mul_(grad_act)], dim=1), product
+    grad_before = torch.cat([grad_gate, silu.mul_(grad_act)], dim=1)
+    if factor is not None:
+        act = (act * factor).to(act.dtype)
+        grad_before = (grad_before * factor).to(grad_before.dtype)
+    return act, grad_before, product
 
 
 @functools.cache
@@ -58,7 +64,7 @@ def _bounded(activation: Activation) -> tuple[Callable[[Tensor], Tensor], Callab
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return (up + offset) * (gate * torch.sigmoid(alpha * gate))
 
-    def gradients(before: Tensor, grad_act: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(before: Tensor, grad_act: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         raw_gate, raw_up = before.chunk(2, dim=-1)
         gate, up = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit) + offset
         opened = torch.sigmoid(alpha * gate)
@@ -68,7 +74,11 @@ def _bounded(activation: Activation) -> tuple[Callable[[Tensor], Tensor], Callab
         grad_gate = grad_act * up * slope * (raw_gate <= limit)
         grad_up = grad_act * glu * (raw_up.abs() <= limit)
         product = (grad_act * act).sum(dim=-1, dtype=torch.float32)
-        return act, torch.cat([grad_gate, grad_up], dim=-1), product
+        grad_before = torch.cat([grad_gate, grad_up], dim=-1)
+        if factor is not None:
+            act = (act * factor).to(act.dtype)
+            grad_before = (grad_before * factor).to(grad_before.dtype)
+        return act, grad_before, product
 
     return one_kernel_on_cuda(activate), one_kernel_on_cuda(gradients)
 
@@ -79,10 +89,16 @@ def activate(before: Float[Tensor, "rows width2"], activation: Activation) -> Fl
 
 
 def activation_gradients(
-    before: Float[Tensor, "rows width2"], grad_act: Float[Tensor, "rows width"], activation: Activation
+    before: Float[Tensor, "rows width2"],
+    grad_act: Float[Tensor, "rows width"],
+    activation: Activation,
+    factor: Float[Tensor, "rows 1"] | None = None,
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width2"], Float[Tensor, "rows"]]:
-    """The activation again, the gradient of ``before``, and ``<grad_act, activation>`` per row in float32."""
-    return (_swiglu_gradients if activation == SWIGLU else _bounded(activation)[1])(before, grad_act)
+    """The activation again, the gradient of ``before``, and ``<grad_act, activation>`` per row in float32.
+
+    The first two come times ``factor``, float32, where there is one.
+    """
+    return (_swiglu_gradients if activation == SWIGLU else _bounded(activation)[1])(before, grad_act, factor)
 
 
 def gated(before: Float[Tensor, "... width2"], activation: Activation) -> Float[Tensor, "... width"]:

@@ -136,8 +136,9 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
     and the activation are made again in backward, and the gradient of a route's weight is ``<dy W_out, act>``,
     so expert outputs need not be kept. That is about half of what separate operations save.
 
-    A route's weight is a factor of its row, so it may be applied on either side of a product. It is always
-    applied on the side that is ``hidden`` wide, which costs a fraction of a pass over ``width``.
+    A route's weight is a factor of its row, so it may be applied on either side of a product. It is
+    applied on the side that is ``hidden`` wide, which costs a fraction of a pass over ``width``; on CUDA, where the
+    gradient of the activation is one kernel, in there, which costs no pass.
     """
 
     @staticmethod
@@ -168,22 +169,29 @@ class _SwiGLUExpertsFunction(torch.autograd.Function):
         order: ExpertRowLayout = ctx.order
         grad_in_weight = grad_out_weight = None
         grad_weights, grad_inputs = [], []
+        is_inside = _weighs_in_activation(sources)
         for block, before in zip(ctx.blocks, befores, strict=True):
             source_of_row, factor = order.source_of_row[block.rows], weight[block.rows, None]
-            # Down to grad_inputs, gradients are those of the rows' outputs before the route's weight.
+            # Gradients of the rows' outputs before the route's weight; without it inside also down to grad_inputs.
             grad_rows = grads[0].index_select(0, source_of_row)
             grad_act = block.times_transposed(grad_rows, out_weight)
-            act, grad_before, grad_weight = activation_gradients(before, grad_act, ctx.activation)
+            inside = factor if is_inside else None
+            act, grad_before, grad_weight = activation_gradients(before, grad_act, ctx.activation, inside)
             del grad_act
-            # In place with a float32 factor: the product is formed in float32 and rounded once.
-            grad_out_weight = block.outer(grad_rows.mul_(factor), act, grad_out_weight)
+            if not is_inside:  # in place with a float32 factor: the product is formed in float32 and rounded once
+                grad_rows.mul_(factor)
+            grad_out_weight = block.outer(grad_rows, act, grad_out_weight)
             del act, grad_rows
-            rows = scaled_rows(sources, source_of_row, factor)
+            rows = sources.index_select(0, source_of_row) if is_inside else scaled_rows(sources, source_of_row, factor)
             grad_in_weight = block.outer(grad_before, rows, grad_in_weight)
             grad_weights.append(grad_weight)
             grad_inputs.append(block.times_transposed(grad_before, in_weight))
-        grad_sources = sum_rows(join(grad_inputs), order, weight)
+        grad_sources = sum_rows(join(grad_inputs), order, None if is_inside else weight)
         return grad_sources, join(grad_weights), grad_in_weight, grad_out_weight, None, None
+
+
+def _weighs_in_activation(rows: Tensor) -> bool:
+    return rows.is_cuda
 
 
 class _ScoresFunction(torch.autograd.Function):

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_pretrain.moe.experts import grouped
+from moe_pretrain.moe.experts import grouped, swiglu
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation
 from moe_pretrain.moe.experts.grouped import AllRows, row_blocks
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.row_layout import ExpertRowLayout
@@ -54,21 +55,33 @@ def loop(
     out_weight: Tensor,
     order: ExpertRowLayout,
     expert_of_row: list[int],
+    activation: Activation = SWIGLU,
 ) -> Tensor:
     """One row at a time, straight from the formula."""
     output = torch.zeros_like(sources)
     for row, expert in enumerate(expert_of_row):
         source = int(order.source_of_row[row])
         gate, up = (in_weight[expert] @ sources[source]).split(WIDTH)
-        result = weight[row] * (out_weight[expert] @ (functional.silu(gate) * up))
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        inner = (up + activation.offset) * gate * torch.sigmoid(activation.alpha * gate)
+        result = weight[row] * (out_weight[expert] @ inner)
         output = output + functional.one_hot(torch.tensor(source), len(sources))[:, None] * result
     return output
 
 
-def run_both(layout: list[list[int]], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+@pytest.fixture(params=["weight beside", "weight in the activation"])
+def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where backward applies a route's weight: as on a CPU, or as on CUDA."""
+    monkeypatch.setattr(swiglu, "_weighs_in_activation", lambda rows: request.param != "weight beside")
+
+
+def run_both(
+    layout: list[list[int]], dtype: torch.dtype, activation: Activation = SWIGLU
+) -> tuple[list[Tensor], list[Tensor]]:
     """Output and four gradients: ours in ``dtype``, the loop's in float64 from the same values."""
     order, expert_of_row = make_order(layout, 4)
     experts = make_experts(dtype)
+    experts.activation = activation
     sources = torch.randn(len(layout), HIDDEN).to(dtype).requires_grad_()
     weight = torch.rand(len(expert_of_row), requires_grad=True)
     upstream = torch.randn(len(layout), HIDDEN).to(dtype)
@@ -76,10 +89,11 @@ def run_both(layout: list[list[int]], dtype: torch.dtype) -> tuple[list[Tensor],
     leaves = [sources, weight, experts.in_weight, experts.out_weight]
     ours = [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    expected = loop(*doubles, order, expert_of_row)
+    expected = loop(*doubles, order, expert_of_row, activation)
     return ours, [expected.detach(), *torch.autograd.grad(expected, doubles, upstream.double())]
 
 
+@pytest.mark.usefixtures("side")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_float32_equals_the_loop(layout: list[list[int]]) -> None:
     for value, expected in zip(*run_both(layout, torch.float32), strict=True):
@@ -87,6 +101,7 @@ def test_float32_equals_the_loop(layout: list[list[int]]) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
+@pytest.mark.usefixtures("side")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_bfloat16_is_within_rounding(layout: list[list[int]]) -> None:
     """Every intermediate is rounded to 8 bits: 1 % of the norm; a route weight's gradient stays float32."""
@@ -97,6 +112,13 @@ def test_bfloat16_is_within_rounding(layout: list[list[int]]) -> None:
         assert (value.double() - reference).norm() <= 0.01 * reference.norm()
 
 
+@pytest.mark.usefixtures("side")
+def test_another_activation_has_its_gradients_too() -> None:
+    for value, expected in zip(*run_both(LAYOUTS["ragged"], torch.float32, Activation(1.702, 1.0, 0.7)), strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.usefixtures("side")
 @pytest.mark.parametrize("num_sources", [0, 3])
 def test_no_rows_at_all(num_sources: int) -> None:
     """Zero output and exactly zero gradients, none missing: ZeRO waits for every parameter (defect C7)."""
@@ -110,6 +132,7 @@ def test_no_rows_at_all(num_sources: int) -> None:
         assert torch.equal(value, torch.zeros_like(like))
 
 
+@pytest.mark.usefixtures("side")
 def test_a_weight_of_zero_keeps_its_gradient() -> None:
     order, expert_of_row = make_order([[0, 1], [1, 2]], 4)
     experts, sources = make_experts(), torch.randn(2, HIDDEN)
