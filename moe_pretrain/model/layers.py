@@ -181,10 +181,11 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
 
 @one_kernel_on_cuda
 def _rotate_at_once(heads: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
-    sine = -sine if back else sine
-    first, second = heads.float().chunk(2, dim=-1)
+    """Written in order of tokens: so is then what attention makes of it, and its heads are joined without a copy."""
+    cosine, sine = cosine.transpose(1, 2), (-sine if back else sine).transpose(1, 2)
+    first, second = heads.transpose(1, 2).float().chunk(2, dim=-1)
     rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    return rotated.to(heads.dtype)
+    return rotated.to(heads.dtype).transpose(1, 2)
 
 
 class _Rotary(torch.autograd.Function):
@@ -222,10 +223,13 @@ class _RotatedProjection(torch.autograd.Function):
         ctx: Any, projected: Tensor, cosine: Tensor, sine: Tensor, sizes: list[int], head_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cosine, sine)
-        query, key, value = (
-            heads.unflatten(-1, (-1, head_size)).transpose(1, 2) for heads in projected.split(sizes, dim=-1)
+        turning, value = (
+            heads.unflatten(-1, (-1, head_size)).transpose(1, 2)
+            for heads in projected.split([sizes[0] + sizes[1], sizes[2]], dim=-1)
         )
-        return _rotate(query, cosine, sine, False), _rotate(key, cosine, sine, False), value
+        turned = _rotate(turning, cosine, sine, False)
+        query, key = turned.split([size // head_size for size in sizes[:2]], dim=1)
+        return query, key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -423,10 +423,14 @@ class _SchemeLayers:
         return self.tokens * ((8 if self.on_cpu else self.size) * width + 4)
 
     def _attention(self) -> float:
-        """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp."""
+        """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp.
+
+        On a GPU heads lie in order of tokens, and both results are one.
+        """
         model = self.model
         query, key = model.attention_width, model.key_value_width
-        heads: float = self.size * (3 * query + 2 * key) + self.size * (query + key)
+        results = 2 if self.on_cpu else 1
+        heads: float = self.size * (query + 2 * key + query + key + results * query)
         if model.qk_norm != "none":
             heads += self._normed_heads()
         return self._norm() + self.tokens * (self.row + heads + 4 * model.num_heads)

@@ -19,7 +19,7 @@ _MATRIX_RATE = 0.62
 """Share of the peak that large matrix products reach: 0.78 of the 790 TFLOP/s that an H100 of 989 sustains."""
 _ATTENTION_RATE = 0.40
 """The same of FlexAttention's kernels."""
-_BYTES_PER_HIDDEN = 99
+_BYTES_PER_HIDDEN = 95
 """Memory traffic per token, layer and unit of the hidden size, forward and backward: norms, rotary, residuals."""
 _LESS_PER_HIDDEN = 8
 """So much less with liger's kernels: each of a layer's two norms reads its rows and their gradient once in backward."""
