@@ -30,6 +30,7 @@ from moe_pretrain.engine.sanity import (
 from moe_pretrain.engine.step_result import Evaluation, StepResult, StepSums
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.moe.experts.swiglu import check_fused_experts
+from moe_pretrain.moe.host_values import on_device_of
 from moe_pretrain.moe.kernels import resolve_kernels
 from moe_pretrain.moe.types import ExpertKinds, Routing
 from moe_pretrain.parallel.deepspeed_moe import is_expert
@@ -297,7 +298,7 @@ class TrainEngine:
         """Counted targets and text tokens of the global batch, and the hash of its rows."""
         own_labels = sum(batch.num_valid_labels() for batch in batches)
         own_hash = wrap_to_int64(sum(batch.token_hash for batch in batches))
-        counts = torch.tensor([own_labels, sum(text_tokens), own_hash], device=self.mesh.device)
+        counts = on_device_of(self.model.head_weight, [own_labels, sum(text_tokens), own_hash], torch.int64)
         dist.all_reduce(counts)  # int64 sums wrap, as the hash wants
         labels, tokens, token_hash = counts.tolist()
         return GlobalCounts(labels=labels, tokens=tokens), token_hash

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_pretrain.engine.optimizers.base import Fragment
 from moe_pretrain.model.parameter_groups import ParameterRole
+from moe_pretrain.moe.host_values import on_device_of
 
 GRADIENT_PARTS = ("router", "experts", "rest")
 
@@ -57,7 +58,7 @@ class GradientNorms:
         """Norms of the parts before clipping, ``norm`` being that of all; the sums begin anew. Collective."""
         squares = torch.zeros(len(GRADIENT_PARTS), dtype=torch.float64, device=device)
         if self._squares:
-            index = torch.tensor(self._part_of_square, device=device)
+            index = on_device_of(squares, self._part_of_square, torch.int64)
             squares.index_add_(0, index, torch.stack(self._squares).double().square())
         self._squares, self._part_of_square = [], []
         dist.all_reduce(squares)

@@ -124,9 +124,11 @@ class StepSums:
         return torch.cat([self.scalars, self.layers.flatten()])
 
     def set(self, stacked: Tensor) -> None:
-        """Take over sums that are reduced already."""
-        scalars, layers = stacked.split([len(self.scalars), self.layers.numel()])
-        self.scalars, self.layers = scalars.cpu(), layers.view_as(self.layers)
+        """Take over sums that are reduced already, and wait for them, once."""
+        sizes, on_host = [len(self.scalars), self.layers.numel()], stacked.cpu()
+        self.scalars, layers = on_host.split(sizes)
+        self._layers_on_host = layers.view_as(self.layers)
+        self.layers = stacked.split(sizes)[1].view_as(self.layers)
 
     @property
     def loss_sum(self) -> float:
@@ -143,7 +145,7 @@ class StepSums:
         sickness: str | None,
     ) -> StepResult:
         """Take means of the reduced sums."""
-        scalars, layers = self.scalars.tolist(), self.layers[:, : self.num_experts + 2].cpu()
+        scalars, layers = self.scalars.tolist(), self._layers_on_host
         routes = layers[:, : self.num_experts]
         return StepResult(
             loss=scalars[0] / max(counts.labels, 1),

@@ -200,4 +200,4 @@ def waits_of_a_step(rows: int) -> dict[str, int]:
 def test_a_step_waits_a_stated_number_of_times_whatever_its_micro_batches():
     found = [run_on_ranks(waits_of_a_step, 1, rows)[0] for rows in (4, 12)]
     assert found[0] == found[1], "a micro-batch waits for nothing"
-    assert sum(found[0].values()) <= 18, found[0]  # four are copies of the host's numbers
+    assert sum(found[0].values()) <= 15, found[0]  # two are copies of the host's numbers, DeepSpeed's

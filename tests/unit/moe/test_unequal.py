@@ -185,6 +185,7 @@ def test_a_row_of_metrics_says_how_even_the_load_is_by_what_is_balanced() -> Non
     routes = torch.tensor([[44.0, 40, 20, 10, 36, 40, 20, 10], [10.0] * 8], dtype=torch.float64)
     sums = StepSums([], model.moe_layers()[0].kinds, [0, 0], torch.device("cpu"))
     sums.layers[:, :EXPERTS] = routes
+    sums.set(sums.stacked())
     result = sums.result(GlobalCounts(labels=110, tokens=110), {}, 0.0, {}, 0, None)
     row = train_row(result, model, Window(1.0, 1.0, 0.0), 0.1, 1.0, 1, None)
     assert row["moe/layer_00/load_max_over_even_cost"] == pytest.approx(1.1)
@@ -212,6 +213,7 @@ def test_a_run_is_charged_for_the_widths_it_uses() -> None:
     assert size.total_parameters == sum(p.numel() for p in model.parameters())
     sums = StepSums([], model.moe_layers()[0].kinds, [0, 0], torch.device("cpu"))
     sums.layers[:, :EXPERTS] = torch.tensor([30.0, 0, 10, 20, 20, 10, 5, 5])
+    sums.set(sums.stacked())
     result = sums.result(GlobalCounts(labels=50, tokens=50), {}, 0.0, {}, 0, None)
     by_hand = sum(3 * HIDDEN * w * n for w, n in zip(WIDTHS, [30, 0, 10, 20, 20, 10, 5, 5], strict=True)) / 50
     assert size.with_experts_per_token(result.mean_experts_run).active_experts == pytest.approx(2 * by_hand)

@@ -258,6 +258,7 @@ def test_a_step_says_the_share_of_cheap_routes_and_charges_networks_alone() -> N
     sums = StepSums([], model.moe_layers()[0].kinds, [0, 0], torch.device("cpu"))
     sums.layers[:, :8] = torch.tensor([30.0, 0, 10, 20, 20, 10, 5, 5])
     initialise(model, 0)
+    sums.set(sums.stacked())
     result = sums.result(GlobalCounts(labels=50, tokens=50), {}, 0.0, {}, 0, None)
     assert result.experts_per_token == 60 / 50 and result.layer_uses()[0].experts_per_token == 2
     row = train_row(result, model, Window(1.0, 1.0, 0.0), 0.1, 1.0, 1, None)
