@@ -164,15 +164,21 @@ def _require_runs_of_table(path: Path, table: str) -> None:
 
 
 def test_the_learning_table_is_of_the_runs_that_are_kept():
+    """Of every scheme, three trials and three final runs at the best of them, with that rate and their mean loss."""
     runs = list(csv.DictReader((SCRIPTS / "assets" / "learning_runs.csv").read_text().splitlines()))
-    losses: dict[str, list[float]] = {}
-    for row in runs:
-        if row["run"] == "final":
-            losses.setdefault(row["scheme"], []).append(float(row["validation loss"]))
     readme = (SCRIPTS / "README.md").read_text()
-    assert len(losses) == 15 and {len(own) for own in losses.values()} == {3}
-    for scheme, own in losses.items():
-        assert f"| `{scheme}` | {statistics.fmean(own):.3f} [" in readme
+    schemes = runpy.run_path(str(SCRIPTS / "tables" / "learning_table.py"))["SCHEMES"]
+    assert {row["scheme"] for row in runs} == schemes.keys()
+    for scheme in schemes:
+        own = [row for row in runs if row["scheme"] == scheme]
+        trials = {row["setting"]: float(row["validation loss"]) for row in own if row["run"] == "trial"}
+        finals = [row for row in own if row["run"] == "final"]
+        best = min(trials, key=trials.__getitem__)
+        assert len(trials) == 3 and [(row["setting"], row["seed"]) for row in finals] == [(best, s) for s in "123"]
+        mean = statistics.fmean(float(row["validation loss"]) for row in finals)
+        edge = " (edge)" if float(best) in (min(map(float, trials)), max(map(float, trials))) else ""
+        (line,) = (line for line in readme.splitlines() if line.startswith(f"| `{scheme}` | {mean:.3f} ["))
+        assert f" | {best}{edge} | " in line
 
 
 def test_the_table_of_pruning(home: Path):
