@@ -174,6 +174,17 @@ def test_the_plan_charges_ligers_kernels_as_they_are_counted():
     assert seconds == pytest.approx(charged / step_time.Machine().memory_bandwidth)
 
 
+@pytest.mark.parametrize(("kernels", "tolerance"), [("torch", 0.01), ("quack", 0.07)])
+def test_the_plan_charges_what_recomputation_moves_again(kernels: str, tolerance: float):
+    moved = {}
+    for mode in step_time._TRAFFIC_WITH_RECOMPUTE:
+        words = ["model=700m", f"engine.kernels={kernels}", f"model.recompute={mode}"]
+        few, many = (count(config_of(*words, f"model.num_layers={n}"), 2).account.total()[1] for n in (1, 2))
+        moved[mode] = many - few
+    for mode, times in step_time._TRAFFIC_WITH_RECOMPUTE.items():
+        assert moved[mode] / moved["none"] == pytest.approx(times, rel=tolerance), mode
+
+
 def test_the_plan_charges_quacks_kernels_as_they_are_counted():
     """170 kB is the budget of a layer at this size, which the activation of torch's path alone nearly takes up."""
     counts = [count(config_of("model=700m", "engine.kernels=quack", f"model.num_layers={n}"), 8) for n in (1, 2)]
