@@ -163,9 +163,12 @@ def _require_runs_of_table(path: Path, table: str) -> None:
         assert f"| `{scheme}` | {float(final['validation loss']):.3f} | " in table
 
 
+RUNS = ["learning_runs.csv", "learning_wide_runs.csv"]
+
+
 def test_the_learning_table_is_of_the_runs_that_are_kept():
     """Of every scheme, three trials and three final runs at the best of them, with that rate and their mean loss."""
-    runs = list(csv.DictReader((SCRIPTS / "assets" / "learning_runs.csv").read_text().splitlines()))
+    runs = list(csv.DictReader((SCRIPTS / "assets" / RUNS[0]).read_text().splitlines()))
     readme = (SCRIPTS / "README.md").read_text()
     schemes = runpy.run_path(str(SCRIPTS / "tables" / "learning_table.py"))["SCHEMES"]
     assert {row["scheme"] for row in runs} == schemes.keys()
@@ -179,6 +182,18 @@ def test_the_learning_table_is_of_the_runs_that_are_kept():
         edge = " (edge)" if float(best) in (min(map(float, trials)), max(map(float, trials))) else ""
         (line,) = (line for line in readme.splitlines() if line.startswith(f"| `{scheme}` | {mean:.3f} ["))
         assert f" | {best}{edge} | " in line
+
+
+def test_the_table_at_twice_the_width_is_of_the_runs_that_are_kept():
+    """Three runs of every scheme, at the rate that was best for it at the other size."""
+    lines = (SCRIPTS / "README.md").read_text().splitlines()
+    kept = {name: list(csv.DictReader((SCRIPTS / "assets" / name).read_text().splitlines())) for name in RUNS}
+    rates = {row["scheme"]: row["setting"] for row in kept[RUNS[0]] if row["run"] == "final"}
+    wide = kept[RUNS[1]]
+    assert {(row["scheme"], row["setting"]) for row in wide} == set(rates.items()) and len(wide) == 3 * len(rates)
+    for scheme in rates:
+        mean = statistics.fmean(float(row["validation loss"]) for row in wide if row["scheme"] == scheme)
+        assert any(line.startswith(f"| `{scheme}` | {mean:.3f} [") for line in lines), scheme
 
 
 def test_the_table_of_pruning(home: Path):
