@@ -34,6 +34,8 @@ class Router(nn.Module):
         gradients_by_design: What has on purpose a gradient that is not its derivative -> why: names of aux losses that
             hold something constant, or ``weight``.
         evaluation_rule: Rule by which evaluation decides, if it is not that of training.
+        numbered_experts: Why an expert's number decides, where it does: experts that change places with all that is
+            theirs then have other tokens.
         other_scales: Aux losses that measure balance in another unit than ``load_balance_loss``, which is 1 for an even
             load -> why.
         start_values: Parameters that ``model.init`` fills with one number.
@@ -61,6 +63,7 @@ class Router(nn.Module):
     evaluation_rule: str = ""
     reads_earlier_tokens: ClassVar[bool] = False
     losses_depend_on_cut: bool = False
+    numbered_experts: str = ""
     other_scales: Mapping[str, str] = MappingProxyType({})
     start_values: Mapping[str, float] = MappingProxyType({})
     start_stds: Mapping[str, float] = MappingProxyType({})

@@ -93,6 +93,16 @@ NUMBER, LOAD, ROWS, ANYWHERE = (
     "other numbers of experts",
     "determinism",
 )
+ALIKE, ADD_UP, ONCE, LOSSES, BEST = (
+    "experts are alike",
+    "weights add up as configured",
+    "coefficients act once",
+    "losses even the load",
+    "experts get their best tokens",
+)
+_ZERO, _UNEQUAL = ("experts=zero_computation",), ("experts=unequal", "model.moe.num_experts=8")
+_TWO_LAYERS = ("model.num_layers=2",)
+_SPARSITY = "*(gates, counts, tokens, config.target_experts, context"
 
 # What is wrong with it.
 MUTANTS = {
@@ -256,5 +266,134 @@ MUTANTS = {
                 "            logits.detach(), logits.detach().softmax(dim=-1), token,"
             ),
         },
+    ),
+    "a teacher whose experts are in another order than the pupil's": Mutant(
+        "attentive", ALIKE, {"logits.gather(1, candidates), scores.detach()": "logits.gather(1, best), scores.detach()"}
+    ),
+    "importance of other experts than those that were asked": Mutant(
+        "attentive", ALIKE, {".scatter(1, candidates, probs)": ".scatter(1, candidates, probs.flip(1))"}
+    ),
+    "norms over numbers of several experts": Mutant(
+        "autonomy",
+        ALIKE,
+        {"vector_norm(low.float(), dim=-1)": "vector_norm(low.float().transpose(1, 2).reshape(low.shape), dim=-1)"},
+    ),
+    "ties that the number of the expert decides": Mutant(
+        "top_k",
+        ALIKE,
+        {"best_first(scores, logits)[:, : self.config.top_k]": "best_first(scores, None)[:, : self.config.top_k]"},
+    ),
+    "weights divided by those of experts that are not taken": Mutant(
+        "top_p", ADD_UP, {"probs / (probs * taken).sum(": "probs / probs.sum("}, ("router.weights=renormalised",)
+    ),
+    "weights beside a zero expert that are not divided again": Mutant(
+        "moe_plus_plus",
+        ADD_UP,
+        {"            weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-20)\n": ""},
+        _ZERO,
+    ),
+    "a softmax over all norms for that of the selected": Mutant(
+        "autonomy", ADD_UP, {"norms.masked_fill(~taken, lowest).softmax(dim=-1)": "norms.softmax(dim=-1)"}
+    ),
+    "a coefficient squared": Mutant(
+        "moe_plus_plus", ONCE, {"self.config.load_balance_weight}": "self.config.load_balance_weight**2}"}, _ZERO
+    ),
+    "a coefficient in the loss and beside it": Mutant(
+        "top_p", ONCE, {'["dynamic"] = entropy_loss(': '["dynamic"] = self.config.dynamic_weight * entropy_loss('}
+    ),
+    "a coefficient that follows one layer": Mutant(
+        "relu",
+        ONCE,
+        {
+            "direction = (use.experts_per_token > self": (
+                "mean = float(use.tokens_per_expert.sum()) / max(use.tokens, 1)\n        direction = (mean > self"
+            ),
+            "            use.experts_per_token < self": "            mean < self",
+        },
+        _TWO_LAYERS,
+    ),
+    "a scale of weights that acts twice": Mutant(
+        "top_k", ONCE, {"    return weight * scale\n": "    return weight * scale * scale\n"}
+    ),
+    "what networks cost and what others do, exchanged": Mutant(
+        "moe_plus_plus", LOSSES, {"cost[self.kinds.ffn :] = config.tau": "cost[: self.kinds.ffn] = config.tau"}, _ZERO
+    ),
+    "a balance loss that rewards busy experts": Mutant(
+        "moe_plus_plus",
+        LOSSES,
+        {"cost_balance_loss(probs, counts,": "cost_balance_loss(probs, counts.max() - counts,"},
+        _ZERO,
+    ),
+    "a load loss with the wrong sign": Mutant(
+        "moce_ir", LOSSES, {'"load": load_loss(': '"load": -load_loss('}, _UNEQUAL
+    ),
+    "sparsity over all experts for the wanted ones": Mutant(
+        "relu", LOSSES, {_SPARSITY: _SPARSITY.replace("config.target_experts", "self.num_experts")}
+    ),
+    "sparsity of gates squared": Mutant("relu", LOSSES, {_SPARSITY: _SPARSITY.replace("gates", "gates.square()")}),
+    "sparsity that rewards busy experts": Mutant(
+        "relu", LOSSES, {_SPARSITY: _SPARSITY.replace("counts", "counts.max() - counts")}
+    ),
+    "an even load of tokens, where routes are counted": Mutant(
+        "loss_free", LOAD, {"even_load(routes.sum(), self": "even_load(torch.tensor(float(use.tokens)), self"}
+    ),
+    "a bias that falls for every expert with routes": Mutant(
+        "loss_free",
+        LOAD,
+        {"torch.sign(even_load(routes.sum(), self.num_experts, self.balanced_costs) - routes)": "-torch.sign(routes)"},
+    ),
+    "the cut-off of the last expert that is taken": Mutant(
+        "quantile",
+        LOAD,
+        {"topk(self.config.top_k + 1, dim=1)": "topk(self.config.top_k, dim=1)"},
+        ("model.moe.num_experts=12",),
+    ),
+    "quotas of one expert per token": Mutant(
+        "quantile", LOAD, {"even_load(counts.sum(dim=1) * self.config.top_k,": "even_load(counts.sum(dim=1),"}
+    ),
+    "a plan of rows alone": Mutant(
+        "sinkhorn", LOAD, {"logits + row[:, None] + column - math": "logits + row[:, None] - math"}
+    ),
+    "a weight less its threshold": Mutant(
+        "expert_threshold",
+        "state leaves weights alone",
+        {"weight = routes.take(scores)": "weight = routes.take(scores - self.threshold)"},
+    ),
+    "the last expert drawn twice as often": Mutant(
+        "thor",
+        "noise",
+        {
+            "(drawn * self.num_experts).long()": (
+                "(drawn * (self.num_experts + 1)).long().clamp(max=self.num_experts - 1)"
+            )
+        },
+    ),
+    "one expert for everything in evaluation": Mutant(
+        "thor", "noise", {"(context.first_place + torch.arange(": "(0 * torch.arange("}
+    ),
+    "the worst expert for a token that passes no threshold in evaluation": Mutant(
+        "dynmoe", BEST, {"self._best(cosines.detach(), used)": "self._best(-cosines.detach(), used)"}
+    ),
+    "the worst experts in evaluation": Mutant(
+        "sinkhorn", BEST, {"ranked = logits.detach()": "ranked = logits.detach() * (1 if self.training else -1)"}
+    ),
+    "the mass of a distribution from its other end": Mutant(
+        "top_p", BEST, {"expert = logits.sort(dim=-1, descending=True": "expert = logits.sort(dim=-1, descending=False"}
+    ),
+    "weights of 1 in evaluation": Mutant(
+        "moce_ir",
+        "evaluation as in training",
+        {
+            "noisy.softmax(dim=-1).gather(1, chosen).flatten(),": (
+                "(noisy.softmax(dim=-1).gather(1, chosen) ** int(self.training)).flatten(),"
+            )
+        },
+        _UNEQUAL,
+    ),
+    "logits carried up without their gradient": Mutant(
+        "moe_plus_plus",
+        "weights' gradient is a derivative",
+        {"router_logits(context.carried, self": "router_logits(context.carried.detach(), self"},
+        (*_ZERO, *_TWO_LAYERS),
     ),
 }

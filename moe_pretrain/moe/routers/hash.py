@@ -70,6 +70,7 @@ class HashRouter(Router):
     causal_in_training = True
     causal_in_evaluation = True
     needs_token_counts = True
+    numbered_experts = "a table says which experts a token has"
 
     def __init__(self, config: HashConfig, hidden_size: int, num_experts: int, layer: int):
         super().__init__(layer)

@@ -6,7 +6,9 @@ looks ahead), ``dependence_properties`` (what else it may not know), ``range_pro
 numbers of experts that the tiny model does not have), ``conduct_properties`` (noise, and what a router does beside
 deciding), ``learning_properties`` (gradients, recomputation, saved state), ``balance_properties`` (scale of balance
 losses), ``state_properties`` (where state goes), ``loss_properties`` (what losses are means of),
-``derivative_properties`` (gradients beside finite differences) and ``start_properties`` (how loud it starts).
+``evening_properties`` (where losses take the load), ``symmetry_properties`` (that an expert's number means nothing),
+``configured_properties`` (what the configuration says of weights and coefficients), ``derivative_properties``
+(gradients beside finite differences) and ``start_properties`` (how loud it starts).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +19,10 @@ from typing import Literal
 from moe_pretrain.config.schema import Config
 from moe_pretrain.system.files import write_json
 from moe_pretrain.verify.certificate.conduct_properties import CONDUCT
+from moe_pretrain.verify.certificate.configured_properties import CONFIGURED
 from moe_pretrain.verify.certificate.dependence_properties import DEPENDENCE
 from moe_pretrain.verify.certificate.derivative_properties import DERIVATIVES
+from moe_pretrain.verify.certificate.evening_properties import EVENING
 from moe_pretrain.verify.certificate.learning_properties import LEARNING
 from moe_pretrain.verify.certificate.loss_properties import LOSSES
 from moe_pretrain.verify.certificate.range_properties import RANGE
@@ -26,17 +30,32 @@ from moe_pretrain.verify.certificate.route_properties import ROUTES
 from moe_pretrain.verify.certificate.start_properties import START
 from moe_pretrain.verify.certificate.state_properties import STATE
 from moe_pretrain.verify.certificate.subject import Broken, DeclaredNonCausal, NotApplicable, Subject
+from moe_pretrain.verify.certificate.symmetry_properties import SYMMETRY
 
 PROPERTIES: dict[str, Callable[[Subject], str]] = (
-    ROUTES | DEPENDENCE | RANGE | CONDUCT | LEARNING | STATE | LOSSES | DERIVATIVES | START
+    ROUTES
+    | DEPENDENCE
+    | RANGE
+    | CONDUCT
+    | SYMMETRY
+    | CONFIGURED
+    | LEARNING
+    | STATE
+    | LOSSES
+    | EVENING
+    | DERIVATIVES
+    | START
 )
 """Name of the row -> the question behind it, in the order of the certificate."""
 OF_ONE_ROUTER = {
     *("router gradient with top_k=1", "balance loss at uniform", "balance loss at collapse", "finite at ties"),
     *("experts get their best tokens", "noise"),
     *RANGE,
+    *SYMMETRY,
+    *CONFIGURED,
     *STATE,
     *LOSSES,
+    *EVENING,
     *DERIVATIVES,
     *START,
 }

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import RoutingContext, StepUse, step_uses
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
@@ -26,8 +27,10 @@ from moe_pretrain.verify.certificate.subject import (
 )
 
 EQUAL_TOKENS = 256
-ENOUGH_DRAWS = 16
-"""Tokens for each expert of which one surely draws it."""
+MANY_DRAWS = 4096
+"""Tokens by which an expert that is drawn too often shows."""
+SURELY = 5.0
+"""Standard deviations by which the number of draws of an expert does not differ by chance."""
 LATE_POSITION = 2**42
 """Tokens after a million steps of four million: float32 counts up to 2**24."""
 
@@ -36,7 +39,8 @@ def _draws_noise_anew(subject: Subject) -> str:
     """Noise in training is another one in every step and layer, and late in a run as various as early.
 
     A router whose decisions change with the seed is given equal tokens. If it tells them apart, that is noise. A second
-    pass over a micro-batch draws anew, and a scheme without parameters, which draws alone decide, leaves no expert out.
+    pass over a micro-batch draws anew, and a scheme without parameters, which draws alone decide, draws every expert
+    equally often, in evaluation too.
     """
     model = subject.warm_model()
     decision = subject.run(model, subject.batch(one_document=True)).decisions[-1]
@@ -77,11 +81,8 @@ def _draws_noise_anew(subject: Subject) -> str:
             changes(decide(pass_index=1 - context.pass_index)),
             "both passes draw the same: context.pass_index must be a key",
         )
-    reached = int((~first.isnan()).any(dim=0).sum())
-    if not list(like.parameters()) and EQUAL_TOKENS >= ENOUGH_DRAWS * subject.num_experts:
-        require(
-            reached == subject.num_experts, f"{EQUAL_TOKENS} draws reach {reached} of {subject.num_experts} experts"
-        )
+    if not list(like.parameters()):
+        _draws_all_alike(like, hidden[:1], context)
     late = _various(decide(step=LATE_STEPS[-1], token_position=context.token_position + LATE_POSITION))
     require(
         2 * late >= various,
@@ -89,6 +90,24 @@ def _draws_noise_anew(subject: Subject) -> str:
         "positions are rounded",
     )
     return f"another one in every step and layer; {EQUAL_TOKENS} equal tokens have {various} decisions, late {late}"
+
+
+@torch.no_grad()
+def _draws_all_alike(router: Router, hidden: Tensor, context: RoutingContext) -> None:
+    """Raise unless a router that nothing but draws decides gives every expert as many tokens, but for chance."""
+    tokens = torch.zeros(MANY_DRAWS, dtype=torch.long)
+    context = replace(
+        context_of(context, tokens), num_sequences=1, token_position=torch.arange(MANY_DRAWS), global_tokens=MANY_DRAWS
+    )
+    for training in (True, False):
+        load = router.train(training)(hidden[tokens], context).use.tokens_per_expert
+        mean = float(load.mean())
+        require(
+            float((load - mean).abs().max()) <= SURELY * mean**0.5,
+            f"{MANY_DRAWS} draws in {'training' if training else 'evaluation'} give an expert {float(load.min()):.0f} "
+            f"to {float(load.max()):.0f} tokens, by chance it would be {mean:.0f} each",
+        )
+    router.train()
 
 
 def _various(table: Tensor) -> int:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from moe_pretrain.data.rows.micro_batch import MicroBatch
+from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import RouterUse, RoutingContext, step_uses
 from moe_pretrain.verify.certificate.route_properties import require_same_use
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,
+    SHARP,
     Broken,
     Decision,
     NotApplicable,
@@ -29,11 +31,11 @@ from moe_pretrain.verify.certificate.subject import (
 
 LARGE_ROWS = 96
 """Rows of the large batch: 1152 tokens, beyond the floors that capacities usually have."""
-SHARP = 30.0
-"""Factor of the router's parameters with which it is nearly sure of everything."""
 ALIKE = 1e-3
 """How far apart tokens are that are almost the same, relative to tokens as they are."""
 SHARED_STEPS = 5
+LOUDER = 1.5
+"""Largest factor between the mean sums of a token's weights in training and in evaluation."""
 LAST_NUMBER = 101
 """Documents are numbered anew from here downwards: odd is even, and first is last."""
 
@@ -117,10 +119,14 @@ def _knows_no_moment(subject: Subject) -> str:
 
 
 def _evaluates_as_it_trains(subject: Subject) -> str:
-    """Without noise, training and evaluation decide alike, unless the scheme declares a rule of its own."""
+    """Without noise, training and evaluation decide alike, unless the scheme declares a rule of its own.
+
+    A token's weights add up to about as much whatever the rule.
+    """
     model = subject.warm_model()
     routers = routers_of(model)
     rule = model.evaluation_rule
+    _weighs_as_it_trains(subject, model)
     if rule:
         raise NotApplicable(f"evaluation has a rule of its own: {rule}")
     if any(router.causal_in_training != router.causal_in_evaluation for router in routers):
@@ -143,6 +149,23 @@ def _evaluates_as_it_trains(subject: Subject) -> str:
         "decisions differ between training and evaluation, without noise and without Router.evaluation_rule",
     )
     return "same routes, weights and payloads in both modes"
+
+
+def _weighs_as_it_trains(subject: Subject, model: DecoderLM) -> None:
+    """Raise if evaluation weighs experts by more than ``LOUDER`` more or less than training, in any layer."""
+    batch = subject.batch(rows=LARGE_ROWS)
+    modes = []
+    with torch.no_grad():
+        for training in (True, False):
+            decisions = subject.run(model.train(training), batch).decisions
+            # Of tokens with a route: a rule may leave out some in training that have one in evaluation.
+            modes.append([float(one.routing.weight.sum()) / len(one.routing.token_index.unique()) for one in decisions])
+    model.train()
+    for trained, evaluated in zip(*modes, strict=False):
+        require(
+            trained <= LOUDER * evaluated and evaluated <= LOUDER * trained,
+            f"a token's weights add up to {trained:.2f} in training and {evaluated:.2f} in evaluation",
+        )
 
 
 def _serves_large_batches(subject: Subject, training: bool) -> str:

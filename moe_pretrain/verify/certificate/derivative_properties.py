@@ -7,7 +7,7 @@ the step), so float32 leaves about four digits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class _Probe:
         self.router: Router = routers_of(model)[at]
         self.hidden = hidden.requires_grad_()
         self.places: dict[str, Tensor] = dict(self.router.named_parameters()) | {"the router's input": self.hidden}
+        if self.context.carried is not None:
+            self.context = replace(self.context, carried=self.context.carried.detach().clone().requires_grad_())
+            assert self.context.carried is not None
+            self.places["what the layer below carries up"] = self.context.carried
         torch.manual_seed(0)
         self.directions = {name: [_direction(place) for _ in range(DIRECTIONS)] for name, place in self.places.items()}
 
@@ -192,7 +196,10 @@ def _judge_loss(probe: _Probe, loss: str) -> str:
 
 
 def _has_derivative_of_weights(subject: Subject) -> str:
-    """Gradients of the weights, and of the payload, are the derivatives at fixed routes: parameters and input."""
+    """Gradients of the weights, of the payload and of what is carried up are the derivatives at fixed routes.
+
+    Along parameters, the router's input, and what the layer below carries up.
+    """
     return [_judge_weights(_Probe(subject, *place)) for place in PLACES][0]
 
 
@@ -211,6 +218,8 @@ def _judge_weights(probe: _Probe) -> str:
         total = (routing.weight.double() * factor[:, 0]).sum()
         if routing.payload is not None:
             total = total + (routing.payload.double() * factor[:, 1:]).sum()
+        if routing.carried is not None:
+            total = total + (routing.carried.double() * upstream[:, :, 0]).sum()
         return total
 
     found = {}

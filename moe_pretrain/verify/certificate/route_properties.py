@@ -36,6 +36,9 @@ from moe_pretrain.verify.certificate.subject import (
 
 DRAWS = 2
 """Replacements of the later tokens per cut."""
+OPPOSITE_EXPERTS = 8
+"""Experts whose rows are made the opposite of tokens, each of every fifth one: they are alike, and take their time."""
+OPPOSITE_STRIDE = 5
 SUMS_TOLERANCE = 0.01
 """Largest part of a scheme's sums that rounding may move, which a padding row exceeds by far."""
 
@@ -306,8 +309,10 @@ def _is_float32(subject: Subject) -> str:
 def gives_experts_their_best(subject: Subject) -> str:
     """A token that is an expert's own row of the router goes to that expert, and no other of it weighs more.
 
+    One that is the opposite of the row does not go there, unless it goes to all. Both in training and in evaluation.
+
     Asked of parameters with a row for every expert, as wide as a token: of dot products, cosines and distances alike
-    the token is then the expert's best. One such parameter must have it; of competing tokens half of them.
+    the token is then the expert's best, and its worst. One such parameter must have it; of competing tokens half.
     """
     return gives_best_of(subject, subject.warm_model())
 
@@ -315,31 +320,60 @@ def gives_experts_their_best(subject: Subject) -> str:
 @torch.no_grad()
 def gives_best_of(subject: Subject, model: DecoderLM) -> str:
     """The same of a model whose state has moved or not."""
-    router, (hidden, context, routing) = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
-    if isinstance(routing, Merging):
-        raise NotApplicable("parameters are merged and no token is sent")
-    free = router.free_slots
-    experts = [one for one in range(model.moe_layers()[0].kinds.ffn) if free is None or not free[one]]
-    shape = (subject.num_experts, hidden.shape[1])
-    found = []
-    for name, parameter in router.named_parameters():
-        if parameter.shape != shape or name in router.without_lm_gradient:
-            continue
-        best = 0
-        for expert in experts:
-            token = 5 * expert % len(hidden)
-            kept = parameter[expert].clone()
-            parameter[expert] = hidden[token]
-            weights = subject.table(Decision(hidden, context, router(hidden, context).exact()))[token]
-            parameter[expert] = kept
-            best += bool(weights[expert] >= weights.nan_to_num(-math.inf).max() * (1 - TOLERANCE))
-        found.append((best, name))
-    if not found:
-        raise NotApplicable("no parameter has a row for every expert, as wide as a token")
-    best, name = max(found)
-    said = f"{best} of {len(experts)} experts get a token that is their own row of {name}, with the largest weight"
-    require(best >= (len(experts) if router.causal_in_training else len(experts) / 2), f"only {said}")
-    return said
+    notes = []
+    for training in (True, False):
+        router, decision = routers_of(model.train(training))[0], subject.run(model, subject.batch()).decisions[0]
+        if isinstance(decision.routing, Merging):
+            raise NotApplicable("parameters are merged and no token is sent")
+        free = router.free_slots
+        experts = [one for one in range(model.moe_layers()[0].kinds.ffn) if free is None or not free[one]]
+        shape = (subject.num_experts, decision.hidden.shape[1])
+        found = [
+            (*_best_and_worst(subject, router, decision, parameter, experts), name)
+            for name, parameter in router.named_parameters()
+            if parameter.shape == shape and name not in router.without_lm_gradient
+        ]
+        if not found:
+            raise NotApplicable("no parameter has a row for every expert, as wide as a token")
+        best, right, name = max(found)
+        mode, causal = (
+            ("training", router.causal_in_training) if training else ("evaluation", router.causal_in_evaluation)
+        )
+        said = f"{best} of {len(experts)} experts get a token that is their own row of {name}, with the largest weight"
+        require(best >= (len(experts) if causal else len(experts) / 2), f"only {said}, in {mode}")
+        opposite = f"{right:.0%} of the tokens that are the opposite of an expert's row do not go there"
+        require(right >= (1.0 if causal else 0.5), f"only {opposite}, in {mode}")
+        notes.append(f"{said}; {opposite}" if training else "in evaluation too")
+    return "; ".join(notes)
+
+
+def _best_and_worst(
+    subject: Subject, router: Router, decision: Decision, parameter: Tensor, experts: list[int]
+) -> tuple[int, float]:
+    """Experts that get a token like their row of ``parameter``, and the part of tokens opposite to one that stay away.
+
+    Tokens that take every expert say nothing of the latter.
+    """
+    hidden, context, _ = decision
+
+    def weights(expert: int, token: int, row: Tensor) -> Tensor:
+        kept = parameter[expert].clone()
+        parameter[expert] = row
+        found = subject.table(Decision(hidden, context, router(hidden, context).exact()))[token]
+        parameter[expert] = kept
+        return found
+
+    best, taken, asked = 0, 0, 0
+    for expert in experts:
+        token = 5 * expert % len(hidden)
+        own = weights(expert, token, hidden[token])
+        best += bool(own[expert] >= own.nan_to_num(-math.inf).max() * (1 - TOLERANCE))
+        opposite = range(expert % OPPOSITE_STRIDE, len(hidden), OPPOSITE_STRIDE) if expert < OPPOSITE_EXPERTS else ()
+        for token in opposite:
+            own = weights(expert, token, -hidden[token])
+            choosy = bool(own[experts].isnan().any())
+            asked, taken = asked + choosy, taken + (choosy and not bool(own[expert].isnan()))
+    return best, 1.0 if asked == 0 else 1 - taken / asked
 
 
 ROUTES: dict[str, Callable[[Subject], str]] = {

@@ -19,10 +19,14 @@ from moe_pretrain.verify.certificate.subject import (
     NotApplicable,
     Subject,
     context_of,
+    even_costs,
     judge_dependence,
     require,
     route_table,
+    routers_of,
     same_routes,
+    unevenness,
+    with_much_in_common,
 )
 
 SAME_COUNT = 0.02
@@ -33,6 +37,16 @@ TOLD_STEPS = 50
 """Steps in which a router is told of loads that it does not have."""
 NEAR_TARGET = 0.15
 """Largest part of the wanted number of experts by which the number may differ."""
+EVEN = 0.03
+"""Largest part by which the busiest expert may exceed the mean where a scheme's state evens the load."""
+STILL_FALLING = 0.98
+"""Factor that a load still falls by within ``SETTLED_STEPS`` that has not come to where it goes."""
+LARGE_ROWS = 96
+"""Rows of which experts get so many tokens that ``EVEN`` is some of them."""
+EVEN_STEPS = 160
+"""Steps on so many rows."""
+LEFT = 0.5
+"""Largest part of what is uneven in evaluation that tokens which compete may leave."""
 SETTLED_STEPS = 50
 """Last steps in which a number of routes that stands still has settled."""
 FEW_STEPS = 20
@@ -44,21 +58,24 @@ FREED_STEPS = 2000
 def _evens_load(subject: Subject) -> str:
     """State moved by ``after_step`` over ``AGE_STEPS`` steps on one batch makes the load no less even.
 
-    And an expert that a router is told to be busy gets no more tokens than one that is told to be idle. Where tokens
-    compete in training alone, their load is no less even than evaluation's.
+    An expert that a router is told to be busy gets no more tokens than one that is told to be idle. Where that moves
+    anything, or quotas are to even the load (``RouterConfig.evens_load``), it comes to be even, or is still on the way.
+    Where tokens compete in training alone, their load is more even than evaluation's, or even.
     """
     aged = subject.aged
     if isinstance(aged.first.routing, Merging):
         raise NotApplicable("parameters are merged and no token is sent")
     notes = []
     if not aged.router.causal_in_training and aged.router.causal_in_evaluation and aged.router.evaluation_rule:
-        notes.append(_competes_for_even_load(aged))
+        notes.append(_competes_for_even_load(subject, aged))
     if aged.moved:
         told = _believes_loads(subject, aged)
         start, end = (float(use.tokens_per_expert.max() / use.tokens_per_expert.sum()) for use in _ends(aged))
         count = _count(aged.uses[-1]) / _count(aged.uses[0])
         found = f"the busiest expert has {start:.2f} of the routes at first, {end:.2f} after {AGE_STEPS} steps"
         notes += [told] if told else []
+        if told or subject.config.router.evens_load == "quotas":
+            notes.append(_comes_to_even_load(subject))
         if abs(count - 1) <= SAME_COUNT:
             require(end <= LESS_EVEN * start, f"{found}: state moves the wrong way")
             notes.append(found)
@@ -67,6 +84,23 @@ def _evens_load(subject: Subject) -> str:
     if not notes:
         raise NotApplicable("after_step moves nothing")
     return "; ".join(notes)
+
+
+def _comes_to_even_load(subject: Subject) -> str:
+    """Raise unless the load of a large batch is even after ``EVEN_STEPS`` steps on it, or still gets more so."""
+    model = subject.model()
+    router, (hidden, context, _) = routers_of(model)[0], subject.run(model, subject.batch(rows=LARGE_ROWS)).decisions[0]
+    costs, loads = even_costs(subject, router), []
+    for _ in range(EVEN_STEPS):
+        use = router(hidden, context).use
+        loads.append(use.tokens_per_expert)
+        router.after_step(step_uses([use])[0])
+    # Of many steps together: what goes to and fro, as a bias by long steps does, is even if its middle is.
+    parts = (loads[:1], loads[-2 * SETTLED_STEPS : -SETTLED_STEPS], loads[-SETTLED_STEPS:])
+    first, before, end = (unevenness(torch.stack(part).sum(dim=0), costs) for part in parts)
+    said = f"of {len(hidden)} tokens the busiest expert has {first:.2f} times the mean at first, {end:.2f} at last"
+    require(end <= 1 + EVEN or end <= STILL_FALLING * before, f"{said}, and there it stays: state aims at another load")
+    return said
 
 
 def _ends(aged: Aged) -> tuple[RouterUse, RouterUse]:
@@ -78,14 +112,16 @@ def _count(use: RouterUse) -> float:
     return float(use.tokens_per_expert.sum() / use.tokens)
 
 
-def _competes_for_even_load(aged: Aged) -> str:
-    router, (hidden, context, _) = aged.fresh(), aged.first
-    busiest = []
-    for training in (True, False):
-        load = router.train(training)(hidden, context).use.tokens_per_expert
-        busiest.append(float(load.max() / load.sum().clamp(min=1)))
-    found = f"of tokens that compete the busiest expert has {busiest[0]:.2f}, in evaluation {busiest[1]:.2f}"
-    require(busiest[0] <= LESS_EVEN * busiest[1], f"{found}: competing makes the load less even")
+def _competes_for_even_load(subject: Subject, aged: Aged) -> str:
+    """Compare a load for which tokens compete with evaluation's, of tokens that all prefer the same experts."""
+    hidden, context, _ = subject.run(subject.model(), subject.batch(rows=LARGE_ROWS)).decisions[0]
+    hidden = with_much_in_common(hidden)
+    router, costs = aged.fresh(), even_costs(subject, aged.router)
+    competing, evaluated = (
+        unevenness(router.train(training)(hidden, context).use.tokens_per_expert, costs) for training in (True, False)
+    )
+    found = f"competing tokens give the busiest expert {competing:.2f} times the mean, evaluation {evaluated:.2f} times"
+    require(competing <= max(LESS_EVEN, 1 + LEFT * (evaluated - 1)), f"{found}: competing does not even the load")
     return found
 
 
@@ -121,19 +157,21 @@ def _routes_of_first_half(router: Router, aged: Aged) -> float:
 
 @torch.no_grad()
 def _weighs_without_the_load(subject: Subject) -> str:
-    """The load of an expert moves no weight: a token that keeps its experts keeps their weights.
+    """State of single experts moves no weight: a token that keeps its experts keeps their weights.
 
-    Asked of state with one number for each expert that moves by ``StepUse.tokens_per_expert``, such as a bias.
+    Asked of state with one number for each expert, such as a bias or a threshold, that moves by the load it is told
+    (``StepUse.tokens_per_expert``), or in whatever way where quotas are to even the load (``RouterConfig.evens_load``).
     """
     aged = subject.aged
     if isinstance(aged.first.routing, Merging):
         raise NotApplicable("parameters are merged and no token is sent")
     busy, idle = (router.state_dict() for router in _told_loads(subject, aged))
-    moved = [
-        name
-        for name, value in busy.items()
-        if value.shape == (subject.num_experts,) and value.is_floating_point() and not torch.equal(value, idle[name])
-    ]
+    of_experts = [name for name, value in busy.items() if value.shape == (subject.num_experts,)]
+    of_experts = [name for name in of_experts if busy[name].is_floating_point()]
+    moved = {name: busy[name] for name in of_experts if not torch.equal(busy[name], idle[name])}
+    if subject.config.router.evens_load == "quotas":
+        settled = aged.router.state_dict()
+        moved = {name: settled[name] for name in of_experts if name in aged.moved} | moved
     if not moved:
         raise NotApplicable("no state of single experts is moved by their load")
     hidden, context, _ = aged.first
@@ -143,15 +181,15 @@ def _weighs_without_the_load(subject: Subject) -> str:
         for share in (0.0, 0.01, 0.1, 1.0):
             router = aged.fresh().train(training)
             state = router.state_dict()
-            for name in moved:
-                state[name].copy_(aged.before[name].lerp(busy[name], share))
+            for name, value in moved.items():
+                state[name].copy_(aged.before[name].lerp(value, share))
             tables.append(route_table(router(hidden, context).exact(), len(hidden), subject.num_experts))
         for table in tables[1:]:
             same = (tables[0].isnan() == table.isnan()).all(dim=1)
             kept += int(same.sum())
             require(
                 same_routes(tables[0][same], table[same]),
-                f"{', '.join(moved)} moves weights of routes that stay: a busy expert's output is scaled by its load",
+                f"{', '.join(moved)} moves weights of routes that stay: what selects is not to scale an output",
             )
     return f"{', '.join(moved)}: {kept} tokens with the same experts have the same weights"
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.config.schema import Config
@@ -31,6 +32,8 @@ LATE_STEPS = (1_000, 1_000_000)
 """Optimizer steps at which a schedule has surely changed what it changes."""
 AGE_STEPS = 300
 """Steps of ``after_step`` after which state has gone where it goes."""
+SHARP = 30.0
+"""Factor of a router's parameters with which it is nearly sure of everything."""
 TOLERANCE = 2e-5
 """Largest relative difference that float32 sums in another order may make."""
 
@@ -309,6 +312,25 @@ def parameters_set(router: Router, change: Callable[[Tensor], Tensor]) -> Iterat
         with torch.no_grad():
             for parameter, value in zip(router.parameters(), kept, strict=True):
                 parameter.copy_(value)
+
+
+def with_much_in_common(hidden: Tensor) -> Tensor:
+    """The tokens, each with the same vector added, as long as they are: of these a router prefers some experts."""
+    common = normalize(torch.randn(hidden.shape[1], generator=torch.Generator().manual_seed(0)), dim=0)
+    return hidden + hidden.norm(dim=1).mean() * common
+
+
+def even_costs(subject: Subject, router: Router) -> Tensor:
+    """Cost of a route to each expert, by which the scheme's load is even where routes times cost are; float64."""
+    costs = torch.ones(subject.num_experts, dtype=torch.float64)
+    costs[subject.config.model.moe.kinds.ffn :] /= subject.config.router.zero_computation_load
+    return costs * torch.tensor(router.balanced_costs) if router.balanced_costs else costs
+
+
+def unevenness(tokens_per_expert: Tensor, costs: Tensor) -> float:
+    """Load of the busiest expert over the mean, in routes times ``even_costs``; 1 where it is even."""
+    load = tokens_per_expert * costs
+    return float(load.max() / load.mean().clamp(min=1e-20))
 
 
 def judge_dependence(routers: Sequence[Router], training: bool, found: str) -> None:

@@ -20,7 +20,7 @@ def test_a_changed_line_is_found_by_the_row_that_says_so(wrong: str, tmp_path: P
     assert found.verdict == "FAIL" and not found.detail.startswith("raised "), found
 
 
-@pytest.mark.parametrize("scheme", ["top_k", "thor", "attentive"])
+@pytest.mark.parametrize("scheme", ["top_k", "thor", "attentive", "autonomy", "relu", "sinkhorn", "top_p"])
 def test_the_same_file_without_a_change_is_as_the_shipped_router(scheme: str, tmp_path: Path) -> None:
     rows = {mutant.row for mutant in MUTANTS.values() if mutant.scheme == scheme}
     subject = Subject(load([Mutant(scheme, "", {}).write(tmp_path), *SMALL]))
