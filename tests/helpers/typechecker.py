@@ -6,6 +6,7 @@ All calls of a test would take a third of its time, and those after the first fe
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -55,7 +56,7 @@ def _check_first_calls(fn: Any = None, *, typechecker: Any, at_import: bool) -> 
         nonlocal checked, test, left
         if test != _test[0]:
             test, left = _test[0], FIRST_CALLS
-        if not left:
+        if not left or sys.is_finalizing():  # then a checker cannot be imported any more
             return fn(*args, **kwargs)
         left -= 1
         if checked is None:
