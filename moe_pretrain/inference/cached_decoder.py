@@ -10,7 +10,8 @@ from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.attention_statistic import attention_statistic
 from moe_pretrain.model.block import Block
 from moe_pretrain.model.decoder import DecoderLM
-from moe_pretrain.model.layers import embed, rotary_table
+from moe_pretrain.model.embedding import embed
+from moe_pretrain.model.rotary import rotary_table
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.merged_layer import MergedLayer
 from moe_pretrain.moe.types import AttentionStatistic, RoutingContext

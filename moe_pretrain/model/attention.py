@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_pretrain.model.attention_statistic import attention_statistic
-from moe_pretrain.model.layers import RMSNorm, apply_rotary, rotated_projection
+from moe_pretrain.model.norms import RMSNorm
+from moe_pretrain.model.rotary import apply_rotary, rotated_projection
 from moe_pretrain.moe.part_timer import part
 from moe_pretrain.moe.types import AttentionStatistic
 

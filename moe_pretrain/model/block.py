@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_pretrain.model.attention import Attention, DocumentMask
 from moe_pretrain.model.attention_statistic import check_attention_statistic
-from moe_pretrain.model.layers import ResidualNorm
+from moe_pretrain.model.norms import ResidualNorm
 from moe_pretrain.moe.experts.swiglu import SwiGLU
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.types import MoEOutput, RoutingContext

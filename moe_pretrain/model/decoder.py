@@ -14,15 +14,10 @@ from torch.nn import functional
 
 from moe_pretrain.model.attention import Attention, QKNorm, document_mask
 from moe_pretrain.model.block import Block, Recompute
-from moe_pretrain.model.layers import (
-    Norm,
-    ResidualNorm,
-    chunked_cross_entropy,
-    embed,
-    rotary_table,
-    token_losses,
-    two_pass_losses,
-)
+from moe_pretrain.model.cross_entropy import chunked_cross_entropy, token_losses, two_pass_losses
+from moe_pretrain.model.embedding import embed
+from moe_pretrain.model.norms import Norm, ResidualNorm
+from moe_pretrain.model.rotary import rotary_table
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.host_values import on_device_of

@@ -7,7 +7,7 @@ import xxhash
 from torch import Tensor, nn
 
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.model.layers import Norm
+from moe_pretrain.model.norms import Norm
 from moe_pretrain.model.parameter_groups import ParameterRole, base_fan_in, in_latent_width, parameter_roles
 from moe_pretrain.moe.experts.activation import activation_size
 from moe_pretrain.moe.experts.factorised import FactorisedExperts

@@ -57,7 +57,7 @@ from torch import Tensor, nn
 
 from moe_pretrain.model.attention import Attention
 from moe_pretrain.model.decoder import DecoderLM, ModelConfig
-from moe_pretrain.model.layers import ResidualNorm, RMSNorm
+from moe_pretrain.model.norms import ResidualNorm, RMSNorm
 from moe_pretrain.moe.experts.factorised import FactorisedExperts
 from moe_pretrain.moe.experts.latent import LatentMaps
 from moe_pretrain.moe.experts.matrix_product import MatrixProductExperts, core_matrix

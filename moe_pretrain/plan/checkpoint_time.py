@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moe_pretrain.config.schema import Config
-from moe_pretrain.plan.memory import LocalParameters
+from moe_pretrain.plan.local_parameters import LocalParameters
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize
 from moe_pretrain.moe.build import build_router
-from moe_pretrain.plan.memory import BYTES, LocalParameters, local_parameters, routes_of_rank
+from moe_pretrain.plan.activations import routes_of_rank
+from moe_pretrain.plan.local_parameters import BYTES, LocalParameters, local_parameters
 from moe_pretrain.schedule.batch_plan import BatchPlan
 
 FROZEN, MEASURED = "routers that nothing trains", "attention that a router measures"

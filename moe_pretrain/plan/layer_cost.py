@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.size import ModelSize, mean_ffn_experts
-from moe_pretrain.plan.memory import BYTES, routes_of_rank
+from moe_pretrain.plan.activations import routes_of_rank
+from moe_pretrain.plan.local_parameters import BYTES
 
 Cost = dict[str, dict[str, float]]
 """Part -> ``flops_per_token``, ``flops_per_route``, ``bytes_per_token``, ``bytes_per_route``; what is missing is 0."""

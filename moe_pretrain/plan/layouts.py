@@ -11,7 +11,8 @@ from moe_pretrain.engine.deepspeed_config import Dtype
 from moe_pretrain.model.block import Recompute
 from moe_pretrain.moe.build import sharded, width_problems
 from moe_pretrain.parallel.config import Overlap
-from moe_pretrain.plan.memory import LocalParameters, Memory, local_parameters, memory_per_rank
+from moe_pretrain.plan.local_parameters import LocalParameters, local_parameters
+from moe_pretrain.plan.memory import Memory, memory_per_rank
 from moe_pretrain.plan.step_time import Machine, StepTime, step_time
 
 RECOMPUTE: tuple[Recompute, ...] = typing.get_args(Recompute)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from moe_pretrain.config.schema import Config
 from moe_pretrain.engine.deepspeed_config import Dtype
-from moe_pretrain.plan.memory import local_parameters, memory_per_rank
+from moe_pretrain.plan.local_parameters import local_parameters
+from moe_pretrain.plan.memory import memory_per_rank
 from moe_pretrain.schedule.batch_plan import plan_batches
 
 USABLE = 0.92

@@ -20,7 +20,8 @@ from moe_pretrain.moe.kernels import priced_kernels
 from moe_pretrain.plan.checkpoint_time import Storage, checkpoint_time
 from moe_pretrain.plan.cost import COMPARED, FROZEN, MEASURED, extra_forward, flops_by_part, traffic
 from moe_pretrain.plan.layouts import RECOMPUTE, layouts
-from moe_pretrain.plan.memory import Memory, local_parameters, memory_per_rank
+from moe_pretrain.plan.local_parameters import local_parameters
+from moe_pretrain.plan.memory import Memory, memory_per_rank
 from moe_pretrain.plan.micro_batch import USABLE, WORST_LOAD, with_largest_micro_batch
 from moe_pretrain.plan.step_time import Machine, step_time
 from moe_pretrain.system.words import short_duration, short_number

@@ -13,7 +13,7 @@ from moe_pretrain.model.size import mean_ffn_experts
 from moe_pretrain.moe.build import dense_width, expert_width
 from moe_pretrain.moe.kernels import priced_kernels
 from moe_pretrain.plan.cost import GRADIENTS, ROUTES, WEIGHTS, exchange_passes, extra_forward, flops_by_part, traffic
-from moe_pretrain.plan.memory import LocalParameters
+from moe_pretrain.plan.local_parameters import LocalParameters
 
 _MATRIX_RATE = 0.62
 """Share of the peak that large matrix products reach: 0.78 of the 790 TFLOP/s that an H100 of 989 sustains."""

@@ -33,7 +33,8 @@ from moe_pretrain.data.rows.micro_batch import MicroBatch, build_micro_batch
 from moe_pretrain.metrics.throughput import model_flops_utilization, peak_flops_per_second
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.parallel.rendezvous import launched_world_size
-from moe_pretrain.plan.memory import local_parameters, memory_per_rank
+from moe_pretrain.plan.local_parameters import local_parameters
+from moe_pretrain.plan.memory import memory_per_rank
 from moe_pretrain.plan.step_time import Machine, step_time
 from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.cpu import keep_freed_memory

@@ -30,7 +30,7 @@ import moe_pretrain
 from moe_pretrain.config.schema import Config
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.micro_batch import routing_context
-from moe_pretrain.model import attention, layers
+from moe_pretrain.model import attention, cross_entropy, norms
 from moe_pretrain.model.decoder import DecoderLM, LMOutput
 from moe_pretrain.moe import compiled, dispatch
 from moe_pretrain.moe.kernels import priced_kernels
@@ -356,7 +356,7 @@ def _norm(account: Account, is_ligers: bool) -> Callable[..., tuple[Tensor, Tens
             return made, made if ctx.adds else None, torch.empty_like(weight)
 
     def note(name: str, *moved: Tensor) -> None:
-        account.kernels.append(Kernel(account.phase, "model/layers.py RMSNorm", name, nbytes(moved)))
+        account.kernels.append(Kernel(account.phase, "model/norms.py RMSNorm", name, nbytes(moved)))
 
     return Norm.apply
 
@@ -367,7 +367,8 @@ def _liger_cross_entropy(account: Account) -> Callable[..., Tensor]:
     def call(logits: Tensor, labels: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:
         terms = logits.new_zeros(len(logits), 1, dtype=torch.float32)
         moved = nbytes((*[logits] * (3 if needs_grad else 1), labels, terms))
-        account.kernels.append(Kernel(account.phase, "model/layers.py _cross_entropy", "liger_cross_entropy", moved))
+        site = "model/cross_entropy.py _cross_entropy"
+        account.kernels.append(Kernel(account.phase, site, "liger_cross_entropy", moved))
         return terms
 
     return call
@@ -453,9 +454,9 @@ def count(config: Config, rows: int, expert_parallel: int = 1, overlaps: bool = 
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(functional, "rms_norm", _rms_norm(account))
         of_ligers = _norm(account, is_ligers=True)
-        patch.setattr(layers, "liger_rms_norm", lambda hidden, weight, epsilon: of_ligers(hidden, None, weight)[1])
-        patch.setattr(layers, "liger_added_norm", lambda *arguments: of_ligers(*arguments[:3]))
-        patch.setattr(layers, "liger_cross_entropy_", _liger_cross_entropy(account))
+        patch.setattr(norms, "liger_rms_norm", lambda hidden, weight, epsilon: of_ligers(hidden, None, weight)[1])
+        patch.setattr(norms, "liger_added_norm", lambda *arguments: of_ligers(*arguments[:3]))
+        patch.setattr(cross_entropy, "liger_cross_entropy_", _liger_cross_entropy(account))
         patch.setitem(sys.modules, "quack", ModuleType("quack"))
         patch.setitem(sys.modules, "quack.gemm_interface", quack_products(account))
         model.use_kernels(priced_kernels(config.engine.kernels, "cuda"))

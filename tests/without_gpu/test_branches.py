@@ -15,7 +15,7 @@ from moe_pretrain.config.compose import config_folder
 from moe_pretrain.config.load import load
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.engine.micro_batch import routing_context
-from moe_pretrain.model import layers
+from moe_pretrain.model import norms
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.experts import swiglu
@@ -74,7 +74,7 @@ def numbers_of_joined_operations(model: DecoderLM, batch: MicroBatch) -> dict[st
     elsewhere; in gradients alone, and close by."""
     plain = numbers(model, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_joins_residuals", lambda hidden: True)
+        patch.setattr(norms, "_joins_residuals", lambda hidden: True)
         patch.setattr(swiglu, "_weighs_in_activation", lambda rows: True)
         joined = numbers(model, batch)
     for name, value in plain.items():

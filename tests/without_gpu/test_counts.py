@@ -21,7 +21,8 @@ from moe_pretrain.moe import compiled
 from moe_pretrain.moe.experts.activation import SWIGLU, _swiglu, _swiglu_gradients, activate, activation_gradients
 from moe_pretrain.plan import step_time
 from moe_pretrain.plan.cost import ROUTES, traffic
-from moe_pretrain.plan.memory import local_parameters, memory_per_rank
+from moe_pretrain.plan.local_parameters import local_parameters
+from moe_pretrain.plan.memory import memory_per_rank
 
 WORDS = [
     "engine.dtype=bfloat16",
@@ -218,9 +219,8 @@ LOSS_BYTES_PER_LOGIT = 8.5
 
 
 def of_loss(kernel: Kernel) -> bool:
-    """Whether it is the loss that asks for ``kernel``, of what ``layers`` holds."""
-    sites = ("model/layers.py forward", "model/layers.py _cross_entropy")
-    return kernel.site in sites and not kernel.name.startswith("_normed")
+    """Whether it is the loss that asks for ``kernel``."""
+    return kernel.site.startswith("model/cross_entropy.py ")
 
 
 def test_traffic_of_the_loss_stays_within_its_budget():

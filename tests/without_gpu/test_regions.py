@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_pretrain.model import layers
+from moe_pretrain.model import cross_entropy, norms, rotary
 from moe_pretrain.moe import dispatch, losses, row_layout
 from moe_pretrain.moe.compiled import compiled
 from moe_pretrain.moe.experts import activation
@@ -25,7 +25,7 @@ def probs() -> Tensor:
 
 
 MASK = torch.arange(ROWS) % 4 > 0
-LABELS = torch.where(MASK, torch.arange(ROWS) * 2, layers.IGNORE_INDEX)
+LABELS = torch.where(MASK, torch.arange(ROWS) * 2, cross_entropy.IGNORE_INDEX)
 SLOTS = torch.tensor([[row, -1 if row % 3 else (row + 18) % ROWS] for row in range(SOURCES)])
 CHOSEN = torch.stack([torch.arange(ROWS) % EXPERTS, (torch.arange(ROWS) * 3 + 1) % EXPERTS], dim=1)
 ROUTES = torch.arange(ROWS).repeat_interleave(2)
@@ -38,26 +38,26 @@ REGIONS: dict[str, tuple[Callable[..., object], Callable[[], tuple[object, ...]]
         activation._swiglu_gradients,
         lambda: (rows(ROWS, 2 * HIDDEN), rows(ROWS, HIDDEN), torch.rand(ROWS, 1)),
     ),
-    "rotary": (layers._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), False)),
-    "rotary, back": (layers._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), True)),
+    "rotary": (rotary._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), False)),
+    "rotary, back": (rotary._rotate_at_once, lambda: (rows(*HEADS), ANGLES.cos(), ANGLES.sin(), True)),
     "gradient of a projection": (
-        layers._joined_gradient,
+        rotary._joined_gradient,
         lambda: (rows(*HEADS), rows(*KEYS), rows(*KEYS), ANGLES.cos(), ANGLES.sin()),
     ),
-    "norm of a sum": (layers._normed_sum, lambda: (rows(ROWS, HIDDEN), rows(ROWS, HIDDEN), rows(HIDDEN), 1e-5)),
-    "norm": (layers._normed_sum, lambda: (rows(ROWS, HIDDEN), None, rows(HIDDEN), 1e-5)),
+    "norm of a sum": (norms._normed_sum, lambda: (rows(ROWS, HIDDEN), rows(ROWS, HIDDEN), rows(HIDDEN), 1e-5)),
+    "norm": (norms._normed_sum, lambda: (rows(ROWS, HIDDEN), None, rows(HIDDEN), 1e-5)),
     "gradients of a norm and its sum": (
-        layers._normed_sum_gradients,
+        norms._normed_sum_gradients,
         lambda: (*(rows(ROWS, HIDDEN) for _ in range(3)), torch.rand(ROWS, 1), rows(HIDDEN)),
     ),
     "gradients of a norm": (
-        layers._normed_sum_gradients,
+        norms._normed_sum_gradients,
         lambda: (rows(ROWS, HIDDEN), None, rows(ROWS, HIDDEN), torch.rand(ROWS, 1), rows(HIDDEN)),
     ),
-    "labels": (layers._all_in_vocabulary, lambda: (LABELS, VOCAB)),
-    "sums of the loss": (layers._cross_entropy_sums, lambda: (rows(ROWS, VOCAB), LABELS)),
+    "labels": (cross_entropy._all_in_vocabulary, lambda: (LABELS, VOCAB)),
+    "sums of the loss": (cross_entropy._cross_entropy_sums, lambda: (rows(ROWS, VOCAB), LABELS)),
     "gradient of the loss": (
-        layers._cross_entropy_gradient,
+        cross_entropy._cross_entropy_gradient,
         lambda: (rows(ROWS, VOCAB), LABELS, 3 + torch.rand(ROWS, 1), 90 + torch.rand(ROWS, 1)),
     ),
     "weighted sum": (row_layout._sum_slots, lambda: (rows(ROWS, HIDDEN), SLOTS, torch.rand(ROWS), False)),

@@ -67,7 +67,7 @@ class ThorRouter(Router):
 
     A draw is a hash of (seed, step, layer, pass, place in the run), so it is the same on any topology, in every
     recomputation, and another one in the second pass over the same micro-batch. The loss is ``CE(p1) + CE(p2) + alpha *
-    mean_t KL_sym``, see ``model.layers.two_pass_losses``. A load is ``tokens / num_experts`` but for chance.
+    mean_t KL_sym``, see ``model.cross_entropy.two_pass_losses``. A load is ``tokens / num_experts`` but for chance.
 
     In evaluation a token's place in its row draws its expert, the same in every row, whatever seed and step: a loss is
     then a number of the model, and one text has the same loss in any batch. The paper draws anew for each input.

@@ -15,7 +15,7 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.model.parameter_groups import parameter_roles
 from moe_pretrain.moe.types import ExpertShard
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
-from moe_pretrain.plan.memory import local_parameters
+from moe_pretrain.plan.local_parameters import local_parameters
 
 MUON = (*WITH_ALL_PARTS, "optimizer=muon", "optimizer.weight_decay=0.3")
 

@@ -16,7 +16,7 @@ from moe_pretrain.model.attention import Attention, DocumentMask, attend, docume
 from moe_pretrain.model.attention_statistic import MAX_SCORES
 from moe_pretrain.model.attention_statistic import attention_statistic as measure
 from moe_pretrain.model.block import Block
-from moe_pretrain.model.layers import rotary_table
+from moe_pretrain.model.rotary import rotary_table
 from moe_pretrain.moe.experts.swiglu import SwiGLUExperts
 from moe_pretrain.moe.layer import MoEConfig, MoELayer
 from moe_pretrain.moe.routers.top_k import TopKRouter

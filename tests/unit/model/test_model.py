@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_pretrain.config.load import load
 from moe_pretrain.model.attention import _visible, attend, document_mask
+from moe_pretrain.model.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.model.layers import IGNORE_INDEX, chunked_cross_entropy
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.types import ExpertShard, RoutingContext
 

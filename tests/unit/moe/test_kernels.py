@@ -18,10 +18,10 @@ from moe_pretrain.config.load import load
 from moe_pretrain.data.rows.micro_batch import IGNORE_INDEX, MicroBatch
 from moe_pretrain.engine import engine as engine_module
 from moe_pretrain.engine.micro_batch import routing_context
-from moe_pretrain.model import layers
+from moe_pretrain.model import cross_entropy, norms
+from moe_pretrain.model.cross_entropy import chunked_cross_entropy
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
-from moe_pretrain.model.layers import chunked_cross_entropy
 from moe_pretrain.moe import kernels
 from moe_pretrain.moe.experts import swiglu
 from moe_pretrain.moe.experts.activation import SWIGLU, gated
@@ -279,7 +279,7 @@ def test_the_loss_and_its_gradients_are_torchs(
 
 def test_labels_without_a_logit_are_refused_as_on_torchs_path(monkeypatch: pytest.MonkeyPatch):
     """Before any kernel: liger's reads beside the row."""
-    monkeypatch.setattr(layers, "liger_cross_entropy_", lambda *args: pytest.fail("its kernel ran"))
+    monkeypatch.setattr(cross_entropy, "liger_cross_entropy_", lambda *args: pytest.fail("its kernel ran"))
     hidden, weight, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([6, 7, 1])
     told = []
     for name in ("torch", "liger"):
@@ -332,9 +332,9 @@ def test_a_model_has_the_same_loss_and_gradients(device: str, monkeypatch: pytes
 
         return call
 
-    monkeypatch.setattr(layers, "liger_rms_norm", counted("norm", liger_rms_norm))
-    monkeypatch.setattr(layers, "liger_added_norm", counted("added norm", liger_added_norm))
-    monkeypatch.setattr(layers, "liger_cross_entropy_", counted("loss", liger_cross_entropy_))
+    monkeypatch.setattr(norms, "liger_rms_norm", counted("norm", liger_rms_norm))
+    monkeypatch.setattr(norms, "liger_added_norm", counted("added norm", liger_added_norm))
+    monkeypatch.setattr(cross_entropy, "liger_cross_entropy_", counted("loss", liger_cross_entropy_))
     monkeypatch.setattr(swiglu, "liger_swiglu", counted("swiglu", liger_swiglu))
 
     def numbers() -> dict[str, Tensor]:

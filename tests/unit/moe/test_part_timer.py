@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_pretrain.model.attention import Attention, document_mask
-from moe_pretrain.model.layers import rotary_table
+from moe_pretrain.model.rotary import rotary_table
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.layer import MoELayer
 from moe_pretrain.moe.part_timer import (

@@ -8,7 +8,7 @@ from moe_pretrain.checkpoint.host_copy import Staging
 from moe_pretrain.cli import main
 from moe_pretrain.config.load import load
 from moe_pretrain.plan.checkpoint_time import Storage, checkpoint_time
-from moe_pretrain.plan.memory import local_parameters
+from moe_pretrain.plan.local_parameters import local_parameters
 
 SMALL = [
     *("model.vocab_size=512", "tokenizer.vocab_size=300", "model.sequence_length=64", "model.num_layers=2"),

@@ -9,7 +9,7 @@ from moe_pretrain.cli import USAGE_CODE, main
 from moe_pretrain.config.load import load
 from moe_pretrain.plan.cost import GRADIENTS, ROUTES, traffic
 from moe_pretrain.plan.layouts import layouts
-from moe_pretrain.plan.memory import local_parameters
+from moe_pretrain.plan.local_parameters import local_parameters
 from moe_pretrain.plan.plan import Assumptions, planned, target
 from moe_pretrain.plan.step_time import Machine, StepTime, step_time
 

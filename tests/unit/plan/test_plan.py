@@ -15,7 +15,8 @@ from moe_pretrain.model.init import initialise
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.types import ExpertShard, RoutingContext, float32_parameters
 from moe_pretrain.plan.cost import extra_forward, flops_by_part, traffic
-from moe_pretrain.plan.memory import local_parameters, memory_per_rank
+from moe_pretrain.plan.local_parameters import local_parameters
+from moe_pretrain.plan.memory import memory_per_rank
 from moe_pretrain.plan.plan import Assumptions, problems, say_sizes
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.train.corpora import prepare_corpora

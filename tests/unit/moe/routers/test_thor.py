@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_pretrain.config.load import load
 from moe_pretrain.config.preflight import plan_run
 from moe_pretrain.engine.micro_batch import GlobalCounts, micro_batch_loss
+from moe_pretrain.model.cross_entropy import IGNORE_INDEX, chunked_cross_entropy, two_pass_losses
 from moe_pretrain.model.decoder import DecoderLM, recorded_routings
 from moe_pretrain.model.init import initialise
-from moe_pretrain.model.layers import IGNORE_INDEX, chunked_cross_entropy, two_pass_losses
 from moe_pretrain.model.size import model_size
 from moe_pretrain.moe.build import build_moe_layer
 from moe_pretrain.moe.routers.thor import ThorConfig, ThorRouter

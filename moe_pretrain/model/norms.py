@@ -1,0 +1,116 @@
+"""RMSNorm, alone and of a sum. ``hidden`` is the model's width, ``rows`` tokens."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_pretrain.moe.compiled import one_kernel_on_cuda
+from moe_pretrain.moe.kernels import Kernels, liger_added_norm, liger_rms_norm
+
+
+class Norm(nn.Module):
+    """``x / sqrt(mean(x ** 2) + epsilon) * weight`` over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    kernels: Kernels = "torch"
+
+    def __init__(self, hidden_size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.epsilon = epsilon
+
+    def normed(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
+        """Normalise; the statistics are float32 inside."""
+        if self.kernels == "liger":
+            return liger_rms_norm(hidden, self.weight, self.epsilon)
+        return functional.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.epsilon)
+
+
+class RMSNorm(Norm):
+    """The norm as a layer."""
+
+    def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
+        """See ``normed``."""
+        return self.normed(hidden)
+
+
+class ResidualNorm(Norm):
+    """The norm of the residual stream after a sum: on CUDA one kernel for both, and one for both gradients."""
+
+    def forward(
+        self, hidden: Float[Tensor, "... hidden"], delta: Float[Tensor, "... hidden"] | None
+    ) -> tuple[Float[Tensor, "... hidden"], Float[Tensor, "... hidden"]]:
+        """``hidden + delta``, which is ``hidden`` where there is nothing to add, and its norm."""
+        if self.kernels == "liger" and delta is not None:
+            return liger_added_norm(hidden, delta, self.weight, self.epsilon)
+        if self.kernels != "liger" and _joins_residuals(hidden):
+            return _ResidualNorm.apply(hidden, delta, self.weight, self.epsilon)
+        total = hidden if delta is None else hidden + delta
+        return total, self.normed(total)
+
+
+def _joins_residuals(hidden: Tensor) -> bool:
+    return hidden.is_cuda
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Statistics, products and the gradient of the stream are float32 inside, and rounded once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        rows = hidden.flatten(0, -2)  # the same kernel for every batch
+        added, normed, scale = _normed_sum(rows, None if delta is None else delta.reshape(rows.shape), weight, epsilon)
+        ctx.save_for_backward(rows if added is None else added, scale, weight)
+        ctx.adds = delta is not None
+        return hidden if added is None else added.view(hidden.shape), normed.view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        total, scale, weight = ctx.saved_tensors
+        of_sum, of_normed = grads
+        if of_normed is None:
+            return of_sum, of_sum if ctx.adds else None, None, None
+        of_rows = None if of_sum is None else of_sum.reshape(total.shape)
+        gradient, of_weight = _normed_sum_gradients(of_normed.reshape(total.shape), of_rows, total, scale, weight)
+        gradient = gradient.view(of_normed.shape)
+        return gradient, gradient if ctx.adds else None, of_weight, None
+
+
+@one_kernel_on_cuda
+def _normed_sum(
+    hidden: Float[Tensor, "rows hidden"],
+    delta: Float[Tensor, "rows hidden"] | None,
+    weight: Float[Tensor, "hidden"],
+    epsilon: float,
+) -> tuple[Float[Tensor, "rows hidden"] | None, Float[Tensor, "rows hidden"], Float[Tensor, "rows 1"]]:
+    """The sum if there is one, its norm, and the inverse root mean square of each row."""
+    total = hidden if delta is None else hidden + delta
+    wide = total.float()
+    scale = wide.square().mean(dim=-1, keepdim=True).add(epsilon).rsqrt()
+    return None if delta is None else total, (wide * scale * weight).to(total.dtype), scale
+
+
+@one_kernel_on_cuda
+def _normed_sum_gradients(
+    of_normed: Float[Tensor, "rows hidden"],
+    of_sum: Float[Tensor, "rows hidden"] | None,
+    total: Float[Tensor, "rows hidden"],
+    scale: Float[Tensor, "rows 1"],
+    weight: Float[Tensor, "hidden"],
+) -> tuple[Float[Tensor, "rows hidden"], Float[Tensor, "hidden"]]:
+    """Gradients of what was added up, with that of the sum itself among it, and of the weight.
+
+    The weight's is a sum over rows, for which a kernel may read them once more.
+    """
+    direction, wide = total.float() * scale, of_normed.float()
+    of_direction = wide * weight
+    along = (of_direction * direction).mean(dim=-1, keepdim=True)
+    gradient = scale * (of_direction - direction * along)
+    if of_sum is not None:
+        gradient = gradient + of_sum
+    return gradient.to(total.dtype), (wide * direction).sum(dim=0).to(weight.dtype)
