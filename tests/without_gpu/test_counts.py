@@ -219,8 +219,8 @@ LOSS_BYTES_PER_LOGIT = 8.5
 
 
 def of_loss(kernel: Kernel) -> bool:
-    """Whether it is the loss that asks for ``kernel``."""
-    return kernel.site.startswith("model/cross_entropy.py ")
+    """Whether it is the loss that asks for ``kernel``, where it is made: backward scales gradients, without logits."""
+    return kernel.site in ("model/cross_entropy.py forward", "model/cross_entropy.py _cross_entropy")
 
 
 def test_traffic_of_the_loss_stays_within_its_budget():
