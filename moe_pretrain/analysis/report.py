@@ -86,6 +86,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
         "final_perplexity": last_validation.get("validation/perplexity"),
         "final_bits_per_byte": last_validation.get("validation/bits_per_byte"),
         "unigram_cross_entropy": recorded.get("unigram_cross_entropy"),
+        "causal_in_evaluation": recorded.get("causal_in_evaluation"),
         "experts_per_token": at_end(train, "experts_per_token"),
         "validation_experts_per_token": at_end(validation[-1:], "validation_experts_per_token"),
         "zero_computation_share": at_end(train, "zero_computation_share"),
@@ -119,6 +120,11 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     loss = summary["final_train_loss"]  # every train row has one; null if it was NaN or infinite
     memory = summary["peak_memory_bytes"]
+    leak = (
+        {"Losses": "know later tokens, which no language model's do"}
+        if summary["causal_in_evaluation"] is False
+        else {}
+    )
     of_schemes = {
         "Routes to zero-computation experts": ("zero_computation_share", ".1%"),
         "Width of a route's expert over the mean": ("mean_route_cost", ".3f"),
@@ -140,6 +146,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "Validation perplexity": number("final_perplexity", ".2f"),
         "Bits per byte": number("final_bits_per_byte", ".4f"),
         "Unigram cross-entropy of the validation text": number("unigram_cross_entropy", ".4f"),
+        **leak,
         "Experts per token in training": number("experts_per_token", ".3g"),
         "Experts per token in evaluation": number("validation_experts_per_token", ".3g"),
         **{label: number(key, spec) for label, (key, spec) in of_schemes.items() if summary[key] is not None},

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 
 from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE, SUMMARY_FILE, sick_step_file
@@ -110,6 +111,11 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(PackageNotFoundError):
         found["liger-kernel"] = version("liger-kernel")
     return found
+
+
+def router_file_hash(file: str | None) -> str | None:
+    """Hash of the user's own router file, whose path says nothing of what is in it; None for a shipped scheme."""
+    return None if file is None else xxhash.xxh3_64_hexdigest(Path(file).read_bytes())
 
 
 def commit() -> str | None:

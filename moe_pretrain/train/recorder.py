@@ -20,7 +20,15 @@ from moe_pretrain.plan.layer_cost import layer_cost
 from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE, sick_step_file
 from moe_pretrain.run_folder.probe import Probe, ProbeFiles, routing_drift
-from moe_pretrain.run_folder.provenance import commit, processor, versions, write_config, write_sick_step, write_summary
+from moe_pretrain.run_folder.provenance import (
+    commit,
+    processor,
+    router_file_hash,
+    versions,
+    write_config,
+    write_sick_step,
+    write_summary,
+)
 from moe_pretrain.run_folder.task_results import TaskResult, TaskResultFiles
 from moe_pretrain.train.corpora import RunData
 from moe_pretrain.train.progress import RunProgress
@@ -113,13 +121,16 @@ def write_facts(config: Config, plan: RunPlan, data: RunData, mesh: Mesh) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(json.dumps(to_values(config)))
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else processor()
+    model = meta_model(config.model, config.router)
     facts = {
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,
         "flops_per_token": size.training_flops_per_token,
         "planned_steps": config.num_steps,
         # Of each group the different ones; a row's train/learning_rate times these are the rates of its step.
-        "learning_rate_scales": rate_scales_by_group(meta_model(config.model, config.router), config.optimizer),
+        "learning_rate_scales": rate_scales_by_group(model, config.optimizer),
+        "causal_in_evaluation": all(layer.router.causal_in_evaluation for layer in model.moe_layers()),
+        "router_file_hash": router_file_hash(config.router_file),
         "unigram_cross_entropy": data.unigram_cross_entropy,
         "validation_text": {name: asdict(text) for name, text in data.validation_text.items()},
         "corpus_fingerprint": data.corpus.fingerprint,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moe_pretrain.huggingface.folder import HuggingFaceFolder, is_folder
 from moe_pretrain.huggingface.tokenizer_files import load_run_tokenizer
 from moe_pretrain.run_folder.metrics_file import read_rows
 from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE
+from moe_pretrain.run_folder.provenance import read_summary, router_file_hash
 from moe_pretrain.run_folder.rewinds import read_rewinds, write_rewinds
 from moe_pretrain.schedule.loss_spikes import Rewind, Rewinds
 from moe_pretrain.train.branch import Branch, branch_of, record_in_trunk
@@ -170,7 +172,7 @@ class Resumer:
     def _go_on(self, path: Path, manifest: dict[str, Any], warnings: list[str]) -> None:
         """Resume a checkpoint of this run, and record the differences."""
         state = train_state(manifest)
-        allowed = self.rules.refuse_changes(state, path)
+        allowed = [*self.rules.refuse_changes(state, path), *self._changed_router_file()]
         self._loader.restore(state.stream)
         self._mesh.on_main(lambda: self._saving.went_on_from(state.step))
         self._take_over(path, manifest)
@@ -182,6 +184,15 @@ class Resumer:
             )
         if allowed:
             self._recorder.event("changed", f"since {path.name}: {', '.join(allowed)}")
+
+    def _changed_router_file(self) -> list[str]:
+        """The field, in the words of other changes, if the file is not what it was at the last start."""
+        file = self._config.router_file
+        with suppress(ValueError):  # a damaged summary is written anew
+            then = read_summary(self._folder).get("router_file_hash")
+            if then not in (None, router_file_hash(file)):
+                return [f"router_file={file} (was another file)"]
+        return []
 
     def _take_over(self, path: Path, manifest: dict[str, Any]) -> None:
         """Replace engine and progress by those of the checkpoint, and forget what came after it."""

@@ -87,7 +87,8 @@ class Planted:
             part, _, name = key.partition(".")
             config.setdefault(part, {})[name] = value
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        facts = {"corpus_fingerprint": self.fingerprint, "versions": {"torch": "2.13"}, "device": "cpu", **self.facts}
+        facts = {"corpus_fingerprint": self.fingerprint, "versions": {"torch": "2.13"}, "device": "cpu"}
+        facts |= {"total_parameters": 900, "active_parameters": 500, **self.facts}
         (folder / "summary.json").write_text(json.dumps(facts))
         self.write_probe(folder)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows()))

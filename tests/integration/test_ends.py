@@ -1,9 +1,12 @@
 """Ends of runs that are less than they seem: each is said, and a run without a result has an exit code of its own."""
 
+import json
 from pathlib import Path
 
 import pytest
 from helpers.runs import rows_of, run, train_words
+
+from moe_pretrain.analysis.compare.courses import changed_fields
 
 SICK = """
 from dataclasses import dataclass
@@ -66,6 +69,22 @@ def test_a_run_all_of_whose_steps_were_skipped_is_not_finished(home: Path) -> No
     assert code == 0, err
     event, message = ends(home, "some")[-1]
     assert event == "finished" and message == "after 4 steps; 1 of 4 steps were SKIPPED, and changed nothing"
+
+
+def test_what_an_own_router_does_and_that_its_file_changed_is_recorded(home: Path) -> None:
+    file, words = home / "own.py", train_words("own", "router_file=own.py", "schedule.warmup_steps=1")
+    facts = []
+    for steps, later in ((1, "False"), (2, "False"), (3, "True")):
+        file.write_text(
+            SICK.partition("    def forward")[0] + f"    causal_in_training = causal_in_evaluation = {later}\n"
+        )
+        code, _, err = run(home, *words, f"budget.tokens={steps * 1024}")
+        assert code == 0, err
+        facts.append(json.loads((home / "outputs" / "own" / "summary.json").read_text()))
+    assert [each["causal_in_evaluation"] for each in facts] == [False, False, True]
+    assert facts[0]["router_file_hash"] == facts[1]["router_file_hash"] != facts[2]["router_file_hash"]
+    changed = [message for event, message in ends(home, "own") if "router_file" in message]
+    assert len(changed) == 1 and "router_file" in changed_fields(changed[0])
 
 
 def test_a_budget_below_what_is_done_is_said(home: Path) -> None:

@@ -42,6 +42,8 @@ _VALIDATION_KEYS = (
 """What decides which tokens are validated on, and what they see."""
 
 MEASURES: dict[str, tuple[str, Callable[[RunRecord], float | None], str]] = {
+    "total_parameters": ("Parameters", lambda run: run.facts.get("total_parameters"), ",.0f"),
+    "active_parameters": ("Active parameters", lambda run: run.facts.get("active_parameters"), ",.0f"),
     "unigram_cross_entropy": (
         "Unigram cross-entropy, nats",
         lambda run: run.facts.get("unigram_cross_entropy"),
@@ -189,6 +191,7 @@ def compare(root: Path, reference: str | None = None) -> Comparison:
         tasks=tasks,
         scaling=scaling_of(runs, root),
         warnings=[
+            *_warn_of_later_tokens(samples),
             *_warn_of_random(variants, samples, UNITS[key]),
             *_warn_of_data(variants, key, fields),
             *record_warnings,
@@ -219,47 +222,57 @@ def _samples(
     variants: Sequence[Variant], losses: Mapping[str, Mapping[int, float]], key: str
 ) -> tuple[dict[str, Sample], int, list[str]]:
     """Losses with what resampled documents make of them, the number of documents, and what is missing."""
-    if key == BITS:
-        without = {name: Sample(values) for name, values in losses.items()}
-        return without, 0, ["NO TEXTS ARE PAIRED: tokens of other corpora or tokenizers have no counterpart."]
-    samples, documents, missing, damaged = {}, set(), [], []
+    samples, documents, missing, found = {}, set(), [], []
+    # Whatever the tokenizer, all of the held-out text is the same text: no draw that differs between variants.
+    if key == BITS and all(_reads_all(run) for variant in variants for run in variant.counted):
+        found.append("NO TEXTS ARE PAIRED: tokens of other corpora or tokenizers have no counterpart.")
+        return {each.name: _sample(each, losses) for each in variants}, 0, found
     for variant in variants:
-        resampled, rows = {}, set()
+        resampled, rows = {}, {}
         for run in variant.counted:
             if run.seed not in losses[variant.name]:
                 continue
             try:
                 probe = last_probe(run)
             except ValueError as error:
-                damaged.append(f"Not used: {error}")
+                found.append(f"Not used: {error}")
                 probe = None
             if probe is None:
                 missing.append(run.name)
                 continue
-            resampled[run.seed] = resampled_losses(probe)
-            rows.add(probe.fingerprint)
+            resampled[run.seed] = resampled_losses(probe) * (run.end[key] / run.end[LOSS])
+            rows[run.seed] = probe.fingerprint
             documents.add(num_documents(probe))
-        samples[variant.name] = Sample(losses[variant.name], resampled, rows.pop() if len(rows) == 1 else "")
-    found = damaged
+        samples[variant.name] = replace(_sample(variant, losses), resampled=resampled, rows=rows)
     if missing:
         everywhere = "" if documents else "all "
         found.append(
             f"{everywhere}{len(missing)} runs have no losses by document ({few(missing)}): intervals of their "
             "variants are over seeds alone, as if no other validation text could have been chosen."
         )
-    mixed = [name for name, sample in samples.items() if sample.resampled and not sample.rows]
-    if mixed:
+    rows_of = {name: set(sample.rows.values()) for name, sample in samples.items() if sample.rows}
+    mixed = [name for name, rows in rows_of.items() if len(rows) > 1]
+    if len(set().union(*rows_of.values())) > 1:
+        between = f"seeds of {few(mixed)}" if mixed else "variants"
         found.append(
-            f"VALIDATION ROWS DIFFER between seeds of {few(mixed)}: their losses are of other tokens, texts not paired."
-        )
-    if len({sample.rows for sample in samples.values() if sample.rows}) > 1:
-        found.append(
-            "VALIDATION ROWS DIFFER between variants: their losses are of other tokens, and their texts are not paired."
+            f"VALIDATION ROWS DIFFER between {between}: their losses are of other tokens. Texts of the same rows alone "
+            "are paired, and intervals hold what each would have made of others."
         )
     fewest = min(documents, default=0)
     if 0 < fewest < FEW_DOCUMENTS:
         found.append(f"Only {fewest} documents in the validation rows: raise evaluation.max_rows.")
     return samples, fewest, found
+
+
+def _sample(variant: Variant, losses: Mapping[str, Mapping[int, float]]) -> Sample:
+    """The losses of a variant without its documents."""
+    is_causal = all(run.facts.get("causal_in_evaluation", True) for run in variant.counted)
+    return Sample(losses[variant.name], knows_later_tokens=not is_causal)
+
+
+def _reads_all(run: RunRecord) -> bool:
+    """Whether a run validates on all that is held out, as far as it says."""
+    return all(text.get("rows") == text.get("held_out_rows") for text in run.facts.get("validation_text", {}).values())
 
 
 def _warn_of_seeds(
@@ -270,6 +283,17 @@ def _warn_of_seeds(
     if not others:
         return []
     return [f"NOT PAIRED: {', '.join(others)} and {reference} share fewer than two seeds: means over all seeds differ."]
+
+
+def _warn_of_later_tokens(samples: Mapping[str, Sample]) -> list[str]:
+    """Variants whose losses are no language model's."""
+    names = [name for name, sample in samples.items() if sample.knows_later_tokens]
+    if not names:
+        return []
+    return [
+        f"NO LANGUAGE MODEL'S LOSS: in {', '.join(names)} the experts of a token depend on later tokens in evaluation "
+        "too. Nothing is tested between them and the others, however large the difference."
+    ]
 
 
 def _warn_of_random(variants: Sequence[Variant], samples: Mapping[str, Sample], unit: str) -> list[str]:
@@ -284,7 +308,7 @@ def _warn_of_random(variants: Sequence[Variant], samples: Mapping[str, Sample], 
         if apart.verdict == "better" or not samples[variant.name].losses:
             continue
         by = apart.difference
-        figures = "not tested, fewer than two seeds in common"
+        figures = "not tested"
         if by is not None and apart.verdict != "not tested":
             figures = f"difference {by.mean:+.4f} [{by.low:+.4f}, {by.high:+.4f}] {unit}"
         found.append(f"{variant.name} DOES NOT BEAT RANDOM ROUTING ({control.name}): {figures}.")
@@ -318,9 +342,15 @@ def _warn_of_data(variants: Sequence[Variant], key: str, tuned: Container[str]) 
     others = unnamed_differences(variants, tuned)
     if others:
         found.append(f"Variants also differ in {', '.join(others)}: see the table of differences.")
-    for fact, consequence in (("versions", ""), ("device", " Speeds do not compare.")):
+    for fact, consequence in (("versions", ""), ("commit", ""), ("device", " Speeds do not compare.")):
         if len({str(run.facts.get(fact)) for run in counted}) > 1:
             found.append(f"Runs differ in their {fact}.{consequence} " + _listed(variants, fact))
+    for variant in variants:
+        if len({run.facts.get("router_file_hash") for run in variant.counted}) > 1:
+            found.append(
+                f"ROUTER FILE CHANGED: seeds of {variant.name} ran with different contents of "
+                f"{variant.values['router_file']}; they are counted as one scheme."
+            )
     return found
 
 

@@ -3,9 +3,10 @@
 Two things are left to chance in a difference between variants: the seed, of which there are few, and the text of the
 validation set. Texts are resampled (a bootstrap of whole documents, which runs of the same rows share); in each
 resample the seeds' differences have a mean ``m`` and a standard error ``e``, and the true difference is ``m + e T``,
-``T`` Student's t of the seeds' degrees of freedom. The interval is that of the mixture over resamples. Without
-documents it is the paired t-interval over seeds; without differences between seeds it is the bootstrap's percentile
-interval over documents. A bootstrap of three seeds would call one in four pairs of identical variants different.
+``T`` Student's t of the seeds' degrees of freedom. The interval is that of the mixture over resamples. Where two runs
+were validated on other rows, the texts of each are drawn by themselves. Without documents it is the paired t-interval
+over seeds; without differences between seeds it is the bootstrap's percentile interval over documents. A bootstrap of
+three seeds would call one in four pairs of identical variants different.
 The ranking, which tests all pairs at once, moderates each one's variance between seeds by that of all
 (``variance_prior``); a single difference does not, for the interval of one noisy variant would be too narrow.
 Where variants were tuned, ``e`` also holds what choosing their values by few runs may cost (``tuning``).
@@ -66,14 +67,16 @@ class Sample:
     Attributes:
         losses: Seed -> final loss.
         resampled: Seed -> the same over resampled documents [resamples]; empty where losses by document are missing.
-        rows: Says which rows ``resampled`` is of; only resamples of the same rows go together.
+        rows: Seed -> which rows ``resampled`` is of: of the same rows the same documents are drawn.
+        knows_later_tokens: Whether its losses are no language model's: a token's network depends on what comes after.
         choice_variance: Added to the squared standard error of its mean for not knowing that its tuned values are the
             best, see ``tuning``.
     """
 
     losses: Mapping[int, float]
     resampled: Mapping[int, np.ndarray] = field(default_factory=dict)
-    rows: str = ""
+    rows: Mapping[int, str] = field(default_factory=dict)
+    knows_later_tokens: bool = False
     choice_variance: float = 0.0
 
 
@@ -86,7 +89,7 @@ class Difference:
         is_paired: Whether runs were compared seed by seed.
         over_texts: Whether the interval holds what other documents could have made of it.
         difference: Mean and interval; None where there is nothing to subtract.
-        p_value: Two-sided; None with fewer than two seeds.
+        p_value: Two-sided; None with fewer than two seeds, or where one side alone knows later tokens.
     """
 
     seeds: list[int]
@@ -152,15 +155,23 @@ def difference(of: Sample, to: Sample, prior: VariancePrior = NO_PRIOR) -> Diffe
     point = _mean_and_error(
         [np.array([[sample.losses[s] for s in own]]) for sample, own in sides], is_paired, prior, choices
     )
-    over_texts = of.rows == to.rows != "" and all(s in sample.resampled for sample, own in sides for s in own)
+    over_texts = all(s in sample.resampled for sample, own in sides for s in own)
     if not seeds:
         return Difference([], True, False, None, None)
     mean = float(point[0][0])
-    if len(seeds) < 2:
-        return Difference(seeds, True, False, Estimate(mean, math.nan, math.nan, 1), None)
+    if len(seeds) < 2 or of.knows_later_tokens != to.knows_later_tokens:
+        return Difference(seeds, is_paired, False, Estimate(mean, math.nan, math.nan, len(seeds)), None)
     if over_texts:
+        # Draws of other rows are moved on against each other, which makes them independent.
+        rows = sorted({sample.rows[s] for sample, own in sides for s in own})
         drawn = _mean_and_error(
-            [np.stack([sample.resampled[s] for s in own], axis=1) for sample, own in sides], is_paired, prior, choices
+            [
+                np.stack([np.roll(sample.resampled[s], rows.index(sample.rows[s])) for s in own], axis=1)
+                for sample, own in sides
+            ],
+            is_paired,
+            prior,
+            choices,
         )
     else:
         drawn = point

@@ -59,8 +59,8 @@ def escaped(text: str) -> str:
 def method(found: Comparison) -> str:
     """Explanation of the numbers and of the tests for differences."""
     texts = (
-        f"in {RESAMPLES} resamples of the {found.documents} documents of the validation rows, whose losses per token "
-        "are paired too"
+        f"in {RESAMPLES} resamples of the {found.documents} documents of the validation rows, paired too where runs "
+        "have the same rows"
         if found.documents
         else "over seeds alone"
     )
@@ -74,8 +74,10 @@ def method(found: Comparison) -> str:
     return (
         "Validation: at the end of the run, mean over seeds with its 95% t-interval. Difference: to "
         f"{found.reference}, seed by seed (a seed fixes data order and initial weights), with its 95% interval: "
-        f"Student's t over the seeds' differences {texts}. Not distinguishable when that holds 0. Rank: the places it "
-        f"may have by the same test of all pairs at 5%, Holm-corrected for {_count_pairs(found)}{moderated}."
+        f"Student's t over the seeds' differences {texts}. Not distinguishable when that holds 0. Each "
+        f"verdict is a test by itself: of twenty variants equal to {found.reference} one is told from it by chance. "
+        "Rank: the places it may have by the same test of all pairs at 5%, Holm-corrected for "
+        f"{_count_pairs(found)}{moderated}."
         + (" Tuned variants are compared at the best of their trials." if found.tuned else "")
     )
 

@@ -13,7 +13,7 @@ from moe_pretrain.run_folder.task_results import TaskMetric, TaskResult, TaskRes
 
 TASKS_NOTE = (
     "Of each run's last step: mean over seeds with its 95% t-interval. Difference: to the reference, seed by seed, "
-    "with its 95% interval by Student's t over the seeds, and over resampled documents where all runs were asked the "
+    "with its 95% interval by Student's t over the seeds and resampled documents, paired too where runs were asked the "
     "same questions. Each row is a test by itself: of twenty rows one is told from the reference by chance."
 )
 
@@ -105,11 +105,11 @@ def _compare(
     for name, seeds in found.items():
         own = {seed: one for seed, results in seeds.items() if (one := _metric(results, task, metric))}
         values = {seed: one.value for seed, one in own.items() if one.value is not None}
-        asked = {seeds[seed][task].fingerprint for seed in own}
+        asked = {seed: seeds[seed][task].fingerprint for seed in own}
         resampled = {seed: _resampled(one) for seed, one in own.items() if one.values}
         documents |= {len(one.values) for one in own.values()}
         directions |= {one.higher_is_better for one in own.values()}
-        samples[name] = Sample(values, resampled, asked.pop() if len(asked) == 1 else "")
+        samples[name] = Sample(values, resampled, asked)
     paired = {name: difference(sample, samples[reference]) for name, sample in samples.items()}
     return TaskComparison(
         task=task,

@@ -119,6 +119,7 @@ def test_summary_holds_the_final_numbers(finished_run):
     assert summary["wall_seconds"] == 150.0
     assert summary["resumes"] == 1
     assert summary["model_flops_utilization_median"] is None
+    assert "later tokens" not in (finished_run / "report.html").read_text()
 
 
 def test_page_states_the_numbers_beside_their_names(finished_run):
@@ -213,7 +214,11 @@ def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
     rows.append({"kind": "event", **at, "event": "loss_spike", "message": "step 149: loss 9.5 is 5 nats above"})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = json.loads((run_dir / "summary.json").read_text())
-    facts |= {"commit": "c0ffee", "moe_layer_cost": {"experts": {"flops_per_route": 2e6}}}
+    facts |= {
+        "commit": "c0ffee",
+        "causal_in_evaluation": False,
+        "moe_layer_cost": {"experts": {"flops_per_route": 2e6}},
+    }
     (run_dir / "summary.json").write_text(json.dumps(facts))
     passed = [{"property": "determinism", "verdict": "PASS", "detail": "same"}]
     (run_dir / "certificate.json").write_text(json.dumps({"code": "abc", "rows": passed}))
@@ -223,6 +228,7 @@ def test_page_shows_incidents_drift_and_what_other_commands_found(tmp_path):
     table = reader.text[reader.text.index("Message of the run") + 1 :]
     assert table[:3] == ["spike", "150", "step 149: loss 9.5 is 5 nats above"] and "170" not in reader.text
     assert not any("did not judge" in text for text in reader.text)
+    assert "know later tokens, which no language model's do" in reader.text
     times = reader.text[reader.text.index("Time by part of a MoE layer") + 2 :]
     parts = ["router", "permute", "exchange", "experts", "shared experts", "combine"]
     assert times[:16] == [*parts, "total", "experts' share", *["1"] * 6, "6", "33%"], "of the last validation"

@@ -207,21 +207,28 @@ def give_rows(folder: Path, fingerprint: str) -> None:
 
 
 def test_validation_rows_that_differ_are_said_and_pair_no_texts(tmp_path: Path):
-    """Within the variants: their seeds pair, their texts do not, and the text does not say that they do."""
+    """Within the variants, where seeds are still pairs, and between them, where the texts make the interval."""
     plant_sweep(tmp_path)
+    paired = compare(tmp_path).paired["top_p"]
     for name in ("top_k", "top_p", "deep/autonomy"):
         give_rows(tmp_path / f"{name}-2", "other")
     found = compare(tmp_path)
-    assert not any(paired.over_texts for paired in found.paired.values())
     (line,) = [line for line in found.warnings if line.startswith("VALIDATION ROWS DIFFER")]
     assert "between seeds of autonomy, top_k, top_p" in line
-    assert "over seeds alone" in method(found) and "resamples" not in method(found)
+    assert found.paired["top_p"].difference == paired.difference and paired.verdict == "worse"
     for seed in (1, 3):
         for name in ("top_p", "deep/autonomy"):
             give_rows(tmp_path / f"{name}-{seed}", "other")
     give_rows(tmp_path / "top_k-2", "corpus")
-    (line,) = [line for line in compare(tmp_path).warnings if line.startswith("VALIDATION ROWS DIFFER")]
+    found = compare(tmp_path)
+    (line,) = [line for line in found.warnings if line.startswith("VALIDATION ROWS DIFFER")]
     assert "between variants" in line
+    apart = found.paired["top_p"]
+    assert apart.verdict == "not distinguishable" and apart.over_texts
+    # Of 20 documents evenly from -0.5 to 0.5, and twice.
+    error = math.sqrt(2 * np.var(np.linspace(-0.5, 0.5, 20), ddof=1) / 20)
+    assert (apart.difference.high - apart.difference.low) / 2 == pytest.approx(1.96 * error, rel=0.08)
+    assert "20 documents of the validation rows, paired too where runs have the same rows" in method(found)
 
 
 def test_a_seed_on_another_topology_is_a_seed_of_its_variant(tmp_path: Path):
@@ -254,6 +261,23 @@ def test_other_tokenizers_are_compared_by_bits_per_byte_and_loudly(tmp_path: Pat
     assert "| Validation, bits per byte |" in write_comparison(tmp_path)[1]
 
 
+def test_tokenizers_that_each_read_a_part_of_the_text_are_judged_over_texts(tmp_path: Path):
+    """Another part each, so that what the parts make of it is left to chance; all of the text is the same text."""
+    for root, rows in (("part", 30), ("all", 90)):
+        read = {"validation_text": {"corpus": {"rows": rows, "held_out_rows": 90}}}
+        for seed, loss in BASE.items():
+            Planted(f"a-{seed}", loss, seed, facts=read).write(tmp_path / root)
+            more = {"fingerprint": "other", "bytes_per_token": 5.0}
+            Planted(f"b-{seed}", loss, seed, TOP_P, {"tokenizer.vocab_size": 99}, facts=read, **more).write(
+                tmp_path / root
+            )
+    whole, part = (compare(tmp_path / root).paired["top_p"] for root in ("all", "part"))
+    assert whole.difference.mean == part.difference.mean and not whole.over_texts and part.over_texts
+    # Each side's mean of 20 documents evenly from -0.5 to 0.5 nats per token, in bits per byte.
+    errors = [np.std(np.linspace(-0.5, 0.5, 20), ddof=1) / math.sqrt(20) / math.log(2) / size for size in (4, 5)]
+    assert part.difference.high - part.difference.low == pytest.approx(2 * 1.96 * math.hypot(*errors), rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
@@ -268,6 +292,44 @@ def test_unfair_comparisons_are_said(tmp_path: Path, change: dict, warning: str)
         Planted(f"a-{seed}", loss, seed).write(tmp_path)
         Planted(f"b-{seed}", loss, seed, TOP_P, **change).write(tmp_path)
     assert any(line.startswith(warning) for line in compare(tmp_path).warnings), compare(tmp_path).warnings
+
+
+@pytest.mark.parametrize(
+    ("facts", "warning"),
+    [
+        ({"commit": "2"}, "Runs differ in their commit. top_k: 1; top_p: 1 or 2"),
+        (
+            {"router_file_hash": "2"},
+            "ROUTER FILE CHANGED: seeds of top_p ran with different contents of my.py; they are counted as one scheme.",
+        ),
+    ],
+)
+def test_code_that_changed_between_runs_is_said(tmp_path: Path, facts: dict, warning: str):
+    for seed, loss in BASE.items():
+        same = {"commit": "1", "router_file_hash": "1"}
+        own = {"router_file": "my.py"}
+        for name, router, others in (("a", None, same), ("b", TOP_P, same | (facts if seed == 3 else {}))):
+            planted = Planted(f"{name}-{seed}", loss, seed, facts=others)
+            planted.router = router or planted.router
+            folder = planted.write(tmp_path)
+            config = yaml.safe_load((folder / "config.yaml").read_text()) | own
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert warning in compare(tmp_path).warnings
+
+
+def test_a_loss_that_knows_later_tokens_has_no_verdict_and_takes_no_place(tmp_path: Path):
+    plant_sweep(tmp_path)
+    for seed in BASE:
+        Planted(f"leaks-{seed}", 1.0, seed, {"name": "leaks"}, facts={"causal_in_evaluation": False}).write(tmp_path)
+    found = compare(tmp_path)
+    assert found.paired["leaks"].verdict == "not tested"
+    assert {each.name: each.rank for each in found.ranking.places} == {
+        "leaks": 1,
+        "top_k": 1,
+        "autonomy": 1,
+        "top_p": 2,
+    }
+    assert found.warnings[0].startswith("NO LANGUAGE MODEL'S LOSS: in leaks the experts")
 
 
 def test_what_most_variants_of_a_scheme_have_is_not_in_their_names():
@@ -359,6 +421,7 @@ def test_the_tables_hold_the_raw_numbers(sweep: Path):
     assert float(row["load_max_over_mean"]) == pytest.approx(1.2 + 0.5)
     assert float(row["dead_experts"]) == pytest.approx(5 / 20)
     assert float(row["flops_per_token"]) == pytest.approx(4e6)
+    assert (row["total_parameters"], row["active_parameters"]) == ("900.0", "500.0")
     assert float(row["training_flops"]) == pytest.approx(4e6 * STEPS * TOKENS)
     assert float(row["tokens_per_second"]) == 2050.5
     runs = {row["run"]: row for row in csv.DictReader((sweep / "compare_runs.csv").open())}

@@ -175,7 +175,8 @@ def test_a_moderated_difference_is_the_formula_written_out():
     half = 2.446912 * math.sqrt(variance / 3)  # t of 6 degrees of freedom, any table
     assert found.difference is not None
     assert (found.difference.low, found.difference.high) == pytest.approx((0.1 / 3 - half, 0.1 / 3 + half), abs=1e-6)
-    resampled = [Sample(own.losses, {k: np.full(50, loss) for k, loss in own.losses.items()}, "rows") for own in (b, a)]
+    rows = dict.fromkeys(a.losses, "rows")
+    resampled = [Sample(own.losses, {k: np.full(50, loss) for k, loss in own.losses.items()}, rows) for own in (b, a)]
     over_texts = difference(*resampled, VariancePrior(4, 1.0))
     assert over_texts.over_texts and over_texts.difference is not None
     assert over_texts.difference.low == pytest.approx(found.difference.low, abs=1e-6), "texts that do not matter"
@@ -233,7 +234,9 @@ def sample(by_seed: dict[int, np.ndarray], tokens: np.ndarray) -> Sample:
     """Of losses by document [documents] for each seed."""
     probes = {seed: probe_of(loss, tokens) for seed, loss in by_seed.items()}
     losses = {seed: probe.mean_loss for seed, probe in probes.items()}
-    return Sample(losses, {seed: resampled_losses(probe) for seed, probe in probes.items()}, "rows")
+    return Sample(
+        losses, {seed: resampled_losses(probe) for seed, probe in probes.items()}, dict.fromkeys(losses, "rows")
+    )
 
 
 def test_resampling_is_the_loop_over_drawn_documents():
@@ -304,13 +307,44 @@ def test_a_difference_that_rests_on_one_document_is_not_distinguishable():
     assert alone.verdict == "worse"
 
 
-def test_resamples_of_other_rows_are_not_paired():
-    tokens = np.full(12, 20)
-    a = sample({1: np.full(12, 3.0), 2: np.full(12, 3.1)}, tokens)
-    other = Sample(a.losses, a.resampled, "other rows")
-    assert difference(a, a).over_texts and not difference(a, other).over_texts
-    part = Sample(a.losses, {1: a.resampled[1]}, "rows")
+def test_resamples_of_the_same_rows_alone_are_paired():
+    tokens, text = np.full(40, 20), np.random.default_rng(5).normal(3, 0.5, 40)
+    a = sample({1: text, 2: text + 0.1}, tokens)
+    same = difference(a, a).difference
+    assert same is not None and (same.low, same.high) == (0, 0)
+    apart = difference(a, Sample(a.losses, a.resampled, dict.fromkeys(a.losses, "other rows")))
+    both = np.quantile(resampled_losses(probe_of(text, tokens)) - np.roll(a.resampled[1], 7), [0.025, 0.975])
+    assert apart.over_texts and apart.difference is not None
+    assert (apart.difference.low, apart.difference.high) == pytest.approx(tuple(both), abs=0.03)
+    mixed = Sample(a.losses, a.resampled, {1: "rows", 2: "other rows"})
+    assert difference(mixed, mixed).difference == same, "seed by seed they are the same rows"
+    part = Sample(a.losses, {1: a.resampled[1]}, a.rows)
     assert not difference(a, part).over_texts, "a run without losses by document is not passed over"
+
+
+def test_validation_on_other_rows_makes_no_variant_different():
+    """Seeds alone agree on the difference that the texts make."""
+    random, tokens = np.random.default_rng(8), np.full(40, 20)
+    told, by_seeds = 0, 0
+    for _ in range(60):
+        sides = []
+        for rows in ("rows", "other rows"):
+            text = random.normal(3, 0.3, 40)
+            own = sample({seed: text + random.normal(0, 0.002) for seed in (1, 2, 3)}, tokens)
+            sides.append(Sample(own.losses, own.resampled, dict.fromkeys(own.losses, rows)))
+        told += difference(*sides).verdict != "not distinguishable"
+        by_seeds += over_seeds(sides[0].losses, sides[1].losses).verdict != "not distinguishable"
+    assert told <= 7 and by_seeds > 50, (told, by_seeds)
+
+
+def test_a_loss_that_knows_later_tokens_is_not_tested_against_one_that_does_not():
+    a, b = Sample({1: 3.0, 2: 3.1, 3: 3.2}), Sample({1: 1.0, 2: 1.11, 3: 1.2}, knows_later_tokens=True)
+    apart = difference(b, a)
+    assert apart.verdict == "not tested" and apart.difference is not None
+    assert apart.difference.mean == pytest.approx(-1.9967, abs=1e-4) and math.isnan(apart.difference.low)
+    assert [each.rank for each in rank({"a": a, "b": b}).places] == [1, 1]
+    worse = Sample({1: 5.0, 2: 5.1, 3: 5.21}, knows_later_tokens=True)
+    assert difference(worse, b).verdict == "worse", "of the same kind"
 
 
 def simulate(random: np.random.Generator, effect: float, noise: float, common_seeds: bool = True) -> Difference:
