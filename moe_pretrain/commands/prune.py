@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     name = trained.folder.absolute().name
     folders = {}
     for method in methods:
-        check_method(method, trained.config, options.before is not None)
+        check_method(method, trained.config, config, options.before is not None)
         folders[method] = (options.to or trained.folder.parent) / f"{name}-{method}-{options.experts}"
         check_unused(folders[method])
     earlier = _earlier(trained, options.before)

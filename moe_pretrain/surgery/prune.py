@@ -63,17 +63,24 @@ def pruned_config(config: Config, experts: int) -> Config:
         raise ConfigError(f"--experts={experts}: {error}") from None
 
 
-def check_method(method: str, config: Config, has_earlier: bool) -> None:
-    """Raise ``ConfigError`` where ``method`` means nothing for the run."""
+def check_method(method: str, config: Config, pruned: Config, has_earlier: bool) -> None:
+    """Raise ``ConfigError`` where ``method`` cannot make the run of ``pruned`` out of that of ``config``."""
     layers = meta_model(config.model, config.router).moe_layers()
     if config.model.moe.experts.name != "swiglu":
         raise ConfigError(f"experts={config.model.moe.experts.name} cannot be pruned yet: only networks can")
     if not all(isinstance(layer.experts, SwiGLUExperts | FactorisedExperts) for layer in layers):
         raise ConfigError(f"router={config.router.name} cannot be pruned: it merges experts, and no token goes to one")
     for layer in layers:
-        if layer.router.needs_token_counts:
-            name = config.router.of_layer(layer.router.layer).name
-            raise ConfigError(f"router={name} cannot be pruned: its table names experts that would be gone")
+        scheme = config.router.of_layer(layer.router.layer)
+        if reason := layer.router.numbered_experts:
+            raise ConfigError(f"router={scheme.name} cannot be pruned: {reason}, also those that would be gone")
+        if (groups := vars(scheme).get("num_groups", 1)) > 1:
+            raise ConfigError(
+                f"router={scheme.name} with router.num_groups={groups} cannot be pruned: groups are of neighbouring "
+                "experts, and those that stay would be in others; a run with router.num_groups=1 and "
+                "checkpoint.warm_start of this one can"
+            )
+    _check_tensors(method, config, pruned)
     if method in MERGING and expert_gate(config.model.moe, config.router) is not None:
         raise ConfigError(
             f"--method={method} needs experts with full gates: the mean of two products is not the product of two means"
@@ -84,6 +91,25 @@ def check_method(method: str, config: Config, has_earlier: bool) -> None:
             if method == "router_norm"
             else f"--before has no meaning with --method={method}: router_norm alone compares two checkpoints"
         )
+
+
+def _check_tensors(method: str, config: Config, pruned: Config) -> None:
+    """Refuse tensors that have more to do with the number of experts than a row for each, or rows without a mean."""
+    numbers = [config.model.moe.num_experts, pruned.model.moe.num_experts]
+    whole, small = (_tensors(meta_model(one.model, one.router)) for one in (config, pruned))
+    for name, tensor in whole.items():
+        if (shape := small[name].shape) == tensor.shape:
+            continue
+        if [tensor.shape[0], shape[0]] != numbers or tensor.shape[1:] != shape[1:]:
+            raise ConfigError(f"{name} cannot be pruned: its shape {list(tensor.shape)} is not a row for each expert")
+        if method in MERGING and not tensor.is_floating_point():
+            raise ConfigError(
+                f"--method={method} cannot merge {name}: whole numbers, one for each expert, have no mean"
+            )
+
+
+def _tensors(model: DecoderLM) -> dict[str, Tensor]:
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
 
 def choose_groups(
@@ -107,7 +133,7 @@ def choose_groups(
     Raises:
         ConfigError: The scheme has not what the method looks at.
     """
-    if method in ("uncurl", "seer") and not statistics.has_logits:
+    if method in ("uncurl", "seer", "router_norm") and not statistics.has_logits:
         raise ConfigError(f"--method={method} needs a score of every expert, which {type(layer.router).__name__} lacks")
     if method == "reap":
         return keep_highest(statistics.reap, experts)
@@ -121,7 +147,8 @@ def choose_groups(
     if method == "router_norm":
         weight = dict(layer.router.named_parameters()).get("weight")
         if weight is None or earlier is None:
-            raise ConfigError(f"--method=router_norm needs a router with one row for each expert, not {layer.router}")
+            kind = type(layer.router).__name__
+            raise ConfigError(f"--method=router_norm needs one row for each expert, which {kind} lacks")
         return keep_highest(router_norm_change(earlier, weight.detach()), experts)
     if method == "uncurl":
         groups = spectral_groups(statistics.logit_correlation(), experts)

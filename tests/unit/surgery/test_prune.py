@@ -13,6 +13,7 @@ from reference.papers import merging, pruning
 from torch import Tensor
 
 from moe_pretrain import cli
+from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.config.trained import TrainedRun, open_trained
 from moe_pretrain.engine.micro_batch import routing_context
 from moe_pretrain.model.decoder import DecoderLM
@@ -272,6 +273,16 @@ def test_every_scheme_keeps_its_state_of_the_experts_that_stay(words: tuple[str,
         assert torch.equal(left, right), name
 
 
+@pytest.mark.parametrize(
+    "words", [("router=dynmoe",), ("router=attentive_dense",), ("router=autonomy_top_p", "router.gate_rank=6")]
+)
+def test_the_growth_of_a_row_says_nothing_where_logits_are_not_of_rows(words: tuple[str, ...], home: Path):
+    """Of keys that are normalised, or where there are none: one line, not the module's own words of several."""
+    layer, found, _ = Measured(home, *words).layers[0]
+    with pytest.raises(ConfigError, match=r"^--method=router_norm needs .*, which \w+Router lacks$"):
+        choose_groups("router_norm", layer, found, KEPT, 0, torch.zeros(EXPERTS, 24))
+
+
 def test_padding_counts_nowhere(top_k: Measured):
     batch = top_k.batches[0]
     padded = type(batch)(**{**vars(batch), "document_ids": torch.full_like(batch.document_ids, -1)})
@@ -328,7 +339,15 @@ def test_what_cannot_be_pruned_is_one_line(trained: Path, home: Path, capsys: py
     merging = tiny_run(home, "smear", "router=smear")
     assert "it merges experts" in refusal(merging, "--experts=2")
     hashed = tiny_run(home, "hash", "router=hash")
-    assert "its table names experts" in refusal(hashed, "--experts=2")
+    assert "router=hash cannot be pruned: a table says which experts" in refusal(hashed, "--experts=2")
+    grouped = tiny_run(home, "grouped", "router=top_k", "router.num_groups=2", "router.groups_per_token=1", *SHAPE)
+    assert "router.num_groups=2 cannot be pruned: groups are of neighbouring" in refusal(grouped, "--experts=4")
+    # One has a column for each expert too, the other maps that are wider the more experts there are.
+    for words in (("router.projection=linear",), ("router.projection=two_layer", "router.gating_residual=false")):
+        carrying = tiny_run(home, words[0][-6:], "router=moe_plus_plus", "experts=swiglu", *words, *SHAPE)
+        assert "is not a row for each expert" in refusal(carrying, "--experts=4"), words
+    slots = tiny_run(home, "dynmoe", "router=dynmoe", "router.initial_experts=4", *SHAPE)
+    assert "cannot merge blocks.0.feed_forward.router.in_use" in refusal(slots, "--experts=5", "--method=grouping")
     autonomy = tiny_run(home, "autonomy", "router=autonomy", "router.gate_rank=6")
     assert "needs experts with full gates" in refusal(autonomy, "--experts=2", "--method=uncurl")
     (home / "trained-random-3").mkdir()
