@@ -1,5 +1,7 @@
 """Model card of an exported folder: the run's facts, and how to load it."""
 
+import transformers
+
 from moe_pretrain.config.trained import TrainedRun
 from moe_pretrain.huggingface.architectures import Architecture
 from moe_pretrain.model.size import model_size
@@ -36,7 +38,11 @@ def model_card(run: TrainedRun, architecture: Architecture, dtype: str, check: s
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(state.identity.versions.items())),
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    remarks = [architecture.note, *(f"Routing here is that of evaluation: {rule}." for rule in sorted(rules))]
+    remarks = [
+        architecture.note,
+        _of_rounded_routers(architecture),
+        *(f"Routing here is that of evaluation: {rule}." for rule in sorted(rules)),
+    ]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -62,3 +68,17 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 Check against the framework's own model: {check}.
 {chr(10).join(["", *(remark for remark in remarks if remark)])}
 """
+
+
+def _of_rounded_routers(architecture: Architecture) -> str:
+    """A sentence where transformers rounds what decides routes as it loads it in bfloat16, else nothing."""
+    if architecture.modelling_file is not None:
+        return ""
+    kept = getattr(transformers, architecture.name)._keep_in_fp32_modules_strict or ()
+    exact = [tensor.name for tensor in architecture.tensors if not tensor.is_rounded]
+    if all(any(part in name for part in kept) for name in exact):
+        return ""
+    return (
+        "This class rounds its router to bfloat16 when it is loaded in that type, which training did not: some tokens "
+        "then go to other experts than in training, and in float32 they do not."
+    )

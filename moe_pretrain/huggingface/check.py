@@ -2,7 +2,10 @@
 
 import argparse
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from moe_pretrain.moe.types import RoutingContext
 
 ROWS = 2
 MOST_TOKENS = 256
+_MOST_LETTERS = 10_000
 TOLERANCE = 1e-4
 """Largest difference of two logits that is rounding, in units of the logits' standard deviation.
 
@@ -67,8 +71,27 @@ class LogitCheck:
 def sample_ids(tokenizer: Tokenizer, sequence_length: int) -> Int[Tensor, "rows tokens"]:
     """Tokens of real text that every machine has: the source of Python's own ``argparse``."""
     length = min(sequence_length, MOST_TOKENS)
-    (tokens,) = tokenizer.encode_batch([inspect.getsource(argparse)])
+    (tokens,) = tokenizer.encode_batch([_sample_text()])
     return torch.tensor(list(tokens)[: ROWS * length]).view(ROWS, length)
+
+
+def _sample_text() -> str:
+    return inspect.getsource(argparse)
+
+
+def check_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise ``ValueError`` unless transformers makes the tokens of ``tokenizer`` with the files in ``folder``."""
+    text = _sample_text()[:_MOST_LETTERS]
+    with _quiet():
+        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)(text).input_ids
+    ours = [int(token) for token in tokenizer.encode_batch([text])[0]]
+    if theirs != ours:
+        pairs = zip_longest(ours, theirs)
+        place = next(at for at, (own, other) in enumerate(pairs) if own != other)
+        raise ValueError(
+            f"the exported tokenizer is not that of the run: token {place} of a text is {theirs[place : place + 1]} "
+            f"there and {ours[place : place + 1]} here; nothing was written"
+        )
 
 
 @torch.no_grad()
@@ -87,10 +110,7 @@ def exported_logits(folder: Path, ids: Int[Tensor, "rows tokens"]) -> Float[Tens
     Raises:
         ValueError: transformers cannot load it whole.
     """
-    words, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with _quiet():
         model, report = _class_of(folder).from_pretrained(
             str(folder),
             dtype=torch.float32,
@@ -98,13 +118,23 @@ def exported_logits(folder: Path, ids: Int[Tensor, "rows tokens"]) -> Float[Tens
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are said below
         )
+    if problems := {key: sorted(map(str, found)) for key, found in report.items() if found}:
+        raise ValueError(f"{folder} is not what {type(model).__name__} reads: {problems}")
+    return model.eval()(input_ids=ids).logits.float()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings and progress bars of transformers."""
+    words, has_bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers.logging.set_verbosity(words)
         if has_bar:
             transformers.logging.enable_progress_bar()
-    if problems := {key: sorted(map(str, found)) for key, found in report.items() if found}:
-        raise ValueError(f"{folder} is not what {type(model).__name__} reads: {problems}")
-    return model.eval()(input_ids=ids).logits.float()
 
 
 def _class_of(folder: Path) -> Any:

@@ -11,7 +11,7 @@ from moe_pretrain.config.trained import TrainedRun
 from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.huggingface.architectures import Architecture, choose
 from moe_pretrain.huggingface.card import model_card
-from moe_pretrain.huggingface.check import compare_logits, exported_logits, our_logits, sample_ids
+from moe_pretrain.huggingface.check import check_tokens, compare_logits, exported_logits, our_logits, sample_ids
 from moe_pretrain.huggingface.remote_code.assemble import FILE
 from moe_pretrain.huggingface.tensors import write_tensors
 from moe_pretrain.huggingface.tokenizer_files import write_tokenizer
@@ -101,8 +101,9 @@ def _checked(run: TrainedRun, folder: Path, tokenizer: Tokenizer, dtype: ExportD
     """The comparison in one sentence.
 
     Raises:
-        ValueError: The logits differ by more than rounding.
+        ValueError: The logits differ by more than rounding, or a text's tokens at all.
     """
+    check_tokens(folder, tokenizer)
     ids = sample_ids(tokenizer, run.config.model.sequence_length)
     model = run.model()
     if dtype == "bfloat16":

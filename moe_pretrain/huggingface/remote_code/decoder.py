@@ -225,6 +225,8 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()
+        if cache is not None and any("Static" in type(layer).__name__ for layer in cache.layers):
+            raise ValueError("this model needs a cache that grows: DynamicCache, the default")
         seen = 0 if cache is None else cache.get_seq_length()
         batch, sequence = input_ids.shape
         place = torch.arange(seen, seen + sequence, device=input_ids.device).expand(batch, -1)
@@ -240,6 +242,9 @@ class MoePretrainForCausalLM(PreTrainedModel, GenerationMixin):
             visible = visible & is_text[:, None, :] | itself
         if position_ids is not None:
             place = position_ids.expand(batch, -1)
+            if attention_mask is None and cache is None:  # documents packed one behind the other do not see each other
+                document = (place.diff(prepend=place[:, :1] - 1) != 1).cumsum(dim=1)
+                visible = visible & (document[:, :, None] == document[:, None])
         rotary = self._rotary_table(place)
         hidden, carried = self.embedding(input_ids), list[Tensor]()
         for block in self.blocks:

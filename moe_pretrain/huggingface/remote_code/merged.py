@@ -41,6 +41,10 @@ class MixtureOfExperts(nn.Module):
         """Apply the layer to ``hidden [tokens, hidden]``."""
         batch, sequence, _ = facts.visible.shape
         text = facts.visible[:, -1]  # the last position of a row sees all of its text
+        if bool((~text & (facts.visible.sum(dim=1) > 1)).any()):
+            raise ValueError(
+                "this model merges experts by the text of a row: it takes one document in each, not several"
+            )
         segment = (text.cumsum(dim=1) - 1).clamp(min=0) // self.router.segment_tokens
         member = (segment[:, None] == torch.arange(int(segment.max()) + 1, device=hidden.device)[:, None]) & text[
             :, None
@@ -59,8 +63,6 @@ class MixtureOfExperts(nn.Module):
         if cache is None:
             return hidden
         kind = type(cache.layers[0])
-        if "Static" in kind.__name__:
-            raise ValueError("this model keeps more in its cache than keys and values: it needs one that grows")
         while len(cache.layers) <= self.kept_as:
             cache.layers.append(kind())
         return cache.update(hidden[:, None], hidden[:, None, :, :0], self.kept_as)[0][:, 0]

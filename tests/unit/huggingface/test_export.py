@@ -76,12 +76,19 @@ def test_logits_are_those_of_the_framework(
     assert values["architectures"] == [kind] and (folder / FILE).exists() == (kind == "MoePretrainForCausalLM")
     card = (folder / "README.md").read_text()
     assert "largest difference of a logit" in said and said.split("check: ")[1].splitlines()[0] in card
+    assert ("rounds its router to bfloat16" in card) == (
+        kind[:5] in ("Mixtr", "Olmoe", "Qwen2", "Qwen3") and "dense" not in words[0]
+    )
     run = open_run(home / name)
     ids = ids_of(home)
     theirs = check.exported_logits(folder, ids)
     ours = our_logits(run.model(), ids)
     found = compare_logits(ours, theirs)
     assert found.apart == 0 and found.largest < 2e-5 * found.scale
+    if kind == "MoePretrainForCausalLM":
+        rounded = check._class_of(folder).from_pretrained(folder, dtype=torch.bfloat16).eval()
+        apart = (rounded(input_ids=ids).logits - ours).abs().amax(dim=-1) / ours.std()
+        assert apart.median() < 0.1, "but for tokens that rounding sends to other experts"
 
 
 READ_BACK = [case for case in ALL if case[0][:7] in ("Mixtral", "OlmoeFo", "Qwen3Mo", "Qwen3Fo")]
@@ -109,6 +116,36 @@ def test_what_was_exported_is_read_back(kind: str, words: tuple[str, ...], home:
     ):
         folder.check(replace(model, head_size=size + 2), "field")
     assert transformers.AutoConfig.from_pretrained(home / f"{name}.exported").pad_token_id is None
+
+
+def test_packed_documents_do_not_see_each_other(home: Path):
+    """Where positions begin anew, without mask or cache, as in transformers' own classes, of which one is here."""
+    cases = {words[0]: (kind, words) for kind, words in reversed(ALL)}
+    ids, lengths = ids_of(home, 20)[:1], [7, 1, 12]
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    for scheme in ("router=top_k", "router=attention_importance", "router=moe_plus_plus", "router=lory"):
+        kind, words = cases[scheme]
+        folder = exported(home, f"run{ALL.index((kind, words))}", words)
+        with torch.no_grad():
+            if kind == "MoePretrainForCausalLM":
+                model = check._class_of(folder).from_pretrained(folder).eval()
+            else:
+                model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+            if scheme == "router=lory":
+                with pytest.raises(ValueError, match="one document in each"):
+                    model(input_ids=ids, position_ids=places)
+                continue
+            packed = model(input_ids=ids, position_ids=places, use_cache=False).logits
+            alone = torch.cat([model(input_ids=part).logits for part in ids.split(lengths, dim=1)], dim=1)
+        torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_that_does_not_grow_is_refused(home: Path):
+    folder = exported(home, "half", ("router=top_p",), "--dtype=bfloat16")
+    model = check._class_of(folder).from_pretrained(folder, dtype="auto").eval()
+    cache = transformers.StaticCache(model.config, max_cache_len=12)
+    with pytest.raises(ValueError, match="needs a cache that grows"):
+        model(input_ids=ids_of(home)[:, :4], past_key_values=cache)
 
 
 def test_a_model_in_bfloat16_keeps_its_router_and_equals_the_rounded_one(home: Path):

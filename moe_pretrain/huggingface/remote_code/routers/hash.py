@@ -25,7 +25,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, facts: Facts) -> Tensor:
         """Gates ``[tokens, experts]``, 0 where an expert is not taken."""
-        chosen = self.table[facts.token_ids]
+        chosen = self.table[facts.token_ids].long()  # transformers loads it as float32 into a model in bfloat16
         if self.weight is None:
             share = torch.full(chosen.shape, 1 / self.fields["top_k"], device=hidden.device)
         else:
