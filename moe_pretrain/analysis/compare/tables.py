@@ -121,9 +121,9 @@ def _tuned(found: Comparison, name: str) -> str:
 TUNING_NOTE = (
     f"Each trial is one run of the tuning seed. Chosen in: the share of {RESAMPLED_CHOICES:,} resamples in which it "
     "wins too, the trials' losses drawn with the noise that the final seeds show between variants (half of the "
-    "variance of their seed-by-seed differences). Cost: the mean loss by which the winners of resamples are worse, by "
-    "these losses; its mean square is in the standard error of the differences and ranks above. What lies between "
-    "trials and beyond their edges is in none of it."
+    "variance of their seed-by-seed differences, moderated as for ranks, mean over the other variants). Cost: the mean "
+    "loss by which the winners of resamples are worse, by these losses; its mean square is in the standard error of "
+    "the differences and ranks above. What lies between trials and beyond their edges is in none of it."
 )
 
 
@@ -251,21 +251,24 @@ def _task_columns(found: Comparison, name: str) -> Record:
 
 
 def run_rows(found: Comparison) -> list[Record]:
-    """``compare_runs.csv``: a row for each run."""
-    differing = differences([run.values for run in found.runs if run.values])
+    """``compare_runs.csv``: a row for each run, then for each trial of the variants that were tuned."""
+    variants = {variant.name: variant for variant in found.variants}
+    trials = [(run, variants[name], True) for name, tuning in found.tuned.items() for run in tuning.runs]
+    runs = [*((run, found.variant_of(run), False) for run in found.runs), *trials]
+    differing = differences([run.values for run, *_ in runs if run.values])
     rows: list[Record] = []
-    for run in found.runs:
-        variant = found.variant_of(run)
+    for run, variant, is_trial in runs:
+        counted = variant is not None and run in variant.counted
         row: Record = {"run": run.name, "variant": variant.name if variant else None, "state": run.state}
-        row |= {"counted": bool(variant and run in variant.counted), "problem": run.problem}
+        row |= {"trial": is_trial, "counted": counted, "problem": run.problem}
         row |= {name: run.last.get(name) for name in ("step", "tokens", "attempt")}
         row |= {key.replace("/", "_"): run.final(key) for key in ("validation/loss", "validation/bits_per_byte")}
         row |= {name: measure(run) for name, (_, measure, _) in MEASURES.items()}
         row |= _part_columns([run])
         for task in found.tasks:
-            own = task.values[variant.name] if variant and run in variant.counted else {}
+            own = task.values[variant.name] if variant and counted else {}
             row[f"{task.task}_{task.metric}"] = own.get(run.values.get("seed", -1))
-        rows.append(row | {key: run.values.get(key) for key in differing})
+        rows.append(row | {key: run.values.get(key) for key in dict.fromkeys(["seed", *differing])})
     return rows
 
 

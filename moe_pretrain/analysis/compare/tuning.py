@@ -67,6 +67,7 @@ class Tuning:
     Attributes:
         scheme: Its trials and what they decided.
         record: The record that it is of.
+        runs: Runs of the trials, of those that are still there.
         losses: Loss of each trial, in the unit of the comparison; infinite where it diverged, NaN where unknown.
         chosen: Place of the trial whose values the final runs have.
         choice: How sure the choice is; None where the noise between seeds is not known.
@@ -74,6 +75,7 @@ class Tuning:
 
     scheme: TunedScheme
     record: TuneRecord
+    runs: list[RunRecord]
     losses: list[float]
     chosen: int
     choice: Choice | None = None
@@ -134,8 +136,9 @@ def tunings(
                 if chosen is not None:
                     schemes.setdefault(scheme.name, (scheme, folder, chosen))
         for scheme, folder, chosen in list(schemes.values())[:1]:
-            losses = [_loss(folder.trials.get(trial.job), trial, key) for trial in scheme.trials]
-            found[variant.name] = Tuning(scheme, folder.record, losses, chosen)
+            runs = [folder.trials.get(trial.job) for trial in scheme.trials]
+            losses = [_loss(run, trial, key) for run, trial in zip(runs, scheme.trials, strict=True)]
+            found[variant.name] = Tuning(scheme, folder.record, [run for run in runs if run], losses, chosen)
             lines += _other_trials(variant, scheme, folder)
         if len(schemes) > 1:
             lines.append(f"{variant.name} stands for {', '.join(schemes)}: what was chosen made them the same scheme.")

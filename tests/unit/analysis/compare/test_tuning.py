@@ -163,6 +163,22 @@ def test_the_text_says_what_was_tuned_and_how(tmp_path: Path):
     assert float(row["choice_cost"]) == pytest.approx(0.01 * (1 - float(row["chosen_share"])))
 
 
+def test_the_table_of_runs_has_the_trials_from_which_the_choice_can_be_replayed(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE)
+    plant(tmp_path, TOP_P, WORSE)
+    write_comparison(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "compare_runs.csv").open()))
+    trials = [row for row in rows if row["trial"] == "True"]
+    assert len(rows) == 6 + 8 and len(trials) == 8
+    assert {(row["seed"], row["counted"]) for row in trials} == {("0", "False")}
+    of_top_k = {float(row[RATE]): row for row in trials if row["variant"] == "top_k"}
+    losses = {rate: float(row["validation_loss"]) for rate, row in of_top_k.items() if row["state"] == "finished"}
+    assert losses == pytest.approx({rate: loss for rate, loss in CURVE.items() if math.isfinite(loss)})
+    assert of_top_k[0.008]["state"] == "diverged"
+    finals = {row["seed"]: float(row[RATE]) for row in rows if row["variant"] == "top_k" and row["trial"] == "False"}
+    assert finals == dict.fromkeys("123", 0.002)
+
+
 def test_untuned_runs_are_told_nothing_of_tuning(tmp_path: Path):
     for seed, loss in BASE.items():
         Planted(f"a-{seed}", loss, seed).write(tmp_path)
