@@ -24,8 +24,10 @@ class CheckpointConfig:
             begins anew. It is for one start: the run's record does not keep it.
         warm_start: A checkpoint of another run, or that run's folder for its newest, whose weights a new run starts
             from. Its router may be another: routers' weights that fit by name and shape are taken over, the others
-            start as ever. Optimizer, schedule, data and balancer state start anew. None for no such. Or a Hugging Face
-            folder of a Llama, Mistral or Mixtral model, with its tokenizer (``tokenizer.path`` the same folder).
+            start as ever. Heads must be as many; what else makes another function of the same weights
+            (``model.rope_base``, ``norm_epsilon``, activation, combination) may differ, and is said. Optimizer,
+            schedule, data and balancer state start anew. None for no such. Or a Hugging Face folder of a Llama, Mistral
+            or Mixtral model, with its tokenizer (``tokenizer.path`` the same folder).
         branch_from: ``RUN@STEP``: a new run begins with everything that the checkpoint of that step knows, weights,
             moments, routers' state and position in the data, as if it had made these steps itself. Model, router, data,
             tokenizer, seed, global batch and optimizer must be the same; schedule and budget, of which the steps so far

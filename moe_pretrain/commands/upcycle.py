@@ -24,8 +24,9 @@ from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.huggingface.check import our_logits, sample_ids
 from moe_pretrain.huggingface.folder import HuggingFaceFolder, is_folder
 from moe_pretrain.huggingface.tokenizer_files import load_run_tokenizer
-from moe_pretrain.model.decoder import DecoderLM
+from moe_pretrain.model.decoder import DecoderLM, ModelConfig
 from moe_pretrain.moe.build import expert_gate, with_expert_width
+from moe_pretrain.moe.experts.activation import SWIGLU
 from moe_pretrain.run_folder.provenance import versions
 from moe_pretrain.surgery.run_folder import write_run
 from moe_pretrain.surgery.upcycle import Variation, build_dense, check_upcycling, dense_config, upcycle
@@ -33,7 +34,7 @@ from moe_pretrain.system.files import check_unused
 
 _SHAPE = (
     *("vocab_size", "sequence_length", "hidden_size", "num_layers", "num_heads", "num_key_value_heads", "rope_base"),
-    *("norm_epsilon", "tie_embeddings", "qk_norm"),
+    *("norm_epsilon", "tie_embeddings", "qk_norm", "head_size"),
 )
 
 
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     """Write a run folder with the mixture, and print both losses."""
     check_unused(options.folder)
     variation = Variation(options.noise, options.reinitialise, options.seed)
-    reader, words, width, tokenizer = _open(options)
+    reader, words, width, tokenizer, source = _open(options)
     overrides = [*words, *overrides_of(options), f"run.name={options.folder.name}"]
     if shows(options, overrides):
         return 0
@@ -67,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
     dense_model = dense_config(config.model, width)
     if isinstance(reader, HuggingFaceFolder):
         reader.check(config.model, "SOURCE")
+    elif source is not None:
+        _check_shape(config.model, source, options.source)
     dense = build_dense(dense_model, config.router, reader)
     ids = sample_ids(tokenizer, config.model.sequence_length)
     model = upcycle(config, dense, variation, ids, print)
@@ -80,8 +83,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[WeightReader, list[str], int, Tokenizer]:
-    """Reader of the dense weights, overrides of the shape, width of the networks, tokenizer.
+def _open(options: argparse.Namespace) -> tuple[WeightReader, list[str], int, Tokenizer, ModelConfig | None]:
+    """Reader of the dense weights, overrides of the shape, width of the networks, tokenizer; of a run its model.
 
     Raises:
         ConfigError: The source is no dense model.
@@ -94,7 +97,7 @@ def _open(options: argparse.Namespace) -> tuple[WeightReader, list[str], int, To
         path = options.tokenizer or source
         length = folder.values.get("max_position_embeddings", 2048)
         words = [*folder.model_words(), f"model.sequence_length={length}", *_tokenizer_words(path)]
-        return folder, words, folder.values["intermediate_size"], load_run_tokenizer(path, None, None)
+        return folder, words, folder.values["intermediate_size"], load_run_tokenizer(path, None, None), None
     trained = open_trained(source, lambda file: None, print)
     name = "blocks.{}.feed_forward.in_weight"
     widths = {tuple(trained.shapes().get(name.format(k), ())) for k in range(trained.config.model.num_layers)}
@@ -102,9 +105,23 @@ def _open(options: argparse.Namespace) -> tuple[WeightReader, list[str], int, To
         raise ConfigError(f"SOURCE={source} must be dense in every layer, all of one width: router=dense")
     tokenizer, path = find_tokenizer(trained, options.tokenizer)
     model = trained.config.model
-    words = [f"model.{field}={str(getattr(model, field)).lower()}" for field in _SHAPE]
+    if trained.config.router.dense_experts and model.moe.activation_function != SWIGLU:
+        raise ConfigError(f"SOURCE={source} has {model.moe.activation_name}, which must be plain swiglu for upcycle")
+    words = [f"model.{field}={_word(getattr(model, field))}" for field in _SHAPE]
     words.append(f"model.ffn_hidden_size={shape[0] // 2}")
-    return trained.reader(), [*words, *_tokenizer_words(path)], shape[0] // 2, tokenizer
+    return trained.reader(), [*words, *_tokenizer_words(path)], shape[0] // 2, tokenizer, model
+
+
+def _check_shape(model: ModelConfig, dense: ModelConfig, source: Path) -> None:
+    """Raise ``ConfigError`` if weights of ``dense`` would be another function in ``model``, or have no place there."""
+    for field in _SHAPE:
+        now, then = _word(getattr(model, field)), _word(getattr(dense, field))
+        if now != then and field != "sequence_length":
+            raise ConfigError(f"model.{field}={now} must be {then}, as SOURCE={source} has it")
+
+
+def _word(value: object) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def _tokenizer_words(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Beginning, going on and going back: a run takes over checkpoints of its folder, and discards those it has left."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -237,12 +237,16 @@ class Resumer:
             return
         path = self._mesh.on_main(lambda: store.locate(where))
         manifest = store.agree_on(path, self._mesh)
-        self.rules.refuse_tokenizer(train_state(manifest), path)
-        self._say_warm_start(path, store.warm_start(self._engine, path, manifest))
+        other = self.rules.refuse_weights(train_state(manifest), path)
+        self._say_warm_start(path, store.warm_start(self._engine, path, manifest), other)
 
-    def _say_warm_start(self, path: Path, became: store.WarmStart) -> None:
+    def _say_warm_start(self, path: Path, became: store.WarmStart, other: Sequence[str] = ()) -> None:
         words = [f"{len(became.loaded)} weights of {path}"]
-        for names, said in ((became.fresh, "start anew"), (became.left, "left behind")):
+        for names, said in (
+            (became.fresh, "start anew"),
+            (became.left, "left behind"),
+            (other, "another function of them"),
+        ):
             if names:
                 words.append(f"{said}: {', '.join(names)}")
         self._recorder.event("warm_start", "; ".join(words))

@@ -37,6 +37,13 @@ _MAY_DIFFER = ("model.recompute", "model.cross_entropy_chunk_tokens")
 """Exceptions within them: they change speed and memory, not the run."""
 _ROW_POLICIES = ("invalid_text", "invalid_json", "invalid_utf8")
 """Policies for rows that are no text. One that was ``fail`` may change: no row that was read until then met it."""
+_HEADS = ("model.num_heads", "model.num_key_value_heads")
+_FUNCTION = (
+    *("model.rope_base", "model.norm_epsilon", "model.moe.activation", "model.moe.activation_limit"),
+    *("model.moe.combine", "model.moe.experts.pattern", "model.moe.experts.input_scale"),
+    *("model.moe.experts.num_zero", "model.moe.experts.num_copy"),
+)
+"""Fields that no shape of a weight shows; ``_HEADS`` neither, but there is no reason to change those."""
 _WHEN_ABSENT: dict[str, Callable[[Any], bool]] = {
     "model.init": lambda now: now != "mup",
     "model.gate_init": lambda now: True,
@@ -146,14 +153,31 @@ class ResumeRules:
             raise ConfigError(f"{path} cannot be resumed: state.tokens={state.tokens} must be {tokens} after its steps")
         return found.allowed
 
-    def refuse_tokenizer(self, state: TrainState, path: Path) -> None:
-        """Raise if the checkpoint at ``path``, whose weights this run is to begin with, is of another tokenizer."""
+    def refuse_weights(self, state: TrainState, path: Path) -> list[str]:
+        """Compare with the checkpoint at ``path``, whose weights this run is to begin with.
+
+        Returns:
+            Differences that make another function of the same weights, in words.
+
+        Raises:
+            ConfigError: It is of another tokenizer, or its heads are cut in another way.
+        """
         then, now = state.identity.tokenizer, self.identity.tokenizer
         if then != now:
             raise ConfigError(
                 f"checkpoint.warm_start={path} must be of this run's tokenizer {now}; "
                 f"it is of {then or 'an unknown one'}"
             )
+        found = []
+        models = {"model": state.identity.config.get("model")}, {"model": self.identity.config["model"]}
+        for name, (before, after) in _differences("", *models).items():
+            if before is not _ABSENT and name in _HEADS:
+                raise ConfigError(
+                    f"{name}={_word(after)} must be {_word(before)}, as checkpoint.warm_start={path} has it"
+                )
+            if before is not _ABSENT and _is_within(name, _FUNCTION):
+                found.append(f"{name}={_word(after)} (was {_word(before)})")
+        return found
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,27 @@ def trained(home: Path) -> Path:
 
 def test_another_router_starts_from_a_runs_weights(trained: Path) -> None:
     words = train_words("second", "router=attentive", "router.num_candidates=3", "checkpoint.warm_start=outputs/first")
-    code, out, err = run(trained, *words, "budget.tokens=4096", "schedule.warmup_steps=0")
+    code, out, err = run(trained, *words, "budget.tokens=4096", "schedule.warmup_steps=0", "model.rope_base=9000")
     assert code == 0, err
     (event,) = [row for row in rows_of(trained, "second", "event") if row["event"] == "warm_start"]
     assert "weights of outputs/first/checkpoints/step_00000012; start anew: blocks.0" in event["message"]
     assert ".router.gate.query_weight" in event["message"] and "16 weights of" in out + err
+    assert event["message"].endswith("; another function of them: model.rope_base=9000.0 (was 10000.0)")
     assert rows_of(trained, "second")[0]["train/loss"] < rows_of(trained, "first")[0]["train/loss"] - 0.3
     code, _, err = run(trained, "train", "run.name=second", "checkpoint.warm_start=null")
     assert code == 2 and "checkpoint.warm_start=null must stay outputs/first" in err
 
 
-def test_another_tokenizer_is_refused(trained: Path) -> None:
-    words = train_words("other", "tokenizer.vocab_size=400", "checkpoint.warm_start=outputs/first")
-    code, _, err = run(trained, *words)
-    assert code == 2 and "must be of this run's tokenizer" in err and len(err.splitlines()) == 1, err
+@pytest.mark.parametrize(
+    "word,fragment",
+    [
+        ("tokenizer.vocab_size=400", "must be of this run's tokenizer"),
+        ("model.num_heads=2", "model.num_heads=2 must be 4, as checkpoint.warm_start=outputs/first/"),
+    ],
+)
+def test_other_tokens_or_heads_are_refused(word: str, fragment: str, trained: Path) -> None:
+    code, _, err = run(trained, *train_words(word[:9], word, "checkpoint.warm_start=outputs/first"))
+    assert code == 2 and fragment in err and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize(

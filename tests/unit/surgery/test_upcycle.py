@@ -83,6 +83,17 @@ def test_the_first_loss_is_the_dense_one(words: tuple[str, ...], home: Path, cap
     assert layers and all(layer.experts.out_weight.abs().sum() > 0 for layer in layers)
 
 
+def test_heads_of_a_size_of_their_own_stay(home: Path):
+    source, target = (
+        tiny_run(home, "heads", "router=dense", "model.head_size=10", "model.qk_norm=head"),
+        home / "up-heads",
+    )
+    assert cli.main(["upcycle", str(source), str(target), "router=top_k", "--debug"]) == 0
+    ids = sample_ids(load_tokenizer_file(home / "tokenizer.json"), 40)
+    dense, mixture = (our_logits(opened(folder).model(), ids) for folder in (source, target))
+    torch.testing.assert_close(mixture, dense, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("scheme", NEAR)
 def test_with_raw_weights_it_is_near(scheme: str, home: Path, capsys: pytest.CaptureFixture):
     """Weights of a token sum to more or less than their mean."""
@@ -196,6 +207,16 @@ def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: 
     assert "expert_hidden_size=20 must be the dense network's 40 with router=smear, which merges" in refusal(
         dense, target, "router=smear", "model.moe.expert_hidden_size=20"
     )
+    for word, then in (
+        ("num_heads=4", 2),
+        ("rope_base=500.0", 10000.0),
+        ("norm_epsilon=0.1", 1e-6),
+        ("head_size=4", "null"),
+    ):
+        line = refusal(dense, target, "router=top_k", f"model.{word}")
+        assert f"model.{word} must be {then}, as SOURCE={dense} has it" in line
+    other = tiny_run(home, "gpt_oss", "router=dense", "model.moe.activation=gpt_oss")
+    assert "which must be plain swiglu for upcycle" in refusal(str(other), target, "router=top_k")
     assert "--noise=-1.0" in refusal(dense, target, "router=top_k", "--noise=-1")
     assert "--reinitialise=2.0" in refusal(dense, target, "router=top_k", "--reinitialise=2")
     assert "must be empty or not exist" in refusal(dense, str(home), "router=top_k")
