@@ -15,7 +15,7 @@ from moe_pretrain.commands.trained_run import add_run, add_tokenizer, find_token
 from moe_pretrain.config.schema import Config, ConfigError
 from moe_pretrain.config.trained import TrainedRun
 from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
-from moe_pretrain.inference.corpus_loss import corpus_loss
+from moe_pretrain.inference.corpus_loss import check_likelihood, corpus_loss
 from moe_pretrain.inference.harness.extra import check_tasks
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.parallel.launcher import run_workers
@@ -62,19 +62,21 @@ def run(options: argparse.Namespace) -> int:
     tokenizer, _ = find_tokenizer(trained, options.tokenizer)
     launched, is_main = launched_world_size(), launched_rank() == 0
     starts_workers = launched is None and options.processes > 1
+    name = trained.config.router.name
+    rule = check_likelihood(trained.meta_model(), name)
     if tasks:  # seconds of imports, and no model for a task that is not there
         from moe_pretrain.inference.harness.evaluate_tasks import check_router
         from moe_pretrain.inference.harness.tasks import load_tasks
 
         loaded = load_tasks("tasks", tasks, options.num_fewshot)
-        rule = check_router(trained.meta_model(), trained.config.router.name, loaded)
+        check_router(trained.meta_model(), name, loaded)
         if starts_workers:  # they find the data in the cache
             return run_workers(_words(options), options.processes)
-        if rule and is_main:
-            _note(f"router={trained.config.router.name} decides here by its evaluation rule: {rule}")
         keeps = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
         if options.num_fewshot and keeps and is_main:
             _note(f"no examples for {', '.join(keeps[:5])}: num_fewshot: 0 stands in the task itself, and stays")
+    if rule and is_main:
+        _note(f"router={name} decides here by its evaluation rule: {rule}")
     model = trained.model(device_for_inference(launched_number("LOCAL_RANK") or 0))
     if files and is_main:
         _print_losses(model, trained.config, tokenizer, files, options)

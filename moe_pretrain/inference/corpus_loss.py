@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.types import RoutingContext
@@ -42,6 +43,24 @@ class CorpusLoss:
     def bits_per_byte(self) -> float:
         """Bits by which the model encodes a byte of the text, the first token of each document aside."""
         return self.nats / math.log(2) / max(self.text_bytes, 1)
+
+
+def check_likelihood(model: DecoderLM, name: str) -> str:
+    """The rule that routing goes by where that is not the rule of training; else empty.
+
+    Args:
+        model: The model; without storage it does as well.
+        name: Name of its scheme.
+
+    Raises:
+        ConfigError: The scheme has no likelihood of a next token.
+    """
+    if not all(layer.router.causal_in_evaluation for layer in model.moe_layers()):
+        raise ConfigError(
+            f"router={name}: a token's experts depend on later tokens in evaluation too, so that its loss is not that "
+            "of a language model"
+        )
+    return model.evaluation_rule
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from moe_pretrain.config.schema import ConfigError
 from moe_pretrain.inference.cached_decoder import check_generates
+from moe_pretrain.inference.corpus_loss import check_likelihood
 from moe_pretrain.inference.harness.language_model import HarnessModel
 from moe_pretrain.inference.harness.tasks import quiet, seed_examples
 from moe_pretrain.model.decoder import DecoderLM
@@ -45,19 +46,14 @@ def check_router(model: DecoderLM, name: str, tasks: TaskDict) -> str:
     Raises:
         ConfigError: The scheme has no likelihood of a next token, or cannot generate what a task asks for.
     """
-    routers = [layer.router for layer in model.moe_layers()]
-    if not all(router.causal_in_evaluation for router in routers):
-        raise ConfigError(
-            f"router={name}: a token's experts depend on later tokens in evaluation too, so that its loss is not that "
-            "of a language model"
-        )
+    rule = check_likelihood(model, name)
     for task in tasks["tasks"].values():
         if task.OUTPUT_TYPE == _GENERATED:
             try:
                 check_generates(model, name)
             except ConfigError as error:
                 raise ConfigError(f"task {task.task_name} asks for texts: {error}") from None
-    return model.evaluation_rule
+    return rule
 
 
 def evaluate_tasks(model: HarnessModel, tasks: TaskDict, max_documents: int | None, rule: str) -> list[TaskResult]:

@@ -106,6 +106,19 @@ def test_mistakes_are_one_line(run: TrainedRun, words, fragment, tmp_path: Path,
     assert fragment in line
 
 
+def test_a_loss_by_another_rule_says_so_and_one_that_looks_ahead_is_refused(tmp_path: Path, capsys):
+    (tmp_path / "text.txt").write_text("The statement executes.")
+    choosing = tiny_run(tmp_path, "choosing", "router=expert_choice")
+    assert cli.main(["evaluate", str(choosing), str(tmp_path / "text.txt")]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "router=expert_choice decides here by its evaluation rule: a token takes the experts" in line
+    words = ("router=attention_importance", "router.importance=received", "router.allow_non_causal=true")
+    ahead = tiny_run(tmp_path, "ahead", *words)
+    assert cli.main(["evaluate", str(ahead), str(tmp_path / "text.txt")]) == 2
+    out, err = capsys.readouterr()
+    assert "is not that of a language model" in err and not out
+
+
 def test_without_the_extra_the_line_says_how_to_install_it(run: TrainedRun, capsys, monkeypatch, tmp_path: Path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["evaluate", str(run.folder), f"tasks={write_tasks(tmp_path)[0]}"]) == 2
