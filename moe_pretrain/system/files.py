@@ -13,7 +13,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -37,6 +37,20 @@ def remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of a file that nobody but the caller writes."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)
+
+
+class FileIdentity(NamedTuple):
+    """A file as it was: one that was changed, cut short or replaced since has another."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "FileIdentity":
+        """The identity that a file had when it was looked at."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def sync_folder(folder: Path) -> None:

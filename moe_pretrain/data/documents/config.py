@@ -50,7 +50,8 @@ class FilesCorpusConfig:
         validation_paths: Files or patterns that are held out, and nothing else; None for a split of ``paths``.
         near_duplicates: As in ``BuiltinCorpusConfig``.
         invalid_utf8: A text that is not UTF-8: ``fail`` names it and stops, ``replace`` puts
-            U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted.
+            U+FFFD where it is broken, ``skip`` leaves the document out. The last two are counted. A file or value that
+            is mostly zero bytes has nothing to repair, and ``replace`` leaves it out.
         invalid_json: A line that is no JSON object: ``fail`` names it and stops, ``skip`` leaves
             it out and counts it.
         invalid_text: A row without a text, or whose text is null, a list or a number: ``fail`` names it and stops,

@@ -12,6 +12,7 @@ from moe_pretrain.data.documents.config import TextPolicy, Utf8Policy
 from moe_pretrain.system.words import one_line
 
 _BYTE_ORDER_MARK = "\ufeff"
+WAY_PAST_UTF8 = "; data.invalid_utf8=replace or skip goes on past it"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def checked_text(identity: str, text: str, policy: Utf8Policy, repaired: bool = 
         text.encode()
     except UnicodeEncodeError as error:
         if policy == "fail":
-            raise ValueError(f"text is not valid UTF-8: {one_line(error)}") from None
+            raise ValueError(f"text is not valid UTF-8: {one_line(error)}{WAY_PAST_UTF8}") from None
         if policy == "skip":
             return LeftOut(identity, "invalid_utf8")
         text, repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True

@@ -13,13 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_pretrain.data.documents.config import LINES_ENDINGS, FilesCorpusConfig, Utf8Policy
-from moe_pretrain.data.documents.document import CorpusRow, Document, LeftOut, checked_text, parse_object, row_of
+from moe_pretrain.data.documents.document import (
+    WAY_PAST_UTF8,
+    CorpusRow,
+    LeftOut,
+    checked_text,
+    parse_object,
+    row_of,
+)
 from moe_pretrain.data.documents.patterns import Matches, match_files
+from moe_pretrain.system.files import FileIdentity
 from moe_pretrain.system.words import one_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # At the start of a file, and where a line begins: there it was the start of one that was appended to another.
 _MARKS = re.compile(b"^(?:\xef\xbb\xbf)+", re.MULTILINE)
+_HOLE = bytes(512)  # what a file system gives for a block that a crash kept from the disk
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,20 @@ class FileSlice:
         start: First byte (lines of JSON), row group (parquet) or token (token files).
         stop: One past the last, or None for the end.
         size_bytes: About how much there is to read: progress and the cutting of work need no more.
+        identity: The file as it was when it was cut, which it must still be when it has been read: half of an old text
+            and half of a new one is neither. None for what no program writes to.
     """
 
     name: str
     start: int
     stop: int | None
     size_bytes: int
+    identity: FileIdentity | None = None
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the file is not what it was when it was cut."""
+        if self.identity is not None and FileIdentity.of(Path(self.name).stat()) != self.identity:
+            raise ValueError("it was changed while it was read; start again when no program writes to it")
 
 
 def corpus_files(config: FilesCorpusConfig) -> Matches:
@@ -51,14 +68,16 @@ def cut_file(path: Path, config: FilesCorpusConfig, piece_bytes: int) -> list[Fi
     Raises:
         ValueError: The file cannot be read.
     """
-    name, size = path.name.lower(), path.stat().st_size
-    if size <= piece_bytes or name.endswith((*config.text_endings, ".gz")):
-        return [FileSlice(str(path), 0, None, size)]
+    name, identity = path.name.lower(), FileIdentity.of(path.stat())
+    whole = FileSlice(str(path), 0, None, identity.size, identity)
+    if whole.size_bytes <= piece_bytes or name.endswith((*config.text_endings, ".gz")):
+        return [whole]
     if name.endswith(".parquet"):
-        return _cut_parquet(path, piece_bytes)
-    starts = range(0, size, piece_bytes)
+        return _cut_parquet(whole, piece_bytes)
     return [
-        FileSlice(str(path), start, min(start + piece_bytes, size), min(piece_bytes, size - start)) for start in starts
+        dataclasses.replace(whole, start=start, stop=stop, size_bytes=stop - start)
+        for start in range(0, whole.size_bytes, piece_bytes)
+        for stop in (min(start + piece_bytes, whole.size_bytes),)
     ]
 
 
@@ -116,43 +135,50 @@ def file_rows(piece: FileSlice, config: FilesCorpusConfig) -> Iterator[CorpusRow
         if not found and (piece.start, piece.stop) == (0, None):
             place = str(path)
             raise ValueError("the file has no rows: leave it out of data.paths")
+        piece.check_unchanged()
     except Exception as error:  # pyarrow and gzip each have their own
-        if place.startswith(f"{path} at byte "):
-            place = f"{path}:{_line_number(path, int(place.rpartition(' ')[2]))}"
-        raise ValueError(f"data.paths: {place}: {one_line(error)}") from None
+        reason = one_line(error)
+        try:
+            piece.check_unchanged()  # what explains everything else comes first
+            if place.startswith(f"{path} at byte "):
+                place = f"{path}:{_line_number(path, int(place.rpartition(' ')[2]))}"
+        except (OSError, ValueError) as change:
+            place, reason = str(path), one_line(change)
+        raise ValueError(f"data.paths: {place}: {reason}") from None
 
 
 def _decoded(place: str, data: bytes, policy: Utf8Policy) -> CorpusRow:
-    try:
-        return checked_text(place, data.decode(), policy)
-    except UnicodeDecodeError:
+    if 4 * data.count(0) > len(data) or _HOLE in data:
         if policy == "fail":
-            raise
-    if policy == "skip":
+            raise ValueError(
+                f"text is mostly zero bytes: it is UTF-16, no text, or was never written to the disk{WAY_PAST_UTF8}"
+            )
         return LeftOut(place, "invalid_utf8")
-    return Document(place, data.decode(errors="replace"), repaired=True)
+    text, repaired = _decode(data, policy)
+    return LeftOut(place, "invalid_utf8") if text is None else checked_text(place, text, policy, repaired)
 
 
 def _json_row(place: str, line: bytes, config: FilesCorpusConfig) -> CorpusRow:
-    text, repaired = _decode_line(line, config.invalid_utf8)
+    text, repaired = _decode(line, config.invalid_utf8)
     if text is None:
         return LeftOut(place, "invalid_utf8")
     try:
         row = parse_object(text, config.text_column)
-    except ValueError:
+    except ValueError as error:
         if config.invalid_json == "fail":
-            raise
+            raise ValueError(f"{error}; data.invalid_json=skip leaves such lines out and counts them") from None
         return LeftOut(place, "invalid_json")
     return row_of(place, row, config.text_column, config.invalid_text, config.invalid_utf8, repaired)
 
 
-def _decode_line(line: bytes, policy: Utf8Policy) -> tuple[str | None, bool]:
+def _decode(data: bytes, policy: Utf8Policy) -> tuple[str | None, bool]:
+    """The text, None if it is to be left out; and whether it was repaired."""
     try:
-        return line.decode(), False
-    except UnicodeDecodeError:
+        return data.decode(), False
+    except UnicodeDecodeError as error:
         if policy == "fail":
-            raise
-    return (None, False) if policy == "skip" else (line.decode(errors="replace"), True)
+            raise ValueError(f"{one_line(error)}{WAY_PAST_UTF8}") from None
+    return (None, False) if policy == "skip" else (data.decode(errors="replace"), True)
 
 
 def _value_row(place: str, value: object, config: FilesCorpusConfig) -> CorpusRow:
@@ -193,20 +219,20 @@ def _line_number(path: Path, offset: int) -> int:
     return lines
 
 
-def _cut_parquet(path: Path, piece_bytes: int) -> list[FileSlice]:
+def _cut_parquet(whole: FileSlice, piece_bytes: int) -> list[FileSlice]:
     import pyarrow.parquet
 
     try:
-        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        metadata = pyarrow.parquet.ParquetFile(whole.name).metadata
         sizes = [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
     except Exception as error:
-        raise ValueError(f"data.paths: {path}: {one_line(error)}") from None
+        raise ValueError(f"data.paths: {whole.name}: {one_line(error)}") from None
     pieces: list[FileSlice] = []
     first, size = 0, 0
     for index, group_bytes in enumerate(sizes):
         size += group_bytes
         if size >= piece_bytes or index == len(sizes) - 1:
-            pieces.append(FileSlice(str(path), first, index + 1, size))
+            pieces.append(dataclasses.replace(whole, start=first, stop=index + 1, size_bytes=size))
             first, size = index + 1, 0
     return pieces
 
@@ -219,6 +245,8 @@ def _parquet_values(path: Path, column: str, piece: FileSlice) -> Iterator[tuple
         names = file.schema_arrow.names
         if column not in names:
             raise ValueError(f"no column {column!r} (data.text_column), there is: {', '.join(names)}")
+        if names.count(column) > 1:
+            raise ValueError(f"column {column!r} (data.text_column) stands there more than once")
         stop = file.metadata.num_row_groups if piece.stop is None else piece.stop
         number = 1 + sum(file.metadata.row_group(index).num_rows for index in range(piece.start))
         groups = list(range(piece.start, stop))

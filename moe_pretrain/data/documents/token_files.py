@@ -14,6 +14,7 @@ from moe_pretrain.data.documents.config import TokensCorpusConfig
 from moe_pretrain.data.documents.document import LeftOut, TokenDocument
 from moe_pretrain.data.documents.patterns import Matches, match_files
 from moe_pretrain.data.documents.text_files import FileSlice
+from moe_pretrain.system.files import FileIdentity
 from moe_pretrain.system.words import one_line
 
 TOKEN_ENDINGS = (".bin", ".npy")
@@ -57,6 +58,7 @@ def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> 
         ValueError: The file or its index cannot be read.
     """
     with _Named(path):
+        identity = FileIdentity.of(path.stat())
         source = _open(path, config)
         if isinstance(source, _Megatron):
             item_bytes = source.tokens.itemsize
@@ -70,7 +72,7 @@ def cut_token_file(path: Path, config: TokensCorpusConfig, piece_bytes: int) -> 
             cuts = list(range(piece_bytes // item_bytes, count, max(1, piece_bytes // item_bytes)))
         edges = sorted({0, *cuts, count})
         share = size // max(1, len(edges) - 1)
-        return [FileSlice(str(path), one, two, share) for one, two in zip(edges, edges[1:], strict=False)]
+        return [FileSlice(str(path), one, two, share, identity) for one, two in zip(edges, edges[1:], strict=False)]
 
 
 def token_rows(
@@ -103,6 +105,7 @@ def token_rows(
                 _check_range(tokens, offset, vocab_size)
                 identity = f"{path}#{number}"
                 yield TokenDocument(identity, tokens, packed) if len(tokens) else LeftOut(identity, "empty")
+            piece.check_unchanged()
 
 
 def _unpacked(

@@ -13,10 +13,11 @@ import functools
 import os
 import resource
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import xxhash
+
+from moe_pretrain.system.files import FileIdentity
 
 BLOCK_BYTES = 2**14
 """Small, since a row makes whole blocks be read: a few kB, at random places."""
@@ -24,15 +25,6 @@ SUMS_DTYPE = np.dtype("<u8")
 _DIGEST_BYTES = 16
 _SHARE_OF_DESCRIPTORS = 4
 _MOST_OPEN_FILES = 1024
-
-
-class Identity(NamedTuple):
-    """A file as it was when a reader was opened."""
-
-    device: int
-    inode: int
-    size: int
-    changed_ns: int
 
 
 class BlockSums:
@@ -70,7 +62,7 @@ class TokenFile:
 
     def __init__(self, path: Path, dtype: np.dtype, xxh3: str) -> None:
         self._path, self._dtype, self._xxh3 = path, dtype, xxh3
-        self._identity = _identify(os.stat(path))
+        self._identity = FileIdentity.of(os.stat(path))
         self._sums: np.ndarray | None = None
         self._has_looked = False
 
@@ -90,7 +82,7 @@ class TokenFile:
         begin = block * BLOCK_BYTES
         data = self._read_bytes(begin, min(last_block * BLOCK_BYTES, self._identity.size))
         if _digests(memoryview(data)) != self._sums[block:last_block].tolist():
-            raise self._damaged(f"bytes {begin} to {begin + len(data)} are not those that were written")
+            raise damaged(self._path, f"bytes {begin} to {begin + len(data)} are not those that were written")
         return np.frombuffer(data, self._dtype, stop - start, first - begin)
 
     def _read_bytes(self, first: int, end: int) -> bytes:
@@ -101,7 +93,7 @@ class TokenFile:
                 part = os.pread(file.descriptor, end - place, place)  # at most 2 GiB at a time
                 if not part:
                     size = os.fstat(file.descriptor).st_size
-                    raise self._damaged(f"has {size} bytes, it had {self._identity.size} when the run opened it")
+                    raise damaged(self._path, f"has {size} bytes, it had {self._identity.size} when the run opened it")
                 parts.append(part)
                 place += len(part)
         except OSError as error:
@@ -118,16 +110,19 @@ class TokenFile:
 
     def _check_identity(self) -> None:
         try:
-            found = _identify(os.stat(self._path))
+            found = FileIdentity.of(os.stat(self._path))
         except OSError as error:
             raise ValueError(f"{self._path}: cannot be read: {error.strerror}") from None
         if found != self._identity:
-            raise self._damaged(
-                f"was written after the run had opened it, {found.size} bytes now and {self._identity.size} then"
+            raise damaged(
+                self._path,
+                f"was written after the run had opened it, {found.size} bytes now and {self._identity.size} then",
             )
 
-    def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self._path}: damaged: {what}; delete {self._path.parent.parent} to write it again")
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error of a file in the folder of a side, which is written anew with its whole corpus."""
+    return ValueError(f"{path}: damaged: {what}; delete {path.parent.parent} to write it again")
 
 
 def _read_sums(path: Path, xxh3: str) -> bytes | None:
@@ -151,10 +146,6 @@ def _digests(data: memoryview) -> list[int]:
     return [hash_of(data[place : place + BLOCK_BYTES]) for place in range(0, len(data), BLOCK_BYTES)]
 
 
-def _identify(found: os.stat_result) -> Identity:
-    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
 class _OpenFile:
     """A descriptor that is closed with its last user, which may be a thread in the middle of a read."""
 
@@ -166,7 +157,7 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-def _open(path: str, identity: Identity) -> _OpenFile:
+def _open(path: str, identity: FileIdentity) -> _OpenFile:
     return _opened()(path, identity)
 
 

@@ -44,6 +44,7 @@ def test_text_that_is_not_utf8_follows_the_policy(tmp_path):
         with pytest.raises(ValueError, match=place) as caught:
             rows_of(files(tmp_path / name))
         assert "utf-8" in str(caught.value).lower() and "\n" not in str(caught.value)
+        assert str(caught.value).endswith("; data.invalid_utf8=replace or skip goes on past it")
 
         replaced = rows_of(files(tmp_path / name, invalid_utf8="replace"))
         assert [row.text for row in replaced if row.repaired] == [BROKEN], name
@@ -54,11 +55,25 @@ def test_text_that_is_not_utf8_follows_the_policy(tmp_path):
         assert [row.reason for row in skipped if isinstance(row, LeftOut)] == ["invalid_utf8"]
 
 
+def test_bytes_that_are_no_text_are_not_read_as_one(tmp_path):
+    """UTF-16 without a mark, and what a crash leaves of a block, are valid UTF-8: characters of number 0."""
+    for name, data in (("wide", "some words".encode("utf-16-le")), ("hole", b"a text " * 9000 + bytes(4096))):
+        (tmp_path / f"{name}.txt").write_bytes(data)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [b"one", data]}), tmp_path / f"{name}.parquet")
+        for path, number in ((tmp_path / f"{name}.txt", 0), (tmp_path / f"{name}.parquet", 1)):
+            with pytest.raises(ValueError, match=f"{path.name}.*zero bytes.*data.invalid_utf8=replace or skip"):
+                rows_of(files(path))
+            for policy in ("replace", "skip"):
+                assert getattr(rows_of(files(path, invalid_utf8=policy))[number], "reason", "") == "invalid_utf8"
+    (tmp_path / "some.txt").write_bytes(b"a zero \0 alone")
+    assert [row.text for row in rows_of(files(tmp_path / "some.txt"))] == ["a zero \0 alone"]
+
+
 @pytest.mark.parametrize("line", ['{"text": "x"', "[1]", "5", '"text"', "[" * 100_000, "1" * 5000, "{'text': 1}"])
 def test_lines_that_are_no_object_follow_the_policy(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n' + line + '\n{"text": "two"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: ") as caught:
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .*; data.invalid_json=skip leaves such lines out") as caught:
         rows_of(files(path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     rows = rows_of(files(path, invalid_json="skip"))
@@ -277,3 +292,35 @@ def test_mutilated_inputs_prepare_or_are_one_line_that_names_the_file(tmp_path):
             assert "\n" not in line and len(line) < 600, line
             assert name in line, line
     assert not list((folder / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, name):
+    """It is cut into pieces first; some of them would be of the old text and some of the new one."""
+    path = tmp_path / name
+
+    def write(words):
+        lines = "".join(json.dumps({"text": f"{words} {number}"}) + "\n" for number in range(500)).encode()
+        if name.endswith(".parquet"):
+            texts = [f"{words} {number}" for number in range(500)]
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+        else:
+            path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+
+    write("a text of some words")
+    config = files(path)
+    units = plan_units(config, 4000)
+    assert [row for unit in units for row in unit_rows(config, unit)]
+    for change in (lambda: write("a text of many words"), path.unlink):
+        write("a text of some words")
+        units = plan_units(config, 4000)
+        list(unit_rows(config, units[0]))  # what was read before is what it was
+        change()
+        with pytest.raises(ValueError, match=f"^data.paths: {path}: (it was changed while|.*No such file)") as caught:
+            list(unit_rows(config, units[-1]))
+        assert "\n" not in str(caught.value)
+    write("shorter")
+    units = plan_units(config, 4000)
+    os.truncate(path, path.stat().st_size * 2 // 3)  # in the middle of a line: what is broken then is not said
+    with pytest.raises(ValueError, match=f"^data.paths: {path}: it was changed while it was read; start again when"):
+        [row for unit in units for row in unit_rows(config, unit)]

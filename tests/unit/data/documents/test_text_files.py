@@ -35,6 +35,12 @@ def write_parquet(path, **columns):
     return path
 
 
+def _write_twice(path):
+    columns = [pyarrow.array(["one"]), pyarrow.array(["two"])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text"]), path)
+    return path.name
+
+
 def texts_of(config):
     return [document.text for document in documents(config)]
 
@@ -143,6 +149,11 @@ def bad_inputs(folder):
             "parquet column",
             write_parquet(folder / "c.parquet", x=["a"]).name,
             ["c.parquet", "no column 'text'", "x"],
+        ),
+        (
+            "parquet column twice",
+            _write_twice(folder / "t.parquet"),
+            ["t.parquet", "column 'text'", "more than once"],
         ),
         ("parquet null", write_parquet(folder / "n.parquet", text=["a", None]).name, ["n.parquet#2", "None"]),
         ("parquet number", write_parquet(folder / "i.parquet", text=[1]).name, ["i.parquet", "got 1"]),

@@ -9,6 +9,7 @@ from helpers.corpora import files
 from moe_pretrain.data import TokenizerConfig, TokensCorpusConfig, prepare_corpus
 from moe_pretrain.data.documents import work_units as sources
 from moe_pretrain.data.documents.document import is_validation
+from moe_pretrain.data.documents.token_files import token_rows
 
 DTYPES = {np.uint16: 8, np.int32: 4, np.int64: 5}
 
@@ -260,3 +261,13 @@ def test_packed_documents_come_apart_unless_the_index_alone_decides(tmp_path, to
     whole = prepare_corpus(tokens(path, cut="index"), config, tmp_path / "cache", None, 1, lines.append)
     assert whole.counts.read == 12
     assert "packed documents: 12 Megatron documents" in "\n".join(lines)
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, tokenizer):
+    config, vocab_size, end = tokenizer
+    path, documents = tmp_path / "a.bin", random_documents(vocab_size, end)
+    flat(documents, end).astype("<u2").tofile(path)
+    units = sources.plan_units(tokens(path), 500)
+    flat(documents[::-1], end).astype("<u2").tofile(path)
+    with pytest.raises(ValueError, match=f"^data.paths: {path}: it was changed while it was read"):
+        list(token_rows(units[-1].pieces, tokens(path), vocab_size, end))
