@@ -27,6 +27,7 @@ from moe_pretrain.data.shards.reader import Origin, ShardReader, is_complete
 from moe_pretrain.data.shards.unit_shards import SIDES
 from moe_pretrain.data.shards.writer import ShardWriter, make_manifest, write_manifest
 from moe_pretrain.system.files import sync_folder, write_whole
+from moe_pretrain.system.words import one_line
 
 _FOUND_FILE = "found.json"
 _NO_SOURCE = ""  # an evaluation set may have a source's name, and is looked for in that source too
@@ -83,7 +84,7 @@ def look_across(
             if dropped and found[name].any():
                 _write_validation(partial / name / SIDES[1], source, found[name], name)
 
-    _build(folder, write, report)
+    _build(folder, list(sources), write, report)
     whole = {name: _without(source, folder / name / SIDES[1]) for name, source in sources.items()}
     return whole, {name: _read_found(folder / name) for name in sources}
 
@@ -112,7 +113,7 @@ def look_in_training(
         counts = FoundElsewhere(int(found[_NO_SOURCE].sum()), int(exact[_NO_SOURCE].sum()), False)
         _write_found(partial, counts)
 
-    _build(folder, write, report)
+    _build(folder, [_NO_SOURCE], write, report)
     return _read_found(folder)
 
 
@@ -134,20 +135,25 @@ def _folder(cache_dir: Path, facts: Sequence[object]) -> Path:
     return cache_dir / f"across-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}"
 
 
-def _build(folder: Path, write: Callable[[Path], None], report: Callable[[str], None]) -> None:
-    """Have the folder written by one process, unless it is there.
+def _build(folder: Path, names: Sequence[str], write: Callable[[Path], None], report: Callable[[str], None]) -> None:
+    """Have the folder written by one process, unless it is there with what was found of each of ``names``.
 
     Raises:
         ValueError: It cannot be written; one line.
     """
-    if folder.is_dir():
+
+    def is_there() -> bool:
+        return all((folder / name / _FOUND_FILE).is_file() for name in names)
+
+    if is_there():
         return
     with cache.locked(folder, report):
-        if not folder.is_dir():
+        if not is_there():
             partial = cache.partial_folder(folder)
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 write(partial)
+                shutil.rmtree(folder, ignore_errors=True)  # somebody removed a part of it
                 partial.rename(folder)
                 sync_folder(folder.parent)
             except OSError as error:
@@ -160,7 +166,11 @@ def _write_found(folder: Path, found: FoundElsewhere) -> None:
 
 
 def _read_found(folder: Path) -> FoundElsewhere:
-    return FoundElsewhere(**json.loads((folder / _FOUND_FILE).read_bytes()))
+    path = folder / _FOUND_FILE
+    try:
+        return FoundElsewhere(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged: {one_line(error)}; delete it to write it again") from None
 
 
 def _look_up(

@@ -21,6 +21,7 @@ from moe_pretrain.data.shards.reader import ShardReader
 from moe_pretrain.data.shards.unit_shards import SIDES, Counts
 from moe_pretrain.data.tokenizer.load import load_pretrained, load_tokenizer_file
 from moe_pretrain.data.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerConfig
+from moe_pretrain.system.words import one_line
 
 _VERIFIED_BYTES = 2**31  # checksums of smaller corpora are compared at every start: a second at most
 
@@ -240,7 +241,11 @@ def _open_sides(folder: Path, sides: tuple[str, ...]) -> list[ShardReader]:
 
 def _open(folder: Path, pretrained: Tokenizer | None) -> TokenizedCorpus:
     train, validation = _open_sides(folder, SIDES)
-    tokenizer = pretrained or load_tokenizer_file(folder / TOKENIZER_FILE)
+    try:
+        tokenizer = pretrained or load_tokenizer_file(folder / TOKENIZER_FILE)
+        counts = Counts(**json.loads((folder / COUNTS_FILE).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: damaged: {one_line(error)}; delete it to write it again") from None
     if tokenizer.fingerprint != train.manifest.tokenizer_fingerprint:
         raise ValueError(
             f"{folder}: the tokenizer now cuts text differently than when the shards were "
@@ -251,5 +256,5 @@ def _open(folder: Path, pretrained: Tokenizer | None) -> TokenizedCorpus:
         validation=validation,
         tokenizer=tokenizer,
         fingerprint=fingerprint_of(train, validation),
-        counts=Counts(**json.loads((folder / COUNTS_FILE).read_bytes())),
+        counts=counts,
     )

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from moe_pretrain.data.shards.token_file import BlockSums, TokenFile
+from moe_pretrain.data.shards.token_file import BlockSums, TokenFile, damaged
+from moe_pretrain.system.words import one_line
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -206,8 +207,10 @@ class ShardReader:
         """
         path = self.folder / TOKEN_COUNTS_NAME
         if path.is_file():
-            counts = np.frombuffer(path.read_bytes()[: 8 * self.manifest.vocab_size], INDEX_DTYPE).astype(np.int64)
-            is_whole = len(counts) == self.manifest.vocab_size and counts.sum() == self.num_tokens
+            size = INDEX_DTYPE.itemsize * self.manifest.vocab_size
+            content = path.read_bytes()[:size]
+            counts = np.frombuffer(content, INDEX_DTYPE, len(content) // INDEX_DTYPE.itemsize).astype(np.int64)
+            is_whole = len(content) == size and counts.sum() == self.num_tokens
             if is_whole and math.isclose(entropy_nats(counts), self.manifest.unigram_entropy_nats, rel_tol=1e-9):
                 return counts
         counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
@@ -222,7 +225,7 @@ class ShardReader:
         Raises:
             ValueError: Files differ from the manifest; the line names the first.
         """
-        damaged = []
+        complaints = []
         for shard in self.manifest.shards:
             path, sums = self.folder / f"{shard.name}.bin", BlockSums()
             for one, found, expected in (
@@ -230,12 +233,12 @@ class ShardReader:
                 (path.with_suffix(".idx"), _checksum(path.with_suffix(".idx")), shard.idx_xxh3),
             ):
                 if found != expected:
-                    damaged.append(f"{one}: damaged: xxh3 is {found}, {MANIFEST_NAME} says {expected}")
+                    complaints.append(damaged(one, f"xxh3 is {found}, {MANIFEST_NAME} says {expected}"))
             if not sums.agree_with(path, shard.bin_xxh3):
-                damaged.append(f"{path.with_suffix('.sums')}: damaged: xxh3 of blocks are not those of {path.name}")
-        if damaged:
-            more = f" (and {len(damaged) - 1} more damaged files)" if len(damaged) > 1 else ""
-            raise ValueError(f"{damaged[0]}{more}; delete {self.folder.parent} to write it again")
+                complaints.append(damaged(path.with_suffix(".sums"), f"xxh3 of blocks are not those of {path.name}"))
+        if complaints:
+            more = f" ({len(complaints) - 1} more files are damaged)" if len(complaints) > 1 else ""
+            raise ValueError(f"{complaints[0]}{more}")
 
 
 def entropy_nats(counts: np.ndarray) -> float:
@@ -261,19 +264,19 @@ def _checksum(path: Path, add: Callable[[bytes], None] = lambda block: None) -> 
 def _read_index(path: Path, shard: ShardInfo) -> np.ndarray:
     content = path.read_bytes()
     if (found := xxhash.xxh3_128_hexdigest(content)) != shard.idx_xxh3:
-        raise ValueError(f"{path}: damaged: xxh3 is {found}, {MANIFEST_NAME} says {shard.idx_xxh3}")
+        raise damaged(path, f"xxh3 is {found}, {MANIFEST_NAME} says {shard.idx_xxh3}")
     ends = np.frombuffer(content, INDEX_DTYPE).astype(np.int64)
     if not ends.size or ends[-1] != shard.tokens or ends[0] < 1 or np.any(ends[1:] <= ends[:-1]):
-        raise ValueError(f"{path}: damaged: the document ends do not rise to the shard's {shard.tokens} tokens")
+        raise damaged(path, f"the document ends do not rise to the shard's {shard.tokens} tokens")
     return ends
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: missing, {MANIFEST_NAME} lists it")
+        raise damaged(path, f"it is missing, {MANIFEST_NAME} lists it")
     found_bytes = path.stat().st_size
     if found_bytes != expected_bytes:
-        raise ValueError(f"{path}: damaged: has {found_bytes} bytes, {MANIFEST_NAME} says {expected_bytes}")
+        raise damaged(path, f"has {found_bytes} bytes, {MANIFEST_NAME} says {expected_bytes}")
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -299,5 +302,5 @@ def _read_manifest(folder: Path) -> Manifest:
         if not math.isfinite(manifest.unigram_entropy_nats):
             raise ValueError(f"unigram_entropy_nats={manifest.unigram_entropy_nats}")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+        raise damaged(path, one_line(error)) from None
     return manifest

@@ -24,6 +24,7 @@ from moe_pretrain.data.shards.reader import INDEX_DTYPE, ShardInfo
 from moe_pretrain.data.shards.writer import ShardWriter
 from moe_pretrain.data.tokenizer.tokenizer import Tokenizer
 from moe_pretrain.system.files import write_whole
+from moe_pretrain.system.words import one_line
 
 SIDES = ("train", "validation")
 UNITS = "units"  # folder of the records, beside those of the sides
@@ -51,7 +52,8 @@ class Counts:
         exact_duplicates: Of these, those of which training has the same.
         packed: Ends of documents inside Megatron documents, at which these were cut; or documents that have any, where
             the index alone decides.
-        unknown: Tokens of ``train`` and ``validation`` that stand for what the tokenizer does not know.
+        unknown: Tokens of ``train`` and ``validation`` that stand for what the tokenizer does not know, and characters
+            that it leaves out for want of such a token.
     """
 
     read: int
@@ -156,6 +158,7 @@ def write_unit(
             texts = [row.text for row in batch if isinstance(row, Document)]
             before = train.num_tokens + validation.num_tokens
             tokens = iter(tokenizer.encode_batch(texts))
+            counted["unknown"] += tokenizer.count_left_out(texts)
             for row in batch:
                 counted["read"] += 1
                 if isinstance(row, LeftOut):
@@ -185,7 +188,7 @@ def write_unit(
         counted |= {"train": train.num_documents, "validation": validation.num_documents}
         shards = (train.close(), validation.close())
         if tokenizer.unknown is not None:
-            counted["unknown"] = sum(int(side.token_counts[tokenizer.unknown]) for side in (train, validation))
+            counted["unknown"] += sum(int(side.token_counts[tokenizer.unknown]) for side in (train, validation))
     finally:
         train.abort()
         validation.abort()
@@ -289,7 +292,7 @@ def _sketches_path(folder: Path, index: int, side: str) -> Path:
 def read_records(folder: Path) -> dict[int, UnitRecord]:
     """The records of the units that are done."""
     records = [read_record(path) for path in (folder / UNITS).glob("unit-*.json")]
-    return {record.index: record for record in records}
+    return {record.index: record for record in records if record is not None}
 
 
 def record_path(folder: Path, index: int) -> Path:
@@ -297,12 +300,15 @@ def record_path(folder: Path, index: int) -> Path:
     return folder / UNITS / f"unit-{index:05d}.json"
 
 
-def read_record(path: Path) -> UnitRecord:
-    """One record."""
-    values: dict[str, Any] = json.loads(path.read_bytes())
-    train, validation = (ShardInfo(**shard) if shard else None for shard in values["shards"])
-    end = Place(**values["end"]) if values.get("end") else None
-    return UnitRecord(values["index"], (train, validation), Counts(**values["counts"]), values["limited"], end)
+def read_record(path: Path) -> UnitRecord | None:
+    """One record; None where there is none, or a damaged one, whose unit is done again."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        train, validation = (ShardInfo(**shard) if shard else None for shard in values["shards"])
+        end = Place(**values["end"]) if values.get("end") else None
+        return UnitRecord(values["index"], (train, validation), Counts(**values["counts"]), values["limited"], end)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
 
 
 def shard_is_whole(folder: Path, side: str, shard: ShardInfo | None, token_bytes: int) -> bool:
@@ -320,8 +326,16 @@ def shard_is_whole(folder: Path, side: str, shard: ShardInfo | None, token_bytes
 
 
 def read_token_counts(folder: Path, index: int) -> np.ndarray:
-    """int64 [vocab_size], how often each token stands in a unit's training shard."""
-    return np.frombuffer(zlib.decompress((folder / UNITS / f"unit-{index:05d}.counts").read_bytes()), dtype=np.int64)
+    """int64 [vocab_size], how often each token stands in a unit's training shard.
+
+    Raises:
+        ValueError: They are damaged.
+    """
+    path = folder / UNITS / f"unit-{index:05d}.counts"
+    try:
+        return np.frombuffer(zlib.decompress(path.read_bytes()), dtype=np.int64)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged: {one_line(error)}; delete {folder} to write it again") from None
 
 
 def forget_unit(folder: Path, index: int) -> None:

@@ -277,8 +277,7 @@ class ShardStream:
         self.wait(ready, f"shard {shard} of {describe(self._corpus)} to be written again", cancelled)
 
     def _record(self, shard: int) -> UnitRecord | None:
-        if shard not in self._records and (path := record_path(self.folder, shard)).is_file():
-            record = read_record(path)
+        if shard not in self._records and (record := read_record(record_path(self.folder, shard))) is not None:
             self._records[shard] = record
             self._compare(shard)
             self._say_counts(record)

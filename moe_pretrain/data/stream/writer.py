@@ -179,8 +179,7 @@ class ShardsAhead:
         return shard_is_whole(self._job.folder, side, record.shards[SIDES.index(side)], self._token_bytes)
 
     def _record(self, shard: int) -> UnitRecord | None:
-        path = record_path(self._job.folder, shard)
-        return read_record(path) if path.is_file() else None
+        return read_record(record_path(self._job.folder, shard))
 
     def _num_shards(self) -> int | None:
         if self._plan is not None:

@@ -1,8 +1,10 @@
 """Tokenizers that exist already: files here, or names on the Hugging Face hub, and which token ends a document."""
 
+import contextlib
 import importlib.util
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def load_tokenizer_file(file: Path, end_of_document: str | None = None) -> Token
     _check_size(vocabulary, str(file))
     end = end_of_document or _end_of_files(file, specials)
     end_id = _checked_end(end, end_of_document is not None, vocabulary, specials, str(file))
-    return _from_backend(model, end_id, definition, vocabulary.get(_unknown_token(definition)))
+    return _from_backend(model, end_id, definition, vocabulary.get(_unknown_token(definition)), str(file))
 
 
 def _end_of_files(file: Path, specials: list[str]) -> str | None:
@@ -174,7 +176,7 @@ def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer
         end = end_of_document or end or _end_of_files(file, specials)
     end_id = _checked_end(end, end_of_document is not None, known, specials, name)
     if loaded.is_fast:
-        return _from_backend(loaded.backend_tokenizer, end_id, definition, loaded.unk_token_id)
+        return _from_backend(loaded.backend_tokenizer, end_id, definition, loaded.unk_token_id, name)
     return Tokenizer(
         encode=lambda texts: loaded(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"],
         decode=lambda ids: loaded.decode(ids),
@@ -186,20 +188,42 @@ def _load_with_transformers(name: str, end_of_document: str | None) -> Tokenizer
 
 
 def _from_backend(
-    model: tokenizers.Tokenizer, end_of_document: int, definition: bytes, unknown: int | None
+    model: tokenizers.Tokenizer, end_of_document: int, definition: bytes, unknown: int | None, name: str
 ) -> Tokenizer:
     model.no_truncation()
     model.no_padding()
+    if getattr(model.model, "dropout", None) is not None:
+        model.model.dropout = None  # merges left out at random: other tokens at each start, and in a validation
     # "<|endoftext|>" written in a document is text about tokenizers, not the end of a document.
     model.encode_special_tokens = True
     vocabulary = model.get_vocab(with_added_tokens=True)
+
+    @contextlib.contextmanager
+    def cutting() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(
+                f"tokenizer.path={name}: cannot cut every text, and needs a token for what it does not know: "
+                f"{one_line(error)}"
+            ) from None
+
+    @cutting()
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cutting()
+    def spans(text: str) -> list[tuple[int, int]]:
+        return list(model.encode(text, add_special_tokens=False).offsets)
+
     return Tokenizer(
-        encode=lambda texts: [encoding.ids for encoding in model.encode_batch_fast(texts, add_special_tokens=False)],
+        encode=encode,
         decode=lambda ids: model.decode(ids, skip_special_tokens=False),
         vocabulary=vocabulary,
         end_of_document=end_of_document,
         definition=definition,
         unknown=unknown,
+        spans=spans,
     )
 
 

@@ -21,6 +21,12 @@ _CUTS_TRIED = 100
 # Words, digits, indentation, accents, other scripts, an emoji: what tokenizers differ in.
 _PROBE = "The 3 quick foxes\n\tdidn't  pay 1,024.50; def f(x):\n        return x  # naïve Größe 東京 🙂"
 
+# Letters that next to no text has, so that whoever keeps them keeps all: one who has no token for a letter, neither of
+# its bytes nor for the unknown, leaves it out.
+_RARE = "ꙮ𒀀"
+Spans = Callable[[str], list[tuple[int, int]]]
+"""Of a text, from where to where in it each of its tokens stands."""
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -78,6 +84,7 @@ class Tokenizer:
         end_of_document: Id of the token after each document.
         definition: Bytes that define the tokenizer, for the fingerprint.
         unknown: Id of the token for what it does not know, or None.
+        spans: Places of the tokens of a text; None where that is not known.
 
     Attributes:
         vocab_size: One more than the largest id.
@@ -96,6 +103,7 @@ class Tokenizer:
         end_of_document: int,
         definition: bytes,
         unknown: int | None,
+        spans: Spans | None = None,
     ) -> None:
         self._encode = encode
         self._decode = decode
@@ -103,6 +111,7 @@ class Tokenizer:
         self.end_of_document = end_of_document
         self.end_token = next(token for token, index in vocabulary.items() if index == end_of_document)
         self.unknown = None if unknown == end_of_document else unknown
+        self._spans = spans if spans and _count_outside(_PROBE + _RARE, spans(_PROBE + _RARE)) else None
         probe_tokens = json.dumps([encode([_PROBE])[0], end_of_document]).encode()
         self.fingerprint = xxhash.xxh3_128_hexdigest(xxhash.xxh3_128_digest(definition) + probe_tokens)
 
@@ -113,15 +122,36 @@ class Tokenizer:
     def describe_unknown(self, unknown: int, tokens: int, max_unknown: float) -> str:
         """Share of unknown tokens in a corpus, in a clause; nothing where there are none.
 
+        Args:
+            unknown: How many there are, and letters that ``count_left_out``.
+            tokens: Tokens of the text.
+            max_unknown: Share above which the corpus is refused.
+
         Raises:
             ValueError: The share is larger than ``max_unknown``.
         """
-        if unknown > max_unknown * tokens:
+        if not unknown:
+            return ""
+        leaves_out = self._spans is not None
+        share = unknown / (tokens + unknown if leaves_out else tokens)
+        what = "which it leaves out" if leaves_out else f"id {self.unknown}"
+        if share > max_unknown:
             raise ValueError(
-                f"tokenizer: {unknown / tokens:.2%} of the text's tokens are unknown to it (id {self.unknown}), more "
+                f"tokenizer: {share:.2%} of the text's tokens are unknown to it ({what}), more "
                 f"than tokenizer.max_unknown={max_unknown}: it was made for other text; take another, or allow more"
             )
-        return f"; {unknown / tokens:.2%} of the text's tokens are unknown to the tokenizer" if unknown else ""
+        return f"; {share:.2%} of the text's tokens are unknown to the tokenizer" + f", {what}" * leaves_out
+
+    def count_left_out(self, texts: list[str]) -> int:
+        """Characters of some texts that are no white space and that no token stands for.
+
+        Always 0 for a tokenizer that has a token for all; the others are asked a second time.
+        """
+        if self._spans is None:
+            return 0
+        starts = [(text, start) for text in texts for start in range(0, len(text), LONGEST_WHOLE)]
+        parts = (text[start : start + LONGEST_WHOLE] for text, start in starts)
+        return sum(_count_outside(part, self._spans(part)) for part in parts)
 
     def encode_batch(self, texts: list[str]) -> list[list[int] | np.ndarray]:
         """Token ids of each text.
@@ -162,3 +192,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text behind token ids, special tokens included."""
         return self._decode(ids)
+
+
+def _count_outside(text: str, spans: list[tuple[int, int]]) -> int:
+    inside = np.zeros(len(text), dtype=bool)
+    for start, stop in spans:
+        inside[start:stop] = True
+    return sum(not text[place].isspace() for place in np.flatnonzero(~inside).tolist())

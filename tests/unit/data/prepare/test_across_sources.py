@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers.corpora import files
@@ -94,8 +95,18 @@ def test_they_are_looked_for_once_and_checked(mixture, monkeypatch):
     assert prepare("drop", "count", check_mixture).fingerprint == first.fingerprint
     shard = first.sources["web"].validation.folder / "shard-00000.bin"
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
-    with pytest.raises(ValueError, match=rf"^{shard}: damaged: xxh3 is "):
+    with pytest.raises(ValueError, match=rf"^{shard}: damaged: xxh3 is ") as caught:
         prepare("drop", "count", check_mixture)
+    monkeypatch.undo()
+    removed = Path(str(caught.value).partition("delete ")[2].partition(" to write it again")[0])
+    shutil.rmtree(removed)  # as the line says
+    assert prepare("drop", "count", check_mixture).fingerprint == first.fingerprint
+    found = removed / "found.json"
+    found.write_text("{}")
+    with pytest.raises(ValueError, match=rf"^{found}: damaged: [^\n]*; delete it to write it again"):
+        prepare("drop", "count", check_mixture)
+    found.unlink()
+    assert prepare("drop", "count", check_mixture).found == first.found
 
 
 def test_a_full_disk_is_one_line_and_the_next_attempt_begins_again(mixture, monkeypatch):

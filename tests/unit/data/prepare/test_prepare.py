@@ -448,6 +448,47 @@ def test_a_record_without_its_shard_is_done_again(config, tmp_path, monkeypatch)
     assert corpus.fingerprint == prepare_corpus(config, TOKENIZER, tmp_path / "other", None, None).fingerprint
 
 
+def test_what_is_damaged_in_the_cache_is_named_with_the_way_out(config, tmp_path):
+    made = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
+    folder = made.train.folder.parent
+    for name in ("counts.json", "tokenizer.json", "train/manifest.json", "validation/shard-00000.idx"):
+        good = (folder / name).read_bytes()
+        for content in (b"", b"\0" * 100, b"{}", b"[]"):
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"^{folder}[^\n]*damaged: [^\n]*; delete (it|{folder}) to write it"):
+                prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
+        (folder / name).write_bytes(good)
+    shutil.rmtree(folder)
+    assert prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None).fingerprint == made.fingerprint
+
+
+def test_token_counts_that_are_cut_short_are_counted_again(config, tmp_path):
+    made = prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
+    expected = made.train.token_counts().tolist()
+    os.truncate(made.train.folder / "token-counts.bin", 101)
+    assert made.train.token_counts().tolist() == expected
+
+
+def test_a_damaged_record_is_no_record(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_SMALLEST_UNIT_BYTES", 2000)
+    expected = prepare_corpus(config, TOKENIZER, tmp_path / "whole", None, None).fingerprint
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building.Preparation, "_finish", raise_interrupt)
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, None)
+    records = sorted((tmp_path / "cache").glob("*.partial/units/unit-*.json"))
+    contents = (b"", b"\0" * 100, b"{}", b'{"shards": 5}')
+    assert len(records) > len(contents)
+    for record, content in zip(records, contents, strict=False):
+        record.write_bytes(content)
+    lines = []
+    assert prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, lines.append).fingerprint == expected
+    assert any(line.startswith(f"going on with {len(records) - len(contents)} finished shards") for line in lines)
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_stale_folders_are_removed_and_fresh_ones_stay(config, tmp_path):
     cache = tmp_path / "cache"
     for name, age in (("files-old.partial", 8 * 86400), ("files-new.partial", 3600)):

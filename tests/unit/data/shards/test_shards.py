@@ -127,7 +127,7 @@ def test_truncated_and_missing_files_are_refused_at_open(tmp_path, ending):
     with pytest.raises(ValueError, match=rf"shard-00000\.{ending}: damaged: has {len(good) - 1} bytes"):
         ShardReader(tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match=rf"shard-00000\.{ending}: missing"):
+    with pytest.raises(ValueError, match=rf"shard-00000\.{ending}: damaged: it is missing"):
         ShardReader(tmp_path)
 
 

@@ -205,6 +205,80 @@ def test_a_text_of_unknown_tokens_is_refused_and_a_few_are_said(tmp_path):
     assert any(f"{counts.unknown / 2000:.2%} of the text's tokens are unknown" in line for line in lines)
 
 
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return files(path)
+
+
+def test_characters_that_a_tokenizer_leaves_out_are_counted_as_unknown(tmp_path):
+    """Byte pairs without an unknown token, bytes for the rest or ``ByteLevel`` leave out what they do not know."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<|endoftext|>"], show_progress=False)
+    model.train_from_iterator(TEXTS, trainer)
+    model.save(str(tmp_path / "leaves.json"))
+
+    def prepared(texts, name, **config):
+        settings = TokenizerConfig("pretrained", 0, str(tmp_path / "leaves.json"), **config)
+        return prepare_corpus(
+            write_lines(tmp_path / f"{name}.jsonl", texts), settings, tmp_path / "cache", None, 1, lines.append
+        )
+
+    lines = []
+    assert prepared(TEXTS, "known").counts.unknown == 0
+    foreign = [f"東京 {text}" for text in TEXTS]
+    assert prepared(foreign, "few", max_unknown=0.2).counts.unknown == 2 * len(TEXTS)
+    assert any("% of the text's tokens are unknown to the tokenizer, which it leaves out" in line for line in lines)
+    with pytest.raises(
+        ValueError, match=r"^tokenizer: 1\d\.\d\d% of the text's tokens are unknown to it \(which it leaves"
+    ):
+        prepared(foreign, "refused", max_unknown=0.1)
+    with pytest.raises(ValueError, match=r"^tokenizer: 9\d\.\d\d% of the text's tokens are unknown to it"):
+        prepared([f"{'東京' * 50}{number}" for number in range(40)], "most")
+
+
+def test_a_normalizer_that_takes_text_away_is_found_out(file, tmp_path):
+    model = tokenizers.Tokenizer.from_file(str(file))
+    model.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex("[a-z]"), "")
+    model.save(str(tmp_path / "eats.json"))
+    assert pretrained(tmp_path / "eats.json").count_left_out(["aB c", "  "]) == 2
+    assert load_tokenizer_file(file).count_left_out(["ꙮ aB\x00"]) == 0
+
+
+def test_bytes_in_the_place_of_the_unknown_leave_nothing_out(tmp_path):
+    words = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghij"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    model.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    model.add_special_tokens(["<s>", "</s>"])
+    model.save(str(tmp_path / "bytes.json"))
+    assert pretrained(tmp_path / "bytes.json").count_left_out(["東京 ꙮ abc", "🙂"]) == 0
+
+
+def test_a_tokenizer_that_leaves_merges_out_at_random_does_not(file, tmp_path):
+    definition = json.loads(file.read_text())
+    definition["model"]["dropout"] = 0.5
+    (tmp_path / "dropout.json").write_text(json.dumps(definition))
+    found = pretrained(tmp_path / "dropout.json")
+    assert found.encode_batch(TEXTS) == load_tokenizer_file(file).encode_batch(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["words", "unigram"])
+def test_a_tokenizer_that_cannot_cut_every_text_is_one_line(tmp_path, kind):
+    words = [f"word{number}" for number in range(50)]
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+        if kind == "words"
+        else tokenizers.models.Unigram([(word, -1.0) for word in words])
+    )
+    model.add_special_tokens(["</s>"])
+    model.save(str(tmp_path / "known.json"))
+    with pytest.raises(ValueError, match=r"^tokenizer\.path=[^\n]*known\.json: cannot cut every text[^\n]*$"):
+        pretrained(tmp_path / "known.json")
+
+
 @pytest.mark.parametrize("kind", ["bytes", "metaspace", "whole"])
 def test_a_long_text_is_cut_where_that_changes_no_token(file, tmp_path, monkeypatch, kind):
     """A tokenizer that puts a mark before a text, or joins words, is given the whole."""
