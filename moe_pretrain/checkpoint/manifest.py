@@ -114,11 +114,14 @@ def complete_names(folder: Path) -> list[Path]:
 
     Raises:
         UnreadableCheckpoint: The folder cannot be listed, which is not the same as an empty one.
+        CheckpointError: It is no folder.
     """
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
+    except NotADirectoryError:
+        raise CheckpointError(f"{folder} must be the folder of the run's checkpoints, and is none") from None
     except OSError as error:
         raise _unreadable(folder, error) from error
     found = [(step, path) for name in names if (step := step_of(path := folder / name)) is not None]

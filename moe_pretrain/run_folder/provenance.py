@@ -27,7 +27,12 @@ def write_overrides(folder: Path, overrides: Sequence[str]) -> None:
 
     Without the words for one start: a kept ``checkpoint.resume=restart`` would begin anew whenever later checkpoints
     are lost, ``never`` would refuse every resume, and a run that a ``fault`` has killed would be killed again.
+
+    Raises:
+        ValueError: A word is of several lines, of which each would be a word when they are read.
     """
+    if broken := next((word for word in overrides if "\n" in word), None):
+        raise ValueError(f"override {broken!r} has a line break, with which {OVERRIDES_FILE} cannot keep it")
     kept = [word for word in overrides if not _FOR_ONE_START.match(word)]
     write_whole(folder / OVERRIDES_FILE, "".join(f"{word}\n" for word in kept))
 
@@ -39,9 +44,13 @@ def claim_overrides(folder: Path, overrides: Sequence[str]) -> None:
 
 
 def read_overrides(folder: Path) -> list[str]:
-    """The words that the run was started with; none where it recorded none."""
-    path = folder / OVERRIDES_FILE
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """The words that the run was started with; none where it recorded none.
+
+    Raises:
+        ValueError: The file is damaged, or cannot be read.
+    """
+    content = _content(folder / OVERRIDES_FILE, "put it back, or delete it and give all of the run's words again")
+    return content.split("\n")[:-1] if content else []  # a word may hold other ends of lines (U+2028)
 
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
@@ -72,19 +81,38 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return _read(folder / SUMMARY_FILE, json.loads)
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+_WRITTEN_ANEW = "delete it, and the next start of the run writes it anew"
+
+
+def _content(path: Path, way_out: str) -> str | None:
+    """Text of a file of ours, None if it is not there.
+
+    Raises:
+        ValueError: It is damaged, or cannot be read.
+    """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().decode()
     except FileNotFoundError:
-        return {}
+        return None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: damaged: {one_line(error)}; {way_out}") from error
+    if "\0" in content:
+        raise ValueError(f"{path}: damaged: it has bytes that are zero; {way_out}")
+    return content
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    content = _content(path, _WRITTEN_ANEW)
+    if content is None:
+        return {}
     try:
-        values = parse(content.decode())
+        values = parse(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: damaged: {one_line(error)}") from error
+        raise ValueError(f"{path}: damaged: {one_line(error)}; {_WRITTEN_ANEW}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: damaged: it holds no names and values")
+        raise ValueError(f"{path}: damaged: it holds no names and values; {_WRITTEN_ANEW}")
     return values
 
 

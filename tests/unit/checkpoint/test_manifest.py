@@ -16,6 +16,7 @@ from moe_pretrain.checkpoint.manifest import (
     CheckpointError,
     DamagedCheckpoint,
     UnreadableCheckpoint,
+    complete_names,
     newest,
     read_manifest,
     share,
@@ -174,6 +175,13 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(folder: Path, monkey
     monkeypatch.setattr(os, "listdir", fail)
     with pytest.raises(UnreadableCheckpoint, match="Permission denied"):
         newest(folder, pytest.fail)
+
+
+def test_a_file_in_the_place_of_the_folder_is_not_an_empty_one(tmp_path: Path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match=r"checkpoints must be the folder of the run's checkpoints") as caught:
+        complete_names(tmp_path / "checkpoints")
+    assert type(caught.value) is CheckpointError
 
 
 @pytest.mark.parametrize("name", [FILE, "manifest.json"])

@@ -6,7 +6,9 @@ import pytest
 
 from moe_pretrain.run_folder.paths import CONFIG_FILE, OVERRIDES_FILE, SUMMARY_FILE
 from moe_pretrain.run_folder.provenance import (
+    read_config,
     read_overrides,
+    read_summary,
     write_config,
     write_overrides,
     write_sick_step,
@@ -50,3 +52,25 @@ def test_words_for_one_start_are_not_those_of_the_run(tmp_path):
 def test_a_sick_step_has_a_file_of_its_own(tmp_path):
     write_sick_step(tmp_path, 12, {"step": 12})
     assert (tmp_path / "sick_steps" / "step_00000012.json").read_text() == '{\n "step": 12\n}\n'
+
+
+def test_words_come_back_as_they_were(tmp_path):
+    words = ["run.name=a", "data.paths=['a\u2028b\x0c\x85 c.txt']", "seed=1"]
+    write_overrides(tmp_path, words)
+    assert read_overrides(tmp_path) == words
+    with pytest.raises(ValueError, match=r"^override \S+ has a line break"):
+        write_overrides(tmp_path, ["data.paths=['a\nb.txt']"])
+    assert read_overrides(tmp_path) == words
+
+
+@pytest.mark.parametrize("content", [b"\0" * 100, b"\xff\xfe"])
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path, content):
+    readers = {
+        "overrides.txt": read_overrides,
+        "config.yaml": read_config,
+        "summary.json": read_summary,
+    }
+    for name, read in readers.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{tmp_path / name}: damaged: [^\n]*; [^\n]*delete it"):
+            read(tmp_path)
