@@ -93,6 +93,7 @@ NUMBER, LOAD, ROWS, ANYWHERE = (
     "other numbers of experts",
     "determinism",
 )
+RANKS = "state alike on ranks"
 ALIKE, ADD_UP, ONCE, LOSSES, BEST = (
     "experts are alike",
     "weights add up as configured",
@@ -354,6 +355,55 @@ MUTANTS = {
     "a plan of rows alone": Mutant(
         "sinkhorn", LOAD, {"logits + row[:, None] + column - math": "logits + row[:, None] - math"}
     ),
+    "cut-offs that are not weighted by their tokens": Mutant(
+        "expert_choice",
+        RANKS,
+        {"torch.cat([cutoffs.double() * text.sum(),": "torch.cat([cutoffs.double(),"},
+    ),
+    "a coefficient that follows the gates of the last pass": Mutant(
+        "relu",
+        RANKS,
+        {
+            "        level = config.load_balance_level\n": (
+                "        self.open = float((gates.detach() > 0).sum()) / len(gates)\n"
+                "        level = config.load_balance_level\n"
+            ),
+            "(use.experts_per_token > self.config": "(self.open > self.config",
+            "            use.experts_per_token < self.config": "            self.open < self.config",
+        },
+    ),
+    "an average that begins anew when it is loaded": Mutant(
+        "expert_threshold",
+        "state round trip",
+        {
+            "    def after_step(self,": (
+                "    def _load_from_state_dict(self, *arguments):\n"
+                "        super()._load_from_state_dict(*arguments)\n"
+                "        self.ema_weight.zero_()\n\n"
+                "    def after_step(self,"
+            )
+        },
+    ),
+    "a loss over the number of ranks": Mutant(
+        "relu",
+        ANYWHERE,
+        {
+            '"sparsity": sparsity_loss(': (
+                '"sparsity": (0.5 if torch.distributed.is_initialized() else 1) * sparsity_loss('
+            )
+        },
+    ),
+    "a limit that undecided tokens exceed": Mutant(
+        "top_p",
+        "experts per token as declared",
+        {"        taken[:, max_experts:] = False": "        taken[:, max_experts + 1 :] = False"},
+        ("router.max_experts=4", "router.threshold=0.7"),
+    ),
+    "numbers of experts in a byte": Mutant(
+        "top_k",
+        ROWS,
+        {"return token_index, chosen.flatten()": "return token_index, chosen.to(torch.uint8).long().flatten()"},
+    ),
     "a weight less its threshold": Mutant(
         "expert_threshold",
         "state leaves weights alone",
@@ -367,6 +417,20 @@ MUTANTS = {
                 "(drawn * (self.num_experts + 1)).long().clamp(max=self.num_experts - 1)"
             )
         },
+    ),
+    "noise that begins anew every 64 steps": Mutant(
+        "moce_ir", "noise", {"NOISE_STREAM, context.step,": "NOISE_STREAM, context.step % 64,"}
+    ),
+    "the noise of the next step in the layer above": Mutant(
+        "moce_ir", "noise", {"NOISE_STREAM, context.step, self.layer)": "NOISE_STREAM, context.step + self.layer)"}
+    ),
+    "noise of a token's vocabulary id": Mutant(
+        "moce_ir", "noise", {"counter_normal(context.token_position": "counter_normal(context.token_ids"}
+    ),
+    "noise that only every other expert has": Mutant(
+        "moce_ir",
+        "noise",
+        {"std * counter_normal": "std * (torch.arange(self.num_experts) % 2) * counter_normal"},
     ),
     "one expert for everything in evaluation": Mutant(
         "thor", "noise", {"(context.first_place + torch.arange(": "(0 * torch.arange("}

@@ -11,6 +11,7 @@ from moe_pretrain.verify.certificate.subject import (
     Decision,
     NotApplicable,
     Subject,
+    is_noisy,
     parameters_set,
     require,
     routers_of,
@@ -104,6 +105,8 @@ def _balance_losses(subject: Subject) -> tuple[Router, Decision, list[str]]:
     """
     model = subject.model()
     router, decision = routers_of(model)[0], subject.run(model, subject.batch()).decisions[0]
+    # Probabilities with noise are neither uniform nor sure; evaluation has none.
+    router.train(not is_noisy(router, decision.hidden, decision.context))
     names = [name for name in decision.routing.aux if "balance" in name]
     others = [name for name in decision.routing.aux if name not in names]
     uniform, collapsed = (route(subject, router, decision) for route in (_routed_when_uniform, _routed_when_collapsed))

@@ -3,8 +3,9 @@
 What a function raises: ``route_properties``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ from moe_pretrain.verify.certificate.subject import (
 EQUAL_TOKENS = 256
 MANY_DRAWS = 4096
 """Tokens by which an expert that is drawn too often shows."""
+NOISE_STEPS = (*range(5), 8, 10, 16, 32, 64, 100, 128, 256, 500, 512, 1000, 1024, 10_000)
+"""Steps whose noise is compared: those after which a counter begins anew."""
+FIRST_POSITIONS = (0, 256, 1000, 1024, 4096, 2**15, 2**16, 2**20, 2**31, 2**32)
+"""The same of positions."""
 SURELY = 5.0
 """Standard deviations by which the number of draws of an expert does not differ by chance."""
 LATE_POSITION = 2**42
@@ -39,8 +44,9 @@ def _draws_noise_anew(subject: Subject) -> str:
     """Noise in training is another one in every step and layer, and late in a run as various as early.
 
     A router whose decisions change with the seed is given equal tokens. If it tells them apart, that is noise. A second
-    pass over a micro-batch draws anew, and a scheme without parameters, which draws alone decide, draws every expert
-    equally often, in evaluation too.
+    pass over a micro-batch draws anew. No seed, layer, step or part of the run has the noise of another. Where draws
+    alone decide, every expert is drawn equally often: in training with parameters of zero, and of a scheme without
+    parameters in evaluation too.
     """
     model = subject.warm_model()
     decision = subject.run(model, subject.batch(one_document=True)).decisions[-1]
@@ -72,6 +78,12 @@ def _draws_noise_anew(subject: Subject) -> str:
     if not changes(decide(seed=context.seed + 1)):
         raise NotApplicable("no decision in training changes with the seed: there is no noise")
     various, moves = _various(first), changes(decide(step=1))
+    if various == 1 and context.token_ids is not None:
+        ids = torch.arange(EQUAL_TOKENS) % subject.config.model.vocab_size
+        require(
+            _various(decide(token_ids=ids)) == 1 or bool(like.numbered_experts),
+            "the noise of a token is that of its vocabulary id: context.token_position must be a key",
+        )
     if various == 1 and not moves:
         raise NotApplicable("the seed changes decisions, but equal tokens route alike in all steps: it is no noise")
     require(moves, "the noise of a token is the same in every step: context.step must be one of its keys")
@@ -81,8 +93,19 @@ def _draws_noise_anew(subject: Subject) -> str:
             changes(decide(pass_index=1 - context.pass_index)),
             "both passes draw the same: context.pass_index must be a key",
         )
+    by_token = _is_of_each_token(first)  # a scheme may draw for a whole row
+    if by_token:
+        _repeats_nothing(decide, layers, context)
     if not list(like.parameters()):
-        _draws_all_alike(like, hidden[:1], context)
+        _draws_all_alike(like, hidden[:1], context, (True, False) if by_token else (False,))
+    elif not like.numbered_experts:
+        undecided = subject.build_router(layers[0])
+        with torch.no_grad():
+            for parameter in undecided.parameters():
+                parameter.zero_()
+            drawn = undecided(hidden, context)
+        if _is_of_each_token(route_table(drawn, EQUAL_TOKENS, subject.num_experts)):
+            _draws_all_alike(undecided, hidden[:1], context, (True,))
     late = _various(decide(step=LATE_STEPS[-1], token_position=context.token_position + LATE_POSITION))
     require(
         2 * late >= various,
@@ -92,14 +115,32 @@ def _draws_noise_anew(subject: Subject) -> str:
     return f"another one in every step and layer; {EQUAL_TOKENS} equal tokens have {various} decisions, late {late}"
 
 
+def _is_of_each_token(table: Tensor) -> bool:
+    """Whether equal tokens differ from their neighbours so often that no two tables are the same by chance."""
+    decided = table.nan_to_num(-1.0)
+    return int((decided[1:] != decided[:-1]).any(dim=1).sum()) > EQUAL_TOKENS // 4
+
+
+def _repeats_nothing(decide: Callable[..., Tensor], layers: Sequence[int], context: RoutingContext) -> None:
+    """Raise if two seeds, layers, steps or parts of a run have the same noise."""
+    found: dict[bytes, str] = {}
+    position = context.token_position
+    for seed, layer, step in product((context.seed, context.seed + 1), layers, NOISE_STEPS):
+        for first in FIRST_POSITIONS if (seed, layer, step) == (context.seed, layers[0], 0) else (0,):
+            told = f"seed {seed}, layer {layer}, step {step}, tokens from {first}"
+            drawn = decide(layer, seed=seed, step=step, token_position=position + first).nan_to_num(-1.0)
+            other = found.setdefault(drawn.numpy().tobytes(), told)
+            require(other == told, f"the noise of {told} is that of {other}")
+
+
 @torch.no_grad()
-def _draws_all_alike(router: Router, hidden: Tensor, context: RoutingContext) -> None:
+def _draws_all_alike(router: Router, hidden: Tensor, context: RoutingContext, modes: Sequence[bool]) -> None:
     """Raise unless a router that nothing but draws decides gives every expert as many tokens, but for chance."""
     tokens = torch.zeros(MANY_DRAWS, dtype=torch.long)
     context = replace(
         context_of(context, tokens), num_sequences=1, token_position=torch.arange(MANY_DRAWS), global_tokens=MANY_DRAWS
     )
-    for training in (True, False):
+    for training in modes:
         load = router.train(training)(hidden[tokens], context).use.tokens_per_expert
         mean = float(load.mean())
         require(

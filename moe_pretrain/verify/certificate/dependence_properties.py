@@ -1,6 +1,7 @@
 """Rows of the certificate: what a decision may not know. What a function raises: ``route_properties``."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,7 @@ from moe_pretrain.verify.certificate.subject import (
     routers_of,
     rows_of,
     same_routes,
+    twice,
 )
 
 LARGE_ROWS = 96
@@ -34,6 +36,8 @@ LARGE_ROWS = 96
 ALIKE = 1e-3
 """How far apart tokens are that are almost the same, relative to tokens as they are."""
 SHARED_STEPS = 5
+ROUNDED = 0.1
+"""Largest part of a step's sums that rounding may bring from twice as much to nearer what it was."""
 LOUDER = 1.5
 """Largest factor between the mean sums of a token's weights in training and in evaluation."""
 LAST_NUMBER = 101
@@ -246,7 +250,7 @@ def _moves_state_alike_on_ranks(subject: Subject) -> str:
     """Two copies of a router that see different tokens of a global batch keep the same state and the same routes.
 
     What ranks do, in one process: each copy runs its own micro-batches, and ``after_step`` gives both the pooled use.
-    That is the same sum however the batch is cut.
+    That is the same sum however the batch is cut. And one copy has routed something else since, as in an evaluation.
     """
     batches = [subject.batch(seed=100 + step, padding=(step % ROWS,)) for step in range(SHARED_STEPS)]
     copies = [subject.warm_model(), subject.warm_model()]
@@ -261,6 +265,7 @@ def _moves_state_alike_on_ranks(subject: Subject) -> str:
         uses: list[list[RouterUse]] = []
         for model, share in zip(copies, shares, strict=True):
             uses += [subject.run(model, part, step).output.uses for part in share if len(part.input_ids)]
+        _route_something_else(subject, copies[1], rows_of(batch, slice(1)))
         pooled = step_uses([_sum(of_layer) for of_layer in zip(*uses, strict=True)])
         for model in copies:
             for router, use in zip(routers_of(model), pooled, strict=True):
@@ -280,12 +285,38 @@ def _moves_state_alike_on_ranks(subject: Subject) -> str:
     return f"{', '.join(moved) or 'no state'}: bitwise the same on two shares of the tokens, {SHARED_STEPS} steps"
 
 
+@torch.no_grad()
+def _route_something_else(subject: Subject, model: DecoderLM, batch: MicroBatch) -> None:
+    """Decide in both modes with parameters of zero: if a router keeps anything of its last pass, it is of this one."""
+    with ExitStack() as stack:
+        for router in routers_of(model):
+            stack.enter_context(parameters_set(router, torch.zeros_like))
+        for training in (False, True):
+            subject.run(model.train(training), batch)
+
+
+@torch.no_grad()
 def _require_sums(subject: Subject, batch: MicroBatch) -> None:
-    """Raise unless what ``after_step`` gets of a batch is the sum of what it gets of parts; competing tokens aside."""
+    """Raise unless what ``after_step`` gets of a batch is the sum of what it gets of parts.
+
+    Where tokens compete, parts are routed otherwise; but a batch of the same rows twice is routed like two of them.
+    """
     model = subject.warm_model()
+    seen = subject.run(model, batch)
+    whole = seen.output.uses
+    for router, decision in zip(routers_of(model), seen.decisions, strict=False):
+        once = decision.routing.use.sums
+        if once is not None:
+            doubled = router(*twice(decision)).use.sums
+            # An expert's number of tokens may be rounded, and its cut-off be another token's.
+            nearer_to_one = (doubled - once).abs() < (doubled - 2 * once).abs()
+            require(
+                nearer_to_one.sum() <= ROUNDED * max(1, int(once.count_nonzero())),
+                f"{int(nearer_to_one.sum())} of RouterUse.sums are no larger where each row is there twice: they are "
+                "to be sums over tokens, as the engine adds up those of all micro-batches and ranks",
+            )
     if not all(router.causal_in_training for router in routers_of(model)):
         return
-    whole = subject.run(model, batch).output.uses
     parts = [subject.run(model, rows_of(batch, part)).output.uses for part in (slice(1), slice(1, None))]
     pooled = [_sum(of_layer) for of_layer in zip(*parts, strict=True)]
     require_same_use(whole, pooled, "the cut of the batch")

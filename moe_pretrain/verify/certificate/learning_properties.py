@@ -262,12 +262,15 @@ def _keeps_state(subject: Subject) -> str:
     saved.seek(0)
     loaded = subject.model()
     loaded.load_state_dict(torch.load(saved, weights_only=True))
+    other = subject.run(model, subject.batch(seed=1))
     for when in ("after loading", "a step after loading"):
+        apart = sorted({name.rpartition(".")[2] for name in _moved(model.state_dict(), loaded)})
+        require(not apart, f"{', '.join(apart)} differs {when} from what was saved")
         for training in (True, False):
             ours, theirs = (subject.run(one.train(training), batch) for one in (model, loaded))
             require(subject.has_same_bits(ours, theirs), f"routes differ {when}")
         for one in (model, loaded):
-            move_state(one, seen)
+            move_state(one, other)
     for name in _moved(before, model):
         kind = model.state_dict()[name].dtype
         require(kind not in SMALL_INTEGERS, f"{name} is {kind} and moves: a count of steps overflows in it")

@@ -12,19 +12,20 @@ from torch import Tensor
 
 from moe_pretrain.data.rows.micro_batch import MicroBatch
 from moe_pretrain.moe.router import Router
-from moe_pretrain.moe.types import Routing, RoutingContext
+from moe_pretrain.moe.types import Routing
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
     ROWS,
     Decision,
     NotApplicable,
     Subject,
-    context_of,
+    is_noisy,
     parameters_set,
     relative,
     require,
     routers_of,
     rows_of,
+    twice,
 )
 
 SAME = 1e-4
@@ -55,9 +56,8 @@ def _are_means_of_text(subject: Subject) -> str:
     batch = subject.batch(padding=(1,))
     seen = subject.run(model, batch)
     decision = seen.decisions[0]
-    twice = _twice(decision)
     with torch.no_grad():
-        doubled = router(*twice)
+        doubled = router(*twice(decision))
     for name in weighted:
         apart = relative(doubled.aux[name], decision.routing.aux[name])
         require(apart <= SAME, f"the {name} loss of the same tokens twice differs by {apart:.0e}: it is no mean")
@@ -82,16 +82,6 @@ def _are_means_of_text(subject: Subject) -> str:
     if unmoved:
         notes.append(f"every place moves {', '.join(unmoved)}")
     return f"{', '.join(weighted)}: the same for the same tokens twice; {'; '.join(notes)}"
-
-
-def _twice(decision: Decision) -> tuple[Tensor, RoutingContext]:
-    tokens = torch.arange(len(decision.hidden)).repeat(2)
-    context = context_of(decision.context, tokens)
-    total = context.global_tokens
-    context = replace(
-        context, num_sequences=2 * context.num_sequences, global_tokens=None if total is None else 2 * total
-    )
-    return decision.hidden[tokens], context
 
 
 def _apart_when_cut(subject: Subject, batch: MicroBatch, names: list[str]) -> dict[str, float]:
@@ -167,7 +157,10 @@ def _judge_when_uniform(subject: Subject) -> str:
 
 def _judge_router_when_uniform(subject: Subject, router: Router, decision: Decision) -> str:
     with parameters_set(router, torch.zeros_like), torch.no_grad():
+        # Probabilities with noise are not uniform; evaluation has none.
+        router.train(not is_noisy(router, decision.hidden, decision.context))
         routing = router(decision.hidden, decision.context)
+    router.train()
     experts, use = subject.num_experts, routing.use
     wanted = {"router_entropy": (float(use.router_entropy / use.tokens), math.log(experts))}
     for name, value in routing.aux.items():

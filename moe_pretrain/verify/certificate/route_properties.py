@@ -6,7 +6,7 @@ reason when the scheme cannot have it, ``DeclaredNonCausal`` when the scheme its
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.dispatch import run_experts
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.row_layout import ExpertRowLayout, sum_rows
-from moe_pretrain.moe.types import Merging, RouterUse
+from moe_pretrain.moe.types import Merging, RouterUse, Routing
 from moe_pretrain.verify.certificate.elsewhere import elsewhere
 from moe_pretrain.verify.certificate.subject import (
     LATE_STEPS,
@@ -184,23 +184,31 @@ def _is_deterministic(subject: Subject) -> str:
 
 @torch.no_grad()
 def _decides_alike(subject: Subject, router: Router, decision: Decision) -> None:
-    """Raise unless a router that is asked again and again, or anywhere else, decides as it did."""
+    """Raise unless a router that is asked again and again, or anywhere else, decides, counts and weighs as it did."""
     hidden, context, _ = decision
-    wanted, mode = subject.table(decision), "training" if router.training else "evaluation"
+    mode = "training" if router.training else "evaluation"
 
-    def decides_otherwise(who: Router) -> bool:
-        again = subject.table(Decision(hidden, context, who(hidden, context).exact()))
-        return not same_routes(again, wanted, tolerance=0.0)
+    def said_by(who: Router, routing: Routing) -> dict[str, Tensor]:
+        table = subject.table(Decision(hidden, context, routing)).nan_to_num(-1.0)
+        counts = {field.name: getattr(routing.use, field.name) for field in fields(routing.use)}
+        said = {"routes": table} | {name: value for name, value in counts.items() if value is not None}
+        said |= {f"the {name} loss": value for name, value in routing.aux.items()}
+        return said | {f"the coefficient of {name}": torch.tensor(weight) for name, weight in who.aux_weights.items()}
 
+    here = said_by(router, decision.routing)
     with elsewhere():
         other = subject.router_at(router.layer, router)
-        require(
-            other is not None and not decides_otherwise(other),
-            f"routes differ in {mode} on another rank at another time, by the same tokens, parameters and state",
-        )
+        assert other is not None, "a router of its own layer has its own parameters"
+        there = said_by(other, other(hidden, context).exact())
         born = dict(subject.build_router(router.layer).named_buffers())
-    here = subject.build_router(router.layer).named_buffers()
-    apart = [name for name, value in here if not torch.equal(value, born[name])]
+    differ = [name for name, value in here.items() if name not in there or not torch.equal(there[name], value)]
+    require(
+        not differ,
+        f"{', '.join(differ)} differ in {mode} on another rank at another time, by the same tokens, parameters and "
+        "state",
+    )
+    begins = subject.build_router(router.layer).named_buffers()
+    apart = [name for name, value in begins if not torch.equal(value, born[name])]
     require(not apart, f"{', '.join(apart)} begins otherwise on another rank at another time")
 
 

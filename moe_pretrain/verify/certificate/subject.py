@@ -299,6 +299,16 @@ def context_of(context: RoutingContext, tokens: Tensor | slice) -> RoutingContex
     return replace(context, **some)
 
 
+def twice(decision: Decision) -> tuple[Tensor, RoutingContext]:
+    """What a router is given of the decision's rows in a micro-batch that has each of them twice."""
+    tokens, told = torch.arange(len(decision.hidden)).repeat(2), decision.context
+    total = None if told.global_tokens is None else 2 * told.global_tokens
+    doubled = replace(
+        context_of(told, tokens), num_sequences=2 * told.num_sequences, global_tokens=total, document_lengths=None
+    )
+    return decision.hidden[tokens], doubled
+
+
 @contextmanager
 def parameters_set(router: Router, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Every parameter replaced by ``change`` of it inside the block."""
@@ -352,6 +362,14 @@ def same_routes(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> b
     if not torch.equal(ours.isnan(), theirs.isnan()):
         return False
     return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True))
+
+
+@torch.no_grad()
+def is_noisy(router: Router, hidden: Tensor, context: RoutingContext) -> bool:
+    """Whether decisions of ``hidden`` change with the seed, in the router's mode."""
+    both = (router(hidden, replace(context, seed=context.seed + more)).exact() for more in (0, 1))
+    ours, theirs = ((routing.token_index, routing.expert_index, routing.weight) for routing in both)
+    return not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @contextmanager

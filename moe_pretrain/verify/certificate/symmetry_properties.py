@@ -12,6 +12,7 @@ from moe_pretrain.moe.types import Routing, RoutingContext
 from moe_pretrain.verify.certificate.subject import (
     NotApplicable,
     Subject,
+    is_noisy,
     parameters_set,
     relative,
     require,
@@ -50,7 +51,7 @@ def _are_alike(subject: Subject) -> str:
             assert other is not None, "a router of its own layer has its own parameters"
             if not _reorder(other, order, axes):
                 raise NotApplicable("no parameter and no state has a row for every expert")
-            if training and _is_noisy(subject, router, hidden, context):
+            if training and is_noisy(router, hidden, context):
                 continue
             for factor in (1.0, SATURATING):
                 sure = partial(torch.mul, other=factor)
@@ -120,12 +121,6 @@ def _reordered(context: RoutingContext, order: Tensor) -> RoutingContext:
 
     carried = None if context.carried is None else context.carried[:, order]
     return replace(context, carried=carried, score_routes=None if score is None else scores_of_old)
-
-
-def _is_noisy(subject: Subject, router: Router, hidden: Tensor, context: RoutingContext) -> bool:
-    both = (router(hidden, replace(context, seed=context.seed + more)).exact() for more in (0, 1))
-    ours, theirs = (route_table(one, len(hidden), subject.num_experts) for one in both)
-    return not same_routes(ours, theirs, tolerance=0.0)
 
 
 def _require_alike(subject: Subject, both: tuple[Routing, Routing], order: Tensor, tokens: int, words: str) -> None:

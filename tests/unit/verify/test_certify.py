@@ -938,7 +938,8 @@ SUBTLE = {
 
 KEPT_WITHIN = """\
 from moe_pretrain.moe.counter_noise import counter_uniform
-from moe_pretrain.moe.losses import load_balance_loss
+from moe_pretrain.moe.losses import load_balance_loss, router_z_loss
+from moe_pretrain.moe.routers.base import router_logits
 
 
 def kept_within(expert, num_experts, capacity):
@@ -1095,6 +1096,17 @@ UNUSUAL = {
         def after_step(self, use):
             if use.tokens:
                 self.mean.lerp_((use.sums / use.tokens).float(), 0.1)
+        """,
+    "noise in the distribution that the balance loss and the entropy are of": """
+        def logits(self, hidden, context):
+            keys = context.seed, 7, context.step, self.layer
+            noise = counter_uniform(context.token_position, self.num_experts, *keys)
+            return super().logits(hidden, context) + self.training * noise
+
+        def forward(self, hidden, context):
+            routing = super().forward(hidden, context)
+            quiet = router_logits(hidden, self.weight)
+            return replace(routing, aux=routing.aux | {"router_z": router_z_loss(quiet, context.token_mask)})
         """,
     "a bias of each expert that is learnt": """
         def __init__(self, *arguments):
