@@ -83,6 +83,12 @@ def misspelt_run(folder: Path, file: str = OVERRIDES_FILE) -> Path | None:
     return folder.parent / near if near else None
 
 
+def named_run(folder: Path, name: str) -> Path:
+    """The folder of the run that the run in ``folder`` calls ``name``: a path, or the name of a folder beside it."""
+    beside = folder.parent / name
+    return beside if beside.is_dir() and not Path(name).is_dir() else Path(name)
+
+
 def no_run(folder: Path, file: str) -> str:
     """In words that ``folder`` is no run's, for lack of ``file``, and which folder above, below or beside is one."""
     if not folder.is_dir():

@@ -105,12 +105,21 @@ def jobs_without_runs(root: Path) -> list[Path]:
 
 
 def _run_and_job_folders(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    """Every folder of a run or of a sweep's job below ``root``, itself included, with the names of its files."""
-    for folder, children, files in os.walk(root):
+    """Every folder of a run or of a sweep's job below ``root``, itself included, with the names of its files.
+
+    Links are followed, each target once, but not those to what lies below ``root`` anyway, or around it.
+    """
+    below, seen = root.resolve(), set[Path]()
+    for folder, children, files in os.walk(root, followlinks=True):
         if (RUN_FILES | {JOB_FILE}) & set(files):
             yield Path(folder), set(files)
             children.clear()  # what lies in a run folder (wandb's files, checkpoints) is no run
         children[:] = sorted(child for child in children if not child.startswith("."))
+        for link in [child for child in children if (Path(folder) / child).is_symlink()]:
+            target = (Path(folder) / link).resolve()
+            if target in seen or target.is_relative_to(below) or below.is_relative_to(target):
+                children.remove(link)
+            seen.add(target)
 
 
 def _read_run(folder: Path, root: Path) -> RunRecord:

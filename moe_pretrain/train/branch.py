@@ -9,7 +9,7 @@ from moe_pretrain.checkpoint.manifest import complete_names, folder_name, open_m
 from moe_pretrain.config.schema import Config, ConfigError, to_values
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.metrics_file import JsonlSink, read_rows
-from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE
+from moe_pretrain.run_folder.paths import CHECKPOINTS, METRICS_FILE, named_run
 from moe_pretrain.train.resume_rules import changes
 
 
@@ -43,8 +43,7 @@ def branch_of(config: Config) -> Branch | None:
     name, _, step = word.rpartition("@")
     if not name or not step.isdecimal():
         raise ConfigError(f"checkpoint.branch_from={word} must be RUN@STEP: the folder or name of a run, and a step")
-    beside = config.run.folder.parent / name
-    return Branch(beside if beside.is_dir() and not Path(name).is_dir() else Path(name), int(step))
+    return Branch(named_run(config.run.folder, name), int(step))
 
 
 def check_branch(config: Config) -> None:

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_pretrain.run_folder.identity import SPEED, deciding
-from moe_pretrain.run_folder.paths import RUN_FILES
-from moe_pretrain.run_folder.record import RunRecord, differences, find_runs, show
+from moe_pretrain.run_folder.paths import CHECKPOINTS, RUN_FILES, named_run
+from moe_pretrain.run_folder.provenance import read_config
+from moe_pretrain.run_folder.record import RunRecord, differences, find_runs, flatten, show
 from moe_pretrain.run_folder.tune_record import split_trials, tuned_fields
 
 _HEADS = ("model.name", "router.name")
@@ -68,7 +70,8 @@ def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant
     """Put runs of equal configuration together and name them by what differs, in order of their first run.
 
     Runs that differ in nothing but fields of speed are variants where they have a seed in common: then speeds are what
-    is compared. Else one was started, or resumed, on another topology, and it is one more seed of the same variant.
+    is compared. Else one was started, or resumed, on another topology, and it is one more seed of the same variant. So
+    are runs of other seeds that branched off from, or began with the weights of, runs that differ in their seeds alone.
     Runs without a readable configuration belong to no variant.
 
     Args:
@@ -88,11 +91,10 @@ def group(runs: Iterable[RunRecord], tuned: Container[str] = ()) -> list[Variant
 def _other_seeds_of_one(
     grouped: Sequence[tuple[dict[str, Any], list[RunRecord]]],
 ) -> list[tuple[dict[str, Any], list[RunRecord]]]:
-    """Groups with those put together that differ in fields of speed alone and share no seed."""
+    """Groups with those put together that share no seed and differ in speed, or in the place of a beginning, alone."""
     kin: dict[str, list[tuple[dict[str, Any], list[RunRecord]]]] = {}
     for values, runs in grouped:
-        deciding_alone = {key: value for key, value in values.items() if key not in SPEED}
-        kin.setdefault(json.dumps(deciding_alone, sort_keys=True, default=str), []).append((values, runs))
+        kin.setdefault(_what_decides(values, runs[0].folder), []).append((values, runs))
     together = []
     for groups in kin.values():
         seeds = [seed for _, runs in groups for seed in {run.seed for run in runs}]
@@ -102,6 +104,30 @@ def _other_seeds_of_one(
             together += groups
     order = [id(values) for values, _ in grouped]
     return sorted(together, key=lambda each: order.index(id(each[0])))
+
+
+def _what_decides(values: Mapping[str, Any], folder: Path) -> str:
+    """What decides the result but the seed: of a beginning, if it can be read, the settings and not the place."""
+    own = {key: value for key, value in _experiment(values).items() if key not in SPEED}
+    if branch := own.get("checkpoint.branch_from"):
+        name, _, step = str(branch).rpartition("@")
+        own["checkpoint.branch_from"] = [_settings(named_run(folder, name)) or name, step]
+    if start := own.get("checkpoint.warm_start"):
+        place = Path(str(start))
+        is_step = place.parent.name == CHECKPOINTS
+        own["checkpoint.warm_start"] = [
+            _settings(place.parent.parent if is_step else place) or str(start),
+            place.name if is_step else "",
+        ]
+    return json.dumps(own, sort_keys=True, default=str)
+
+
+def _settings(folder: Path) -> str | None:
+    """What decides the result of the run in ``folder``; None if there is none that can be read."""
+    with suppress(ValueError):
+        if values := flatten(read_config(folder)):
+            return _what_decides(values, folder)
+    return None
 
 
 def names_apart(values: Sequence[Mapping[str, Any]], tuned: Container[str]) -> list[str]:

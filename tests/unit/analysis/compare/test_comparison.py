@@ -200,6 +200,22 @@ def test_jobs_that_have_not_started_are_said(tmp_path: Path):
     assert "1 jobs have not started, and are not compared: deep/waiting." in compare(tmp_path).warnings
 
 
+def test_linked_runs_are_compared_and_each_once(tmp_path: Path):
+    """Runs of several sweeps in one folder: one that is passed over would be missing in silence."""
+    sweep, chosen = plant_sweep(tmp_path / "sweep"), tmp_path / "chosen"
+    chosen.mkdir()
+    for seed in BASE:
+        (chosen / f"own-{seed}").symlink_to(sweep / f"top_k-{seed}")
+    (chosen / "more").symlink_to(sweep / "deep")
+    (chosen / "again").symlink_to(sweep / "top_k-1")
+    (chosen / "inside").symlink_to(chosen / "own-2")
+    (sweep / "deep" / "round").symlink_to(tmp_path)
+    found = compare(chosen)
+    there = [sweep / f"{name}-{seed}" for name in ("deep/autonomy", "top_k") for seed in BASE]
+    assert sorted(run.folder.resolve() for run in found.runs) == [place.resolve() for place in there]
+    assert found.warnings == []
+
+
 def give_rows(folder: Path, fingerprint: str) -> None:
     """Say that a run was validated on other rows."""
     path = folder / "probe" / f"step_{STEPS:08d}.npz"

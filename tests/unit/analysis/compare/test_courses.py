@@ -98,3 +98,28 @@ def test_seeds_that_only_their_beginnings_keep_apart_are_said(tmp_path: Path):
     assert f"{', '.join(names)} differ in checkpoint.branch_from alone and share no seed" in line
     Planted("again", 3.0, 1, TOP_P, {"checkpoint.branch_from": "trunk-2@50"}).write(tmp_path)
     assert not told(tmp_path, "NOT PUT TOGETHER"), "two beginnings with one seed are what is compared"
+
+
+@pytest.mark.parametrize(
+    ("field", "place"), [("checkpoint.branch_from", "{}@50"), ("checkpoint.warm_start", "{}/checkpoints/step_00000050")]
+)
+def test_seeds_that_began_with_seeds_of_one_run_are_of_one_variant(tmp_path: Path, field: str, place: str):
+    """Whose trunks are of another rate, or left at another step, is another variant."""
+    trunks = tmp_path / "trunks"
+    for seed, loss in BASE.items():
+        for name, rate in (("slow", 0.001), ("fast", 0.002)):
+            at = {"optimizer.learning_rate": rate, "parallel.processes": seed}
+            Planted(f"{name}-{seed}", loss, seed, other=at).write(trunks)
+            beginning = {field: place.format(trunks / f"{name}-{seed}")}
+            Planted(f"of-{name}-{seed}", loss, seed, TOP_P, beginning).write(tmp_path / "branches")
+    at = {field: place.format(trunks / "slow-1").replace("50", "60")}
+    Planted("later", 3.0, 4, TOP_P, at).write(tmp_path / "branches")
+    found = compare(tmp_path / "branches")
+    assert sorted([run.name for run in variant.runs] for variant in found.variants) == [
+        ["later"],
+        ["of-fast-1", "of-fast-2", "of-fast-3"],
+        ["of-slow-1", "of-slow-2", "of-slow-3"],
+    ]
+    for folder in trunks.iterdir():
+        (folder / "config.yaml").unlink()
+    assert len(compare(tmp_path / "branches").variants) == 7, "what they began with cannot be read"
