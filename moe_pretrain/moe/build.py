@@ -244,11 +244,11 @@ def _check_unequal(moe: MoEConfig, experts: UnequalConfig, router: RouterConfig)
 @_of_each_part
 def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
     """Raise ``ValueError`` if the gate of the experts cannot be factorised as asked; a dense network has none."""
-    if router.dense_experts:
-        return
     if isinstance(moe.experts, MatrixProductConfig):
         reason = None
-        if router.merges_experts:
+        if router.dense_experts:
+            reason = "which has no routed experts"
+        elif router.merges_experts:
             reason = "which merges full experts"
         elif router.scored_experts(moe.num_experts):
             reason = "which scores full experts"
@@ -259,6 +259,8 @@ def check_gate(moe: MoEConfig, router: RouterConfig, hidden_size: int) -> None:
         if reason is not None:
             raise ValueError(f"experts=matrix_product must be swiglu with router={router.name}, {reason}")
         check_matrix_product(moe.experts, moe.routed_size(hidden_size), moe.expert_hidden_size)
+    if router.dense_experts:
+        return
     if router.merges_experts and moe.gate_rank is not None:
         raise ValueError(
             f"model.moe.gate_rank={moe.gate_rank} must be null with router={router.name}, which merges full experts"

@@ -200,6 +200,7 @@ def test_flops_are_a_counter_s_with_the_rebuilding_of_every_micro_batch():
         (["model.moe.experts.truncation=0"], "model.moe.experts.truncation=0 must be at least 1"),
         (["model.moe.experts.shared_gradient_dropout=1"], "shared_gradient_dropout=1 must be below 1"),
         (["router=autonomy"], "experts=matrix_product must be swiglu with router=autonomy"),
+        (["router=dense"], "experts=matrix_product must be swiglu with router=dense, which has no routed experts"),
         (["router=attentive"], "router=attentive, which scores full experts"),
         (["router=dynmoe"], "router=dynmoe, which starts experts anew"),
         (["router=lory"], "router=lory, which merges full experts"),
