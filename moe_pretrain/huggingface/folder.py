@@ -15,6 +15,7 @@ from moe_pretrain.engine.intervals import WEIGHT
 from moe_pretrain.huggingface.tensors import INDEX_FILE
 from moe_pretrain.model.decoder import ModelConfig
 from moe_pretrain.moe.experts.activation import SWIGLU
+from moe_pretrain.moe.routers.config import RouterConfig
 
 MODEL_CONFIG = "config.json"
 _ODD = {
@@ -128,6 +129,21 @@ class HuggingFaceFolder:
         for name, is_odd in odd.items():
             if is_odd:
                 raise ConfigError(f"{field}={self._path} has {name}={values.get(name, rope)}, which this model has not")
+
+    def other_routing(self, router: RouterConfig) -> list[str]:
+        """Fields by which ``router`` makes another choice of the same logits than the folder's own, in words."""
+        values, own = self.values, vars(router)
+        if self.is_dense:
+            return []
+        is_divided = values.get("norm_topk_prob", values["model_type"] == "mixtral")
+        theirs = {
+            "top_k": values.get("num_experts_per_tok"),
+            "score": "softmax",
+            "weights": "renormalised" if is_divided else "raw",
+        }
+        return [
+            f"router.{name}={own[name]} (was {then})" for name, then in theirs.items() if own.get(name, then) != then
+        ]
 
     def read(self, tensor: str, kind: str, start: int, length: int) -> Tensor:
         """Elements ``[start, start + length)`` of a tensor of ours, float32.

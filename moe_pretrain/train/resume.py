@@ -233,14 +233,15 @@ class Resumer:
             folder = HuggingFaceFolder(where)
             folder.check(self._config.model, "checkpoint.warm_start")
             load_run_tokenizer(where, self.rules.identity.tokenizer, self._config.tokenizer.end_of_document)
-            self._say_warm_start(where, store.take_weights(self._engine, where, folder.shapes, folder))
+            became = store.take_weights(self._engine, where, folder.shapes, folder)
+            self._say_warm_start(where, became, folder.other_routing(self._config.router))
             return
         path = self._mesh.on_main(lambda: store.locate(where))
         manifest = store.agree_on(path, self._mesh)
         other = self.rules.refuse_weights(train_state(manifest), path)
         self._say_warm_start(path, store.warm_start(self._engine, path, manifest), other)
 
-    def _say_warm_start(self, path: Path, became: store.WarmStart, other: Sequence[str] = ()) -> None:
+    def _say_warm_start(self, path: Path, became: store.WarmStart, other: Sequence[str]) -> None:
         words = [f"{len(became.loaded)} weights of {path}"]
         for names, said in (
             (became.fresh, "start anew"),

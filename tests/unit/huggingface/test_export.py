@@ -115,6 +115,15 @@ def test_what_was_exported_is_read_back(kind: str, words: tuple[str, ...], home:
         ConfigError, match=rf"^model.head_size={size + 2} must be {size}, as field=.*: model.head_size$"
     ):
         folder.check(replace(model, head_size=size + 2), "field")
+    router = run.config.router
+    assert folder.other_routing(router) == []
+    if router.name == "top_k":
+        weights = "raw" if router.weights == "renormalised" else "renormalised"
+        other = replace(router, weights=weights, top_k=3)
+        assert folder.other_routing(other) == [
+            "router.top_k=3 (was 2)",
+            f"router.weights={weights} (was {router.weights})",
+        ]
     assert transformers.AutoConfig.from_pretrained(home / f"{name}.exported").pad_token_id is None
 
 
