@@ -38,7 +38,7 @@ _GROWS = (
     *("model.moe.num_leading_dense_layers", "model.moe.gate_rank", "router.gate_rank"),
     "model.moe.latent_size",
 )
-"""Fields that may differ within a ladder: size, length, and what is set for them."""
+"""Fields that may differ within a ladder: size, length, and what is set for them; but not what a run began with."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def read_ladders(
     """Ladders of the runs below ``root``, one for each scheme.
 
     Args:
-        runs: Runs in any state; trials of a tuning and runs that have not come to their end are no part of one.
+        runs: Runs in any state; trials of a tuning, copies, and runs without an end are no part of one.
         root: Folder, for the messages.
         count: Which parameters are N.
         leave_out: Go on without runs that diverged.
 
     Raises:
-        ValueError: A run diverged, there are too few sizes or runs, sizes and tokens go together, or runs read
-            different text.
+        ValueError: A run diverged, there are too few sizes or runs, sizes and tokens go together, or runs read, or
+            were validated on, different text.
     """
     final, _ = split_trials(list(runs))
     diverged = [run.name for run in final if run.state == "diverged"]
@@ -126,9 +126,16 @@ def read_ladders(
             f"FOLDER={root}: {len(diverged)} runs diverged ({few(diverged)}): their losses are on no law; "
             "--without-diverged leaves them out"
         )
-    own = [rung for run in final if run.state == "finished" and (rung := _rung(run, count)) is not None]
+    once: dict[tuple[str, float, float], Rung] = {}
+    for run in final:
+        if run.state == "finished" and (rung := _rung(run, count)) is not None:
+            once.setdefault((str(sorted(deciding(run.values).items())), rung.parameters, rung.tokens), rung)
+    own = list(once.values())
     if len({str(rung.run.facts.get("corpus_fingerprint")) for rung in own}) > 1:
         raise ValueError(f"FOLDER={root}: runs read different corpora: losses of other text are on no common law")
+    texts = {str(text) for rung in own if (text := rung.run.facts.get("validation_text"))}
+    if len(texts) > 1:
+        raise ValueError(f"FOLDER={root}: runs were validated on different rows: evaluation.max_rows must be the same")
     schemes: dict[str, tuple[dict[str, Any], list[Rung]]] = {}
     for rung in own:
         values = _scheme(rung.run.values)
@@ -168,7 +175,7 @@ def _scheme(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in deciding(values).items()
-        if not any(key == grows or key.startswith(f"{grows}.") for grows in _GROWS)
+        if key == "checkpoint.warm_start" or not any(key == grows or key.startswith(f"{grows}.") for grows in _GROWS)
     }
 
 

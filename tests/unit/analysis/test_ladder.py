@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def other_text(root: Path) -> None:
     Planted("elsewhere", 2.0, facts={"active_parameters": 1e6}, fingerprint="another").write(root)
 
 
+def other_rows(root: Path) -> None:
+    plant(root, ("top_k",))
+    text = {"corpus": {"rows": 9}}
+    for seed, rows in enumerate((text, text | {"code": {"rows": 8}})):
+        Planted(f"{seed}", 2.0, seed, facts={"active_parameters": 1e6, "validation_text": rows}).write(root)
+
+
+def warm(root: Path) -> None:
+    plant(root, ("top_k",))
+    Planted("warm", 2.0, other={"checkpoint.warm_start": "x"}, facts={"active_parameters": 1e6}).write(root)
+
+
 @pytest.mark.parametrize(
     "make,line",
     [
@@ -100,8 +113,10 @@ def other_text(root: Path) -> None:
         (lambda root: plant(root, ("top_k",), lengths=(20, 60)), "runs of 2 lengths and must have at least 3"),
         (diverge, r"1 runs diverged \(sick\).*--without-diverged"),
         (other_text, "runs read different corpora"),
+        (other_rows, "runs were validated on different rows"),
+        (warm, r"warm_start=x has 1 size "),
     ],
-    ids=["sizes", "lengths", "diverged", "corpora"],
+    ids=["sizes", "lengths", "diverged", "corpora", "rows", "warm"],
 )
 def test_no_ladder_is_one_line(
     tmp_path: Path, make: Callable[[Path], None], line: str, capsys: pytest.CaptureFixture[str]
@@ -125,4 +140,12 @@ def test_tokens_that_follow_sizes_are_refused(tmp_path: Path):
 def test_runs_that_diverged_can_be_left_out(tmp_path: Path):
     diverge(tmp_path)
     (only,) = read_ladders(find_runs(tmp_path), tmp_path, leave_out=True)
+    assert len(only.rungs) == 12
+
+
+def test_a_copied_run_is_no_further_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ladder, "RESAMPLES", 2)
+    plant(tmp_path, ("top_k",))
+    shutil.copytree(tmp_path / "top_k-1e+06-20", tmp_path / "copy")
+    (only,) = read_ladders(find_runs(tmp_path), tmp_path)
     assert len(only.rungs) == 12
