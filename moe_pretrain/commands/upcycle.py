@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +61,15 @@ def run(options: argparse.Namespace) -> int:
     """Write a run folder with the mixture, and print both losses."""
     check_unused(options.folder)
     variation = Variation(options.noise, options.reinitialise, options.seed)
-    reader, words, width, tokenizer, source = _open(options)
-    overrides = [*words, *overrides_of(options), f"run.name={options.folder.name}"]
+    source = _open(options)
+    overrides = [*source.words, *overrides_of(options), f"run.name={options.folder.name}"]
     if shows(options, overrides):
         return 0
+    width, tokenizer = source.width, source.tokenizer
     config, overrides = _solved(overrides, width)
     check_upcycling(config, width)
-    dense_model = dense_config(config.model, width)
-    if isinstance(reader, HuggingFaceFolder):
-        reader.check(config.model, "SOURCE")
-    elif source is not None:
-        _check_shape(config.model, source, options.source)
-    dense = build_dense(dense_model, config.router, reader)
+    source.check(config.model)
+    dense = build_dense(dense_config(config.model, width), config.router, source.reader, source.shapes)
     ids = sample_ids(tokenizer, config.model.sequence_length)
     model = upcycle(config, dense, variation, ids, print)
     before, after = _loss(dense, ids), _loss(model, ids)
@@ -83,11 +82,32 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[WeightReader, list[str], int, Tokenizer, ModelConfig | None]:
-    """Reader of the dense weights, overrides of the shape, width of the networks, tokenizer; of a run its model.
+@dataclass(frozen=True)
+class _Source:
+    """A dense model.
+
+    Attributes:
+        reader: Of its weights.
+        shapes: Of its weights, by our names.
+        words: Overrides by which a model has its shape.
+        width: Of its networks.
+        tokenizer: Its tokenizer.
+        check: Raises ``ConfigError`` for a model in which the weights would be another function.
+    """
+
+    reader: WeightReader
+    shapes: Mapping[str, Sequence[int]]
+    words: list[str]
+    width: int
+    tokenizer: Tokenizer
+    check: Callable[[ModelConfig], None]
+
+
+def _open(options: argparse.Namespace) -> _Source:
+    """The source that the command names.
 
     Raises:
-        ConfigError: The source is no dense model.
+        ConfigError: It is no dense model.
     """
     source = options.source
     if is_folder(source):
@@ -97,19 +117,21 @@ def _open(options: argparse.Namespace) -> tuple[WeightReader, list[str], int, To
         path = options.tokenizer or source
         length = folder.values.get("max_position_embeddings", 2048)
         words = [*folder.model_words(), f"model.sequence_length={length}", *_tokenizer_words(path)]
-        return folder, words, folder.values["intermediate_size"], load_run_tokenizer(path, None, None), None
+        width, tokenizer = folder.values["intermediate_size"], load_run_tokenizer(path, None, None)
+        return _Source(folder, folder.shapes, words, width, tokenizer, partial(folder.check, field="SOURCE"))
     trained = open_trained(source, lambda file: None, print)
     name = "blocks.{}.feed_forward.in_weight"
     widths = {tuple(trained.shapes().get(name.format(k), ())) for k in range(trained.config.model.num_layers)}
     if len(widths) != 1 or not (shape := widths.pop()):
         raise ConfigError(f"SOURCE={source} must be dense in every layer, all of one width: router=dense")
     tokenizer, path = find_tokenizer(trained, options.tokenizer)
-    model = trained.config.model
+    model, width = trained.config.model, shape[0] // 2
     if trained.config.router.dense_experts and model.moe.activation_function != SWIGLU:
         raise ConfigError(f"SOURCE={source} has {model.moe.activation_name}, which must be plain swiglu for upcycle")
     words = [f"model.{field}={_word(getattr(model, field))}" for field in _SHAPE]
-    words.append(f"model.ffn_hidden_size={shape[0] // 2}")
-    return trained.reader(), [*words, *_tokenizer_words(path)], shape[0] // 2, tokenizer, model
+    words += [f"model.ffn_hidden_size={width}", *_tokenizer_words(path)]
+    check = partial(_check_shape, dense=model, source=source)
+    return _Source(trained.reader(), trained.shapes(), words, width, tokenizer, check)
 
 
 def _check_shape(model: ModelConfig, dense: ModelConfig, source: Path) -> None:

@@ -31,6 +31,9 @@ _EXPERTS = {
 }
 """Architectures with experts: what they call a layer's feed-forward part, and an expert's gate, up and down."""
 _KNOWN = (*_DENSE, *_EXPERTS)
+_NEEDED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size"),
+)
 _QK_NORM = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "whole"}
 
 
@@ -56,7 +59,7 @@ class HuggingFaceFolder:
         self._path = path
         try:
             self.values: dict[str, Any] = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
-            kind = self.values["model_type"]
+            kind, *_ = (self.values[name] for name in ("model_type", *_NEEDED))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path / MODEL_CONFIG} is no configuration of transformers: {error!r}") from None
         if kind not in _KNOWN:
@@ -175,7 +178,10 @@ class HuggingFaceFolder:
         """File of each tensor."""
         index = self._path / INDEX_FILE
         if index.is_file():
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            try:
+                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{index} is no index of tensors: {error!r}") from None
         try:
             with safe_open(self._path / "model.safetensors", framework="pt") as file:
                 return dict.fromkeys(file.keys(), "model.safetensors")

@@ -1,7 +1,7 @@
 """Sparse upcycling: a dense model's feed-forward networks become the experts of a mixture of experts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,11 +65,21 @@ def dense_config(model: ModelConfig, width: int) -> ModelConfig:
 
 
 @torch.no_grad()
-def build_dense(model: ModelConfig, router: RouterConfig, read: WeightReader) -> DecoderLM:
-    """The dense model, in evaluation; ``model`` is that of ``dense_config``."""
+def build_dense(
+    model: ModelConfig, router: RouterConfig, reader: WeightReader, shapes: Mapping[str, Sequence[int]]
+) -> DecoderLM:
+    """The dense model, in evaluation; ``model`` is that of ``dense_config``, ``shapes`` are of what is read.
+
+    Raises:
+        ConfigError: A weight has another shape than the model's.
+    """
     dense = DecoderLM(model, router, ExpertShard())
     for name, parameter in dense.named_parameters():
-        parameter.copy_(read.read(name, WEIGHT, 0, parameter.numel()).view_as(parameter))
+        if (shape := list(shapes.get(name, ()))) != list(parameter.shape):
+            raise ConfigError(
+                f"SOURCE has {name} of the shape {shape}, the model that it describes {list(parameter.shape)}"
+            )
+        parameter.copy_(reader.read(name, WEIGHT, 0, parameter.numel()).view_as(parameter))
     return dense.eval()
 
 

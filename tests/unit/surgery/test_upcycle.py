@@ -242,6 +242,14 @@ def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: 
     assert "model_type=gpt2 is another architecture" in refusal(
         changed("gpt2", model_type="gpt2"), target, "router=top_k"
     )
+    line = refusal(changed("narrow", intermediate_size=8), target, "router=top_k")
+    assert "in_weight of the shape [56, 16], the model that it describes [16, 16]" in line
+    nameless = Path(changed("nameless"))
+    config = json.loads((nameless / "config.json").read_text())
+    del config["rms_norm_eps"]
+    (nameless / "config.json").write_text(json.dumps(config))
+    line = refusal(str(nameless), target, "router=top_k")
+    assert "config.json is no configuration of transformers: KeyError('rms_norm_eps')" in line
     assert "has hidden_act=gelu" in refusal(changed("gelu", hidden_act="gelu"), target, "router=top_k")
     assert "model.rope_base=10000.0 must be 500.0" in refusal(
         str(llama), target, "router=top_k", "model.rope_base=10000.0"
