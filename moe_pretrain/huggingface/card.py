@@ -79,6 +79,6 @@ def _of_rounded_routers(architecture: Architecture) -> str:
     if all(any(part in name for part in kept) for name in exact):
         return ""
     return (
-        "This class rounds its router to bfloat16 when it is loaded in that type, which training did not: some tokens "
-        "then go to other experts than in training, and in float32 they do not."
+        "This class rounds its router to bfloat16 when it is loaded in that type, which training did not, and some "
+        "tokens then go to other experts; loaded in float32 it keeps it."
     )
