@@ -82,6 +82,7 @@ def summarise(run_dir: Path, rows: dict[str, list[MetricsRow]] | None = None) ->
         "tokens": last["tokens"],
         "final_train_loss": last["train/loss"],
         "final_validation_loss": last_validation.get("validation/loss"),
+        "final_validation_step": last_validation.get("step"),
         "best_validation_loss": min((v for v in validation_losses if v is not None), default=None),
         "final_perplexity": last_validation.get("validation/perplexity"),
         "final_bits_per_byte": last_validation.get("validation/bits_per_byte"),
@@ -118,6 +119,8 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         return str(summary[key] or _UNKNOWN)
 
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    validated = summary["final_validation_step"]
+    when = "" if validated in (None, summary["steps"]) else f" at step {validated:,d}"
     loss = summary["final_train_loss"]  # every train row has one; null if it was NaN or infinite
     memory = summary["peak_memory_bytes"]
     leak = (
@@ -141,7 +144,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "Tokens": number("tokens"),
         "Steps": number("steps", ",d"),
         "Final train loss": "not finite" if loss is None else f"{loss:.4f}",
-        "Final validation loss": number("final_validation_loss", ".4f"),
+        "Final validation loss": number("final_validation_loss", ".4f") + when,
         "Best validation loss": number("best_validation_loss", ".4f"),
         "Validation perplexity": number("final_perplexity", ".2f"),
         "Bits per byte": number("final_bits_per_byte", ".4f"),

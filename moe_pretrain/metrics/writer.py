@@ -85,8 +85,9 @@ class MetricsWriter:
     def resume(self, step: int, is_validated: bool = True) -> None:
         """Continue the metrics of an earlier attempt. Call it before the first row.
 
-        Rows after ``step`` are removed, ``attempt`` goes up, and ``seconds`` goes on from the last
-        row kept. The caller then writes the event that says what was loaded.
+        Rows after ``step`` are removed, ``attempt`` goes up, and ``seconds`` goes on from the most that
+        a kept row has: the last one may be of an earlier step, at which another run branched off. The
+        caller then writes the event that says what was loaded.
 
         Args:
             step: Steps done in the loaded checkpoint; 0 when there is none to load.
@@ -97,7 +98,7 @@ class MetricsWriter:
         earlier = read_rows(self._jsonl.path)
         kept = self._jsonl.truncate_after(step, is_validated)
         self._attempt = 1 + max((row["attempt"] for row in earlier), default=-1)
-        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self._seconds_before = max((row["seconds"] for row in kept), default=0.0)
         self._must_resume = False
         self._start = monotonic()
         if self._wandb is not None:

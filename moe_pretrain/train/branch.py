@@ -80,14 +80,21 @@ def check_branch(config: Config) -> None:
         )
 
 
-def record_in_trunk(branch: Branch, run: Path, say: Callable[[str], None]) -> str:
-    """Write into the metrics of the run that is left that ``run`` branches off; in words why not, or nothing."""
+def record_in_trunk(branch: Branch, run: Path, tokens: int, say: Callable[[str], None]) -> str:
+    """Write into the metrics of the run that is left that ``run`` branches off; in words why not, or nothing.
+
+    Args:
+        branch: Where the run is left.
+        run: Folder of the run that goes on from there.
+        tokens: Consumed up to there.
+        say: Hears of the folder's lock.
+    """
     try:
         with owned(branch.folder, say):
             path = branch.folder / METRICS_FILE
             last = next((row for row in reversed(read_rows(path)) if row["step"] <= branch.step), {})
             sink = JsonlSink(path)
-            clock: dict[str, Any] = {key: last[key] for key in ("tokens", "seconds", "attempt") if key in last}
+            clock: dict[str, Any] = {"tokens": tokens} | {key: last.get(key, 0) for key in ("seconds", "attempt")}
             message = f"{run} goes on from {branch.checkpoint.name}"
             sink.write({"kind": "event", "step": branch.step, **clock, "event": "branched_off", "message": message})
             sink.close()

@@ -223,7 +223,7 @@ class Resumer:
         self._progress.leave_trunk()
         if self._mesh.is_main and state.rewinds:
             write_rewinds(self._folder, self._progress.rewinds)
-        unsaid = self._mesh.on_main(lambda: record_in_trunk(branch, self._folder, self._say))
+        unsaid = self._mesh.on_main(lambda: record_in_trunk(branch, self._folder, self._progress.tokens, self._say))
         others = f"; changed: {', '.join(allowed)}" if allowed else ""
         self._recorder.event("branched", f"from {path}{others}{unsaid}")
 

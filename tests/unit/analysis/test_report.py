@@ -188,6 +188,8 @@ def test_page_of_a_run_that_is_going_on(tmp_path):
     assert reader.text[reader.text.index("Steps") + 1] == "12"
     assert reader.text[reader.text.index("Final train loss") + 1] == "not finite"
     assert "unigram cross-entropy" not in reader.text
+    text = read_page(write_report(make_run(tmp_path / "later", steps=70))).text
+    assert text[text.index("Final validation loss") + 1].endswith(" at step 50")
 
 
 def test_page_of_a_dense_run_says_that_there_is_no_router(tmp_path):

@@ -1,6 +1,7 @@
 """The writer: attempts, wall time, the console, and a wandb that can fail without harm."""
 
 import io
+import json
 import math
 import sys
 import types
@@ -93,6 +94,23 @@ def test_resume_truncates_and_continues_attempt_and_seconds(tmp_path, clock):
     third.write(train_row(1))
     third.close()
     assert [(row["step"], row["attempt"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 2)]
+
+
+def test_a_row_of_an_earlier_step_at_the_end_does_not_turn_the_time_back(tmp_path, clock):
+    """A run that branched off at step 1 has told so after step 3."""
+    first = writer(tmp_path)
+    for step in range(1, 4):
+        clock.seconds += 10
+        first.write(train_row(step))
+    first.close()
+    row = {"kind": "event", "step": 1, "tokens": 100, "seconds": 10.0, "attempt": 0, "event": "branched_off"}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "message": "to x"}) + "\n")
+    second = writer(tmp_path)
+    second.resume(3)
+    clock.seconds += 7
+    second.write(train_row(4))
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["seconds"] == 37.0
 
 
 def test_resume_of_an_empty_folder_is_the_first_attempt(tmp_path):
