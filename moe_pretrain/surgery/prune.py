@@ -135,26 +135,34 @@ def choose_groups(
     """
     if method in ("uncurl", "seer", "router_norm") and not statistics.has_logits:
         raise ConfigError(f"--method={method} needs a score of every expert, which {type(layer.router).__name__} lacks")
-    if method == "reap":
-        return keep_highest(statistics.reap, experts)
-    if method == "frequency":
-        return keep_highest(statistics.frequency, experts)
-    if method == "seer":
-        return keep_highest(statistics.soft, experts)
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed * 1000 + layer.router.layer)
-        return keep_highest(torch.rand(layer.kinds.ffn, generator=generator), experts)
-    if method == "router_norm":
-        weight = dict(layer.router.named_parameters()).get("weight")
-        if weight is None or earlier is None:
-            kind = type(layer.router).__name__
-            raise ConfigError(f"--method=router_norm needs one row for each expert, which {kind} lacks")
-        return keep_highest(router_norm_change(earlier, weight.detach()), experts)
     if method == "uncurl":
         groups = spectral_groups(statistics.logit_correlation(), experts)
         return merged(groups, statistics.frequency, is_aligned=True)
-    assert method == "grouping"
-    return merged(agglomerate(statistics.output_similarity(layer), experts), None, is_aligned=False)
+    if method == "grouping":
+        return merged(agglomerate(statistics.output_similarity(layer), experts), None, is_aligned=False)
+    scores = _scores(method, layer, statistics, seed, earlier)
+    if (free := layer.router.free_slots) is not None:
+        scores = scores.masked_fill(free, -torch.inf)  # those in use stay first
+    return keep_highest(scores, experts)
+
+
+def _scores(method: str, layer: MoELayer, statistics: LayerStatistics, seed: int, earlier: Tensor | None) -> Tensor:
+    """Scores ``[experts]`` of which the highest stay."""
+    if method == "reap":
+        return statistics.reap
+    if method == "frequency":
+        return statistics.frequency
+    if method == "seer":
+        return statistics.soft
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed * 1000 + layer.router.layer)
+        return torch.rand(layer.kinds.ffn, generator=generator)
+    assert method == "router_norm"
+    weight = dict(layer.router.named_parameters()).get("weight")
+    if weight is None or earlier is None:
+        kind = type(layer.router).__name__
+        raise ConfigError(f"--method=router_norm needs one row for each expert, which {kind} lacks")
+    return router_norm_change(earlier, weight.detach())
 
 
 def pruned_checkpoint(run: TrainedRun, pruned: PrunedRun, state: TrainState) -> PlainCheckpoint:

@@ -283,6 +283,19 @@ def test_the_growth_of_a_row_says_nothing_where_logits_are_not_of_rows(words: tu
         choose_groups("router_norm", layer, found, KEPT, 0, torch.zeros(EXPERTS, 24))
 
 
+@pytest.mark.parametrize("method", ["random", "frequency", "reap"])
+def test_slots_in_use_stay_first(method: str, home: Path):
+    """Where all that are left are not in use, every token would go to what lies in the first one."""
+    measured = Measured(home, "router=dynmoe", "router.initial_experts=2")
+    for layer, found, _ in measured.layers:
+        found.frequency.zero_()
+        found.gated_norm.zero_()
+        layer.router.in_use.copy_(torch.tensor([0, 0, 1, 0, 0, 1]))
+        for seed in range(5):
+            kept = choose_groups(method, layer, found, 3, seed)
+            assert {2, 5} < {group.members[0] for group in kept}
+
+
 def test_padding_counts_nowhere(top_k: Measured):
     batch = top_k.batches[0]
     padded = type(batch)(**{**vars(batch), "document_ids": torch.full_like(batch.document_ids, -1)})
