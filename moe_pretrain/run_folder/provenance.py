@@ -146,6 +146,15 @@ def router_file_hash(file: str | None) -> str | None:
     return None if file is None else xxhash.xxh3_64_hexdigest(Path(file).read_bytes())
 
 
+def program_hash() -> str:
+    """Hash of the files of python of this package: equal for equal programs, wherever they lie."""
+    root = Path(__file__).parents[1]
+    digest = xxhash.xxh3_64()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def commit() -> str | None:
     """Commit of the checkout that the package runs from, ``+changes`` if files differ from it; None without one."""
     file = Path(__file__).resolve()

@@ -5,7 +5,7 @@ The only file that knows all others. ``train`` runs in every worker process; the
 
 import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,21 +13,22 @@ import torch.distributed as dist
 
 from moe_pretrain.config.match_budget import describe_match
 from moe_pretrain.config.preflight import RunPlan
-from moe_pretrain.config.schema import Config
-from moe_pretrain.data import TrainLoader
+from moe_pretrain.config.schema import Config, to_values
+from moe_pretrain.data import ShardReader, TrainingCorpus, TrainLoader
 from moe_pretrain.engine.engine import TrainEngine
 from moe_pretrain.engine.optimizers.base import describe_rates, rate_scales_by_group
 from moe_pretrain.metrics.wandb_start import keep_wandb_inside
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.model.init import initialise
 from moe_pretrain.moe.kernels import resolve_kernels
-from moe_pretrain.parallel.agreement import require_same
+from moe_pretrain.parallel.agreement import require_same, require_same_text
 from moe_pretrain.parallel.deepspeed_moe import prepare_experts
 from moe_pretrain.parallel.heartbeat import Heartbeat
 from moe_pretrain.parallel.mesh import Mesh, build_mesh
 from moe_pretrain.parallel.rendezvous import Rendezvous, meet
 from moe_pretrain.run_folder.lock import RunInUse, joined, owned
-from moe_pretrain.run_folder.provenance import claim_overrides
+from moe_pretrain.run_folder.provenance import claim_overrides, program_hash, router_file_hash, versions
+from moe_pretrain.run_folder.record import flatten
 from moe_pretrain.schedule.batch_plan import BatchPlan
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.cpu import keep_freed_memory
@@ -81,9 +82,18 @@ def train(config: Config, plan: RunPlan, overrides: Sequence[str] = ()) -> int:
                 return STOPPED
 
 
+_OF_A_HOST = ("run.output_dir", "run.cache_dir", "run.prepare_workers")
+"""Fields that each host may have in its own way."""
+
+
 def _found_here(config: Config, plan: RunPlan) -> dict[str, str]:
-    """Fields that may be ``auto``, and what they are by this rank's machine and packages."""
+    """All that decides what this rank does: settings, ``auto`` by its machine and packages, program, own router."""
+    values = {name: str(value) for name, value in flatten(to_values(config)).items() if name not in _OF_A_HOST}
     return {
+        **values,
+        **{f"version of {package}": version for package, version in versions().items()},
+        "files of moe_pretrain": program_hash(),
+        "content of router_file": str(router_file_hash(config.router_file)),
         "engine.device": plan.device,
         "engine.dtype": plan.dtype,
         "engine.kernels": resolve_kernels(config.engine.kernels, plan.device),
@@ -182,13 +192,14 @@ class StoppedEarly(Exception):
 
 
 def _prepare_corpora(config: Config, context: RunContext) -> Corpora:
-    """Tokenise on the first rank, then open the result on all.
+    """Tokenise on the first rank, then open the result on all, which must have the same.
 
     The others wait in a collective that the first rank joins with every line of progress, so hours of tokenising do not
     look like a rank that hangs, and a signal to any of them ends it.
 
     Raises:
         StoppedEarly: A signal came.
+        ValueError: A corpus cannot be used, or is not the same on every rank; one line.
     """
     mesh, say = context.mesh, context.say
 
@@ -203,7 +214,13 @@ def _prepare_corpora(config: Config, context: RunContext) -> Corpora:
     if not mesh.is_main:
         while not (number := share(0)):
             pass
-        return prepare_corpora(config, say, False, number)
+        try:
+            corpora = prepare_corpora(config, say, False, number)
+        except (OSError, ValueError) as error:
+            require_same_text({}, error)
+            raise
+        require_same_text(_texts_here(*corpora))
+        return corpora
     is_at_work = True
 
     def report(line: str) -> None:
@@ -215,7 +232,16 @@ def _prepare_corpora(config: Config, context: RunContext) -> Corpora:
     corpora = prepare_corpora(config, report, True, drawn)
     is_at_work = False
     share(drawn)
+    require_same_text(_texts_here(*corpora))
     return corpora
+
+
+def _texts_here(corpus: TrainingCorpus, sets: Mapping[str, ShardReader]) -> dict[str, str]:
+    """Hashes of the tokens that this rank has: each host may have its own copy of the text."""
+    return {
+        "text of data": corpus.fingerprint,
+        **{f"text of evaluation set {name}": reader.fingerprint for name, reader in sets.items()},
+    }
 
 
 def _tell_token_counts(model: DecoderLM, loader: TrainLoader, plan: BatchPlan, mesh: Mesh) -> None:
