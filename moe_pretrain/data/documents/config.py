@@ -202,6 +202,20 @@ def has_own_split(config: CorpusConfig) -> bool:
     )
 
 
+def what_splits(config: CorpusConfig) -> tuple[str, str]:
+    """The field that decides what is held out, and what to do where it leaves a side empty."""
+    fraction = f"data.validation_fraction={config.validation_fraction}"
+    if not has_own_split(config):
+        return fraction, "take another fraction, or more documents"
+    assert isinstance(config, LocalCorpusConfig)
+    if config.validation_paths is not None:
+        return f"data.validation_paths={list(config.validation_paths)}", "name other files"
+    return (
+        f"{fraction} data.validation_split=end",
+        "name what is held out in data.validation_paths, for gzip files and groups of parquet's rows are not cut",
+    )
+
+
 def can_be_on_both_sides(config: CorpusConfig) -> bool:
     """Whether documents are to be looked for on both sides: nearly equal ones where asked for, equal ones always.
 

@@ -17,6 +17,7 @@ from moe_pretrain.data.documents.config import (
     can_be_on_both_sides,
     describe,
     version_and_licence,
+    what_splits,
 )
 from moe_pretrain.data.documents.hub import START, Place
 from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
@@ -259,17 +260,16 @@ class Preparation:
         found = counts.train + counts.validation
         for side, number in (("training", counts.train), ("validation", counts.validation)):
             if not found:
-                raise ValueError(f"data: no document with text in {describe(corpus)} ({counts.read} rows read)")
+                rows = f"{counts.read} rows read{counts.describe_left_out().replace(' +', ' =', 1)}"
+                raise ValueError(f"data: no document with text in {describe(corpus)} ({rows})")
             if side == "validation" and not number and counts.duplicate:
                 raise ValueError(
                     f"data.near_duplicates=drop leaves no validation document in {describe(corpus)}: training has the "
                     f"same or nearly the same of all {counts.duplicate}; count keeps them"
                 )
             if not number and self.sides == SIDES:
-                raise ValueError(
-                    f"data.validation_fraction={corpus.validation_fraction} leaves no {side} "
-                    f"document of the {found} in {describe(corpus)}: take another fraction, or more documents"
-                )
+                what, way_out = what_splits(corpus)
+                raise ValueError(f"{what} leaves no {side} document of the {found} in {describe(corpus)}: {way_out}")
         tokens = sum(shard.tokens - shard.documents for record in records for shard in record.shards if shard)
         unknown = tokenizer.describe_unknown(counts.unknown, tokens, self._tokenizer_config.max_unknown)
         if unknown:

@@ -175,7 +175,7 @@ def test_a_corpus_that_comes_from_the_cache_is_named(tmp_path):
 def test_a_corpus_of_empty_texts_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
     (tmp_path / "b.txt").write_text("")
-    with pytest.raises(ValueError, match=r"^data: no document with text in files: .* \(4 rows read\)$"):
+    with pytest.raises(ValueError, match=r"^data: no document with text in files: .* \(4 rows read = 4 \S+\)$"):
         prepare_corpus(files(tmp_path / "*.*"), TokenizerConfig("train", 300, None), tmp_path / "c", None, 1, None)
 
 

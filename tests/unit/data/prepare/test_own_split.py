@@ -4,6 +4,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from helpers.corpora import files
 
@@ -127,3 +129,25 @@ def test_a_stream_has_no_split_of_its_own():
         load([*words, "data.validation_split=end"])
     with pytest.raises(ValueError, match="data.validation_paths"):
         load([*words, "data.validation_paths=[b.txt]"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_an_end_that_cannot_be_cut_off_says_what_can(tmp_path, texts, name):
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / name)
+    else:
+        write_lines(tmp_path / name, texts)
+    config = files(tmp_path / name, validation_split="end", fraction=0.2)
+    words = (
+        r"^data.validation_fraction=0.2 data.validation_split=end leaves no training [^\n]*: name what is held out in"
+    )
+    with pytest.raises(ValueError, match=words):
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
+
+
+def test_named_files_without_a_text_are_named(tmp_path, texts):
+    write_lines(tmp_path / "a.jsonl", texts)
+    write_lines(tmp_path / "b.jsonl", ["", ""])
+    config = files(tmp_path / "a.jsonl", validation_paths=(str(tmp_path / "b.jsonl"),))
+    with pytest.raises(ValueError, match=r"^data.validation_paths=\['.*b.jsonl'\] leaves no validation document"):
+        prepare_corpus(config, TOKENIZER, tmp_path / "cache", None, 1, None)
