@@ -41,7 +41,7 @@ class RunRecord:
             killed. ``unreadable``: a file of it is missing or broken.
         problem: Why it is unreadable, failed or diverged; else empty.
         is_complete: Whether it made all its steps, diverged or not.
-        folder: Where it is.
+        folder: Where it is; of a link, where that leads: to the run's sweep and its tuning.
     """
 
     name: str
@@ -151,7 +151,7 @@ def _read_run(folder: Path, root: Path) -> RunRecord:
         state="unreadable" if problems else state,
         problem="; ".join(problems) or problem,
         is_complete=_last_word(rows)[0] == "finished" and not problems,
-        folder=folder,
+        folder=folder.resolve() if folder.is_symlink() else folder,
     )
 
 

@@ -140,6 +140,11 @@ def tunings(
             losses = [_loss(run, trial, key) for run, trial in zip(runs, scheme.trials, strict=True)]
             found[variant.name] = Tuning(scheme, folder.record, [run for run in runs if run], losses, chosen)
             lines += _other_trials(variant, scheme, folder)
+            if (seed := folder.record.tuning_seed) in {run.seed for run in variant.counted}:
+                lines.append(
+                    f"THE TUNING SEED IS AMONG THE SEEDS of {variant.name}: its values were chosen by the luck of seed "
+                    f"{seed}, so its mean is too good."
+                )
         if len(schemes) > 1:
             lines.append(f"{variant.name} stands for {', '.join(schemes)}: what was chosen made them the same scheme.")
     belied = [f"{_BELIED}: {few(names)} ran with {words}, which it chose." for words, names in strays.items()]

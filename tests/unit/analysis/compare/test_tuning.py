@@ -79,6 +79,26 @@ def test_a_trial_of_the_chosen_rate_is_no_seed_of_its_variant(tmp_path: Path):
     assert [folder.name for folder in one_of_each_variant(tmp_path)] == ["top_k-0.002-1", "top_p-0.002-1"]
 
 
+def test_linked_trials_are_trials(tmp_path: Path):
+    plant(tmp_path / "sweeps", TOP_K, BASE)
+    plant(tmp_path / "sweeps", TOP_P, WORSE)
+    (tmp_path / "links").mkdir()
+    for job in (tmp_path / "sweeps" / "tuned").iterdir():
+        if job.is_dir():
+            (tmp_path / "links" / f"my-{job.name}").symlink_to(job)
+    there, linked = compare(tmp_path / "sweeps"), compare(tmp_path / "links")
+    assert len(linked.runs) == 6 and linked.losses == there.losses
+    assert linked.paired == there.paired and set(linked.tuned) == {"top_k", "top_p"}
+
+
+def test_a_run_of_the_tuning_seed_among_the_seeds_is_said(tmp_path: Path):
+    plant(tmp_path, TOP_K, BASE)
+    assert not any("TUNING SEED" in line for line in compare(tmp_path).warnings)
+    shutil.copytree(tmp_path / "tuned" / "top_k-0.002-0", tmp_path / "picked")
+    (line,) = [line for line in compare(tmp_path).warnings if "TUNING SEED" in line]
+    assert line.startswith("THE TUNING SEED IS AMONG THE SEEDS of top_k: ") and "luck of seed 0" in line
+
+
 def test_only_trials_are_nothing_to_compare(tmp_path: Path):
     plant(tmp_path, TOP_K, {})
     with pytest.raises(ValueError, match="has only trials of a tuning so far"):
