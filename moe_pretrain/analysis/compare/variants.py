@@ -107,7 +107,7 @@ def _other_seeds_of_one(
 
 
 def _what_decides(values: Mapping[str, Any], folder: Path) -> str:
-    """What decides the result but the seed: of a beginning, if it can be read, the settings and not the place."""
+    """Settings that decide the result, but the seed: of a beginning, if it can be read, its own and not the place."""
     own = {key: value for key, value in _experiment(values).items() if key not in SPEED}
     if branch := own.get("checkpoint.branch_from"):
         name, _, step = str(branch).rpartition("@")
@@ -123,7 +123,7 @@ def _what_decides(values: Mapping[str, Any], folder: Path) -> str:
 
 
 def _settings(folder: Path) -> str | None:
-    """What decides the result of the run in ``folder``; None if there is none that can be read."""
+    """Settings that decide the result of the run in ``folder``; None if there is none that can be read."""
     with suppress(ValueError):
         if values := flatten(read_config(folder)):
             return _what_decides(values, folder)

@@ -300,7 +300,7 @@ def context_of(context: RoutingContext, tokens: Tensor | slice) -> RoutingContex
 
 
 def twice(decision: Decision) -> tuple[Tensor, RoutingContext]:
-    """What a router is given of the decision's rows in a micro-batch that has each of them twice."""
+    """Input of a router, of the decision's rows, in a micro-batch that has each of them twice."""
     tokens, told = torch.arange(len(decision.hidden)).repeat(2), decision.context
     total = None if told.global_tokens is None else 2 * told.global_tokens
     doubled = replace(
