@@ -90,7 +90,7 @@ def check_tokens(folder: Path, tokenizer: Tokenizer) -> None:
         place = next(at for at, (own, other) in enumerate(pairs) if own != other)
         raise ValueError(
             f"the exported tokenizer is not that of the run: token {place} of a text is {theirs[place : place + 1]} "
-            f"there and {ours[place : place + 1]} here; nothing was written"
+            f"there and {ours[place : place + 1]} here; nothing was written, and --no-check would write it so"
         )
 
 
