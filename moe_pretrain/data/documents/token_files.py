@@ -25,6 +25,7 @@ _TOKENS_PER_SCAN = 2**22
 _NUMPY_MAGIC = b"\x93NUMPY"
 # Types that flat files are written in; the second and third hold ids that fit into the first with zeros between them.
 _FLAT_DTYPES = ("<u2", "<u4", "<i8", ">u2", ">u4", ">i8")
+_HOLE_TOKENS = 2**11  # so many zeros in a row are no text: a memory map that was not filled, rows of padding
 _TOKENS_PER_SAMPLE = 2**14  # at each of three places, to see whether ids are ids
 
 
@@ -102,7 +103,7 @@ def token_rows(
                     continue
                 if len(tokens) and tokens[-1] == end_of_document:
                     tokens = tokens[:-1]
-                _check_range(tokens, offset, vocab_size)
+                _check_tokens(tokens, offset, vocab_size)
                 identity = f"{path}#{number}"
                 yield TokenDocument(identity, tokens, packed) if len(tokens) else LeftOut(identity, "empty")
             piece.check_unchanged()
@@ -115,7 +116,7 @@ def _unpacked(
     for number, start, document in _flat_documents(tokens, 0, len(tokens), end_of_document):
         is_last = start + len(document) == len(tokens)
         document = document[:-1] if document[-1] == end_of_document else document
-        _check_range(document, offset + start, vocab_size)
+        _check_tokens(document, offset + start, vocab_size)
         place = f"{identity}+{number}"
         yield TokenDocument(place, document, not is_last) if len(document) else LeftOut(place, "empty")
 
@@ -281,7 +282,19 @@ def _are_ids(path: Path, dtype: np.dtype, vocab_size: int) -> bool:
     return bool(sample.min() >= 0 and sample.max() < vocab_size and sample.any())
 
 
-def _check_range(tokens: np.ndarray, offset: int, vocab_size: int) -> None:
+def _check_tokens(tokens: np.ndarray, offset: int, vocab_size: int) -> None:
+    """Refuse tokens that are no ids, or that nobody has written.
+
+    Raises:
+        ValueError: There are some.
+    """
+    blocks = tokens[: len(tokens) // _HOLE_TOKENS * _HOLE_TOKENS].reshape(-1, _HOLE_TOKENS).any(axis=1)
+    if not blocks.all():
+        start = offset + int(np.flatnonzero(~blocks)[0]) * _HOLE_TOKENS
+        raise ValueError(
+            f"token {start}: here and in the {_HOLE_TOKENS - 1} that follow id 0 stands: padding, or a file that was "
+            "not written to its end; cut these tokens off"
+        )
     if len(tokens) and (tokens.max() >= vocab_size or tokens.min() < 0):
         place = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
         raise ValueError(

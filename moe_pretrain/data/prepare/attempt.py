@@ -13,6 +13,7 @@ import numpy as np
 from moe_pretrain.data.documents.config import (
     CorpusConfig,
     HubCorpusConfig,
+    LocalCorpusConfig,
     TokensCorpusConfig,
     can_be_on_both_sides,
     describe,
@@ -20,7 +21,7 @@ from moe_pretrain.data.documents.config import (
     what_splits,
 )
 from moe_pretrain.data.documents.hub import START, Place
-from moe_pretrain.data.documents.work_units import Unit, plan_units, stream_units
+from moe_pretrain.data.documents.work_units import Unit, local_files, plan_units, stream_units, validation_files
 from moe_pretrain.data.prepare import cache
 from moe_pretrain.data.prepare.progress_line import ProgressLine
 from moe_pretrain.data.prepare.worker_pool import (
@@ -251,6 +252,11 @@ class Preparation:
                 )  # fmt: skip
         return NOTHING
 
+    def _num_files(self) -> int:
+        """Files of a corpus of local ones."""
+        assert isinstance(self._corpus, LocalCorpusConfig)
+        return len(local_files(self._corpus).files) + len(validation_files(self._corpus))
+
     def _finish(self, tokenizer: Tokenizer) -> None:
         """Write the manifests and give the folder its name."""
         corpus = self._corpus
@@ -285,6 +291,11 @@ class Preparation:
                 folder, infos, token_counts, tokenizer.end_of_document, tokenizer.fingerprint, origin
             )
             write_manifest(folder, manifest, token_counts)
+        if isinstance(corpus, TokensCorpusConfig) and counts.read == self._num_files():
+            self.report(
+                f"each of the {counts.read:,} files is one document: none has {tokenizer.end_token} "
+                f"(id {tokenizer.end_of_document}), which ends a document of this tokenizer, before its end"
+            )
         if counts.packed:
             assert isinstance(corpus, TokensCorpusConfig)
             self.report(

@@ -271,3 +271,40 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, tokenizer):
     flat(documents[::-1], end).astype("<u2").tofile(path)
     with pytest.raises(ValueError, match=f"^data.paths: {path}: it was changed while it was read"):
         list(token_rows(units[-1].pieces, tokens(path), vocab_size, end))
+
+
+@pytest.mark.parametrize("kind", ["flat", "megatron"])
+def test_zeros_that_nobody_has_written_are_refused(tmp_path, tokenizer, kind):
+    """A memory map that was made too long, or was not filled before its writer died; id 0 does not end documents."""
+    _, vocab_size, _ = tokenizer
+    end = 7  # of another tokenizer: not 0
+    documents = [document + (document == 0) for document in random_documents(vocab_size, end)]
+    for number, refused in ((6000, True), (1500, False)):
+        if kind == "flat":
+            path = tmp_path / f"{number}.bin"
+            np.append(flat(documents, end), np.zeros(number)).astype("<u2").tofile(path)
+        else:
+            path = write_megatron(tmp_path / f"{number}", [*documents, np.zeros(number, int)], np.uint16)
+        units = sources.plan_units(tokens(path), 4_000_000)
+        pieces = [piece for unit in units for piece in unit.pieces]
+        rows = token_rows(tuple(pieces), tokens(path), vocab_size, end)
+        if refused:
+            with pytest.raises(
+                ValueError, match=rf"^data.paths: {path}: token \d+: here and in the 2047 that follow id 0"
+            ):
+                list(rows)
+        else:
+            assert len(list(rows)[-1].tokens) == number
+
+
+def test_files_without_an_end_of_a_document_are_said(tmp_path, tokenizer):
+    config, vocab_size, end = tokenizer
+    lines = []
+    for number in range(40):
+        np.full(50, 1 + number % 9 + (1 + number % 9 >= end)).astype("<u2").tofile(tmp_path / f"{number}.bin")
+    prepare_corpus(tokens(tmp_path / "*.bin", fraction=0.5), config, tmp_path / "cache", None, 1, lines.append)
+    assert any(line.startswith("each of the 40 files is one document: none has <|endoftext|> (id 0)") for line in lines)
+    np.array([1, end, 2], "<u2").tofile(tmp_path / "40.bin")
+    lines.clear()
+    prepare_corpus(tokens(tmp_path / "*.bin", fraction=0.5), config, tmp_path / "cache", None, 1, lines.append)
+    assert lines and not any("is one document" in line for line in lines)
