@@ -122,6 +122,7 @@ def write_facts(config: Config, plan: RunPlan, data: RunData, mesh: Mesh) -> Non
     values = json.loads(json.dumps(to_values(config)))
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else processor()
     model = meta_model(config.model, config.router)
+    routers = [layer.router for layer in model.moe_layers()]
     facts = {
         "total_parameters": size.total_parameters,
         "active_parameters": size.active_parameters,
@@ -129,7 +130,9 @@ def write_facts(config: Config, plan: RunPlan, data: RunData, mesh: Mesh) -> Non
         "planned_steps": config.num_steps,
         # Of each group the different ones; a row's train/learning_rate times these are the rates of its step.
         "learning_rate_scales": rate_scales_by_group(model, config.optimizer),
-        "causal_in_evaluation": all(layer.router.causal_in_evaluation for layer in model.moe_layers()),
+        "causal_in_training": all(router.causal_in_training for router in routers),
+        "causal_in_evaluation": all(router.causal_in_evaluation for router in routers),
+        "micro_batch_size": plan.batches.micro_batch_size,
         "router_file_hash": router_file_hash(config.router_file),
         "unigram_cross_entropy": data.unigram_cross_entropy,
         "validation_text": {name: asdict(text) for name, text in data.validation_text.items()},

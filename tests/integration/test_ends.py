@@ -82,6 +82,8 @@ def test_what_an_own_router_does_and_that_its_file_changed_is_recorded(home: Pat
         assert code == 0, err
         facts.append(json.loads((home / "outputs" / "own" / "summary.json").read_text()))
     assert [each["causal_in_evaluation"] for each in facts] == [False, False, True]
+    assert [each["causal_in_training"] for each in facts] == [False, False, True]
+    assert facts[0]["micro_batch_size"] == 4
     assert facts[0]["router_file_hash"] == facts[1]["router_file_hash"] != facts[2]["router_file_hash"]
     changed = [message for event, message in ends(home, "own") if "router_file" in message]
     assert len(changed) == 1 and "router_file" in changed_fields(changed[0])

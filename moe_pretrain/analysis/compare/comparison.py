@@ -342,14 +342,21 @@ def _warn_of_data(variants: Sequence[Variant], key: str, tuned: Container[str]) 
     others = unnamed_differences(variants, tuned)
     if others:
         found.append(f"Variants also differ in {', '.join(others)}: see the table of differences.")
-    for fact, consequence in (("versions", ""), ("commit", ""), ("device", " Speeds do not compare.")):
+    for fact in ("versions", "commit", "dtype", "device"):
         if len({str(run.facts.get(fact)) for run in counted}) > 1:
+            consequence = " Speeds do not compare." if fact == "device" else ""
             found.append(f"Runs differ in their {fact}.{consequence} " + _listed(variants, fact))
     for variant in variants:
         if len({run.facts.get("router_file_hash") for run in variant.counted}) > 1:
             found.append(
                 f"ROUTER FILE CHANGED: seeds of {variant.name} ran with different contents of "
                 f"{variant.values['router_file']}; they are counted as one scheme."
+            )
+        rows = {size for run in variant.counted if (size := run.facts.get("micro_batch_size"))}
+        if len(rows) > 1 and not all(run.facts.get("causal_in_training", True) for run in variant.counted):
+            found.append(
+                f"MICRO-BATCHES DIFFER: in training of {variant.name} the tokens of a micro-batch compete, and its "
+                f"seeds had {' and '.join(map(str, sorted(rows)))} rows in one; they are counted as one scheme."
             )
     return found
 

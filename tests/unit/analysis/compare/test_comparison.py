@@ -314,6 +314,7 @@ def test_unfair_comparisons_are_said(tmp_path: Path, change: dict, warning: str)
     ("facts", "warning"),
     [
         ({"commit": "2"}, "Runs differ in their commit. top_k: 1; top_p: 1 or 2"),
+        ({"dtype": "float32"}, "Runs differ in their dtype. top_k: bfloat16; top_p: bfloat16 or float32"),
         (
             {"router_file_hash": "2"},
             "ROUTER FILE CHANGED: seeds of top_p ran with different contents of my.py; they are counted as one scheme.",
@@ -322,7 +323,7 @@ def test_unfair_comparisons_are_said(tmp_path: Path, change: dict, warning: str)
 )
 def test_code_that_changed_between_runs_is_said(tmp_path: Path, facts: dict, warning: str):
     for seed, loss in BASE.items():
-        same = {"commit": "1", "router_file_hash": "1"}
+        same = {"commit": "1", "dtype": "bfloat16", "router_file_hash": "1"}
         own = {"router_file": "my.py"}
         for name, router, others in (("a", None, same), ("b", TOP_P, same | (facts if seed == 3 else {}))):
             planted = Planted(f"{name}-{seed}", loss, seed, facts=others)
@@ -331,6 +332,17 @@ def test_code_that_changed_between_runs_is_said(tmp_path: Path, facts: dict, war
             config = yaml.safe_load((folder / "config.yaml").read_text()) | own
             (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert warning in compare(tmp_path).warnings
+
+
+def test_seeds_whose_tokens_competed_in_other_micro_batches_are_said(tmp_path: Path):
+    """As on another number of ranks, with ``batch.micro_batch_size=null``; where none compete it is speed alone."""
+    for seed, loss in BASE.items():
+        at = {"micro_batch_size": 4 if seed == 2 else 8}
+        for name, is_causal in (("top_k", True), ("sinkhorn", False)):
+            facts = {**at, "causal_in_training": is_causal}
+            Planted(f"{name}-{seed}", loss, seed, {"name": name}, facts=facts).write(tmp_path)
+    (line,) = [line for line in compare(tmp_path).warnings if line.startswith("MICRO-BATCHES DIFFER")]
+    assert "training of sinkhorn" in line and "4 and 8 rows" in line
 
 
 def test_a_loss_that_knows_later_tokens_has_no_verdict_and_takes_no_place(tmp_path: Path):
