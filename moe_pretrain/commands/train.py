@@ -16,7 +16,7 @@ from moe_pretrain.plan.micro_batch import USABLE, with_largest_micro_batch
 from moe_pretrain.run_folder.identity import decides
 from moe_pretrain.run_folder.lock import owned
 from moe_pretrain.run_folder.paths import misspelt_run
-from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides
+from moe_pretrain.run_folder.provenance import claim_overrides, read_config, read_overrides, refuse_lost_overrides
 from moe_pretrain.schedule.batch_plan import plan_batches
 from moe_pretrain.system.child_process import is_worker
 from moe_pretrain.system.gpu import smallest_memory
@@ -88,6 +88,9 @@ def with_earlier_overrides(overrides: list[str], say: Callable[[str], None] = pr
 
     A job of a sweep, which is told the sweep's name, is given all of its overrides every time. A name that is new,
     almost that of a run, and given alone is more often a resume that is misspelt than a run: this is said.
+
+    Raises:
+        ValueError: The run has begun and what it was started with is lost: its name alone would train the defaults.
     """
     if any(word.startswith("sweep.name=") for word in overrides):
         return overrides
@@ -102,6 +105,8 @@ def with_earlier_overrides(overrides: list[str], say: Callable[[str], None] = pr
         if is_default and not folder.exists() and (meant := misspelt_run(folder)) is not None:
             default = f"{folder} is a new run with the default configuration"
             say(f"{default}; did you mean run.name={meant.name}, which exists?")
+        if is_default:
+            refuse_lost_overrides(folder)
         return overrides
     words = earlier_words(folder, recorded, overrides)
     values = read_config(folder)  # read after the overrides: whoever writes them writes it first

@@ -53,6 +53,16 @@ def read_overrides(folder: Path) -> list[str]:
     return content.split("\n")[:-1] if content else []  # a word may hold other ends of lines (U+2028)
 
 
+def refuse_lost_overrides(folder: Path) -> None:
+    """Raise ValueError if a run has begun and what it was started with is not there any more."""
+    path = folder / OVERRIDES_FILE
+    if (folder / CONFIG_FILE).exists() and not path.exists():
+        raise ValueError(
+            f"{path} is missing, with which the run was started: put it back, or give all of the run's words again "
+            f"({CONFIG_FILE} has every value)"
+        )
+
+
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Write the resolved configuration, plain values only; a resume replaces that of the attempt before."""
     write_whole(folder / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=False))

@@ -103,6 +103,16 @@ def test_words_that_were_added_are_the_same_words_next_time(tmp_path: Path):
     assert with_earlier_overrides(named) == words
 
 
+def test_a_run_whose_words_are_lost_does_not_become_one_of_the_defaults(tmp_path: Path):
+    named = run_of_before(tmp_path, *FILES)
+    (tmp_path / "old" / "overrides.txt").unlink()
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*old/overrides.txt is missing, with which the run was started: put it"
+    ):
+        with_earlier_overrides(named)
+    assert with_earlier_overrides([*named, *FILES]) == [*named, *FILES]
+
+
 def test_another_choice_leaves_the_fields_of_the_first_behind(tmp_path: Path):
     named = run_of_before(tmp_path, *FILES, "schedule=warmup_stable_decay", "schedule.decay_fraction=0.2")
     then = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
