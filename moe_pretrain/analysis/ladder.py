@@ -81,6 +81,11 @@ class Ladder:
         return [(sizes.index(rung.parameters), rung.tokens, rung.run.seed) for rung in self.rungs]
 
     @property
+    def knows_later_tokens(self) -> bool:
+        """Whether its losses are no language model's: a token's experts depend on what comes after."""
+        return not all(rung.run.facts.get("causal_in_evaluation", True) for rung in self.rungs)
+
+    @property
     def flops_factor(self) -> float:
         """FLOPs of a run over its parameters times its tokens, geometric mean."""
         return math.exp(np.mean([math.log(rung.flops / rung.parameters / rung.tokens) for rung in self.rungs]))
@@ -214,15 +219,19 @@ class Gain:
         name: The other scheme.
         here: At the largest size and length of the reference's ladder.
         there: At ``scale`` times both.
+        is_of_a_kind: Whether both or none of the two losses know later tokens.
     """
 
     name: str
     here: PercentileInterval
     there: PercentileInterval
+    is_of_a_kind: bool = True
 
     @property
     def verdict(self) -> str:
         """Verdict on the gain at the larger scale, in words."""
+        if not self.is_of_a_kind:
+            return "not tested: one loss knows later tokens"
         if not self.there.sign:
             return "cannot be told" if self.here.sign else "no difference can be told"
         if self.here.sign and self.here.sign != self.there.sign:
@@ -240,7 +249,16 @@ def gains(ladders: Sequence[Ladder], reference: Ladder, scale: float) -> list[Ga
         value = reference.fit.law.loss(*place) - other.fit.law.loss(*place)
         return PercentileInterval.of(value, [one.loss(*place) - two.loss(*place) for one, two in pairs])
 
-    return [Gain(other.name, gain(other, 1.0), gain(other, scale)) for other in ladders if other is not reference]
+    return [
+        Gain(
+            other.name,
+            gain(other, 1.0),
+            gain(other, scale),
+            other.knows_later_tokens == reference.knows_later_tokens,
+        )
+        for other in ladders
+        if other is not reference
+    ]
 
 
 def choose_reference(ladders: Sequence[Ladder], asked: str | None) -> Ladder:

@@ -149,3 +149,13 @@ def test_a_copied_run_is_no_further_evidence(tmp_path: Path, monkeypatch: pytest
     shutil.copytree(tmp_path / "top_k-1e+06-20", tmp_path / "copy")
     (only,) = read_ladders(find_runs(tmp_path), tmp_path)
     assert len(only.rungs) == 12
+
+
+def test_a_gain_by_knowing_later_tokens_has_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ladder, "RESAMPLES", 2)
+    plant(tmp_path, ("top_k", "stays"))
+    for path in tmp_path.glob("stays*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"causal_in_evaluation": False}))
+    ladders = read_ladders(find_runs(tmp_path), tmp_path)
+    (gain,) = gains(ladders, choose_reference(ladders, "top_k"), 10.0)
+    assert gain.here.low > 0 and gain.verdict == "not tested: one loss knows later tokens"
