@@ -143,7 +143,7 @@ class Attention(nn.Module):
     ]:
         """Queries and keys, normed if so configured and rotated, and values."""
         projected = functional.linear(hidden, self.qkv_weight)
-        if projected.is_cuda and self.query_norm is None:
+        if self.query_norm is None:
             return rotated_projection(projected, rotary, self.sizes, self.head_size)
         query, key, value = projected.split(self.sizes, dim=-1)
         query, key = self._by_head(query, self.query_norm), self._by_head(key, self.key_norm)

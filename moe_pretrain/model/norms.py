@@ -37,7 +37,7 @@ class RMSNorm(Norm):
 
 
 class ResidualNorm(Norm):
-    """The norm of the residual stream after a sum: on CUDA one kernel for both, and one for both gradients."""
+    """The norm of the residual stream after a sum, one node; on CUDA one kernel, and one for the gradients."""
 
     def forward(
         self, hidden: Float[Tensor, "... hidden"], delta: Float[Tensor, "... hidden"] | None
@@ -45,14 +45,9 @@ class ResidualNorm(Norm):
         """``hidden + delta``, which is ``hidden`` where there is nothing to add, and its norm."""
         if self.kernels == "liger" and delta is not None:
             return liger_added_norm(hidden, delta, self.weight, self.epsilon)
-        if self.kernels != "liger" and _joins_residuals(hidden):
-            return _ResidualNorm.apply(hidden, delta, self.weight, self.epsilon)
-        total = hidden if delta is None else hidden + delta
-        return total, self.normed(total)
-
-
-def _joins_residuals(hidden: Tensor) -> bool:
-    return hidden.is_cuda
+        if self.kernels == "liger":
+            return hidden, self.normed(hidden)
+        return _ResidualNorm.apply(hidden, delta, self.weight, self.epsilon)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -76,9 +71,14 @@ class _ResidualNorm(torch.autograd.Function):
         if of_normed is None:
             return of_sum, of_sum if ctx.adds else None, None, None
         of_rows = None if of_sum is None else of_sum.reshape(total.shape)
-        gradient, of_weight = _normed_sum_gradients(of_normed.reshape(total.shape), of_rows, total, scale, weight)
+        gradients = _normed_sum_gradients if _is_one_kernel(total) else _normed_sum_gradients_in_place
+        gradient, of_weight = gradients(of_normed.reshape(total.shape), of_rows, total, scale, weight)
         gradient = gradient.view(of_normed.shape)
         return gradient, gradient if ctx.adds else None, of_weight, None
+
+
+def _is_one_kernel(rows: Tensor) -> bool:
+    return rows.is_cuda
 
 
 @one_kernel_on_cuda
@@ -114,3 +114,25 @@ def _normed_sum_gradients(
     if of_sum is not None:
         gradient = gradient + of_sum
     return gradient.to(total.dtype), (wide * direction).sum(dim=0).to(weight.dtype)
+
+
+def _normed_sum_gradients_in_place(
+    of_normed: Float[Tensor, "rows hidden"],
+    of_sum: Float[Tensor, "rows hidden"] | None,
+    total: Float[Tensor, "rows hidden"],
+    scale: Float[Tensor, "rows 1"],
+    weight: Float[Tensor, "hidden"],
+) -> tuple[Float[Tensor, "rows hidden"], Float[Tensor, "hidden"]]:
+    """The same in few passes on a CPU, to the bit what autograd makes of ``rms_norm``: its terms in its order."""
+    wide, of_wide = total.float(), of_normed.float()
+    term = wide * scale
+    of_weight = term.mul_(of_wide).sum(dim=0)
+    gradient = of_wide * weight
+    of_scale = torch.mul(gradient, wide, out=term).sum(dim=-1, keepdim=True)
+    of_mean_square = -0.5 * of_scale * scale.pow(3) / wide.shape[-1]
+    torch.mul(wide, 2 * of_mean_square, out=term)
+    gradient.mul_(scale)
+    if of_sum is not None and total.dtype == torch.float32:
+        return gradient.add_(of_sum).add_(term), of_weight
+    gradient = gradient.add_(term).to(total.dtype)
+    return gradient if of_sum is None else gradient + of_sum, of_weight.to(weight.dtype)

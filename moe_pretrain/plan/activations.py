@@ -208,10 +208,9 @@ class SchemeLayers:
         feed_forward = self._moe(recompute) if is_moe and self.routes else self._dense(is_moe, recompute)
         return (self.tokens * self.row if recompute != "none" else self._attention()) + feed_forward
 
-    def _norm(self, width: int | None = None) -> float:
-        """Input of a norm and the inverse deviation of its rows; on a CPU in float32, with the normalised rows."""
-        width = width or self.model.hidden_size
-        return self.tokens * ((8 if self.on_cpu else self.size) * width + 4)
+    def _norm(self) -> float:
+        """What a norm of the residual stream keeps: the sum and the inverse deviation of its rows."""
+        return self.tokens * (self.row + 4)
 
     def _attention(self) -> float:
         """Norm, its output, the projection, rotated queries and keys, the result by head and by token, log-sum-exp.
@@ -275,7 +274,9 @@ class SchemeLayers:
     def _latent(self) -> float:
         """Rows of the experts' own width: what they read, unless it has been sent away, and what is mapped back."""
         sent = self.expert_parallel > 1 or self.compares
-        normed = self._norm(self.routed_size) if self.moe.latent_norm else 0.0
+        # On a CPU ``rms_norm`` keeps float32 rows, those that are normalised too.
+        kept = (8 if self.on_cpu else self.size) * self.routed_size + 4
+        normed = self.tokens * kept if self.moe.latent_norm else 0.0
         return normed + self.tokens * self.routed_row * (1 if sent else 2)
 
     def _merged_rows(self) -> float:

@@ -1,8 +1,7 @@
 """Bytes that training holds on one rank, by part, from the configuration alone.
 
 Weights, gradients and optimizer are DeepSpeed 0.19's as it was measured to allocate them; activations are what the
-modules of ``model`` and ``moe`` save for backward. Tests hold both to what a run on a CPU really keeps; what differs on
-a GPU is that its norm keeps its input alone.
+modules of ``model`` and ``moe`` save for backward. Tests hold both to what a run on a CPU really keeps.
 """
 
 from dataclasses import dataclass

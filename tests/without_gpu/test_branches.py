@@ -74,7 +74,7 @@ def numbers_of_joined_operations(model: DecoderLM, batch: MicroBatch) -> dict[st
     elsewhere; in gradients alone, and close by."""
     plain = numbers(model, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "_joins_residuals", lambda hidden: True)
+        patch.setattr(norms, "_is_one_kernel", lambda rows: True)
         patch.setattr(swiglu, "_weighs_in_activation", lambda rows: True)
         joined = numbers(model, batch)
     for name, value in plain.items():

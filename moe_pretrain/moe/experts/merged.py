@@ -111,6 +111,7 @@ class _MergedExpertsFunction(torch.autograd.Function):
                 grad_sources.append(block.times_transposed(grad_before, of_gate))
             assert grad_gate is not None and grad_output is not None
             merge.add_gradients(segments, grad_gate, grad_output)
+            del of_gate, of_output, grad_gate, grad_output  # else they are there while the next part's are merged
         grad_source = join(grad_sources) if grad_sources else torch.zeros_like(sources)
         return grad_source, merge.grad_mixture, *merge.parameter_gradients(), None, None, None
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_pretrain.moe.experts import activation as activations
 from moe_pretrain.moe.experts import grouped, swiglu
-from moe_pretrain.moe.experts.activation import SWIGLU, Activation
+from moe_pretrain.moe.experts.activation import SWIGLU, Activation, activation_gradients
 from moe_pretrain.moe.experts.grouped import AllRows, row_blocks
 from moe_pretrain.moe.experts.swiglu import SwiGLU, SwiGLUExperts
 from moe_pretrain.moe.row_layout import ExpertRowLayout
@@ -110,6 +111,16 @@ def test_bfloat16_is_within_rounding(layout: list[list[int]]) -> None:
     assert not torch.equal(ours[2], ours[2].bfloat16().float()), "rounded on the way"
     for value, reference in zip(ours, expected, strict=True):
         assert (value.double() - reference).norm() <= 0.01 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_made_in_place_are_those_of_one_kernel_to_the_bit(dtype: torch.dtype) -> None:
+    before, grad_act = torch.randn(9, 2 * WIDTH).to(dtype), torch.randn(9, WIDTH).to(dtype)
+    given = before.clone(), grad_act.clone()
+    found = activation_gradients(before, grad_act, SWIGLU)
+    for value, expected in zip(found, activations._swiglu_gradients(*given), strict=True):
+        assert value.dtype == expected.dtype and torch.equal(value, expected)
+    assert torch.equal(before, given[0]) and torch.equal(grad_act, given[1]), "inputs are left as they are"
 
 
 @pytest.mark.usefixtures("side")
