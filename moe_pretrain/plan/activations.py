@@ -209,7 +209,7 @@ class SchemeLayers:
         return (self.tokens * self.row if recompute != "none" else self._attention()) + feed_forward
 
     def _norm(self) -> float:
-        """What a norm of the residual stream keeps: the sum and the inverse deviation of its rows."""
+        """Bytes that a norm of the residual stream keeps: the sum, and the inverse deviation of its rows."""
         return self.tokens * (self.row + 4)
 
     def _attention(self) -> float:
