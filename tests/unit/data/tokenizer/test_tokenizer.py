@@ -9,6 +9,7 @@ import transformers
 from helpers.corpora import files
 
 from moe_pretrain.data import prepare_corpus
+from moe_pretrain.data.tokenizer import tokenizer as tokenizer_module
 from moe_pretrain.data.tokenizer import train
 from moe_pretrain.data.tokenizer.load import load_pretrained, load_tokenizer_file
 from moe_pretrain.data.tokenizer.tokenizer import TokenizerConfig
@@ -215,7 +216,7 @@ def test_characters_that_a_tokenizer_leaves_out_are_counted_as_unknown(tmp_path)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["<|endoftext|>"], show_progress=False)
-    model.train_from_iterator(TEXTS, trainer)
+    model.train_from_iterator([*TEXTS, tokenizer_module._PROBE], trainer)  # so it knows all of that
     model.save(str(tmp_path / "leaves.json"))
 
     def prepared(texts, name, **config):
@@ -226,7 +227,7 @@ def test_characters_that_a_tokenizer_leaves_out_are_counted_as_unknown(tmp_path)
 
     lines = []
     assert prepared(TEXTS, "known").counts.unknown == 0
-    foreign = [f"東京 {text}" for text in TEXTS]
+    foreign = [f"北海 {text}" for text in TEXTS]
     assert prepared(foreign, "few", max_unknown=0.2).counts.unknown == 2 * len(TEXTS)
     assert any("% of the text's tokens are unknown to the tokenizer, which it leaves out" in line for line in lines)
     with pytest.raises(
@@ -234,7 +235,7 @@ def test_characters_that_a_tokenizer_leaves_out_are_counted_as_unknown(tmp_path)
     ):
         prepared(foreign, "refused", max_unknown=0.1)
     with pytest.raises(ValueError, match=r"^tokenizer: 9\d\.\d\d% of the text's tokens are unknown to it"):
-        prepared([f"{'東京' * 50}{number}" for number in range(40)], "most")
+        prepared([f"{'北海' * 50}{number}" for number in range(40)], "most")
 
 
 def test_a_normalizer_that_takes_text_away_is_found_out(file, tmp_path):
