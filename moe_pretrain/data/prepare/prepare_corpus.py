@@ -74,12 +74,16 @@ def prepare_corpus(
     folder = cache_dir / folder_name(corpus, tokenizer, pretrained, max_tokens, SIDES)
     if isinstance(corpus, FilesCorpusConfig | TokensCorpusConfig) and (again := local_files(corpus).describe_again()):
         report(again)
-    if is_complete(folder, SIDES):
+    in_cache = is_complete(folder, SIDES)
+    if in_cache:
         made = datetime.datetime.fromtimestamp((folder / COUNTS_FILE).stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         report(f"corpus in the cache: {folder}, prepared {made}")
     build(Preparation(folder, corpus, tokenizer, pretrained, max_tokens, SIDES, workers, report))
     prepared = _open(folder, pretrained)
-    report(prepared.tokenizer.describe())
+    # Whoever prepared it may have allowed more unknown tokens than this run does.
+    tokens = sum(side.num_tokens - side.num_documents for side in (prepared.train, prepared.validation))
+    unknown = prepared.tokenizer.describe_unknown(prepared.counts.unknown, tokens, tokenizer.max_unknown)
+    report(prepared.tokenizer.describe() + unknown * in_cache)
     return prepared
 
 

@@ -203,7 +203,12 @@ def test_a_text_of_unknown_tokens_is_refused_and_a_few_are_said(tmp_path):
         prepared(0.02)
     counts = prepared(0.2).counts
     assert counts.unknown == sum(text.split().count(f"w{k}") for text in texts for k in (30, 31, 32))
-    assert any(f"{counts.unknown / 2000:.2%} of the text's tokens are unknown" in line for line in lines)
+    for _ in range(2):  # the second time it is in the cache
+        assert sum(f"{counts.unknown / 2000:.2%} of the text's tokens are unknown" in line for line in lines) == 1
+        lines.clear()
+        prepared(0.2)
+    with pytest.raises(ValueError, match="more than tokenizer.max_unknown=0.02"):
+        prepared(0.02)  # allowed by whoever prepared it
 
 
 def write_lines(path, texts):
