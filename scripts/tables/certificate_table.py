@@ -27,9 +27,10 @@ COLUMNS = {
     "padding, determinism": ["padding ignored", "determinism"],
     "steps, layers, long rows, cache": ["every step and layer", "long rows", "a new token alone"],
     "best tokens, experts alike": ["experts get their best tokens", "experts are alike"],
-    "declared counts, nothing else moved": [
+    "declared counts, fields read, nothing else moved": [
         "experts per token as declared",
         "other numbers of experts",
+        "every field is read",
         "leaves alone what it is given",
     ],
     "noise": ["noise"],

@@ -93,7 +93,7 @@ NUMBER, LOAD, ROWS, ANYWHERE = (
     "other numbers of experts",
     "determinism",
 )
-RANKS = "state alike on ranks"
+RANKS, READ = "state alike on ranks", "every field is read"
 ALIKE, ADD_UP, ONCE, LOSSES, BEST = (
     "experts are alike",
     "weights add up as configured",
@@ -403,6 +403,21 @@ MUTANTS = {
         "top_k",
         ROWS,
         {"return token_index, chosen.flatten()": "return token_index, chosen.to(torch.uint8).long().flatten()"},
+    ),
+    "a level that is not read": Mutant("relu", READ, {"level = config.load_balance_level": 'level = "micro_batch"'}),
+    "a decay that is not read": Mutant("expert_threshold", READ, {"fresh = 1 - self.config.ema_decay": "fresh = 0.1"}),
+    "a temperature that is not read": Mutant(
+        "k_means", READ, {"logits = nearness / config.temperature": "logits = nearness"}
+    ),
+    "the experts that answer least": Mutant(
+        "attentive",
+        BEST,
+        {"chosen = scores.detach().sort(": "chosen = (-scores.detach()).sort("},
+    ),
+    "a norm of gates that knows no load": Mutant(
+        "relu",
+        LOSSES,
+        {_SPARSITY: _SPARSITY.replace("counts", "counts.mean(dim=1, keepdim=True).expand_as(counts)")},
     ),
     "a weight less its threshold": Mutant(
         "expert_threshold",

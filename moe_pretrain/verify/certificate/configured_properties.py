@@ -3,17 +3,21 @@
 What a function raises: ``route_properties``.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from itertools import starmap, zip_longest
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from moe_pretrain.model.decoder import DecoderLM
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import step_uses
 from moe_pretrain.verify.certificate.subject import (
+    LATE_STEPS,
     SHARP,
     TOLERANCE,
     Decision,
@@ -31,6 +35,8 @@ ADD_UP = ("renormalised", "zero_dropped", "mixtral", "selected", "equal", "learn
 DO_NOT = ("raw", "full")
 """Choices with which they do not."""
 FEW_STEPS = 3
+STATE_STEPS = 120
+"""Steps on two batches in turn, so that an average of either moves."""
 
 
 @torch.no_grad()
@@ -135,8 +141,132 @@ def _differs_by_no_layer(subject: Subject, model: DecoderLM) -> None:
     model.load_state_dict(subject.model().state_dict())
 
 
+@torch.no_grad()
+def _are_read(subject: Subject) -> str:
+    """Every field of the configuration that gets another value changes something: one that no code reads misleads.
+
+    Seen are parameters and state as they begin, coefficients, all of a decision in both modes, early and late, and
+    where ``STATE_STEPS`` steps take the state.
+    """
+    router: Any = subject.config.router
+    read, fixed = list[str](), list[str]()
+    for name in (field.name for field in fields(router) if field.name != "name"):
+        others = list(_with_other(subject, router, name, _choices(router, name)))
+        if not others:
+            fixed.append(name)
+            continue
+        # What the scheme's checks refuse, they have read.
+        values = " or ".join(str(getattr(other, name)) for other in others[:2] if other is not None)
+        require(
+            None in others or any(_differ(subject, router, other) for other in others) or _waits(subject, router, name),
+            f"with router.{name}={values} all is as with {getattr(router, name)}, every decision, loss, count, "
+            "coefficient and state: nothing reads it",
+        )
+        read.append(name)
+    if not read:
+        raise NotApplicable("no field can have another value")
+    return ", ".join(read) + (f"; nothing else fits {', '.join(fixed)}" if fixed else "")
+
+
+def _waits(subject: Subject, router: Any, name: str) -> bool:
+    """Whether the field ``name`` changes something once other fields have other values.
+
+    All whole numbers, of which some may be steps, are 1; or a choice or something that is off is another.
+    """
+    names = [field.name for field in fields(router) if field.name not in ("name", name)]
+    off = [one for one in names if isinstance(getattr(router, one), str | bool | None) or getattr(router, one) == 0]
+    bases = [base for one in off for base in _with_other(subject, router, one, _choices(router, one))]
+    ones = router
+    for one in names:
+        if type(getattr(router, one)) is int:
+            ones = next(_with_other(subject, ones, one, [1]), None) or ones
+    return any(
+        _differ(subject, base, other)
+        for base in (ones, *bases)
+        if base is not None
+        for other in _with_other(subject, base, name, _choices(base, name))
+        if other is not None
+    )
+
+
+def _choices(router: Any, name: str) -> list[Any]:
+    """Other values to try for a field."""
+    value, hint = getattr(router, name), get_type_hints(type(router))[name]
+    words = [one for part in (hint, *get_args(hint)) if get_origin(part) is Literal for one in get_args(part)]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [2 * value, value / 2, 10 * value, 1, 0.5, 0]  # a far one too: a limit need not bind from near
+    return words or ([1, 2, 0.5, True] if value is None else [])
+
+
+def _with_other(subject: Subject, router: Any, name: str, choices: list[Any]) -> Iterator[Any]:
+    """The configuration with each value that the field's type allows; None for one that the scheme's checks refuse."""
+    valid = TypeAdapter(get_type_hints(type(router), include_extras=True)[name])
+    for choice in choices:
+        try:
+            changes: dict[str, Any] = {name: valid.validate_python(choice)}
+        except ValidationError:
+            continue
+        if changes[name] == getattr(router, name):
+            continue
+        try:
+            other = replace(router, **changes)
+            other.check_num_experts(subject.num_experts)
+            other.check_sequence_length(subject.sequence)
+        except ValueError:
+            yield None
+        else:
+            yield other
+
+
+def _differ(subject: Subject, ours: Any, theirs: Any) -> bool:
+    """Whether anything that is seen of two configurations' routers is not the same but for rounding."""
+    try:
+        return not all(starmap(_are_same, zip_longest(_seen_of(subject, ours), _seen_of(subject, theirs))))
+    except Exception:  # a value that its type allows and its router does not is one that is read
+        return True
+
+
+def _are_same(ours: object, theirs: object) -> bool:
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return type(ours) is type(theirs) and ours == theirs
+    if ours.shape != theirs.shape:
+        return False
+    return torch.allclose(ours.double(), theirs.double(), rtol=TOLERANCE, atol=0.0, equal_nan=True)
+
+
+def _seen_of(subject: Subject, config: Any) -> Iterator[object]:
+    """All that can be seen of a configuration's routers, what is quickly found first."""
+    yield config.mean_experts_per_token, config.two_pass_weight
+    model = subject.model(router=config)
+    routers = routers_of(model)
+    for router in routers:
+        yield list(router.state_dict()), router.aux_weights, router.num_sums
+        yield from router.state_dict().values()
+    decisions = []
+    for step in (0, *LATE_STEPS):
+        for training in (True, False):
+            # Routes of a global batch that is not the micro-batch.
+            told = (lambda layer, own: own.flip(0)) if training else None
+            for seed in (0, 1):
+                decisions.append(subject.run(model.train(training), subject.batch(seed=seed), step, told).decisions[0])
+                routing = decisions[-1].routing
+                yield from (routing.token_index, routing.expert_index, routing.weight, routing.payload, routing.carried)
+                yield from (value for _, value in sorted(routing.aux.items()))
+                yield from (getattr(routing.use, field.name) for field in fields(routing.use))
+    router = routers[0].train()
+    for step in range(1 if type(router).after_step is Router.after_step else STATE_STEPS):
+        hidden, context, _ = decisions[step % 2]
+        use = step_uses([router(hidden, context).exact().use])[0]
+        yield repr(router.after_step(use))
+        yield router.metrics(use), router.aux_weights
+        yield from router.buffers()
+
+
 CONFIGURED: dict[str, Callable[[Subject], str]] = {
     "weights add up as configured": _add_up,
     "coefficients act once": _act_once,
+    "every field is read": _are_read,
 }
 """Name of the row -> the question behind it."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from moe_pretrain.moe.router import Router
 from moe_pretrain.moe.types import Routing, RoutingContext
@@ -38,6 +39,8 @@ WORSE = 1.15
 """Largest factor by which a loss that makes routes fewer may leave the busiest expert busier."""
 SAME = 1e-4
 """Largest relative difference of a loss whose terms are added up otherwise."""
+ALIKE = 0.999
+"""Cosine above which two directions are the same but for rounding."""
 FACTORS = (1.0, -1.0, 5.0)
 """Factors of the router's parameters with which it prefers others, and is surer."""
 
@@ -57,13 +60,14 @@ class _Uneven(NamedTuple):
 def _even_the_load(subject: Subject) -> str:
     """Aux losses alone, descended from an uneven load, leave an even one: each route times what it is to cost.
 
-    Asked of schemes whose configuration says that a loss evens it (``RouterConfig.evens_load``). And of a global batch
-    whose load is even a balance loss is the same whatever the router prefers, that of ``relu`` the gates' sum.
+    Asked of schemes whose configuration says that a loss evens it (``RouterConfig.evens_load``). One of their losses
+    pushes a token otherwise when other tokens have other experts. And of a global batch whose load is even a balance
+    loss is the same whatever the router prefers, that of ``relu`` the gates' sum.
     """
     if subject.config.router.evens_load != "loss":
         raise NotApplicable("no loss is to even the load (RouterConfig.evens_load)")
     uneven = _uneven(subject)
-    notes = [_descend(uneven), *_when_told_of_even_load(subject, uneven)]
+    notes = [_descend(uneven), *_when_told_of_even_load(subject, uneven), _reads_the_load(uneven)]
     return "; ".join(notes)
 
 
@@ -135,6 +139,35 @@ def _when_told_of_even_load(subject: Subject, uneven: _Uneven) -> list[str]:
             + (", and is to be 1" if name == "sparsity" else ": it aims at another load"),
         )
     return [f"{', '.join(values)} of an even load the same for every router"] if values else []
+
+
+def _reads_the_load(uneven: _Uneven) -> str:
+    """Raise unless the direction in which some loss pushes the first tokens of rows depends on where all others go."""
+    router, hidden, context = uneven.router, uneven.hidden, uneven.context
+    first = torch.arange(len(hidden)) % (len(hidden) // context.num_sequences) == 0
+    elsewhere = torch.where(first[:, None], hidden, -hidden)
+    told = context
+    if router.needs_global_routes:
+        told = replace(context, sum_over_global_batch=lambda layer, own: own.flip(0))
+    pushes: dict[str, list[Tensor]] = {}
+    for given, facts in ((hidden, context), (elsewhere, told)):
+        given = given.clone().requires_grad_()
+        routing = router(given, facts)
+        for name, weight in router.aux_weights.items():
+            value = routing.aux[name]
+            if weight > 0 and value.requires_grad:
+                gradient = torch.autograd.grad(value, given, retain_graph=True, allow_unused=True)[0]
+                pushes.setdefault(name, []).append(torch.zeros(1) if gradient is None else gradient[first].flatten())
+    found = [
+        name
+        for name, (one, other) in pushes.items()
+        if one.any() and other.any() and cosine_similarity(one, other, dim=0) < ALIKE
+    ]
+    require(
+        bool(found),
+        "no loss reads the load: whatever experts other tokens have, each pushes a token the same way",
+    )
+    return f"what {', '.join(found)} presses on depends on the load"
 
 
 EVENING: dict[str, Callable[[Subject], str]] = {"losses even the load": _even_the_load}

@@ -36,6 +36,10 @@ from moe_pretrain.verify.certificate.subject import (
 
 DRAWS = 2
 """Replacements of the later tokens per cut."""
+ASKED_EXPERTS = 3
+"""Experts whose answers are changed where experts are asked."""
+LOUD = 1e3
+"""What is added to an answer, beyond all others."""
 OPPOSITE_EXPERTS = 8
 """Experts whose rows are made the opposite of tokens, each of every fifth one: they are alike, and take their time."""
 OPPOSITE_STRIDE = 5
@@ -318,6 +322,8 @@ def gives_experts_their_best(subject: Subject) -> str:
     """A token that is an expert's own row of the router goes to that expert, and no other of it weighs more.
 
     One that is the opposite of the row does not go there, unless it goes to all. Both in training and in evaluation.
+    Where experts are asked (``RoutingContext.score_routes``), one that answers loudest gets the token, and weighs most;
+    one that answers least does not get it.
 
     Asked of parameters with a row for every expert, as wide as a token: of dot products, cosines and distances alike
     the token is then the expert's best, and its worst. One such parameter must have it; of competing tokens half.
@@ -341,7 +347,11 @@ def gives_best_of(subject: Subject, model: DecoderLM) -> str:
             for name, parameter in router.named_parameters()
             if parameter.shape == shape and name not in router.without_lm_gradient
         ]
+        if router.needs_expert_scores:
+            notes.append(_listens(subject, router, decision, experts))
         if not found:
+            if notes:
+                continue
             raise NotApplicable("no parameter has a row for every expert, as wide as a token")
         best, right, name = max(found)
         mode, causal = (
@@ -353,6 +363,33 @@ def gives_best_of(subject: Subject, model: DecoderLM) -> str:
         require(right >= (1.0 if causal else 0.5), f"only {opposite}, in {mode}")
         notes.append(f"{said}; {opposite}" if training else "in evaluation too")
     return "; ".join(notes)
+
+
+def _listens(subject: Subject, router: Router, decision: Decision, experts: list[int]) -> str:
+    """Raise unless tokens go to an expert that answers louder than all others, and not to one that answers least."""
+    hidden, context, _ = decision
+    mode, answer = "training" if router.training else "evaluation", context.score_routes
+    assert answer is not None, "the layer of a router that asks experts has answers"
+
+    def table_if(expert: int, louder: float) -> Tensor:
+        """Routes of the tokens that ask the expert and leave somebody out, with its answer changed."""
+        asked = torch.zeros(len(hidden), subject.num_experts, dtype=torch.bool)
+
+        def scores(hidden: Tensor, candidates: Tensor, query: Tensor, key_weight: Tensor) -> Tensor:
+            asked.scatter_(1, candidates, True)
+            return answer(hidden, candidates, query, key_weight) + louder * (candidates == expert)
+
+        routing = router(hidden, replace(context, score_routes=scores)).exact()
+        table = subject.table(Decision(hidden, context, routing))
+        return table[asked[:, expert] & (asked & table.isnan()).any(dim=1)]
+
+    for expert in experts[:ASKED_EXPERTS]:
+        table = table_if(expert, LOUD)
+        best = table.nan_to_num(-math.inf).amax(dim=1) * (1 - TOLERANCE)
+        require((table[:, expert] >= best).all(), f"an expert that answers loudest does not weigh most, in {mode}")
+        least = table_if(expert, -LOUD)[:, expert]
+        require(least.isnan().all(), f"tokens go to an expert that answers least, in {mode}")
+    return f"in {mode} tokens go to an expert that answers loudest, and not to one that answers least"
 
 
 def _best_and_worst(
