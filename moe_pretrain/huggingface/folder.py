@@ -34,6 +34,8 @@ _KNOWN = (*_DENSE, *_EXPERTS)
 _NEEDED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size"),
 )
+_MAPPINGS = ("rope_parameters", "rope_scaling")
+"""Fields of rotary positions, those of transformers 5 first."""
 _QK_NORM = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "whole"}
 
 
@@ -60,6 +62,8 @@ class HuggingFaceFolder:
         try:
             self.values: dict[str, Any] = json.loads((path / MODEL_CONFIG).read_text(encoding="utf-8"))
             kind, *_ = (self.values[name] for name in ("model_type", *_NEEDED))
+            if odd := [name for name in _MAPPINGS if not isinstance(self.values.get(name) or {}, dict)]:
+                raise ValueError(f"{odd[0]} is no mapping")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path / MODEL_CONFIG} is no configuration of transformers: {error!r}") from None
         if kind not in _KNOWN:
@@ -119,7 +123,7 @@ class HuggingFaceFolder:
             raise ConfigError(f"{model.head_size_name} must be {head}, as {field}={self._path} has it: model.head_size")
         is_windowed = values.get("use_sliding_window", not values["model_type"].startswith("qwen3"))
         window = values.get("sliding_window") if is_windowed else None
-        scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        scaling = next(filter(None, map(values.get, _MAPPINGS)), {})
         rope = scaling.get("rope_type") or scaling.get("type", "default")  # as old releases call it
         if model.moe.activation_function != SWIGLU:
             raise ConfigError(f"{model.moe.activation_name} must be plain swiglu, as {field}={self._path} has it")

@@ -250,6 +250,8 @@ def test_what_cannot_be_upcycled_is_one_line(home: Path, llama: Path, tmp_path: 
     (nameless / "config.json").write_text(json.dumps(config))
     line = refusal(str(nameless), target, "router=top_k")
     assert "config.json is no configuration of transformers: KeyError('rms_norm_eps')" in line
+    line = refusal(changed("old rope", rope_scaling="linear"), target, "router=top_k")
+    assert "config.json is no configuration of transformers: ValueError('rope_scaling is no mapping')" in line
     assert "has hidden_act=gelu" in refusal(changed("gelu", hidden_act="gelu"), target, "router=top_k")
     assert "model.rope_base=10000.0 must be 500.0" in refusal(
         str(llama), target, "router=top_k", "model.rope_base=10000.0"
