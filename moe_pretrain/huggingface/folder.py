@@ -123,7 +123,7 @@ class HuggingFaceFolder:
             raise ConfigError(f"{model.head_size_name} must be {head}, as {field}={self._path} has it: model.head_size")
         is_windowed = values.get("use_sliding_window", not values["model_type"].startswith("qwen3"))
         window = values.get("sliding_window") if is_windowed else None
-        scaling = next(filter(None, map(values.get, _MAPPINGS)), {})
+        scaling: dict[str, Any] = next(filter(None, map(values.get, _MAPPINGS)), {})
         rope = scaling.get("rope_type") or scaling.get("type", "default")  # as old releases call it
         if model.moe.activation_function != SWIGLU:
             raise ConfigError(f"{model.moe.activation_name} must be plain swiglu, as {field}={self._path} has it")
