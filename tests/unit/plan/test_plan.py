@@ -149,12 +149,14 @@ def test_activations_are_what_a_forward_pass_saves(router: str, dtype: str, reco
     config = load([*SMALL, *ROUTERS[router], f"model.recompute={recompute}"])
     plan = plan_batches(config.batch, config.model.sequence_length, 1, config.num_steps)
     planned = memory_per_rank(config, "cpu", dtype, plan, 1, 1.0).activations
+    # What recomputation leaves is little, and what a table keeps, which has no scores, is less than is estimated.
+    no_scores = router in ("hash", "k_means", "random", "uniform", "thor")
+    tolerance = 0.025 if recompute == "none" else 0.08 if no_scores else 0.06
     saved = saved_bytes(config, dtype)
     if router == "top_k":
         assert planned == pytest.approx(saved, rel=0.02)
-    else:  # a table keeps no scores and nothing for its routes: 77 to 99 bytes of each token less than is planned
-        passes = config.router.num_passes * config.model.num_layers * config.batch.micro_batch_size
-        assert planned == pytest.approx(saved, rel=0.025, abs=104 * passes * config.model.sequence_length)
+    else:  # scores and routes are float32 and int64 whatever the dtype, and so are the bytes by which they are missed
+        assert planned == pytest.approx(saved, abs=tolerance * saved_bytes(config, "float32"))
 
 
 def test_a_recomputed_block_is_what_recomputation_saved():
